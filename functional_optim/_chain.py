@@ -1,0 +1,164 @@
+"""Chains, and what runs them."""
+
+from typing import Any
+
+import torch
+
+from ._base import GradientTransformation, Link, as_transformation
+from ._rule import Fusible
+from ._run import executor
+from ._tree import Tree, View, tree_map
+
+
+class Chain(Fusible):
+    """Transformations one after another; made by `chain` and `named_chain`.
+
+    Args:
+      members: the transformations.
+      names: their names, or None if their states form a tuple.
+    """
+
+    def __init__(self, members: tuple[GradientTransformation, ...], names: tuple[str, ...] | None = None) -> None:
+        self.members, self.names = members, names
+        self._hash = hash((members, names))
+
+    def _keys(self) -> tuple[int | str, ...]:
+        return tuple(range(len(self.members))) if self.names is None else self.names
+
+    def _init(self, view: View) -> Any:
+        states = tuple(tx._init(view) for tx in self.members)
+        return states if self.names is None else dict(zip(self.names, states, strict=True))
+
+    def _links(self, view: View, path: tuple[int | str, ...]) -> list[Link]:
+        return [link for key, tx in zip(self._keys(), self.members, strict=True) for link in tx._links(view, (*path, key))]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Chain) and (self.members, self.names) == (other.members, other.names)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __repr__(self) -> str:
+        if self.names is None:
+            return f"chain({', '.join(map(repr, self.members))})"
+        pairs = ", ".join(f"({n!r}, {m!r})" for n, m in zip(self.names, self.members, strict=True))
+        return f"named_chain({pairs})"
+
+
+def chain(*transformations: GradientTransformation) -> GradientTransformation:
+    """Applies transformations one after another, as one program.
+
+    Neighbours that are made of rules run as one kernel: values stay in registers between them, in float32 for half
+    types and rounded once, when they are stored. A chain of bfloat16 updates is therefore more exact than its
+    members called one by one. Anything else that has `init` and `update` runs between two kernels.
+
+    Args:
+      *transformations: the transformations; none is the identity.
+
+    Returns:
+      The transformation. Its state is the tuple of the states of its members.
+
+    Raises:
+      TypeError: an argument has no `init` and `update`.
+
+    Example:
+      >>> import functional_optim as fo
+      >>> fo.chain(fo.clip_by_global_norm(1.0), fo.scale(-0.1))
+      chain(clip_by_global_norm(max_norm=1.0), scale(step_size=-0.1))
+    """
+    return Chain(tuple(map(as_transformation, transformations)))
+
+
+def named_chain(*transformations: tuple[str, GradientTransformation]) -> GradientTransformation:
+    """Like `chain`, with a name for each member: the state is a dict by name.
+
+    Args:
+      *transformations: pairs of a name and a transformation.
+
+    Returns:
+      The transformation.
+
+    Raises:
+      ValueError: a name occurs twice.
+
+    Example:
+      >>> import functional_optim as fo, torch
+      >>> tx = fo.named_chain(("momentum", fo.trace(decay=0.9)), ("lr", fo.scale(-0.1)))
+      >>> tx.init(torch.zeros(1))["momentum"]
+      TraceState(trace=tensor([0.]))
+    """
+    names = tuple(name for name, _ in transformations)
+    repeated = sorted({n for n in names if names.count(n) > 1})
+    if repeated:
+        raise ValueError(f"named_chain has the name {repeated[0]!r} twice; names must differ.")
+    return Chain(tuple(as_transformation(tx) for _, tx in transformations), names)
+
+
+def identity() -> GradientTransformation:
+    """Returns updates as they are.
+
+    Returns:
+      The transformation.
+
+    Example:
+      >>> identity()
+      chain()
+    """
+    return Chain(())
+
+
+def apply_updates(params: Tree, updates: Tree) -> Tree:
+    r"""Adds updates to parameters, $\theta \leftarrow \theta + u$, in the wider dtype of the two.
+
+    Args:
+      params: a tree of tensors.
+      updates: a tree like it; None leaves a parameter as it is.
+
+    Returns:
+      The new parameters, in their own dtypes.
+
+    Example:
+      >>> import torch
+      >>> apply_updates({"w": torch.ones(2)}, {"w": torch.full((2,), 0.5)})
+      {'w': tensor([1.5000, 1.5000])}
+    """
+
+    def add(p: torch.Tensor | None, u: torch.Tensor | None) -> torch.Tensor | None:
+        return p if p is None or u is None else (p + u).to(p.dtype)
+
+    return tree_map(add, params, updates)
+
+
+def apply_gradients(
+    tx: GradientTransformation, params: Tree, grads: Tree, state: Any, *, donate: bool = False, **extra: Any
+) -> tuple[Tree, Any]:
+    """Updates parameters by gradients: `update` and `apply_updates` in one, as one program.
+
+    Args:
+      tx: the transformation.
+      params: a tree of floating tensors.
+      grads: a tree like it; None skips a parameter and leaves its state as it is.
+      state: what `tx.init(params)` or the last step returned.
+      donate: whether to reuse the memory of `params` and `state` for the results, as JAX does with donated
+        arguments: both are updated in place and returned. Parts of the state that come before a transformation
+        which is not made of rules are returned anew. Gradients are never written.
+      **extra: further arguments, such as `value`, for whichever transformation wants them.
+
+    Returns:
+      The new parameters and the new state.
+
+    Raises:
+      ValueError, TypeError: a tree, shape, dtype or device does not fit, or donated tensors share memory. Nothing
+        has been written.
+      RuntimeError: `donate` where autograd or `torch.func` is recording.
+
+    Example:
+      >>> import functional_optim as fo, torch
+      >>> tx = fo.sgd(learning_rate=0.1)
+      >>> params = {"w": torch.ones(2)}
+      >>> state = tx.init(params)
+      >>> params, state = fo.apply_gradients(tx, params, {"w": torch.ones(2)}, state)
+      >>> params["w"]
+      tensor([0.9000, 0.9000])
+    """
+    return executor(as_transformation(tx), True)(grads, state, params, extra, donate)

@@ -1,0 +1,160 @@
+"""Fusing: the rules of neighbouring transformations become one program.
+
+Fusing is composition: the rules are called one after another, as Python functions, while one tracer records. The
+first argument of each is what the one before returned, and the program's inputs are all of their states.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from ._spec import Bound
+from .kernels.program import Level, Program
+from .kernels.trace import RuleError, Symbol, Tracer
+from .schedules import Schedule
+
+
+class Source(NamedTuple):
+    """Where a number of the scalar table comes from.
+
+    Args:
+      kind: a fixed number or tensor; the step counter of a transformation; an extra argument of `update`; or a
+        schedule that only Python can evaluate.
+      link: position of the transformation among those fused.
+      name: what messages call it.
+      value: the number, the tensor or the schedule.
+    """
+
+    kind: Literal["value", "count", "extra", "host"]
+    link: int
+    name: str
+    value: Any = None
+
+
+class Recipe(NamedTuple):
+    """The program of some fused transformations.
+
+    Args:
+      program: the program.
+      scalars: where each column of the scalar table comes from.
+      slots: for each stored input and output, the position of its transformation and the slot's name.
+    """
+
+    program: Program
+    scalars: tuple[Source, ...]
+    slots: dict[str, tuple[int, str]]
+
+
+def fuse(links: Sequence[tuple[int, Bound]], apply: bool) -> Recipe:
+    """Traces transformations, in order, into one program.
+
+    Args:
+      links: rules with their hyper-parameters, each with its position among the transformations of the chain.
+      apply: whether the program ends by adding the updates to the parameters.
+
+    Returns:
+      The program and where its inputs come from. It writes `updates`, or `params` if `apply`, and every slot.
+
+    Raises:
+      RuleError: a rule does what a kernel cannot.
+    """
+    t = Tracer()
+    updates, params = t.input("array", "updates"), t.input("array", "params")
+    u: Any = updates
+    outputs: dict[str, Any] = {}
+    sources: dict[str, Source] = {}
+    slots: dict[str, tuple[int, str]] = {}
+    per_leaf: set[str] = set()
+    names: list[str] = []
+    for position, bound in links:
+        rule = bound.rule
+        name = rule.name if rule.name not in names else f"{rule.name}_{names.count(rule.name) + 1}"
+        names.append(rule.name)
+        t.scope = f"{name}@{position}"
+
+        def scalar(label: str, source: Source, name: str = name) -> Symbol:
+            sources[f"{name}.{label}"] = source
+            return t.input("scalar", f"{name}.{label}")
+
+        count = scalar("count", Source("count", position, f"{name}.count")) if bound.counted else None
+        keywords: dict[str, Any] = {}
+        if rule.uses_step and count is not None:
+            keywords["step"] = count + 1
+        for hyper, value in bound.values.items():
+            if bound.is_schedule(hyper):
+                assert count is not None
+                keywords[hyper] = _schedule(t, value, count, hyper, position, f"{name}.{hyper}", scalar)
+            elif bound.is_scalar(hyper):
+                keywords[hyper] = scalar(hyper, Source("value", position, f"{name}.{hyper}", value))
+            else:
+                keywords[hyper] = value
+        for extra in rule.extras:
+            sources[extra] = Source("extra", position, extra)
+            keywords[extra] = t.input("scalar", extra)
+        before = []
+        for slot_name, slot in rule.slots.items():
+            full = f"{name}.{slot_name}"
+            slots[full] = (position, slot_name)
+            x = t.input("leaf" if slot.per_leaf else "array", full)
+            if slot.per_leaf:
+                per_leaf.add(full)
+            if slot.start == "first_update":
+                assert count is not None
+                x = t.op("where", count == 0, u, x)
+            before.append(x)
+        if "step" in keywords and not _takes_step(rule.fn):
+            del keywords["step"]
+        result = rule.fn(u, *([params] if rule.uses_params else []), *before, **keywords)
+        u, *after = _results(rule.name, list(rule.slots), result)
+        outputs.update({f"{name}.{k}": x for k, x in zip(rule.slots, after, strict=True)})
+    final = {"params": params + u} if apply else {"updates": u}
+    program = t.finish({**final, **outputs}, frozenset(per_leaf))
+    return Recipe(program, tuple(sources[name] for name in program.scalars), slots)
+
+
+def _takes_step(fn: Callable[..., Any]) -> bool:
+    code = fn.__code__
+    return "step" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+
+
+def _results(name: str, slots: list[str], result: Any) -> list[Any]:
+    """Checks what a rule returned: the update, then the new value of every slot."""
+    results = list(result) if isinstance(result, tuple) else [result]
+    expected = ", ".join(["u", *slots])
+    if len(results) != 1 + len(slots):
+        raise RuleError(f"{name} returned {len(results)} results, expected {1 + len(slots)}: ({expected}).")
+    for label, x in zip(["u", *slots], results, strict=True):
+        if not isinstance(x, (Symbol, int, float)):
+            raise RuleError(f"{name} returned {type(x).__name__} for `{label}`, expected a tensor.")
+    return results
+
+
+def _schedule(
+    t: Tracer,
+    schedule: Callable[[Any], Any],
+    count: Symbol,
+    hyper: str,
+    position: int,
+    name: str,
+    scalar: Callable[[str, Source], Symbol],
+) -> Any:
+    """Traces a schedule; one that cannot be traced becomes a number that Python computes at every step."""
+
+    def number(label: str, value: float) -> Symbol:
+        return scalar(f"{hyper}.{label}", Source("value", position, f"{name}.{label}", value))
+
+    x = None
+    for form in ([schedule.replace_numbers(number)] if isinstance(schedule, Schedule) else []) + [schedule]:
+        try:
+            x = form(count)
+            break
+        except Exception:  # whatever it is that a function cannot do with a symbol, Python can do with a number
+            continue
+    if isinstance(x, torch.Tensor) and x.ndim:
+        raise ValueError(f"the schedule of {name} returned a tensor of shape {tuple(x.shape)}, expected a number.")
+    if isinstance(x, Symbol) and t.values[x.index].level is Level.ROW:
+        return x
+    if isinstance(x, (int, float, torch.Tensor)):
+        return t.symbol(x)
+    return scalar(hyper, Source("host", position, name, schedule))

@@ -1,0 +1,214 @@
+"""Different transformations for different leaves: `masked` and `partition`."""
+
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple
+
+from ._base import GradientTransformation, Link, as_transformation
+from ._rule import Fusible
+from ._tree import View, broadcast_prefix, leaves_like, paths
+
+
+class MaskedState(NamedTuple):
+    """The state of `masked`: that of the inner transformation, with a `MaskedNode` for each leaf it does not see."""
+
+    inner_state: Any
+
+
+class PartitionState(NamedTuple):
+    """The state of `partition`: a `MaskedState` for each label."""
+
+    inner_states: dict[Any, Any]
+
+
+def resolve(choice: Any, view: View, what: str) -> list[Any]:
+    """Evaluates a mask or labels: one value for each leaf.
+
+    Args:
+      choice: a tree, a prefix of one, a function, a regular expression, or a mapping from regular expressions.
+      view: the tree.
+      what: what messages call it.
+
+    Returns:
+      The values.
+
+    Raises:
+      ValueError: it does not fit the tree.
+    """
+    names = paths(view.spec)
+    if isinstance(choice, re.Pattern):
+        return [bool(choice.search(path)) for path in names]
+    if isinstance(choice, Mapping) and choice and all(isinstance(k, re.Pattern) for k in choice):
+        return [next((v for k, v in choice.items() if k.search(path)), None) for path in names]
+    if callable(choice):
+        required = [
+            p for p in inspect.signature(choice).parameters.values()
+            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
+        ]  # fmt: skip
+        if len(required) == 2:
+            pairs = zip(names, view.leaves, view.seen, strict=True)
+            return [choice(path, leaf) if seen else None for path, leaf, seen in pairs]
+        choice = choice(view.spec.unflatten(view.leaves))
+    try:
+        try:
+            return broadcast_prefix(choice, view.spec)
+        except ValueError:
+            return leaves_like(view.spec, choice)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{what} is neither like the parameters nor a prefix of them: {error}") from None
+
+
+class Masked(Fusible):
+    """A transformation of some leaves; made by `masked`."""
+
+    def __init__(self, inner: GradientTransformation, mask: Any) -> None:
+        self.inner, self.mask = inner, mask
+
+    def _narrow(self, view: View) -> View:
+        mask = resolve(self.mask, view, f"the mask of {self.inner!r:.60}")
+        bad = next((k for k, m in enumerate(mask) if view.seen[k] and not _is_truth(m)), None)
+        if bad is not None:
+            raise ValueError(
+                f"the mask of {self.inner!r:.60} is {mask[bad]!r:.40} at {paths(view.spec)[bad]!r}, expected True or False."
+            )
+        return view.narrow([bool(m) for m in mask])
+
+    def _init(self, view: View) -> Any:
+        narrow = self._narrow(view)
+        if any(view.seen) and not any(narrow.seen):
+            names = [p for p, s in zip(paths(view.spec), view.seen, strict=True) if s]
+            warnings.warn(
+                f"the mask {self.mask!r:.80} of {self.inner!r:.60} matches no parameter; there are "
+                f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''}.",
+                stacklevel=2,
+            )
+        return MaskedState(self.inner._init(narrow))
+
+    def _links(self, view: View, path: tuple[int | str, ...]) -> list[Link]:
+        return self.inner._links(self._narrow(view), (*path, 0))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Masked) and self.inner == other.inner and _same(self.mask, other.mask)
+
+    def __hash__(self) -> int:
+        return hash((Masked, self.inner))
+
+    def __repr__(self) -> str:
+        return f"masked({self.inner!r}, {_show(self.mask)})"
+
+
+def _is_truth(x: Any) -> bool:
+    return isinstance(x, (bool, int)) or (hasattr(x, "item") and hasattr(x, "ndim") and x.ndim == 0)
+
+
+def _same(a: Any, b: Any) -> bool:
+    try:
+        return a is b or (type(a) is type(b) and bool(a == b))
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
+def _show(x: Any) -> str:
+    return getattr(x, "__qualname__", None) or repr(x)
+
+
+class Partition(Fusible):
+    """A transformation for each label; made by `partition`."""
+
+    def __init__(self, transforms: Mapping[Any, GradientTransformation], labels: Any) -> None:
+        self.transforms, self.labels = dict(transforms), labels
+
+    def _parts(self, view: View) -> dict[Any, View]:
+        labels = resolve(self.labels, view, "the labels of partition")
+        for path, label, seen in zip(paths(view.spec), labels, view.seen, strict=True):
+            if seen and (not isinstance(label, Hashable) or label not in self.transforms):
+                raise ValueError(
+                    f"the parameter at {path!r} has the label {label!r}, which has no transformation; there are "
+                    f"{', '.join(map(repr, self.transforms))}."
+                )
+        return {k: view.narrow([label == k for label in labels]) for k in self.transforms}
+
+    def _init(self, view: View) -> Any:
+        parts = self._parts(view)
+        return PartitionState({k: MaskedState(tx._init(parts[k])) for k, tx in self.transforms.items()})
+
+    def _links(self, view: View, path: tuple[int | str, ...]) -> list[Link]:
+        parts = self._parts(view)
+        return [
+            link for k, tx in self.transforms.items() if any(parts[k].seen) for link in tx._links(parts[k], (*path, 0, k, 0))
+        ]
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Partition) and self.transforms == other.transforms and _same(self.labels, other.labels)
+        )
+
+    def __hash__(self) -> int:
+        return hash((Partition, tuple(self.transforms.items())))
+
+    def __repr__(self) -> str:
+        return f"partition({self.transforms!r}, {_show(self.labels)})"
+
+
+def masked(inner: GradientTransformation, mask: Any) -> GradientTransformation:
+    """Applies a transformation to some leaves; the updates of the others pass through as they are.
+
+    The mask is evaluated on the parameters when a tree is first seen, not at every step.
+
+    Args:
+      inner: the transformation.
+      mask: a tree of bools like the parameters, or a prefix of it; a compiled regular expression, searched for in
+        each leaf's path; a function of the path and the parameter; or, as in optax, a function of the whole tree
+        that returns a tree of bools.
+
+    Returns:
+      The transformation.
+
+    Raises:
+      TypeError: `inner` is no transformation.
+
+    Example:
+      >>> import functional_optim as fo, torch
+      >>> tx = fo.masked(fo.scale(2.0), lambda path, p: p.ndim > 1)
+      >>> params = {"weight": torch.ones(1, 1), "bias": torch.ones(1)}
+      >>> fo.masked(fo.scale(2.0), re.compile("weight")).update(params, tx.init(params), params)[0]
+      {'bias': tensor([1.]), 'weight': tensor([[2.]])}
+    """
+    return Masked(as_transformation(inner), re.compile(mask) if isinstance(mask, str) else mask)
+
+
+def partition(
+    transforms: Mapping[Any, GradientTransformation], param_labels: Any | Callable[..., Any]
+) -> GradientTransformation:
+    """Applies to each leaf the transformation of its label.
+
+    Labels are evaluated on the parameters when a tree is first seen, not at every step.
+
+    Args:
+      transforms: transformations by label. Some may go unused.
+      param_labels: a tree of labels like the parameters, or a prefix of it; a mapping from compiled regular
+        expressions to labels, of which the first that is found in a leaf's path counts; a function of the path and
+        the parameter; or, as in optax, a function of the whole tree that returns a tree of labels.
+
+    Returns:
+      The transformation.
+
+    Raises:
+      TypeError: a value of `transforms` is no transformation.
+
+    Example:
+      >>> import functional_optim as fo, torch
+      >>> tx = fo.partition(
+      ...     {"slow": fo.sgd(0.1), "fast": fo.sgd(1.0)},
+      ...     {re.compile("bias"): "fast", re.compile(""): "slow"},
+      ... )
+      >>> params = {"bias": torch.ones(1), "weight": torch.ones(1)}
+      >>> tx.update(params, tx.init(params), params)[0]
+      {'bias': tensor([-1.]), 'weight': tensor([-0.1000])}
+    """
+    return Partition({k: as_transformation(tx) for k, tx in transforms.items()}, param_labels)
+
+
+multi_transform = partition

@@ -1,0 +1,184 @@
+"""`elementwise`: a formula for one leaf becomes a transformation."""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ._base import GradientTransformation, Link
+from ._run import executor
+from ._spec import Bound, Range, Rule, Slot, restore_state
+from ._tree import Tree, View, check_leaf, paths
+
+
+EMPTY = inspect.Parameter.empty
+
+
+class Fusible(GradientTransformation):
+    """A transformation that the compiler sees into: made of rules, or a combination of transformations."""
+
+    def init(self, params: Tree) -> Any:
+        """Makes the state for a tree of parameters."""
+        view = View.of(params)
+        for path, p in zip(paths(view.spec), view.leaves, strict=True):
+            if p is not None:
+                check_leaf("params", path, p)
+        return self._init(view)
+
+    def update(self, updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> tuple[Tree, Any]:
+        """Transforms updates; see `GradientTransformation.update`."""
+        return executor(self, False)(updates, state, params, extra, donate=False)
+
+
+class RuleTransformation(Fusible):
+    """A rule with its hyper-parameters: immutable, comparable, picklable. Its `repr` is the call that makes it.
+
+    Args:
+      factory: the function that `elementwise` made.
+      values: every hyper-parameter by name.
+    """
+
+    def __init__(self, factory: "RuleFactory", values: Mapping[str, Any]) -> None:
+        self.factory = factory
+        self.bound = Bound(factory.rule, dict(values))
+
+    def replace(self, **values: Any) -> "RuleTransformation":
+        """The same rule with some hyper-parameters replaced."""
+        return self.factory(**{**self.bound.values, **values})
+
+    def _init(self, view: View) -> Any:
+        rule, values = self.bound.rule, self.bound.values
+        fields = {name: view.map(functools.partial(s.make, hypers=values)) for name, s in rule.slots.items()}
+        if self.bound.counted:
+            device = next((x.device for x, seen in zip(view.leaves, view.seen, strict=True) if seen), None)
+            fields["count"] = torch.zeros((), dtype=torch.int64, device=device)
+        return self.bound.state_type(**fields)
+
+    def _links(self, view: View, path: tuple[int | str, ...]) -> list[Link]:
+        return [Link(self, path, view.seen, self.bound)]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RuleTransformation) and self.bound.key == other.bound.key
+
+    def __hash__(self) -> int:
+        return hash(self.bound.key)
+
+    def __repr__(self) -> str:
+        shown = []
+        for name, value in self.bound.values.items():
+            default = self.bound.rule.hypers[name]
+            if default is EMPTY or type(value) is not type(default) or isinstance(value, torch.Tensor) or value != default:
+                shown.append(f"{name}={value!r}")
+        return f"{self.bound.rule.name}({', '.join(shown)})"
+
+
+class RuleFactory:
+    """A function of hyper-parameters that returns a transformation."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+        functools.update_wrapper(self, rule.fn)
+        self.__signature__ = inspect.Signature(
+            [inspect.Parameter(k, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=v) for k, v in rule.hypers.items()],
+            return_annotation=RuleTransformation,
+        )
+        # so that `torch.load(weights_only=True)` may load states
+        torch.serialization.add_safe_globals([(self, f"{self.__module__}.{self.__qualname__}"), restore_state])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> RuleTransformation:
+        try:
+            bound = self.__signature__.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{self.rule.name}: {error}; its hyper-parameters are {self.__signature__}.") from None
+        bound.apply_defaults()
+        return RuleTransformation(self, bound.arguments)
+
+    def __repr__(self) -> str:
+        return f"<rule {self.rule.name}{self.__signature__}>"
+
+    def __reduce__(self) -> str:
+        return self.__qualname__
+
+
+def elementwise(
+    fn: Callable[..., Any] | None = None,
+    *,
+    state: Mapping[str, Slot] | None = None,
+    extra: Sequence[str] = (),
+    static: Sequence[str] = (),
+    ranges: Mapping[str, str] | None = None,
+) -> Any:
+    """Turns the formula for one leaf into a function of hyper-parameters that returns a transformation.
+
+    The formula takes the incoming update `u`, then `p` if it wants the parameter, then its slots of state by name,
+    and keyword-only: `step` (1 at the first update) if it wants it, extra arguments, and hyper-parameters, whose
+    defaults become the function's. It returns the new update, followed by the new value of every slot. It is plain
+    torch: operators, functions, and the reductions `leaf_sum`, `leaf_mean`, `leaf_norm`, `leaf_amax`, `tree_sum`,
+    `tree_norm`, `tree_amax`. A hyper-parameter may be a number, a 0-d tensor or a schedule.
+
+    Args:
+      fn: the formula, when used without parentheses.
+      state: slots of state, in the order of the formula's arguments; see `slot`.
+      extra: extra arguments of `update` that the formula takes, such as `"value"`; numbers or 0-d tensors.
+      static: hyper-parameters that are switches, for Python's `if`; each value makes a kernel of its own. Those
+        whose value is None, a bool, a string or a dtype need not be named.
+      ranges: intervals that hyper-parameters must lie in, such as `{"b1": "[0, 1)"}`.
+
+    Returns:
+      The function of hyper-parameters.
+
+    Raises:
+      TypeError: the formula's arguments are not as described.
+
+    Example:
+      >>> import torch
+      >>> @elementwise(state={"mu": slot(0.0)}, ranges={"decay": "[0, 1)"})
+      ... def momentum(u, mu, *, decay=0.9):
+      ...     mu = decay * mu + u
+      ...     return mu, mu
+      >>> tx = momentum(decay=0.5)
+      >>> tx
+      momentum(decay=0.5)
+      >>> state = tx.init(torch.zeros(2))
+      >>> updates, state = tx.update(torch.ones(2), state)
+      >>> updates, state = tx.update(torch.ones(2), state)
+      >>> updates
+      tensor([1.5000, 1.5000])
+    """
+    if fn is None:
+        return functools.partial(elementwise, state=state, extra=extra, static=static, ranges=ranges)
+    name = fn.__name__.lstrip("_")
+    slots = dict(state or {})
+    parameters = inspect.signature(fn).parameters
+    positional = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY)]
+    keywords = {p.name: p.default for p in parameters.values() if p.kind is p.KEYWORD_ONLY}
+    uses_params = "p" in positional
+    expected = ["u", *(["p"] if uses_params else []), *slots]
+    if positional != expected or len(positional) + len(keywords) != len(parameters):
+        raise TypeError(
+            f"{name} takes ({', '.join(parameters)}), expected ({', '.join(expected)}, *, ...): the update `u`, `p` if it "
+            f"wants the parameter, the slots of state in order, and the rest keyword-only."
+        )
+    hypers = {k: v for k, v in keywords.items() if k != "step" and k not in extra}
+    for what, names in (("extra", extra), ("static", static), ("ranges", ranges or {})):
+        unknown = [k for k in names if k not in (keywords if what == "extra" else hypers)]
+        if unknown:
+            raise TypeError(f"`{what}` of {name} names {unknown}, which are not among its keyword-only arguments.")
+    for slot_name, slot in slots.items():
+        if isinstance(slot.dtype, str) and slot.dtype not in hypers:
+            raise TypeError(f"the slot `{slot_name}` of {name} takes its dtype from `{slot.dtype}`, which is no argument.")
+    return RuleFactory(
+        Rule(
+            name=name,
+            fn=fn,
+            slots=slots,
+            hypers=hypers,
+            extras=tuple(extra),
+            static=frozenset(static),
+            ranges={k: Range.parse(v) for k, v in (ranges or {}).items()},
+            uses_params=uses_params,
+            uses_step="step" in keywords or any(s.start == "first_update" for s in slots.values()),
+        )
+    )

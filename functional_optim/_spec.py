@@ -1,0 +1,203 @@
+"""What a rule declares: its slots of state, its hyper-parameters and their ranges."""
+
+import collections
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+
+class EmptyState(NamedTuple):
+    """The state of a transformation that keeps none."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A slot of state of a rule; made by `slot`."""
+
+    start: float | Literal["param", "first_update"]
+    dtype: torch.dtype | str | None
+    per_leaf: bool
+
+    def make(self, p: torch.Tensor, hypers: Mapping[str, Any]) -> torch.Tensor:
+        """The slot's first value for one leaf."""
+        dtype = hypers[self.dtype] if isinstance(self.dtype, str) else self.dtype
+        if self.per_leaf:
+            wide = torch.float64 if p.dtype is torch.float64 else torch.float32
+            start = 0.0 if isinstance(self.start, str) else self.start
+            return torch.full((), start, dtype=dtype or wide, device=p.device)
+        if self.start == "param":
+            return p.detach().to(dtype or p.dtype, copy=True)
+        start = 0.0 if isinstance(self.start, str) else self.start
+        return torch.full_like(p, start, dtype=dtype or p.dtype, requires_grad=False)
+
+
+def slot(
+    start: float | Literal["param", "first_update"] = 0.0,
+    *,
+    dtype: torch.dtype | str | None = None,
+    per: Literal["element", "leaf"] = "element",
+) -> Slot:
+    """Declares a slot of state.
+
+    Args:
+      start: its value before the first update: a number, a copy of the parameter (`"param"`), or the update that
+        reaches the rule at its first step (`"first_update"`).
+      dtype: how it is stored: a dtype, or the name of the hyper-parameter that holds one. By default as the
+        parameter is, or as float32 (float64 for float64 parameters) where there is one number per leaf.
+      per: one number per element of a leaf, or one per leaf.
+
+    Returns:
+      The declaration.
+
+    Raises:
+      ValueError: one number per leaf cannot start as a tensor.
+
+    Example:
+      >>> slot(1.0, per="leaf").make(torch.zeros(3), {})
+      tensor(1.)
+    """
+    if per not in ("element", "leaf"):
+        raise ValueError(f'`per` must be "element" or "leaf", got {per!r}.')
+    if per == "leaf" and isinstance(start, str):
+        raise ValueError(f"a slot with one number per leaf starts from a number, got start={start!r}.")
+    if isinstance(start, str) and start not in ("param", "first_update"):
+        raise ValueError(f'`start` must be a number, "param" or "first_update", got {start!r}.')
+    return Slot(start, dtype, per == "leaf")
+
+
+zeros = slot(0.0)
+
+
+@dataclass(frozen=True)
+class Range:
+    """An interval, written as in mathematics: `Range.parse("[0, 1)")`."""
+
+    text: str
+    low: float = field(compare=False)
+    high: float = field(compare=False)
+
+    @classmethod
+    def parse(cls, text: str) -> "Range":
+        match = re.fullmatch(r"([\[(])\s*([^,\s]+)\s*,\s*([^,\s]+)\s*([\])])", text)
+        if not match:
+            raise ValueError(f'a range is written like "[0, 1)", got {text!r}.')
+        return cls(text, float(match[2]), float(match[3]))
+
+    def __contains__(self, x: float) -> bool:
+        low = x >= self.low if self.text[0] == "[" else x > self.low
+        high = x <= self.high if self.text[-1] == "]" else x < self.high
+        return low and high
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """What `elementwise` knows of a rule.
+
+    Args:
+      name: the name that messages and `repr` use.
+      fn: the formula.
+      slots: slots of state, by name, in the order of the formula's arguments.
+      hypers: hyper-parameters and their defaults, in order; `inspect.Parameter.empty` if there is none.
+      extras: names of extra arguments of `update` that it needs.
+      static: hyper-parameters that Python sees while the formula is traced.
+      ranges: intervals that hyper-parameters must lie in.
+      uses_params: whether the formula takes `p`.
+      uses_step: whether the formula takes `step`, or a slot starts from the first update.
+    """
+
+    name: str
+    fn: Callable[..., Any]
+    slots: Mapping[str, Slot]
+    hypers: Mapping[str, Any]
+    extras: tuple[str, ...]
+    static: frozenset[str]
+    ranges: Mapping[str, Range]
+    uses_params: bool
+    uses_step: bool
+
+    def check(self, hyper: str, value: Any) -> None:
+        """Refuses a number outside its range.
+
+        Raises:
+          ValueError: with the name, the value and the range.
+        """
+        if isinstance(value, torch.Tensor) and value.ndim:
+            raise ValueError(
+                f"`{hyper}` of {self.name} must be a number, a 0-d tensor or a schedule, "
+                f"got a tensor of shape {tuple(value.shape)}."
+            )
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            return
+        if hyper in self.ranges and value not in self.ranges[hyper]:
+            raise ValueError(f"`{hyper}` of {self.name} must be in {self.ranges[hyper].text}, got {value!r}.")
+        if math.isnan(value):
+            raise ValueError(f"`{hyper}` of {self.name} must be a number, got nan.")
+
+
+@functools.cache
+def state_type(rule: Rule, counted: bool) -> Any:
+    """The NamedTuple that holds the state of a rule: `count` if it counts steps, and its slots."""
+    fields = (*(("count",) if counted else ()), *rule.slots)
+    if not fields:
+        return EmptyState
+    name = "".join(word.capitalize() for word in rule.name.split("_")) + "State"
+    made = collections.namedtuple(name, fields, module=rule.fn.__module__)  # type: ignore[misc]
+    made.__doc__ = f"The state of `{rule.name}`."
+    # pickled by way of its rule, which has a name that a module knows; `_asdict` leaves the fields to pickle
+    made.__reduce__ = lambda self: (restore_state, (rule, counted, *self))
+    return made
+
+
+def restore_state(rule: Rule, counted: bool, *values: Any) -> Any:
+    """Makes the state of a rule; what unpickling calls."""
+    return state_type(rule, counted)(*values)
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """A rule with its hyper-parameters: all that makes a rule-made transformation what it is."""
+
+    rule: Rule
+    values: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        for name, value in self.values.items():
+            self.rule.check(name, value)
+
+    @cached_property
+    def counted(self) -> bool:
+        """Whether the state has a counter of steps."""
+        return self.rule.uses_step or any(self.is_schedule(k) for k in self.values)
+
+    def is_schedule(self, hyper: str) -> bool:
+        """Whether a hyper-parameter is a function of the step."""
+        value = self.values[hyper]
+        return hyper not in self.rule.static and callable(value) and not isinstance(value, torch.Tensor)
+
+    def is_scalar(self, hyper: str) -> bool:
+        """Whether a hyper-parameter is a number that the kernel reads, as opposed to a switch."""
+        return hyper not in self.rule.static and not is_static(self.values[hyper]) and not self.is_schedule(hyper)
+
+    @cached_property
+    def state_type(self) -> Any:
+        """The NamedTuple that holds the state."""
+        return state_type(self.rule, self.counted)
+
+    @cached_property
+    def key(self) -> tuple[Any, ...]:
+        """What two equal ones have in common; tensors and functions count by identity."""
+        return (
+            id(self.rule),
+            *((k, id(v) if isinstance(v, torch.Tensor) else (type(v), v)) for k, v in self.values.items()),
+        )
+
+
+def is_static(value: Any) -> bool:
+    """Whether a hyper-parameter's value can only be a switch."""
+    return value is None or isinstance(value, (bool, str, bytes, torch.dtype, tuple))

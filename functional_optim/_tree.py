@@ -1,0 +1,129 @@
+"""Pytrees: the one file that names a pytree library.
+
+`None` is a leaf, the absent one: a parameter without a gradient. Register a container of your own with
+`optree.register_pytree_node(cls, ..., namespace="functional_optim")` or in optree's global namespace.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import optree
+import torch
+
+
+Tree = Any
+Spec = optree.PyTreeSpec
+NAMESPACE = "functional_optim"
+
+
+class MaskedNode(NamedTuple):
+    """Stands for a leaf that a transformation does not see. It has no leaves of its own."""
+
+
+def flatten(tree: Tree) -> tuple[list[Any], Spec]:
+    """The leaves of a tree, and its structure."""
+    return optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
+
+
+def leaves_like(spec: Spec, tree: Tree) -> list[Any]:
+    """What a tree has in the places of the leaves of `spec`.
+
+    Raises:
+      ValueError: the tree has another structure.
+    """
+    return spec.flatten_up_to(tree)
+
+
+def unflatten(spec: Spec, leaves: Sequence[Any]) -> Tree:
+    """The tree of that structure with these leaves."""
+    return spec.unflatten(leaves)
+
+
+def tree_map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    """Applies a function to the leaves of trees of one structure."""
+    return optree.tree_map(fn, tree, *rest, none_is_leaf=True, namespace=NAMESPACE)
+
+
+def paths(spec: Spec) -> list[str]:
+    """The path of each leaf: keys, indices and field names, joined by dots."""
+    return [".".join(str(getattr(e, "field", e.entry)) for e in accessor) for accessor in spec.accessors()]
+
+
+def broadcast_prefix(prefix: Tree, spec: Spec) -> list[Any]:
+    """Spreads a tree that ends earlier than `spec`, or where it does, over the leaves of `spec`.
+
+    Raises:
+      ValueError: it is not a prefix.
+    """
+    full = spec.unflatten(range(spec.num_leaves))
+    return optree.broadcast_prefix(prefix, full, none_is_leaf=True, namespace=NAMESPACE)
+
+
+def difference(expected: Spec, tree: Tree) -> str:
+    """Says in words where the structure of a tree departs from the expected one."""
+    have, want = paths(flatten(tree)[1]), paths(expected)
+    missing = [p for p in want if p not in set(have)]
+    extra = [p for p in have if p not in set(want)]
+    parts = [f"{what} {', '.join(map(repr, ps[:5]))}{' ...' if len(ps) > 5 else ''}"
+             for what, ps in (("it lacks", missing), ("it has the unknown", extra)) if ps]
+    return " and ".join(parts) or f"the leaves agree but the containers do not: {flatten(tree)[1]}, not {expected}"
+
+
+class View(NamedTuple):
+    """A tree as a transformation sees it: some leaves of the whole.
+
+    Args:
+      spec: structure of the whole tree.
+      leaves: leaves of the whole tree.
+      seen: for each leaf, whether the transformation sees it.
+    """
+
+    spec: Spec
+    leaves: tuple[Any, ...]
+    seen: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, tree: Tree) -> "View":
+        leaves, spec = flatten(tree)
+        return cls(spec, tuple(leaves), tuple(x is not None for x in leaves))
+
+    def narrow(self, mask: Sequence[bool]) -> "View":
+        """The same tree with fewer leaves seen."""
+        return self._replace(seen=tuple(bool(m) and s for m, s in zip(mask, self.seen, strict=True)))
+
+    def tree(self, leaves: Sequence[Any] | None = None) -> Tree:
+        """The tree with a `MaskedNode` in place of what is not seen."""
+        chosen = self.leaves if leaves is None else leaves
+        return self.spec.unflatten(
+            x if seen or x is None else MaskedNode() for x, seen in zip(chosen, self.seen, strict=True)
+        )
+
+    def map(self, fn: Callable[[Any], Any]) -> Tree:
+        """Applies a function to the leaves that are seen."""
+        return self.tree([fn(x) if seen else x for x, seen in zip(self.leaves, self.seen, strict=True)])
+
+
+def check_leaf(name: str, path: str, x: Any) -> torch.Tensor:
+    """Refuses a leaf that no rule can work on.
+
+    Raises:
+      TypeError: it is not a dense tensor of a floating dtype.
+    """
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}{at(path)} is {type(x).__name__} {x!r:.80}, expected a tensor.")
+    if x.layout is not torch.strided:
+        raise TypeError(
+            f"{name}{at(path)} is sparse ({x.layout}), expected a dense tensor; pass `x.to_dense()`, or a model "
+            f"that makes no sparse gradients (`nn.Embedding(..., sparse=False)`)."
+        )
+    if not x.dtype.is_floating_point or x.dtype.itemsize < 2:
+        hint = "view it as real pairs with `torch.view_as_real`" if x.is_complex() else "leave it out of the tree"
+        raise TypeError(
+            f"{name}{at(path)} has dtype {x.dtype}, expected float32, float64, bfloat16 or float16; {hint}."
+        )
+    return x
+
+
+def at(path: str) -> str:
+    """A leaf's path as part of a message."""
+    return f" at {path!r}" if path else ""

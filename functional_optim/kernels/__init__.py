@@ -1,0 +1,28 @@
+"""The compiler: programs over lists of tensors. It knows nothing of optimizers or pytrees.
+
+    rule, a Python function of one leaf
+      |  trace.py      symbols record what the rule does
+    Program            program.py: values, levels, stages; print it
+      |  plan.py       passes over memory, split at reductions
+    Pass
+      |  emit_c.py, emit_triton.py     text, one statement per value
+      |  build.py      text -> kernel, cached on disk
+    kernel
+      |  launch.py     tables of addresses and numbers
+    new values         reference.py and foreach.py get here from the Program, without a compiler
+"""
+
+from collections.abc import Callable, Sequence
+
+from .build import BuildError as BuildError
+from .foreach import run_foreach
+from .launch import run_c, run_triton
+from .reference import Call as Call, Column as Column, run_reference
+
+
+BACKENDS: dict[str, Callable[[Sequence[Call]], list[list[Column]]]] = {
+    "reference": run_reference,
+    "foreach": run_foreach,
+    "c": run_c,
+    "triton": run_triton,
+}

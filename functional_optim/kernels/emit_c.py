@@ -1,0 +1,301 @@
+"""Emit one pass of a program as C: a function over every chunk of every leaf.
+
+The text is meant to be read; the cache keeps it beside the compiled kernel. A pass has three parts. `prologue`
+computes the uniform values in double precision, once per row of the scalar table and once per leaf. `work` runs on
+every thread: it takes chunks until none is left. `epilogue` stores the numbers that a leaf keeps.
+
+Reductions give the same bits for any number of threads: a chunk sums blocks of its elements into eight lanes of
+double precision, and the next pass adds the chunks in order.
+"""
+
+import math
+
+import torch
+
+from .ops import OPS, REDUCTIONS
+from .plan import Pass, Signature, plan
+from .program import Level, Program
+
+
+BLOCK = 512  # elements per block of a reducing pass; one block of each reduced value stays in the first-level cache
+
+HEADER = r"""
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef {T} real;
+
+typedef struct {{
+  int64_t n_leaves, n_chunks, n_rows;
+  int64_t n_partials, first_partial;   /* chunks of all groups, and those before this group's */
+  const int64_t *chunk_leaf, *chunk_start, *chunk_stop;
+  const int64_t *leaf_chunk;           /* a leaf's first chunk; n_leaves + 1 numbers */
+  const int64_t *leaf_size, *leaf_row;
+  void *const *const *columns;         /* an array of n_leaves addresses per input and output */
+  const double *scalars;               /* n_rows rows */
+  double *const *partials;             /* n_partials numbers per reduction */
+  void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
+  int64_t n_threads;
+  int64_t next_chunk;
+  double *of_row, *of_leaf;            /* uniform values */
+}} launch_t;
+
+static inline float from_bf16(uint16_t x) {{ uint32_t u = (uint32_t)x << 16; float f; memcpy(&f, &u, 4); return f; }}
+static inline uint16_t to_bf16(float f) {{
+  uint32_t u; memcpy(&u, &f, 4);
+  uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  return f != f ? 0x7fc0 : (uint16_t)rounded;
+}}
+#if defined(__FLT16_MANT_DIG__) && !defined(SOFT_F16)
+static inline float from_f16(uint16_t x) {{ _Float16 h; memcpy(&h, &x, 2); return (float)h; }}
+static inline uint16_t to_f16(float f) {{ _Float16 h = (_Float16)f; uint16_t x; memcpy(&x, &h, 2); return x; }}
+#else
+static inline float from_f16(uint16_t x) {{
+  uint32_t sign = (uint32_t)(x & 0x8000) << 16, rest = (uint32_t)(x & 0x7fff) << 13, u;
+  float f;
+  if (rest >= 0x0f800000) {{ u = sign | (rest + 0x70000000); memcpy(&f, &u, 4); return f; }}  /* inf, nan */
+  memcpy(&f, &rest, 4);
+  f *= 0x1p112f;
+  memcpy(&u, &f, 4); u |= sign; memcpy(&f, &u, 4);
+  return f;
+}}
+static inline uint16_t to_f16(float f) {{
+  uint32_t u; memcpy(&u, &f, 4);
+  const uint32_t sign = (u >> 16) & 0x8000;
+  u &= 0x7fffffff;
+  if (u > 0x7f800000) return (uint16_t)(sign | 0x7e00);
+  if (u >= 0x477ff000) return (uint16_t)(sign | 0x7c00);  /* rounds to infinity */
+  if (u < 0x38800000) {{  /* subnormal: let the addition round */
+    float g; memcpy(&g, &u, 4); g += 0.5f; memcpy(&u, &g, 4);
+    return (uint16_t)(sign | (u - 0x3f000000));
+  }}
+  return (uint16_t)(sign | ((u + 0xfff + ((u >> 13) & 1) - 0x38000000) >> 13));
+}}
+#endif
+
+static inline void fold_sum(double *lanes, const real *x, int n) {{
+  int i = 0;
+  for (; i + 8 <= n; i += 8)
+    for (int j = 0; j < 8; ++j) lanes[j] += (double)x[i + j];
+  for (; i < n; ++i) lanes[i & 7] += (double)x[i];
+}}
+static inline double done_sum(const double *x) {{
+  return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+}}
+static inline double larger(double a, double b) {{ return (b > a || b != b) ? b : a; }}
+static inline void fold_amax(double *lanes, const real *x, int n) {{
+  int i = 0;
+  for (; i + 8 <= n; i += 8)
+    for (int j = 0; j < 8; ++j) lanes[j] = larger(lanes[j], (double)x[i + j]);
+  for (; i < n; ++i) lanes[i & 7] = larger(lanes[i & 7], (double)x[i]);
+}}
+static inline double done_amax(const double *x) {{
+  double y = x[0];
+  for (int j = 1; j < 8; ++j) y = larger(y, x[j]);
+  return y;
+}}
+static inline double total_sum(const double *x, int64_t n) {{
+  double y = 0;
+  for (int64_t i = 0; i < n; ++i) y += x[i];
+  return y;
+}}
+static inline double total_amax(const double *x, int64_t n) {{
+  double y = -INFINITY;
+  for (int64_t i = 0; i < n; ++i) y = larger(y, x[i]);
+  return y;
+}}
+"""
+
+# C type, load, store; `{0}` is the place, `{1}` the value
+STORAGE = {
+    torch.float32: ("float", "(real){0}", "{0} = (float)({1})"),
+    torch.float64: ("double", "(real){0}", "{0} = (double)({1})"),
+    torch.bfloat16: ("uint16_t", "(real)from_bf16({0})", "{0} = to_bf16((float)({1}))"),
+    torch.float16: ("uint16_t", "(real)from_f16({0})", "{0} = to_f16((float)({1}))"),
+}
+
+
+def emit_c(signature: Signature) -> str:
+    """The C source of all passes of a program: functions `pass_0`, `pass_1`, ..."""
+    compute = {torch.float32: "float", torch.float64: "double"}[signature.compute]
+    description = "\n".join(f" * {line}" for line in str(signature.program).splitlines())
+    passes = [_Emitter(signature, p, k).text() for k, p in enumerate(plan(signature))]
+    return f"/*\n{description}\n */\n" + HEADER.format(T=compute) + "\n" + "\n".join(passes)
+
+
+def literal(x: float) -> str:
+    """A double constant in C."""
+    if math.isnan(x):
+        return "NAN"
+    return repr(x) if math.isfinite(x) else ("INFINITY" if x > 0 else "-INFINITY")
+
+
+class _Emitter:
+    """Writes one pass."""
+
+    def __init__(self, signature: Signature, p: Pass, number: int) -> None:
+        self.signature, self.p, self.number = signature, p, number
+        self.program: Program = signature.program
+        values = self.program.values
+        used = {a for i in p.body for a in values[i].args} | {self.program.outputs[k].value for k in p.stores}
+        used |= {values[r].args[0] for r in p.reductions}
+        kept = [i for i in p.uniforms if i in used and values[i].op != "const"]
+        per_leaf = [i for i in p.uniforms if values[i].level is Level.LEAF]
+        of_leaf = {a for i in per_leaf for a in values[i].args}
+        self.row_kept = [i for i in p.uniforms if values[i].level is Level.ROW and (i in kept or i in of_leaf)]
+        self.row_kept = [i for i in self.row_kept if values[i].op != "const"]
+        self.leaf_kept = [i for i in kept if values[i].level is Level.LEAF]
+        self.per_leaf = per_leaf
+        inputs = (*self.program.arrays, *self.program.leaves)
+        self.columns = {name: k for k, name in enumerate(inputs)}
+        self.first_output = len(inputs)
+
+    def text(self) -> str:
+        n = self.number
+        parts = [f"/* ---- pass {n + 1} of {len(plan(self.signature))} ---- */"]
+        parts.append(f"static void work_{n}(void *data) {{\n" + "\n".join("  " + x for x in self.work()) + "\n}\n")
+        parts.append(f"void pass_{n}(launch_t *l) {{\n" + "\n".join("  " + x for x in self.entry()) + "\n}\n")
+        return "\n".join(parts)
+
+    # -- uniform values -------------------------------------------------------------------------------------------
+
+    def uniform(self, i: int) -> str:
+        """The C expression of one uniform value, in double precision."""
+        value = self.program.values[i]
+        match value.op:
+            case "scalar":
+                return f"l->scalars[r * {len(self.program.scalars)} + {self.program.scalars.index(value.name)}]"
+            case "size":
+                return "(double)l->leaf_size[leaf]"
+            case "leaf":
+                dtype = self.signature.dtypes[value.name]
+                ctype, load, _ = STORAGE[dtype]
+                return load.format(f"*(const {ctype} *)l->columns[{self.columns[value.name]}][leaf]").replace(
+                    "(real)", "(double)"
+                )
+            case _ if value.reduction:
+                partials = f"l->partials[{self.program.reductions.index(i)}]"
+                if value.op.startswith("tree_"):
+                    return f"total_{value.reduction}({partials}, l->n_partials)"
+                start = "l->leaf_chunk[leaf]"
+                return (
+                    f"total_{value.reduction}({partials} + l->first_partial + {start}, l->leaf_chunk[leaf + 1] - {start})"
+                )
+        args = [self.double_operand(a) for a in value.args]
+        return OPS[value.op].c.format(*args, f="", T="double")
+
+    def double_operand(self, i: int) -> str:
+        value = self.program.values[i]
+        return f"({literal(value.const)})" if value.op == "const" else f"u{i}"
+
+    def entry(self) -> list[str]:
+        values = self.program.values
+        nr, nl = len(self.row_kept), len(self.leaf_kept)
+        once = [i for i in self.p.uniforms if values[i].op.startswith("tree_")]
+        rows = [i for i in self.p.uniforms if values[i].level is Level.ROW and values[i].op != "const" and i not in once]
+        lines = []
+        if nr or nl:
+            lines.append(f"double *uniforms = malloc(sizeof(double) * (l->n_rows * {nr} + l->n_leaves * {nl} + 1));")
+            lines.append(f"l->of_row = uniforms; l->of_leaf = uniforms + l->n_rows * {nr};")
+        lines += [f"const double u{i} = {self.uniform(i)};" for i in once]
+        if nr:
+            lines.append("for (int64_t r = 0; r < l->n_rows; ++r) {")
+            lines += [f"  const double u{i} = {self.uniform(i)};" for i in rows]
+            lines += [f"  l->of_row[r * {nr} + {k}] = u{i};" for k, i in enumerate(self.row_kept)]
+            lines.append("}")
+        if nl:
+            lines.append("for (int64_t leaf = 0; leaf < l->n_leaves; ++leaf) {")
+            lines += ["  " + x for x in self.leaf_lines()]
+            lines += [f"  l->of_leaf[leaf * {nl} + {k}] = u{i};" for k, i in enumerate(self.leaf_kept)]
+            lines.append("}")
+        lines.append("l->next_chunk = 0;")
+        lines.append(f"if (l->n_threads > 1) l->parallel(work_{self.number}, l, (unsigned)l->n_threads, 0);")
+        lines.append(f"else work_{self.number}(l);")
+        own = [k for k in self.p.stores if self.program.outputs[k].level is Level.LEAF]
+        if own:
+            lines.append("for (int64_t leaf = 0; leaf < l->n_leaves; ++leaf) {")
+            for k in own:
+                ctype, _, store = STORAGE[self.signature.outputs[k]]
+                i = self.program.outputs[k].value
+                place = f"*({ctype} *)l->columns[{self.first_output + k}][leaf]"
+                lines.append("  " + store.format(place, self.kept(i)) + ";")
+            lines.append("}")
+        if nr or nl:
+            lines.append("free(uniforms);")
+        return lines
+
+    def leaf_lines(self) -> list[str]:
+        nr = len(self.row_kept)
+        lines = [f"const int64_t r = l->leaf_row[leaf];"] if nr else []
+        lines += [f"const double u{i} = l->of_row[r * {nr} + {k}];" for k, i in enumerate(self.row_kept)]
+        return lines + [f"const double u{i} = {self.uniform(i)};" for i in self.per_leaf]
+
+    def kept(self, i: int) -> str:
+        """Where a uniform value was left by the prologue."""
+        value = self.program.values[i]
+        if value.op == "const":
+            return literal(value.const)
+        if value.level is Level.ROW:
+            return f"l->of_row[l->leaf_row[leaf] * {len(self.row_kept)} + {self.row_kept.index(i)}]"
+        return f"l->of_leaf[leaf * {len(self.leaf_kept)} + {self.leaf_kept.index(i)}]"
+
+    # -- elements -------------------------------------------------------------------------------------------------
+
+    def operand(self, i: int) -> str:
+        value = self.program.values[i]
+        if value.op == "const":
+            return f"(real){literal(value.const)}" if value.const >= 0 else f"((real){literal(value.const)})"
+        return f"s{i}" if value.uniform else f"v{i}"
+
+    def work(self) -> list[str]:
+        program, values, p = self.program, self.program.values, self.p
+        lines = ["launch_t *l = data;", "for (;;) {"]
+        inner = [
+            "const int64_t chunk = __atomic_fetch_add(&l->next_chunk, 1, __ATOMIC_RELAXED);",
+            "if (chunk >= l->n_chunks) return;",
+            "const int64_t leaf = l->chunk_leaf[chunk], start = l->chunk_start[chunk], stop = l->chunk_stop[chunk];",
+        ]
+        inner += [f"const real s{i} = (real){self.kept(i)};" for i in (*self.row_kept, *self.leaf_kept)]
+        body = []
+        for i in p.inputs:
+            ctype, load, _ = STORAGE[self.signature.dtypes[values[i].name]]
+            inner.append(f"const {ctype} *a{i} = l->columns[{self.columns[values[i].name]}][leaf];  /* {values[i].name} */")
+            body.append(f"const real v{i} = {load.format(f'a{i}[i]')};")
+        for i, k in p.reloads:
+            ctype, load, _ = STORAGE[self.signature.outputs[k]]
+            inner.append(f"const {ctype} *a{i} = l->columns[{self.first_output + k}][leaf];  /* {program.outputs[k].name} */")
+            body.append(f"const real v{i} = {load.format(f'a{i}[i]')};")
+        for i in p.body:
+            ctype = "int" if values[i].boolean else "real"
+            expression = OPS[values[i].op].c.format(*map(self.operand, values[i].args), f=self.suffix, T="real")
+            body.append(f"const {ctype} v{i} = {expression};")
+        for k in p.stores:
+            if program.outputs[k].level is Level.ELEMENT:
+                ctype, _, store = STORAGE[self.signature.outputs[k]]
+                inner.append(f"{ctype} *o{k} = l->columns[{self.first_output + k}][leaf];  /* {program.outputs[k].name} */")
+                body.append(store.format(f"o{k}[i]", self.operand(program.outputs[k].value)) + ";")
+        for r in p.reductions:
+            body.append(f"b{r}[i - first] = {self.operand(values[r].args[0])};")
+        loop = "#pragma omp simd"
+        if not p.reductions:
+            inner += [loop, "for (int64_t i = start; i < stop; ++i) {", *("  " + x for x in body), "}"]
+        else:
+            for r in p.reductions:
+                identity = literal(REDUCTIONS[values[r].reduction].identity)
+                inner.append(f"double t{r}[8] = {{{', '.join([identity] * 8)}}};")
+                inner.append(f"real b{r}[{BLOCK}];")
+            inner.append(f"for (int64_t first = start; first < stop; first += {BLOCK}) {{")
+            inner.append(f"  const int64_t end = stop < first + {BLOCK} ? stop : first + {BLOCK};")
+            inner += ["  " + loop, "  for (int64_t i = first; i < end; ++i) {", *("    " + x for x in body), "  }"]
+            inner += [f"  fold_{values[r].reduction}(t{r}, b{r}, (int)(end - first));" for r in p.reductions]
+            inner.append("}")
+            for r in p.reductions:
+                place = f"l->partials[{program.reductions.index(r)}][l->first_partial + chunk]"
+                inner.append(f"{place} = done_{values[r].reduction}(t{r});")
+        return [*lines, *("  " + x for x in inner), "}"]
+
+    @property
+    def suffix(self) -> str:
+        return "f" if self.signature.compute is torch.float32 else ""

@@ -1,0 +1,185 @@
+"""Emit one pass of a program as Triton: each program instance updates one chunk of one leaf.
+
+All that varies is in tables on the device: addresses, sizes, chunks, and a row of scalars per group of
+hyper-parameters. Uniform values are computed in double precision at the start of each instance; a reduction ends
+there too, by adding the partial results of the pass before, in order, so no further launch is needed.
+"""
+
+import torch
+
+from .ops import OPS, REDUCTIONS
+from .plan import Pass, Signature, plan
+from .program import Level
+
+
+TYPES = {
+    torch.float32: "tl.float32",
+    torch.float64: "tl.float64",
+    torch.bfloat16: "tl.bfloat16",
+    torch.float16: "tl.float16",
+}
+
+# fp32 division and square root are approximate in Triton unless asked for by these names
+HEADER = """\
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _div(x, y):
+    z = x / y
+    if z.dtype == tl.float32:
+        z = tl.div_rn((x + tl.zeros_like(z)).to(tl.float32), (y + tl.zeros_like(z)).to(tl.float32))
+    return z
+
+
+@triton.jit
+def _sqrt(x):
+    if x.dtype == tl.float32:
+        return tl.sqrt_rn(x)
+    return tl.sqrt(x)
+
+
+@triton.jit
+def _pow(x, y):
+    # in double precision: exp2(y * log2 |x|), with the sign of an odd integer power of a negative number
+    a = x.to(tl.float64)
+    b = y.to(tl.float64)
+    z = tl.exp2(b * tl.log2(tl.abs(a)))
+    whole = tl.floor(b) == b
+    odd = tl.floor(b * 0.5) * 2.0 != b
+    z = tl.where(a < 0, tl.where(whole, tl.where(odd, -z, z), float("nan")), z)
+    z = tl.where((b == 0) | (a == 1), 1.0, z)
+    return z.to((x + y).dtype)
+
+
+@triton.jit
+def _bf16(x):
+    # round to nearest even by hand, because a conversion may truncate
+    u = x.to(tl.float32).to(tl.uint32, bitcast=True)
+    r = (u + 0x7FFF + ((u >> 16) & 1)) & 0xFFFF0000
+    return tl.where(x == x, r.to(tl.float32, bitcast=True), float("nan"))
+
+
+@triton.jit
+def _total_sum(start, n, BLOCK: tl.constexpr):
+    y = tl.zeros((BLOCK,), tl.float64)
+    for i in range(0, n, BLOCK):
+        k = i + tl.arange(0, BLOCK)
+        y += tl.load(start + k, k < n, 0.0)
+    return tl.sum(y)
+
+
+@triton.jit
+def _amax(x):
+    bad = tl.sum((x != x).to(tl.int32))
+    y = tl.max(tl.where(x != x, float("-inf"), x))
+    return tl.where(bad > 0, float("nan"), y)
+
+
+@triton.jit
+def _total_amax(start, n, BLOCK: tl.constexpr):
+    y = tl.full((BLOCK,), float("-inf"), tl.float64)
+    for i in range(0, n, BLOCK):
+        k = i + tl.arange(0, BLOCK)
+        x = tl.load(start + k, k < n, float("-inf"))
+        y = tl.where((x > y) | (x != x), x, y)
+    return _amax(y)
+"""
+
+
+def emit_triton(signature: Signature) -> str:
+    """The Triton source of all passes of a program: kernels `pass_0`, `pass_1`, ..."""
+    description = "\n".join(f"# {line}" for line in str(signature.program).splitlines())
+    passes = [_pass(signature, p, k) for k, p in enumerate(plan(signature))]
+    return f"{description}\n{HEADER}\n\n" + "\n\n".join(passes)
+
+
+def _literal(x: float, dtype: str) -> str:
+    return f'tl.full((), float("{x!r}"), {dtype})'
+
+
+def _pass(signature: Signature, p: Pass, number: int) -> str:
+    program = signature.program
+    values = program.values
+    compute = TYPES[signature.compute]
+    names = (*program.arrays, *program.leaves)
+    lines = ["chunk = tl.program_id(0).to(tl.int64)", "leaf = tl.load(chunk_leaf + chunk)"]
+    lines += ["start = tl.load(chunk_start + chunk)", "stop = tl.load(chunk_stop + chunk)", "row = tl.load(leaf_row + leaf)"]
+
+    def address(column: int, dtype: torch.dtype) -> str:
+        return f"tl.load(columns + {column} * n_leaves + leaf).to(tl.pointer_type({TYPES[dtype]}))"
+
+    for i in p.uniforms:
+        value = values[i]
+        args = [f"u{a}" for a in value.args]
+        match value.op:
+            case "const":
+                code = _literal(value.const, "tl.float64")
+            case "scalar":
+                code = f"tl.load(scalars + row * {len(program.scalars)} + {program.scalars.index(value.name)})"
+            case "size":
+                code = "tl.load(leaf_size + leaf).to(tl.float64)"
+            case "leaf":
+                code = f"tl.load({address(names.index(value.name), signature.dtypes[value.name])}).to(tl.float64)"
+            case _ if value.op.startswith("tree_"):
+                base = f"tl.load(partials + {program.reductions.index(i)}).to(tl.pointer_type(tl.float64))"
+                code = f"_total_{value.reduction}({base}, n_partials, BLOCK)"
+            case _ if value.reduction:
+                base = f"tl.load(partials + {program.reductions.index(i)}).to(tl.pointer_type(tl.float64))"
+                first = "tl.load(leaf_chunk + leaf)"
+                code = (
+                    f"_total_{value.reduction}({base} + first_partial + {first}, "
+                    f"tl.load(leaf_chunk + leaf + 1) - {first}, BLOCK)"
+                )
+            case _:
+                code = OPS[value.op].triton.format(*args, T="tl.float64")
+        lines.append(f"u{i} = {code}")
+    elementwise = {a for i in p.body for a in values[i].args} | {values[r].args[0] for r in p.reductions}
+    elementwise |= {program.outputs[k].value for k in p.stores}
+    for i in p.uniforms:
+        if i in elementwise:
+            lines.append(f"s{i} = u{i}" if values[i].boolean else f"s{i} = u{i}.to({compute})")
+
+    def operand(i: int) -> str:
+        return f"s{i}" if values[i].uniform else f"v{i}"
+
+    body = ["i = base + tl.arange(0, BLOCK)", "inside = i < stop"]
+    for i in p.inputs:
+        name = values[i].name
+        lines.append(f"a{i} = {address(names.index(name), signature.dtypes[name])}  # {name}")
+        body.append(f"v{i} = tl.load(a{i} + i, inside, 0.0).to({compute})")
+    for i, k in p.reloads:
+        lines.append(f"a{i} = {address(len(names) + k, signature.outputs[k])}  # {program.outputs[k].name}")
+        body.append(f"v{i} = tl.load(a{i} + i, inside, 0.0).to({compute})")
+    for i in p.body:
+        body.append(f"v{i} = {OPS[values[i].op].triton.format(*map(operand, values[i].args), T=compute)}")
+    tail = []
+    for k in p.stores:
+        output, dtype = program.outputs[k], signature.outputs[k]
+        lines.append(f"o{k} = {address(len(names) + k, dtype)}  # {output.name}")
+        if output.level is Level.ELEMENT:
+            x = operand(output.value)
+            x = f"_bf16({x})" if dtype is torch.bfloat16 else x
+            body.append(f"tl.store(o{k} + i, ({x} + tl.zeros((BLOCK,), {compute})).to({TYPES[dtype]}), inside)"
+                        if values[output.value].uniform else f"tl.store(o{k} + i, ({x}).to({TYPES[dtype]}), inside)")
+        else:
+            tail.append(f"tl.store(o{k}, u{output.value}.to({TYPES[dtype]}), start == 0)")
+    for r in p.reductions:
+        kind = values[r].reduction
+        identity = f'float("{REDUCTIONS[kind].identity!r}")'
+        lines.append(f"t{r} = tl.full((BLOCK,), {identity}, tl.float64)")
+        x = f"tl.where(inside, ({operand(values[r].args[0])}).to(tl.float64), {identity})"
+        body.append(f"x{r} = {x}")
+        body.append(f"t{r} += x{r}" if kind == "sum" else f"t{r} = tl.where((x{r} > t{r}) | (x{r} != x{r}), x{r}, t{r})")
+        place = f"tl.load(partials + {program.reductions.index(r)}).to(tl.pointer_type(tl.float64)) + first_partial + chunk"
+        tail.append(f"tl.store({place}, {'tl.sum' if kind == 'sum' else '_amax'}(t{r}))")
+    arguments = (
+        "chunk_leaf, chunk_start, chunk_stop, leaf_chunk, leaf_size, leaf_row, columns, scalars, partials, "
+        "n_leaves, n_partials, first_partial, BLOCK: tl.constexpr"
+    )
+    text = [f"@triton.jit\ndef pass_{number}({arguments}):"]
+    text += [f"    {x}" for x in lines]
+    text += ["    for base in range(start, stop, BLOCK):"] + [f"        {x}" for x in body]
+    text += [f"    {x}" for x in tail]
+    return "\n".join(text) + "\n"

@@ -1,0 +1,35 @@
+"""Evaluate programs with `torch._foreach_*`: one call per operation over all leaves. Needs no compiler."""
+
+from collections.abc import Sequence
+
+import torch
+
+from .ops import OPS
+from .program import Value
+from .reference import Call, Column, each_leaf, run_reference
+
+
+COMMUTES = {"add", "mul"}
+
+
+def run_foreach(calls: Sequence[Call]) -> list[list[Column]]:
+    """Evaluates programs that belong together, pass by pass, with one torch call per operation and group."""
+    return run_reference(calls, all_leaves)
+
+
+def all_leaves(value: Value, operands: list[Column], dtype: torch.dtype) -> Column:
+    """Applies an operation to lists of leaves where torch has it in that form, else leaf by leaf."""
+    name = OPS[value.op].foreach
+    uniform = [not column[0].ndim for column in operands]
+    if len(operands) == 2 and uniform == [True, False] and value.op in COMMUTES:
+        operands, uniform = operands[::-1], [False, True]
+    first, *rest = operands
+    if not name or uniform[0] or dtype in {x.dtype for x in first} ^ {dtype}:
+        return each_leaf(value, operands, dtype)
+    function = getattr(torch, f"_foreach_{name}")
+    if rest and uniform[1]:
+        if first[0].device.type != "cpu":  # reading a number back would wait for the device
+            return each_leaf(value, operands, dtype)
+        numbers: dict[int, float] = {}
+        return Column(function(first, [numbers.setdefault(id(x), x.item()) for x in rest[0]]))
+    return Column(function(first, *rest))

@@ -1,0 +1,250 @@
+"""Hand leaves to compiled kernels as tables of addresses and numbers. The only file that mutates memory.
+
+A kernel gets raw addresses, so whoever calls `run_c` or `run_triton` has made sure that all arrays of a leaf have
+one shape and one dense common layout, on one device, with the dtypes of the signature; `layout.py` has the checks.
+"""
+
+import contextlib
+import ctypes
+import functools
+import struct
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from .build import BuildError, load_c, load_triton
+from .emit_c import emit_c
+from .emit_triton import emit_triton
+from .ops import REDUCTIONS
+from .plan import Signature, plan
+from .program import Level
+from .reference import Call, Column
+
+
+CHUNK = 1 << 14  # elements: seven streams of float32 stay within a second-level cache
+SERIAL = 1 << 14  # elements below which waking other threads costs more than it saves
+TRITON_BLOCK = 1024
+TRITON_CHUNKS = 4096  # at most this many partial results per reduction, because every instance adds them up
+
+
+class _Launch(ctypes.Structure):
+    """Mirrors `launch_t` of the emitted C."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("n_leaves", "n_chunks", "n_rows", "n_partials", "first_partial")),
+        *((name, ctypes.c_char_p) for name in ("chunk_leaf", "chunk_start", "chunk_stop", "leaf_chunk")),
+        *((name, ctypes.c_char_p) for name in ("leaf_size", "leaf_row")),
+        ("columns", ctypes.c_void_p),
+        ("scalars", ctypes.c_char_p),
+        ("partials", ctypes.c_void_p),
+        ("parallel", ctypes.c_void_p),
+        ("n_threads", ctypes.c_int64),
+        ("next_chunk", ctypes.c_int64),
+        ("of_row", ctypes.c_void_p),
+        ("of_leaf", ctypes.c_void_p),
+    ]
+
+
+class Chunks(NamedTuple):
+    """How leaves are cut into chunks, as columns of numbers."""
+
+    leaf: tuple[int, ...]
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+    first: tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=256)
+def cut(sizes: tuple[int, ...], chunk: int) -> Chunks:
+    """Cuts leaves into chunks of at most `chunk` elements."""
+    leaf, start, stop, first = [], [], [], [0]
+    for k, n in enumerate(sizes):
+        for s in range(0, n, chunk):
+            leaf.append(k)
+            start.append(s)
+            stop.append(min(s + chunk, n))
+        first.append(len(leaf))
+    return Chunks(tuple(leaf), tuple(start), tuple(stop), tuple(first))
+
+
+def _pack(numbers: Sequence[int]) -> bytes:
+    """64-bit integers as memory that C can read."""
+    return struct.pack(f"{len(numbers)}q", *numbers)
+
+
+@functools.lru_cache(maxsize=256)
+def _packed(sizes: tuple[int, ...], rows: tuple[int, ...]) -> tuple[int, list[bytes]]:
+    chunks = cut(sizes, CHUNK)
+    return len(chunks.leaf), [_pack(x) for x in (*chunks, sizes, rows)]
+
+
+@functools.cache
+def parallel_address() -> int | None:
+    """Address of the function that runs work on torch's own OpenMP threads, if this process has it."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
+    except (AttributeError, OSError, TypeError):
+        return None
+
+
+@functools.lru_cache(maxsize=512)
+def compile_c(signature: Signature) -> tuple[Any, ...]:
+    """The passes of a program as C functions.
+
+    Raises:
+      BuildError: there is no working compiler.
+    """
+    library = load_c(emit_c(signature))
+    functions = tuple(getattr(library, f"pass_{k}") for k in range(len(plan(signature))))
+    for f in functions:
+        f.argtypes, f.restype = [ctypes.c_void_p], None
+    return functions
+
+
+@functools.lru_cache(maxsize=512)
+def compile_triton(signature: Signature) -> tuple[Any, ...]:
+    """The passes of a program as Triton kernels.
+
+    Raises:
+      BuildError: there is no Triton.
+    """
+    try:
+        module = load_triton(emit_triton(signature))
+    except ImportError as error:
+        raise BuildError(f"Triton cannot be imported: {error}") from None
+    return tuple(getattr(module, f"pass_{k}") for k in range(len(plan(signature))))
+
+
+def allocate(call: Call) -> list[Column]:
+    """The columns to write to: those given, or new tensors laid out like `call.like`."""
+    like = call.like
+    columns = []
+    for output, dtype, given in zip(call.signature.program.outputs, call.signature.outputs, call.outputs, strict=True):
+        if given is not None:
+            columns.append(given)
+        elif output.level is Level.LEAF:
+            columns.append(Column(torch.empty((), dtype=dtype, device=x.device) for x in like))
+        else:
+            columns.append(Column(torch.empty_like(x, dtype=dtype) for x in like))
+    return columns
+
+
+def partial_buffers(calls: Sequence[Call], total: int, device: torch.device) -> list[list[torch.Tensor]]:
+    """A buffer per reduction of each call; tree reductions of one scope share theirs."""
+    shared: dict[str, torch.Tensor] = {}
+    buffers = []
+    for call in calls:
+        own = []
+        for i in call.signature.program.reductions:
+            value = call.signature.program.values[i]
+            key = value.name if value.op.startswith("tree_") else f"\0{len(buffers)}.{i}"
+            if key not in shared:
+                shared[key] = torch.full((total,), REDUCTIONS[value.reduction].identity, dtype=torch.float64, device=device)
+            own.append(shared[key])
+        buffers.append(own)
+    return buffers
+
+
+def run_c(calls: Sequence[Call]) -> list[list[Column]]:
+    """Runs programs that belong together as C kernels: one function call per pass and program.
+
+    Raises:
+      BuildError: there is no working compiler; nothing has been written.
+    """
+    kernels = [compile_c(call.signature) for call in calls]
+    results = [allocate(call) for call in calls]
+    tables = [_packed(call.sizes, call.rows) for call in calls]
+    total = sum(n for n, _ in tables)
+    buffers = partial_buffers(calls, total, torch.device("cpu"))
+    parallel = parallel_address()
+    keep: list[Any] = []  # what the structures point to
+    launches = []
+    first = 0
+    for call, outputs, (n_chunks, packed), own in zip(calls, results, tables, buffers, strict=True):
+        n_leaves = len(call.sizes)
+        columns = [column.addresses for column in (*call.inputs, *outputs)]
+        numbers = [float(x) for row in call.scalars for x in row]
+        table = (ctypes.c_char_p * len(columns))(*columns)
+        partials = (ctypes.c_void_p * len(own))(*[x.data_ptr() for x in own])
+        big = parallel is not None and sum(call.sizes) > SERIAL
+        chunk_leaf, chunk_start, chunk_stop, leaf_chunk, leaf_size, leaf_row = packed
+        scalars = struct.pack(f"{len(numbers)}d", *numbers)
+        launch = _Launch(
+            n_leaves, n_chunks, len(call.scalars), total, first,
+            chunk_leaf, chunk_start, chunk_stop, leaf_chunk, leaf_size, leaf_row,
+            ctypes.addressof(table), scalars, ctypes.addressof(partials),
+            parallel, min(torch.get_num_threads(), n_chunks) if big else 1,
+        )  # fmt: skip
+        keep.append((columns, table, partials, scalars, packed))
+        launches.append(launch)
+        first += n_chunks
+    for stage in range(max(map(len, kernels), default=0)):
+        for passes, launch in zip(kernels, launches, strict=True):
+            if stage < len(passes):
+                passes[stage](ctypes.addressof(launch))
+    return results
+
+
+def run_triton(calls: Sequence[Call]) -> list[list[Column]]:
+    """Runs programs that belong together as Triton kernels: one launch per pass and program.
+
+    Raises:
+      BuildError: there is no Triton; nothing has been written.
+    """
+    kernels = [compile_triton(call.signature) for call in calls]
+    results = [allocate(call) for call in calls]
+    elements = sum(sum(call.sizes) for call in calls)
+    chunk = max(4 * TRITON_BLOCK, -(-elements // (TRITON_CHUNKS * TRITON_BLOCK)) * TRITON_BLOCK)
+    cuts = [cut(call.sizes, chunk) for call in calls]
+    total = sum(len(c.leaf) for c in cuts)
+    device = calls[0].like[0].device
+    buffers = partial_buffers(calls, total, device)
+    moves: list[tuple[Column, Column]] = []
+    launches = []
+    first = 0
+    for call, outputs, chunks, own in zip(calls, results, cuts, buffers, strict=True):
+        # one instance of a leaf may still read a number that another one has already replaced, so numbers are
+        # written elsewhere and copied when all instances are done
+        written = [
+            Column(map(torch.empty_like, column)) if output.level is Level.LEAF else column
+            for output, column in zip(call.signature.program.outputs, outputs, strict=True)
+        ]
+        addresses = [[x.data_ptr() for x in column] for column in (*call.inputs, *written)]
+        launches.append(
+            (
+                *_on_device(chunks, call.sizes, call.rows, device),
+                torch.tensor(addresses, dtype=torch.int64).to(device, non_blocking=True),
+                _scalar_table(call.scalars, device),
+                torch.tensor([x.data_ptr() for x in own] or [0], dtype=torch.int64).to(device, non_blocking=True),
+                *(len(call.sizes), total, first),
+            )
+        )
+        first += len(chunks.leaf)
+        moves += [(column, new) for column, new in zip(outputs, written, strict=True) if new is not column]
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        for stage in range(max(map(len, kernels), default=0)):
+            for passes, arguments, chunks in zip(kernels, launches, cuts, strict=True):
+                if stage < len(passes) and chunks.leaf:
+                    passes[stage][(len(chunks.leaf),)](*arguments, BLOCK=TRITON_BLOCK)
+        for column, new in moves:
+            torch._foreach_copy_(column, new)
+    return results
+
+
+@functools.lru_cache(maxsize=256)
+def _on_device(
+    chunks: Chunks, sizes: tuple[int, ...], rows: tuple[int, ...], device: torch.device
+) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.tensor(x, dtype=torch.int64, device=device) for x in (*chunks, sizes, rows))
+
+
+def _scalar_table(rows: Sequence[Sequence[float | torch.Tensor]], device: torch.device) -> torch.Tensor:
+    """The scalar table on the device. Numbers that live there already are copied without waiting for them."""
+    numbers = [[0.0 if isinstance(x, torch.Tensor) else float(x) for x in row] or [0.0] for row in rows]
+    table = torch.tensor(numbers, dtype=torch.float64).to(device, non_blocking=True)
+    for r, row in enumerate(rows):
+        for k, x in enumerate(row):
+            if isinstance(x, torch.Tensor):
+                table[r, k].copy_(x.reshape(()), non_blocking=True)
+    return table

@@ -1,0 +1,94 @@
+"""What a kernel may be handed: dtypes, common layouts, and memory that does not overlap."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class Meta(NamedTuple):
+    """What a kernel is told of a tensor, and what must be the same at the next call for its tables to hold."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    device: torch.device
+
+
+def meta(x: torch.Tensor) -> Meta:
+    """The metadata of a strided tensor."""
+    return Meta(x.dtype, tuple(x.shape), tuple(x.stride()), x.device)
+
+
+def layout(m: Meta) -> tuple[tuple[int, int], ...] | None:
+    """How elements follow one another in memory, outermost first; None if there are holes or repetitions.
+
+    Two tensors of one shape and layout can be walked through side by side by address. Dimensions of size one do not
+    count.
+    """
+    dims = sorted(
+        ((stride, k) for k, (size, stride) in enumerate(zip(m.shape, m.stride, strict=True)) if size != 1), reverse=True
+    )
+    expected = 1
+    for stride, k in reversed(dims):
+        if stride != expected:
+            return None
+        expected *= m.shape[k]
+    return tuple(dims)
+
+
+def repeats(x: torch.Tensor) -> bool:
+    """Whether several elements of a tensor share one place in memory, as those of an expanded one do."""
+    return any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
+def compute_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """The dtype that elements are computed in: float64 if any array holds it, else float32."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+class Extents:
+    """Stretches of memory that are about to be written, each with a name.
+
+    Args:
+      tensors: names, and the tensors to be written.
+
+    Example:
+      >>> x = torch.zeros(4)
+      >>> written = Extents([("x", x)])
+      >>> written.touched(["y"], [x[3:]]), written.touched(["y"], [torch.zeros(4)])
+      (('y', 'x'), None)
+    """
+
+    def __init__(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        stretches = sorted((*_stretch(x), name) for name, x in tensors if x.numel())
+        self.names = [n for _, _, n in stretches]
+        self.starts = torch.tensor([s for s, _, _ in stretches], dtype=torch.int64)
+        self.stops = torch.tensor([e for _, e, _ in stretches], dtype=torch.int64)
+
+    def clash(self) -> tuple[str, str] | None:
+        """Names two stretches that overlap."""
+        bad = (self.starts[1:] < self.stops[:-1]).nonzero()
+        return (self.names[bad[0]], self.names[bad[0] + 1]) if len(bad) else None
+
+    def touched(self, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> tuple[str, str] | None:
+        """Names the first of some tensors that overlaps a stretch, and that stretch."""
+        if not self.names:
+            return None
+        starts, stops = torch.tensor([_stretch(x) for x in tensors], dtype=torch.int64).reshape(-1, 2).t().contiguous()
+        before = torch.searchsorted(self.starts, stops) - 1
+        bad = ((before >= 0) & (self.stops[before.clamp(0)] > starts) & (stops > starts)).nonzero()
+        return (names[bad[0]], self.names[before[bad[0]]]) if len(bad) else None
+
+
+def _stretch(x: torch.Tensor) -> tuple[int, int]:
+    start = x.data_ptr()
+    if not x.numel():
+        return start, start
+    if x.is_contiguous():
+        return start, start + x.numel() * x.element_size()
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return start, start + (last + 1) * x.element_size()

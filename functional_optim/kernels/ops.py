@@ -1,0 +1,147 @@
+"""The operation table: one row per operation, one column per target.
+
+A new operation is one new row. The C and Triton columns are format strings over the operands `{0}`, `{1}`,
+`{2}`; `{f}` is the suffix of C's math functions (`f` in single precision) and `{T}` the type computed in.
+The eager column is the definition that the other columns are tested against; the foreach column names the
+`torch._foreach_*` function that takes lists of tensors, where there is one.
+
+Every row follows torch where NaN, signed zero and rounding are concerned: `maximum` propagates NaN, `sign(nan)`
+is 0, and the compound operations round as torch's CPU kernels do (`lerp` and `addcmul` with one fused
+multiply-add, `addcdiv` without).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+
+class Op(NamedTuple):
+    """One operation.
+
+    Args:
+      c: the C expression.
+      triton: the Triton expression.
+      eager: the operation on tensors.
+      foreach: name of the function on lists of tensors, or `""`.
+      boolean: whether the result is a truth value.
+      logical: whether the operands are truth values; `"first"` if only the first one is.
+    """
+
+    c: str
+    triton: str
+    eager: Callable[..., torch.Tensor]
+    foreach: str = ""
+    boolean: bool = False
+    logical: bool | str = False
+
+
+def _cbrt(x: torch.Tensor) -> torch.Tensor:
+    return torch.sign(x) * torch.pow(torch.abs(x), 1 / 3)
+
+
+def _lerp(a: torch.Tensor, b: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return torch.lerp(*torch.broadcast_tensors(a, b), w)
+
+
+# Triton's interpreter has no libdevice, so functions that `tl` lacks are composed from those that it has,
+# in double precision, where cancellation costs nothing that single precision would show.
+_D = "({0}).to(tl.float64)"
+_TRITON_TANH = (
+    f"tl.where(tl.abs({_D}) < 1e-3, {_D} * (1.0 - {_D} * {_D} / 3.0 + 2.0 * {_D} * {_D} * {_D} * {_D} / 15.0), "
+    f"2.0 / (1.0 + tl.exp(-2.0 * {_D})) - 1.0).to({{T}})"
+)
+_TRITON_EXPM1 = (
+    f"tl.where(tl.abs({_D}) < 1e-5, {_D} + {_D} * {_D} / 2.0 + {_D} * {_D} * {_D} / 6.0, tl.exp({_D}) - 1.0).to({{T}})"
+)
+_TRITON_LOG1P = (
+    f"tl.where(tl.abs({_D}) < 1e-5, {_D} - {_D} * {_D} / 2.0 + {_D} * {_D} * {_D} / 3.0, tl.log(1.0 + {_D})).to({{T}})"
+)
+_TRITON_CBRT = (
+    f"tl.where({_D} == 0, 0.0, tl.where({_D} < 0, -1.0, 1.0) * tl.exp2(tl.log2(tl.abs({_D})) / 3.0)).to({{T}})"
+)
+
+OPS: dict[str, Op] = {
+    "neg": Op("-{0}", "-{0}", torch.neg, "neg"),
+    "abs": Op("fabs{f}({0})", "tl.abs({0})", torch.abs, "abs"),
+    "sqrt": Op("sqrt{f}({0})", "_sqrt({0})", torch.sqrt, "sqrt"),
+    "rsqrt": Op("1 / sqrt{f}({0})", "_div(1.0, _sqrt({0}))", torch.rsqrt, "rsqrt"),
+    "cbrt": Op("cbrt{f}({0})", _TRITON_CBRT, _cbrt),
+    "exp": Op("exp{f}({0})", "tl.exp({0})", torch.exp, "exp"),
+    "exp2": Op("exp2{f}({0})", "tl.exp2({0})", torch.exp2),
+    "expm1": Op("expm1{f}({0})", _TRITON_EXPM1, torch.expm1, "expm1"),
+    "log": Op("log{f}({0})", "tl.log({0})", torch.log, "log"),
+    "log2": Op("log2{f}({0})", "tl.log2({0})", torch.log2, "log2"),
+    "log1p": Op("log1p{f}({0})", _TRITON_LOG1P, torch.log1p, "log1p"),
+    "tanh": Op("tanh{f}({0})", _TRITON_TANH, torch.tanh, "tanh"),
+    "sin": Op("sin{f}({0})", "tl.sin({0})", torch.sin, "sin"),
+    "cos": Op("cos{f}({0})", "tl.cos({0})", torch.cos, "cos"),
+    "floor": Op("floor{f}({0})", "tl.floor({0})", torch.floor, "floor"),
+    "sign": Op("({T})(({0} > 0) - ({0} < 0))", "(({0} > 0).to({T}) - ({0} < 0).to({T}))", torch.sign, "sign"),
+    "add": Op("{0} + {1}", "{0} + {1}", torch.add, "add"),
+    "sub": Op("{0} - {1}", "{0} - {1}", torch.sub, "sub"),
+    "mul": Op("{0} * {1}", "{0} * {1}", torch.mul, "mul"),
+    "div": Op("{0} / {1}", "_div({0}, {1})", torch.div, "div"),
+    "pow": Op("pow{f}({0}, {1})", "_pow({0}, {1})", torch.pow),
+    "maximum": Op(
+        "(({0} > {1} || {0} != {0}) ? {0} : {1})",
+        "tl.where(({0} > {1}) | ({0} != {0}), {0}, {1})",
+        torch.maximum,
+        "maximum",
+    ),
+    "minimum": Op(
+        "(({0} < {1} || {0} != {0}) ? {0} : {1})",
+        "tl.where(({0} < {1}) | ({0} != {0}), {0}, {1})",
+        torch.minimum,
+        "minimum",
+    ),
+    "gt": Op("{0} > {1}", "{0} > {1}", torch.gt, boolean=True),
+    "ge": Op("{0} >= {1}", "{0} >= {1}", torch.ge, boolean=True),
+    "lt": Op("{0} < {1}", "{0} < {1}", torch.lt, boolean=True),
+    "le": Op("{0} <= {1}", "{0} <= {1}", torch.le, boolean=True),
+    "eq": Op("{0} == {1}", "{0} == {1}", torch.eq, boolean=True),
+    "ne": Op("{0} != {1}", "{0} != {1}", torch.ne, boolean=True),
+    "isfinite": Op("{0} - {0} == 0", "{0} - {0} == 0", torch.isfinite, boolean=True),
+    "logical_and": Op("{0} && {1}", "{0} & {1}", torch.logical_and, boolean=True, logical=True),
+    "logical_or": Op("{0} || {1}", "{0} | {1}", torch.logical_or, boolean=True, logical=True),
+    "logical_not": Op("!{0}", "({0}) == 0", torch.logical_not, boolean=True, logical=True),
+    "where": Op("{0} ? {1} : {2}", "tl.where({0}, {1}, {2})", torch.where, logical="first"),
+    "real": Op("({T}){0}", "({0}).to({T})", torch.Tensor.to, logical=True),
+    "lerp": Op(
+        "fma{f}({2} < ({T})0.5 && {2} > ({T})-0.5 ? {2} : {2} - 1, {1} - {0}, "
+        "{2} < ({T})0.5 && {2} > ({T})-0.5 ? {0} : {1})",
+        "tl.fma(tl.where(tl.abs({2}) < 0.5, {2}, {2} - 1), {1} - {0}, tl.where(tl.abs({2}) < 0.5, {0}, {1}))",
+        _lerp,
+    ),
+    "addcmul": Op(
+        "fma{f}({3} * {1}, {2}, {0})", "tl.fma({3} * {1}, {2}, {0})", lambda s, a, b, v: torch.addcmul(s, v * a, b)
+    ),
+    "addcdiv": Op(
+        "{0} + ({3} * {1}) / {2}", "{0} + _div({3} * {1}, {2})", lambda s, a, b, v: torch.addcdiv(s, v * a, b)
+    ),
+    "to_float32": Op("({T})(float){0}", "({0}).to(tl.float32).to({T})", lambda x: x.float().to(x.dtype)),
+    "to_bfloat16": Op("({T})from_bf16(to_bf16({0}))", "_bf16({0}).to({T})", lambda x: x.bfloat16().to(x.dtype)),
+    "to_float16": Op("({T})from_f16(to_f16({0}))", "({0}).to(tl.float16).to({T})", lambda x: x.half().to(x.dtype)),
+}
+
+
+class Reduction(NamedTuple):
+    """A reduction of a per-element value to one number, over a leaf or over every leaf of a scope.
+
+    Args:
+      identity: the value of an empty reduction.
+      eager: the reduction of one tensor, and of the stacked partial results.
+    """
+
+    identity: float
+    eager: Callable[[torch.Tensor], torch.Tensor]
+
+
+def _amax(x: torch.Tensor) -> torch.Tensor:
+    return torch.amax(x) if x.numel() else x.new_full((), -torch.inf)
+
+
+REDUCTIONS: dict[str, Reduction] = {
+    "sum": Reduction(0.0, torch.sum),
+    "amax": Reduction(-torch.inf, _amax),
+}

@@ -1,0 +1,70 @@
+"""Functions for rules that torch has no name for: reductions over a leaf or over the tree, and the cube root.
+
+On tensors the leaf functions compute what they say. The tree functions have a meaning only inside a rule, where
+their scope is every leaf that the transformation sees.
+"""
+
+from typing import NoReturn
+
+import torch
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from .ops import OPS
+
+
+def cbrt(x: torch.Tensor) -> torch.Tensor:
+    """The real cube root of every element."""
+    if has_torch_function_unary(x):
+        return handle_torch_function(cbrt, (x,), x)  # type: ignore[no-any-return]
+    return OPS["cbrt"].eager(x)
+
+
+def leaf_sum(x: torch.Tensor) -> torch.Tensor:
+    """The sum over the elements of one leaf."""
+    if has_torch_function_unary(x):
+        return handle_torch_function(leaf_sum, (x,), x)  # type: ignore[no-any-return]
+    return x.sum()
+
+
+def leaf_mean(x: torch.Tensor) -> torch.Tensor:
+    """The mean over the elements of one leaf."""
+    if has_torch_function_unary(x):
+        return handle_torch_function(leaf_mean, (x,), x)  # type: ignore[no-any-return]
+    return x.mean()
+
+
+def leaf_norm(x: torch.Tensor) -> torch.Tensor:
+    """The Euclidean norm of one leaf."""
+    if has_torch_function_unary(x):
+        return handle_torch_function(leaf_norm, (x,), x)  # type: ignore[no-any-return]
+    return torch.linalg.vector_norm(x)
+
+
+def leaf_amax(x: torch.Tensor) -> torch.Tensor:
+    """The largest element of one leaf; NaN if there is one."""
+    if has_torch_function_unary(x):
+        return handle_torch_function(leaf_amax, (x,), x)  # type: ignore[no-any-return]
+    return torch.amax(x)
+
+
+def _only_in_rules(name: str) -> NoReturn:
+    raise TypeError(f"`{name}` spans every leaf that a transformation sees, so it can only be called inside a rule.")
+
+
+def tree_sum(x: torch.Tensor) -> torch.Tensor:
+    """The sum over the elements of every leaf that the transformation sees."""
+    if has_torch_function_unary(x):
+        return handle_torch_function(tree_sum, (x,), x)  # type: ignore[no-any-return]
+    _only_in_rules("tree_sum")
+
+
+def tree_amax(x: torch.Tensor) -> torch.Tensor:
+    """The largest element over every leaf that the transformation sees; NaN if there is one."""
+    if has_torch_function_unary(x):
+        return handle_torch_function(tree_amax, (x,), x)  # type: ignore[no-any-return]
+    _only_in_rules("tree_amax")
+
+
+def tree_norm(x: torch.Tensor) -> torch.Tensor:
+    """The Euclidean norm over every leaf that the transformation sees, the global norm."""
+    return torch.sqrt(tree_sum(x * x))

@@ -1,0 +1,168 @@
+"""Evaluate programs with torch operations: the reference that every other backend is tested against.
+
+It runs on any device and layout, under `torch.func` transformations and autograd, because all it does is call the
+eager column of the operation table.
+"""
+
+import struct
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+
+from .ops import OPS, REDUCTIONS
+from .plan import Signature
+from .program import Level, Value
+
+
+class Column(list[torch.Tensor]):
+    """A tensor per leaf."""
+
+    @cached_property
+    def addresses(self) -> bytes:
+        """Where the tensors are, as 64-bit integers. Asked for once the column is complete."""
+        return struct.pack(f"{len(self)}q", *map(torch.Tensor.data_ptr, self))
+
+
+class Call(NamedTuple):
+    """One evaluation of a program over the leaves that share it.
+
+    Args:
+      signature: the program and its dtypes.
+      like: a column of tensors whose shape, layout and device new ones take.
+      inputs: a column (one tensor per leaf) for each of the program's arrays, then for each of its numbers per leaf.
+      outputs: a column to write to for each output, or None for new tensors.
+      scalars: the scalar table: rows of numbers, or of tensors that hold one.
+      rows: each leaf's row.
+      sizes: each leaf's number of elements.
+    """
+
+    signature: Signature
+    like: Column
+    inputs: Sequence[Column]
+    outputs: Sequence[Column | None]
+    scalars: Sequence[Sequence[float | torch.Tensor]]
+    rows: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+Elementwise = Callable[[Value, list[Column], torch.dtype], Column]
+
+
+def each_leaf(value: Value, operands: list[Column], dtype: torch.dtype) -> Column:
+    """Applies an operation leaf by leaf."""
+    if value.op == "real":
+        return Column(x.to(dtype) for x in operands[0])
+    return Column(OPS[value.op].eager(*xs) for xs in zip(*operands, strict=True))
+
+
+def run_reference(calls: Sequence[Call], elementwise: Elementwise = each_leaf) -> list[list[Column]]:
+    """Evaluates programs that belong together, pass by pass.
+
+    Returns:
+      For each call, a column for each output.
+    """
+    machines = [_Machine(call, elementwise) for call in calls]
+    for stage in range(max((m.program.stages for m in machines), default=0)):
+        partials: dict[str, Column] = {}
+        for m in machines:
+            m.contribute(stage, partials)
+        for m in machines:
+            m.evaluate(stage, partials)
+    results = [m.outputs() for m in machines]
+    for call, columns in zip(calls, results, strict=True):
+        for k, target in enumerate(call.outputs):
+            if target is not None:
+                for t, x in zip(target, columns[k], strict=True):
+                    t.copy_(x)
+                columns[k] = target
+    return results
+
+
+def _number(x: float | torch.Tensor, device: torch.device) -> torch.Tensor:
+    if isinstance(x, torch.Tensor):
+        return x.to(device).double().reshape(())
+    return torch.tensor(x, dtype=torch.float64, device=device)
+
+
+class _Machine:
+    """The values of one call: a column with a tensor per row of the scalar table, or per leaf."""
+
+    def __init__(self, call: Call, elementwise: Elementwise) -> None:
+        self.call, self.elementwise = call, elementwise
+        self.program, self.compute = call.signature.program, call.signature.compute
+        self.like = call.like
+        names = (*self.program.arrays, *self.program.leaves)
+        self.inputs = dict(zip(names, call.inputs, strict=True))
+        self.env: dict[int, Column] = {}
+        self.cast: dict[int, Column] = {}
+
+    def contribute(self, stage: int, partials: dict[str, Column]) -> None:
+        """Adds this call's part of the tree reductions that end before `stage`."""
+        for i in self.program.reductions:
+            value = self.program.values[i]
+            if value.stage == stage and value.op.startswith("tree_"):
+                partials.setdefault(value.name, Column()).extend(self.reduce(value))
+
+    def reduce(self, value: Value) -> Column:
+        eager = REDUCTIONS[value.reduction].eager
+        return Column(eager(x.double()) for x in self.env[value.args[0]])
+
+    def evaluate(self, stage: int, partials: dict[str, Column]) -> None:
+        for i, value in enumerate(self.program.values):
+            if value.stage == stage:
+                self.env[i] = self.value(value, partials)
+
+    def value(self, value: Value, partials: dict[str, Column]) -> Column:
+        device, n_rows = self.like[0].device, len(self.call.scalars)
+        match value.op:
+            case "const":
+                return Column([torch.tensor(value.const, dtype=torch.float64, device=device)] * n_rows)
+            case "scalar":
+                k = self.program.scalars.index(value.name)
+                return Column(_number(row[k], device) for row in self.call.scalars)
+            case "size":
+                return Column(torch.tensor(x.numel(), dtype=torch.float64, device=x.device) for x in self.like)
+            case "leaf":
+                return Column(x.double() for x in self.inputs[value.name])
+            case "array":
+                return Column(x.to(self.compute) for x in self.inputs[value.name])
+        if value.op.startswith("tree_"):
+            parts = [x.to(device) for x in partials[value.name]]
+            return Column([REDUCTIONS[value.reduction].eager(torch.stack(parts))] * n_rows)
+        if value.reduction:
+            return self.reduce(value)
+        operands = [self.operand(a, value.level) for a in value.args]
+        if value.uniform:
+            return each_leaf(value, operands, torch.float64)
+        return self.elementwise(value, operands, self.compute)
+
+    def operand(self, i: int, level: Level) -> Column:
+        """Spreads a value over the leaves; in elementwise operations a uniform one takes the dtype computed in."""
+        value, column = self.program.values[i], self.env[i]
+        if level is Level.ELEMENT and value.uniform and not value.boolean:
+            if i not in self.cast:
+                self.cast[i] = Column(x.to(self.compute) for x in column)
+            column = self.cast[i]
+        if value.level is Level.ROW and level is not Level.ROW:
+            return Column(column[r] for r in self.call.rows)
+        return column
+
+    def outputs(self) -> list[Column]:
+        columns = []
+        for output, dtype in zip(self.program.outputs, self.call.signature.outputs, strict=True):
+            column = self.operand(output.value, output.level)
+            if output.level is Level.ELEMENT:
+                column = Column(
+                    x.to(dtype) if x.shape == t.shape else x.to(dtype).expand(t.shape).clone()
+                    for x, t in zip(column, self.like, strict=True)
+                )
+            else:
+                column = Column(x.to(dtype) for x in column)
+            # an output that is an input unchanged must still be a tensor of its own
+            source = self.program.values[output.value]
+            if source.op in ("array", "leaf"):
+                column = Column(x.clone() if x is y else x for x, y in zip(column, self.inputs[source.name], strict=True))
+            columns.append(column)
+        return columns

@@ -1,0 +1,399 @@
+"""From rules, plain Python functions of one leaf, to a `Program`.
+
+A rule is called with symbols in place of tensors. A symbol records what is done to it through torch's own
+override protocol (`__torch_function__`), so a rule may use operators, methods and functions alike. Equal values
+are recorded once. Python control flow runs while tracing: an `if` on a flag specialises the program, and an `if`
+on a symbol is refused in the rule's own line.
+"""
+
+import functools
+import math
+import os
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from .ops import OPS
+from .program import INPUTS, Level, Output, Program, Value
+
+
+class RuleError(TypeError):
+    """A rule does something that cannot become a kernel."""
+
+
+class Symbol:
+    """Stands for a value of the program while a rule is traced."""
+
+    __slots__ = ("index", "tracer")
+    __hash__ = object.__hash__
+
+    def __init__(self, tracer: "Tracer", index: int) -> None:
+        self.tracer = tracer
+        self.index = index
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return _record(func.__name__, *args, **(kwargs or {}))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name in ("shape", "dtype", "device", "ndim"):
+            raise RuleError(
+                f"{_where()} reads `.{name}` of a traced value. A rule is written for one element of any leaf; "
+                f"use `leaf_mean` and its siblings for what depends on the whole leaf."
+            )
+        return functools.partial(_record, name, self)
+
+    def _refuse(self, what: str) -> RuleError:
+        return RuleError(
+            f"{_where()} {what}, which is only known when the kernel runs. Use `torch.where(condition, a, b)`, or "
+            f"declare the hyper-parameter static if it is a switch: `@elementwise(static=(...,))`."
+        )
+
+    def __bool__(self) -> bool:
+        raise self._refuse("branches on a traced value")
+
+    def __float__(self) -> float:
+        raise self._refuse("takes the number behind a traced value")
+
+    __int__ = __index__ = __float__  # type: ignore[assignment]
+
+    def __iter__(self) -> Any:
+        raise self._refuse("iterates over a traced value")
+
+    def __repr__(self) -> str:
+        return f"<%{self.index} = {self.tracer.values[self.index]}>"
+
+
+def _operator(name: str, reverse: bool) -> Callable[..., Any]:
+    def method(self: Symbol, *others: Any) -> Any:
+        return _record(name, *others, self) if reverse else _record(name, self, *others)
+
+    return method
+
+
+for _name in ("add", "sub", "mul", "truediv", "pow", "mod", "floordiv", "and", "or"):
+    setattr(Symbol, f"__{_name}__", _operator(_name, reverse=False))
+    setattr(Symbol, f"__r{_name}__", _operator(_name, reverse=True))
+for _name in ("lt", "le", "gt", "ge", "eq", "ne", "neg", "abs", "invert", "pos"):
+    setattr(Symbol, f"__{_name}__", _operator(_name, reverse=False))
+
+
+def _where() -> str:
+    """Names the innermost line outside the compiler and torch: the rule's own."""
+    own = (os.path.dirname(__file__), os.path.dirname(torch.__file__))
+    for frame in reversed(traceback.extract_stack()):
+        if not frame.filename.startswith(own):
+            return f"`{frame.name}` ({frame.filename}:{frame.lineno}: `{frame.line}`)"
+    return "A rule"
+
+
+def _record(name: str, *args: Any, **kwargs: Any) -> "Symbol":
+    tracer = next(a.tracer for a in (*args, *kwargs.values()) if isinstance(a, Symbol))
+    name = name.strip("_")
+    if name not in REWRITES and name not in OPS:
+        raise RuleError(
+            f"{_where()} uses `{name}`, which has no row in the operation table. "
+            f"A rule can use: {', '.join(sorted({*OPS, *REWRITES}))}."
+        )
+    try:
+        if name in REWRITES:
+            result: Symbol = REWRITES[name](tracer, *args, **kwargs)
+            return result
+        return tracer.op(name, *args, **kwargs)
+    except TypeError as error:
+        if isinstance(error, RuleError):
+            raise
+        raise RuleError(f"{_where()} calls `{name}` in a form that has no kernel: {error}") from None
+
+
+class Tracer:
+    """Collects the values of one program.
+
+    Example:
+      >>> tracer = Tracer()
+      >>> program = tracer.finish({"updates": 2 * tracer.input("array", "u")})
+      >>> print(program)
+      %0 = const 2.0
+      %1 = array u
+      %2 = mul(%0, %1)
+      updates <- %2
+    """
+
+    def __init__(self) -> None:
+        self.values: list[Value] = []
+        self.index: dict[Value, int] = {}
+        self.scope = ""
+        self.scopes: dict[tuple[str, str, int], str] = {}
+
+    def add(self, value: Value) -> Symbol:
+        if value not in self.index:
+            self.index[value] = len(self.values)
+            self.values.append(value)
+        return Symbol(self, self.index[value])
+
+    def input(self, op: str, name: str = "") -> Symbol:
+        """Adds an input: `"array"`, `"leaf"`, `"scalar"` or `"size"`."""
+        return self.add(Value(op, name=name, level=INPUTS[op]))
+
+    def symbol(self, x: Any) -> Symbol:
+        """Takes an operand: a symbol, a number, or a tensor that holds one number."""
+        if isinstance(x, Symbol):
+            if x.tracer is not self:
+                raise RuleError(f"{_where()} uses a value of another trace.")
+            return x
+        if isinstance(x, torch.Tensor):
+            if x.ndim or x.device.type != "cpu":
+                raise RuleError(
+                    f"{_where()} uses a tensor of shape {tuple(x.shape)} on {x.device} that is not an argument of "
+                    f"the rule. Declare it as state, or pass it as a hyper-parameter."
+                )
+            x = x.item()
+        if not isinstance(x, (bool, int, float)):
+            raise RuleError(f"{_where()} uses {x!r} as a number.")
+        # repr tells -0.0 from 0.0 and one NaN from another, which == does not
+        return self.add(Value("const", name=repr(float(x)), const=float(x)))
+
+    def op(self, op: str, *args: Any) -> Symbol:
+        """Adds an operation of the table."""
+        row = OPS[op]
+        arity = 1 + max(int(d) for d in "0123" if f"{{{d}}}" in row.c)
+        if len(args) != arity:
+            raise TypeError(f"it takes {arity} operands, got {len(args)}.")
+        symbols = []
+        for k, arg in enumerate(args):
+            x = self.symbol(arg)
+            wants_truth = row.logical is True or (row.logical == "first" and k == 0)
+            is_truth = self.values[x.index].boolean
+            if wants_truth and not is_truth:
+                x = self.op("ne", x, 0.0)
+            elif is_truth and not wants_truth:
+                x = self.op("real", x)
+            symbols.append(x)
+        operands = [self.values[x.index] for x in symbols]
+        return self.add(
+            Value(
+                op,
+                tuple(x.index for x in symbols),
+                level=max(v.level for v in operands),
+                stage=max(v.stage for v in operands),
+                boolean=row.boolean,
+            )
+        )
+
+    def reduce(self, kind: str, x: Any) -> Symbol:
+        """Adds a reduction; `kind` is `"leaf_"` or `"tree_"` and a row of `REDUCTIONS`."""
+        x = self.symbol(x)
+        if self.values[x.index].boolean:
+            x = self.op("real", x)
+        value = self.values[x.index]
+        if value.level is not Level.ELEMENT:
+            raise RuleError(f"{_where()} reduces a value that is the same for every element.")
+        tree = kind.startswith("tree_")
+        if tree:
+            # leaves with other rules meet in the same scope, so a reduction is numbered within its rule
+            number = sum(scope == self.scope for scope, _, _ in self.scopes)
+            scope = self.scopes.setdefault((self.scope, kind, x.index), f"{self.scope}.{number}" if number else self.scope)
+        return self.add(
+            Value(
+                kind,
+                (x.index,),
+                name=scope if tree else "",
+                level=Level.ROW if tree else Level.LEAF,
+                stage=self.values[x.index].stage + 1,
+            )
+        )
+
+    def finish(self, outputs: Mapping[str, Any], per_leaf: frozenset[str] = frozenset()) -> Program:
+        """Closes the program over its outputs, dropping values that none of them needs."""
+        symbols: dict[str, Symbol] = {}
+        for name, x in outputs.items():
+            y = self.symbol(x)
+            if self.values[y.index].boolean:
+                y = self.op("real", y)
+            if name in per_leaf and self.values[y.index].level is Level.ELEMENT:
+                raise RuleError(f"The new value of `{name}` differs per element, but its slot holds one number per leaf.")
+            symbols[name] = y
+        needed: set[int] = set()
+        stack = [x.index for x in symbols.values()]
+        while stack:
+            i = stack.pop()
+            if i not in needed:
+                needed.add(i)
+                stack.extend(self.values[i].args)
+        new = {old: k for k, old in enumerate(sorted(needed))}
+        values = tuple(
+            Value(v.op, tuple(new[a] for a in v.args), v.name, v.const, v.level, v.stage, v.boolean)
+            for v in (self.values[old] for old in new)
+        )
+        return Program(
+            values,
+            tuple(
+                Output(name, new[x.index], Level.LEAF if name in per_leaf else Level.ELEMENT)
+                for name, x in symbols.items()
+            ),
+        )
+
+
+def _pow(t: Tracer, x: Any, y: Any) -> Any:
+    # torch's own special cases, which round differently from a general power
+    if not isinstance(y, Symbol):
+        special: dict[float, Callable[[], Any]] = {
+            1: lambda: t.symbol(x),
+            2: lambda: t.op("mul", x, x),
+            3: lambda: t.op("mul", t.op("mul", x, x), x),
+            0.5: lambda: t.op("sqrt", x),
+            -0.5: lambda: t.op("rsqrt", x),
+            -1: lambda: t.op("div", 1.0, x),
+            -2: lambda: t.op("div", 1.0, t.op("mul", x, x)),
+        }
+        if float(y) in special:
+            return special[float(y)]()
+    return t.op("pow", x, y)
+
+
+def _clamp(t: Tracer, x: Any, min: Any = None, max: Any = None) -> Any:
+    x = x if min is None else t.op("maximum", x, min)
+    return x if max is None else t.op("minimum", x, max)
+
+
+def _where_op(t: Tracer, condition: Any, x: Any, y: Any) -> Any:
+    if not isinstance(condition, (Symbol, torch.Tensor)):
+        return x if condition else y
+    return t.op("where", condition, x, y)
+
+
+def _to(t: Tracer, x: Any, dtype: Any, **_: Any) -> Any:
+    names = {torch.float32: "to_float32", torch.bfloat16: "to_bfloat16", torch.float16: "to_float16"}
+    if isinstance(dtype, Symbol) or dtype is torch.float64:
+        return x
+    if dtype not in names:
+        raise TypeError(f"{dtype} is not a floating dtype.")
+    return t.op(names[dtype], x)
+
+
+def _alpha(name: str) -> Callable[..., Any]:
+    def rewrite(t: Tracer, x: Any, y: Any, alpha: Any = 1) -> Any:
+        return t.op(name, x, y if isinstance(alpha, int) and alpha == 1 else t.op("mul", alpha, y))
+
+    return rewrite
+
+
+def _value(name: str) -> Callable[..., Any]:
+    def rewrite(t: Tracer, s: Any, a: Any, b: Any, value: Any = 1.0) -> Any:
+        return t.op(name, s, a, b, value)
+
+    return rewrite
+
+
+def _mean(t: Tracer, x: Any) -> Any:
+    return t.op("div", t.reduce("leaf_sum", x), t.input("size"))
+
+
+def _vector_norm(t: Tracer, x: Any, ord: Any = 2) -> Any:
+    if ord == 2:
+        return t.op("sqrt", t.reduce("leaf_sum", t.op("mul", x, x)))
+    if ord == 1:
+        return t.reduce("leaf_sum", t.op("abs", x))
+    if ord == math.inf:
+        return t.reduce("leaf_amax", t.op("abs", x))
+    raise TypeError("a norm of a leaf is of order 1, 2 or inf.")
+
+
+def _nan_to_num(t: Tracer, x: Any, nan: float = 0.0, posinf: float | None = None, neginf: float | None = None) -> Any:
+    x = t.op("where", t.op("ne", x, x), nan, x)
+    x = x if posinf is None else t.op("where", t.op("eq", x, math.inf), posinf, x)
+    return x if neginf is None else t.op("where", t.op("eq", x, -math.inf), neginf, x)
+
+
+def _alias(name: str) -> Callable[..., Any]:
+    return lambda t, *args: t.op(name, *args)
+
+
+def _floor_divide(t: Tracer, x: Any, y: Any) -> Any:
+    return t.op("floor", t.op("div", x, y))
+
+
+# Names of torch and Python that are not rows of the table, in terms of those that are.
+REWRITES: dict[str, Callable[..., Any]] = {
+    "add": _alpha("add"),
+    "sub": _alpha("sub"),
+    "rsub": lambda t, x, y, alpha=1: _alpha("sub")(t, y, x, alpha),
+    "subtract": _alpha("sub"),
+    "multiply": _alias("mul"),
+    "truediv": _alias("div"),
+    "divide": _alias("div"),
+    "true_divide": _alias("div"),
+    "rdiv": lambda t, x, y: t.op("div", y, x),
+    "rtruediv": lambda t, x, y: t.op("div", y, x),
+    "rmul": _alias("mul"),
+    "radd": _alias("add"),
+    "floordiv": _floor_divide,
+    "floor_divide": _floor_divide,
+    "mod": lambda t, x, y: t.op("sub", x, t.op("mul", _floor_divide(t, x, y), y)),
+    "remainder": lambda t, x, y: t.op("sub", x, t.op("mul", _floor_divide(t, x, y), y)),
+    "pow": _pow,
+    "rpow": lambda t, x, y: _pow(t, y, x),
+    "float_power": _pow,
+    "square": lambda t, x: t.op("mul", x, x),
+    "reciprocal": lambda t, x: t.op("div", 1.0, x),
+    "sigmoid": lambda t, x: t.op("div", 1.0, t.op("add", 1.0, t.op("exp", t.op("neg", x)))),
+    "negative": _alias("neg"),
+    "absolute": _alias("abs"),
+    "pos": lambda t, x: t.symbol(x),
+    "clamp": _clamp,
+    "clip": _clamp,
+    "clamp_min": lambda t, x, min: _clamp(t, x, min=min),
+    "clamp_max": lambda t, x, max: _clamp(t, x, max=max),
+    "max": lambda t, x, *y: t.op("maximum", x, *y) if y else t.reduce("leaf_amax", x),
+    "min": lambda t, x, *y: (
+        t.op("minimum", x, *y) if y else t.op("neg", t.reduce("leaf_amax", t.op("neg", x)))
+    ),
+    "amax": lambda t, x: t.reduce("leaf_amax", x),
+    "amin": lambda t, x: t.op("neg", t.reduce("leaf_amax", t.op("neg", x))),
+    "sum": lambda t, x: t.reduce("leaf_sum", x),
+    "mean": _mean,
+    "norm": _vector_norm,
+    "linalg_vector_norm": _vector_norm,
+    "vector_norm": _vector_norm,
+    "leaf_sum": lambda t, x: t.reduce("leaf_sum", x),
+    "leaf_amax": lambda t, x: t.reduce("leaf_amax", x),
+    "leaf_mean": _mean,
+    "leaf_norm": _vector_norm,
+    "tree_sum": lambda t, x: t.reduce("tree_sum", x),
+    "tree_amax": lambda t, x: t.reduce("tree_amax", x),
+    "greater": _alias("gt"),
+    "greater_equal": _alias("ge"),
+    "less": _alias("lt"),
+    "less_equal": _alias("le"),
+    "not_equal": _alias("ne"),
+    "isnan": lambda t, x: t.op("ne", x, x),
+    "isinf": lambda t, x: t.op("eq", t.op("abs", x), math.inf),
+    "nan_to_num": _nan_to_num,
+    "and": _alias("logical_and"),
+    "or": _alias("logical_or"),
+    "bitwise_and": _alias("logical_and"),
+    "bitwise_or": _alias("logical_or"),
+    "invert": _alias("logical_not"),
+    "bitwise_not": _alias("logical_not"),
+    "where": _where_op,
+    "masked_fill": lambda t, x, mask, value: t.op("where", mask, value, x),
+    "addcmul": _value("addcmul"),
+    "addcdiv": _value("addcdiv"),
+    "to": _to,
+    "type_as": lambda t, x, other: x,
+    "float": lambda t, x: _to(t, x, torch.float32),
+    "double": lambda t, x: x,
+    "bfloat16": lambda t, x: _to(t, x, torch.bfloat16),
+    "half": lambda t, x: _to(t, x, torch.float16),
+    "detach": lambda t, x: x,
+    "clone": lambda t, x: x,
+    "zeros_like": lambda t, x: t.symbol(0.0),
+    "ones_like": lambda t, x: t.symbol(1.0),
+    "full_like": lambda t, x, value: t.symbol(value),
+}

@@ -1,0 +1,1 @@
+"""The transformations, one idea a file. Each is the formula for one leaf."""
