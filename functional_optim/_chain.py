@@ -30,7 +30,9 @@ class Chain(Fusible):
         return states if self.names is None else dict(zip(self.names, states, strict=True))
 
     def _links(self, view: View, path: tuple[int | str, ...]) -> list[Link]:
-        return [link for key, tx in zip(self._keys(), self.members, strict=True) for link in tx._links(view, (*path, key))]
+        return [
+            link for key, tx in zip(self._keys(), self.members, strict=True) for link in tx._links(view, (*path, key))
+        ]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Chain) and (self.members, self.names) == (other.members, other.names)

@@ -6,9 +6,11 @@ import warnings
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
-from ._base import GradientTransformation, Link, as_transformation
+import torch
+
+from ._base import EmptyState, GradientTransformation, Link, as_transformation
 from ._rule import Fusible
-from ._tree import View, broadcast_prefix, leaves_like, paths
+from ._tree import MaskedNode, View, broadcast_prefix, leaves_like, paths
 
 
 class MaskedState(NamedTuple):
@@ -21,6 +23,9 @@ class PartitionState(NamedTuple):
     """The state of `partition`: a `MaskedState` for each label."""
 
     inner_states: dict[Any, Any]
+
+
+torch.serialization.add_safe_globals([EmptyState, MaskedNode, MaskedState, PartitionState])
 
 
 def resolve(choice: Any, view: View, what: str) -> list[Any]:
@@ -137,13 +142,14 @@ class Partition(Fusible):
     def _links(self, view: View, path: tuple[int | str, ...]) -> list[Link]:
         parts = self._parts(view)
         return [
-            link for k, tx in self.transforms.items() if any(parts[k].seen) for link in tx._links(parts[k], (*path, 0, k, 0))
+            link
+            for k, tx in self.transforms.items()
+            if any(parts[k].seen)
+            for link in tx._links(parts[k], (*path, 0, k, 0))
         ]
 
     def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, Partition) and self.transforms == other.transforms and _same(self.labels, other.labels)
-        )
+        return isinstance(other, Partition) and self.transforms == other.transforms and _same(self.labels, other.labels)
 
     def __hash__(self) -> int:
         return hash((Partition, tuple(self.transforms.items())))

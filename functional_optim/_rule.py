@@ -69,7 +69,12 @@ class RuleTransformation(Fusible):
         shown = []
         for name, value in self.bound.values.items():
             default = self.bound.rule.hypers[name]
-            if default is EMPTY or type(value) is not type(default) or isinstance(value, torch.Tensor) or value != default:
+            if (
+                default is EMPTY
+                or type(value) is not type(default)
+                or isinstance(value, torch.Tensor)
+                or value != default
+            ):
                 shown.append(f"{name}={value!r}")
         return f"{self.bound.rule.name}({', '.join(shown)})"
 
@@ -79,6 +84,7 @@ class RuleFactory:
 
     def __init__(self, rule: Rule) -> None:
         self.rule = rule
+        rule.factory = self
         functools.update_wrapper(self, rule.fn)
         self.__signature__ = inspect.Signature(
             [inspect.Parameter(k, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=v) for k, v in rule.hypers.items()],
@@ -167,8 +173,11 @@ def elementwise(
         if unknown:
             raise TypeError(f"`{what}` of {name} names {unknown}, which are not among its keyword-only arguments.")
     for slot_name, slot in slots.items():
-        if isinstance(slot.dtype, str) and slot.dtype not in hypers:
-            raise TypeError(f"the slot `{slot_name}` of {name} takes its dtype from `{slot.dtype}`, which is no argument.")
+        for what, source in (("dtype", slot.dtype), ("start", slot.start)):
+            if isinstance(source, str) and source not in (*hypers, "param", "first_update"):
+                raise TypeError(
+                    f"the slot `{slot_name}` of {name} takes its {what} from `{source}`, which is no argument."
+                )
     return RuleFactory(
         Rule(
             name=name,

@@ -10,6 +10,7 @@ import functools
 import itertools
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -124,7 +125,7 @@ def set_states(state: Any, new: Mapping[tuple[int | str, ...], Any]) -> Any:
 
 
 SlotKey = tuple[int, str]
-Lists = dict[Any, list[Any]]  # "updates", "params" and slots -> a leaf's tensor at its position in the tree
+Lists = dict[Any, Column]  # "updates", "params" and slots -> a leaf's tensor at its position in the tree
 
 
 class Places(NamedTuple):
@@ -145,12 +146,12 @@ class Places(NamedTuple):
 
     def gather(self, lists: Lists) -> Column:
         if self.whole is not None:
-            return Column(lists[self.whole])
+            return lists[self.whole]
         return Column(lists[key][i] for key, i in self.pairs)
 
     def scatter(self, column: Column, lists: Lists) -> None:
         if self.whole is not None:
-            lists[self.whole] = list(column)
+            lists[self.whole] = column
         else:
             for x, (key, i) in zip(column, self.pairs, strict=True):
                 lists[key][i] = x
@@ -241,7 +242,10 @@ class Prepared:
         self.checked = [(key, i) for key in segment.slots for i in self.present if segment.links[key[0]].seen[i]]
         if plan.later:  # updates that came from another transformation
             self.checked += [("updates", i) for i in self.present]
-        tensors = [lists[key][i] for key, i in self.checked]
+        keys = list(dict.fromkeys(key for key, _ in self.checked))
+        whole = len(self.checked) == len(keys) * len(lists["updates"])
+        self.whole: list[Any] | None = keys if whole else None
+        tensors = self.tensors(lists)
         self.guard = Guard(tensors)
         self.requires_grad = any(x.requires_grad for x in tensors)
         self.tracks_versions = not any(x.is_inference() for x in tensors)
@@ -260,10 +264,46 @@ class Prepared:
         ]
         self.written: tuple[bytes, Extents] | None = None
         self.read = b""
+        self.kept: tuple[list[int], bytes, list[Any]] | None = None
 
     def holds(self, plan: "Plan", lists: Lists) -> bool:
         """Whether these leaves are like those it was prepared for."""
-        return self.present == plan.present and self.guard.holds([lists[key][i] for key, i in self.checked])
+        if self.present != plan.present:
+            return False
+        tensors = self.tensors(lists)
+        return self.unmoved(lists, tensors) or self.guard.holds(tensors)
+
+    def keep(self, lists: Lists) -> None:
+        """Remembers the tensors that a donated step has just written: the next step most likely brings them back."""
+        if self.whole is None or (self.kept is not None and self.unmoved(lists, self.tensors(lists))):
+            return
+        tensors = self.tensors(lists)
+        mine = weakref.ref(self)
+
+        def forget(_: Any) -> None:  # the identity of a dead tensor may be given to another
+            if (prepared := mine()) is not None:
+                prepared.kept = None
+
+        refs = [weakref.ref(x, forget) for x in tensors]
+        self.kept = (list(map(id, tensors)), self.addresses(lists), refs)
+
+    def unmoved(self, lists: Lists, tensors: list[Any]) -> bool:
+        """Whether these are the very tensors of the last donated step, each where it was in memory.
+
+        It saves looking at what else they are, which costs more than updating them if they are many and small.
+        """
+        kept = self.kept
+        return kept is not None and list(map(id, tensors)) == kept[0] and self.addresses(lists) == kept[1]
+
+    def addresses(self, lists: Lists) -> bytes:
+        assert self.whole is not None
+        return b"".join(lists[key].addresses for key in self.whole)
+
+    def tensors(self, lists: Lists) -> list[Any]:
+        """The tensors that must stay alike."""
+        if self.whole is not None:
+            return list(itertools.chain.from_iterable(lists[key] for key in self.whole))
+        return [lists[key][i] for key, i in self.checked]
 
     def check_overlap(self, plan: "Plan", lists: Lists) -> None:
         """Refuses to write to memory that two leaves share.
@@ -272,7 +312,7 @@ class Prepared:
           ValueError: with the paths of both.
         """
         columns = [c.gather(lists) for g in self.groups for c in g.outputs]
-        reads = [Places(tuple(("updates", i) for i in g.leaves)).gather(lists) for g in self.groups]
+        reads = [_updates_of(g, lists) for g in self.groups]
         written, read = b"".join(c.addresses for c in columns), b"".join(c.addresses for c in reads)
         clash = None
         if self.written is None or self.written[0] != written:
@@ -412,7 +452,9 @@ class Plan:
         if ps is None:
             for link in self.links:
                 if link.bound is not None and link.bound.rule.uses_params:
-                    raise ValueError(f"{link.bound.rule.name} needs the parameters: call `update(updates, state, params)`.")
+                    raise ValueError(
+                        f"{link.bound.rule.name} needs the parameters: call `update(updates, state, params)`."
+                    )
 
     def _segments(self, apply: bool) -> list[Segment | tuple[int, Link]]:
         segments: list[Segment | tuple[int, Link]] = []
@@ -438,7 +480,7 @@ class Plan:
         for name, tree in (("updates", updates), ("params", params)):
             if name == "updates" or tree is not None:
                 try:
-                    lists[name] = leaves_like(self.spec, tree)
+                    lists[name] = Column(leaves_like(self.spec, tree))
                 except (ValueError, TypeError):
                     if not explain:
                         raise
@@ -451,7 +493,7 @@ class Plan:
         """The updates that are there, and the parameters they belong to."""
         columns = [lists["updates"], *([lists["params"]] if "params" in lists else [])]
         if not self.absent:
-            return [x for column in columns for x in column]
+            return list(itertools.chain.from_iterable(columns))
         return [column[i] for column in columns for i in self.present]
 
     def match(self, updates: Tree, params: Tree | None) -> Lists | None:
@@ -460,7 +502,10 @@ class Plan:
             lists = self.lists(updates, params)
         except (ValueError, TypeError):
             return None
-        if any(lists["updates"][i] is not None and lists.get("params", lists["updates"])[i] is not None for i in self.absent):
+        if any(
+            lists["updates"][i] is not None and lists.get("params", lists["updates"])[i] is not None
+            for i in self.absent
+        ):
             return None
         return lists if self.guard.holds(self.tensors(lists)) else None
 
@@ -528,10 +573,10 @@ class Executor:
         params = view.tree(lists["params"]) if "params" in lists else None
         tree, new_states[link.path] = link.tx.update(view.tree(), get_state(state, link.path), params, **extra)
         out = leaves_like(plan.spec, tree)
-        lists["updates"] = [
+        lists["updates"] = Column(
             x if seen and not isinstance(x, MaskedNode) else u
             for x, u, seen in zip(out, lists["updates"], link.seen, strict=True)
-        ]
+        )
         for i in plan.present:
             x = check_leaf(f"the update that {link.tx!r:.60} returned", plan.paths[i], lists["updates"][i])
             if "params" in lists and x.shape != lists["params"][i].shape:
@@ -577,6 +622,7 @@ def run_segment(
     if donate:
         for k in prepared.moving:
             states[k].count.add_(1)
+        prepared.keep(lists)
         return
     for k, bound in segment.bounds.items():
         fields = {name: unflatten(plan.spec, lists[k, name]) for name in bound.rule.slots} if plan.present else {}
@@ -586,9 +632,9 @@ def run_segment(
             new_states[segment.links[k].path] = states[k]._replace(**fields)
 
 
-def _slot_leaves(plan: Plan, bound: Bound, name: str, tree: Tree) -> list[Any]:
+def _slot_leaves(plan: Plan, bound: Bound, name: str, tree: Tree) -> Column:
     try:
-        return leaves_like(plan.spec, tree)
+        return Column(leaves_like(plan.spec, tree))
     except (ValueError, TypeError):
         raise ValueError(
             f"state {bound.rule.name}.{name} does not have the structure of params: {difference(plan.spec, tree)}."
@@ -636,8 +682,10 @@ def reference_reason(plan: Plan, prepared: Prepared, tables: Sequence[Any], seen
         return "some tensors are on meta or of a class of their own"
     if torch.is_grad_enabled():
         scalars = (x for table in tables for row in table for x in row)
-        if plan.requires_grad or prepared.requires_grad or any(
-            isinstance(x, torch.Tensor) and x.requires_grad for x in scalars
+        if (
+            plan.requires_grad
+            or prepared.requires_grad
+            or any(isinstance(x, torch.Tensor) and x.requires_grad for x in scalars)
         ):
             return "a tensor requires a gradient and autograd is recording"
     values = (v for g in prepared.groups for v in g.signature.program.values)
@@ -669,18 +717,23 @@ def compute(prepared: Prepared, tables: Sequence[Any], lists: Lists, donate: boo
     if not donate:  # the caller's lists are left as they are
         for group in prepared.groups:
             for places in group.outputs:
-                for key in {key for key, _ in places.pairs}:
-                    lists[key] = list(lists[key])
+                if places.whole is None:
+                    for key in {key for key, _ in places.pairs}:
+                        lists[key] = Column(lists[key])
     for k, group in enumerate(prepared.groups):
         for places, column in zip(group.outputs, results[k], strict=True):
             places.scatter(column, lists)
 
 
-def _call(group: Group, table: Any, lists: Lists, donate: bool) -> Call:
+def _updates_of(group: Group, lists: Lists) -> Column:
     updates = lists["updates"]
+    return updates if len(group.leaves) == len(updates) else Column(updates[i] for i in group.leaves)
+
+
+def _call(group: Group, table: Any, lists: Lists, donate: bool) -> Call:
     return Call(
         group.signature,
-        Column(updates[i] for i in group.leaves),
+        _updates_of(group, lists),
         [places.gather(lists) for places in group.inputs],
         [places.gather(lists) if donate else None for places in group.outputs],
         table,
@@ -696,8 +749,14 @@ def _run_kernels(
     calls = [_call(group, table, lists, donate) for group, table in zip(groups, tables, strict=True)]
     targets: list[tuple[int, int, int, torch.Tensor]] = []
     for g, (group, call) in enumerate(zip(groups, calls, strict=True)):
+        if not group.copied:
+            continue
+        n_arrays = len(group.signature.program.arrays)
+        inputs = [Column(column) for column in (call.like, *call.inputs)]
+        outputs = [None if column is None else Column(column) for column in call.outputs]
+        calls[g] = call = call._replace(like=inputs[0], inputs=inputs[1:], outputs=outputs)
         for k in group.copied:
-            for column in (call.like, *call.inputs[: len(group.signature.program.arrays)]):
+            for column in inputs[: 1 + n_arrays]:
                 column[k] = column[k].contiguous()
             for c, (places, given) in enumerate(zip(group.outputs, call.outputs, strict=True)):
                 key, i = places.pairs[k]

@@ -12,6 +12,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 
+Leaf = torch.Tensor  # in a formula: the update, the parameter or the state of one leaf
+Scalar = Any  # a number, a 0-d tensor or a schedule; in a formula: its value at this step, a 0-d tensor
+OptionalDtype = torch.dtype | None
+
+
 class EmptyState(NamedTuple):
     """The state of a transformation that keeps none."""
 
@@ -20,25 +25,24 @@ class EmptyState(NamedTuple):
 class Slot:
     """A slot of state of a rule; made by `slot`."""
 
-    start: float | Literal["param", "first_update"]
+    start: float | str
     dtype: torch.dtype | str | None
     per_leaf: bool
 
     def make(self, p: torch.Tensor, hypers: Mapping[str, Any]) -> torch.Tensor:
         """The slot's first value for one leaf."""
         dtype = hypers[self.dtype] if isinstance(self.dtype, str) else self.dtype
-        if self.per_leaf:
-            wide = torch.float64 if p.dtype is torch.float64 else torch.float32
-            start = 0.0 if isinstance(self.start, str) else self.start
-            return torch.full((), start, dtype=dtype or wide, device=p.device)
         if self.start == "param":
             return p.detach().to(dtype or p.dtype, copy=True)
-        start = 0.0 if isinstance(self.start, str) else self.start
+        start = hypers.get(self.start, 0.0) if isinstance(self.start, str) else self.start
+        if self.per_leaf:
+            wide = torch.float64 if p.dtype is torch.float64 else torch.float32
+            return torch.full((), start, dtype=dtype or wide, device=p.device)
         return torch.full_like(p, start, dtype=dtype or p.dtype, requires_grad=False)
 
 
 def slot(
-    start: float | Literal["param", "first_update"] = 0.0,
+    start: float | str = 0.0,
     *,
     dtype: torch.dtype | str | None = None,
     per: Literal["element", "leaf"] = "element",
@@ -46,8 +50,8 @@ def slot(
     """Declares a slot of state.
 
     Args:
-      start: its value before the first update: a number, a copy of the parameter (`"param"`), or the update that
-        reaches the rule at its first step (`"first_update"`).
+      start: its value before the first update: a number, the name of the hyper-parameter that holds one, a copy of
+        the parameter (`"param"`), or the update that reaches the rule at its first step (`"first_update"`).
       dtype: how it is stored: a dtype, or the name of the hyper-parameter that holds one. By default as the
         parameter is, or as float32 (float64 for float64 parameters) where there is one number per leaf.
       per: one number per element of a leaf, or one per leaf.
@@ -64,10 +68,8 @@ def slot(
     """
     if per not in ("element", "leaf"):
         raise ValueError(f'`per` must be "element" or "leaf", got {per!r}.')
-    if per == "leaf" and isinstance(start, str):
+    if per == "leaf" and start in ("param", "first_update"):
         raise ValueError(f"a slot with one number per leaf starts from a number, got start={start!r}.")
-    if isinstance(start, str) and start not in ("param", "first_update"):
-        raise ValueError(f'`start` must be a number, "param" or "first_update", got {start!r}.')
     return Slot(start, dtype, per == "leaf")
 
 
@@ -95,7 +97,7 @@ class Range:
         return low and high
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Rule:
     """What `elementwise` knows of a rule.
 
@@ -109,6 +111,7 @@ class Rule:
       ranges: intervals that hyper-parameters must lie in.
       uses_params: whether the formula takes `p`.
       uses_step: whether the formula takes `step`, or a slot starts from the first update.
+      factory: the function that `elementwise` returned; it has a name that pickle can find.
     """
 
     name: str
@@ -120,6 +123,7 @@ class Rule:
     ranges: Mapping[str, Range]
     uses_params: bool
     uses_step: bool
+    factory: Any = None
 
     def check(self, hyper: str, value: Any) -> None:
         """Refuses a number outside its range.
@@ -149,14 +153,14 @@ def state_type(rule: Rule, counted: bool) -> Any:
     name = "".join(word.capitalize() for word in rule.name.split("_")) + "State"
     made = collections.namedtuple(name, fields, module=rule.fn.__module__)  # type: ignore[misc]
     made.__doc__ = f"The state of `{rule.name}`."
-    # pickled by way of its rule, which has a name that a module knows; `_asdict` leaves the fields to pickle
-    made.__reduce__ = lambda self: (restore_state, (rule, counted, *self))
+    # pickled by way of the rule's public name, since this class has none
+    made.__reduce__ = lambda self: (restore_state, (rule.factory, counted, *self))
     return made
 
 
-def restore_state(rule: Rule, counted: bool, *values: Any) -> Any:
+def restore_state(factory: Any, counted: bool, *values: Any) -> Any:
     """Makes the state of a rule; what unpickling calls."""
-    return state_type(rule, counted)(*values)
+    return state_type(factory.rule, counted)(*values)
 
 
 @dataclass(frozen=True, eq=False)

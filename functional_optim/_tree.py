@@ -64,8 +64,11 @@ def difference(expected: Spec, tree: Tree) -> str:
     have, want = paths(flatten(tree)[1]), paths(expected)
     missing = [p for p in want if p not in set(have)]
     extra = [p for p in have if p not in set(want)]
-    parts = [f"{what} {', '.join(map(repr, ps[:5]))}{' ...' if len(ps) > 5 else ''}"
-             for what, ps in (("it lacks", missing), ("it has the unknown", extra)) if ps]
+    parts = [
+        f"{what} {', '.join(map(repr, ps[:5]))}{' ...' if len(ps) > 5 else ''}"
+        for what, ps in (("it lacks", missing), ("it has the unknown", extra))
+        if ps
+    ]
     return " and ".join(parts) or f"the leaves agree but the containers do not: {flatten(tree)[1]}, not {expected}"
 
 

@@ -1,15 +1,15 @@
 """The compiler: programs over lists of tensors. It knows nothing of optimizers or pytrees.
 
-    rule, a Python function of one leaf
-      |  trace.py      symbols record what the rule does
-    Program            program.py: values, levels, stages; print it
-      |  plan.py       passes over memory, split at reductions
-    Pass
-      |  emit_c.py, emit_triton.py     text, one statement per value
-      |  build.py      text -> kernel, cached on disk
-    kernel
-      |  launch.py     tables of addresses and numbers
-    new values         reference.py and foreach.py get here from the Program, without a compiler
+rule, a Python function of one leaf
+  |  trace.py      symbols record what the rule does
+Program            program.py: values, levels, stages; print it
+  |  plan.py       passes over memory, split at reductions
+Pass
+  |  emit_c.py, emit_triton.py     text, one statement per value
+  |  build.py      text -> kernel, cached on disk
+kernel
+  |  launch.py     tables of addresses and numbers
+new values         reference.py and foreach.py get here from the Program, without a compiler
 """
 
 from collections.abc import Callable, Sequence

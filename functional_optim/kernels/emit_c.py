@@ -180,9 +180,7 @@ class _Emitter:
                 if value.op.startswith("tree_"):
                     return f"total_{value.reduction}({partials}, l->n_partials)"
                 start = "l->leaf_chunk[leaf]"
-                return (
-                    f"total_{value.reduction}({partials} + l->first_partial + {start}, l->leaf_chunk[leaf + 1] - {start})"
-                )
+                return f"total_{value.reduction}({partials} + l->first_partial + {start}, l->leaf_chunk[leaf + 1] - {start})"
         args = [self.double_operand(a) for a in value.args]
         return OPS[value.op].c.format(*args, f="", T="double")
 
@@ -194,7 +192,9 @@ class _Emitter:
         values = self.program.values
         nr, nl = len(self.row_kept), len(self.leaf_kept)
         once = [i for i in self.p.uniforms if values[i].op.startswith("tree_")]
-        rows = [i for i in self.p.uniforms if values[i].level is Level.ROW and values[i].op != "const" and i not in once]
+        rows = [
+            i for i in self.p.uniforms if values[i].level is Level.ROW and values[i].op != "const" and i not in once
+        ]
         lines = []
         if nr or nl:
             lines.append(f"double *uniforms = malloc(sizeof(double) * (l->n_rows * {nr} + l->n_leaves * {nl} + 1));")
@@ -261,11 +261,15 @@ class _Emitter:
         body = []
         for i in p.inputs:
             ctype, load, _ = STORAGE[self.signature.dtypes[values[i].name]]
-            inner.append(f"const {ctype} *a{i} = l->columns[{self.columns[values[i].name]}][leaf];  /* {values[i].name} */")
+            inner.append(
+                f"const {ctype} *a{i} = l->columns[{self.columns[values[i].name]}][leaf];  /* {values[i].name} */"
+            )
             body.append(f"const real v{i} = {load.format(f'a{i}[i]')};")
         for i, k in p.reloads:
             ctype, load, _ = STORAGE[self.signature.outputs[k]]
-            inner.append(f"const {ctype} *a{i} = l->columns[{self.first_output + k}][leaf];  /* {program.outputs[k].name} */")
+            inner.append(
+                f"const {ctype} *a{i} = l->columns[{self.first_output + k}][leaf];  /* {program.outputs[k].name} */"
+            )
             body.append(f"const real v{i} = {load.format(f'a{i}[i]')};")
         for i in p.body:
             ctype = "int" if values[i].boolean else "real"
@@ -274,7 +278,9 @@ class _Emitter:
         for k in p.stores:
             if program.outputs[k].level is Level.ELEMENT:
                 ctype, _, store = STORAGE[self.signature.outputs[k]]
-                inner.append(f"{ctype} *o{k} = l->columns[{self.first_output + k}][leaf];  /* {program.outputs[k].name} */")
+                inner.append(
+                    f"{ctype} *o{k} = l->columns[{self.first_output + k}][leaf];  /* {program.outputs[k].name} */"
+                )
                 body.append(store.format(f"o{k}[i]", self.operand(program.outputs[k].value)) + ";")
         for r in p.reductions:
             body.append(f"b{r}[i - first] = {self.operand(values[r].args[0])};")

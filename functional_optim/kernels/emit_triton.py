@@ -105,7 +105,11 @@ def _pass(signature: Signature, p: Pass, number: int) -> str:
     compute = TYPES[signature.compute]
     names = (*program.arrays, *program.leaves)
     lines = ["chunk = tl.program_id(0).to(tl.int64)", "leaf = tl.load(chunk_leaf + chunk)"]
-    lines += ["start = tl.load(chunk_start + chunk)", "stop = tl.load(chunk_stop + chunk)", "row = tl.load(leaf_row + leaf)"]
+    lines += [
+        "start = tl.load(chunk_start + chunk)",
+        "stop = tl.load(chunk_stop + chunk)",
+        "row = tl.load(leaf_row + leaf)",
+    ]
 
     def address(column: int, dtype: torch.dtype) -> str:
         return f"tl.load(columns + {column} * n_leaves + leaf).to(tl.pointer_type({TYPES[dtype]}))"
@@ -161,8 +165,11 @@ def _pass(signature: Signature, p: Pass, number: int) -> str:
         if output.level is Level.ELEMENT:
             x = operand(output.value)
             x = f"_bf16({x})" if dtype is torch.bfloat16 else x
-            body.append(f"tl.store(o{k} + i, ({x} + tl.zeros((BLOCK,), {compute})).to({TYPES[dtype]}), inside)"
-                        if values[output.value].uniform else f"tl.store(o{k} + i, ({x}).to({TYPES[dtype]}), inside)")
+            body.append(
+                f"tl.store(o{k} + i, ({x} + tl.zeros((BLOCK,), {compute})).to({TYPES[dtype]}), inside)"
+                if values[output.value].uniform
+                else f"tl.store(o{k} + i, ({x}).to({TYPES[dtype]}), inside)"
+            )
         else:
             tail.append(f"tl.store(o{k}, u{output.value}.to({TYPES[dtype]}), start == 0)")
     for r in p.reductions:
@@ -171,8 +178,12 @@ def _pass(signature: Signature, p: Pass, number: int) -> str:
         lines.append(f"t{r} = tl.full((BLOCK,), {identity}, tl.float64)")
         x = f"tl.where(inside, ({operand(values[r].args[0])}).to(tl.float64), {identity})"
         body.append(f"x{r} = {x}")
-        body.append(f"t{r} += x{r}" if kind == "sum" else f"t{r} = tl.where((x{r} > t{r}) | (x{r} != x{r}), x{r}, t{r})")
-        place = f"tl.load(partials + {program.reductions.index(r)}).to(tl.pointer_type(tl.float64)) + first_partial + chunk"
+        body.append(
+            f"t{r} += x{r}" if kind == "sum" else f"t{r} = tl.where((x{r} > t{r}) | (x{r} != x{r}), x{r}, t{r})"
+        )
+        place = (
+            f"tl.load(partials + {program.reductions.index(r)}).to(tl.pointer_type(tl.float64)) + first_partial + chunk"
+        )
         tail.append(f"tl.store({place}, {'tl.sum' if kind == 'sum' else '_amax'}(t{r}))")
     arguments = (
         "chunk_leaf, chunk_start, chunk_stop, leaf_chunk, leaf_size, leaf_row, columns, scalars, partials, "

@@ -140,7 +140,9 @@ def partial_buffers(calls: Sequence[Call], total: int, device: torch.device) -> 
             value = call.signature.program.values[i]
             key = value.name if value.op.startswith("tree_") else f"\0{len(buffers)}.{i}"
             if key not in shared:
-                shared[key] = torch.full((total,), REDUCTIONS[value.reduction].identity, dtype=torch.float64, device=device)
+                shared[key] = torch.full(
+                    (total,), REDUCTIONS[value.reduction].identity, dtype=torch.float64, device=device
+                )
             own.append(shared[key])
         buffers.append(own)
     return buffers

@@ -70,12 +70,13 @@ def plan(signature: Signature) -> tuple[Pass, ...]:
         and not program.values[program.outputs[k].value].uniform
         and program.values[program.outputs[k].value].op != "array"
         and program.values[program.outputs[k].value].stage < last
-        and signature.outputs[k] == signature.compute  # a narrower store would round what a later pass reads
     }
-    late = _schedule(program, {})
+    # what a narrower store has rounded is not what a later pass wants to read
+    exact = frozenset(k for k, dtype in enumerate(signature.outputs) if dtype == signature.compute)
+    late = _schedule(program, {}, exact)
     if not early:
         return late
-    eager = _schedule(program, early)
+    eager = _schedule(program, early, exact)
     return min(late, eager, key=lambda passes: sum(_bytes(signature, passes)))
 
 
@@ -101,8 +102,10 @@ def _bytes(signature: Signature, passes: Iterable[Pass]) -> tuple[int, int]:
     return read, written
 
 
-def _schedule(program: Program, early: Mapping[int, int]) -> tuple[Pass, ...]:
+def _schedule(program: Program, early: Mapping[int, int], exact: frozenset[int]) -> tuple[Pass, ...]:
     """Lays out the passes with the outputs in `early` (value -> output) stored as soon as they are known.
+
+    Those in `exact` may be loaded again.
 
     A store may overwrite the input of the same name, so an early store is given up if a later pass still needs
     that input.
@@ -121,14 +124,14 @@ def _schedule(program: Program, early: Mapping[int, int]) -> tuple[Pass, ...]:
             if i in seen:
                 continue
             seen.add(i)
-            if not values[i].uniform and i in early and stored_in[early[i]] < stage:
+            if early.get(i) in exact and stored_in[early[i]] < stage:
                 reloads[i] = early[i]
             elif not values[i].reduction:
                 stack.extend(values[i].args)
         lost = {outputs[k].name: outputs[k].value for k in stored_in if stored_in[k] < stage}
         hazards = {lost[values[i].name] for i in seen if values[i].op == "array" and values[i].name in lost}
         if hazards:
-            return _schedule(program, {v: k for v, k in early.items() if v not in hazards})
+            return _schedule(program, {v: k for v, k in early.items() if v not in hazards}, exact)
         order = sorted(seen - set(reloads))
         passes.append(
             Pass(

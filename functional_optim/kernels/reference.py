@@ -163,6 +163,8 @@ class _Machine:
             # an output that is an input unchanged must still be a tensor of its own
             source = self.program.values[output.value]
             if source.op in ("array", "leaf"):
-                column = Column(x.clone() if x is y else x for x, y in zip(column, self.inputs[source.name], strict=True))
+                column = Column(
+                    x.clone() if x is y else x for x, y in zip(column, self.inputs[source.name], strict=True)
+                )
             columns.append(column)
         return columns

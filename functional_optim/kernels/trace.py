@@ -198,7 +198,9 @@ class Tracer:
         if tree:
             # leaves with other rules meet in the same scope, so a reduction is numbered within its rule
             number = sum(scope == self.scope for scope, _, _ in self.scopes)
-            scope = self.scopes.setdefault((self.scope, kind, x.index), f"{self.scope}.{number}" if number else self.scope)
+            scope = self.scopes.setdefault(
+                (self.scope, kind, x.index), f"{self.scope}.{number}" if number else self.scope
+            )
         return self.add(
             Value(
                 kind,
@@ -217,7 +219,9 @@ class Tracer:
             if self.values[y.index].boolean:
                 y = self.op("real", y)
             if name in per_leaf and self.values[y.index].level is Level.ELEMENT:
-                raise RuleError(f"The new value of `{name}` differs per element, but its slot holds one number per leaf.")
+                raise RuleError(
+                    f"The new value of `{name}` differs per element, but its slot holds one number per leaf."
+                )
             symbols[name] = y
         needed: set[int] = set()
         stack = [x.index for x in symbols.values()]
@@ -351,9 +355,7 @@ REWRITES: dict[str, Callable[..., Any]] = {
     "clamp_min": lambda t, x, min: _clamp(t, x, min=min),
     "clamp_max": lambda t, x, max: _clamp(t, x, max=max),
     "max": lambda t, x, *y: t.op("maximum", x, *y) if y else t.reduce("leaf_amax", x),
-    "min": lambda t, x, *y: (
-        t.op("minimum", x, *y) if y else t.op("neg", t.reduce("leaf_amax", t.op("neg", x)))
-    ),
+    "min": lambda t, x, *y: t.op("minimum", x, *y) if y else t.op("neg", t.reduce("leaf_amax", t.op("neg", x))),
     "amax": lambda t, x: t.reduce("leaf_amax", x),
     "amin": lambda t, x: t.op("neg", t.reduce("leaf_amax", t.op("neg", x))),
     "sum": lambda t, x: t.reduce("leaf_sum", x),

@@ -1,1 +1,1 @@
-"""The transformations, one idea a file. Each is the formula for one leaf."""
+"""The transformations, one idea a file. Each is the formula for one leaf, as in its paper."""

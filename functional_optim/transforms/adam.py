@@ -1,32 +1,62 @@
-"""Adam and its nearest kin."""
-
-from typing import Any
+"""Adam: updates divided by the root of their second moment."""
 
 import torch
 
 from .._rule import elementwise
-from .._spec import slot
+from .._spec import Leaf, OptionalDtype, Scalar, slot
 
 
-_MU, _NU = slot(0.0, dtype="mu_dtype"), slot(0.0, dtype="nu_dtype")
-_RANGES = {"b1": "[0, 1)", "b2": "[0, 1)", "eps": "[0, inf)", "eps_root": "[0, inf)"}
+RANGES = {"b1": "[0, 1)", "b2": "[0, 1)", "eps": "[0, inf)", "eps_root": "[0, inf)"}
 
 
-@elementwise(state={"mu": _MU, "nu": _NU}, static=("nesterov",), ranges=_RANGES)
+@elementwise(
+    state={"mu": slot(0.0, dtype="mu_dtype"), "nu": slot(0.0, dtype="nu_dtype")}, static=("nesterov",), ranges=RANGES
+)
 def scale_by_adam(
-    u: Any,
-    mu: Any,
-    nu: Any,
+    u: Leaf,
+    mu: Leaf,
+    nu: Leaf,
     *,
-    step: Any,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    eps_root: Any = 0.0,
-    mu_dtype: torch.dtype | None = None,
-    nu_dtype: torch.dtype | None = None,
+    step: Scalar,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: OptionalDtype = None,
     nesterov: bool = False,
-) -> Any:
+    nu_dtype: OptionalDtype = None,
+) -> tuple[Leaf, Leaf, Leaf]:
+    r"""Adam: a mean of past updates over the root of a mean of their squares.
+
+    $$m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t, \quad v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2$$
+    $$u_t = \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t) + \bar\epsilon} + \epsilon}$$
+
+    With `nesterov`, the numerator is $\beta_1 m_t / (1 - \beta_1^{t+1}) + (1 - \beta_1) g_t / (1 - \beta_1^t)$.
+
+    Args:
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: term outside the root.
+      eps_root: term inside the root, for gradients through the update at 0.
+      mu_dtype: how the first moment is stored; by default as the parameter.
+      nesterov: whether the numerator looks one step ahead, as in NAdam.
+      nu_dtype: how the second moment is stored; by default as the parameter.
+
+    Returns:
+      The transformation. Its state is `(count, mu, nu)`.
+
+    Raises:
+      ValueError: a number is out of its range.
+
+    Example:
+      >>> tx = scale_by_adam()
+      >>> params = torch.zeros(2)
+      >>> updates, state = tx.update(torch.tensor([1.0, -3.0]), tx.init(params))
+      >>> updates
+      tensor([ 1.0000, -1.0000])
+
+    Source: Kingma & Ba 2015, arXiv:1412.6980, algorithm 1; Dozat 2016 for `nesterov`.
+    """
     mu = b1 * mu + (1 - b1) * u
     nu = b2 * nu + (1 - b2) * u * u
     if nesterov:
@@ -35,3 +65,61 @@ def scale_by_adam(
         mu_hat = mu / (1 - b1**step)
     nu_hat = nu / (1 - b2**step)
     return mu_hat / (torch.sqrt(nu_hat + eps_root) + eps), mu, nu
+
+
+@elementwise(
+    state={"mu": slot(0.0, dtype="mu_dtype"), "nu": slot(0.0), "nu_max": slot(0.0)},
+    static=("bias_correction_mu", "bias_correction_nu"),
+    ranges=RANGES,
+)
+def scale_by_amsgrad(
+    u: Leaf,
+    mu: Leaf,
+    nu: Leaf,
+    nu_max: Leaf,
+    *,
+    step: Scalar,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: OptionalDtype = None,
+    bias_correction_mu: bool = True,
+    bias_correction_nu: bool = True,
+) -> tuple[Leaf, Leaf, Leaf, Leaf]:
+    r"""AMSGrad: Adam whose second moment never shrinks.
+
+    $$\hat v_t = \max(\hat v_{t-1}, v_t / (1 - \beta_2^t)), \quad
+      u_t = \frac{m_t / (1 - \beta_1^t)}{\sqrt{\hat v_t + \bar\epsilon} + \epsilon}$$
+
+    As in optax, the maximum is of the corrected moment.
+
+    Args:
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: term outside the root.
+      eps_root: term inside the root.
+      mu_dtype: how the first moment is stored; by default as the parameter.
+      bias_correction_mu: whether the first moment is corrected for its start at 0.
+      bias_correction_nu: whether the second moment is.
+
+    Returns:
+      The transformation. Its state is `(count, mu, nu, nu_max)`.
+
+    Raises:
+      ValueError: a number is out of its range.
+
+    Example:
+      >>> tx = scale_by_amsgrad()
+      >>> updates, state = tx.update(torch.tensor([1.0, -3.0]), tx.init(torch.zeros(2)))
+      >>> updates
+      tensor([ 1.0000, -1.0000])
+
+    Source: Reddi et al. 2018, arXiv:1904.09237, algorithm 2.
+    """
+    mu = b1 * mu + (1 - b1) * u
+    nu = b2 * nu + (1 - b2) * u * u
+    mu_hat = mu / (1 - b1**step) if bias_correction_mu else mu
+    nu_hat = nu / (1 - b2**step) if bias_correction_nu else nu
+    nu_max = torch.maximum(nu_max, nu_hat)
+    return mu_hat / (torch.sqrt(nu_max + eps_root) + eps), mu, nu, nu_max

@@ -1,0 +1,411 @@
+"""The named optimizers. Each is one chain; the transformations it names say what it computes."""
+
+from typing import Any
+
+from ._base import GradientTransformation
+from ._chain import chain, identity
+from ._masking import masked
+from ._spec import OptionalDtype, Scalar
+from .transforms.adam import scale_by_adam, scale_by_amsgrad
+from .transforms.decay import add_decayed_weights
+from .transforms.momentum import ema, trace
+from .transforms.rms import scale_by_rms, scale_by_stddev
+from .transforms.scaling import scale_by_learning_rate, scale_by_trust_ratio
+from .transforms.sign import scale_by_lion, scale_by_sign
+
+
+def sgd(
+    learning_rate: Scalar, momentum: Scalar = None, nesterov: bool = False, accumulator_dtype: OptionalDtype = None
+) -> GradientTransformation:
+    r"""Stochastic gradient descent, $\theta_t = \theta_{t-1} - \eta\, m_t$, with `trace` for the momentum.
+
+    Args:
+      learning_rate: $\eta$.
+      momentum: decay of the momentum; None for none.
+      nesterov: whether the step looks one update ahead.
+      accumulator_dtype: how the momentum is stored; by default as the parameter.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: a number is out of its range.
+
+    Example:
+      >>> sgd(0.1, momentum=0.9)
+      chain(trace(decay=0.9), scale_by_learning_rate(learning_rate=0.1))
+
+    Source: Sutskever et al. 2013, "On the importance of initialization and momentum in deep learning".
+    """
+    first = identity() if momentum is None else trace(momentum, nesterov, accumulator_dtype)
+    return chain(first, scale_by_learning_rate(learning_rate))
+
+
+def adam(
+    learning_rate: Scalar,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: OptionalDtype = None,
+    *,
+    nesterov: bool = False,
+    nu_dtype: OptionalDtype = None,
+) -> GradientTransformation:
+    r"""Adam, $\theta_t = \theta_{t-1} - \eta\, \hat m_t / (\sqrt{\hat v_t} + \epsilon)$; see `scale_by_adam`.
+
+    Args:
+      learning_rate: $\eta$.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: term outside the root.
+      eps_root: term inside the root.
+      mu_dtype: how the first moment is stored; by default as the parameter.
+      nesterov: whether the numerator looks one step ahead.
+      nu_dtype: how the second moment is stored; by default as the parameter.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: a number is out of its range.
+
+    Example:
+      >>> adam(1e-3)
+      chain(scale_by_adam(), scale_by_learning_rate(learning_rate=0.001))
+
+    Source: Kingma & Ba 2015, arXiv:1412.6980, algorithm 1.
+    """
+    return chain(
+        scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov, nu_dtype), scale_by_learning_rate(learning_rate)
+    )
+
+
+def nadam(
+    learning_rate: Scalar,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: OptionalDtype = None,
+    *,
+    nu_dtype: OptionalDtype = None,
+) -> GradientTransformation:
+    """NAdam: `adam` with `nesterov=True`. torch.optim.NAdam has another schedule of the momentum.
+
+    Args:
+      learning_rate, b1, b2, eps, eps_root, mu_dtype, nu_dtype: see `adam`.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: a number is out of its range.
+
+    Example:
+      >>> nadam(1e-3)
+      chain(scale_by_adam(nesterov=True), scale_by_learning_rate(learning_rate=0.001))
+
+    Source: Dozat 2016, "Incorporating Nesterov Momentum into Adam".
+    """
+    return adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov=True, nu_dtype=nu_dtype)
+
+
+def adamw(
+    learning_rate: Scalar,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: OptionalDtype = None,
+    weight_decay: Scalar = 1e-4,
+    mask: Any = None,
+    *,
+    nesterov: bool = False,
+    nu_dtype: OptionalDtype = None,
+) -> GradientTransformation:
+    r"""AdamW: Adam with decoupled decay, $\theta_t = \theta_{t-1} - \eta\,(\hat m_t / (\sqrt{\hat v_t} + \epsilon) + \lambda \theta_{t-1})$.
+
+    Args:
+      learning_rate: $\eta$; it multiplies the decay too.
+      b1, b2, eps, eps_root, mu_dtype: see `adam`.
+      weight_decay: $\lambda$. The default is optax's; torch.optim.AdamW has 1e-2.
+      mask: which leaves decay; see `masked`. By default all.
+      nesterov, nu_dtype: see `adam`.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: a number is out of its range.
+
+    Example:
+      >>> adamw(1e-3, weight_decay=0.1)  # doctest: +NORMALIZE_WHITESPACE
+      chain(scale_by_adam(), add_decayed_weights(weight_decay=0.1),
+            scale_by_learning_rate(learning_rate=0.001))
+
+    Source: Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2.
+    """
+    return chain(
+        scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov, nu_dtype),
+        add_decayed_weights(weight_decay, mask),
+        scale_by_learning_rate(learning_rate),
+    )
+
+
+def nadamw(
+    learning_rate: Scalar,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: OptionalDtype = None,
+    weight_decay: Scalar = 1e-4,
+    mask: Any = None,
+    *,
+    nu_dtype: OptionalDtype = None,
+) -> GradientTransformation:
+    """NAdamW: `adamw` with `nesterov=True`.
+
+    Args:
+      learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nu_dtype: see `adamw`.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: a number is out of its range.
+
+    Example:
+      >>> tx = nadamw(1e-3)
+
+    Source: Dozat 2016, "Incorporating Nesterov Momentum into Adam"; Loshchilov & Hutter 2019, arXiv:1711.05101.
+    """
+    return adamw(learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov=True, nu_dtype=nu_dtype)
+
+
+def amsgrad(
+    learning_rate: Scalar,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: OptionalDtype = None,
+    bias_correction_mu: bool = True,
+    bias_correction_nu: bool = True,
+) -> GradientTransformation:
+    """AMSGrad: Adam whose second moment never shrinks; see `scale_by_amsgrad`.
+
+    Args:
+      learning_rate: the learning rate.
+      b1, b2, eps, eps_root, mu_dtype, bias_correction_mu, bias_correction_nu: see `scale_by_amsgrad`.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: a number is out of its range.
+
+    Example:
+      >>> amsgrad(1e-3)
+      chain(scale_by_amsgrad(), scale_by_learning_rate(learning_rate=0.001))
+
+    Source: Reddi et al. 2018, arXiv:1904.09237, algorithm 2.
+    """
+    return chain(
+        scale_by_amsgrad(b1, b2, eps, eps_root, mu_dtype, bias_correction_mu, bias_correction_nu),
+        scale_by_learning_rate(learning_rate),
+    )
+
+
+def rmsprop(
+    learning_rate: Scalar,
+    decay: Scalar = 0.9,
+    eps: Scalar = 1e-8,
+    initial_scale: float = 0.0,
+    eps_in_sqrt: bool = True,
+    centered: bool = False,
+    momentum: Scalar = None,
+    nesterov: bool = False,
+    bias_correction: bool = False,
+) -> GradientTransformation:
+    """RMSProp, with momentum after the learning rate; see `scale_by_rms` and `scale_by_stddev`.
+
+    Args:
+      learning_rate: the learning rate.
+      decay, eps, initial_scale, eps_in_sqrt, bias_correction: see `scale_by_rms`. torch.optim.RMSprop has `eps`
+        outside the root.
+      centered: whether the mean is taken out of the second moment.
+      momentum: decay of the momentum; None for none.
+      nesterov: whether the momentum looks one update ahead.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: a number is out of its range.
+
+    Example:
+      >>> rmsprop(1e-3, momentum=0.9)  # doctest: +NORMALIZE_WHITESPACE
+      chain(scale_by_rms(), scale_by_learning_rate(learning_rate=0.001), trace(decay=0.9))
+
+    Source: Tieleman & Hinton 2012, lecture 6.5; Graves 2013, arXiv:1308.0850 for `centered`.
+    """
+    first = scale_by_stddev if centered else scale_by_rms
+    return chain(
+        first(decay, eps, initial_scale, eps_in_sqrt, bias_correction),
+        scale_by_learning_rate(learning_rate),
+        identity() if momentum is None else trace(momentum, nesterov),
+    )
+
+
+def lion(
+    learning_rate: Scalar,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.99,
+    mu_dtype: OptionalDtype = None,
+    weight_decay: Scalar = 1e-3,
+    mask: Any = None,
+) -> GradientTransformation:
+    """Lion: the sign of an interpolated momentum, with decoupled decay; see `scale_by_lion`.
+
+    Args:
+      learning_rate: the learning rate, about a tenth of Adam's.
+      b1, b2, mu_dtype: see `scale_by_lion`.
+      weight_decay: factor of the decay, which the learning rate multiplies too.
+      mask: which leaves decay; see `masked`. By default all.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: a number is out of its range.
+
+    Example:
+      >>> lion(1e-4)  # doctest: +NORMALIZE_WHITESPACE
+      chain(scale_by_lion(), add_decayed_weights(weight_decay=0.001),
+            scale_by_learning_rate(learning_rate=0.0001))
+
+    Source: Chen et al. 2023, arXiv:2302.06675, algorithm 2.
+    """
+    return chain(
+        scale_by_lion(b1, b2, mu_dtype), add_decayed_weights(weight_decay, mask), scale_by_learning_rate(learning_rate)
+    )
+
+
+def lars(
+    learning_rate: Scalar,
+    weight_decay: Scalar = 0.0,
+    weight_decay_mask: Any = True,
+    trust_coefficient: Scalar = 0.001,
+    eps: Scalar = 0.0,
+    trust_ratio_mask: Any = True,
+    momentum: Scalar = 0.9,
+    nesterov: bool = False,
+) -> GradientTransformation:
+    """LARS: momentum whose steps are scaled, leaf by leaf, to the length of the parameter.
+
+    Args:
+      learning_rate: the learning rate.
+      weight_decay: factor of the decay, added before the ratio is taken.
+      weight_decay_mask: which leaves decay; see `masked`.
+      trust_coefficient, eps: see `scale_by_trust_ratio`.
+      trust_ratio_mask: which leaves are scaled; see `masked`.
+      momentum: decay of the momentum.
+      nesterov: whether the momentum looks one update ahead.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: a number is out of its range.
+
+    Example:
+      >>> tx = lars(0.1)
+
+    Source: You et al. 2017, arXiv:1708.03888, algorithm 1.
+    """
+    return chain(
+        add_decayed_weights(weight_decay, weight_decay_mask),
+        masked(scale_by_trust_ratio(trust_coefficient=trust_coefficient, eps=eps), trust_ratio_mask),
+        scale_by_learning_rate(learning_rate),
+        trace(momentum, nesterov),
+    )
+
+
+def lamb(
+    learning_rate: Scalar,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-6,
+    eps_root: Scalar = 0.0,
+    weight_decay: Scalar = 0.0,
+    mask: Any = None,
+) -> GradientTransformation:
+    """LAMB: AdamW whose steps are scaled, leaf by leaf, to the length of the parameter.
+
+    Args:
+      learning_rate: the learning rate.
+      b1, b2, eps, eps_root: see `scale_by_adam`.
+      weight_decay: factor of the decay.
+      mask: which leaves decay; see `masked`. By default all.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: a number is out of its range.
+
+    Example:
+      >>> tx = lamb(1e-3, weight_decay=0.01)
+
+    Source: You et al. 2020, arXiv:1904.00962, algorithm 2.
+    """
+    return chain(
+        scale_by_adam(b1, b2, eps, eps_root),
+        add_decayed_weights(weight_decay, mask),
+        scale_by_trust_ratio(),
+        scale_by_learning_rate(learning_rate),
+    )
+
+
+def sign_sgd(learning_rate: Scalar) -> GradientTransformation:
+    r"""SignSGD, $\theta_t = \theta_{t-1} - \eta \operatorname{sign} g_t$.
+
+    Args:
+      learning_rate: $\eta$.
+
+    Returns:
+      The optimizer.
+
+    Example:
+      >>> sign_sgd(1e-3)
+      chain(scale_by_sign(), scale_by_learning_rate(learning_rate=0.001))
+
+    Source: Bernstein et al. 2018, arXiv:1802.04434, algorithm 1.
+    """
+    return chain(scale_by_sign(), scale_by_learning_rate(learning_rate))
+
+
+def signum(
+    learning_rate: Scalar, beta: Scalar = 0.9, accumulator_dtype: OptionalDtype = None
+) -> GradientTransformation:
+    """Signum: the sign of a mean of past gradients.
+
+    Args:
+      learning_rate: the learning rate.
+      beta: decay of the mean.
+      accumulator_dtype: how the mean is stored; by default as the parameter.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: `beta` is out of its range.
+
+    Example:
+      >>> tx = signum(1e-3)
+
+    Source: Bernstein et al. 2018, arXiv:1802.04434, algorithm 2.
+    """
+    return chain(ema(beta, False, accumulator_dtype), scale_by_sign(), scale_by_learning_rate(learning_rate))

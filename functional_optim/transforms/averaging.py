@@ -1,0 +1,86 @@
+"""Averages of parameters."""
+
+from typing import Any
+
+from .._rule import elementwise
+from .._spec import Leaf, OptionalDtype, Scalar, slot, state_type
+from .._tree import MaskedNode, Tree, flatten, leaves_like, unflatten
+
+
+@elementwise(state={"ema": slot("param", dtype="accumulator_dtype")}, ranges={"decay": "[0, 1]"})
+def params_ema(
+    u: Leaf, p: Leaf, ema: Leaf, *, decay: Scalar, accumulator_dtype: OptionalDtype = None
+) -> tuple[Leaf, Leaf]:
+    r"""An exponential moving average of the updated parameters; updates pass through as they are.
+
+    $$\bar\theta_t = \beta \bar\theta_{t-1} + (1 - \beta)(\theta_{t-1} + u_t), \quad \bar\theta_0 = \theta_0$$
+
+    It belongs at the end of a chain, where updates are what will be added to the parameters. `eval_params` reads
+    the average.
+
+    Args:
+      decay: $\beta$; a schedule makes a warm-up.
+      accumulator_dtype: how the average is stored; by default as the parameter. Half types lose what a decay near 1
+        adds, so store their average as float32.
+
+    Returns:
+      The transformation. Its state is `(ema,)`. It needs the parameters.
+
+    Raises:
+      ValueError: `decay` is out of its range.
+
+    Example:
+      >>> import functional_optim as fo, torch
+      >>> tx = fo.chain(fo.scale(-1.0), params_ema(decay=0.5))
+      >>> params = torch.ones(1)
+      >>> params, state = fo.apply_gradients(tx, params, torch.ones(1), tx.init(params))
+      >>> params, eval_params(state, params)
+      (tensor([0.]), tensor([0.5000]))
+
+    Source: Polyak & Juditsky 1992; Tarvainen & Valpola 2017, arXiv:1703.01780, equation 2.
+    """
+    return u, decay * ema + (1 - decay) * (p + u)
+
+
+def eval_params(state: Any, params: Tree) -> Tree:
+    """The averaged parameters that `params_ema` keeps somewhere in a state.
+
+    Args:
+      state: the state of a chain that holds one `params_ema`, or one for each part of a partition.
+      params: the current parameters; where a leaf is not averaged, its own value is returned.
+
+    Returns:
+      A tree like `params`, in their dtypes.
+
+    Raises:
+      ValueError: the state has no average, or two of one parameter.
+
+    Example:
+      >>> import torch
+      >>> tx = params_ema(decay=0.9)
+      >>> params = torch.ones(1)
+      >>> eval_params(tx.init(params), params)
+      tensor([1.])
+    """
+    leaves, spec = flatten(params)
+    averages = list(_find(state))
+    if not averages:
+        raise ValueError("the state holds no average of parameters; put `params_ema(decay)` at the end of the chain.")
+    found: dict[int, Any] = {}
+    for average in averages:
+        for k, x in enumerate(leaves_like(spec, average.ema)):
+            if x is not None and not isinstance(x, MaskedNode):
+                if k in found:
+                    raise ValueError("the state holds two averages of one parameter; read the one you mean from it.")
+                found[k] = x
+    return unflatten(spec, [found[k].to(p.dtype) if k in found else p for k, p in enumerate(leaves)])
+
+
+def _find(state: Any) -> Any:
+    """Every state of `params_ema` in a nest of states."""
+    kinds = tuple(state_type(params_ema.rule, counted) for counted in (False, True))
+    if isinstance(state, kinds):
+        yield state
+    elif isinstance(state, (tuple, list, dict)):
+        for inner in state.values() if isinstance(state, dict) else state:
+            yield from _find(inner)

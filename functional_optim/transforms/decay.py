@@ -1,0 +1,38 @@
+"""Weight decay."""
+
+from typing import Any
+
+from .._base import GradientTransformation
+from .._masking import masked
+from .._rule import elementwise
+from .._spec import Leaf, Scalar
+
+
+@elementwise
+def _add_decayed_weights(u: Leaf, p: Leaf, *, weight_decay: Scalar = 0.0) -> Leaf:
+    return u + weight_decay * p
+
+
+def add_decayed_weights(weight_decay: Scalar = 0.0, mask: Any = None) -> GradientTransformation:
+    r"""Adds a multiple of the parameters, $u_t = g_t + \lambda \theta_{t-1}$.
+
+    Before a scaling such as Adam's this is an L2 penalty; after it, and before the learning rate, decoupled decay.
+
+    Args:
+      weight_decay: $\lambda$.
+      mask: which leaves decay; see `masked`. By default all.
+
+    Returns:
+      The transformation. It needs the parameters.
+
+    Example:
+      >>> import torch
+      >>> tx = add_decayed_weights(0.1)
+      >>> params = torch.ones(1)
+      >>> tx.update(torch.zeros(1), tx.init(params), params)[0]
+      tensor([0.1000])
+
+    Source: Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2.
+    """
+    tx: GradientTransformation = _add_decayed_weights(weight_decay)
+    return tx if mask is None else masked(tx, mask)

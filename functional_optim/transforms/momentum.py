@@ -1,0 +1,74 @@
+"""Momentum: sums and means of past updates."""
+
+import torch
+
+from .._rule import elementwise
+from .._spec import Leaf, OptionalDtype, Scalar, slot
+
+
+@elementwise(state={"trace": slot(0.0, dtype="accumulator_dtype")}, static=("nesterov",), ranges={"decay": "[0, inf)"})
+def trace(
+    u: Leaf, trace: Leaf, *, decay: Scalar, nesterov: bool = False, accumulator_dtype: OptionalDtype = None
+) -> tuple[Leaf, Leaf]:
+    r"""Heavy-ball momentum: a decaying sum of past updates.
+
+    $$m_t = g_t + \mu\, m_{t-1}, \quad u_t = m_t \quad (\text{Nesterov: } u_t = g_t + \mu\, m_t)$$
+
+    Args:
+      decay: $\mu$.
+      nesterov: whether the step looks one update ahead.
+      accumulator_dtype: how the sum is stored; by default as the parameter.
+
+    Returns:
+      The transformation. Its state is `(trace,)`.
+
+    Raises:
+      ValueError: `decay` is negative.
+
+    Example:
+      >>> tx = trace(decay=0.5)
+      >>> state = tx.init(torch.zeros(1))
+      >>> _, state = tx.update(torch.ones(1), state)
+      >>> tx.update(torch.ones(1), state)[0]
+      tensor([1.5000])
+
+    Source: Sutskever et al. 2013, "On the importance of initialization and momentum in deep learning".
+    """
+    trace = u + decay * trace
+    return (u + decay * trace if nesterov else trace), trace
+
+
+@elementwise(state={"ema": slot(0.0, dtype="accumulator_dtype")}, static=("debias",), ranges={"decay": "[0, 1]"})
+def ema(
+    u: Leaf,
+    ema: Leaf,
+    *,
+    step: Scalar,
+    decay: Scalar,
+    debias: bool = True,
+    accumulator_dtype: OptionalDtype = None,
+) -> tuple[Leaf, Leaf]:
+    r"""An exponential moving average of updates.
+
+    $$m_t = \beta m_{t-1} + (1 - \beta) g_t, \quad u_t = m_t / (1 - \beta^t)$$
+
+    Args:
+      decay: $\beta$.
+      debias: whether the average is corrected for its start at 0, as here.
+      accumulator_dtype: how the average is stored; by default as the parameter.
+
+    Returns:
+      The transformation. Its state is `(count, ema)`.
+
+    Raises:
+      ValueError: `decay` is out of its range.
+
+    Example:
+      >>> tx = ema(decay=0.5)
+      >>> tx.update(torch.ones(1), tx.init(torch.zeros(1)))[0]
+      tensor([1.])
+
+    Source: Kingma & Ba 2015, arXiv:1412.6980, section 3.
+    """
+    ema = decay * ema + (1 - decay) * u
+    return (ema / (1 - decay**step) if debias else ema), ema

@@ -1,0 +1,101 @@
+"""RMSProp: updates divided by a root mean square, about 0 or about their mean."""
+
+import torch
+
+from .._rule import elementwise
+from .._spec import Leaf, Scalar, slot
+
+
+RANGES = {"decay": "[0, 1]", "eps": "[0, inf)", "initial_scale": "[0, inf)"}
+STATIC = ("eps_in_sqrt", "bias_correction")
+
+
+def _over_root(u: Leaf, square: Leaf, eps: Scalar, eps_in_sqrt: bool) -> Leaf:
+    return u * torch.rsqrt(square + eps) if eps_in_sqrt else u / (torch.sqrt(square) + eps)
+
+
+@elementwise(state={"nu": slot("initial_scale")}, static=STATIC, ranges=RANGES)
+def scale_by_rms(
+    u: Leaf,
+    nu: Leaf,
+    *,
+    step: Scalar,
+    decay: Scalar = 0.9,
+    eps: Scalar = 1e-8,
+    initial_scale: float = 0.0,
+    eps_in_sqrt: bool = True,
+    bias_correction: bool = False,
+) -> tuple[Leaf, Leaf]:
+    r"""RMSProp: divides by the root of a mean of past squares.
+
+    $$v_t = \beta v_{t-1} + (1 - \beta) g_t^2, \quad u_t = g_t / \sqrt{v_t + \epsilon}$$
+
+    Args:
+      decay: decay of the mean of squares.
+      eps: term in the denominator.
+      initial_scale: the first value of the mean of squares.
+      eps_in_sqrt: whether `eps` stands inside the root, as here, or outside.
+      bias_correction: whether the mean is divided by $1 - \beta^t$.
+
+    Returns:
+      The transformation. Its state is `(count, nu)`.
+
+    Raises:
+      ValueError: a number is out of its range.
+
+    Example:
+      >>> tx = scale_by_rms(decay=0.75)
+      >>> updates, state = tx.update(torch.tensor([1.0, -3.0]), tx.init(torch.zeros(2)))
+      >>> updates
+      tensor([ 2.0000, -2.0000])
+
+    Source: Tieleman & Hinton 2012, lecture 6.5 of "Neural Networks for Machine Learning".
+    """
+    nu = decay * nu + (1 - decay) * u * u
+    nu_hat = nu / (1 - decay**step) if bias_correction else nu
+    return _over_root(u, nu_hat, eps, eps_in_sqrt), nu
+
+
+@elementwise(state={"mu": slot(0.0), "nu": slot("initial_scale")}, static=STATIC, ranges=RANGES)
+def scale_by_stddev(
+    u: Leaf,
+    mu: Leaf,
+    nu: Leaf,
+    *,
+    step: Scalar,
+    decay: Scalar = 0.9,
+    eps: Scalar = 1e-8,
+    initial_scale: float = 0.0,
+    eps_in_sqrt: bool = True,
+    bias_correction: bool = False,
+) -> tuple[Leaf, Leaf, Leaf]:
+    r"""Centred RMSProp: divides by the root of a variance.
+
+    $$u_t = g_t / \sqrt{v_t - m_t^2 + \epsilon}$$
+
+    Args:
+      decay: decay of the means of updates and of their squares.
+      eps: term in the denominator.
+      initial_scale: the first value of the mean of squares.
+      eps_in_sqrt: whether `eps` stands inside the root, as here, or outside.
+      bias_correction: whether both means are divided by $1 - \beta^t$.
+
+    Returns:
+      The transformation. Its state is `(count, mu, nu)`.
+
+    Raises:
+      ValueError: a number is out of its range.
+
+    Example:
+      >>> tx = scale_by_stddev(decay=0.5)
+      >>> updates, state = tx.update(torch.tensor([1.0, -3.0]), tx.init(torch.zeros(2)))
+      >>> updates
+      tensor([ 2.0000, -2.0000])
+
+    Source: Graves 2013, arXiv:1308.0850, equations 38 to 45.
+    """
+    mu = decay * mu + (1 - decay) * u
+    nu = decay * nu + (1 - decay) * u * u
+    mu_hat = mu / (1 - decay**step) if bias_correction else mu
+    nu_hat = nu / (1 - decay**step) if bias_correction else nu
+    return _over_root(u, nu_hat - mu_hat * mu_hat, eps, eps_in_sqrt), mu, nu

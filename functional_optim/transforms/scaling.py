@@ -1,0 +1,115 @@
+"""Multiplying: by a number, by a schedule, by a learning rate, by a ratio of norms, by zero."""
+
+import torch
+
+from .._rule import elementwise
+from .._spec import Leaf, Scalar
+from ..kernels.reductions import leaf_norm
+
+
+@elementwise
+def scale(u: Leaf, *, step_size: Scalar) -> Leaf:
+    r"""Multiplies by a number, $u_t = \eta\, g_t$.
+
+    Args:
+      step_size: $\eta$.
+
+    Returns:
+      The transformation.
+
+    Example:
+      >>> tx = scale(-0.1)
+      >>> tx.update(torch.ones(1), tx.init(torch.zeros(1)))[0]
+      tensor([-0.1000])
+    """
+    return step_size * u
+
+
+@elementwise
+def scale_by_schedule(u: Leaf, *, step_size_fn: Scalar) -> Leaf:
+    r"""Multiplies by a function of the step, $u_t = \eta_t\, g_t$.
+
+    Args:
+      step_size_fn: the schedule; it is 0-based, so the first update is multiplied by its value at 0.
+
+    Returns:
+      The transformation. Its state is `(count,)`.
+
+    Example:
+      >>> tx = scale_by_schedule(lambda count: 1.0 - 0.5 * count)
+      >>> state = tx.init(torch.zeros(1))
+      >>> _, state = tx.update(torch.ones(1), state)
+      >>> tx.update(torch.ones(1), state)[0]
+      tensor([0.5000])
+    """
+    return step_size_fn * u
+
+
+@elementwise(static=("flip_sign",))
+def scale_by_learning_rate(u: Leaf, *, learning_rate: Scalar = None, flip_sign: bool = True) -> Leaf:
+    r"""Multiplies by minus the learning rate, $u_t = -\eta\, g_t$: an ascent direction becomes a step down.
+
+    Args:
+      learning_rate: $\eta$; None counts as 1, so that updates still change sign (optax would not).
+      flip_sign: whether the sign changes.
+
+    Returns:
+      The transformation.
+
+    Example:
+      >>> tx = scale_by_learning_rate(0.1)
+      >>> tx.update(torch.ones(1), tx.init(torch.zeros(1)))[0]
+      tensor([-0.1000])
+    """
+    rate = 1.0 if learning_rate is None else learning_rate
+    return -rate * u if flip_sign else rate * u
+
+
+@elementwise(ranges={"min_norm": "[0, inf)", "eps": "[0, inf)"})
+def scale_by_trust_ratio(
+    u: Leaf, p: Leaf, *, min_norm: Scalar = 0.0, trust_coefficient: Scalar = 1.0, eps: Scalar = 0.0
+) -> Leaf:
+    r"""Makes each leaf's update as long as its parameter, up to a factor.
+
+    $$u_t = g_t\, \eta\, \frac{\max(\lVert \theta \rVert, \nu)}{\max(\lVert g_t \rVert, \nu) + \epsilon}$$
+
+    A leaf whose parameter or update has norm 0 is left as it is.
+
+    Args:
+      min_norm: $\nu$, the least that a norm counts as.
+      trust_coefficient: $\eta$.
+      eps: $\epsilon$.
+
+    Returns:
+      The transformation. It needs the parameters.
+
+    Raises:
+      ValueError: a number is out of its range.
+
+    Example:
+      >>> tx = scale_by_trust_ratio()
+      >>> params = torch.tensor([3.0, 4.0])
+      >>> tx.update(torch.tensor([0.0, 1.0]), tx.init(params), params)[0]
+      tensor([0., 5.])
+
+    Source: You et al. 2017, arXiv:1708.03888, equation 6; You et al. 2020, arXiv:1904.00962, algorithm 2.
+    """
+    param_norm = torch.maximum(leaf_norm(p), min_norm)
+    update_norm = torch.maximum(leaf_norm(u), min_norm)
+    ratio = trust_coefficient * param_norm / (update_norm + eps)
+    return u * torch.where((param_norm == 0) | (update_norm == 0), 1.0, ratio)
+
+
+@elementwise
+def set_to_zero(u: Leaf) -> Leaf:
+    """Replaces updates by zeros, so that parameters stay as they are.
+
+    Returns:
+      The transformation.
+
+    Example:
+      >>> tx = set_to_zero()
+      >>> tx.update(torch.ones(1), tx.init(torch.zeros(1)))[0]
+      tensor([0.])
+    """
+    return torch.zeros_like(u)
