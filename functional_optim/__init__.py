@@ -1,6 +1,9 @@
 """Composable, pure gradient transformations on PyTorch tensors; any chain runs as one generated kernel."""
 
-from ._base import EmptyState as EmptyState, GradientTransformation as GradientTransformation
+from ._base import (
+    EmptyState as EmptyState,
+    GradientTransformation as GradientTransformation,
+)
 from ._chain import (
     apply_gradients as apply_gradients,
     apply_updates as apply_updates,
@@ -8,7 +11,10 @@ from ._chain import (
     identity as identity,
     named_chain as named_chain,
 )
-from ._explain import Explanation as Explanation, explain as explain
+from ._explain import (
+    Explanation as Explanation,
+    explain as explain,
+)
 from ._masking import (
     MaskedState as MaskedState,
     PartitionState as PartitionState,
@@ -18,7 +24,10 @@ from ._masking import (
 )
 from ._rule import elementwise as elementwise
 from ._run import use_backend as use_backend
-from ._spec import slot as slot, zeros as zeros
+from ._spec import (
+    slot as slot,
+    zeros as zeros,
+)
 from ._tree import MaskedNode as MaskedNode
 from .kernels.reductions import (
     cbrt as cbrt,
@@ -65,8 +74,14 @@ from .schedules import (
     warmup_exponential_decay_schedule as warmup_exponential_decay_schedule,
     warmup_stable_decay_schedule as warmup_stable_decay_schedule,
 )
-from .transforms.adam import scale_by_adam as scale_by_adam, scale_by_amsgrad as scale_by_amsgrad
-from .transforms.averaging import eval_params as eval_params, params_ema as params_ema
+from .transforms.adam import (
+    scale_by_adam as scale_by_adam,
+    scale_by_amsgrad as scale_by_amsgrad,
+)
+from .transforms.averaging import (
+    eval_params as eval_params,
+    params_ema as params_ema,
+)
 from .transforms.clipping import (
     clip as clip,
     clip_by_block_rms as clip_by_block_rms,
@@ -74,8 +89,14 @@ from .transforms.clipping import (
     zero_nans as zero_nans,
 )
 from .transforms.decay import add_decayed_weights as add_decayed_weights
-from .transforms.momentum import ema as ema, trace as trace
-from .transforms.rms import scale_by_rms as scale_by_rms, scale_by_stddev as scale_by_stddev
+from .transforms.momentum import (
+    ema as ema,
+    trace as trace,
+)
+from .transforms.rms import (
+    scale_by_rms as scale_by_rms,
+    scale_by_stddev as scale_by_stddev,
+)
 from .transforms.scaling import (
     scale as scale,
     scale_by_learning_rate as scale_by_learning_rate,
@@ -83,7 +104,10 @@ from .transforms.scaling import (
     scale_by_trust_ratio as scale_by_trust_ratio,
     set_to_zero as set_to_zero,
 )
-from .transforms.sign import scale_by_lion as scale_by_lion, scale_by_sign as scale_by_sign
+from .transforms.sign import (
+    scale_by_lion as scale_by_lion,
+    scale_by_sign as scale_by_sign,
+)
 from .transforms.stateless import (
     stateless as stateless,
     stateless_with_tree_map as stateless_with_tree_map,

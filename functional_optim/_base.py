@@ -4,7 +4,10 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ._spec import Bound, EmptyState as EmptyState
+from ._spec import (
+    Bound,
+    EmptyState as EmptyState,
+)
 from ._tree import Tree, View
 
 

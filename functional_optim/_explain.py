@@ -8,6 +8,7 @@ import torch
 from ._base import GradientTransformation, as_transformation
 from ._run import Plan, Prepared, Segment, choose_backend, get_state
 from ._tree import Tree, View, flatten, leaves_like
+from .kernels import Column
 from .kernels.emit_c import emit_c
 from .kernels.emit_triton import emit_triton
 from .kernels.layout import layout, meta
@@ -86,7 +87,8 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.parameters:,} parameters in {self.leaves:,} tensors, computed by {' and '.join(self.backends) or 'nothing'}",
+            f"{self.parameters:,} parameters in {self.leaves:,} tensors, "
+            f"computed by {' and '.join(self.backends) or 'nothing'}",
             f"  {self.launches} launches in {self.passes} passes over memory",
             f"  {self.bytes_per_element:g} bytes per element: {self.bytes_read:g} read, {self.bytes_written:g} written",
             f"  {self.state_bytes:.4g} bytes of state per parameter",
@@ -94,8 +96,9 @@ class Explanation:
         for k in self.kernels:
             names = [v.name for v in k.signature.program.values if v.op == "array"]
             lines.append(
-                f"kernel over {len(k.leaves):,} tensors, {k.elements:,} elements, {k.rows} row{'s' * (k.rows != 1)} of scalars: "
-                f"{k.passes} passes, {k.bytes_read} + {k.bytes_written} bytes"
+                f"kernel over {len(k.leaves):,} tensors, {k.elements:,} elements, "
+                f"{k.rows} row{'s' * (k.rows != 1)} of scalars: {k.passes} passes, "
+                f"{k.bytes_read} + {k.bytes_written} bytes"
             )
             lines.append(f"  reads {', '.join(names)}; writes {', '.join(o.name for o in k.signature.program.outputs)}")
         return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
@@ -118,7 +121,7 @@ def explain(tx: GradientTransformation, params: Tree) -> Explanation:
       >>> import functional_optim as fo, torch
       >>> e = fo.explain(fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(1e-3)), {"w": torch.zeros(100)})
       >>> e.passes, e.bytes_per_element, e.state_bytes
-      (2, 32.0, 8.16)
+      (2, 32.0, 8.08)
     """
     tx = as_transformation(tx)
     view = View.of(params)
@@ -137,7 +140,7 @@ def explain(tx: GradientTransformation, params: Tree) -> Explanation:
             passes += 1
             continue
         for k, name in segment.slots:
-            lists[k, name] = leaves_like(whole.spec, getattr(get_state(state, segment.links[k].path), name))
+            lists[k, name] = Column(leaves_like(whole.spec, getattr(get_state(state, segment.links[k].path), name)))
         prepared = Prepared(segment, whole, lists)
         for group in prepared.groups:
             device = devices[group.leaves[0]]

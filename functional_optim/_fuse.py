@@ -80,7 +80,7 @@ def fuse(links: Sequence[tuple[int, Bound]], apply: bool) -> Recipe:
         count = scalar("count", Source("count", position, f"{name}.count")) if bound.counted else None
         keywords: dict[str, Any] = {}
         if rule.uses_step and count is not None:
-            keywords["step"] = count + 1
+            keywords["step"] = t.op("add", count, 1.0)
         for hyper, value in bound.values.items():
             if bound.is_schedule(hyper):
                 assert count is not None
@@ -101,7 +101,7 @@ def fuse(links: Sequence[tuple[int, Bound]], apply: bool) -> Recipe:
                 per_leaf.add(full)
             if slot.start == "first_update":
                 assert count is not None
-                x = t.op("where", count == 0, u, x)
+                x = t.op("where", t.op("eq", count, 0.0), u, x)
             before.append(x)
         if "step" in keywords and not _takes_step(rule.fn):
             del keywords["step"]

@@ -76,7 +76,8 @@ class Masked(Fusible):
         bad = next((k for k, m in enumerate(mask) if view.seen[k] and not _is_truth(m)), None)
         if bad is not None:
             raise ValueError(
-                f"the mask of {self.inner!r:.60} is {mask[bad]!r:.40} at {paths(view.spec)[bad]!r}, expected True or False."
+                f"the mask of {self.inner!r:.60} is {mask[bad]!r:.40} at {paths(view.spec)[bad]!r}, "
+                f"expected True or False."
             )
         return view.narrow([bool(m) for m in mask])
 
@@ -180,7 +181,7 @@ def masked(inner: GradientTransformation, mask: Any) -> GradientTransformation:
       >>> tx = fo.masked(fo.scale(2.0), lambda path, p: p.ndim > 1)
       >>> params = {"weight": torch.ones(1, 1), "bias": torch.ones(1)}
       >>> fo.masked(fo.scale(2.0), re.compile("weight")).update(params, tx.init(params), params)[0]
-      {'bias': tensor([1.]), 'weight': tensor([[2.]])}
+      {'weight': tensor([[2.]]), 'bias': tensor([1.])}
     """
     return Masked(as_transformation(inner), re.compile(mask) if isinstance(mask, str) else mask)
 

@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -82,6 +82,9 @@ class RuleTransformation(Fusible):
 class RuleFactory:
     """A function of hyper-parameters that returns a transformation."""
 
+    __name__: str
+    __qualname__: str
+
     def __init__(self, rule: Rule) -> None:
         self.rule = rule
         rule.factory = self
@@ -108,6 +111,21 @@ class RuleFactory:
         return self.__qualname__
 
 
+@overload
+def elementwise(fn: Callable[..., Any]) -> RuleFactory: ...
+
+
+@overload
+def elementwise(
+    fn: None = None,
+    *,
+    state: Mapping[str, Slot] | None = None,
+    extra: Sequence[str] = (),
+    static: Sequence[str] = (),
+    ranges: Mapping[str, str] | None = None,
+) -> Callable[[Callable[..., Any]], RuleFactory]: ...
+
+
 def elementwise(
     fn: Callable[..., Any] | None = None,
     *,
@@ -115,7 +133,7 @@ def elementwise(
     extra: Sequence[str] = (),
     static: Sequence[str] = (),
     ranges: Mapping[str, str] | None = None,
-) -> Any:
+) -> RuleFactory | Callable[[Callable[..., Any]], RuleFactory]:
     """Turns the formula for one leaf into a function of hyper-parameters that returns a transformation.
 
     The formula takes the incoming update `u`, then `p` if it wants the parameter, then its slots of state by name,
@@ -139,8 +157,8 @@ def elementwise(
       TypeError: the formula's arguments are not as described.
 
     Example:
-      >>> import torch
-      >>> @elementwise(state={"mu": slot(0.0)}, ranges={"decay": "[0, 1)"})
+      >>> import functional_optim as fo, torch
+      >>> @fo.elementwise(state={"mu": fo.slot(0.0)}, ranges={"decay": "[0, 1)"})
       ... def momentum(u, mu, *, decay=0.9):
       ...     mu = decay * mu + u
       ...     return mu, mu
@@ -154,9 +172,18 @@ def elementwise(
       tensor([1.5000, 1.5000])
     """
     if fn is None:
-        return functools.partial(elementwise, state=state, extra=extra, static=static, ranges=ranges)
+        return lambda fn: _make(fn, dict(state or {}), extra, static, ranges or {})
+    return _make(fn, dict(state or {}), extra, static, ranges or {})
+
+
+def _make(
+    fn: Callable[..., Any],
+    slots: dict[str, Slot],
+    extra: Sequence[str],
+    static: Sequence[str],
+    ranges: Mapping[str, str],
+) -> RuleFactory:
     name = fn.__name__.lstrip("_")
-    slots = dict(state or {})
     parameters = inspect.signature(fn).parameters
     positional = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY)]
     keywords = {p.name: p.default for p in parameters.values() if p.kind is p.KEYWORD_ONLY}
@@ -164,11 +191,11 @@ def elementwise(
     expected = ["u", *(["p"] if uses_params else []), *slots]
     if positional != expected or len(positional) + len(keywords) != len(parameters):
         raise TypeError(
-            f"{name} takes ({', '.join(parameters)}), expected ({', '.join(expected)}, *, ...): the update `u`, `p` if it "
-            f"wants the parameter, the slots of state in order, and the rest keyword-only."
+            f"{name} takes ({', '.join(parameters)}), expected ({', '.join(expected)}, *, ...): the update `u`, "
+            f"`p` if it wants the parameter, the slots of state in order, and the rest keyword-only."
         )
     hypers = {k: v for k, v in keywords.items() if k != "step" and k not in extra}
-    for what, names in (("extra", extra), ("static", static), ("ranges", ranges or {})):
+    for what, names in (("extra", extra), ("static", static), ("ranges", ranges)):
         unknown = [k for k in names if k not in (keywords if what == "extra" else hypers)]
         if unknown:
             raise TypeError(f"`{what}` of {name} names {unknown}, which are not among its keyword-only arguments.")
@@ -186,7 +213,7 @@ def elementwise(
             hypers=hypers,
             extras=tuple(extra),
             static=frozenset(static),
-            ranges={k: Range.parse(v) for k, v in (ranges or {}).items()},
+            ranges={k: Range.parse(v) for k, v in ranges.items()},
             uses_params=uses_params,
             uses_step="step" in keywords or any(s.start == "first_update" for s in slots.values()),
         )

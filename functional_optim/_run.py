@@ -11,7 +11,7 @@ import itertools
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ import torch
 from ._base import GradientTransformation, Link
 from ._fuse import Recipe, Source, fuse
 from ._spec import Bound, Slot
-from ._tree import MaskedNode, Spec, Tree, View, at, check_leaf, difference, flatten, leaves_like, paths, unflatten
+from ._tree import MaskedNode, Tree, View, at, check_leaf, difference, flatten, leaves_like, paths, unflatten
 from .kernels import BACKENDS, BuildError, Call, Column
 from .kernels.build import find_compiler
 from .kernels.guard import Guard
@@ -239,10 +239,12 @@ class Prepared:
                 if segment.links[key[0]].seen[i]:
                     name = f"state {bound.rule.name}.{key[1]}"
                     _check_slot(name, plan.paths[i], lists[key][i], lists["updates"][i], bound.rule.slots[key[1]])
-        self.checked = [(key, i) for key in segment.slots for i in self.present if segment.links[key[0]].seen[i]]
+        self.checked: list[tuple[Any, int]] = [
+            (key, i) for key in segment.slots for i in self.present if segment.links[key[0]].seen[i]
+        ]
         if plan.later:  # updates that came from another transformation
             self.checked += [("updates", i) for i in self.present]
-        keys = list(dict.fromkeys(key for key, _ in self.checked))
+        keys: list[Any] = list(dict.fromkeys(key for key, _ in self.checked))
         whole = len(self.checked) == len(keys) * len(lists["updates"])
         self.whole: list[Any] | None = keys if whole else None
         tensors = self.tensors(lists)
@@ -256,7 +258,7 @@ class Prepared:
             if u.numel() and (active or segment.apply):
                 dtypes = _dtypes(recipe, lists, i, u, p)
                 members.setdefault((Signature(recipe.program, *dtypes), u.device), []).append((i, active, recipe))
-        self.groups = [_group(*key, m, lists) for key, m in members.items()]
+        self.groups = [_group(signature, device, m, lists) for (signature, device), m in members.items()]
         self.moving = [
             k
             for k, bound in segment.bounds.items()

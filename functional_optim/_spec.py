@@ -151,7 +151,8 @@ def state_type(rule: Rule, counted: bool) -> Any:
     if not fields:
         return EmptyState
     name = "".join(word.capitalize() for word in rule.name.split("_")) + "State"
-    made = collections.namedtuple(name, fields, module=rule.fn.__module__)  # type: ignore[misc]
+    namedtuple: Any = collections.namedtuple  # a type checker wants fields that it can read
+    made = namedtuple(name, fields, module=rule.fn.__module__)
     made.__doc__ = f"The state of `{rule.name}`."
     # pickled by way of the rule's public name, since this class has none
     made.__reduce__ = lambda self: (restore_state, (rule.factory, counted, *self))

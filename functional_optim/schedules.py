@@ -77,6 +77,9 @@ def _hashable(x: Any) -> Any:
 class ScheduleFactory:
     """Turns a formula of `count` and arguments into a function of the arguments that returns a `Schedule`."""
 
+    __name__: str
+    __qualname__: str
+
     def __init__(self, formula: Callable[..., Any], ranges: Mapping[str, str]) -> None:
         self.formula = formula
         self.ranges = {k: Range.parse(v) for k, v in ranges.items()}

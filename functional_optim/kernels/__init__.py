@@ -17,7 +17,11 @@ from collections.abc import Callable, Sequence
 from .build import BuildError as BuildError
 from .foreach import run_foreach
 from .launch import run_c, run_triton
-from .reference import Call as Call, Column as Column, run_reference
+from .reference import (
+    Call as Call,
+    Column as Column,
+    run_reference,
+)
 
 
 BACKENDS: dict[str, Callable[[Sequence[Call]], list[list[Column]]]] = {

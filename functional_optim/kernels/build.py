@@ -191,7 +191,8 @@ def load_triton(source: str) -> ModuleType:
         except OSError as error:
             raise BuildError(f"{path}: {error}") from None
         spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
         spec.loader.exec_module(module)

@@ -179,8 +179,8 @@ class _Emitter:
                 partials = f"l->partials[{self.program.reductions.index(i)}]"
                 if value.op.startswith("tree_"):
                     return f"total_{value.reduction}({partials}, l->n_partials)"
-                start = "l->leaf_chunk[leaf]"
-                return f"total_{value.reduction}({partials} + l->first_partial + {start}, l->leaf_chunk[leaf + 1] - {start})"
+                first, last = "l->leaf_chunk[leaf]", "l->leaf_chunk[leaf + 1]"
+                return f"total_{value.reduction}({partials} + l->first_partial + {first}, {last} - {first})"
         args = [self.double_operand(a) for a in value.args]
         return OPS[value.op].c.format(*args, f="", T="double")
 
@@ -228,7 +228,7 @@ class _Emitter:
 
     def leaf_lines(self) -> list[str]:
         nr = len(self.row_kept)
-        lines = [f"const int64_t r = l->leaf_row[leaf];"] if nr else []
+        lines = ["const int64_t r = l->leaf_row[leaf];"] if nr else []
         lines += [f"const double u{i} = l->of_row[r * {nr} + {k}];" for k, i in enumerate(self.row_kept)]
         return lines + [f"const double u{i} = {self.uniform(i)};" for i in self.per_leaf]
 

@@ -39,11 +39,9 @@ class Guard:
         self.fast: Any = None
         distinct = len(set(map(id, tensors))) == len(tensors)  # torch's check refuses one tensor twice
         if TensorGuards is not None and self.plain and distinct and tensors:
-            self.fast = TensorGuards(
-                *tensors,
-                dynamic_dims_sizes=[list(x.shape) for x in tensors],
-                dynamic_dims_strides=[list(x.stride()) for x in tensors],
-            )
+            sizes: list[Any] = [list(x.shape) for x in tensors]
+            strides: list[Any] = [list(x.stride()) for x in tensors]
+            self.fast = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
 
     @staticmethod
     def _key(x: torch.Tensor) -> tuple[Any, ...]:

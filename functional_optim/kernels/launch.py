@@ -133,7 +133,7 @@ def allocate(call: Call) -> list[Column]:
 def partial_buffers(calls: Sequence[Call], total: int, device: torch.device) -> list[list[torch.Tensor]]:
     """A buffer per reduction of each call; tree reductions of one scope share theirs."""
     shared: dict[str, torch.Tensor] = {}
-    buffers = []
+    buffers: list[list[torch.Tensor]] = []
     for call in calls:
         own = []
         for i in call.signature.program.reductions:

@@ -40,10 +40,6 @@ def _cbrt(x: torch.Tensor) -> torch.Tensor:
     return torch.sign(x) * torch.pow(torch.abs(x), 1 / 3)
 
 
-def _lerp(a: torch.Tensor, b: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    return torch.lerp(*torch.broadcast_tensors(a, b), w)
-
-
 # Triton's interpreter has no libdevice, so functions that `tl` lacks are composed from those that it has,
 # in double precision, where cancellation costs nothing that single precision would show.
 _D = "({0}).to(tl.float64)"
@@ -111,7 +107,7 @@ OPS: dict[str, Op] = {
         "fma{f}({2} < ({T})0.5 && {2} > ({T})-0.5 ? {2} : {2} - 1, {1} - {0}, "
         "{2} < ({T})0.5 && {2} > ({T})-0.5 ? {0} : {1})",
         "tl.fma(tl.where(tl.abs({2}) < 0.5, {2}, {2} - 1), {1} - {0}, tl.where(tl.abs({2}) < 0.5, {0}, {1}))",
-        _lerp,
+        torch.lerp,
     ),
     "addcmul": Op(
         "fma{f}({3} * {1}, {2}, {0})", "tl.fma({3} * {1}, {2}, {0})", lambda s, a, b, v: torch.addcmul(s, v * a, b)

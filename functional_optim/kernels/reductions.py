@@ -4,6 +4,7 @@ On tensors the leaf functions compute what they say. The tree functions have a m
 their scope is every leaf that the transformation sees.
 """
 
+from collections.abc import Callable
 from typing import NoReturn
 
 import torch
@@ -12,38 +13,45 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from .ops import OPS
 
 
+def _overridden(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """What the class of `x` makes of a function: while a rule is traced, a symbol."""
+    result: torch.Tensor = handle_torch_function(function, (x,), x)
+    return result
+
+
 def cbrt(x: torch.Tensor) -> torch.Tensor:
     """The real cube root of every element."""
     if has_torch_function_unary(x):
-        return handle_torch_function(cbrt, (x,), x)  # type: ignore[no-any-return]
+        return _overridden(cbrt, x)
     return OPS["cbrt"].eager(x)
 
 
 def leaf_sum(x: torch.Tensor) -> torch.Tensor:
     """The sum over the elements of one leaf."""
     if has_torch_function_unary(x):
-        return handle_torch_function(leaf_sum, (x,), x)  # type: ignore[no-any-return]
+        return _overridden(leaf_sum, x)
     return x.sum()
 
 
 def leaf_mean(x: torch.Tensor) -> torch.Tensor:
     """The mean over the elements of one leaf."""
     if has_torch_function_unary(x):
-        return handle_torch_function(leaf_mean, (x,), x)  # type: ignore[no-any-return]
+        return _overridden(leaf_mean, x)
     return x.mean()
 
 
 def leaf_norm(x: torch.Tensor) -> torch.Tensor:
     """The Euclidean norm of one leaf."""
     if has_torch_function_unary(x):
-        return handle_torch_function(leaf_norm, (x,), x)  # type: ignore[no-any-return]
-    return torch.linalg.vector_norm(x)
+        return _overridden(leaf_norm, x)
+    norm: torch.Tensor = torch.linalg.vector_norm(x)
+    return norm
 
 
 def leaf_amax(x: torch.Tensor) -> torch.Tensor:
     """The largest element of one leaf; NaN if there is one."""
     if has_torch_function_unary(x):
-        return handle_torch_function(leaf_amax, (x,), x)  # type: ignore[no-any-return]
+        return _overridden(leaf_amax, x)
     return torch.amax(x)
 
 
@@ -54,14 +62,14 @@ def _only_in_rules(name: str) -> NoReturn:
 def tree_sum(x: torch.Tensor) -> torch.Tensor:
     """The sum over the elements of every leaf that the transformation sees."""
     if has_torch_function_unary(x):
-        return handle_torch_function(tree_sum, (x,), x)  # type: ignore[no-any-return]
+        return _overridden(tree_sum, x)
     _only_in_rules("tree_sum")
 
 
 def tree_amax(x: torch.Tensor) -> torch.Tensor:
     """The largest element over every leaf that the transformation sees; NaN if there is one."""
     if has_torch_function_unary(x):
-        return handle_torch_function(tree_amax, (x,), x)  # type: ignore[no-any-return]
+        return _overridden(tree_amax, x)
     _only_in_rules("tree_amax")
 
 

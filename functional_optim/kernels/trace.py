@@ -61,7 +61,7 @@ class Symbol:
     def __float__(self) -> float:
         raise self._refuse("takes the number behind a traced value")
 
-    __int__ = __index__ = __float__  # type: ignore[assignment]
+    __int__ = __index__ = __float__
 
     def __iter__(self) -> Any:
         raise self._refuse("iterates over a traced value")
@@ -119,9 +119,9 @@ class Tracer:
       >>> tracer = Tracer()
       >>> program = tracer.finish({"updates": 2 * tracer.input("array", "u")})
       >>> print(program)
-      %0 = const 2.0
-      %1 = array u
-      %2 = mul(%0, %1)
+      %0 = array u
+      %1 = 2.0
+      %2 = mul(%1, %0)
       updates <- %2
     """
 

@@ -1,7 +1,5 @@
 """Momentum: sums and means of past updates."""
 
-import torch
-
 from .._rule import elementwise
 from .._spec import Leaf, OptionalDtype, Scalar, slot
 
@@ -26,6 +24,7 @@ def trace(
       ValueError: `decay` is negative.
 
     Example:
+      >>> import torch
       >>> tx = trace(decay=0.5)
       >>> state = tx.init(torch.zeros(1))
       >>> _, state = tx.update(torch.ones(1), state)
@@ -64,6 +63,7 @@ def ema(
       ValueError: `decay` is out of its range.
 
     Example:
+      >>> import torch
       >>> tx = ema(decay=0.5)
       >>> tx.update(torch.ones(1), tx.init(torch.zeros(1)))[0]
       tensor([1.])

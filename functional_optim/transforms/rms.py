@@ -47,7 +47,7 @@ def scale_by_rms(
       >>> tx = scale_by_rms(decay=0.75)
       >>> updates, state = tx.update(torch.tensor([1.0, -3.0]), tx.init(torch.zeros(2)))
       >>> updates
-      tensor([ 2.0000, -2.0000])
+      tensor([ 2., -2.])
 
     Source: Tieleman & Hinton 2012, lecture 6.5 of "Neural Networks for Machine Learning".
     """
@@ -90,7 +90,7 @@ def scale_by_stddev(
       >>> tx = scale_by_stddev(decay=0.5)
       >>> updates, state = tx.update(torch.tensor([1.0, -3.0]), tx.init(torch.zeros(2)))
       >>> updates
-      tensor([ 2.0000, -2.0000])
+      tensor([ 2., -2.])
 
     Source: Graves 2013, arXiv:1308.0850, equations 38 to 45.
     """
