@@ -6,7 +6,7 @@ import torch
 
 from ._base import GradientTransformation, Link, as_transformation
 from ._rule import Fusible
-from ._run import executor
+from ._run import run
 from ._tree import Tree, View, tree_map
 
 
@@ -163,4 +163,4 @@ def apply_gradients(
       >>> params["w"]
       tensor([0.9000, 0.9000])
     """
-    return executor(as_transformation(tx), True)(grads, state, params, extra, donate)
+    return run(as_transformation(tx), True, grads, state, params, extra, donate)

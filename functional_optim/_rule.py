@@ -8,7 +8,7 @@ from typing import Any, overload
 import torch
 
 from ._base import GradientTransformation, Link
-from ._run import executor
+from ._run import run
 from ._spec import Bound, Range, Rule, Slot, restore_state
 from ._tree import Tree, View, check_leaf, paths
 
@@ -29,7 +29,7 @@ class Fusible(GradientTransformation):
 
     def update(self, updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> tuple[Tree, Any]:
         """Transforms updates; see `GradientTransformation.update`."""
-        return executor(self, False)(updates, state, params, extra, donate=False)
+        return run(self, False, updates, state, params, extra, donate=False)
 
 
 class RuleTransformation(Fusible):

@@ -9,9 +9,11 @@ import contextvars
 import functools
 import itertools
 import os
+import struct
+import sys
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +25,7 @@ from ._tree import MaskedNode, Tree, View, at, check_leaf, difference, flatten, 
 from .kernels import BACKENDS, BuildError, Call, Column
 from .kernels.build import find_compiler
 from .kernels.guard import Guard
-from .kernels.layout import Extents, compute_dtype, layout, meta, repeats
+from .kernels.layout import Extents, compute_dtype, layout, meta, repeats, span
 from .kernels.plan import Signature
 
 
@@ -98,8 +100,13 @@ def _warn_once(why: str) -> None:
 
 
 def transforming() -> bool:
-    """Whether a `torch.func` transformation or the compiler is looking on."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.compiler.is_compiling()
+    """Whether something looks on that raw memory would escape: `torch.func`, forward mode, a mode, the compiler."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.compiler.is_compiling()
+    )
 
 
 def get_state(state: Any, path: Sequence[int | str]) -> Any:
@@ -266,6 +273,7 @@ class Prepared:
         ]
         self.written: tuple[bytes, Extents] | None = None
         self.read = b""
+        self.spans: list[int] = []
         self.kept: tuple[list[int], bytes, list[Any]] | None = None
 
     def holds(self, plan: "Plan", lists: Lists) -> bool:
@@ -333,9 +341,12 @@ class Prepared:
             extents = Extents(named)
             clash = extents.clash()
             self.written, self.read = (written, extents), b""
+            self.spans = [span(x) for c in reads for x in c]
         if clash is None and self.read != read:
-            names = [f"updates{at(plan.paths[i])}" for g in self.groups for i in g.leaves]
-            clash = self.written[1].touched(names, [x for c in reads for x in c])
+            touched = self.written[1].touched(struct.unpack(f"{len(self.spans)}q", read), self.spans)
+            if touched is not None:
+                leaf = [i for g in self.groups for i in g.leaves][touched[0]]
+                clash = f"updates{at(plan.paths[leaf])}", touched[1]
         if clash is not None:
             self.written = None
             raise ValueError(
@@ -586,6 +597,52 @@ class Executor:
                     f"the update that {link.tx!r:.60} returned{at(plan.paths[i])} has shape {tuple(x.shape)}, but its "
                     f"parameter has {tuple(lists['params'][i].shape)}."
                 )
+
+
+def run(
+    tx: GradientTransformation,
+    apply: bool,
+    updates: Tree,
+    state: Any,
+    params: Tree | None,
+    extra: Mapping[str, Any],
+    donate: bool,
+) -> tuple[Tree, Any]:
+    """Runs a transformation; under `torch.compile` as one call that the compiler does not look into.
+
+    Args:
+      tx: the transformation.
+      apply: whether to add the updates to the parameters.
+      updates: the updates.
+      state: its state.
+      params: the parameters.
+      extra: extra arguments of `update`.
+      donate: whether to write in place.
+
+    Returns:
+      The new parameters if `apply`, else the new updates; and the new state.
+    """
+    if "torch._dynamo" not in sys.modules:  # importing it takes seconds, and without it nothing is compiled
+        return _run(tx, apply, updates, state, params, extra, donate)
+    return _opaque()(tx, apply, updates, state, params, extra, donate)
+
+
+def _run(
+    tx: GradientTransformation,
+    apply: bool,
+    updates: Tree,
+    state: Any,
+    params: Tree | None,
+    extra: Mapping[str, Any],
+    donate: bool,
+) -> tuple[Tree, Any]:
+    return executor(tx, apply)(updates, state, params, extra, donate)
+
+
+@functools.cache
+def _opaque() -> Callable[..., tuple[Tree, Any]]:
+    disabled: Callable[..., tuple[Tree, Any]] = torch.compiler.disable(_run)  # type: ignore[no-untyped-call]
+    return disabled
 
 
 @functools.lru_cache(maxsize=256)

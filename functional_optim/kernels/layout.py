@@ -59,36 +59,39 @@ class Extents:
     Example:
       >>> x = torch.zeros(4)
       >>> written = Extents([("x", x)])
-      >>> written.touched(["y"], [x[3:]]), written.touched(["y"], [torch.zeros(4)])
-      (('y', 'x'), None)
+      >>> written.touched([x[3:].data_ptr()], [4]), written.touched([torch.zeros(4).data_ptr()], [16])
+      ((0, 'x'), None)
     """
 
     def __init__(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        stretches = sorted((*_stretch(x), name) for name, x in tensors if x.numel())
-        self.names = [n for _, _, n in stretches]
-        self.starts = torch.tensor([s for s, _, _ in stretches], dtype=torch.int64)
-        self.stops = torch.tensor([e for _, e, _ in stretches], dtype=torch.int64)
+        stretches = sorted((x.data_ptr(), span(x), name) for name, x in tensors if x.numel())
+        self.names = [name for _, _, name in stretches]
+        self.starts = torch.tensor([start for start, _, _ in stretches], dtype=torch.int64)
+        self.stops = self.starts + torch.tensor([length for _, length, _ in stretches], dtype=torch.int64)
 
     def clash(self) -> tuple[str, str] | None:
         """Names two stretches that overlap."""
         bad = (self.starts[1:] < self.stops[:-1]).nonzero()
         return (self.names[bad[0]], self.names[bad[0] + 1]) if len(bad) else None
 
-    def touched(self, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> tuple[str, str] | None:
-        """Names the first of some tensors that overlaps a stretch, and that stretch."""
+    def touched(self, starts: Sequence[int], spans: Sequence[int]) -> tuple[int, str] | None:
+        """Position of the first of some tensors that overlaps a stretch, and the name of that stretch.
+
+        Args:
+          starts: addresses of the tensors.
+          spans: their lengths in bytes.
+        """
         if not self.names:
             return None
-        starts, stops = torch.tensor([_stretch(x) for x in tensors], dtype=torch.int64).reshape(-1, 2).t().contiguous()
-        before = torch.searchsorted(self.starts, stops) - 1
-        bad = ((before >= 0) & (self.stops[before.clamp(0)] > starts) & (stops > starts)).nonzero()
-        return (names[bad[0]], self.names[before[bad[0]]]) if len(bad) else None
+        start, length = torch.tensor(starts, dtype=torch.int64), torch.tensor(spans, dtype=torch.int64)
+        before = torch.searchsorted(self.starts, start + length) - 1  # the last stretch that starts before it ends
+        bad = ((before >= 0) & (self.stops[before.clamp(0)] > start) & (length > 0)).nonzero()
+        return (int(bad[0]), self.names[before[bad[0]]]) if len(bad) else None
 
 
-def _stretch(x: torch.Tensor) -> tuple[int, int]:
-    start = x.data_ptr()
+def span(x: torch.Tensor) -> int:
+    """Bytes from the first to the last element of a tensor."""
     if not x.numel():
-        return start, start
-    if x.is_contiguous():
-        return start, start + x.numel() * x.element_size()
+        return 0
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return start, start + (last + 1) * x.element_size()
+    return int((last + 1) * x.element_size())
