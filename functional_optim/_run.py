@@ -624,7 +624,9 @@ def run(
     """
     if "torch._dynamo" not in sys.modules:  # importing it takes seconds, and without it nothing is compiled
         return _run(tx, apply, updates, state, params, extra, donate)
-    return _opaque()(tx, apply, updates, state, params, extra, donate)
+    if not _opaque:
+        _opaque.append(torch.compiler.disable(_run))  # type: ignore[no-untyped-call]
+    return _opaque[0](tx, apply, updates, state, params, extra, donate)
 
 
 def _run(
@@ -639,10 +641,7 @@ def _run(
     return executor(tx, apply)(updates, state, params, extra, donate)
 
 
-@functools.cache
-def _opaque() -> Callable[..., tuple[Tree, Any]]:
-    disabled: Callable[..., tuple[Tree, Any]] = torch.compiler.disable(_run)  # type: ignore[no-untyped-call]
-    return disabled
+_opaque: list[Callable[..., tuple[Tree, Any]]] = []  # the compiler would look through a functools.cache
 
 
 @functools.lru_cache(maxsize=256)
