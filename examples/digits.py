@@ -19,11 +19,12 @@ from tqdm import tqdm
 import functional_optim as fo
 
 
-BATCH, PEAK, WEIGHT_DECAY, MAX_NORM, AVERAGE = 64, 3e-3, 1e-2, 1.0, 0.99
+BATCH, PEAK, WEIGHT_DECAY, MAX_NORM, AVERAGE = 64, 5e-3, 0.1, 1.0, 0.99
 
 
 def plot(path: Path, losses: list[float], rates: list[float], per_epoch: int) -> None:
     plt.switch_backend("Agg")  # draws to a file; no display is needed
+    plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3})
     figure, (above, below) = plt.subplots(2, sharex=True, figsize=(8, 6), height_ratios=(5, 3), layout="constrained")
     means = torch.tensor(losses).view(-1, per_epoch).mean(1)
     above.semilogy(losses, color="tab:blue", alpha=0.4, linewidth=0.8, label="each batch")
@@ -34,8 +35,6 @@ def plot(path: Path, losses: list[float], rates: list[float], per_epoch: int) ->
     above.legend()
     below.plot([1e3 * rate for rate in rates], color="tab:orange")
     below.set(xlabel=f"step (batches of {BATCH} images)", ylabel="learning rate (1e-3)", xlim=(0, len(losses)))
-    for axes in (above, below):
-        axes.grid(alpha=0.3)
     figure.align_ylabels()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
@@ -43,7 +42,7 @@ def plot(path: Path, losses: list[float], rates: list[float], per_epoch: int) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Trains a convolutional network on handwritten digits.")
-    parser.add_argument("--epochs", type=int, default=15, help="how often each image is seen")
+    parser.add_argument("--epochs", type=int, default=20, help="how often each image is seen")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out" / "digits.png", help="the plot")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -108,7 +107,7 @@ def main() -> None:
 
     timers = [Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads()) for f in (ours, theirs)]
     a, b = (1e6 * t.blocked_autorange(min_run_time=0.5).median for t in timers)
-    print(f"the median step takes {a:.0f} us, and {b:.0f} us in torch.optim: {b / a:.1f} times as long")
+    print(f"median time of a step: {a:.0f} us here, {b:.0f} us in torch.optim, a ratio of {b / a:.1f}")
 
 
 if __name__ == "__main__":
