@@ -151,7 +151,7 @@ def explain(tx: GradientTransformation, params: Tree) -> Explanation:
             if not all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors) or device.type == "meta":
                 backend = "reference"
                 notes.append("some tensors are on meta or of a class of their own: the reference computes them")
-            copied = [whole.paths[i] for i in group.leaves if not _walks(view.leaves[i])]
+            copied = [whole.paths[i] for i in group.leaves if layout(meta(view.leaves[i])) is None]
             if copied and backend in ("c", "triton"):
                 notes.append(f"not laid out densely, so copied before and after: {', '.join(copied[:5])}")
             n = len(plan(group.signature))
@@ -192,7 +192,3 @@ def _shadow(x: Any) -> Any:
     if not isinstance(x, torch.Tensor) or x.layout is not torch.strided:
         return x
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-
-
-def _walks(x: torch.Tensor) -> bool:
-    return layout(meta(x)) is not None

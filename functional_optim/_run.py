@@ -25,7 +25,7 @@ from ._tree import MaskedNode, Tree, View, at, check_leaf, difference, flatten, 
 from .kernels import BACKENDS, BuildError, Call, Column
 from .kernels.build import find_compiler
 from .kernels.guard import Guard
-from .kernels.layout import Extents, compute_dtype, layout, meta, repeats, span
+from .kernels.layout import Extents, compute_dtype, repeats, span, walk_together
 from .kernels.plan import Signature
 
 
@@ -414,8 +414,7 @@ def _group(
     if device.type != "meta":
         for k, i in enumerate(leaves):
             tensors = [lists[key][j] for key, j in (column.pairs[k] for column in inputs[: len(program.arrays)])]
-            layouts = {layout(meta(x)) for x in (updates[i], *tensors) if x.layout is torch.strided}
-            if None in layouts or len(layouts) > 1:
+            if not walk_together((updates[i], *tensors)):
                 copied.append(k)
     return Group(
         signature,

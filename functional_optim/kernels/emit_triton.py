@@ -29,7 +29,7 @@ import triton.language as tl
 def _div(x, y):
     z = x / y
     if z.dtype == tl.float32:
-        z = tl.div_rn((x + tl.zeros_like(z)).to(tl.float32), (y + tl.zeros_like(z)).to(tl.float32))
+        z = tl.div_rn(x, y)
     return z
 
 
@@ -189,7 +189,9 @@ def _pass(signature: Signature, p: Pass, number: int) -> str:
         "chunk_leaf, chunk_start, chunk_stop, leaf_chunk, leaf_size, leaf_row, columns, scalars, partials, "
         "n_leaves, n_partials, first_partial, BLOCK: tl.constexpr"
     )
-    text = [f"@triton.jit\ndef pass_{number}({arguments}):"]
+    # one kernel for any number of leaves: 1 and multiples of 16 get none of their own
+    jit = '@triton.jit(do_not_specialize=["n_leaves", "n_partials", "first_partial"])'
+    text = [f"{jit}\ndef pass_{number}({arguments}):"]
     text += [f"    {x}" for x in lines]
     text += ["    for base in range(start, stop, BLOCK):"] + [f"        {x}" for x in body]
     text += [f"    {x}" for x in tail]

@@ -35,13 +35,14 @@ class Guard:
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self.plain = all(map(is_plain, tensors))
-        self.metas = [self._key(x) for x in tensors]
+        self.length = len(tensors)
         self.fast: Any = None
         distinct = len(set(map(id, tensors))) == len(tensors)  # torch's check refuses one tensor twice
         if TensorGuards is not None and self.plain and distinct and tensors:
             sizes: list[Any] = [list(x.shape) for x in tensors]
             strides: list[Any] = [list(x.stride()) for x in tensors]
             self.fast = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        self.metas = [self._key(x) for x in tensors] if self.fast is None else []
 
     @staticmethod
     def _key(x: torch.Tensor) -> tuple[Any, ...]:
@@ -49,10 +50,10 @@ class Guard:
 
     def holds(self, tensors: Sequence[Any]) -> bool:
         """Whether other tensors are the same in all that a kernel depends on."""
-        if len(tensors) != len(self.metas):
+        if len(tensors) != self.length:
             return False
-        if self.fast is not None and self.fast.check(*tensors):
-            return True
+        if self.fast is not None:
+            return bool(self.fast.check(*tensors))
         return all(
             isinstance(x, torch.Tensor) and self._key(x) == key for x, key in zip(tensors, self.metas, strict=True)
         )

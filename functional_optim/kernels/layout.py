@@ -40,9 +40,19 @@ def layout(m: Meta) -> tuple[tuple[int, int], ...] | None:
     return tuple(dims)
 
 
+def walk_together(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether strided tensors of one shape can be walked through side by side by address."""
+    if all(x.is_contiguous() for x in tensors):
+        return True
+    layouts = {layout(meta(x)) for x in tensors}
+    return len(layouts) == 1 and None not in layouts
+
+
 def repeats(x: torch.Tensor) -> bool:
     """Whether several elements of a tensor share one place in memory, as those of an expanded one do."""
-    return any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True))
+    return not x.is_contiguous() and any(
+        size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)
+    )
 
 
 def compute_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
@@ -91,7 +101,7 @@ class Extents:
 
 def span(x: torch.Tensor) -> int:
     """Bytes from the first to the last element of a tensor."""
-    if not x.numel():
-        return 0
+    if not x.numel() or x.is_contiguous():
+        return x.numel() * x.element_size()
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return int((last + 1) * x.element_size())
