@@ -4,6 +4,7 @@ import torch
 
 from .._rule import elementwise
 from .._spec import Leaf, OptionalDtype, Scalar, slot
+from ._moments import unbiased
 
 
 RANGES = {"b1": "[0, 1)", "b2": "[0, 1)", "eps": "[0, inf)", "eps_root": "[0, inf)"}
@@ -53,17 +54,17 @@ def scale_by_adam(
       >>> params = torch.zeros(2)
       >>> updates, state = tx.update(torch.tensor([1.0, -3.0]), tx.init(params))
       >>> updates
-      tensor([ 1.0000, -1.0000])
+      tensor([ 1., -1.])
 
     Source: Kingma & Ba 2015, arXiv:1412.6980, algorithm 1; Dozat 2016 for `nesterov`.
     """
     mu = b1 * mu + (1 - b1) * u
     nu = b2 * nu + (1 - b2) * u * u
     if nesterov:
-        mu_hat = b1 * mu / (1 - b1 ** (step + 1)) + (1 - b1) * u / (1 - b1**step)
+        mu_hat = unbiased(b1 * mu, b1, step + 1) + unbiased((1 - b1) * u, b1, step)
     else:
-        mu_hat = mu / (1 - b1**step)
-    nu_hat = nu / (1 - b2**step)
+        mu_hat = unbiased(mu, b1, step)
+    nu_hat = unbiased(nu, b2, step)
     return mu_hat / (torch.sqrt(nu_hat + eps_root) + eps), mu, nu
 
 
@@ -113,13 +114,13 @@ def scale_by_amsgrad(
       >>> tx = scale_by_amsgrad()
       >>> updates, state = tx.update(torch.tensor([1.0, -3.0]), tx.init(torch.zeros(2)))
       >>> updates
-      tensor([ 1.0000, -1.0000])
+      tensor([ 1., -1.])
 
     Source: Reddi et al. 2018, arXiv:1904.09237, algorithm 2.
     """
     mu = b1 * mu + (1 - b1) * u
     nu = b2 * nu + (1 - b2) * u * u
-    mu_hat = mu / (1 - b1**step) if bias_correction_mu else mu
-    nu_hat = nu / (1 - b2**step) if bias_correction_nu else nu
+    mu_hat = unbiased(mu, b1, step) if bias_correction_mu else mu
+    nu_hat = unbiased(nu, b2, step) if bias_correction_nu else nu
     nu_max = torch.maximum(nu_max, nu_hat)
     return mu_hat / (torch.sqrt(nu_max + eps_root) + eps), mu, nu, nu_max

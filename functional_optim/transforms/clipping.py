@@ -54,7 +54,7 @@ def clip_by_global_norm(u: Leaf, *, max_norm: Scalar) -> Leaf:
     Source: Pascanu et al. 2013, arXiv:1211.5063, algorithm 1.
     """
     norm = tree_norm(u)
-    return torch.where(norm < max_norm, u, u / norm * max_norm)
+    return u * torch.where(norm < max_norm, 1.0, max_norm / norm)
 
 
 @elementwise(ranges={"threshold": "(0, inf]"})

@@ -2,6 +2,7 @@
 
 from .._rule import elementwise
 from .._spec import Leaf, OptionalDtype, Scalar, slot
+from ._moments import unbiased
 
 
 @elementwise(state={"trace": slot(0.0, dtype="accumulator_dtype")}, static=("nesterov",), ranges={"decay": "[0, inf)"})
@@ -71,4 +72,4 @@ def ema(
     Source: Kingma & Ba 2015, arXiv:1412.6980, section 3.
     """
     ema = decay * ema + (1 - decay) * u
-    return (ema / (1 - decay**step) if debias else ema), ema
+    return (unbiased(ema, decay, step) if debias else ema), ema

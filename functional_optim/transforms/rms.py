@@ -4,6 +4,7 @@ import torch
 
 from .._rule import elementwise
 from .._spec import Leaf, Scalar, slot
+from ._moments import unbiased
 
 
 RANGES = {"decay": "[0, 1]", "eps": "[0, inf)", "initial_scale": "[0, inf)"}
@@ -52,7 +53,7 @@ def scale_by_rms(
     Source: Tieleman & Hinton 2012, lecture 6.5 of "Neural Networks for Machine Learning".
     """
     nu = decay * nu + (1 - decay) * u * u
-    nu_hat = nu / (1 - decay**step) if bias_correction else nu
+    nu_hat = unbiased(nu, decay, step) if bias_correction else nu
     return _over_root(u, nu_hat, eps, eps_in_sqrt), nu
 
 
@@ -96,6 +97,6 @@ def scale_by_stddev(
     """
     mu = decay * mu + (1 - decay) * u
     nu = decay * nu + (1 - decay) * u * u
-    mu_hat = mu / (1 - decay**step) if bias_correction else mu
-    nu_hat = nu / (1 - decay**step) if bias_correction else nu
+    mu_hat = unbiased(mu, decay, step) if bias_correction else mu
+    nu_hat = unbiased(nu, decay, step) if bias_correction else nu
     return _over_root(u, nu_hat - mu_hat * mu_hat, eps, eps_in_sqrt), mu, nu
