@@ -1,5 +1,6 @@
 """Composable, pure gradient transformations on PyTorch tensors; any chain runs as one generated kernel."""
 
+from ._backend import use_backend as use_backend
 from ._base import (
     EmptyState as EmptyState,
     GradientTransformation as GradientTransformation,
@@ -23,7 +24,6 @@ from ._masking import (
     partition as partition,
 )
 from ._rule import elementwise as elementwise
-from ._run import use_backend as use_backend
 from ._spec import (
     slot as slot,
     zeros as zeros,

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
+from ._backend import choose_backend
 from ._base import GradientTransformation, as_transformation
-from ._run import Plan, Prepared, Segment, choose_backend, get_state
+from ._plan import Plan, Prepared, Segment, get_state
 from ._tree import Tree, View, flatten, leaves_like
 from .kernels import Column
 from .kernels.emit_c import emit_c

@@ -1,0 +1,93 @@
+"""Who computes updates: the backend asked for, or the fastest that applies."""
+
+import contextlib
+import contextvars
+import functools
+import os
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+from .kernels import BACKENDS
+from .kernels.build import find_compiler
+
+
+_requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Chooses who computes updates within a `with` block.
+
+    Where the chosen backend does not apply (Triton without a GPU, anything but the reference under a gradient), the
+    next best one does; `explain` says which and why.
+
+    Args:
+      name: `"reference"`, `"foreach"`, `"c"` or `"triton"`.
+
+    Yields:
+      Nothing.
+
+    Raises:
+      ValueError: the name is unknown.
+
+    Example:
+      >>> with use_backend("reference"):
+      ...     pass
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; there are {', '.join(map(repr, BACKENDS))}.")
+    token = _requested.set(name)
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def choose_backend(device: torch.device) -> tuple[str, str]:
+    """The backend for tensors of a plain kind on one device, and why it is not the one asked for."""
+    asked = _requested.get()
+    why = ""
+    if asked in ("reference", "foreach"):
+        return asked, ""
+    if asked == "triton" or (asked is None and device.type == "cuda"):
+        if _has_triton() and (device.type == "cuda" or (device.type == "cpu" and _interpreted())):
+            return "triton", ""
+        why = f"Triton {'does not run on ' + device.type if _has_triton() else 'is not installed'}"
+    elif device.type == "cpu":
+        if find_compiler() is not None:
+            return "c", ""
+        why = "there is no C compiler: neither $CC nor cc, gcc or clang is on the PATH"
+        warn_once(why)
+    else:
+        why = f"there is no C kernel for {device.type}"
+    return ("foreach" if device.type in ("cpu", "cuda") else "reference"), why
+
+
+@functools.cache
+def warn_once(why: str) -> None:
+    warnings.warn(f"Updates are computed without generated kernels, and slower: {why}.", stacklevel=2)
+
+
+def transforming() -> bool:
+    """Whether something looks on that raw memory would escape: `torch.func`, forward mode, a mode, the compiler."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.compiler.is_compiling()
+    )
