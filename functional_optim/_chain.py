@@ -20,7 +20,10 @@ class Chain(Fusible):
 
     def __init__(self, members: tuple[GradientTransformation, ...], names: tuple[str, ...] | None = None) -> None:
         self.members, self.names = members, names
-        self._hash = hash((members, names))
+        self._hash = hash((members, names))  # differs between processes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Chain, (self.members, self.names)
 
     def _keys(self) -> tuple[int | str, ...]:
         return tuple(range(len(self.members))) if self.names is None else self.names

@@ -4,8 +4,8 @@ Fusing is composition: the rules are called one after another, as Python functio
 first argument of each is what the one before returned, and the program's inputs are all of their states.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
@@ -13,6 +13,9 @@ from ._spec import Bound
 from .kernels.program import Level, Program
 from .kernels.trace import RuleError, Symbol, Tracer
 from .schedules import Schedule
+
+
+_Key = TypeVar("_Key")
 
 
 class Source(NamedTuple):
@@ -46,12 +49,47 @@ class Recipe(NamedTuple):
     slots: dict[str, tuple[int, str]]
 
 
-def fuse(links: Sequence[tuple[int, Bound]], apply: bool) -> Recipe:
+def fuse_all(recipes: Mapping[_Key, Sequence[tuple[int, Bound]]], apply: bool) -> dict[_Key, Recipe]:
+    """Traces the programs of leaves that different transformations see.
+
+    Where leaves meet in one reduction, it ends in the same pass for all of them: that of the leaf with the most
+    reductions behind it.
+
+    Args:
+      recipes: for each kind of leaf, rules with their hyper-parameters and positions in the chain.
+      apply: whether the programs end by adding updates to parameters.
+
+    Returns:
+      The program of each kind of leaf.
+
+    Raises:
+      RuleError: a rule does what a kernel cannot.
+    """
+    stages: dict[str, int] = {}
+    while True:
+        done = {key: fuse(links, apply, stages) for key, links in recipes.items()}
+        ends: dict[str, int] = {}
+        for recipe in done.values():
+            for value in recipe.program.values:
+                if value.op.startswith("tree_"):
+                    ends[value.name] = max(ends.get(value.name, 0), value.stage)
+        if all(
+            value.stage == ends[value.name]
+            for recipe in done.values()
+            for value in recipe.program.values
+            if value.op.startswith("tree_")
+        ):
+            return done
+        stages = ends
+
+
+def fuse(links: Sequence[tuple[int, Bound]], apply: bool, stages: Mapping[str, int] | None = None) -> Recipe:
     """Traces transformations, in order, into one program.
 
     Args:
       links: rules with their hyper-parameters, each with its position among the transformations of the chain.
       apply: whether the program ends by adding the updates to the parameters.
+      stages: the earliest stages of tree reductions.
 
     Returns:
       The program and where its inputs come from. It writes `updates`, or `params` if `apply`, and every slot.
@@ -59,7 +97,7 @@ def fuse(links: Sequence[tuple[int, Bound]], apply: bool) -> Recipe:
     Raises:
       RuleError: a rule does what a kernel cannot.
     """
-    t = Tracer()
+    t = Tracer(stages)
     updates, params = t.input("array", "updates"), t.input("array", "params")
     u: Any = updates
     outputs: dict[str, Any] = {}
@@ -71,7 +109,7 @@ def fuse(links: Sequence[tuple[int, Bound]], apply: bool) -> Recipe:
         rule = bound.rule
         name = rule.name if rule.name not in names else f"{rule.name}_{names.count(rule.name) + 1}"
         names.append(rule.name)
-        t.scope = f"{name}@{position}"
+        t.scope = f"{rule.name}@{position}"
 
         def scalar(label: str, source: Source, name: str = name) -> Symbol:
             sources[f"{name}.{label}"] = source

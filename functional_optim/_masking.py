@@ -10,7 +10,7 @@ import torch
 
 from ._base import EmptyState, GradientTransformation, Link, as_transformation
 from ._rule import Fusible
-from ._tree import MaskedNode, View, broadcast_prefix, leaves_like, paths
+from ._tree import MaskedNode, View, broadcast_prefix, leaves_like, paths, show
 
 
 class MaskedState(NamedTuple):
@@ -102,7 +102,7 @@ class Masked(Fusible):
         return hash((Masked, self.inner))
 
     def __repr__(self) -> str:
-        return f"masked({self.inner!r}, {_show(self.mask)})"
+        return f"masked({self.inner!r}, {show(self.mask)})"
 
 
 def _is_truth(x: Any) -> bool:
@@ -114,10 +114,6 @@ def _same(a: Any, b: Any) -> bool:
         return a is b or (type(a) is type(b) and bool(a == b))
     except (TypeError, ValueError, RuntimeError):
         return False
-
-
-def _show(x: Any) -> str:
-    return getattr(x, "__qualname__", None) or repr(x)
 
 
 class Partition(Fusible):
@@ -153,10 +149,10 @@ class Partition(Fusible):
         return isinstance(other, Partition) and self.transforms == other.transforms and _same(self.labels, other.labels)
 
     def __hash__(self) -> int:
-        return hash((Partition, tuple(self.transforms.items())))
+        return hash((Partition, frozenset(self.transforms.items())))
 
     def __repr__(self) -> str:
-        return f"partition({self.transforms!r}, {_show(self.labels)})"
+        return f"partition({self.transforms!r}, {show(self.labels)})"
 
 
 def masked(inner: GradientTransformation, mask: Any) -> GradientTransformation:

@@ -3,6 +3,7 @@
 This is where wrong shapes, dtypes and devices are refused, with the path of the leaf.
 """
 
+import functools
 import itertools
 import struct
 import weakref
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ._base import GradientTransformation, Link
-from ._fuse import Recipe, Source, fuse
+from ._fuse import Recipe, Source, fuse_all
 from ._spec import Bound, Slot
 from ._tree import Tree, View, at, check_leaf, difference, flatten, leaves_like, paths
 from .kernels import Column
@@ -86,21 +87,28 @@ class Segment:
     Args:
       links: the transformations and their positions in the chain.
       apply: whether the programs end by adding updates to parameters.
+      n_leaves: number of leaves of the tree.
     """
 
-    def __init__(self, links: Mapping[int, Link], apply: bool) -> None:
-        self.links, self.apply = links, apply
+    def __init__(self, links: Mapping[int, Link], apply: bool, n_leaves: int) -> None:
+        self.links, self.apply, self.n_leaves = links, apply, n_leaves
         self.bounds: dict[int, Bound] = {k: link.bound for k, link in links.items() if link.bound is not None}
         self.slots: list[SlotKey] = [(k, name) for k, bound in self.bounds.items() for name in bound.rule.slots]
-        self.recipes: dict[tuple[int, ...], Recipe] = {}
         self.recent: list[Prepared] = []
 
-    def recipe(self, leaf: int) -> tuple[tuple[int, ...], Recipe]:
-        """Which transformations see a leaf, and their program."""
-        active = tuple(k for k, link in self.links.items() if link.seen[leaf])
-        if active not in self.recipes:
-            self.recipes[active] = fuse([(k, self.bounds[k]) for k in active], self.apply)
-        return active, self.recipes[active]
+    @functools.cached_property
+    def active(self) -> list[tuple[int, ...]]:
+        """For each leaf, the transformations that see it."""
+        positions, seen = tuple(self.links), [link.seen for link in self.links.values()]
+        if not seen:
+            return [()] * self.n_leaves
+        return [tuple(itertools.compress(positions, column)) for column in zip(*seen, strict=True)]
+
+    @functools.cached_property
+    def recipes(self) -> dict[tuple[int, ...], Recipe]:
+        """The program of each kind of leaf."""
+        kinds = dict.fromkeys(self.active)
+        return fuse_all({kind: [(k, self.bounds[k]) for k in kind] for kind in kinds}, self.apply)
 
     def states(self, state: Any) -> dict[int, Any]:
         """The state of each transformation.
@@ -166,7 +174,8 @@ class Prepared:
         self.tracks_versions = not any(x.is_inference() for x in tensors)
         members: dict[Any, list[tuple[int, tuple[int, ...], Recipe]]] = {}
         for i in self.present:
-            active, recipe = segment.recipe(i)
+            active = segment.active[i]
+            recipe = segment.recipes[active]
             u, p = lists["updates"][i], lists["params"][i] if "params" in lists else None
             if u.numel() and (active or segment.apply):
                 dtypes = _dtypes(recipe, lists, i, u, p)
@@ -392,11 +401,11 @@ class Plan:
             part = list(run)
             if fusible:
                 last = part[-1][0] == len(numbered) - 1
-                segments.append(Segment(dict(part), apply and last))
+                segments.append(Segment(dict(part), apply and last, len(self.paths)))
             else:
                 segments.extend(part)
         if apply and not (segments and isinstance(segments[-1], Segment)):
-            segments.append(Segment({}, apply=True))
+            segments.append(Segment({}, True, len(self.paths)))
         return segments
 
     def lists(self, updates: Tree, params: Tree | None, explain: bool = False) -> Lists:

@@ -10,7 +10,7 @@ import torch
 from ._base import GradientTransformation, Link
 from ._run import run
 from ._spec import Bound, Range, Rule, Slot, restore_state
-from ._tree import Tree, View, check_leaf, paths
+from ._tree import Tree, View, check_leaf, paths, show
 
 
 EMPTY = inspect.Parameter.empty
@@ -59,6 +59,9 @@ class RuleTransformation(Fusible):
     def _links(self, view: View, path: tuple[int | str, ...]) -> list[Link]:
         return [Link(self, path, view.seen, self.bound)]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RuleTransformation, (self.factory, self.bound.values)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RuleTransformation) and self.bound.key == other.bound.key
 
@@ -75,7 +78,7 @@ class RuleTransformation(Fusible):
                 or isinstance(value, torch.Tensor)
                 or value != default
             ):
-                shown.append(f"{name}={value!r}")
+                shown.append(f"{name}={show(value)}")
         return f"{self.bound.rule.name}({', '.join(shown)})"
 
 

@@ -16,7 +16,7 @@ from ._base import GradientTransformation, Link
 from ._fuse import Source
 from ._plan import Group, Lists, Plan, Prepared, Segment, get_state, updates_of
 from ._spec import Bound
-from ._tree import MaskedNode, Tree, View, at, check_leaf, difference, leaves_like, unflatten
+from ._tree import MaskedNode, Spec, Tree, View, at, check_leaf, difference, flatten, leaves_like, unflatten
 from .kernels import BACKENDS, BuildError, Call, Column
 
 
@@ -33,7 +33,9 @@ class Executor:
         self, updates: Tree, state: Any, params: Tree | None, extra: Mapping[str, Any], donate: bool
     ) -> tuple[Tree, Any]:
         seen = transforming()
-        plan, lists = self.plan(updates, params, remember=not seen)
+        # a donated step returns its very arguments; any other returns trees whose containers are those it was given
+        spec = None if donate else flatten(updates if params is None else params)[1]
+        plan, lists = self.plan(updates, params, spec, remember=not seen)
         differentiable = torch.is_grad_enabled()
         if donate and (seen or (differentiable and plan.requires_grad)):
             self.refuse_donation(plan, lists, seen)
@@ -41,17 +43,17 @@ class Executor:
         for segment in plan.segments:
             if isinstance(segment, Segment):
                 last = segment is plan.segments[-1]
-                run_segment(segment, plan, lists, state, new_states, extra, donate and last, seen)
+                run_segment(segment, plan, spec or plan.spec, lists, state, new_states, extra, donate and last, seen)
             else:
                 self.call(segment[1], plan, lists, state, new_states, extra)
         name = "params" if self.apply else "updates"
-        tree = params if donate and self.apply else unflatten(plan.spec, lists[name])
+        tree = params if spec is None else unflatten(spec, lists[name])
         return tree, set_states(state, new_states)
 
-    def plan(self, updates: Tree, params: Tree | None, remember: bool) -> tuple[Plan, Lists]:
+    def plan(self, updates: Tree, params: Tree | None, spec: Spec | None, remember: bool) -> tuple[Plan, Lists]:
         if remember:
             for plan in self.plans:
-                lists = plan.match(updates, params)
+                lists = plan.match(updates, params) if spec is None or spec == plan.spec else None
                 if lists is not None:
                     return plan, lists
         plan = Plan(self.tx, self.apply, updates, params)
@@ -165,6 +167,7 @@ def executor(tx: GradientTransformation, apply: bool) -> Executor:
 def run_segment(
     segment: Segment,
     plan: Plan,
+    spec: Spec,
     lists: Lists,
     state: Any,
     new_states: dict[Any, Any],
@@ -195,7 +198,7 @@ def run_segment(
         prepared.keep(lists)
         return
     for k, bound in segment.bounds.items():
-        fields = {name: unflatten(plan.spec, lists[k, name]) for name in bound.rule.slots} if plan.present else {}
+        fields = {name: unflatten(spec, lists[k, name]) for name in bound.rule.slots} if plan.present else {}
         if k in prepared.moving:
             fields["count"] = states[k].count + 1
         if fields:

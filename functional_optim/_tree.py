@@ -4,6 +4,7 @@
 `optree.register_pytree_node(cls, ..., namespace="functional_optim")` or in optree's global namespace.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -125,6 +126,11 @@ def check_leaf(name: str, path: str, x: Any) -> torch.Tensor:
             f"{name}{at(path)} has dtype {x.dtype}, expected float32, float64, bfloat16 or float16; {hint}."
         )
     return x
+
+
+def show(x: Any) -> str:
+    """A value as it stands in a call; a function by its name."""
+    return x.__qualname__ if inspect.isfunction(x) else repr(x)
 
 
 def at(path: str) -> str:

@@ -115,6 +115,9 @@ def _record(name: str, *args: Any, **kwargs: Any) -> "Symbol":
 class Tracer:
     """Collects the values of one program.
 
+    Args:
+      stages: the earliest stage of tree reductions, by scope: a reduction ends when the last leaf has had its part.
+
     Example:
       >>> tracer = Tracer()
       >>> program = tracer.finish({"updates": 2 * tracer.input("array", "u")})
@@ -125,9 +128,10 @@ class Tracer:
       updates <- %2
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stages: Mapping[str, int] | None = None) -> None:
         self.values: list[Value] = []
         self.index: dict[Value, int] = {}
+        self.stages = stages or {}
         self.scope = ""
         self.scopes: dict[tuple[str, str, int], str] = {}
 
@@ -194,7 +198,7 @@ class Tracer:
         value = self.values[x.index]
         if value.level is not Level.ELEMENT:
             raise RuleError(f"{_where()} reduces a value that is the same for every element.")
-        tree = kind.startswith("tree_")
+        tree, scope = kind.startswith("tree_"), ""
         if tree:
             # leaves with other rules meet in the same scope, so a reduction is numbered within its rule
             number = sum(scope == self.scope for scope, _, _ in self.scopes)
@@ -205,9 +209,9 @@ class Tracer:
             Value(
                 kind,
                 (x.index,),
-                name=scope if tree else "",
+                name=scope,
                 level=Level.ROW if tree else Level.LEAF,
-                stage=self.values[x.index].stage + 1,
+                stage=max(self.values[x.index].stage + 1, self.stages.get(scope, 0)),
             )
         )
 
