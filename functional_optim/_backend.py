@@ -59,28 +59,35 @@ def _interpreted() -> bool:
 
 
 def choose_backend(device: torch.device) -> tuple[str, str]:
-    """The backend for tensors of a plain kind on one device, and why it is not the one asked for."""
+    """The backend for tensors of a plain kind on one device, and why it is not the fastest or the one asked for."""
     asked = _requested.get()
-    why = ""
     if asked in ("reference", "foreach"):
         return asked, ""
     if asked == "triton" or (asked is None and device.type == "cuda"):
-        if _has_triton() and (device.type == "cuda" or (device.type == "cpu" and _interpreted())):
+        runs = device.type == "cuda" or (device.type == "cpu" and _interpreted())
+        if _has_triton() and runs and "triton" not in _given_up:
             return "triton", ""
-        why = f"Triton {'does not run on ' + device.type if _has_triton() else 'is not installed'}"
+        why = f"Triton does not run on {device.type}" if _has_triton() else "Triton is not installed"
+        why = _given_up.get("triton", why)
     elif device.type == "cpu":
-        if find_compiler() is not None:
+        if find_compiler() is None:
+            give_up("c", "there is no C compiler: neither $CC nor cc, gcc or clang is on the PATH")
+        if "c" not in _given_up:
             return "c", ""
-        why = "there is no C compiler: neither $CC nor cc, gcc or clang is on the PATH"
-        warn_once(why)
+        why = _given_up["c"]
     else:
         why = f"there is no C kernel for {device.type}"
     return ("foreach" if device.type in ("cpu", "cuda") else "reference"), why
 
 
-@functools.cache
-def warn_once(why: str) -> None:
-    warnings.warn(f"Updates are computed without generated kernels, and slower: {why}.", stacklevel=2)
+_given_up: dict[str, str] = {}  # backends that failed to build a kernel in this process, and why
+
+
+def give_up(backend: str, why: str) -> None:
+    """Remembers that a backend cannot build kernels, so that it is not tried at every step; warns once."""
+    if backend not in _given_up:
+        _given_up[backend] = why
+        warnings.warn(f"Updates are computed without generated kernels, and slower: {why}.", stacklevel=2)
 
 
 def transforming() -> bool:

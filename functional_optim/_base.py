@@ -73,6 +73,12 @@ class GradientTransformation:
             extra = {k: v for k, v in extra.items() if k in self._extras}
         return self._functions[1](updates, state, params, **extra)
 
+    def __eq__(self, other: object) -> bool:
+        return type(other) is GradientTransformation and other._functions == self._functions
+
+    def __hash__(self) -> int:
+        return hash(self._functions)
+
     def __repr__(self) -> str:
         init, update = (getattr(f, "__qualname__", repr(f)) for f in self._functions)
         return f"GradientTransformation({init}, {update})"

@@ -2,12 +2,10 @@
 
 from typing import Any
 
-import torch
-
 from ._base import GradientTransformation, Link, as_transformation
 from ._rule import Fusible
 from ._run import run
-from ._tree import Tree, View, tree_map
+from ._tree import Tree, View, check_fit, check_leaf, difference, flatten, leaves_like, paths, unflatten
 
 
 class Chain(Fusible):
@@ -122,16 +120,26 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
     Returns:
       The new parameters, in their own dtypes.
 
+    Raises:
+      ValueError, TypeError: the trees do not fit.
+
     Example:
       >>> import torch
       >>> apply_updates({"w": torch.ones(2)}, {"w": torch.full((2,), 0.5)})
       {'w': tensor([1.5000, 1.5000])}
     """
 
-    def add(p: torch.Tensor | None, u: torch.Tensor | None) -> torch.Tensor | None:
-        return p if p is None or u is None else (p + u).to(p.dtype)
-
-    return tree_map(add, params, updates)
+    leaves, spec = flatten(params)
+    try:
+        others = leaves_like(spec, updates)
+    except (ValueError, TypeError):
+        raise ValueError(f"updates do not have the structure of params: {difference(spec, updates)}.") from None
+    for path, p, u in zip(paths(spec), leaves, others, strict=True):
+        if p is not None and u is not None:
+            check_fit("updates", "parameter", path, u, check_leaf("params", path, p))
+    return unflatten(
+        spec, [p if p is None or u is None else (p + u).to(p.dtype) for p, u in zip(leaves, others, strict=True)]
+    )
 
 
 def apply_gradients(

@@ -152,6 +152,9 @@ def explain(tx: GradientTransformation, params: Tree) -> Explanation:
             if not all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors) or device.type == "meta":
                 backend = "reference"
                 notes.append("some tensors are on meta or of a class of their own: the reference computes them")
+            if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+                backend = "reference"
+                notes.append("a parameter requires a gradient: outside of torch.no_grad() the reference computes it")
             copied = [whole.paths[i] for i in group.leaves if layout(meta(view.leaves[i])) is None]
             if copied and backend in ("c", "triton"):
                 notes.append(f"not laid out densely, so copied before and after: {', '.join(copied[:5])}")

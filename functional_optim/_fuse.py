@@ -148,6 +148,7 @@ def fuse(links: Sequence[tuple[int, Bound]], apply: bool, stages: Mapping[str, i
         outputs.update({f"{name}.{k}": x for k, x in zip(rule.slots, after, strict=True)})
     final = {"params": params + u} if apply else {"updates": u}
     program = t.finish({**final, **outputs}, frozenset(per_leaf))
+    sources |= {name: Source("value", -1, name, x) for name, x in t.captured.items()}
     return Recipe(program, tuple(sources[name] for name in program.scalars), slots)
 
 

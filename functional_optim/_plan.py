@@ -6,7 +6,6 @@ This is where wrong shapes, dtypes and devices are refused, with the path of the
 import functools
 import itertools
 import struct
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import torch
 from ._base import GradientTransformation, Link
 from ._fuse import Recipe, Source, fuse_all
 from ._spec import Bound, Slot
-from ._tree import Tree, View, at, check_leaf, difference, flatten, leaves_like, paths
+from ._tree import Tree, View, at, check_fit, check_leaf, difference, flatten, leaves_like, paths
 from .kernels import Column
 from .kernels.guard import Guard
 from .kernels.layout import Extents, compute_dtype, repeats, span, walk_together
@@ -129,6 +128,8 @@ class Segment:
                     f"state{where} is {type(found).__name__}, expected the {bound.state_type.__name__} of "
                     f"{bound.rule.name}; make the state with `init` of the same transformation."
                 )
+            if bound.counted:
+                _check_count(f"state {bound.rule.name}.count", found.count)
             states[k] = found
         return states
 
@@ -187,40 +188,12 @@ class Prepared:
             if bound.counted and any(segment.links[k].seen[i] for i in self.present)
         ]
         self.disjoint: Disjoint | None = None
-        self.kept: tuple[list[int], bytes, list[Any]] | None = None
 
     def holds(self, plan: "Plan", lists: Lists) -> bool:
         """Whether these leaves are like those it was prepared for."""
         if self.present != plan.present:
             return False
-        tensors = self.tensors(lists)
-        return self.unmoved(lists, tensors) or self.guard.holds(tensors)
-
-    def keep(self, lists: Lists) -> None:
-        """Remembers the tensors that a donated step has just written: the next step most likely brings them back."""
-        if self.whole is None or (self.kept is not None and self.unmoved(lists, self.tensors(lists))):
-            return
-        tensors = self.tensors(lists)
-        mine = weakref.ref(self)
-
-        def forget(_: Any) -> None:  # the identity of a dead tensor may be given to another
-            if (prepared := mine()) is not None:
-                prepared.kept = None
-
-        refs = [weakref.ref(x, forget) for x in tensors]
-        self.kept = (list(map(id, tensors)), self.addresses(lists), refs)
-
-    def unmoved(self, lists: Lists, tensors: list[Any]) -> bool:
-        """Whether these are the very tensors of the last donated step, each where it was in memory.
-
-        It saves looking at what else they are, which costs more than updating them if they are many and small.
-        """
-        kept = self.kept
-        return kept is not None and list(map(id, tensors)) == kept[0] and self.addresses(lists) == kept[1]
-
-    def addresses(self, lists: Lists) -> bytes:
-        assert self.whole is not None
-        return b"".join(lists[key].addresses for key in self.whole)
+        return self.guard.holds(self.tensors(lists))
 
     def tensors(self, lists: Lists) -> list[Any]:
         """The tensors that must stay alike."""
@@ -234,6 +207,8 @@ class Prepared:
         Raises:
           ValueError: with the paths of both.
         """
+        if any(g.device.type == "meta" for g in self.groups):
+            return
         columns = [c.gather(lists) for g in self.groups for c in g.outputs]
         reads = [updates_of(g, lists) for g in self.groups]
         written, read = b"".join(c.addresses for c in columns), b"".join(c.addresses for c in reads)
@@ -252,8 +227,8 @@ class Prepared:
             repeated = next((name for name, x in named if repeats(x)), None)
             if repeated is not None:
                 raise ValueError(
-                    f"{repeated} is an expanded tensor, several of whose elements are one place in memory, so "
-                    f"donate=True cannot write to it; pass `x.clone()`."
+                    f"{repeated} is an expanded tensor or a view of windows, several of whose elements share memory, "
+                    f"so donate=True cannot write to it; pass `x.clone()`."
                 )
             extents, spans = Extents(named), tuple(span(x) for c in reads for x in c)
         clash = extents.clash()
@@ -282,16 +257,21 @@ def _label(group: Group, output: int) -> str:
     return name if name == "params" else f"state {name}"
 
 
+def _check_count(name: str, x: Any) -> None:
+    """Refuses a counter that is not one number."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} is {type(x).__name__} {x!r:.60}, expected a tensor that holds one integer.")
+    if x.ndim or x.is_floating_point() or x.is_complex():
+        raise ValueError(f"{name} is {x.dtype} of shape {tuple(x.shape)}, expected one integer.")
+
+
 def _check_slot(name: str, path: str, x: Any, u: torch.Tensor, slot: Slot) -> None:
     """Refuses a stored tensor that does not go with its leaf."""
-    check_leaf(name, path, x)
-    if slot.per_leaf:
+    if slot.per_leaf and isinstance(x, torch.Tensor):
         if x.ndim:
             raise ValueError(f"{name}{at(path)} has shape {tuple(x.shape)}, expected one number.")
-    elif x.shape != u.shape:
-        raise ValueError(f"{name}{at(path)} has shape {tuple(x.shape)}, but its update has {tuple(u.shape)}.")
-    if x.device != u.device:
-        raise ValueError(f"{name}{at(path)} is on {x.device}, but its update is on {u.device}; move one of them.")
+        u = u.new_empty(())
+    check_fit(name, "update", path, x, u)
 
 
 def _dtypes(
@@ -369,17 +349,7 @@ class Plan:
         for i in self.present:
             u = check_leaf("updates", self.paths[i], us[i])
             if ps is not None:
-                p = check_leaf("params", self.paths[i], ps[i])
-                if u.shape != p.shape:
-                    raise ValueError(
-                        f"updates{at(self.paths[i])} has shape {tuple(u.shape)}, but its parameter has "
-                        f"{tuple(p.shape)}."
-                    )
-                if u.device != p.device:
-                    raise ValueError(
-                        f"updates{at(self.paths[i])} is on {u.device}, but its parameter is on {p.device}; "
-                        f"move one of them."
-                    )
+                check_fit("updates", "parameter", self.paths[i], u, check_leaf("params", self.paths[i], ps[i]))
         tensors = self.tensors(lists)
         self.guard = Guard(tensors)
         self.requires_grad = any(x.requires_grad for x in tensors)

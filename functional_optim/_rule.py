@@ -125,7 +125,7 @@ def elementwise(
     state: Mapping[str, Slot] | None = None,
     extra: Sequence[str] = (),
     static: Sequence[str] = (),
-    ranges: Mapping[str, str] | None = None,
+    ranges: Mapping[str, str | Sequence[Any]] | None = None,
 ) -> Callable[[Callable[..., Any]], RuleFactory]: ...
 
 
@@ -135,7 +135,7 @@ def elementwise(
     state: Mapping[str, Slot] | None = None,
     extra: Sequence[str] = (),
     static: Sequence[str] = (),
-    ranges: Mapping[str, str] | None = None,
+    ranges: Mapping[str, str | Sequence[Any]] | None = None,
 ) -> RuleFactory | Callable[[Callable[..., Any]], RuleFactory]:
     """Turns the formula for one leaf into a function of hyper-parameters that returns a transformation.
 
@@ -151,7 +151,8 @@ def elementwise(
       extra: extra arguments of `update` that the formula takes, such as `"value"`; numbers or 0-d tensors.
       static: hyper-parameters that are switches, for Python's `if`; each value makes a kernel of its own. Those
         whose value is None, a bool, a string or a dtype need not be named.
-      ranges: intervals that hyper-parameters must lie in, such as `{"b1": "[0, 1)"}`.
+      ranges: intervals that hyper-parameters must lie in, such as `{"b1": "[0, 1)"}`, or the values that they may
+        have, such as `{"mode": ("hard", "smooth")}`.
 
     Returns:
       The function of hyper-parameters.
@@ -184,7 +185,7 @@ def _make(
     slots: dict[str, Slot],
     extra: Sequence[str],
     static: Sequence[str],
-    ranges: Mapping[str, str],
+    ranges: Mapping[str, str | Sequence[Any]],
 ) -> RuleFactory:
     name = fn.__name__.lstrip("_")
     parameters = inspect.signature(fn).parameters
@@ -216,7 +217,7 @@ def _make(
             hypers=hypers,
             extras=tuple(extra),
             static=frozenset(static),
-            ranges={k: Range.parse(v) for k, v in ranges.items()},
+            ranges={k: Range.parse(v) if isinstance(v, str) else tuple(v) for k, v in ranges.items()},
             uses_params=uses_params,
             uses_step="step" in keywords or any(s.start == "first_update" for s in slots.values()),
         )

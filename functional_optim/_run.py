@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from ._backend import choose_backend, transforming, warn_once
+from ._backend import choose_backend, give_up, transforming
 from ._base import GradientTransformation, Link
 from ._fuse import Source
 from ._plan import Group, Lists, Plan, Prepared, Segment, get_state, updates_of
 from ._spec import Bound
-from ._tree import MaskedNode, Spec, Tree, View, at, check_leaf, difference, flatten, leaves_like, unflatten
+from ._tree import MaskedNode, Spec, Tree, View, at, check_fit, difference, flatten, leaves_like, unflatten
 from .kernels import BACKENDS, BuildError, Call, Column
 
 
@@ -83,19 +83,24 @@ class Executor:
         """Runs a transformation that is not made of rules."""
         view = View(plan.spec, tuple(lists["updates"]), link.seen)
         params = view.tree(lists["params"]) if "params" in lists else None
-        tree, new_states[link.path] = link.tx.update(view.tree(), get_state(state, link.path), params, **extra)
-        out = leaves_like(plan.spec, tree)
+        result = link.tx.update(view.tree(), get_state(state, link.path), params, **extra)
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise TypeError(f"{link.tx!r:.60} returned {result!r:.60} from `update`, expected (updates, state).")
+        tree, new_states[link.path] = result
+        try:
+            out = leaves_like(plan.spec, tree)
+        except (ValueError, TypeError):
+            raise ValueError(
+                f"the update that {link.tx!r:.60} returned does not have the structure of params: "
+                f"{difference(plan.spec, tree)}."
+            ) from None
         lists["updates"] = Column(
             x if seen and not isinstance(x, MaskedNode) else u
             for x, u, seen in zip(out, lists["updates"], link.seen, strict=True)
         )
         for i in plan.present:
-            x = check_leaf(f"the update that {link.tx!r:.60} returned", plan.paths[i], lists["updates"][i])
-            if "params" in lists and x.shape != lists["params"][i].shape:
-                raise ValueError(
-                    f"the update that {link.tx!r:.60} returned{at(plan.paths[i])} has shape {tuple(x.shape)}, but its "
-                    f"parameter has {tuple(lists['params'][i].shape)}."
-                )
+            name = f"the update that {link.tx!r:.60} returned"
+            check_fit(name, "parameter", plan.paths[i], lists["updates"][i], lists.get("params", lists["updates"])[i])
 
 
 def run(
@@ -186,16 +191,28 @@ def run_segment(
             segment.recent = [prepared, *segment.recent[: Executor.KEEP - 1]]
     tables = [[_scalars(row, segment, states, extra) for row in g.sources] for g in prepared.groups]
     reference = reference_reason(plan, prepared, tables, seen)
+    if any(states[k].count.is_meta for k in prepared.moving) and not any(
+        g.device.type == "meta" for g in prepared.groups
+    ):
+        raise ValueError("a counter of the state is on meta and has no memory; make the state anew with `init`.")
     if donate:
-        if torch.is_grad_enabled() and prepared.requires_grad:
-            raise RuntimeError("a state tensor requires a gradient, so donate=True cannot write to it.")
-        if not reference:
-            prepared.check_overlap(plan, lists)
+        if reference == GRADIENT:
+            raise RuntimeError(
+                "a hyper-parameter or a tensor of the state requires a gradient, and donate=True would write where "
+                "autograd is recording; wrap the step in `torch.no_grad()`, or use donate=False."
+            )
+        prepared.check_overlap(plan, lists)
+        counters = {states[k].count.data_ptr(): segment.bounds[k].rule.name for k in prepared.moving}
+        if len(counters) < len(prepared.moving):
+            names = [segment.bounds[k].rule.name for k in prepared.moving]
+            raise ValueError(
+                f"two of the counters `count` of {', '.join(names)} share memory, so donate=True would count twice; "
+                f"make the state with `init`, or clone one of them."
+            )
     compute(prepared, tables, lists, donate, bool(reference))
     if donate:
         for k in prepared.moving:
             states[k].count.add_(1)
-        prepared.keep(lists)
         return
     for k, bound in segment.bounds.items():
         fields = {name: unflatten(spec, lists[k, name]) for name in bound.rule.slots} if plan.present else {}
@@ -247,6 +264,9 @@ def _number(what: str, x: Any) -> float | torch.Tensor:
         raise ValueError(f"{what} {x!r:.60}, expected a number.") from None
 
 
+GRADIENT = "a tensor requires a gradient and autograd is recording"
+
+
 def reference_reason(plan: Plan, prepared: Prepared, tables: Sequence[Any], seen: bool) -> str:
     """Why only the reference can compute a segment, or an empty string."""
     if seen:
@@ -260,7 +280,7 @@ def reference_reason(plan: Plan, prepared: Prepared, tables: Sequence[Any], seen
             or prepared.requires_grad
             or any(isinstance(x, torch.Tensor) and x.requires_grad for x in scalars)
         ):
-            return "a tensor requires a gradient and autograd is recording"
+            return GRADIENT
     values = (v for g in prepared.groups for v in g.signature.program.values)
     if len({g.device for g in prepared.groups}) > 1 and any(v.op.startswith("tree_") for v in values):
         return "a reduction over the tree spans several devices"
@@ -282,7 +302,7 @@ def compute(prepared: Prepared, tables: Sequence[Any], lists: Lists, donate: boo
                 if donate and prepared.tracks_versions:
                     torch.autograd.graph.increment_version([x for columns in done for c in columns for x in c])
             except BuildError as error:
-                warn_once(str(error))
+                give_up(backend, str(error))
                 backend = "foreach"
         if backend in ("reference", "foreach"):
             done = BACKENDS[backend]([_call(g, tables[k], lists, donate) for g, k in zip(groups, members, strict=True)])

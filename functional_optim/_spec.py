@@ -108,7 +108,7 @@ class Rule:
       hypers: hyper-parameters and their defaults, in order; `inspect.Parameter.empty` if there is none.
       extras: names of extra arguments of `update` that it needs.
       static: hyper-parameters that Python sees while the formula is traced.
-      ranges: intervals that hyper-parameters must lie in.
+      ranges: intervals that hyper-parameters must lie in, or the values that they may have.
       uses_params: whether the formula takes `p`.
       uses_step: whether the formula takes `step`, or a slot starts from the first update.
       factory: the function that `elementwise` returned; it has a name that pickle can find.
@@ -120,26 +120,35 @@ class Rule:
     hypers: Mapping[str, Any]
     extras: tuple[str, ...]
     static: frozenset[str]
-    ranges: Mapping[str, Range]
+    ranges: Mapping[str, Range | tuple[Any, ...]]
     uses_params: bool
     uses_step: bool
     factory: Any = None
 
     def check(self, hyper: str, value: Any) -> None:
-        """Refuses a number outside its range.
+        """Refuses a value of the wrong kind, or outside its range.
 
         Raises:
-          ValueError: with the name, the value and the range.
+          TypeError, ValueError: with the name, the value and what was expected.
         """
+        allowed = self.ranges.get(hyper)
+        if isinstance(allowed, tuple):
+            if value not in allowed:
+                raise ValueError(f"`{hyper}` of {self.name} must be one of {list(allowed)}, got {value!r}.")
+            return
         if isinstance(value, torch.Tensor) and value.ndim:
             raise ValueError(
                 f"`{hyper}` of {self.name} must be a number, a 0-d tensor or a schedule, "
                 f"got a tensor of shape {tuple(value.shape)}."
             )
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
+        if hyper in self.static or is_static(value) or isinstance(value, torch.Tensor) or callable(value):
             return
-        if hyper in self.ranges and value not in self.ranges[hyper]:
-            raise ValueError(f"`{hyper}` of {self.name} must be in {self.ranges[hyper].text}, got {value!r}.")
+        if not isinstance(value, (int, float)):
+            raise TypeError(
+                f"`{hyper}` of {self.name} must be a number, a 0-d tensor or a schedule, got {value!r:.60}."
+            )
+        if allowed is not None and value not in allowed:
+            raise ValueError(f"`{hyper}` of {self.name} must be in {allowed.text}, got {value!r}.")
         if math.isnan(value):
             raise ValueError(f"`{hyper}` of {self.name} must be a number, got nan.")
 

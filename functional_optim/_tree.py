@@ -128,6 +128,21 @@ def check_leaf(name: str, path: str, x: Any) -> torch.Tensor:
     return x
 
 
+def check_fit(name: str, other: str, path: str, x: Any, y: torch.Tensor) -> torch.Tensor:
+    """Refuses a leaf that does not go with another one of the same path.
+
+    Raises:
+      TypeError: it is not a dense tensor of a floating dtype.
+      ValueError: the two differ in shape or device.
+    """
+    check_leaf(name, path, x)
+    if x.shape != y.shape:
+        raise ValueError(f"{name}{at(path)} has shape {tuple(x.shape)}, but its {other} has {tuple(y.shape)}.")
+    if x.device != y.device:
+        raise ValueError(f"{name}{at(path)} is on {x.device}, but its {other} is on {y.device}; move one of them.")
+    return x  # type: ignore[no-any-return]
+
+
 def show(x: Any) -> str:
     """A value as it stands in a call; a function by its name."""
     return x.__qualname__ if inspect.isfunction(x) else repr(x)

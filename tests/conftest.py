@@ -5,8 +5,8 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # kernels for a GPU, run by Triton's interpreter
 
-import jax  # noqa: E402
-import torch  # noqa: E402
+import jax
+import torch
 
 
 jax.config.update("jax_enable_x64", True)

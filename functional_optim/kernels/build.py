@@ -42,7 +42,7 @@ def find_compiler() -> tuple[str, ...] | None:
         command = name.split()
         path = shutil.which(command[0]) if command else None
         if path:
-            return (os.path.realpath(path), *command[1:])
+            return (path, *command[1:])
     return None
 
 
@@ -56,23 +56,23 @@ def _machine() -> str:
             cpu = next((line for line in f if line.startswith(("flags", "Features"))), "")
     except OSError:
         cpu = platform.processor()
-    info = os.stat(command[0])
-    compiler = (command, info.st_size, info.st_mtime_ns)
+    info = os.stat(command[0])  # of what a link leads to
+    compiler = (command, os.path.realpath(command[0]), info.st_size, info.st_mtime_ns)
     return repr((platform.system(), platform.machine(), cpu, compiler, FLAGS, TUNING))
 
 
 def _private(folder: Path) -> bool:
-    """Whether a folder is one that only this user can write to, creating it if need be."""
+    """Whether a folder is one that only this user may enter, creating it if need be.
+
+    One that was open to others is not taken over: what they left in it would be trusted.
+    """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         info = folder.lstat()
         if not stat.S_ISDIR(info.st_mode):
             return False
-        if hasattr(os, "getuid"):
-            if info.st_uid != os.getuid():
-                return False
-            if info.st_mode & 0o077:
-                folder.chmod(0o700)
+        if hasattr(os, "getuid") and (info.st_uid != os.getuid() or info.st_mode & 0o077):
+            return False
         return os.access(folder, os.R_OK | os.W_OK | os.X_OK)
     except OSError:
         return False
@@ -190,10 +190,8 @@ def load_triton(source: str) -> ModuleType:
                 _write(path, source.encode())
         except OSError as error:
             raise BuildError(f"{path}: {error}") from None
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
+        module = ModuleType(name)
+        module.__file__ = str(path)  # Triton reads the source of a kernel from its file
         sys.modules[name] = module
-        spec.loader.exec_module(module)
+        exec(compile(source, str(path), "exec"), module.__dict__)  # not imported: no bytecode is trusted or left
         return module

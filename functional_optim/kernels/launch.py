@@ -96,7 +96,10 @@ def compile_c(signature: Signature) -> tuple[Any, ...]:
       BuildError: there is no working compiler.
     """
     library = load_c(emit_c(signature))
-    functions = tuple(getattr(library, f"pass_{k}") for k in range(len(plan(signature))))
+    try:
+        functions = tuple(getattr(library, f"pass_{k}") for k in range(len(plan(signature))))
+    except AttributeError as error:
+        raise BuildError(f"what the C compiler made is not what it was given: {error}") from None
     for f in functions:
         f.argtypes, f.restype = [ctypes.c_void_p], None
     return functions

@@ -49,10 +49,16 @@ def walk_together(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def repeats(x: torch.Tensor) -> bool:
-    """Whether several elements of a tensor share one place in memory, as those of an expanded one do."""
-    return not x.is_contiguous() and any(
-        size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)
-    )
+    """Whether several elements of a tensor may share one place in memory, as those of an expanded one do."""
+    if x.is_contiguous():
+        return False
+    reach = 0  # of the dimensions with smaller strides
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += (size - 1) * stride
+    return False
 
 
 def compute_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:

@@ -77,7 +77,7 @@ def _operator(name: str, reverse: bool) -> Callable[..., Any]:
     return method
 
 
-for _name in ("add", "sub", "mul", "truediv", "pow", "mod", "floordiv", "and", "or"):
+for _name in ("add", "sub", "mul", "truediv", "pow", "mod", "floordiv", "and", "or", "matmul"):
     setattr(Symbol, f"__{_name}__", _operator(_name, reverse=False))
     setattr(Symbol, f"__r{_name}__", _operator(_name, reverse=True))
 for _name in ("lt", "le", "gt", "ge", "eq", "ne", "neg", "abs", "invert", "pos"):
@@ -132,6 +132,7 @@ class Tracer:
         self.values: list[Value] = []
         self.index: dict[Value, int] = {}
         self.stages = stages or {}
+        self.captured: dict[str, torch.Tensor] = {}  # tensors of one number that a rule refers to, read at every step
         self.scope = ""
         self.scopes: dict[tuple[str, str, int], str] = {}
 
@@ -152,12 +153,14 @@ class Tracer:
                 raise RuleError(f"{_where()} uses a value of another trace.")
             return x
         if isinstance(x, torch.Tensor):
-            if x.ndim or x.device.type != "cpu":
+            if x.ndim:
                 raise RuleError(
-                    f"{_where()} uses a tensor of shape {tuple(x.shape)} on {x.device} that is not an argument of "
-                    f"the rule. Declare it as state, or pass it as a hyper-parameter."
+                    f"{_where()} uses a tensor of shape {tuple(x.shape)} that is not an argument of the rule. "
+                    f"Declare it as state, or pass it as a hyper-parameter."
                 )
-            x = x.item()
+            name = next((k for k, y in self.captured.items() if y is x), f"captured.{len(self.captured)}")
+            self.captured[name] = x
+            return self.input("scalar", name)
         if not isinstance(x, (bool, int, float)):
             raise RuleError(f"{_where()} uses {x!r} as a number.")
         # repr tells -0.0 from 0.0 and one NaN from another, which == does not

@@ -23,7 +23,11 @@ def scale_by_sign(u: Leaf) -> Leaf:
     return torch.sign(u)
 
 
-@elementwise(state={"mu": slot(0.0, dtype="mu_dtype")}, static=("mode",), ranges={"b1": "[0, 1]", "b2": "[0, 1]"})
+@elementwise(
+    state={"mu": slot(0.0, dtype="mu_dtype")},
+    static=("mode",),
+    ranges={"b1": "[0, 1]", "b2": "[0, 1]", "mode": ("hard", "smooth", "refined")},
+)
 def scale_by_lion(
     u: Leaf,
     mu: Leaf,
@@ -62,11 +66,8 @@ def scale_by_lion(
     """
     x = (1 - b1) * u + b1 * mu
     mu = b2 * mu + (1 - b2) * u
-    match mode:
-        case "hard":
-            return torch.sign(x), mu
-        case "smooth":
-            return torch.tanh(smooth_beta * x), mu
-        case "refined":
-            return torch.where(torch.abs(x) < 1, x, torch.sign(x)), mu
-    raise ValueError(f'`mode` of scale_by_lion must be "hard", "smooth" or "refined", got {mode!r}.')
+    if mode == "smooth":
+        return torch.tanh(smooth_beta * x), mu
+    if mode == "refined":
+        return torch.where(torch.abs(x) < 1, x, torch.sign(x)), mu
+    return torch.sign(x), mu

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 
-PROGRAM = '''
+PROGRAM = """
 import sys
 
 import torch
@@ -46,7 +46,7 @@ for k in range(kernel.passes):
     source = ASTSource(function, signature=types, constexprs={"BLOCK": 1024})
     assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
 print(kernel.passes, "passes")
-'''
+"""
 
 
 @pytest.mark.slow

@@ -1,0 +1,443 @@
+"""What rules become: the text of programs, the plan of their passes, and what is counted in the emitted C.
+
+The expected texts are part of this file. After a deliberate change, `EXPECTTEST_ACCEPT=1 pytest` writes them anew, and
+the difference is what there is to review.
+"""
+
+import re
+from typing import Any, NamedTuple
+
+import expecttest
+import pytest
+import torch
+
+import functional_optim as fo
+from functional_optim.kernels.emit_c import emit_c
+from functional_optim.kernels.emit_triton import emit_triton
+from functional_optim.kernels.plan import Signature, plan, read_bytes, written_bytes
+
+
+PARAMS = {"weight": torch.zeros(3, 2), "bias": torch.zeros(3)}
+
+
+def signature(tx: fo.GradientTransformation, params: Any = PARAMS) -> Signature:
+    """The one program of a transformation."""
+    [kernel] = fo.explain(tx, params).kernels
+    return kernel.signature
+
+
+def text(tx: fo.GradientTransformation, params: Any = PARAMS) -> str:
+    return str(signature(tx, params).program)
+
+
+# -- programs -----------------------------------------------------------------------------------------------------
+
+
+@fo.elementwise(state={"norm": fo.slot(0.0, per="leaf"), "mu": fo.zeros})
+def layerwise(u: Any, norm: Any, mu: Any, *, decay: float = 0.9) -> Any:
+    """A rule with one number per leaf, as NovoGrad has."""
+    norm = torch.lerp(fo.leaf_norm(u), norm, decay)
+    mu = decay * mu + u / norm
+    return mu, norm, mu
+
+
+def test_sgd() -> None:
+    expecttest.assert_expected_inline(
+        text(fo.sgd(0.1)),
+        """\
+%0 = array updates
+%1 = array params
+%2 = scalar scale_by_learning_rate.learning_rate
+%3 = neg(%2)  # row
+%4 = mul(%3, %0)
+%5 = add(%1, %4)
+params <- %5""",
+    )
+
+
+def test_adamw() -> None:
+    expecttest.assert_expected_inline(
+        text(fo.adamw(1e-3)),
+        """\
+%0 = array updates
+%1 = array params
+%2 = scalar scale_by_adam.count
+%3 = 1.0
+%4 = add(%2, %3)  # row
+%5 = scalar scale_by_adam.b1
+%6 = scalar scale_by_adam.b2
+%7 = scalar scale_by_adam.eps
+%8 = scalar scale_by_adam.eps_root
+%9 = array scale_by_adam.mu
+%10 = array scale_by_adam.nu
+%11 = mul(%5, %9)
+%12 = sub(%3, %5)  # row
+%13 = mul(%12, %0)
+%14 = add(%11, %13)
+%15 = mul(%6, %10)
+%16 = sub(%3, %6)  # row
+%17 = mul(%16, %0)
+%18 = mul(%17, %0)
+%19 = add(%15, %18)
+%20 = pow(%5, %4)  # row
+%21 = sub(%3, %20)  # row
+%22 = div(%3, %21)  # row
+%23 = mul(%14, %22)
+%24 = pow(%6, %4)  # row
+%25 = sub(%3, %24)  # row
+%26 = div(%3, %25)  # row
+%27 = mul(%19, %26)
+%28 = add(%27, %8)
+%29 = sqrt(%28)
+%30 = add(%29, %7)
+%31 = div(%23, %30)
+%32 = scalar add_decayed_weights.weight_decay
+%33 = mul(%32, %1)
+%34 = add(%31, %33)
+%35 = scalar scale_by_learning_rate.learning_rate
+%36 = neg(%35)  # row
+%37 = mul(%36, %34)
+%38 = add(%1, %37)
+params <- %38
+scale_by_adam.mu <- %14
+scale_by_adam.nu <- %19""",
+    )
+
+
+def test_clipped_adam() -> None:
+    expecttest.assert_expected_inline(
+        text(fo.chain(fo.clip_by_global_norm(1.0), fo.adam(1e-3))),
+        """\
+%0 = array updates
+%1 = array params
+%2 = scalar clip_by_global_norm.max_norm
+%3 = mul(%0, %0)
+%4 = tree_sum(%3, over clip_by_global_norm@0)  # row, stage 1
+%5 = sqrt(%4)  # row, stage 1
+%6 = lt(%5, %2)  # row, stage 1
+%7 = div(%2, %5)  # row, stage 1
+%8 = 1.0
+%9 = where(%6, %8, %7)  # row, stage 1
+%10 = mul(%0, %9)  # stage 1
+%11 = scalar scale_by_adam.count
+%12 = add(%11, %8)  # row
+%13 = scalar scale_by_adam.b1
+%14 = scalar scale_by_adam.b2
+%15 = scalar scale_by_adam.eps
+%16 = scalar scale_by_adam.eps_root
+%17 = array scale_by_adam.mu
+%18 = array scale_by_adam.nu
+%19 = mul(%13, %17)
+%20 = sub(%8, %13)  # row
+%21 = mul(%20, %10)  # stage 1
+%22 = add(%19, %21)  # stage 1
+%23 = mul(%14, %18)
+%24 = sub(%8, %14)  # row
+%25 = mul(%24, %10)  # stage 1
+%26 = mul(%25, %10)  # stage 1
+%27 = add(%23, %26)  # stage 1
+%28 = pow(%13, %12)  # row
+%29 = sub(%8, %28)  # row
+%30 = div(%8, %29)  # row
+%31 = mul(%22, %30)  # stage 1
+%32 = pow(%14, %12)  # row
+%33 = sub(%8, %32)  # row
+%34 = div(%8, %33)  # row
+%35 = mul(%27, %34)  # stage 1
+%36 = add(%35, %16)  # stage 1
+%37 = sqrt(%36)  # stage 1
+%38 = add(%37, %15)  # stage 1
+%39 = div(%31, %38)  # stage 1
+%40 = scalar scale_by_learning_rate.learning_rate
+%41 = neg(%40)  # row
+%42 = mul(%41, %39)  # stage 1
+%43 = add(%1, %42)  # stage 1
+params <- %43
+scale_by_adam.mu <- %22
+scale_by_adam.nu <- %27""",
+    )
+
+
+def test_lamb() -> None:
+    expecttest.assert_expected_inline(
+        text(fo.lamb(1e-3, weight_decay=0.1)),
+        """\
+%0 = array updates
+%1 = array params
+%2 = scalar scale_by_adam.count
+%3 = 1.0
+%4 = add(%2, %3)  # row
+%5 = scalar scale_by_adam.b1
+%6 = scalar scale_by_adam.b2
+%7 = scalar scale_by_adam.eps
+%8 = scalar scale_by_adam.eps_root
+%9 = array scale_by_adam.mu
+%10 = array scale_by_adam.nu
+%11 = mul(%5, %9)
+%12 = sub(%3, %5)  # row
+%13 = mul(%12, %0)
+%14 = add(%11, %13)
+%15 = mul(%6, %10)
+%16 = sub(%3, %6)  # row
+%17 = mul(%16, %0)
+%18 = mul(%17, %0)
+%19 = add(%15, %18)
+%20 = pow(%5, %4)  # row
+%21 = sub(%3, %20)  # row
+%22 = div(%3, %21)  # row
+%23 = mul(%14, %22)
+%24 = pow(%6, %4)  # row
+%25 = sub(%3, %24)  # row
+%26 = div(%3, %25)  # row
+%27 = mul(%19, %26)
+%28 = add(%27, %8)
+%29 = sqrt(%28)
+%30 = add(%29, %7)
+%31 = div(%23, %30)
+%32 = scalar add_decayed_weights.weight_decay
+%33 = mul(%32, %1)
+%34 = add(%31, %33)
+%35 = scalar scale_by_trust_ratio.min_norm
+%36 = scalar scale_by_trust_ratio.trust_coefficient
+%37 = scalar scale_by_trust_ratio.eps
+%38 = mul(%1, %1)
+%39 = leaf_sum(%38)  # leaf, stage 1
+%40 = sqrt(%39)  # leaf, stage 1
+%41 = maximum(%40, %35)  # leaf, stage 1
+%42 = mul(%34, %34)
+%43 = leaf_sum(%42)  # leaf, stage 1
+%44 = sqrt(%43)  # leaf, stage 1
+%45 = maximum(%44, %35)  # leaf, stage 1
+%46 = mul(%36, %41)  # leaf, stage 1
+%47 = add(%45, %37)  # leaf, stage 1
+%48 = div(%46, %47)  # leaf, stage 1
+%49 = 0.0
+%50 = eq(%41, %49)  # leaf, stage 1
+%51 = eq(%45, %49)  # leaf, stage 1
+%52 = logical_or(%50, %51)  # leaf, stage 1
+%53 = where(%52, %3, %48)  # leaf, stage 1
+%54 = mul(%34, %53)  # stage 1
+%55 = scalar scale_by_learning_rate.learning_rate
+%56 = neg(%55)  # row
+%57 = mul(%56, %54)  # stage 1
+%58 = add(%1, %57)  # stage 1
+params <- %58
+scale_by_adam.mu <- %14
+scale_by_adam.nu <- %19""",
+    )
+
+
+def test_a_number_per_leaf() -> None:
+    expecttest.assert_expected_inline(
+        text(fo.chain(layerwise(), fo.scale(-0.1))),
+        """\
+%0 = array updates
+%1 = array params
+%2 = scalar layerwise.decay
+%3 = leaf layerwise.norm
+%4 = array layerwise.mu
+%5 = mul(%0, %0)
+%6 = leaf_sum(%5)  # leaf, stage 1
+%7 = sqrt(%6)  # leaf, stage 1
+%8 = lerp(%7, %3, %2)  # leaf, stage 1
+%9 = mul(%2, %4)
+%10 = div(%0, %8)  # stage 1
+%11 = add(%9, %10)  # stage 1
+%12 = scalar scale.step_size
+%13 = mul(%12, %11)  # stage 1
+%14 = add(%1, %13)  # stage 1
+params <- %14
+layerwise.norm <- %8
+layerwise.mu <- %11""",
+    )
+
+
+def test_a_schedule_is_part_of_the_program() -> None:
+    """Its own numbers are scalars, so that another schedule of the same kind is the same program."""
+    expecttest.assert_expected_inline(
+        text(fo.sgd(fo.linear_schedule(1.0, 0.0, 100))),
+        """\
+%0 = array updates
+%1 = array params
+%2 = scalar scale_by_learning_rate.count
+%3 = scalar scale_by_learning_rate.learning_rate.init_value
+%4 = scalar scale_by_learning_rate.learning_rate.end_value
+%5 = 0.0
+%6 = sub(%2, %5)  # row
+%7 = maximum(%6, %5)  # row
+%8 = 100.0
+%9 = minimum(%7, %8)  # row
+%10 = div(%9, %8)  # row
+%11 = 1.0
+%12 = sub(%11, %10)  # row
+%13 = sub(%3, %4)  # row
+%14 = mul(%13, %12)  # row
+%15 = add(%14, %4)  # row
+%16 = neg(%15)  # row
+%17 = mul(%16, %0)
+%18 = add(%1, %17)
+params <- %18""",
+    )
+
+
+def test_equal_rules_of_other_numbers_are_one_program() -> None:
+    assert signature(fo.adamw(1e-3, b1=0.9)) == signature(fo.adamw(1e-4, b1=0.8))
+
+
+# -- passes -------------------------------------------------------------------------------------------------------
+
+
+def passes(tx: fo.GradientTransformation, params: Any = PARAMS) -> str:
+    """The plan in words."""
+    s = signature(tx, params)
+    values, outputs = s.program.values, s.program.outputs
+    lines = []
+    for k, p in enumerate(plan(s)):
+        lines.append(f"pass {k + 1}")
+        for label, names in (
+            ("load", [values[i].name for i in p.inputs]),
+            ("reload", [outputs[o].name for _, o in p.reloads]),
+            ("reduce", [f"%{i} = {values[i]}" for i in p.reductions]),
+            ("store", [outputs[o].name for o in p.stores]),
+        ):
+            if names:
+                lines.append(f"  {label} {', '.join(names)}")
+    return "\n".join([*lines, f"{read_bytes(s)} + {written_bytes(s)} bytes"])
+
+
+CLIPPED = fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(1e-3), fo.params_ema(0.999))
+
+
+def test_passes_of_clipped_adamw_with_average() -> None:
+    expecttest.assert_expected_inline(
+        passes(CLIPPED),
+        """\
+pass 1
+  load updates
+  reduce %4 = tree_sum(%3, over clip_by_global_norm@0)
+pass 2
+  load updates, params, scale_by_adam.mu, scale_by_adam.nu, params_ema.ema
+  store params, scale_by_adam.mu, scale_by_adam.nu, params_ema.ema
+24 + 16 bytes""",
+    )
+
+
+def test_passes_of_lamb() -> None:
+    """The moments are stored in the first pass and loaded again in the second, which then needs no gradient."""
+    expecttest.assert_expected_inline(
+        passes(fo.lamb(1e-3, weight_decay=0.1)),
+        """\
+pass 1
+  load updates, params, scale_by_adam.mu, scale_by_adam.nu
+  reduce %39 = leaf_sum(%38), %43 = leaf_sum(%42)
+  store scale_by_adam.mu, scale_by_adam.nu
+pass 2
+  load params
+  reload scale_by_adam.mu, scale_by_adam.nu
+  store params
+28 + 12 bytes""",
+    )
+
+
+def test_passes_of_lamb_with_rounded_moments() -> None:
+    """A narrower store is not what the next pass may load again, for it has been rounded."""
+    expecttest.assert_expected_inline(
+        passes(fo.lamb(1e-3, weight_decay=0.1), {"w": torch.zeros(3).bfloat16()}),
+        """\
+pass 1
+  load updates, params, scale_by_adam.mu, scale_by_adam.nu
+  reduce %39 = leaf_sum(%38), %43 = leaf_sum(%42)
+pass 2
+  load updates, params, scale_by_adam.mu, scale_by_adam.nu
+  store params, scale_by_adam.mu, scale_by_adam.nu
+16 + 6 bytes""",
+    )
+
+
+def test_passes_of_nested_reductions() -> None:
+    tx = fo.chain(fo.clip_by_global_norm(1.0), fo.clip_by_block_rms(1.0), fo.sgd(0.1, momentum=0.9))
+    expecttest.assert_expected_inline(
+        passes(tx),
+        """\
+pass 1
+  load updates
+  reduce %4 = tree_sum(%3, over clip_by_global_norm@0)
+pass 2
+  load updates
+  reduce %13 = leaf_sum(%12)
+pass 3
+  load updates, params, trace.trace
+  store params, trace.trace
+20 + 8 bytes""",
+    )
+
+
+# -- counting in the emitted code -----------------------------------------------------------------------------------
+
+
+class Counted(NamedTuple):
+    """What a text of C does: launches, and bytes per element loaded and stored."""
+
+    launches: int
+    bytes_read: int
+    bytes_written: int
+
+
+C_TYPES = {"float": 4, "double": 8, "uint16_t": 2}
+
+
+def count(source: str) -> Counted:
+    """Counts loads `a3[i]` and stores `o1[i]` of each pass, by the types of the arrays."""
+    read = written = 0
+    works = re.findall(r"^static void work_\d+\(void \*data\) \{\n(.*?)^\}", source, re.DOTALL | re.MULTILINE)
+    for work in works:
+        arrays = {
+            name: C_TYPES[ctype] for ctype, name in re.findall(r"(?:const )?(\w+) \*([ao]\d+) = l->columns", work)
+        }
+        read += sum(arrays[name] for name in re.findall(r"\b(a\d+)\[i\]", work))
+        written += sum(arrays[name] for name in re.findall(r"\b(o\d+)\[i\] = ", work))
+    launches = re.findall(r"^void pass_\d+\(launch_t \*l\) \{", source, re.MULTILINE)
+    assert len(launches) == len(works)
+    return Counted(len(launches), read, written)
+
+
+COUNTED = {
+    "clipped adamw with average": (CLIPPED, torch.float32),
+    "sgd": (fo.sgd(0.1), torch.float32),
+    "adamw": (fo.adamw(1e-3), torch.float32),
+    "adamw in float64": (fo.adamw(1e-3), torch.float64),
+    "adamw of bfloat16": (fo.adamw(1e-3, mu_dtype=torch.float32), torch.bfloat16),
+    "lamb": (fo.lamb(1e-3, weight_decay=0.1), torch.float32),
+    "lamb of float16": (fo.lamb(1e-3, weight_decay=0.1), torch.float16),
+    "a number per leaf": (layerwise(), torch.float32),
+    "three passes": (fo.chain(fo.clip_by_global_norm(1.0), fo.clip_by_block_rms(1.0)), torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_emitted_c_does_what_explain_says(name: str) -> None:
+    tx, dtype = COUNTED[name]
+    said = fo.explain(tx, {k: x.to(dtype) for k, x in PARAMS.items()})
+    [kernel] = said.kernels
+    assert count(emit_c(kernel.signature)) == Counted(said.launches, int(said.bytes_read), int(said.bytes_written))
+
+
+def test_clipped_adamw_with_average_takes_2_launches_and_40_bytes() -> None:
+    """Gradients twice; parameters, both moments and the average once, in and out."""
+    said, counted = fo.explain(CLIPPED, PARAMS), count(emit_c(signature(CLIPPED)))
+    assert (said.launches, said.bytes_per_element) == (2, 40)
+    assert (counted.launches, counted.bytes_read + counted.bytes_written) == (2, 40)
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_emitted_triton_has_a_kernel_for_each_pass(name: str) -> None:
+    tx, dtype = COUNTED[name]
+    [kernel] = fo.explain(tx, {k: x.to(dtype) for k, x in PARAMS.items()}).kernels
+    assert len(re.findall(r"^def pass_\d+\(", emit_triton(kernel.signature), re.MULTILINE)) == kernel.passes
+
+
+def test_groups_are_launched_one_by_one() -> None:
+    """Leaves of another dtype are another program, in the same passes over memory."""
+    said = fo.explain(CLIPPED, {"a": torch.zeros(3), "b": torch.zeros(5).bfloat16()})
+    assert (said.passes, said.launches) == (2, 4)
+    assert [count(emit_c(k.signature)).launches for k in said.kernels] == [2, 2]
