@@ -25,7 +25,7 @@ import platform
 import random
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -415,14 +415,14 @@ def measure(shapes: str, recipe: str, rounds: int, compiled: bool) -> dict[str, 
 
 def ratio(case: dict[str, Any], name: str, to: str = DONATED) -> float:
     """How many times as long one contender takes as another: the median over rounds."""
-    samples = case["samples_s"]
+    samples: dict[str, list[float]] = case["samples_s"]
     return median(a / b for a, b in zip(samples[name], samples[to], strict=True))
 
 
 # -- reporting --------------------------------------------------------------------------------------------------------
 
 
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """Plain text; the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [
@@ -503,9 +503,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="torch.set_num_threads")
     parser.add_argument("--compile", action="store_true", help="measure torch.compile of the foreach step too: minutes")
     parser.add_argument("--compile-limit", type=int, default=200, metavar="TENSORS", help="no compiling beyond these")
+    parser.add_argument("--smoke", action="store_true", help="only see that it works: one small tree, two rounds")
     default_json = Path(__file__).parent / "results" / "cpu_step.json"
     parser.add_argument("--json", type=Path, default=default_json, help="where the figures go")
     args = parser.parse_args()
+    if args.smoke:
+        args.shapes, args.rounds = ["tiny"], 2
     torch.set_num_threads(args.threads)
 
     for recipe in args.recipes:

@@ -43,7 +43,7 @@ def plot(path: Path, losses: list[float], rates: list[float], per_epoch: int) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description="Trains a convolutional network on handwritten digits.")
     parser.add_argument("--epochs", type=int, default=20, help="how often each image is seen")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out" / "digits.png", help="the plot")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="folder for the plot")
     args = parser.parse_args()
     torch.manual_seed(0)
 
@@ -86,8 +86,8 @@ def main() -> None:
     for name, tree in (("raw", params), ("averaged", fo.eval_params(state, params))):
         hits = functional_call(model, tree, (test_images,)).argmax(1) == test_labels
         print(f"test accuracy of the {name} parameters: {hits.float().mean():.2%} of {len(hits)} images")
-    plot(args.out, losses, [float(schedule(k)) for k in range(steps)], per_epoch)
-    print(f"plot of loss and learning rate: {args.out}")
+    plot(args.out / "digits.png", losses, [float(schedule(k)) for k in range(steps)], per_epoch)
+    print(f"plot of loss and learning rate: {args.out / 'digits.png'}")
 
     # The same recipe in torch.optim, without its scheduler, on copies of the same parameters and gradients.
     copies = [nn.Parameter(p.clone()) for p in params.values()]

@@ -54,6 +54,14 @@ class Places(NamedTuple):
                 lists[key][i] = x
 
 
+def locate(lists: Lists, keys: Sequence[Any], addresses: Sequence[int]) -> None:
+    """Keeps addresses that have been found with the columns that they are of, one after another."""
+    start = 0
+    for key in keys:
+        lists[key] = Column.located(lists[key], addresses[start : start + len(lists[key])])
+        start += len(lists[key])
+
+
 class Group(NamedTuple):
     """Leaves that share a program, its dtypes and a device.
 
@@ -193,7 +201,10 @@ class Prepared:
         """Whether these leaves are like those it was prepared for."""
         if self.present != plan.present:
             return False
-        return self.guard.holds(self.tensors(lists))
+        addresses = self.guard.addresses(self.tensors(lists))
+        if addresses and self.whole is not None:
+            locate(lists, self.whole, addresses)
+        return addresses is not None
 
     def tensors(self, lists: Lists) -> list[Any]:
         """The tensors that must stay alike."""
@@ -415,4 +426,9 @@ class Plan:
             for i in self.absent
         ):
             return None
-        return lists if self.guard.holds(self.tensors(lists)) else None
+        addresses = self.guard.addresses(self.tensors(lists))
+        if addresses is None:
+            return None
+        if not self.absent:
+            locate(lists, list(lists), addresses)
+        return lists

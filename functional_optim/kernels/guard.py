@@ -24,6 +24,9 @@ def is_plain(x: torch.Tensor) -> bool:
 class Guard:
     """Remembers what some tensors are.
 
+    With many small tensors, most of a step is waiting for what is known of them to arrive from memory. So all that
+    is needed of a tensor is asked for at once, block by block, while it is near.
+
     Args:
       tensors: the tensors.
 
@@ -33,16 +36,20 @@ class Guard:
       (True, False)
     """
 
+    BLOCK = 256  # tensors
+
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self.plain = all(map(is_plain, tensors))
         self.length = len(tensors)
-        self.fast: Any = None
+        self.fast: list[Any] = []
         distinct = len(set(map(id, tensors))) == len(tensors)  # torch's check refuses one tensor twice
-        if TensorGuards is not None and self.plain and distinct and tensors:
-            sizes: list[Any] = [list(x.shape) for x in tensors]
-            strides: list[Any] = [list(x.stride()) for x in tensors]
-            self.fast = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-        self.metas = [self._key(x) for x in tensors] if self.fast is None else []
+        if TensorGuards is not None and self.plain and distinct:
+            for start in range(0, len(tensors), self.BLOCK):
+                block = tensors[start : start + self.BLOCK]
+                sizes: list[Any] = [list(x.shape) for x in block]
+                strides: list[Any] = [list(x.stride()) for x in block]
+                self.fast.append(TensorGuards(*block, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides))
+        self.metas = [] if self.fast else [self._key(x) for x in tensors]
 
     @staticmethod
     def _key(x: torch.Tensor) -> tuple[Any, ...]:
@@ -50,10 +57,24 @@ class Guard:
 
     def holds(self, tensors: Sequence[Any]) -> bool:
         """Whether other tensors are the same in all that a kernel depends on."""
+        return self.addresses(tensors) is not None
+
+    def addresses(self, tensors: Sequence[Any]) -> list[int] | None:
+        """Addresses of other tensors, if they are the same in all that a kernel depends on.
+
+        They are left out where tensors are not of torch's own kinds.
+        """
         if len(tensors) != self.length:
-            return False
-        if self.fast is not None:
-            return bool(self.fast.check(*tensors))
-        return all(
+            return None
+        if self.fast:
+            found: list[int] = []
+            for k, guard in enumerate(self.fast):
+                block = tensors[k * self.BLOCK : (k + 1) * self.BLOCK]
+                if not guard.check(*block):
+                    return None
+                found += map(torch.Tensor.data_ptr, block)
+            return found
+        same = all(
             isinstance(x, torch.Tensor) and self._key(x) == key for x, key in zip(tensors, self.metas, strict=True)
         )
+        return [] if same else None

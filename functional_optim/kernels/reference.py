@@ -5,7 +5,7 @@ eager column of the operation table.
 """
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -18,6 +18,14 @@ from .program import Level, Value
 
 class Column(list[torch.Tensor]):
     """A tensor per leaf."""
+
+    @classmethod
+    def located(cls, tensors: Iterable[torch.Tensor], addresses: Sequence[int]) -> "Column":
+        """A column whose addresses are known."""
+        column = cls(tensors)
+        if addresses:
+            column.__dict__["addresses"] = struct.pack(f"{len(addresses)}q", *addresses)
+        return column
 
     @cached_property
     def addresses(self) -> bytes:

@@ -23,9 +23,9 @@ from functional_optim.kernels.emit_triton import emit_triton
 @fo.elementwise(state={"n": fo.slot(1.0, per="leaf")}, extra=("value",))
 def every_operation(u, p, n, *, step, value, b=0.9):
     x = fo.cbrt(u) + torch.expm1(u) + torch.log1p(torch.abs(u)) + torch.tanh(u) + torch.sin(u) ** b + torch.exp(u)
-    x = x + torch.exp2(u) + torch.log2(u) + torch.log(u) + torch.cos(u) + torch.floor(u) + torch.rsqrt(u) - torch.sign(u)
+    x = x + torch.exp2(u) + torch.log2(u) + torch.log(u) + torch.cos(u) + torch.floor(u) + torch.rsqrt(u)
     y = torch.lerp(u, p, b) + torch.addcmul(u, p, u, value=b) + torch.addcdiv(u, p, u, value=b) + torch.sqrt(u) / p
-    y = y + u.bfloat16() + u.half() + u.float() + torch.minimum(u, p)
+    y = y + u.bfloat16() + u.half() + u.float() + torch.minimum(u, p) - torch.sign(u)
     good = torch.isfinite(u) & ~(u > 1) | (p < 0) | (u >= p) | (u <= p) | (u == p)
     return torch.where(good, x, y) * fo.tree_amax(u) * value * fo.leaf_amax(p) * fo.leaf_mean(u), n * b**step
 
