@@ -159,7 +159,7 @@ def slots(state: Any) -> dict[str, list[torch.Tensor]]:
 
 
 def torch_adamw(
-    params: list[torch.Tensor], memory: Mapping[str, list[torch.Tensor]], **form: bool
+    params: list[torch.nn.Parameter], memory: Mapping[str, list[torch.Tensor]], **form: bool
 ) -> torch.optim.AdamW:
     """torch's AdamW over memory that is there already."""
     optimizer = torch.optim.AdamW(params, lr=LR, betas=(B1, B2), weight_decay=DECAY, **form)
@@ -193,12 +193,11 @@ def torch_clip_adamw_ema_steps(
         def step() -> None:
             torch.nn.utils.clip_grad_norm_(own, MAX_NORM, foreach=name != LOOP)
             optimizer.step()
-            with torch.no_grad():
-                if name == LOOP:
-                    for average, p in zip(memory["ema"], own, strict=True):
-                        average.lerp_(p, 1 - AVERAGE)
-                else:
-                    torch._foreach_lerp_(memory["ema"], own, 1 - AVERAGE)
+            if name == LOOP:
+                for average, p in zip(memory["ema"], params, strict=True):
+                    average.lerp_(p, 1 - AVERAGE)
+            else:
+                torch._foreach_lerp_(memory["ema"], params, 1 - AVERAGE)
 
         return step
 
