@@ -4,12 +4,13 @@ Fusing is composition: the rules are called one after another, as Python functio
 first argument of each is what the one before returned, and the program's inputs are all of their states.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
-from ._spec import Bound
+from ._spec import Bound, Rule
 from .kernels.program import Level, Program
 from .kernels.trace import RuleError, Symbol, Tracer
 from .schedules import Schedule
@@ -107,8 +108,8 @@ def fuse(links: Sequence[tuple[int, Bound]], apply: bool, stages: Mapping[str, i
     names: list[str] = []
     for position, bound in links:
         rule = bound.rule
-        name = rule.name if rule.name not in names else f"{rule.name}_{names.count(rule.name) + 1}"
-        names.append(rule.name)
+        name = next(n for k in itertools.count(1) if (n := rule.name if k == 1 else f"{rule.name}_{k}") not in names)
+        names.append(name)
         t.scope = f"{rule.name}@{position}"
 
         def scalar(label: str, source: Source, name: str = name) -> Symbol:
@@ -144,7 +145,8 @@ def fuse(links: Sequence[tuple[int, Bound]], apply: bool, stages: Mapping[str, i
         if "step" in keywords and not _takes_step(rule.fn):
             del keywords["step"]
         result = rule.fn(u, *([params] if rule.uses_params else []), *before, **keywords)
-        u, *after = _results(rule.name, list(rule.slots), result)
+        u, *after = _results(rule, result)
+        u = t.spread(u)
         outputs.update({f"{name}.{k}": x for k, x in zip(rule.slots, after, strict=True)})
     final = {"params": params + u} if apply else {"updates": u}
     program = t.finish({**final, **outputs}, frozenset(per_leaf))
@@ -157,15 +159,23 @@ def _takes_step(fn: Callable[..., Any]) -> bool:
     return "step" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
 
 
-def _results(name: str, slots: list[str], result: Any) -> list[Any]:
+def _results(rule: Rule, result: Any) -> list[Any]:
     """Checks what a rule returned: the update, then the new value of every slot."""
+    slots = list(rule.slots)
+    name = f"{rule.name} ({rule.fn.__code__.co_filename}:{rule.fn.__code__.co_firstlineno})"
     results = list(result) if isinstance(result, tuple) else [result]
     expected = ", ".join(["u", *slots])
     if len(results) != 1 + len(slots):
         raise RuleError(f"{name} returned {len(results)} results, expected {1 + len(slots)}: ({expected}).")
     for label, x in zip(["u", *slots], results, strict=True):
-        if not isinstance(x, (Symbol, int, float)):
-            raise RuleError(f"{name} returned {type(x).__name__} for `{label}`, expected a tensor.")
+        if not isinstance(x, (Symbol, int, float)) and not (isinstance(x, torch.Tensor) and not x.ndim):
+            raise RuleError(f"{name} returned {type(x).__name__} for `{label}`, expected what it computed from `u`.")
+        slot = rule.slots.get(label)
+        per_element = isinstance(x, Symbol) and x.tracer.values[x.index].level is Level.ELEMENT
+        if per_element and slot is not None and slot.per_leaf:
+            raise RuleError(
+                f"{name}: the new value of `{label}` differs per element, but its slot holds one number per leaf."
+            )
     return results
 
 
@@ -194,6 +204,7 @@ def _schedule(
         raise ValueError(f"the schedule of {name} returned a tensor of shape {tuple(x.shape)}, expected a number.")
     if isinstance(x, Symbol) and t.values[x.index].level is Level.ROW:
         return x
-    if isinstance(x, (int, float, torch.Tensor)):
+    if isinstance(schedule, Schedule) and isinstance(x, (int, float, torch.Tensor)):
         return t.symbol(x)
+    # what does not depend on the step while it is traced may yet be another number at the next one
     return scalar(hyper, Source("host", position, name, schedule))

@@ -19,6 +19,7 @@ from .kernels import Column
 from .kernels.guard import Guard
 from .kernels.layout import Extents, compute_dtype, repeats, span, walk_together
 from .kernels.plan import Signature
+from .kernels.program import Level
 
 
 SlotKey = tuple[int, str]
@@ -315,10 +316,16 @@ def _group(
         return Places.of([(recipe.slots.get(name, name), i) for i, _, recipe in members], len(updates))
 
     inputs = [places(name) for name in (*program.arrays, *program.leaves)]
+    outputs = [places(o.name) for o in program.outputs]
+    written = [
+        c for c, o in zip(outputs, program.outputs, strict=True) if o.level is Level.ELEMENT and o.name != "updates"
+    ]
     copied = []
     if device.type != "meta":
         for k, i in enumerate(leaves):
-            tensors = [lists[key][j] for key, j in (column.pairs[k] for column in inputs[: len(program.arrays)])]
+            # what is written in place counts too, whether or not the program reads it
+            columns = [*inputs[: len(program.arrays)], *written]
+            tensors = [lists[key][j] for key, j in (column.pairs[k] for column in columns)]
             if not walk_together((updates[i], *tensors)):
                 copied.append(k)
     return Group(
@@ -326,7 +333,7 @@ def _group(
         device,
         leaves,
         tuple(inputs),
-        tuple(places(o.name) for o in program.outputs),
+        tuple(outputs),
         tuple(sources),
         tuple(rows[active] for _, active, _ in members),
         tuple(updates[i].numel() for i in leaves),

@@ -148,7 +148,7 @@ def _pass(signature: Signature, p: Pass, number: int) -> str:
     def operand(i: int) -> str:
         return f"s{i}" if values[i].uniform else f"v{i}"
 
-    body = ["i = base + tl.arange(0, BLOCK)", "inside = i < stop"]
+    body = ["i = start + base + tl.arange(0, BLOCK)", "inside = i < stop"]
     for i in p.inputs:
         name = values[i].name
         lines.append(f"a{i} = {address(names.index(name), signature.dtypes[name])}  # {name}")
@@ -193,6 +193,6 @@ def _pass(signature: Signature, p: Pass, number: int) -> str:
     jit = '@triton.jit(do_not_specialize=["n_leaves", "n_partials", "first_partial"])'
     text = [f"{jit}\ndef pass_{number}({arguments}):"]
     text += [f"    {x}" for x in lines]
-    text += ["    for base in range(start, stop, BLOCK):"] + [f"        {x}" for x in body]
+    text += ["    for base in range(0, stop - start, BLOCK):"] + [f"        {x}" for x in body]
     text += [f"    {x}" for x in tail]
     return "\n".join(text) + "\n"

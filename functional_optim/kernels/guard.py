@@ -53,7 +53,7 @@ class Guard:
 
     @staticmethod
     def _key(x: torch.Tensor) -> tuple[Any, ...]:
-        return (type(x), x.requires_grad, meta(x)) if x.layout is torch.strided else (type(x), x.layout)
+        return (type(x), x.requires_grad, x.is_neg(), meta(x)) if x.layout is torch.strided else (type(x), x.layout)
 
     def holds(self, tensors: Sequence[Any]) -> bool:
         """Whether other tensors are the same in all that a kernel depends on."""

@@ -82,8 +82,8 @@ class Extents:
     def __init__(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         stretches = sorted((x.data_ptr(), span(x), name) for name, x in tensors if x.numel())
         self.names = [name for _, _, name in stretches]
-        self.starts = torch.tensor([start for start, _, _ in stretches], dtype=torch.int64)
-        self.stops = self.starts + torch.tensor([length for _, length, _ in stretches], dtype=torch.int64)
+        self.starts = torch.tensor([start for start, _, _ in stretches], dtype=torch.int64, device="cpu")
+        self.stops = self.starts + torch.tensor([length for _, length, _ in stretches], dtype=torch.int64, device="cpu")
 
     def clash(self) -> tuple[str, str] | None:
         """Names two stretches that overlap."""
@@ -99,7 +99,10 @@ class Extents:
         """
         if not self.names:
             return None
-        start, length = torch.tensor(starts, dtype=torch.int64), torch.tensor(spans, dtype=torch.int64)
+        start, length = (
+            torch.tensor(starts, dtype=torch.int64, device="cpu"),
+            torch.tensor(spans, dtype=torch.int64, device="cpu"),
+        )
         before = torch.searchsorted(self.starts, start + length) - 1  # the last stretch that starts before it ends
         bad = ((before >= 0) & (self.stops[before.clamp(0)] > start) & (length > 0)).nonzero()
         return (int(bad[0]), self.names[before[bad[0]]]) if len(bad) else None

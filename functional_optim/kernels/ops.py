@@ -79,6 +79,7 @@ OPS: dict[str, Op] = {
     "mul": Op("{0} * {1}", "{0} * {1}", torch.mul, "mul"),
     "div": Op("{0} / {1}", "_div({0}, {1})", torch.div, "div"),
     "pow": Op("pow{f}({0}, {1})", "_pow({0}, {1})", torch.pow),
+    "fmod": Op("fmod{f}({0}, {1})", "({0} % {1})", torch.fmod),
     "maximum": Op(
         "(({0} > {1} || {0} != {0}) ? {0} : {1})",
         "tl.where(({0} > {1}) | ({0} != {0}), {0}, {1})",
@@ -102,6 +103,8 @@ OPS: dict[str, Op] = {
     "logical_or": Op("{0} || {1}", "{0} | {1}", torch.logical_or, boolean=True, logical=True),
     "logical_not": Op("!{0}", "({0}) == 0", torch.logical_not, boolean=True, logical=True),
     "where": Op("{0} ? {1} : {2}", "tl.where({0}, {1}, {2})", torch.where, logical="first"),
+    # a uniform value as one per element, so that a reduction counts it once for each
+    "spread": Op("{0}", "{0} + tl.zeros((BLOCK,), {T})", torch.clone),
     "real": Op("({T}){0}", "({0}).to({T})", torch.Tensor.to, logical=True),
     "lerp": Op(
         "fma{f}({2} < ({T})0.5 && {2} > ({T})-0.5 ? {2} : {2} - 1, {1} - {0}, "

@@ -75,4 +75,6 @@ def tree_amax(x: torch.Tensor) -> torch.Tensor:
 
 def tree_norm(x: torch.Tensor) -> torch.Tensor:
     """The Euclidean norm over every leaf that the transformation sees, the global norm."""
+    if not has_torch_function_unary(x):
+        _only_in_rules("tree_norm")
     return torch.sqrt(tree_sum(x * x))

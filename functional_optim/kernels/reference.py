@@ -142,6 +142,8 @@ class _Machine:
         if value.reduction:
             return self.reduce(value)
         operands = [self.operand(a, value.level) for a in value.args]
+        if value.op == "spread":
+            return Column(x.expand(t.shape) for x, t in zip(operands[0], self.like, strict=True))
         if value.uniform:
             return each_leaf(value, operands, torch.float64)
         return self.elementwise(value, operands, self.compute)

@@ -11,7 +11,7 @@ import math
 import os
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -27,7 +27,6 @@ class Symbol:
     """Stands for a value of the program while a rule is traced."""
 
     __slots__ = ("index", "tracer")
-    __hash__ = object.__hash__
 
     def __init__(self, tracer: "Tracer", index: int) -> None:
         self.tracer = tracer
@@ -47,6 +46,8 @@ class Symbol:
                 f"{_where()} reads `.{name}` of a traced value. A rule is written for one element of any leaf; "
                 f"use `leaf_mean` and its siblings for what depends on the whole leaf."
             )
+        if name.strip("_") not in {*REWRITES, *OPS}:
+            _unknown(name)
         return functools.partial(_record, name, self)
 
     def _refuse(self, what: str) -> RuleError:
@@ -54,6 +55,9 @@ class Symbol:
             f"{_where()} {what}, which is only known when the kernel runs. Use `torch.where(condition, a, b)`, or "
             f"declare the hyper-parameter static if it is a switch: `@elementwise(static=(...,))`."
         )
+
+    def __hash__(self) -> int:
+        raise self._refuse("looks up a traced value")
 
     def __bool__(self) -> bool:
         raise self._refuse("branches on a traced value")
@@ -66,6 +70,12 @@ class Symbol:
     def __iter__(self) -> Any:
         raise self._refuse("iterates over a traced value")
 
+    def __getitem__(self, key: Any) -> Any:
+        raise self._refuse("indexes a traced value")
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        raise self._refuse("writes to an element of a traced value")
+
     def __repr__(self) -> str:
         return f"<%{self.index} = {self.tracer.values[self.index]}>"
 
@@ -77,7 +87,7 @@ def _operator(name: str, reverse: bool) -> Callable[..., Any]:
     return method
 
 
-for _name in ("add", "sub", "mul", "truediv", "pow", "mod", "floordiv", "and", "or", "matmul"):
+for _name in ("add", "sub", "mul", "truediv", "pow", "mod", "floordiv", "and", "or", "xor", "matmul"):
     setattr(Symbol, f"__{_name}__", _operator(_name, reverse=False))
     setattr(Symbol, f"__r{_name}__", _operator(_name, reverse=True))
 for _name in ("lt", "le", "gt", "ge", "eq", "ne", "neg", "abs", "invert", "pos"):
@@ -93,14 +103,20 @@ def _where() -> str:
     return "A rule"
 
 
+def _unknown(name: str) -> NoReturn:
+    raise RuleError(
+        f"{_where()} uses `{name}`, which has no row in the operation table. "
+        f"A rule can use: {', '.join(sorted({*OPS, *REWRITES}))}."
+    )
+
+
 def _record(name: str, *args: Any, **kwargs: Any) -> "Symbol":
-    tracer = next(a.tracer for a in (*args, *kwargs.values()) if isinstance(a, Symbol))
+    tracer = next((a.tracer for a in (*args, *kwargs.values()) if isinstance(a, Symbol)), None)
+    if name.endswith("_") and not name.endswith("__"):
+        raise RuleError(f"{_where()} uses `{name}`, which writes in place; a rule returns new values: `x = x * 2`.")
     name = name.strip("_")
-    if name not in REWRITES and name not in OPS:
-        raise RuleError(
-            f"{_where()} uses `{name}`, which has no row in the operation table. "
-            f"A rule can use: {', '.join(sorted({*OPS, *REWRITES}))}."
-        )
+    if tracer is None or (name not in REWRITES and name not in OPS):
+        _unknown(name)
     try:
         if name in REWRITES:
             result: Symbol = REWRITES[name](tracer, *args, **kwargs)
@@ -134,7 +150,7 @@ class Tracer:
         self.stages = stages or {}
         self.captured: dict[str, torch.Tensor] = {}  # tensors of one number that a rule refers to, read at every step
         self.scope = ""
-        self.scopes: dict[tuple[str, str, int], str] = {}
+        self.reduced: dict[str, int] = {}  # number of tree reductions in each scope
 
     def add(self, value: Value) -> Symbol:
         if value not in self.index:
@@ -172,6 +188,8 @@ class Tracer:
         arity = 1 + max(int(d) for d in "0123" if f"{{{d}}}" in row.c)
         if len(args) != arity:
             raise TypeError(f"it takes {arity} operands, got {len(args)}.")
+        if op in ("add", "mul") and all(isinstance(a, Symbol) and self.values[a.index].boolean for a in args):
+            return self.op("logical_or" if op == "add" else "logical_and", *args)  # as torch does with bools
         symbols = []
         for k, arg in enumerate(args):
             x = self.symbol(arg)
@@ -193,6 +211,15 @@ class Tracer:
             )
         )
 
+    def spread(self, x: Any) -> Symbol:
+        """Makes a value one per element, so that what follows may reduce it."""
+        y = self.symbol(x)
+        y = self.op("real", y) if self.values[y.index].boolean else y
+        value = self.values[y.index]
+        if value.level is Level.ELEMENT:
+            return y
+        return self.add(Value("spread", (y.index,), level=Level.ELEMENT, stage=value.stage))
+
     def reduce(self, kind: str, x: Any) -> Symbol:
         """Adds a reduction; `kind` is `"leaf_"` or `"tree_"` and a row of `REDUCTIONS`."""
         x = self.symbol(x)
@@ -203,11 +230,10 @@ class Tracer:
             raise RuleError(f"{_where()} reduces a value that is the same for every element.")
         tree, scope = kind.startswith("tree_"), ""
         if tree:
-            # leaves with other rules meet in the same scope, so a reduction is numbered within its rule
-            number = sum(scope == self.scope for scope, _, _ in self.scopes)
-            scope = self.scopes.setdefault(
-                (self.scope, kind, x.index), f"{self.scope}.{number}" if number else self.scope
-            )
+            # leaves with other rules meet in the same scope, so reductions are numbered in the order of their calls
+            number = self.reduced.get(self.scope, 0)
+            self.reduced[self.scope] = number + 1
+            scope = f"{self.scope}.{number}" if number else self.scope
         return self.add(
             Value(
                 kind,
@@ -281,7 +307,11 @@ def _where_op(t: Tracer, condition: Any, x: Any, y: Any) -> Any:
 
 def _to(t: Tracer, x: Any, dtype: Any, **_: Any) -> Any:
     names = {torch.float32: "to_float32", torch.bfloat16: "to_bfloat16", torch.float16: "to_float16"}
-    if isinstance(dtype, Symbol) or dtype is torch.float64:
+    if isinstance(dtype, Symbol):
+        return x
+    if dtype is torch.float64 and not t.values[x.index].uniform:
+        raise TypeError("elements are computed in float64 only where the leaf is float64.")
+    if dtype is torch.float64:
         return x
     if dtype not in names:
         raise TypeError(f"{dtype} is not a floating dtype.")
@@ -317,17 +347,39 @@ def _vector_norm(t: Tracer, x: Any, ord: Any = 2) -> Any:
 
 
 def _nan_to_num(t: Tracer, x: Any, nan: float = 0.0, posinf: float | None = None, neginf: float | None = None) -> Any:
+    if posinf is None or neginf is None:
+        raise TypeError("the largest number depends on the leaf's dtype: give `posinf` and `neginf`.")
     x = t.op("where", t.op("ne", x, x), nan, x)
-    x = x if posinf is None else t.op("where", t.op("eq", x, math.inf), posinf, x)
-    return x if neginf is None else t.op("where", t.op("eq", x, -math.inf), neginf, x)
+    x = t.op("where", t.op("eq", x, math.inf), posinf, x)
+    return t.op("where", t.op("eq", x, -math.inf), neginf, x)
 
 
 def _alias(name: str) -> Callable[..., Any]:
     return lambda t, *args: t.op(name, *args)
 
 
+def _remainder(t: Tracer, x: Any, y: Any) -> Any:
+    r = t.op("fmod", x, y)
+    return t.op("where", t.op("lt", t.op("mul", t.op("sign", r), t.op("sign", y)), 0.0), t.op("add", r, y), r)
+
+
 def _floor_divide(t: Tracer, x: Any, y: Any) -> Any:
-    return t.op("floor", t.op("div", x, y))
+    quotient = t.op("div", t.op("sub", x, _remainder(t, x, y)), y)  # whole, but for rounding
+    down = t.op("floor", quotient)
+    return t.op("where", t.op("gt", t.op("sub", quotient, down), 0.5), t.op("add", down, 1.0), down)
+
+
+def _extremum(name: str) -> Callable[..., Any]:
+    def rewrite(t: Tracer, x: Any, *others: Any) -> Any:
+        if not others:
+            x = x if name == "maximum" else t.op("neg", x)
+            y = t.reduce("leaf_amax", x)
+            return y if name == "maximum" else t.op("neg", y)
+        if len(others) > 1 or not isinstance(others[0], (Symbol, torch.Tensor)):
+            raise TypeError("a leaf has no dimensions in a rule; it is reduced as a whole.")
+        return t.op(name, x, others[0])
+
+    return rewrite
 
 
 # Names of torch and Python that are not rows of the table, in terms of those that are.
@@ -346,8 +398,8 @@ REWRITES: dict[str, Callable[..., Any]] = {
     "radd": _alias("add"),
     "floordiv": _floor_divide,
     "floor_divide": _floor_divide,
-    "mod": lambda t, x, y: t.op("sub", x, t.op("mul", _floor_divide(t, x, y), y)),
-    "remainder": lambda t, x, y: t.op("sub", x, t.op("mul", _floor_divide(t, x, y), y)),
+    "mod": _remainder,
+    "remainder": _remainder,
     "pow": _pow,
     "rpow": lambda t, x, y: _pow(t, y, x),
     "float_power": _pow,
@@ -361,8 +413,8 @@ REWRITES: dict[str, Callable[..., Any]] = {
     "clip": _clamp,
     "clamp_min": lambda t, x, min: _clamp(t, x, min=min),
     "clamp_max": lambda t, x, max: _clamp(t, x, max=max),
-    "max": lambda t, x, *y: t.op("maximum", x, *y) if y else t.reduce("leaf_amax", x),
-    "min": lambda t, x, *y: t.op("minimum", x, *y) if y else t.op("neg", t.reduce("leaf_amax", t.op("neg", x))),
+    "max": _extremum("maximum"),
+    "min": _extremum("minimum"),
     "amax": lambda t, x: t.reduce("leaf_amax", x),
     "amin": lambda t, x: t.op("neg", t.reduce("leaf_amax", t.op("neg", x))),
     "sum": lambda t, x: t.reduce("leaf_sum", x),
@@ -397,7 +449,7 @@ REWRITES: dict[str, Callable[..., Any]] = {
     "to": _to,
     "type_as": lambda t, x, other: x,
     "float": lambda t, x: _to(t, x, torch.float32),
-    "double": lambda t, x: x,
+    "double": lambda t, x: _to(t, x, torch.float64),
     "bfloat16": lambda t, x: _to(t, x, torch.bfloat16),
     "half": lambda t, x: _to(t, x, torch.float16),
     "detach": lambda t, x: x,

@@ -37,7 +37,6 @@ def only(backend: str) -> Iterator[None]:
         raise AssertionError(f"{backend} did not run")
 
     others = {name: refuse for name in BACKENDS if name != backend}
-    # foreach and the reference are one evaluator, so a backend is told apart by its name
     with fo.use_backend(backend), mock.patch.dict(BACKENDS, others):
         yield
 
