@@ -49,7 +49,7 @@ def _pow(x, y):
     whole = tl.floor(b) == b
     odd = tl.floor(b * 0.5) * 2.0 != b
     z = tl.where(a < 0, tl.where(whole, tl.where(odd, -z, z), float("nan")), z)
-    z = tl.where((b == 0) | (a == 1), 1.0, z)
+    z = tl.where(b == 0, 1.0, tl.where(a == 1, 1.0, z))
     return z.to((x + y).dtype)
 
 
@@ -165,6 +165,7 @@ def _pass(signature: Signature, p: Pass, number: int) -> str:
         if output.level is Level.ELEMENT:
             x = operand(output.value)
             x = f"_bf16({x})" if dtype is torch.bfloat16 else x
+            x = f"({x}).to(tl.float32)" if dtype is torch.float16 else x  # torch rounds a double twice, too
             body.append(
                 f"tl.store(o{k} + i, ({x} + tl.zeros((BLOCK,), {compute})).to({TYPES[dtype]}), inside)"
                 if values[output.value].uniform

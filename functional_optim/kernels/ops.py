@@ -58,7 +58,7 @@ _TRITON_CBRT = (
 )
 
 OPS: dict[str, Op] = {
-    "neg": Op("-{0}", "-{0}", torch.neg, "neg"),
+    "neg": Op("-{0}", "{0} * -1.0", torch.neg, "neg"),
     "abs": Op("fabs{f}({0})", "tl.abs({0})", torch.abs, "abs"),
     "sqrt": Op("sqrt{f}({0})", "_sqrt({0})", torch.sqrt, "sqrt"),
     "rsqrt": Op("1 / sqrt{f}({0})", "_div(1.0, _sqrt({0}))", torch.rsqrt, "rsqrt"),
@@ -79,16 +79,15 @@ OPS: dict[str, Op] = {
     "mul": Op("{0} * {1}", "{0} * {1}", torch.mul, "mul"),
     "div": Op("{0} / {1}", "_div({0}, {1})", torch.div, "div"),
     "pow": Op("pow{f}({0}, {1})", "_pow({0}, {1})", torch.pow),
-    "fmod": Op("fmod{f}({0}, {1})", "({0} % {1})", torch.fmod),
     "maximum": Op(
         "(({0} > {1} || {0} != {0}) ? {0} : {1})",
-        "tl.where(({0} > {1}) | ({0} != {0}), {0}, {1})",
+        "tl.where({0} > {1}, {0}, tl.where({0} != {0}, {0}, {1}))",
         torch.maximum,
         "maximum",
     ),
     "minimum": Op(
         "(({0} < {1} || {0} != {0}) ? {0} : {1})",
-        "tl.where(({0} < {1}) | ({0} != {0}), {0}, {1})",
+        "tl.where({0} < {1}, {0}, tl.where({0} != {0}, {0}, {1}))",
         torch.minimum,
         "minimum",
     ),
@@ -99,8 +98,8 @@ OPS: dict[str, Op] = {
     "eq": Op("{0} == {1}", "{0} == {1}", torch.eq, boolean=True),
     "ne": Op("{0} != {1}", "{0} != {1}", torch.ne, boolean=True),
     "isfinite": Op("{0} - {0} == 0", "{0} - {0} == 0", torch.isfinite, boolean=True),
-    "logical_and": Op("{0} && {1}", "{0} & {1}", torch.logical_and, boolean=True, logical=True),
-    "logical_or": Op("{0} || {1}", "{0} | {1}", torch.logical_or, boolean=True, logical=True),
+    "logical_and": Op("{0} && {1}", "tl.where({0}, {1}, {0})", torch.logical_and, boolean=True, logical=True),
+    "logical_or": Op("{0} || {1}", "tl.where({0}, {0}, {1})", torch.logical_or, boolean=True, logical=True),
     "logical_not": Op("!{0}", "({0}) == 0", torch.logical_not, boolean=True, logical=True),
     "where": Op("{0} ? {1} : {2}", "tl.where({0}, {1}, {2})", torch.where, logical="first"),
     # a uniform value as one per element, so that a reduction counts it once for each

@@ -309,9 +309,7 @@ def _to(t: Tracer, x: Any, dtype: Any, **_: Any) -> Any:
     names = {torch.float32: "to_float32", torch.bfloat16: "to_bfloat16", torch.float16: "to_float16"}
     if isinstance(dtype, Symbol):
         return x
-    if dtype is torch.float64 and not t.values[x.index].uniform:
-        raise TypeError("elements are computed in float64 only where the leaf is float64.")
-    if dtype is torch.float64:
+    if dtype is torch.float64:  # elements stay in the type that their leaf is computed in
         return x
     if dtype not in names:
         raise TypeError(f"{dtype} is not a floating dtype.")
@@ -358,17 +356,6 @@ def _alias(name: str) -> Callable[..., Any]:
     return lambda t, *args: t.op(name, *args)
 
 
-def _remainder(t: Tracer, x: Any, y: Any) -> Any:
-    r = t.op("fmod", x, y)
-    return t.op("where", t.op("lt", t.op("mul", t.op("sign", r), t.op("sign", y)), 0.0), t.op("add", r, y), r)
-
-
-def _floor_divide(t: Tracer, x: Any, y: Any) -> Any:
-    quotient = t.op("div", t.op("sub", x, _remainder(t, x, y)), y)  # whole, but for rounding
-    down = t.op("floor", quotient)
-    return t.op("where", t.op("gt", t.op("sub", quotient, down), 0.5), t.op("add", down, 1.0), down)
-
-
 def _extremum(name: str) -> Callable[..., Any]:
     def rewrite(t: Tracer, x: Any, *others: Any) -> Any:
         if not others:
@@ -396,10 +383,6 @@ REWRITES: dict[str, Callable[..., Any]] = {
     "rtruediv": lambda t, x, y: t.op("div", y, x),
     "rmul": _alias("mul"),
     "radd": _alias("add"),
-    "floordiv": _floor_divide,
-    "floor_divide": _floor_divide,
-    "mod": _remainder,
-    "remainder": _remainder,
     "pow": _pow,
     "rpow": lambda t, x, y: _pow(t, y, x),
     "float_power": _pow,
@@ -419,7 +402,7 @@ REWRITES: dict[str, Callable[..., Any]] = {
     "amin": lambda t, x: t.op("neg", t.reduce("leaf_amax", t.op("neg", x))),
     "sum": lambda t, x: t.reduce("leaf_sum", x),
     "mean": _mean,
-    "norm": _vector_norm,
+    "norm": lambda t, x, p="fro", **_: _vector_norm(t, x, 2 if p in ("fro", None) else p),
     "linalg_vector_norm": _vector_norm,
     "vector_norm": _vector_norm,
     "leaf_sum": lambda t, x: t.reduce("leaf_sum", x),

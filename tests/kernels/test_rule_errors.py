@@ -138,6 +138,18 @@ def casts_to_whole_numbers(u: Any) -> Any:
     return u.to(torch.int32)  # at fault
 
 
+def replaces_infinity_by_the_largest_number(u: Any) -> Any:
+    return torch.nan_to_num(u)  # at fault
+
+
+def reduces_a_dimension(u: Any) -> Any:
+    return u / torch.max(u, 0)  # at fault
+
+
+def keeps_in_a_set(u: Any) -> Any:
+    return u if u in {u} else 2 * u  # at fault
+
+
 def captures_a_vector(u: Any) -> Any:
     return u + VECTOR  # at fault
 
@@ -231,6 +243,9 @@ FAULTY = [
     Faulty(sums_a_dimension, "`sum` in a form that has no kernel"),
     Faulty(takes_an_unknown_norm, "of order 1, 2 or inf"),
     Faulty(casts_to_whole_numbers, "torch.int32 is not a floating dtype"),
+    Faulty(replaces_infinity_by_the_largest_number, "give `posinf` and `neginf`"),
+    Faulty(reduces_a_dimension, "`max` in a form that has no kernel"),
+    Faulty(keeps_in_a_set, "only known when the kernel runs"),
     Faulty(captures_a_vector, "a tensor of shape (3,)"),
     Faulty(captures_a_vector_first, "a tensor of shape (3,)"),
     Faulty(adds_a_list, "uses [1.0] as a number"),
