@@ -140,4 +140,5 @@ class Program:
     @cached_property
     def stages(self) -> int:
         """Number of passes over memory."""
-        return 1 + max((self.values[o.value].stage for o in self.outputs), default=0)
+        ends = [self.values[o.value].stage for o in self.outputs]
+        return 1 + max(ends + [v.stage - 1 for v in self.values if v.op.startswith("tree_")], default=0)

@@ -258,6 +258,8 @@ class Tracer:
             symbols[name] = y
         needed: set[int] = set()
         stack = [x.index for x in symbols.values()]
+        # other leaves wait for this one's part in a reduction, whether or not this one wants the result
+        stack += [i for i, v in enumerate(self.values) if v.op.startswith("tree_")]
         while stack:
             i = stack.pop()
             if i not in needed:
