@@ -325,6 +325,16 @@ def _alpha(name: str) -> Callable[..., Any]:
     return rewrite
 
 
+def _add(t: Tracer, x: Any, y: Any, alpha: Any = 1) -> Any:
+    # a rule that computes the new parameter returns `new - p`; adding that to `p` would round twice
+    if isinstance(alpha, int) and alpha == 1 and isinstance(x, Symbol) and isinstance(y, Symbol):
+        for a, b in ((x, y), (y, x)):
+            parameter, update = t.values[a.index], t.values[b.index]
+            if (parameter.op, parameter.name) == ("array", "params") and update.op == "sub" and update.args[1] == a.index:
+                return Symbol(t, update.args[0])
+    return _alpha("add")(t, x, y, alpha)
+
+
 def _value(name: str) -> Callable[..., Any]:
     def rewrite(t: Tracer, s: Any, a: Any, b: Any, value: Any = 1.0) -> Any:
         return t.op(name, s, a, b, value)
@@ -344,6 +354,12 @@ def _vector_norm(t: Tracer, x: Any, ord: Any = 2) -> Any:
     if ord == math.inf:
         return t.reduce("leaf_amax", t.op("abs", x))
     raise TypeError("a norm of a leaf is of order 1, 2 or inf.")
+
+
+def _norm(t: Tracer, x: Any, p: Any = "fro", dim: Any = None, keepdim: bool = False, **others: Any) -> Any:
+    if dim is not None or keepdim or any(other is not None for other in others.values()):
+        raise TypeError("a leaf is reduced as a whole.")
+    return _vector_norm(t, x, 2 if p in ("fro", None) else p)
 
 
 def _nan_to_num(t: Tracer, x: Any, nan: float = 0.0, posinf: float | None = None, neginf: float | None = None) -> Any:
@@ -373,7 +389,7 @@ def _extremum(name: str) -> Callable[..., Any]:
 
 # Names of torch and Python that are not rows of the table, in terms of those that are.
 REWRITES: dict[str, Callable[..., Any]] = {
-    "add": _alpha("add"),
+    "add": _add,
     "sub": _alpha("sub"),
     "rsub": lambda t, x, y, alpha=1: _alpha("sub")(t, y, x, alpha),
     "subtract": _alpha("sub"),
@@ -384,7 +400,7 @@ REWRITES: dict[str, Callable[..., Any]] = {
     "rdiv": lambda t, x, y: t.op("div", y, x),
     "rtruediv": lambda t, x, y: t.op("div", y, x),
     "rmul": _alias("mul"),
-    "radd": _alias("add"),
+    "radd": _add,
     "pow": _pow,
     "rpow": lambda t, x, y: _pow(t, y, x),
     "float_power": _pow,
@@ -404,7 +420,7 @@ REWRITES: dict[str, Callable[..., Any]] = {
     "amin": lambda t, x: t.op("neg", t.reduce("leaf_amax", t.op("neg", x))),
     "sum": lambda t, x: t.reduce("leaf_sum", x),
     "mean": _mean,
-    "norm": lambda t, x, p="fro", **_: _vector_norm(t, x, 2 if p in ("fro", None) else p),
+    "norm": _norm,
     "linalg_vector_norm": _vector_norm,
     "vector_norm": _vector_norm,
     "leaf_sum": lambda t, x: t.reduce("leaf_sum", x),
