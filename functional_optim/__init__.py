@@ -1,5 +1,6 @@
 """Composable, pure gradient transformations on PyTorch tensors; any chain runs as one generated kernel."""
 
+from . import leafwise as leafwise
 from ._backend import use_backend as use_backend
 from ._base import (
     EmptyState as EmptyState,

@@ -87,6 +87,14 @@ class GradientTransformation:
         """Makes the state for the leaves that are seen."""
         return self.init(view.tree())
 
+    def _rewrite(
+        self,
+        fn: Callable[[tuple[int | str, ...], "GradientTransformation"], "GradientTransformation"],
+        path: tuple[int | str, ...],
+    ) -> "GradientTransformation":
+        """The same transformation with the innermost ones, which `fn` is given with their paths, replaced."""
+        return fn(path, self)
+
     def _links(self, view: View, path: tuple[int | str, ...]) -> list[Link]:
         """The transformations that this one consists of, in order."""
         return [Link(self, path, view.seen)]

@@ -30,6 +30,10 @@ class Chain(Fusible):
         states = tuple(tx._init(view) for tx in self.members)
         return states if self.names is None else dict(zip(self.names, states, strict=True))
 
+    def _rewrite(self, fn: Any, path: tuple[int | str, ...]) -> GradientTransformation:
+        pairs = zip(self._keys(), self.members, strict=True)
+        return Chain(tuple(tx._rewrite(fn, (*path, key)) for key, tx in pairs), self.names)
+
     def _links(self, view: View, path: tuple[int | str, ...]) -> list[Link]:
         return [
             link for key, tx in zip(self._keys(), self.members, strict=True) for link in tx._links(view, (*path, key))

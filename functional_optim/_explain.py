@@ -7,7 +7,7 @@ import torch
 
 from ._backend import choose_backend
 from ._base import GradientTransformation, as_transformation
-from ._plan import Plan, Prepared, Segment, get_state
+from ._plan import Plan, Prepared, Segment, get_state, lists_of
 from ._tree import Tree, View, flatten, leaves_like
 from .kernels import Column
 from .kernels.emit_c import emit_c
@@ -129,9 +129,9 @@ def explain(tx: GradientTransformation, params: Tree) -> Explanation:
     shadow = [_shadow(x) if seen else x for x, seen in zip(view.leaves, view.seen, strict=True)]
     tree = view.spec.unflatten(shadow)
     state = tx.init(tree)
-    whole = Plan(tx, True, tree, tree)
+    whole = Plan.of(tx, True, tree, tree)
     devices = {k: x.device for k, x in enumerate(view.leaves) if x is not None}
-    lists = whole.lists(tree, tree)
+    lists = lists_of(whole.spec, tree, tree)
     kernels: list[Kernel] = []
     notes: list[str] = []
     passes = 0

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
-from ._spec import Bound, Rule
+from ._spec import Bound, Option, Rule
 from .kernels.program import Level, Program
 from .kernels.trace import RuleError, Symbol, Tracer
 from .schedules import Schedule
@@ -23,14 +23,14 @@ class Source(NamedTuple):
     """Where a number of the scalar table comes from.
 
     Args:
-      kind: a fixed number or tensor; the step counter of a transformation; an extra argument of `update`; or a
-        schedule that only Python can evaluate.
+      kind: a fixed number or tensor; the step counter of a transformation; an extra argument of `update`; a schedule
+        that only Python can evaluate; an option that each leaf looks up; or whether it is a leaf's first step.
       link: position of the transformation among those fused.
       name: what messages call it.
-      value: the number, the tensor or the schedule.
+      value: the number, the tensor, the schedule or the option.
     """
 
-    kind: Literal["value", "count", "extra", "host"]
+    kind: Literal["value", "count", "extra", "host", "option", "first"]
     link: int
     name: str
     value: Any = None
@@ -43,14 +43,45 @@ class Recipe(NamedTuple):
       program: the program.
       scalars: where each column of the scalar table comes from.
       slots: for each stored input and output, the position of its transformation and the slot's name.
+      hosts: schedules that Python evaluates for each leaf, by the name of the input that their value is.
     """
 
     program: Program
     scalars: tuple[Source, ...]
     slots: dict[str, tuple[int, str]]
+    hosts: dict[str, Callable[[int], Any]]
 
 
-def fuse_all(recipes: Mapping[_Key, Sequence[tuple[int, Bound]]], apply: bool) -> dict[_Key, Recipe]:
+class Part(NamedTuple):
+    """A transformation to be fused.
+
+    Args:
+      position: its position in the chain, by which its state is found.
+      scope: its position as reductions over the tree know it: leaves meet where it is the same.
+      bound: its rule and hyper-parameters.
+    """
+
+    position: int
+    scope: int
+    bound: Bound
+
+
+class Counting(NamedTuple):
+    """How steps are counted and refused where every leaf counts for itself.
+
+    Args:
+      advance: whether the program moves the counter on.
+      guarded: whether a step is taken only if the extra argument `found_inf` is 0, on updates divided by the extra
+        argument `grad_scale`.
+    """
+
+    advance: bool = False
+    guarded: bool = False
+
+
+def fuse_all(
+    recipes: Mapping[_Key, Sequence[Part]], apply: bool, counting: Mapping[_Key, Counting] | None = None
+) -> dict[_Key, Recipe]:
     """Traces the programs of leaves that different transformations see.
 
     Where leaves meet in one reduction, it ends in the same pass for all of them: that of the leaf with the most
@@ -59,6 +90,7 @@ def fuse_all(recipes: Mapping[_Key, Sequence[tuple[int, Bound]]], apply: bool) -
     Args:
       recipes: for each kind of leaf, rules with their hyper-parameters and positions in the chain.
       apply: whether the programs end by adding updates to parameters.
+      counting: for each kind of leaf, how its steps are counted; None where transformations count for all leaves.
 
     Returns:
       The program of each kind of leaf.
@@ -68,7 +100,10 @@ def fuse_all(recipes: Mapping[_Key, Sequence[tuple[int, Bound]]], apply: bool) -
     """
     stages: dict[str, int] = {}
     while True:
-        done = {key: fuse(links, apply, stages) for key, links in recipes.items()}
+        done = {
+            key: fuse(parts, apply, stages, counting[key] if counting is not None else None)
+            for key, parts in recipes.items()
+        }
         ends: dict[str, int] = {}
         for recipe in done.values():
             for value in recipe.program.values:
@@ -84,13 +119,16 @@ def fuse_all(recipes: Mapping[_Key, Sequence[tuple[int, Bound]]], apply: bool) -
         stages = ends
 
 
-def fuse(links: Sequence[tuple[int, Bound]], apply: bool, stages: Mapping[str, int] | None = None) -> Recipe:
+def fuse(
+    parts: Sequence[Part], apply: bool, stages: Mapping[str, int] | None = None, counting: Counting | None = None
+) -> Recipe:
     """Traces transformations, in order, into one program.
 
     Args:
-      links: rules with their hyper-parameters, each with its position among the transformations of the chain.
+      parts: rules with their hyper-parameters and positions in the chain.
       apply: whether the program ends by adding the updates to the parameters.
       stages: the earliest stages of tree reductions.
+      counting: how steps are counted, if every leaf counts for itself.
 
     Returns:
       The program and where its inputs come from. It writes `updates`, or `params` if `apply`, and every slot.
@@ -98,65 +136,129 @@ def fuse(links: Sequence[tuple[int, Bound]], apply: bool, stages: Mapping[str, i
     Raises:
       RuleError: a rule does what a kernel cannot.
     """
-    t = Tracer(stages)
-    updates, params = t.input("array", "updates"), t.input("array", "params")
-    u: Any = updates
-    outputs: dict[str, Any] = {}
-    sources: dict[str, Source] = {}
-    slots: dict[str, tuple[int, str]] = {}
-    per_leaf: set[str] = set()
-    names: list[str] = []
-    for position, bound in links:
-        rule = bound.rule
-        name = next(n for k in itertools.count(1) if (n := rule.name if k == 1 else f"{rule.name}_{k}") not in names)
-        names.append(name)
-        t.scope = f"{rule.name}@{position}"
+    return _Fusion(stages, counting).run(parts, apply)
 
-        def scalar(label: str, source: Source, name: str = name) -> Symbol:
-            sources[f"{name}.{label}"] = source
-            return t.input("scalar", f"{name}.{label}")
 
-        count = scalar("count", Source("count", position, f"{name}.count")) if bound.counted else None
+class _Fusion:
+    """One tracing of some transformations."""
+
+    def __init__(self, stages: Mapping[str, int] | None, counting: Counting | None) -> None:
+        self.t = Tracer(stages)
+        self.counting = counting
+        self.sources: dict[str, Source] = {}
+        self.hosts: dict[str, Callable[[int], Any]] = {}
+        self.slots: dict[str, tuple[int, str]] = {}
+        self.per_leaf: set[str] = set()
+        self.stored: dict[str, Symbol] = {}  # what every slot holds before the step
+
+    def run(self, parts: Sequence[Part], apply: bool) -> Recipe:
+        t, counting = self.t, self.counting
+        updates, params = t.input("array", "updates"), t.input("array", "params")
+        u: Any = updates
+        if counting is not None and counting.guarded:
+            u = t.op("div", u, self.scalar("grad_scale", Source("extra", -1, "grad_scale")))
+        outputs: dict[str, Any] = {}
+        names: list[str] = []
+        for part in parts:
+            rule = part.bound.rule
+            numbered = (rule.name if k == 1 else f"{rule.name}_{k}" for k in itertools.count(1))
+            name = next(n for n in numbered if n not in names)
+            names.append(name)
+            t.scope = f"{rule.name}@{part.scope}"
+            u, after = self.call(part, name, u, params)
+            outputs.update(after)
+        final = {"params": params + u} if apply else {"updates": u}
+        if counting is not None and counting.advance:
+            outputs["step"] = t.op("add", self.step_so_far(), 1.0)
+        outputs = {**final, **outputs}
+        if counting is not None and counting.guarded:
+            found = self.scalar("found_inf", Source("extra", -1, "found_inf"))
+            before = {"params": params, **self.stored}
+            outputs = {k: t.op("where", t.op("eq", found, 0.0), x, before[k]) for k, x in outputs.items()}
+        program = t.finish(outputs, frozenset(self.per_leaf))
+        self.sources |= {name: Source("value", -1, name, x) for name, x in t.captured.items()}
+        hosts = {name: f for name, f in self.hosts.items() if name in program.leaves}
+        return Recipe(program, tuple(self.sources[name] for name in program.scalars), self.slots, hosts)
+
+    def scalar(self, name: str, source: Source) -> Symbol:
+        self.sources[name] = source
+        return self.t.input("scalar", name)
+
+    def number_per_leaf(self, name: str) -> Symbol:
+        self.per_leaf.add(name)
+        self.stored[name] = self.t.input("leaf", name)
+        return self.stored[name]
+
+    def step_so_far(self) -> Symbol:
+        """The counter that every leaf has of its own."""
+        return self.number_per_leaf("step")
+
+    def call(self, part: Part, name: str, u: Any, params: Symbol) -> tuple[Any, dict[str, Any]]:
+        """Calls one rule: the new update, and the new values of its slots."""
+        t, position, bound, rule = self.t, part.position, part.bound, part.bound.rule
+        count = None
+        if self.counting is None and bound.counted:
+            count = self.scalar(f"{name}.count", Source("count", position, f"{name}.count"))
+        elif bound.uses_step:
+            count = self.step_so_far()
         keywords: dict[str, Any] = {}
-        if rule.uses_step and count is not None:
+        if rule.uses_step:
             keywords["step"] = t.op("add", count, 1.0)
         for hyper, value in bound.values.items():
+            label = f"{name}.{hyper}"
             if bound.is_schedule(hyper):
                 assert count is not None
-                keywords[hyper] = _schedule(t, value, count, hyper, position, f"{name}.{hyper}", scalar)
+                keywords[hyper] = self.schedule(value, count, position, label)
             elif bound.is_scalar(hyper):
-                keywords[hyper] = scalar(hyper, Source("value", position, f"{name}.{hyper}", value))
+                kind: Any = "option" if isinstance(value, Option) else "value"
+                keywords[hyper] = self.scalar(label, Source(kind, position, label, value))
             else:
                 keywords[hyper] = value
         for extra in rule.extras:
-            sources[extra] = Source("extra", position, extra)
-            keywords[extra] = t.input("scalar", extra)
+            keywords[extra] = self.scalar(extra, Source("extra", position, extra))
+        first: Any = None
+        if rule.uses_first and self.counting is None:
+            first = t.op("eq", count, 0.0)
+        elif rule.uses_first:
+            first = t.op("ne", self.scalar(f"{name}.first", Source("first", position, f"{name}.first")), 0.0)
+        if rule.takes_first:
+            keywords["first"] = first
         before = []
         for slot_name, slot in rule.slots.items():
             full = f"{name}.{slot_name}"
-            slots[full] = (position, slot_name)
-            x = t.input("leaf" if slot.per_leaf else "array", full)
-            if slot.per_leaf:
-                per_leaf.add(full)
-            if slot.start == "first_update":
-                assert count is not None
-                x = t.op("where", t.op("eq", count, 0.0), u, x)
-            before.append(x)
-        if "step" in keywords and not _takes_step(rule.fn):
-            del keywords["step"]
+            self.slots[full] = (position, slot_name)
+            x = self.number_per_leaf(full) if slot.per_leaf else t.input("array", full)
+            self.stored[full] = x
+            before.append(t.op("where", first, u, x) if slot.start == "first_update" else x)
         result = rule.fn(u, *([params] if rule.uses_params else []), *before, **keywords)
         u, *after = _results(rule, result)
-        u = t.spread(u)
-        outputs.update({f"{name}.{k}": x for k, x in zip(rule.slots, after, strict=True)})
-    final = {"params": params + u} if apply else {"updates": u}
-    program = t.finish({**final, **outputs}, frozenset(per_leaf))
-    sources |= {name: Source("value", -1, name, x) for name, x in t.captured.items()}
-    return Recipe(program, tuple(sources[name] for name in program.scalars), slots)
+        return t.spread(u), {f"{name}.{k}": x for k, x in zip(rule.slots, after, strict=True)}
 
+    def schedule(self, schedule: Callable[[Any], Any], count: Symbol, position: int, name: str) -> Any:
+        """Traces a schedule; one that cannot be traced becomes a number that Python computes at every step."""
+        t = self.t
 
-def _takes_step(fn: Callable[..., Any]) -> bool:
-    code = fn.__code__
-    return "step" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        def number(label: str, value: float) -> Symbol:
+            return self.scalar(f"{name}.{label}", Source("value", position, f"{name}.{label}", value))
+
+        x = None
+        for form in ([schedule.replace_numbers(number)] if isinstance(schedule, Schedule) else []) + [schedule]:
+            try:
+                x = form(count)
+                break
+            except Exception:  # whatever it is that a function cannot do with a symbol, Python can do with a number
+                continue
+        if isinstance(x, torch.Tensor) and x.ndim:
+            raise ValueError(f"the schedule of {name} returned a tensor of shape {tuple(x.shape)}, expected a number.")
+        if isinstance(x, Symbol) and t.values[x.index].uniform:
+            return x
+        if isinstance(schedule, Schedule) and isinstance(x, (int, float, torch.Tensor)):
+            return t.symbol(x)
+        # what does not depend on the step while it is traced may yet be another number at the next one
+        if self.counting is None:
+            return self.scalar(name, Source("host", position, name, schedule))
+        self.hosts[name] = schedule
+        return t.input("leaf", name)
 
 
 def _results(rule: Rule, result: Any) -> list[Any]:
@@ -177,34 +279,3 @@ def _results(rule: Rule, result: Any) -> list[Any]:
                 f"{name}: the new value of `{label}` differs per element, but its slot holds one number per leaf."
             )
     return results
-
-
-def _schedule(
-    t: Tracer,
-    schedule: Callable[[Any], Any],
-    count: Symbol,
-    hyper: str,
-    position: int,
-    name: str,
-    scalar: Callable[[str, Source], Symbol],
-) -> Any:
-    """Traces a schedule; one that cannot be traced becomes a number that Python computes at every step."""
-
-    def number(label: str, value: float) -> Symbol:
-        return scalar(f"{hyper}.{label}", Source("value", position, f"{name}.{label}", value))
-
-    x = None
-    for form in ([schedule.replace_numbers(number)] if isinstance(schedule, Schedule) else []) + [schedule]:
-        try:
-            x = form(count)
-            break
-        except Exception:  # whatever it is that a function cannot do with a symbol, Python can do with a number
-            continue
-    if isinstance(x, torch.Tensor) and x.ndim:
-        raise ValueError(f"the schedule of {name} returned a tensor of shape {tuple(x.shape)}, expected a number.")
-    if isinstance(x, Symbol) and t.values[x.index].level is Level.ROW:
-        return x
-    if isinstance(schedule, Schedule) and isinstance(x, (int, float, torch.Tensor)):
-        return t.symbol(x)
-    # what does not depend on the step while it is traced may yet be another number at the next one
-    return scalar(hyper, Source("host", position, name, schedule))

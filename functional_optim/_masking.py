@@ -92,6 +92,9 @@ class Masked(Fusible):
             )
         return MaskedState(self.inner._init(narrow))
 
+    def _rewrite(self, fn: Any, path: tuple[int | str, ...]) -> GradientTransformation:
+        return Masked(self.inner._rewrite(fn, (*path, 0)), self.mask)
+
     def _links(self, view: View, path: tuple[int | str, ...]) -> list[Link]:
         return self.inner._links(self._narrow(view), (*path, 0))
 
@@ -135,6 +138,10 @@ class Partition(Fusible):
     def _init(self, view: View) -> Any:
         parts = self._parts(view)
         return PartitionState({k: MaskedState(tx._init(parts[k])) for k, tx in self.transforms.items()})
+
+    def _rewrite(self, fn: Any, path: tuple[int | str, ...]) -> GradientTransformation:
+        transforms = {k: tx._rewrite(fn, (*path, 0, k, 0)) for k, tx in self.transforms.items()}
+        return Partition(transforms, self.labels)
 
     def _links(self, view: View, path: tuple[int | str, ...]) -> list[Link]:
         parts = self._parts(view)

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 
 from ._base import GradientTransformation, Link
-from ._fuse import Recipe, Source, fuse_all
-from ._spec import Bound, Slot
-from ._tree import Tree, View, at, check_fit, check_leaf, difference, flatten, leaves_like, paths
-from .kernels import Column
+from ._fuse import Counting, Part, Recipe, Source, fuse_all
+from ._spec import Bound, Slot, slot
+from ._tree import Spec, Tree, View, at, check_fit, check_leaf, difference, flatten, leaves_like, paths
+from .kernels import Column, Shard
 from .kernels.guard import Guard
 from .kernels.layout import Extents, compute_dtype, repeats, span, walk_together
 from .kernels.plan import Signature
@@ -63,6 +63,22 @@ def locate(lists: Lists, keys: Sequence[Any], addresses: Sequence[int]) -> None:
         start += len(lists[key])
 
 
+class Member(NamedTuple):
+    """A leaf of a group.
+
+    Args:
+      leaf: its position in the tree.
+      row: what leaves with the same numbers have in common: kind and owner.
+      whole: number of elements, of all parts if it is part of a tensor spread over processes.
+      recipe: the program of its kind.
+    """
+
+    leaf: int
+    row: tuple[tuple[int, ...], tuple[int, bool]]
+    whole: int
+    recipe: Recipe
+
+
 class Group(NamedTuple):
     """Leaves that share a program, its dtypes and a device.
 
@@ -73,9 +89,12 @@ class Group(NamedTuple):
       inputs: where each input of the program is.
       outputs: where each output goes.
       sources: for each row of the scalar table, where its numbers come from.
+      owners: for each row, the options that its leaves look things up in, and whether it is their first step.
       rows: each leaf's row.
       sizes: each leaf's number of elements.
       copied: places in the group of leaves whose arrays a kernel cannot walk side by side, so that they are copied.
+      shard: what joins them to their other parts, if they are parts of tensors spread over processes.
+      wholes: each leaf's number of elements, all parts counted.
     """
 
     signature: Signature
@@ -84,9 +103,28 @@ class Group(NamedTuple):
     inputs: tuple[Places, ...]
     outputs: tuple[Places, ...]
     sources: tuple[tuple[Source, ...], ...]
+    owners: tuple[tuple[int, bool], ...]
     rows: tuple[int, ...]
     sizes: tuple[int, ...]
     copied: tuple[int, ...]
+    shard: Shard | None
+    wholes: tuple[int, ...]
+
+
+class Stored(NamedTuple):
+    """A slot of state as a segment uses it.
+
+    Args:
+      key: the list that holds it.
+      name: what messages call it.
+      slot: its declaration.
+      seen: for each leaf, whether it has one.
+    """
+
+    key: Any
+    name: str
+    slot: Slot
+    seen: tuple[bool, ...]
 
 
 class Segment:
@@ -96,27 +134,55 @@ class Segment:
       links: the transformations and their positions in the chain.
       apply: whether the programs end by adding updates to parameters.
       n_leaves: number of leaves of the tree.
+      scopes: the position of each transformation as reductions over the tree know it.
+      counting: for each leaf, how its steps are counted; None where transformations count for all leaves.
     """
 
-    def __init__(self, links: Mapping[int, Link], apply: bool, n_leaves: int) -> None:
-        self.links, self.apply, self.n_leaves = links, apply, n_leaves
+    def __init__(
+        self,
+        links: Mapping[int, Link],
+        apply: bool,
+        n_leaves: int,
+        scopes: Sequence[int],
+        counting: Sequence[Counting] | None = None,
+    ) -> None:
+        self.links, self.apply, self.n_leaves, self.scopes, self.counting = links, apply, n_leaves, scopes, counting
         self.bounds: dict[int, Bound] = {k: link.bound for k, link in links.items() if link.bound is not None}
         self.slots: list[SlotKey] = [(k, name) for k, bound in self.bounds.items() for name in bound.rule.slots]
         self.recent: list[Prepared] = []
 
     @functools.cached_property
-    def active(self) -> list[tuple[int, ...]]:
-        """For each leaf, the transformations that see it."""
+    def kinds(self) -> list[tuple[int, ...]]:
+        """For each leaf, the transformations that see it, and how it counts: leaves of a kind share a program."""
         positions, seen = tuple(self.links), [link.seen for link in self.links.values()]
-        if not seen:
-            return [()] * self.n_leaves
-        return [tuple(itertools.compress(positions, column)) for column in zip(*seen, strict=True)]
+        kinds = [tuple(itertools.compress(positions, column)) for column in zip(*seen, strict=True)]
+        kinds = kinds if seen else [()] * self.n_leaves
+        if self.counting is None:
+            return kinds
+        # a negative number can be no position
+        return [(*kind, -1 - c.advance - 2 * c.guarded) for kind, c in zip(kinds, self.counting, strict=True)]
 
     @functools.cached_property
     def recipes(self) -> dict[tuple[int, ...], Recipe]:
         """The program of each kind of leaf."""
-        kinds = dict.fromkeys(self.active)
-        return fuse_all({kind: [(k, self.bounds[k]) for k in kind] for kind in kinds}, self.apply)
+        parts = {
+            kind: [Part(k, self.scopes[k], self.bounds[k]) for k in kind if k >= 0]
+            for kind in dict.fromkeys(self.kinds)
+        }
+        counting = None if self.counting is None else dict(zip(self.kinds, self.counting, strict=True))
+        return fuse_all(parts, self.apply, counting)
+
+    @functools.cached_property
+    def stored(self) -> list[Stored]:
+        """All slots of state, the counters of leaves that count for themselves among them."""
+        stored = []
+        if self.counting is not None:
+            seen = tuple("step" in self.recipes[kind].program.leaves for kind in self.kinds)
+            stored.append(Stored("step", "state step", slot(0.0, per="leaf"), seen))
+        for k, name in self.slots:
+            rule = self.bounds[k].rule
+            stored.append(Stored((k, name), f"state {rule.name}.{name}", rule.slots[name], self.links[k].seen))
+        return stored
 
     def states(self, state: Any) -> dict[int, Any]:
         """The state of each transformation.
@@ -163,15 +229,13 @@ class Prepared:
     """A segment prepared for leaves of certain dtypes, shapes and layouts. Refuses what no kernel may be handed."""
 
     def __init__(self, segment: Segment, plan: "Plan", lists: Lists) -> None:
-        self.present = plan.present
-        for key in segment.slots:
-            bound = segment.bounds[key[0]]
+        self.present, self.first = plan.present, plan.first
+        for key, name, declared, seen in segment.stored:
             for i in self.present:
-                if segment.links[key[0]].seen[i]:
-                    name = f"state {bound.rule.name}.{key[1]}"
-                    _check_slot(name, plan.paths[i], lists[key][i], lists["updates"][i], bound.rule.slots[key[1]])
+                if seen[i]:
+                    _check_slot(name, plan.paths[i], lists[key][i], lists["updates"][i], declared)
         self.checked: list[tuple[Any, int]] = [
-            (key, i) for key in segment.slots for i in self.present if segment.links[key[0]].seen[i]
+            (key, i) for key, _, _, seen in segment.stored for i in self.present if seen[i]
         ]
         if plan.later:  # updates that came from another transformation
             self.checked += [("updates", i) for i in self.present]
@@ -182,15 +246,19 @@ class Prepared:
         self.guard = Guard(tensors)
         self.requires_grad = any(x.requires_grad for x in tensors)
         self.tracks_versions = not any(x.is_inference() for x in tensors)
-        members: dict[Any, list[tuple[int, tuple[int, ...], Recipe]]] = {}
+        members: dict[Any, list[Member]] = {}
         for i in self.present:
-            active = segment.active[i]
-            recipe = segment.recipes[active]
+            kind = segment.kinds[i]
+            recipe = segment.recipes[kind]
             u, p = lists["updates"][i], lists["params"][i] if "params" in lists else None
-            if u.numel() and (active or segment.apply):
+            # a part without elements still takes part where its tensor's other parts are added up
+            if (u.numel() or plan.shards[i] is not None) and (kind or segment.apply):
                 dtypes = _dtypes(recipe, lists, i, u, p)
-                members.setdefault((Signature(recipe.program, *dtypes), u.device), []).append((i, active, recipe))
-        self.groups = [_group(signature, device, m, lists) for (signature, device), m in members.items()]
+                owner = plan.options[i], i in plan.first
+                signature = Signature(recipe.program, *dtypes)
+                member = Member(i, (kind, owner), plan.wholes[i] or u.numel(), recipe)
+                members.setdefault((signature, u.device, plan.shards[i]), []).append(member)
+        self.groups = [_group(signature, device, shard, m, lists) for (signature, device, shard), m in members.items()]
         self.moving = [
             k
             for k, bound in segment.bounds.items()
@@ -200,7 +268,7 @@ class Prepared:
 
     def holds(self, plan: "Plan", lists: Lists) -> bool:
         """Whether these leaves are like those it was prepared for."""
-        if self.present != plan.present:
+        if self.present != plan.present or self.first != plan.first:
             return False
         addresses = self.guard.addresses(self.tensors(lists))
         if addresses and self.whole is not None:
@@ -300,20 +368,20 @@ def _dtypes(
 
 
 def _group(
-    signature: Signature, device: torch.device, members: Sequence[tuple[int, tuple[int, ...], Recipe]], lists: Lists
+    signature: Signature, device: torch.device, shard: Shard | None, members: Sequence[Member], lists: Lists
 ) -> Group:
     program = signature.program
-    rows: dict[tuple[int, ...], int] = {}
+    rows: dict[Any, int] = {}
     sources = []
-    for _, active, recipe in members:
-        if active not in rows:
-            rows[active] = len(rows)
+    for _, row, _, recipe in members:
+        if row not in rows:
+            rows[row] = len(rows)
             sources.append(recipe.scalars)
-    leaves = tuple(i for i, _, _ in members)
+    leaves = tuple(m.leaf for m in members)
     updates = lists["updates"]
 
     def places(name: str) -> Places:
-        return Places.of([(recipe.slots.get(name, name), i) for i, _, recipe in members], len(updates))
+        return Places.of([(m.recipe.slots.get(name, name), m.leaf) for m in members], len(updates))
 
     inputs = [places(name) for name in (*program.arrays, *program.leaves)]
     outputs = [places(o.name) for o in program.outputs]
@@ -335,9 +403,12 @@ def _group(
         tuple(inputs),
         tuple(outputs),
         tuple(sources),
-        tuple(rows[active] for _, active, _ in members),
+        tuple(owner for _, owner in rows),
+        tuple(rows[m.row] for m in members),
         tuple(updates[i].numel() for i in leaves),
         tuple(copied),
+        shard,
+        tuple(m.whole for m in members),
     )
 
 
@@ -353,34 +424,88 @@ def updates_of(group: Group, lists: Lists) -> Column:
     return updates if len(group.leaves) == len(updates) else Column(updates[i] for i in group.leaves)
 
 
-class Plan:
-    """A transformation laid out over a tree of certain shapes: segments between barriers."""
+def lists_of(spec: Spec, updates: Tree, params: Tree | None, explain: bool = False) -> Lists:
+    """The leaves of updates and parameters.
 
-    def __init__(self, tx: GradientTransformation, apply: bool, updates: Tree, params: Tree | None) -> None:
-        leaves, self.spec = flatten(updates if params is None else params)
-        self.paths = paths(self.spec)
-        self.lists(updates, params, explain=True)
-        lists = self.lists(updates, params)
-        us, ps = lists["updates"], lists.get("params")
-        self.present = tuple(i for i, x in enumerate(us) if x is not None and leaves[i] is not None)
-        self.absent = tuple(i for i, x in enumerate(us) if x is None or leaves[i] is None)
+    Raises:
+      ValueError: a tree has another structure; which, if `explain`.
+    """
+    lists: Lists = {}
+    for name, tree in (("updates", updates), ("params", params)):
+        if name == "updates" or tree is not None:
+            try:
+                lists[name] = Column(leaves_like(spec, tree))
+            except (ValueError, TypeError):
+                if not explain:
+                    raise
+                raise ValueError(f"{name} does not have the structure of params: {difference(spec, tree)}.") from None
+    return lists
+
+
+class Plan:
+    """A transformation laid out over a tree of certain shapes: segments between barriers.
+
+    Args:
+      spec: structure of the tree.
+      names: what messages call each leaf.
+      lists: its leaves: updates, and parameters if there are any.
+      links: the transformations.
+      apply: whether to add the updates to the parameters.
+      scopes: the position of each transformation as reductions over the tree know it; by default its own.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        names: Sequence[str],
+        lists: Lists,
+        links: Sequence[Link],
+        apply: bool,
+        scopes: Sequence[int] | None = None,
+    ) -> None:
+        self.spec, self.paths, self.links = spec, names, links
+        us, ps = lists["updates"], lists.get("params", lists["updates"])
+        self.present = tuple(i for i, x in enumerate(us) if x is not None and ps[i] is not None)
+        self.absent = tuple(i for i, x in enumerate(us) if x is None or ps[i] is None)
         for i in self.present:
-            u = check_leaf("updates", self.paths[i], us[i])
-            if ps is not None:
-                check_fit("updates", "parameter", self.paths[i], u, check_leaf("params", self.paths[i], ps[i]))
+            u = check_leaf("updates", names[i], us[i])
+            if "params" in lists:
+                check_fit("updates", "parameter", names[i], u, check_leaf("params", names[i], ps[i]))
         tensors = self.tensors(lists)
         self.guard = Guard(tensors)
         self.requires_grad = any(x.requires_grad for x in tensors)
         self.tracks_versions = not any(x.is_inference() for x in tensors)
-        self.links = tx._links(View(self.spec, tuple(leaves), tuple(x is not None for x in leaves)), ())
+        self.scopes = range(len(links)) if scopes is None else scopes
+        self.counting: Sequence[Counting] | None = None
+        self.options: Sequence[int] = [0] * len(names)
+        self.first: frozenset[int] = frozenset()
+        self.shards: Sequence[Shard | None] = [None] * len(names)
+        self.wholes: Sequence[int | None] = [None] * len(names)
         self.segments = self._segments(apply)
         self.later = len(self.segments) > 1
-        if ps is None:
-            for link in self.links:
+
+    @classmethod
+    def of(cls, tx: GradientTransformation, apply: bool, updates: Tree, params: Tree | None) -> "Plan":
+        """Lays a transformation out over trees.
+
+        Raises:
+          ValueError, TypeError: the trees do not fit.
+        """
+        leaves, spec = flatten(updates if params is None else params)
+        lists = lists_of(spec, updates, params, explain=True)
+        names = paths(spec)
+        for i, u in enumerate(lists["updates"]):  # before masks are asked about the tree
+            if u is not None and leaves[i] is not None:
+                check_leaf("updates", names[i], u)
+        links = tx._links(View(spec, tuple(leaves), tuple(x is not None for x in leaves)), ())
+        plan = cls(spec, names, lists, links, apply)
+        if params is None:
+            for link in links:
                 if link.bound is not None and link.bound.rule.uses_params:
                     raise ValueError(
                         f"{link.bound.rule.name} needs the parameters: call `update(updates, state, params)`."
                     )
+        return plan
 
     def _segments(self, apply: bool) -> list[Segment | tuple[int, Link]]:
         segments: list[Segment | tuple[int, Link]] = []
@@ -389,31 +514,12 @@ class Plan:
             part = list(run)
             if fusible:
                 last = part[-1][0] == len(numbered) - 1
-                segments.append(Segment(dict(part), apply and last, len(self.paths)))
+                segments.append(Segment(dict(part), apply and last, len(self.paths), self.scopes))
             else:
                 segments.extend(part)
         if apply and not (segments and isinstance(segments[-1], Segment)):
-            segments.append(Segment({}, True, len(self.paths)))
+            segments.append(Segment({}, True, len(self.paths), self.scopes))
         return segments
-
-    def lists(self, updates: Tree, params: Tree | None, explain: bool = False) -> Lists:
-        """The leaves of both trees.
-
-        Raises:
-          ValueError: a tree has another structure.
-        """
-        lists: Lists = {}
-        for name, tree in (("updates", updates), ("params", params)):
-            if name == "updates" or tree is not None:
-                try:
-                    lists[name] = Column(leaves_like(self.spec, tree))
-                except (ValueError, TypeError):
-                    if not explain:
-                        raise
-                    raise ValueError(
-                        f"{name} does not have the structure of params: {difference(self.spec, tree)}."
-                    ) from None
-        return lists
 
     def tensors(self, lists: Lists) -> list[Any]:
         """The updates that are there, and the parameters they belong to."""
@@ -425,17 +531,19 @@ class Plan:
     def match(self, updates: Tree, params: Tree | None) -> Lists | None:
         """The leaves of both trees, if they are like those of the trees that this plan was made for."""
         try:
-            lists = self.lists(updates, params)
+            lists = lists_of(self.spec, updates, params)
         except (ValueError, TypeError):
             return None
+        return lists if self.fits(lists) else None
+
+    def fits(self, lists: Lists) -> bool:
+        """Whether leaves are like those that this plan was made for; finds their addresses."""
         if any(
             lists["updates"][i] is not None and lists.get("params", lists["updates"])[i] is not None
             for i in self.absent
         ):
-            return None
+            return False
         addresses = self.guard.addresses(self.tensors(lists))
-        if addresses is None:
-            return None
-        if not self.absent:
+        if addresses is not None and not self.absent:
             locate(lists, list(lists), addresses)
-        return lists
+        return addresses is not None

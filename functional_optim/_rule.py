@@ -140,10 +140,12 @@ def elementwise(
     """Turns the formula for one leaf into a function of hyper-parameters that returns a transformation.
 
     The formula takes the incoming update `u`, then `p` if it wants the parameter, then its slots of state by name,
-    and keyword-only: `step` (1 at the first update) if it wants it, extra arguments, and hyper-parameters, whose
-    defaults become the function's. It returns the new update, followed by the new value of every slot. It is plain
-    torch: operators, functions, and the reductions `leaf_sum`, `leaf_mean`, `leaf_norm`, `leaf_amax`, `tree_sum`,
-    `tree_norm`, `tree_amax`. A hyper-parameter may be a number, a 0-d tensor or a schedule.
+    and keyword-only: `step` (1 at the first update) and `first` (whether it is the first) if it wants them, extra
+    arguments, and hyper-parameters, whose defaults become the function's. It returns the new update, followed by the
+    new value of every slot. A formula that computes the new parameter itself returns `new - p`, which rounds no
+    more than `new` does. It is plain torch: operators, functions, and the reductions `leaf_sum`, `leaf_mean`,
+    `leaf_norm`, `leaf_amax`, `tree_sum`, `tree_norm`, `tree_amax`. A hyper-parameter may be a number, a 0-d tensor or
+    a schedule.
 
     Args:
       fn: the formula, when used without parentheses.
@@ -198,7 +200,7 @@ def _make(
             f"{name} takes ({', '.join(parameters)}), expected ({', '.join(expected)}, *, ...): the update `u`, "
             f"`p` if it wants the parameter, the slots of state in order, and the rest keyword-only."
         )
-    hypers = {k: v for k, v in keywords.items() if k != "step" and k not in extra}
+    hypers = {k: v for k, v in keywords.items() if k not in ("step", "first", *extra)}
     for what, names in (("extra", extra), ("static", static), ("ranges", ranges)):
         unknown = [k for k in names if k not in (keywords if what == "extra" else hypers)]
         if unknown:
@@ -219,6 +221,7 @@ def _make(
             static=frozenset(static),
             ranges={k: Range.parse(v) if isinstance(v, str) else tuple(v) for k, v in ranges.items()},
             uses_params=uses_params,
-            uses_step="step" in keywords or any(s.start == "first_update" for s in slots.values()),
+            uses_step="step" in keywords,
+            takes_first="first" in keywords,
         )
     )

@@ -14,7 +14,7 @@ import torch
 from ._backend import choose_backend, give_up, transforming
 from ._base import GradientTransformation, Link
 from ._fuse import Source
-from ._plan import Group, Lists, Plan, Prepared, Segment, get_state, updates_of
+from ._plan import Group, Lists, Plan, Prepared, Segment, get_state, lists_of, updates_of
 from ._spec import Bound
 from ._tree import MaskedNode, Spec, Tree, View, at, check_fit, difference, flatten, leaves_like, unflatten
 from .kernels import BACKENDS, BuildError, Call, Column
@@ -45,7 +45,8 @@ class Executor:
                 last = segment is plan.segments[-1]
                 run_segment(segment, plan, spec or plan.spec, lists, state, new_states, extra, donate and last, seen)
             else:
-                self.call(segment[1], plan, lists, state, new_states, extra)
+                link = segment[1]
+                new_states[link.path] = run_barrier(link, plan, lists, get_state(state, link.path), extra)
         name = "params" if self.apply else "updates"
         tree = params if spec is None else unflatten(spec, lists[name])
         return tree, set_states(state, new_states)
@@ -56,10 +57,10 @@ class Executor:
                 lists = plan.match(updates, params) if spec is None or spec == plan.spec else None
                 if lists is not None:
                     return plan, lists
-        plan = Plan(self.tx, self.apply, updates, params)
+        plan = Plan.of(self.tx, self.apply, updates, params)
         if remember:
             self.plans = [plan, *self.plans[: self.KEEP - 1]]
-        return plan, plan.lists(updates, params)
+        return plan, lists_of(plan.spec, updates, params)
 
     @staticmethod
     def refuse_donation(plan: Plan, lists: Lists, seen: bool) -> None:
@@ -76,31 +77,37 @@ class Executor:
             f"recording; wrap the step in `torch.no_grad()`, or use donate=False to differentiate through it."
         )
 
-    @staticmethod
-    def call(
-        link: Link, plan: Plan, lists: Lists, state: Any, new_states: dict[Any, Any], extra: Mapping[str, Any]
-    ) -> None:
-        """Runs a transformation that is not made of rules."""
-        view = View(plan.spec, tuple(lists["updates"]), link.seen)
-        params = view.tree(lists["params"]) if "params" in lists else None
-        result = link.tx.update(view.tree(), get_state(state, link.path), params, **extra)
-        if not isinstance(result, tuple) or len(result) != 2:
-            raise TypeError(f"{link.tx!r:.60} returned {result!r:.60} from `update`, expected (updates, state).")
-        tree, new_states[link.path] = result
-        try:
-            out = leaves_like(plan.spec, tree)
-        except (ValueError, TypeError):
-            raise ValueError(
-                f"the update that {link.tx!r:.60} returned does not have the structure of params: "
-                f"{difference(plan.spec, tree)}."
-            ) from None
-        lists["updates"] = Column(
-            x if seen and not isinstance(x, MaskedNode) else u
-            for x, u, seen in zip(out, lists["updates"], link.seen, strict=True)
-        )
-        for i in plan.present:
-            name = f"the update that {link.tx!r:.60} returned"
-            check_fit(name, "parameter", plan.paths[i], lists["updates"][i], lists.get("params", lists["updates"])[i])
+
+def run_barrier(link: Link, plan: Plan, lists: Lists, state: Any, extra: Mapping[str, Any]) -> Any:
+    """Runs a transformation that is not made of rules; its updates go to `lists`.
+
+    Returns:
+      Its new state.
+
+    Raises:
+      TypeError, ValueError: it returned something else than updates and a state.
+    """
+    view = View(plan.spec, tuple(lists["updates"]), link.seen)
+    params = view.tree(lists["params"]) if "params" in lists else None
+    result = link.tx.update(view.tree(), state, params, **extra)
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(f"{link.tx!r:.60} returned {result!r:.60} from `update`, expected (updates, state).")
+    tree, new_state = result
+    try:
+        out = leaves_like(plan.spec, tree)
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"the update that {link.tx!r:.60} returned does not have the structure of params: "
+            f"{difference(plan.spec, tree)}."
+        ) from None
+    lists["updates"] = Column(
+        x if seen and not isinstance(x, MaskedNode) else u
+        for x, u, seen in zip(out, lists["updates"], link.seen, strict=True)
+    )
+    for i in plan.present:
+        name = f"the update that {link.tx!r:.60} returned"
+        check_fit(name, "parameter", plan.paths[i], lists["updates"][i], lists.get("params", lists["updates"])[i])
+    return new_state
 
 
 def run(
@@ -241,19 +248,26 @@ def _scalars(
             row.append(value)
         elif kind == "count":
             row.append(states[link].count)
+        elif kind == "option":
+            raise TypeError(f"{name} is {value!r}, which only `functional_optim.leafwise` can look up.")
         elif kind == "host":
-            row.append(_number(f"the schedule of {name} returned", value(int(states[link].count))))
+            row.append(number(f"the schedule of {name} returned", value(int(states[link].count))))
         else:
             if name not in extra:
                 raise TypeError(
                     f"{segment.bounds[link].rule.name} needs the extra argument `{name}`: call "
                     f"`update(updates, state, params, {name}=...)`."
                 )
-            row.append(_number(f"the extra argument `{name}` is", extra[name]))
+            row.append(number(f"the extra argument `{name}` is", extra[name]))
     return row
 
 
-def _number(what: str, x: Any) -> float | torch.Tensor:
+def number(what: str, x: Any) -> float | torch.Tensor:
+    """A number, or a tensor that holds one.
+
+    Raises:
+      ValueError: it is neither; `what` begins the message.
+    """
     if isinstance(x, torch.Tensor):
         if x.ndim:
             raise ValueError(f"{what} a tensor of shape {tuple(x.shape)}, expected a number.")
@@ -327,6 +341,8 @@ def _call(group: Group, table: Any, lists: Lists, donate: bool) -> Call:
         table,
         group.rows,
         group.sizes,
+        group.shard,
+        group.wholes,
     )
 
 

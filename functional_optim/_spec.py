@@ -22,6 +22,30 @@ class EmptyState(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Option:
+    """A hyper-parameter that every leaf looks up by name, at every step, in options of its own.
+
+    It takes the place of a number where a transformation runs leaf by leaf; see `functional_optim.leafwise`.
+
+    Args:
+      name: the key.
+      index: the position, if what the key holds is a sequence.
+
+    Example:
+      >>> Option("betas", 1).look_up({"betas": (0.9, 0.99)})
+      0.99
+    """
+
+    name: str
+    index: int | None = None
+
+    def look_up(self, options: Mapping[str, Any]) -> Any:
+        """The value at this step."""
+        value = options[self.name]
+        return value if self.index is None else value[self.index]
+
+
+@dataclass(frozen=True)
 class Slot:
     """A slot of state of a rule; made by `slot`."""
 
@@ -34,7 +58,7 @@ class Slot:
         dtype = hypers[self.dtype] if isinstance(self.dtype, str) else self.dtype
         if self.start == "param":
             return p.detach().to(dtype or p.dtype, copy=True)
-        start = hypers.get(self.start, 0.0) if isinstance(self.start, str) else self.start
+        start = float(hypers.get(self.start, 0.0)) if isinstance(self.start, str) else self.start
         if self.per_leaf:
             wide = torch.float64 if p.dtype is torch.float64 else torch.float32
             return torch.full((), start, dtype=dtype or wide, device=p.device)
@@ -110,7 +134,8 @@ class Rule:
       static: hyper-parameters that Python sees while the formula is traced.
       ranges: intervals that hyper-parameters must lie in, or the values that they may have.
       uses_params: whether the formula takes `p`.
-      uses_step: whether the formula takes `step`, or a slot starts from the first update.
+      uses_step: whether the formula takes `step`.
+      takes_first: whether it takes `first`.
       factory: the function that `elementwise` returned; it has a name that pickle can find.
     """
 
@@ -123,7 +148,13 @@ class Rule:
     ranges: Mapping[str, Range | tuple[Any, ...]]
     uses_params: bool
     uses_step: bool
+    takes_first: bool
     factory: Any = None
+
+    @property
+    def uses_first(self) -> bool:
+        """Whether the first step differs from others: to the formula, or because a slot starts from its update."""
+        return self.takes_first or any(s.start == "first_update" for s in self.slots.values())
 
     def check(self, hyper: str, value: Any) -> None:
         """Refuses a value of the wrong kind, or outside its range.
@@ -141,7 +172,7 @@ class Rule:
                 f"`{hyper}` of {self.name} must be a number, a 0-d tensor or a schedule, "
                 f"got a tensor of shape {tuple(value.shape)}."
             )
-        if hyper in self.static or is_static(value) or isinstance(value, torch.Tensor) or callable(value):
+        if hyper in self.static or is_static(value) or isinstance(value, (torch.Tensor, Option)) or callable(value):
             return
         if not isinstance(value, (int, float)):
             raise TypeError(
@@ -187,6 +218,11 @@ class Bound:
     @cached_property
     def counted(self) -> bool:
         """Whether the state has a counter of steps."""
+        return self.rule.uses_first or self.uses_step
+
+    @cached_property
+    def uses_step(self) -> bool:
+        """Whether the number of the step makes a difference."""
         return self.rule.uses_step or any(self.is_schedule(k) for k in self.values)
 
     def is_schedule(self, hyper: str) -> bool:

@@ -21,9 +21,9 @@ class MaskedNode(NamedTuple):
     """Stands for a leaf that a transformation does not see. It has no leaves of its own."""
 
 
-def flatten(tree: Tree) -> tuple[list[Any], Spec]:
-    """The leaves of a tree, and its structure."""
-    return optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
+def flatten(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], Spec]:
+    """The leaves of a tree, and its structure; what `is_leaf` says yes to is not looked into."""
+    return optree.tree_flatten(tree, is_leaf=is_leaf, none_is_leaf=True, namespace=NAMESPACE)
 
 
 def leaves_like(spec: Spec, tree: Tree) -> list[Any]:

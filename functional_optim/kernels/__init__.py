@@ -20,6 +20,7 @@ from .launch import run_c, run_triton
 from .reference import (
     Call as Call,
     Column as Column,
+    Shard as Shard,
     run_reference,
 )
 

@@ -7,6 +7,7 @@ one shape and one dense common layout, on one device, with the dtypes of the sig
 import contextlib
 import ctypes
 import functools
+import itertools
 import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -74,9 +75,9 @@ def _pack(numbers: Sequence[int]) -> bytes:
 
 
 @functools.lru_cache(maxsize=256)
-def _packed(sizes: tuple[int, ...], rows: tuple[int, ...]) -> tuple[int, list[bytes]]:
+def _packed(sizes: tuple[int, ...], wholes: tuple[int, ...], rows: tuple[int, ...]) -> tuple[Chunks, list[bytes]]:
     chunks = cut(sizes, CHUNK)
-    return len(chunks.leaf), [_pack(x) for x in (*chunks, sizes, rows)]
+    return chunks, [_pack(x) for x in (*chunks, wholes, rows)]
 
 
 @functools.cache
@@ -151,6 +152,38 @@ def partial_buffers(calls: Sequence[Call], total: int, device: torch.device) -> 
     return buffers
 
 
+def partials_of(call: Call, chunks: Chunks) -> int:
+    """Number of partial results of each reduction; where other processes have some, one even of no elements."""
+    return max(len(chunks.leaf), call.shard is not None)
+
+
+def join_shards(
+    calls: Sequence[Call], cuts: Sequence[Chunks], buffers: Sequence[Sequence[torch.Tensor]], stage: int
+) -> None:
+    """Adds the parts that other processes hold to the partial results of reductions that end before a stage.
+
+    Every process has as many numbers to add, whatever the sizes of its parts: one per leaf, or one for the tree.
+    """
+    start = 0
+    for call, chunks, own in zip(calls, cuts, buffers, strict=True):
+        stop = start + partials_of(call, chunks)
+        for i, buffer in zip(call.signature.program.reductions, own, strict=True):
+            value = call.signature.program.values[i]
+            if call.shard is None or value.stage != stage:
+                continue
+            tree, kind = value.op.startswith("tree_"), value.reduction
+            parts = buffer[start:stop]
+            firsts = (0, len(parts)) if tree else chunks.first
+            pieces = [parts[a:b] for a, b in itertools.pairwise(firsts)]
+            none = torch.full((), REDUCTIONS[kind].identity, dtype=torch.float64, device=buffer.device)
+            totals = torch.stack([REDUCTIONS[kind].eager(x) if x.numel() else none for x in pieces])
+            call.shard.combine(totals, kind)
+            parts.fill_(none)
+            for x, total in zip(pieces, totals, strict=True):
+                x[:1] = total
+        start = stop
+
+
 def run_c(calls: Sequence[Call]) -> list[list[Column]]:
     """Runs programs that belong together as C kernels: one function call per pass and program.
 
@@ -159,15 +192,15 @@ def run_c(calls: Sequence[Call]) -> list[list[Column]]:
     """
     kernels = [compile_c(call.signature) for call in calls]
     results = [allocate(call) for call in calls]
-    tables = [_packed(call.sizes, call.rows) for call in calls]
-    total = sum(n for n, _ in tables)
+    tables = [_packed(call.sizes, call.wholes, call.rows) for call in calls]
+    total = sum(partials_of(call, chunks) for call, (chunks, _) in zip(calls, tables, strict=True))
     buffers = partial_buffers(calls, total, torch.device("cpu"))
     parallel = parallel_address()
     keep: list[Any] = []  # what the structures point to
     launches = []
     first = 0
-    for call, outputs, (n_chunks, packed), own in zip(calls, results, tables, buffers, strict=True):
-        n_leaves = len(call.sizes)
+    for call, outputs, (chunks, packed), own in zip(calls, results, tables, buffers, strict=True):
+        n_leaves, n_chunks = len(call.sizes), len(chunks.leaf)
         columns = [column.addresses for column in (*call.inputs, *outputs)]
         numbers = [float(x) for row in call.scalars for x in row]
         table = (ctypes.c_char_p * len(columns))(*columns)
@@ -183,11 +216,12 @@ def run_c(calls: Sequence[Call]) -> list[list[Column]]:
         )  # fmt: skip
         keep.append((columns, table, partials, scalars, packed))
         launches.append(launch)
-        first += n_chunks
+        first += partials_of(call, chunks)
     for stage in range(max(map(len, kernels), default=0)):
         for passes, launch in zip(kernels, launches, strict=True):
             if stage < len(passes):
                 passes[stage](ctypes.addressof(launch))
+        join_shards(calls, [chunks for chunks, _ in tables], buffers, stage + 1)
     return results
 
 
@@ -202,7 +236,7 @@ def run_triton(calls: Sequence[Call]) -> list[list[Column]]:
     elements = sum(sum(call.sizes) for call in calls)
     chunk = max(4 * TRITON_BLOCK, -(-elements // (TRITON_CHUNKS * TRITON_BLOCK)) * TRITON_BLOCK)
     cuts = [cut(call.sizes, chunk) for call in calls]
-    total = sum(len(c.leaf) for c in cuts)
+    total = sum(map(partials_of, calls, cuts))
     device = calls[0].like[0].device
     buffers = partial_buffers(calls, total, device)
     moves: list[tuple[Column, Column]] = []
@@ -218,20 +252,21 @@ def run_triton(calls: Sequence[Call]) -> list[list[Column]]:
         addresses = [[x.data_ptr() for x in column] for column in (*call.inputs, *written)]
         launches.append(
             (
-                *_on_device(chunks, call.sizes, call.rows, device),
+                *_on_device(chunks, call.wholes, call.rows, device),
                 torch.tensor(addresses, dtype=torch.int64).to(device, non_blocking=True),
                 _scalar_table(call.scalars, device),
                 torch.tensor([x.data_ptr() for x in own] or [0], dtype=torch.int64).to(device, non_blocking=True),
                 *(len(call.sizes), total, first),
             )
         )
-        first += len(chunks.leaf)
+        first += partials_of(call, chunks)
         moves += [(column, new) for column, new in zip(outputs, written, strict=True) if new is not column]
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         for stage in range(max(map(len, kernels), default=0)):
             for passes, arguments, chunks in zip(kernels, launches, cuts, strict=True):
                 if stage < len(passes) and chunks.leaf:
                     passes[stage][(len(chunks.leaf),)](*arguments, BLOCK=TRITON_BLOCK)
+            join_shards(calls, cuts, buffers, stage + 1)
         for column, new in moves:
             torch._foreach_copy_(column, new)
     return results
@@ -239,9 +274,9 @@ def run_triton(calls: Sequence[Call]) -> list[list[Column]]:
 
 @functools.lru_cache(maxsize=256)
 def _on_device(
-    chunks: Chunks, sizes: tuple[int, ...], rows: tuple[int, ...], device: torch.device
+    chunks: Chunks, wholes: tuple[int, ...], rows: tuple[int, ...], device: torch.device
 ) -> tuple[torch.Tensor, ...]:
-    return tuple(torch.tensor(x, dtype=torch.int64, device=device) for x in (*chunks, sizes, rows))
+    return tuple(torch.tensor(x, dtype=torch.int64, device=device) for x in (*chunks, wholes, rows))
 
 
 def _scalar_table(rows: Sequence[Sequence[float | torch.Tensor]], device: torch.device) -> torch.Tensor:

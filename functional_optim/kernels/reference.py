@@ -7,7 +7,7 @@ eager column of the operation table.
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -33,6 +33,20 @@ class Column(list[torch.Tensor]):
         return struct.pack(f"{len(self)}q", *map(torch.Tensor.data_ptr, self))
 
 
+class Shard(Protocol):
+    """What joins leaves to their other parts, if they are parts of tensors that are spread over processes."""
+
+    def combine(self, partials: torch.Tensor, kind: str) -> None:
+        """Reduces numbers over processes, in place.
+
+        Args:
+          partials: float64 numbers, as many in each process.
+          kind: a row of `REDUCTIONS`.
+        """
+
+    def __hash__(self) -> int: ...
+
+
 class Call(NamedTuple):
     """One evaluation of a program over the leaves that share it.
 
@@ -44,6 +58,8 @@ class Call(NamedTuple):
       scalars: the scalar table: rows of numbers, or of tensors that hold one.
       rows: each leaf's row.
       sizes: each leaf's number of elements.
+      shard: what joins the leaves to their other parts, if they have any.
+      wholes: each leaf's number of elements, all parts counted.
     """
 
     signature: Signature
@@ -53,6 +69,8 @@ class Call(NamedTuple):
     scalars: Sequence[Sequence[float | torch.Tensor]]
     rows: tuple[int, ...]
     sizes: tuple[int, ...]
+    shard: Shard | None
+    wholes: tuple[int, ...]
 
 
 Elementwise = Callable[[Value, list[Column], torch.dtype], Column]
@@ -114,8 +132,16 @@ class _Machine:
                 partials.setdefault(value.name, Column()).extend(self.reduce(value))
 
     def reduce(self, value: Value) -> Column:
-        eager = REDUCTIONS[value.reduction].eager
-        return Column(eager(x.double()) for x in self.env[value.args[0]])
+        """The part of each leaf in a reduction; what is spread over processes is one part, and known to all."""
+        eager, shard = REDUCTIONS[value.reduction].eager, self.call.shard
+        parts = Column(eager(x.double()) for x in self.env[value.args[0]])
+        if shard is None:
+            return parts
+        joined = torch.stack(parts)
+        if value.op.startswith("tree_"):
+            joined = eager(joined).reshape(1)
+        shard.combine(joined, value.reduction)
+        return Column(joined.unbind())
 
     def evaluate(self, stage: int, partials: dict[str, Column]) -> None:
         for i, value in enumerate(self.program.values):
@@ -131,7 +157,7 @@ class _Machine:
                 k = self.program.scalars.index(value.name)
                 return Column(_number(row[k], device) for row in self.call.scalars)
             case "size":
-                return Column(torch.tensor(x.numel(), dtype=torch.float64, device=x.device) for x in self.like)
+                return Column(torch.tensor(n, dtype=torch.float64, device=device) for n in self.call.wholes)
             case "leaf":
                 return Column(x.double() for x in self.inputs[value.name])
             case "array":

@@ -330,7 +330,11 @@ def _add(t: Tracer, x: Any, y: Any, alpha: Any = 1) -> Any:
     if isinstance(alpha, int) and alpha == 1 and isinstance(x, Symbol) and isinstance(y, Symbol):
         for a, b in ((x, y), (y, x)):
             parameter, update = t.values[a.index], t.values[b.index]
-            if (parameter.op, parameter.name) == ("array", "params") and update.op == "sub" and update.args[1] == a.index:
+            if (
+                (parameter.op, parameter.name) == ("array", "params")
+                and update.op == "sub"
+                and update.args[1] == a.index
+            ):
                 return Symbol(t, update.args[0])
     return _alpha("add")(t, x, y, alpha)
 

@@ -78,6 +78,8 @@ def far(backend: str, dtype: torch.dtype, start: int) -> None:
         [[numbers[name] for name in program.scalars]],
         (0,),
         (start + N,),
+        None,
+        (start + N,),
     )
     with mock.patch.object(launch, "cut", end):
         BACKENDS[backend]([call])

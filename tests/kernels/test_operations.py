@@ -429,6 +429,8 @@ def run(
         [[scalars[name][k] for name in program.scalars] for k in range(len(like))],
         tuple(range(len(like))),
         tuple(x.numel() for x in like),
+        None,
+        tuple(x.numel() for x in like),
     )
     [results] = BACKENDS[backend]([call])
     return dict(zip(outputs, results, strict=True))

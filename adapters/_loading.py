@@ -1,0 +1,151 @@
+"""Loading the state of an optimizer: matching parameters, refusing what does not fit, casting."""
+
+from collections import defaultdict
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from functional_optim import leafwise
+
+
+if TYPE_CHECKING:
+    from .optimizer import ChainOptimizer
+
+
+def load(optimizer: "ChainOptimizer", state_dict: dict[str, Any], by_name: bool, strict: bool) -> None:
+    """Loads a state; see `ChainOptimizer.load_state_dict`."""
+    state_dict = state_dict.copy()
+    for before in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        changed = before(optimizer, state_dict)
+        if changed is not None:
+            state_dict = changed
+    live, saved = optimizer.param_groups, deepcopy(state_dict["param_groups"])
+    if by_name:
+        id_map, saved = _match_names(live, saved, strict)
+    else:
+        id_map = _match_positions(live, saved)
+    groups = []
+    for old, new in zip(live, saved, strict=True):
+        if "chain" in old and new.get("chain", old["chain"]) != old["chain"]:
+            raise ValueError(f"the state was saved by the chain {new['chain']!r}, but this one is {old['chain']!r}.")
+        # a file written before an option was there leaves it as it is
+        groups.append({**{k: old[k] for k in optimizer.defaults if k in old and k not in new}, **new})
+        groups[-1]["params"] = old["params"]
+        if "param_names" in old and "param_names" not in new:
+            groups[-1]["param_names"] = old["param_names"]
+    saved_state = {id_map[k]: v for k, v in state_dict["state"].items() if k in id_map}
+    state: defaultdict[Any, Any] = defaultdict(dict)
+    names = dict(zip([p for g in live for p in g["params"]], optimizer._names(), strict=True))
+    for group in groups:
+        slots = _slots(optimizer, group)
+        for p in group["params"]:
+            if p in saved_state:
+                state[p] = _state(saved_state[p], p, names[p], slots, group)
+    for k, v in state_dict["state"].items():  # what belongs to no parameter is kept, as torch keeps it
+        if k not in id_map and not by_name:
+            state[k] = v
+    optimizer.__setstate__({"state": state, "param_groups": groups})
+    for after in optimizer._optimizer_load_state_dict_post_hooks.values():
+        after(optimizer)
+
+
+def _match_positions(live: list[dict[str, Any]], saved: list[dict[str, Any]]) -> dict[Any, Any]:
+    if len(live) != len(saved):
+        raise ValueError("loaded state dict has a different number of parameter groups")
+    if any(len(a["params"]) != len(b["params"]) for a, b in zip(live, saved, strict=True)):
+        raise ValueError(
+            "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
+        )
+    return {k: p for a, b in zip(live, saved, strict=True) for p, k in zip(a["params"], b["params"], strict=True)}
+
+
+def _match_names(
+    live: list[dict[str, Any]], saved: list[dict[str, Any]], strict: bool
+) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
+    """Matches parameters by name; a live group takes its options from the saved one that its parameters come from."""
+    for what, groups in (("this optimizer", live), ("the state dict", saved)):
+        if any("param_names" not in g and g["params"] for g in groups):
+            raise ValueError(f"by_name=True needs names, but {what} has none: pass `model.named_parameters()`.")
+    where = {
+        name: (key, group)
+        for group in saved
+        for name, key in zip(group.get("param_names", ()), group["params"], strict=True)
+    }
+    missing = [name for group in live for name in group.get("param_names", ()) if name not in where]
+    if missing and strict:
+        raise ValueError(
+            f"the state dict lacks the parameters {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}; "
+            f"with strict=False they start anew."
+        )
+    id_map, options = {}, []
+    for group in live:
+        sources: list[Any] = []
+        for name, p in zip(group.get("param_names", ()), group["params"], strict=True):
+            if name in where:
+                key, source = where[name]
+                id_map[key] = p
+                if not any(source is s for s in sources):
+                    sources.append(source)
+        chosen = sources[0] if len(sources) == 1 else group
+        options.append({k: v for k, v in chosen.items() if k not in ("params", "param_names")})
+    return id_map, options
+
+
+def _slots(optimizer: "ChainOptimizer", group: dict[str, Any]) -> dict[str, Any]:
+    """The slots that a group's chain keeps, by key: their declarations and hyper-parameters."""
+    template = optimizer._template_of(group)
+    rules = leafwise.rules(template.tx)
+    return {
+        key: (rules[path].bound.rule.slots[slot], rules[path].bound.values)
+        for (path, slot), key in template.keys.items()
+    }
+
+
+def _state(saved: Any, p: torch.Tensor, name: str, slots: dict[str, Any], group: dict[str, Any]) -> Any:
+    """The state of one parameter, copied and cast."""
+    if not isinstance(saved, dict):
+        return saved
+    saved = {k: v for k, v in saved.items() if not (v is None and k in slots)}
+    present = [k for k in slots if k in saved]
+    if present and len(present) < len(slots):
+        lacking = [k for k in slots if k not in saved]
+        raise ValueError(
+            f"the saved state of {name!r} lacks {', '.join(map(repr, lacking))}; it has "
+            f"{', '.join(map(repr, saved))}, so another chain or other options made it."
+        )
+    if saved and slots and not present:
+        raise ValueError(
+            f"the saved state of {name!r} has {', '.join(map(repr, saved))}, expected "
+            f"{', '.join(map(repr, slots))}: another chain or other options made it."
+        )
+    return {k: _cast(k, v, p, name, slots.get(k)) for k, v in saved.items()}
+
+
+def _cast(key: Any, value: Any, p: torch.Tensor, name: str, slot: Any) -> Any:
+    """A copy of a saved value, on the parameter's device and in the dtype that the chain declares."""
+    if key == "step" and isinstance(value, (int, float)):
+        return torch.tensor(float(value), dtype=torch.float32, device=p.device)
+    if key == "step" and isinstance(value, torch.Tensor):
+        dtype = value.dtype if value.is_floating_point() else torch.float32
+        return value.detach().to(dtype=dtype, device=p.device, copy=True).reshape(())
+    if isinstance(value, torch.Tensor):
+        dtype = value.dtype
+        if slot is not None:
+            declared, hypers = slot
+            shape = torch.Size(()) if declared.per_leaf else p.shape
+            if value.shape != shape:
+                raise ValueError(
+                    f"the saved {key!r} of {name!r} has shape {tuple(value.shape)}, but the parameter has "
+                    f"{tuple(p.shape)}."
+                )
+            if value.is_complex() != p.is_complex() or not (value.is_floating_point() or value.is_complex()):
+                raise ValueError(
+                    f"the saved {key!r} of {name!r} has dtype {value.dtype}, but the parameter has {p.dtype}."
+                )
+            chosen = hypers.get(declared.dtype) if isinstance(declared.dtype, str) else declared.dtype
+            dtype = chosen or (value.dtype if declared.per_leaf else p.dtype)
+        return value.detach().to(dtype=dtype, device=p.device, copy=True)
+    if isinstance(value, dict):
+        return {k: _cast(k, v, p, name, None) for k, v in value.items()}
+    return deepcopy(value)

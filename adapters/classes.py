@@ -1,0 +1,299 @@
+"""The optimizers of torch.optim, and two that it lacks, as chains.
+
+`SGD`, `Adam`, `AdamW` and `RMSprop` take their arguments, defaults and checks from torch's own classes, which they are
+subclasses of, and replace the step. `foreach` and `capturable` are accepted and make no difference: there is one
+kernel, and it reads counters and numbers where they are. `fused=True` leaves what `torch.amp.GradScaler` does to the
+kernel, and `differentiable=True` records the step, as in torch.
+"""
+
+from collections.abc import Hashable, Mapping
+from typing import Any, ClassVar
+
+import torch
+
+import functional_optim as fo
+from functional_optim.leafwise import Option, Template
+
+from . import rules
+from ._naming import template
+from .optimizer import ChainOptimizer
+
+
+LR, DECAY, EPS = Option("lr"), Option("weight_decay"), Option("eps")
+B1, B2 = Option("betas", 0), Option("betas", 1)
+MOMENTUM = Option("momentum")
+
+
+def _nonzero(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) or x != 0
+
+
+def _before(maximize: bool, l2: bool) -> list[fo.GradientTransformation]:
+    """What torch does to every gradient first."""
+    return [*([rules.negate()] if maximize else []), *([rules.l2_penalty(DECAY)] if l2 else [])]
+
+
+class SGD(ChainOptimizer, torch.optim.SGD):
+    """`torch.optim.SGD` from a chain; arguments, defaults and state are the same.
+
+    Sparse gradients are made dense.
+
+    Example:
+      >>> import torch
+      >>> p = torch.nn.Parameter(torch.ones(1))
+      >>> opt = SGD([p], lr=0.5, momentum=0.9)
+      >>> p.grad = torch.ones(1)
+      >>> opt.step()
+      >>> p.item(), opt.state[p]
+      (0.5, {'momentum_buffer': tensor([1.])})
+    """
+
+    def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
+        decay, momentum = _nonzero(group["weight_decay"]), _nonzero(group["momentum"])
+        return bool(group["maximize"]), decay, momentum, bool(group["nesterov"])
+
+    def _template(self, switches: tuple[Any, ...]) -> Template:
+        maximize, decay, momentum, nesterov = switches
+        parts = [rules.momentum(MOMENTUM, Option("dampening"), nesterov)] if momentum else []
+        return template(fo.chain(*_before(maximize, decay), *parts, rules.descend(LR)), self.SLOTS)
+
+    def _dense(self, grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        return [g.to_dense() if g is not None and g.layout is not torch.strided else g for g in grads]
+
+
+class Adam(ChainOptimizer, torch.optim.Adam):
+    """`torch.optim.Adam` from a chain; arguments, defaults and state are the same.
+
+    Example:
+      >>> import torch
+      >>> p = torch.nn.Parameter(torch.ones(1))
+      >>> opt = Adam([p], lr=0.5)
+      >>> p.grad = torch.ones(1)
+      >>> opt.step()
+      >>> p.item(), sorted(opt.state[p])
+      (0.5, ['exp_avg', 'exp_avg_sq', 'step'])
+    """
+
+    def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
+        decoupled = bool(group.get("decoupled_weight_decay"))
+        return bool(group["maximize"]), _nonzero(group["weight_decay"]), decoupled, bool(group["amsgrad"])
+
+    def _template(self, switches: tuple[Any, ...]) -> Template:
+        maximize, decay, decoupled, amsgrad = switches
+        step = (rules.amsgrad_step if amsgrad else rules.adam_step)(LR, B1, B2, EPS)
+        last = [rules.decay_then_add(LR, DECAY)] if decay and decoupled else []
+        return template(fo.chain(*_before(maximize, decay and not decoupled), step, *last), self.SLOTS)
+
+
+class AdamW(Adam, torch.optim.AdamW):
+    """`torch.optim.AdamW` from a chain; arguments, defaults and state are the same.
+
+    Example:
+      >>> import torch
+      >>> p = torch.nn.Parameter(torch.ones(1))
+      >>> opt = AdamW([p], lr=0.5)
+      >>> p.grad = torch.ones(1)
+      >>> opt.step()
+      >>> round(p.item(), 6)
+      0.495
+    """
+
+
+class RMSprop(ChainOptimizer, torch.optim.RMSprop):
+    """`torch.optim.RMSprop` from a chain; arguments, defaults and state are the same.
+
+    Example:
+      >>> import torch
+      >>> p = torch.nn.Parameter(torch.ones(1))
+      >>> opt = RMSprop([p], lr=0.5, alpha=0.75)
+      >>> p.grad = torch.ones(1)
+      >>> opt.step()
+      >>> round(p.item(), 6), sorted(opt.state[p])
+      (0.0, ['square_avg', 'step'])
+    """
+
+    SLOTS: ClassVar[Mapping[str, str]] = {"trace": "momentum_buffer"}
+
+    def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
+        decay, momentum = _nonzero(group["weight_decay"]), group["momentum"] > 0
+        return bool(group["maximize"]), decay, momentum, bool(group["centered"])
+
+    def _template(self, switches: tuple[Any, ...]) -> Template:
+        maximize, decay, momentum, centered = switches
+        ratio = (rules.centered_rmsprop_ratio if centered else rules.rmsprop_ratio)(Option("alpha"), EPS)
+        parts = [fo.trace(MOMENTUM)] if momentum else []
+        return template(fo.chain(*_before(maximize, decay), ratio, *parts, rules.descend(LR)), self.SLOTS)
+
+
+def _check(lr: Any, betas: tuple[Any, Any], weight_decay: float, eps: float = 0.0) -> None:
+    """The checks of torch's classes, in their words."""
+    if isinstance(lr, torch.Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    for name, value in (("learning rate", lr), ("epsilon value", eps), ("weight_decay value", weight_decay)):
+        if not value >= 0.0:
+            raise ValueError(f"Invalid {name}: {value}")
+    for k, beta in enumerate(betas):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {k}: {beta}")
+
+
+class _Betas(ChainOptimizer):
+    """What the classes that torch lacks have in common."""
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        super().__init__(params, defaults)
+        if defaults["fused"]:
+            if defaults["differentiable"]:
+                raise RuntimeError("`fused` does not support `differentiable`")
+            if defaults["foreach"]:
+                raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+            self._step_supports_amp_scaling = True
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if any(group.get("fused") for group in self.param_groups):
+            self._step_supports_amp_scaling = True
+
+    def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
+        return bool(group["maximize"]), _nonzero(group["weight_decay"])
+
+
+class Lion(_Betas):
+    r"""Lion: the sign of an interpolation between momentum and gradient, with decoupled decay.
+
+    $$\theta_t = (1 - \eta\lambda)\, \theta_{t-1} - \eta \operatorname{sign}(\beta_1 m_{t-1} + (1 - \beta_1) g_t), \quad
+      m_t = \beta_2 m_{t-1} + (1 - \beta_2) g_t$$
+
+    Args:
+      params: parameters, named parameters or parameter groups.
+      lr: $\eta$.
+      betas: $\beta_1, \beta_2$.
+      weight_decay: $\lambda$.
+      maximize: whether to ascend.
+      foreach, capturable: accepted; they make no difference.
+      differentiable: whether autograd records the step.
+      fused: whether the kernel does what `torch.amp.GradScaler` would.
+
+    Raises:
+      ValueError: a number is out of its range.
+
+    Example:
+      >>> import torch
+      >>> p = torch.nn.Parameter(torch.ones(1))
+      >>> opt = Lion([p], lr=0.25)
+      >>> p.grad = torch.ones(1)
+      >>> opt.step()
+      >>> p.item()
+      0.75
+
+    Source: Chen et al. 2023, arXiv:2302.06675, algorithm 2.
+    """
+
+    SLOTS: ClassVar[Mapping[str, str]] = {"mu": "exp_avg"}
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        _check(lr, betas, weight_decay)
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "foreach": foreach,
+            "maximize": maximize,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults)
+
+    def _template(self, switches: tuple[Any, ...]) -> Template:
+        maximize, decay = switches
+        parts = [fo.add_decayed_weights(DECAY)] if decay else []
+        chain = fo.chain(*_before(maximize, False), fo.scale_by_lion(B1, B2), *parts, fo.scale_by_learning_rate(LR))
+        return template(chain, self.SLOTS)
+
+
+class LAMB(_Betas):
+    r"""LAMB: Adam whose step, in every tensor, is as long as the parameter.
+
+    $$r_t = \hat m_t / (\sqrt{\hat v_t} + \epsilon) + \lambda \theta_{t-1}, \quad
+      \theta_t = \theta_{t-1} - \eta \frac{\lVert \theta_{t-1} \rVert}{\lVert r_t \rVert} r_t$$
+
+    Args:
+      params: parameters, named parameters or parameter groups.
+      lr: $\eta$.
+      betas: decays of the moments.
+      eps: $\epsilon$.
+      weight_decay: $\lambda$.
+      maximize: whether to ascend.
+      foreach, capturable: accepted; they make no difference.
+      differentiable: whether autograd records the step.
+      fused: whether the kernel does what `torch.amp.GradScaler` would.
+
+    Raises:
+      ValueError: a number is out of its range.
+
+    Example:
+      >>> import torch
+      >>> p = torch.nn.Parameter(torch.ones(4))
+      >>> opt = LAMB([p], lr=0.25)
+      >>> p.grad = torch.ones(4)
+      >>> opt.step()
+      >>> p.detach()
+      tensor([0.7500, 0.7500, 0.7500, 0.7500])
+
+    Source: You et al. 2020, arXiv:1904.00962, algorithm 2.
+    """
+
+    SLOTS: ClassVar[Mapping[str, str]] = {"mu": "exp_avg", "nu": "exp_avg_sq"}
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        _check(lr, betas, weight_decay, eps)
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "foreach": foreach,
+            "maximize": maximize,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults)
+
+    def _template(self, switches: tuple[Any, ...]) -> Template:
+        maximize, decay = switches
+        parts = [fo.add_decayed_weights(DECAY)] if decay else []
+        chain = fo.chain(
+            *_before(maximize, False),
+            fo.scale_by_adam(B1, B2, EPS),
+            *parts,
+            fo.scale_by_trust_ratio(),
+            fo.scale_by_learning_rate(LR),
+        )
+        return template(chain, self.SLOTS)

@@ -1,0 +1,352 @@
+"""`TransformOptimizer`: any chain as a `torch.optim.Optimizer`."""
+
+import contextlib
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch.optim import Optimizer
+
+import functional_optim as fo
+from functional_optim.leafwise import Leafwise, Leaves, Template
+
+from ._loading import load
+from ._naming import Naming
+
+
+# what schedulers and torch itself keep in a group
+KNOWN = frozenset(
+    {"params", "param_names", "initial_lr", "min_lr", "max_lr", "swa_lr", "base_momentum", "max_momentum"}
+)
+
+
+class ChainOptimizer(Optimizer):
+    """What the optimizers of this package have in common: a step is one run of a chain over all parameter groups.
+
+    A subclass says which chain a parameter group has, by way of switches: values of the group that decide what is
+    computed, as opposed to numbers, which are looked up in the group at every step.
+    """
+
+    SLOTS: ClassVar[Mapping[str, str]] = {}  # names of slots of state, where they differ from the rules' own
+
+    def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
+        """What decides which chain a parameter group has."""
+        raise TypeError(f"{type(self).__name__} has no chain; use TransformOptimizer(params, tx).")
+
+    def _template(self, switches: tuple[Any, ...]) -> Template:
+        """The chain for some switches."""
+        raise TypeError(f"{type(self).__name__} has no chain; use TransformOptimizer(params, tx).")
+
+    # what is remembered between steps makes them faster and nothing else; it is made anew where it is missing
+
+    @property
+    def _leafwise(self) -> Leafwise:
+        found = self.__dict__.get("_runtime")
+        if found is None:
+            found = self.__dict__["_runtime"] = (Leafwise(), {})
+        return found[0]
+
+    def _template_of(self, group: Mapping[str, Any]) -> Template:
+        switches = self._switches(group)
+        self._leafwise  # noqa: B018
+        known: dict[Any, Template] = self.__dict__["_runtime"][1]
+        template = known.get(switches)
+        if template is None:
+            template = known[switches] = self._template(switches)
+        return template
+
+    def step(self, closure: Callable[[], Any] | None = None, **extra: Any) -> Any:
+        """Takes a step.
+
+        Args:
+          closure: evaluates the model again and returns the loss; it is called once, with gradients enabled.
+          **extra: arguments that transformations of the chain take, such as `value`. A closure's loss is `value`.
+
+        Returns:
+          What `closure` returned, or None.
+
+        Raises:
+          ValueError, TypeError: a gradient, a state or an option does not fit; nothing has been changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+            if isinstance(loss, (int, float)) or (isinstance(loss, torch.Tensor) and loss.numel() == 1):
+                extra.setdefault("value", loss.detach().reshape(()) if isinstance(loss, torch.Tensor) else loss)
+        with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
+            self._run(extra)
+        return loss
+
+    def _run(self, extra: dict[str, Any]) -> None:
+        if "_averaged" in self.__dict__:
+            raise RuntimeError(
+                "step was called inside `averaged_params()`, where parameters are not those in training."
+            )
+        groups = self.param_groups
+        params: list[torch.Tensor] = []
+        kinds: list[int] = []
+        owners: list[int] = []
+        templates: list[Template] = []
+        for g, group in enumerate(groups):
+            lr = group.get("lr")
+            if type(lr) is float and not math.isfinite(lr):
+                raise ValueError(f"lr of parameter group {g} is {lr}, expected a finite number.")
+            template = self._template_of(group)
+            if template not in templates:
+                templates.append(template)
+            members = group["params"]
+            params += members
+            kinds += [templates.index(template)] * len(members)
+            owners += [g] * len(members)
+        grads = [p.grad for p in params]
+        known = self.state
+        states = [known.get(p) for p in params]
+        fresh = [i for i, state in enumerate(states) if state is None]
+        for i in fresh:
+            states[i] = {}
+        guarded = getattr(self, "found_inf", None) is not None or getattr(self, "grad_scale", None) is not None
+        if guarded:
+            for name, default in (("grad_scale", 1.0), ("found_inf", 0.0)):
+                x = getattr(self, name, None)
+                extra[name] = default if x is None else x.reshape(()) if isinstance(x, torch.Tensor) else x
+        leaves = Leaves(self._names, params, grads, states, kinds, owners)  # type: ignore[arg-type]
+        try:
+            self._leafwise.step(templates, leaves, groups, extra, guarded)
+        except TypeError:
+            if not any(g is not None and g.layout is not torch.strided for g in grads):
+                raise
+            leaves = leaves._replace(grads=self._dense(grads))
+            self._leafwise.step(templates, leaves, groups, extra, guarded)
+        for i in fresh:
+            if states[i]:
+                known[params[i]] = states[i]
+
+    def _names(self) -> list[str]:
+        """What messages and masks call the parameters."""
+        names: list[str] = []
+        for g, group in enumerate(self.param_groups):
+            given = group.get("param_names")
+            names += given or [f"param_groups[{g}].params[{k}]" for k in range(len(group["params"]))]
+        if len(set(names)) < len(names):
+            names = [f"param_groups[{g}].{name}" for g, name in zip(self._groups_of_names(), names, strict=True)]
+        return names
+
+    def _groups_of_names(self) -> list[int]:
+        return [g for g, group in enumerate(self.param_groups) for _ in group["params"]]
+
+    def _dense(self, grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """What becomes of sparse gradients."""
+        raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def load_state_dict(self, state_dict: dict[str, Any], *, by_name: bool = False, strict: bool = True) -> None:
+        """Loads what `state_dict` returned, or what that of the torch optimizer of the same name did.
+
+        Tensors are copied, never shared with `state_dict`, and keep the dtype that the chain declares for them.
+
+        Args:
+          state_dict: the state.
+          by_name: whether parameters are matched by name instead of by position; both sides need named parameters.
+          strict: with `by_name`, whether every parameter must be in `state_dict`; others start anew.
+
+        Raises:
+          ValueError: it is the state of another chain or of other parameters; nothing has been changed.
+        """
+        load(self, state_dict, by_name, strict)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.pop("_runtime", None)
+        super().__setstate__(state)
+
+    @contextlib.contextmanager
+    def averaged_params(self) -> Iterator[None]:
+        """Swaps in the averages that `params_ema` keeps, for evaluation, and the parameters back at the end.
+
+        Raises:
+          ValueError: the chain has no `params_ema`, or no step has been taken.
+
+        Example:
+          >>> import torch
+          >>> import functional_optim as fo
+          >>> from functional_optim.adapters import TransformOptimizer
+          >>> p = torch.nn.Parameter(torch.ones(1))
+          >>> opt = TransformOptimizer([p], fo.chain(fo.sgd(1.0), fo.params_ema(0.5)))
+          >>> p.grad = torch.ones(1)
+          >>> opt.step()
+          >>> with opt.averaged_params():
+          ...     print(p.item())
+          0.5
+          >>> p.item()
+          0.0
+        """
+        pairs = []
+        for group in self.param_groups:
+            keys = [key for (path, slot), key in self._template_of(group).keys.items() if slot == "ema"]
+            averages = [key for key in keys if self._is_average(group, key)]
+            for p in group["params"]:
+                found = [self.state[p][key] for key in averages if p in self.state and key in self.state[p]]
+                pairs += [(p, average) for average in found[-1:]]
+        if not pairs:
+            raise ValueError(
+                "there are no averaged parameters: put `params_ema(decay)` at the end of the chain, and take a step."
+            )
+        before = [p.detach().clone() for p, _ in pairs]
+        self.__dict__["_averaged"] = True
+        try:
+            with torch.no_grad():
+                for p, average in pairs:
+                    p.copy_(average)
+            yield
+        finally:
+            with torch.no_grad():
+                for (p, _), old in zip(pairs, before, strict=True):
+                    p.copy_(old)
+            del self.__dict__["_averaged"]
+
+    def _is_average(self, group: Mapping[str, Any], key: str) -> bool:
+        template = self._template_of(group)
+        rules = fo.leafwise.rules(template.tx)
+        return any(k == key and rules[path].bound.rule.name == "params_ema" for (path, _), k in template.keys.items())
+
+
+class TransformOptimizer(ChainOptimizer):
+    """A chain as an optimizer of torch: parameter groups, hooks, schedulers, checkpoints.
+
+    The hyper-parameters of the chain are options of the parameter groups, by name, and the learning rate is `lr`;
+    where two have one name, the name of the transformation comes first, as in `params_ema_decay`. Groups override
+    them, schedulers and users change them, and the next step obeys. A schedule inside the chain stays there and
+    follows each parameter's own count of steps; `lr` is then a factor, 1.0 at first, that multiplies the updates, and
+    what a torch scheduler changes is the factor. A chain without a learning rate has such a factor too.
+
+    The state of a parameter is a flat dict of tensors: the chain's slots, by name, and `step`, which counts its own
+    steps. Parameters without a gradient are skipped, and what they have stays as it is.
+
+    Args:
+      params: parameters, named parameters or parameter groups, as for any optimizer of torch.
+      tx: the chain.
+      maximize: whether to ascend.
+      fused: True leaves unscaling, and skipping steps that overflow, to the kernel when `torch.amp.GradScaler` is
+        used; otherwise the scaler does both itself.
+      differentiable: whether autograd records the step.
+
+    Raises:
+      ValueError, TypeError: an option is out of its range, or `tx` is no transformation.
+
+    Example:
+      >>> import torch
+      >>> import functional_optim as fo
+      >>> model = torch.nn.Linear(2, 1)
+      >>> tx = fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(1e-3), fo.params_ema(0.99))
+      >>> opt = TransformOptimizer(model.named_parameters(), tx)
+      >>> model(torch.ones(1, 2)).sum().backward()
+      >>> opt.step()
+      >>> opt.param_groups[0]["lr"], opt.param_groups[0]["max_norm"], sorted(opt.state[model.weight])
+      (0.001, 1.0, ['ema', 'mu', 'nu', 'step'])
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        tx: fo.GradientTransformation,
+        *,
+        maximize: bool = False,
+        fused: bool | None = None,
+        differentiable: bool = False,
+    ) -> None:
+        self._tx = fo.chain(tx) if not isinstance(tx, fo.GradientTransformation) else tx
+        naming = Naming(self._tx)
+        naming.check(naming.defaults)
+        self._naming = naming
+        defaults = {
+            **naming.defaults,
+            "maximize": maximize,
+            "fused": fused,
+            "differentiable": differentiable,
+            "chain": describe(self._tx),
+        }
+        super().__init__(params, defaults)
+        if fused:
+            if differentiable:
+                raise RuntimeError("`fused` does not support `differentiable`")
+            self._step_supports_amp_scaling = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a parameter group; see `torch.optim.Optimizer.add_param_group`.
+
+        Raises:
+          ValueError, TypeError: an option is out of its range.
+        """
+        if isinstance(param_group, dict):
+            self._naming.check(param_group)
+            unknown = sorted(set(param_group) - set(self.defaults) - KNOWN)
+            if unknown:
+                warnings.warn(
+                    f"no transformation of the chain knows {', '.join(map(repr, unknown))} in a parameter group; "
+                    f"there are {', '.join(map(repr, self.defaults))}.",
+                    stacklevel=3,
+                )
+        super().add_param_group(param_group)
+
+    def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
+        return (bool(group["maximize"]), *[group[name] for name in self._naming.switches])
+
+    def _template(self, switches: tuple[Any, ...]) -> Template:
+        return self._naming.template(switches[1:], switches[0], self.SLOTS)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_tx": self._tx}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_naming" not in self.__dict__:
+            self._naming = Naming(self._tx)
+        if any(group.get("fused") for group in self.param_groups):
+            self._step_supports_amp_scaling = True
+
+    @staticmethod
+    def factory(tx_function: Callable[..., fo.GradientTransformation]) -> "OptimizerFactory":
+        """What makes optimizers of a function that makes chains, for libraries that construct optimizers themselves.
+
+        Args:
+          tx_function: returns a chain, such as `functional_optim.lion`.
+
+        Returns:
+          A callable `(params, **arguments)`. Arguments are those of `tx_function`, with `lr` for `learning_rate`, and
+          of `TransformOptimizer`.
+
+        Example:
+          >>> import torch
+          >>> import functional_optim as fo
+          >>> Lion = TransformOptimizer.factory(fo.lion)
+          >>> opt = Lion([torch.nn.Parameter(torch.ones(1))], lr=1e-4, b1=0.95)
+          >>> opt.param_groups[0]["b1"]
+          0.95
+        """
+        return OptimizerFactory(tx_function)
+
+
+class OptimizerFactory:
+    """Makes optimizers of a function that makes chains; see `TransformOptimizer.factory`."""
+
+    def __init__(self, tx_function: Callable[..., fo.GradientTransformation]) -> None:
+        self.tx_function = tx_function
+        self.__name__ = self.__qualname__ = getattr(tx_function, "__name__", type(tx_function).__name__)
+        self.__doc__ = tx_function.__doc__
+
+    def __call__(self, params: Any, *args: Any, **arguments: Any) -> TransformOptimizer:
+        own = {name: arguments.pop(name) for name in ("maximize", "fused", "differentiable") if name in arguments}
+        if "lr" in arguments and "lr" not in inspect.signature(self.tx_function).parameters:
+            arguments["learning_rate"] = arguments.pop("lr")
+        return TransformOptimizer(params, self.tx_function(*args, **arguments), **own)
+
+    def __repr__(self) -> str:
+        return f"TransformOptimizer.factory({self.__name__})"
+
+
+def describe(tx: fo.GradientTransformation) -> str:
+    """The names of a chain's transformations, which a checkpoint is known by."""
+    return " > ".join(rule.bound.rule.name for rule in fo.leafwise.rules(tx).values())
