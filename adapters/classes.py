@@ -61,7 +61,7 @@ class SGD(ChainOptimizer, torch.optim.SGD):
         return [g.to_dense() if g is not None and g.layout is not torch.strided else g for g in grads]
 
 
-class Adam(ChainOptimizer, torch.optim.Adam):
+class Adam(ChainOptimizer, torch.optim.Adam):  # type: ignore[misc]
     """`torch.optim.Adam` from a chain; arguments, defaults and state are the same.
 
     Example:
@@ -85,7 +85,7 @@ class Adam(ChainOptimizer, torch.optim.Adam):
         return template(fo.chain(*_before(maximize, decay and not decoupled), step, *last), self.SLOTS)
 
 
-class AdamW(Adam, torch.optim.AdamW):
+class AdamW(Adam, torch.optim.AdamW):  # type: ignore[misc]
     """`torch.optim.AdamW` from a chain; arguments, defaults and state are the same.
 
     Example:
@@ -99,7 +99,7 @@ class AdamW(Adam, torch.optim.AdamW):
     """
 
 
-class RMSprop(ChainOptimizer, torch.optim.RMSprop):
+class RMSprop(ChainOptimizer, torch.optim.RMSprop):  # type: ignore[misc]
     """`torch.optim.RMSprop` from a chain; arguments, defaults and state are the same.
 
     Example:

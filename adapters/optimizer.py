@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch.optim import Optimizer
@@ -21,6 +22,34 @@ from ._naming import Naming
 KNOWN = frozenset(
     {"params", "param_names", "initial_lr", "min_lr", "max_lr", "swa_lr", "base_momentum", "max_momentum"}
 )
+
+
+LIVE: "WeakValueDictionary[int, ChainOptimizer]" = WeakValueDictionary()  # optimizers whose step is compiled
+
+
+@torch.library.custom_op("functional_optim::step", mutates_args=("params", "state"))
+def _step(
+    handle: int,
+    params: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    state: list[torch.Tensor],
+    names: str,
+    values: list[torch.Tensor],
+) -> None:
+    """A step of an optimizer, which the compiler keeps whole."""
+    LIVE[handle]._run_traced(params, grads, state, dict(zip(names.split(",") if names else (), values, strict=True)))
+
+
+@_step.register_fake
+def _(
+    handle: int,
+    params: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    state: list[torch.Tensor],
+    names: str,
+    values: list[torch.Tensor],
+) -> None:
+    return None
 
 
 class ChainOptimizer(Optimizer):
@@ -82,48 +111,109 @@ class ChainOptimizer(Optimizer):
         return loss
 
     def _run(self, extra: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            self._run_compiled(extra)
+            return
+        templates, leaves, fresh = self._gather()
+        self._run_on(templates, leaves, extra)
+        for i in fresh:
+            if leaves.states[i]:
+                self.state[leaves.params[i]] = leaves.states[i]
+
+    def _gather(self) -> tuple[list[Template], Leaves, list[int]]:
+        """All parameters with their gradients and states, and which of the states are new."""
         if "_averaged" in self.__dict__:
-            raise RuntimeError(
-                "step was called inside `averaged_params()`, where parameters are not those in training."
-            )
-        groups = self.param_groups
+            raise RuntimeError("step was called inside `averaged_params()`, where parameters are averages.")
         params: list[torch.Tensor] = []
         kinds: list[int] = []
         owners: list[int] = []
         templates: list[Template] = []
-        for g, group in enumerate(groups):
+        for g, group in enumerate(self.param_groups):
             lr = group.get("lr")
             if type(lr) is float and not math.isfinite(lr):
                 raise ValueError(f"lr of parameter group {g} is {lr}, expected a finite number.")
             template = self._template_of(group)
-            if template not in templates:
+            if not any(template is t for t in templates):
                 templates.append(template)
             members = group["params"]
             params += members
-            kinds += [templates.index(template)] * len(members)
+            kinds += [next(k for k, t in enumerate(templates) if t is template)] * len(members)
             owners += [g] * len(members)
-        grads = [p.grad for p in params]
-        known = self.state
-        states = [known.get(p) for p in params]
+        states: list[Any] = [self.state.get(p) for p in params]
         fresh = [i for i, state in enumerate(states) if state is None]
         for i in fresh:
             states[i] = {}
+        ids = list(map(id, params))
+        return templates, Leaves(self._names, params, [p.grad for p in params], states, kinds, owners, ids), fresh
+
+    def _run_on(self, templates: list[Template], leaves: Leaves, extra: dict[str, Any]) -> None:
         guarded = getattr(self, "found_inf", None) is not None or getattr(self, "grad_scale", None) is not None
         if guarded:
             for name, default in (("grad_scale", 1.0), ("found_inf", 0.0)):
                 x = getattr(self, name, None)
                 extra[name] = default if x is None else x.reshape(()) if isinstance(x, torch.Tensor) else x
-        leaves = Leaves(self._names, params, grads, states, kinds, owners)  # type: ignore[arg-type]
         try:
-            self._leafwise.step(templates, leaves, groups, extra, guarded)
+            self._leafwise.step(templates, leaves, self.param_groups, extra, guarded)
         except TypeError:
-            if not any(g is not None and g.layout is not torch.strided for g in grads):
+            if not any(g is not None and g.layout is not torch.strided for g in leaves.grads):
                 raise
-            leaves = leaves._replace(grads=self._dense(grads))
-            self._leafwise.step(templates, leaves, groups, extra, guarded)
+            leaves = leaves._replace(grads=self._dense(leaves.grads))
+            self._leafwise.step(templates, leaves, self.param_groups, extra, guarded)
+
+    # Inside torch.compile the step is one operation that the compiler does not look into. What it looks into is how
+    # its arguments are collected, and it runs a method called `_init_group` in Python, once, while it traces.
+
+    def _run_compiled(self, extra: dict[str, Any]) -> None:
+        params: list[torch.Tensor] = []
+        grads: list[torch.Tensor] = []
+        state: list[torch.Tensor] = []
+        handle = 0
+        for group in self.param_groups:
+            some_params: list[torch.Tensor] = []
+            some_grads: list[torch.Tensor] = []
+            some_state: list[torch.Tensor] = []
+            handle = self._init_group(group, some_params, some_grads, some_state)
+            params.extend(some_params)
+            grads.extend(some_grads)
+            state.extend(some_state)
+        values = [torch.as_tensor(x, dtype=torch.float64) for x in extra.values()]
+        torch.ops.functional_optim.step(handle, params, grads, state, ",".join(extra), values)
+
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        params: list[torch.Tensor],
+        grads: list[torch.Tensor],
+        state: list[torch.Tensor],
+    ) -> int:
+        """Appends a group's tensors to lists, and returns what the compiled step finds this optimizer by."""
+        templates, leaves, fresh = self._gather()
+        self._leafwise.prepare(templates, leaves, self.param_groups)
         for i in fresh:
-            if states[i]:
-                known[params[i]] = states[i]
+            if leaves.states[i]:
+                self.state[leaves.params[i]] = leaves.states[i]
+        for p in group["params"]:
+            if p.grad is not None:
+                params.append(p)
+                grads.append(p.grad)
+                state.extend(x for x in self.state[p].values() if isinstance(x, torch.Tensor))
+        LIVE[id(self)] = self
+        return id(self)
+
+    def _run_traced(
+        self, params: list[torch.Tensor], grads: list[torch.Tensor], state: list[torch.Tensor], extra: dict[str, Any]
+    ) -> None:
+        """Takes a step on tensors that stand for this optimizer's own, in the order of `_init_group`."""
+        templates, leaves, _ = self._gather()
+        given = iter(zip(params, grads, strict=True))
+        tensors = iter(state)
+        for i, g in enumerate(leaves.grads):
+            if g is not None:
+                leaves.params[i], leaves.grads[i] = next(given)
+                leaves.states[i] = {
+                    k: next(tensors) if isinstance(x, torch.Tensor) else x for k, x in leaves.states[i].items()
+                }
+        self._run_on(templates, leaves, extra)
 
     def _names(self) -> list[str]:
         """What messages and masks call the parameters."""

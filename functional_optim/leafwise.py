@@ -6,6 +6,7 @@ options, a mapping that `Option` looks things up in. All leaves still share one 
 options are.
 """
 
+import functools
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from ._backend import transforming
 from ._base import GradientTransformation, Link
 from ._chain import Chain
 from ._fuse import Counting, Source
-from ._plan import Lists, Plan, Prepared, Segment
+from ._plan import Lists, Plan, Prepared, Segment, Stored
 from ._rule import RuleTransformation
 from ._run import (
     compute as compute,
@@ -59,6 +60,7 @@ class Leaves(NamedTuple):
       states: their states; slots that are not there yet are made.
       templates: which template each has.
       owners: whose options each has.
+      ids: what each is known by from step to step.
     """
 
     names: Callable[[], Sequence[str]]
@@ -67,6 +69,7 @@ class Leaves(NamedTuple):
     states: list[dict[str, Any]]
     templates: list[int]
     owners: list[int]
+    ids: list[int]
 
 
 def rules(tx: GradientTransformation) -> dict[Path, RuleTransformation]:
@@ -179,7 +182,7 @@ class _Layout:
 
     def __init__(self, templates: Sequence[Template], leaves: Leaves, guarded: bool) -> None:
         self.templates, self.guarded = tuple(templates), guarded
-        self.ids = list(map(id, leaves.params))
+        self.ids = list(leaves.ids)
         self.kinds, self.owners = list(leaves.templates), list(leaves.owners)
         self.foreign = [
             k for k, p in enumerate(leaves.params) if p.is_complex() or (type(p) not in PLAIN and local(p) is not p)
@@ -216,6 +219,20 @@ class _Layout:
         self.barriers = {id(s[1]): _Barrier(s[1], s[0], view) for s in plan.segments if not isinstance(s, Segment)}
         self.counters = [k for k in plan.present if steps[k] and not local(leaves.params[k]).numel()]
 
+    def key(self, segment: Segment, stored: Stored) -> str:
+        """What a slot is called in the state of a leaf."""
+        if stored.key == "step":
+            return "step"
+        position, slot = stored.key
+        key: str = self.keys[position][segment.links[position].path, slot]
+        return key
+
+    @functools.cached_property
+    def spans_tree(self) -> bool:
+        """Whether something is reduced over all leaves."""
+        recipes = (r for s in self.plan.segments if isinstance(s, Segment) for r in s.recipes.values())
+        return any(value.op.startswith("tree_") for recipe in recipes for value in recipe.program.values)
+
     def lists(self, leaves: Leaves) -> Lists:
         params, grads = Column(leaves.params), Column(leaves.grads)  # type: ignore[arg-type]
         for k in self.foreign:
@@ -230,7 +247,7 @@ class _Layout:
             self.guarded == guarded
             and len(templates) == len(self.templates)
             and all(map(is_, templates, self.templates))
-            and self.ids == list(map(id, leaves.params))
+            and self.ids == leaves.ids
             and self.kinds == leaves.templates
             and self.owners == leaves.owners
         )
@@ -276,10 +293,13 @@ class _Barrier:
     def scatter(self, state: Any, states: Sequence[dict[str, Any]], present: Sequence[int]) -> None:
         """Puts a new state away."""
         for key, value in zip(self.keys, leaves_like(self.spec, state), strict=True):
-            for i in present:
-                x = value[self.names[i]] if self.per_param(value) else value
+            split = self.per_param(value)
+            # what belongs to all is kept by all, lest a parameter without a gradient should keep an old one
+            holders = present if split else [i for i, s in enumerate(states) if i in present or key in s]
+            for i in holders:
+                x = value[self.names[i]] if split else value
                 if isinstance(x, (torch.Tensor, int, float)):
-                    states[i][key] = x.clone() if isinstance(x, torch.Tensor) and not self.per_param(value) else x
+                    states[i][key] = x.clone() if isinstance(x, torch.Tensor) and not split else x
 
 
 class Leafwise:
@@ -290,7 +310,7 @@ class Leafwise:
       >>> tx = fo.chain(fo.trace(0.9), fo.scale_by_learning_rate(Option("lr")))
       >>> template = Template(tx, {((0,), "trace"): "momentum_buffer"})
       >>> p, state = torch.zeros(1), {}
-      >>> leaves = Leaves(lambda: ["p"], [p], [torch.ones(1)], [state], [0], [0])
+      >>> leaves = Leaves(lambda: ["p"], [p], [torch.ones(1)], [state], [0], [0], [0])
       >>> Leafwise().step([template], leaves, [{"lr": 0.5}])
       >>> p, state
       (tensor([-0.5000]), {'momentum_buffer': tensor([1.])})
@@ -300,6 +320,34 @@ class Leafwise:
 
     def __init__(self) -> None:
         self.layouts: list[_Layout] = []
+        self.new: set[int] = set()  # parameters that have state, but have not taken their first step
+
+    def layout(
+        self, templates: Sequence[Template], leaves: Leaves, guarded: bool, seen: bool
+    ) -> tuple["_Layout", Lists]:
+        """The layout of leaves, and their tensors."""
+        if not seen:
+            for layout in self.layouts:
+                lists = layout.match(templates, leaves, guarded)
+                if lists is not None:
+                    return layout, lists
+        layout = _Layout(templates, leaves, guarded)
+        if not seen:
+            self.layouts = [layout, *self.layouts[: self.KEEP - 1]]
+        return layout, layout.lists(leaves)
+
+    def prepare(self, templates: Sequence[Template], leaves: Leaves, options: Sequence[Mapping[str, Any]]) -> None:
+        """Makes the state that is not there yet, and takes no step.
+
+        Args:
+          templates: the transformations.
+          leaves: the parameters, gradients and states.
+          options: mappings that hyper-parameters are looked up in.
+        """
+        layout, lists = self.layout(templates, leaves, False, False)
+        for segment in layout.plan.segments:
+            if isinstance(segment, Segment):
+                _columns(segment, layout, lists, leaves, options, [], self.new)
 
     def step(
         self,
@@ -324,22 +372,20 @@ class Leafwise:
         """
         extra = extra or {}
         seen = transforming()
-        lists, layout = None, None
-        if not seen:
-            for layout in self.layouts:
-                lists = layout.match(templates, leaves, guarded)
-                if lists is not None:
-                    break
-        if lists is None or layout is None:
-            layout = _Layout(templates, leaves, guarded)
-            lists = layout.lists(leaves)
-            if not seen:
-                self.layouts = [layout, *self.layouts[: self.KEEP - 1]]
+        layout, lists = self.layout(templates, leaves, guarded, seen)
+        if layout.spans_tree and len(leaves.params) == 1 and torch._C._current_graph_task_id() >= 0:
+            raise RuntimeError(
+                "this chain reduces over the whole tree, so it needs the gradients of all parameters at once, but it "
+                "was given one parameter while its gradient is computed; call `step` after the backward pass."
+            )
         made: list[tuple[dict[str, Any], str]] = []
+        new = set(self.new)
         try:
             for segment in layout.plan.segments:
                 if isinstance(segment, Segment):
-                    run_segment(segment, layout, lists, leaves, options, extra, seen, made)
+                    _columns(segment, layout, lists, leaves, options, made, new)
+                    first = [i for i in layout.plan.present if leaves.ids[i] in new] if new else []
+                    run_segment(segment, layout, lists, leaves, options, extra, seen, frozenset(first))
                 else:
                     barrier = layout.barriers[id(segment[1])]
                     state = run_barrier(segment[1], layout.plan, lists, barrier.gather(leaves.states), extra)
@@ -348,9 +394,48 @@ class Leafwise:
             for state, key in made:
                 del state[key]
             raise
-        if layout.counters and not (guarded and number("found_inf", extra["found_inf"])):
+        # nothing waits for a device but the first step, and leaves without elements
+        taken = not (guarded and (new or layout.counters) and float(extra["found_inf"]))
+        self.new = set() if taken else new
+        if taken:
             for i in layout.counters:
                 leaves.states[i]["step"] += 1
+
+
+def _columns(
+    segment: Segment,
+    layout: _Layout,
+    lists: Lists,
+    leaves: Leaves,
+    options: Sequence[Mapping[str, Any]],
+    made: list[tuple[dict[str, Any], str]],
+    new: set[int],
+) -> None:
+    """Collects the slots of a segment from the states of leaves, and makes those that are missing.
+
+    Args:
+      segment: the segment.
+      layout: the layout of the leaves.
+      lists: where the slots go.
+      leaves: the leaves.
+      options: mappings that hyper-parameters are looked up in.
+      made: takes what has been made.
+      new: takes the leaves that something whose first step counts has been made for.
+    """
+    for stored in segment.stored:
+        key = layout.key(segment, stored)
+        column: list[Any] = [state.get(key) for state in leaves.states]
+        if None in column:
+            for i in layout.plan.present:
+                if stored.seen[i] and column[i] is None:
+                    made.append((leaves.states[i], key))
+                    column[i] = leaves.states[i][key] = _make(segment, stored, leaves, i, options)
+                    if stored.key != "step" and segment.bounds[stored.key[0]].rule.uses_first:
+                        new.add(leaves.ids[i])
+        for i in layout.foreign:
+            if column[i] is not None and column[i].ndim:
+                column[i] = local(column[i])
+        lists[stored.key] = Column(column)
 
 
 def run_segment(
@@ -361,30 +446,11 @@ def run_segment(
     options: Sequence[Mapping[str, Any]],
     extra: Mapping[str, Any],
     seen: bool,
-    made: list[tuple[dict[str, Any], str]],
+    first: frozenset[int],
 ) -> None:
     """Runs fused transformations over leaves."""
     plan = layout.plan
-    first: set[int] = set()
-    for stored in segment.stored:
-        key = (
-            stored.key
-            if stored.key == "step"
-            else layout.keys[stored.key[0]][segment.links[stored.key[0]].path, stored.key[1]]
-        )
-        column: list[Any] = [state.get(key) for state in leaves.states]
-        if None in [column[i] for i in plan.present if stored.seen[i]]:
-            for i in plan.present:
-                if stored.seen[i] and column[i] is None:
-                    made.append((leaves.states[i], key))
-                    column[i] = leaves.states[i][key] = _make(segment, stored, leaves, i, options)
-                    if stored.key != "step" and segment.bounds[stored.key[0]].rule.uses_first:
-                        first.add(i)
-        for i in layout.foreign:
-            if column[i] is not None and column[i].ndim:
-                column[i] = local(column[i])
-        lists[stored.key] = Column(column)
-    plan.first = frozenset(first)
+    plan.first = first
     prepared = None if seen else next((p for p in segment.recent if p.holds(plan, lists)), None)
     if prepared is None:
         prepared = Prepared(segment, plan, lists)
@@ -411,7 +477,9 @@ def run_segment(
                 column[i].copy_(lists[key][i])
 
 
-def _make(segment: Segment, stored: Any, leaves: Leaves, i: int, options: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+def _make(
+    segment: Segment, stored: Stored, leaves: Leaves, i: int, options: Sequence[Mapping[str, Any]]
+) -> torch.Tensor:
     p = leaves.params[i]
     if stored.key == "step":
         return torch.zeros((), dtype=torch.float32, device=p.device)

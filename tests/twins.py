@@ -1,0 +1,174 @@
+"""Optimizers in pairs: ours and the one of torch that it replaces, over equal parameters and gradients."""
+
+from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from support import assert_same_bits, clone
+
+from functional_optim import adapters
+
+
+# All sizes are multiples of 16, and of 32 where they are big enough for two threads to share: then the fused kernels of
+# torch see whole vectors only, and their rounding is the same for every element. Among them are a matrix stored by
+# columns, images stored channel by channel, and a tensor without elements.
+SHAPES: tuple[tuple[int, ...], ...] = ((16,), (4, 8), (8, 16), (4, 4, 2, 2), (64, 32), (0, 3), (48,))
+OURS: dict[str, Any] = {name: getattr(adapters, name) for name in ("SGD", "Adam", "AdamW", "RMSprop")}
+THEIRS: dict[str, Any] = {name: getattr(torch.optim, name) for name in OURS}
+
+
+def make_params(
+    dtype: torch.dtype = torch.float64, shapes: Sequence[tuple[int, ...]] = SHAPES, seed: int = 0
+) -> list[torch.nn.Parameter]:
+    """Parameters of normal deviates; the third is stored by columns, a four-dimensional one with its channels last."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for k, shape in enumerate(shapes):
+        x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        if k == 2 and x.ndim == 2:
+            x = x.t()
+        if x.ndim == 4:
+            x = x.to(memory_format=torch.channels_last)
+        made.append(torch.nn.Parameter(x))
+    return made
+
+
+def twins(params: Sequence[torch.Tensor]) -> list[torch.nn.Parameter]:
+    """Copies of parameters, in the same layouts."""
+    return [torch.nn.Parameter(p.detach().clone(), p.requires_grad) for p in params]
+
+
+def gradients(params: Iterable[torch.Tensor], step: int, missing: bool = False) -> list[torch.Tensor | None]:
+    """Normal deviates that differ from step to step; with `missing`, some are zero, and some None after step 0."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    made: list[torch.Tensor | None] = []
+    for k, p in enumerate(params):
+        g = torch.randn(p.shape, generator=generator, dtype=torch.float64) * 2.0 ** (k - 2)
+        g = torch.empty_like(p, requires_grad=False).copy_(g)
+        if missing and step and (step + k) % 4 == 0:
+            made.append(None)
+        else:
+            made.append(torch.zeros_like(g) if missing and (step + k) % 5 == 0 else g)
+    return made
+
+
+def give(params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]) -> None:
+    """Puts copies of gradients where an optimizer finds them."""
+    for p, g in zip(params, grads, strict=True):
+        p.grad = None if g is None else g.clone()
+
+
+def members(opt: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """The parameters of an optimizer."""
+    return [p for group in opt.param_groups for p in group["params"]]
+
+
+def train(opts: Sequence[torch.optim.Optimizer], steps: Iterable[int], missing: bool = False) -> None:
+    """Steps optimizers through the same gradients."""
+    for step in steps:
+        for opt in opts:
+            params = members(opt)
+            give(params, gradients(params, step, missing))
+            opt.step()
+
+
+def content(opt: torch.optim.Optimizer) -> dict[str, Any]:
+    """Copies of the parameters of an optimizer and of their state."""
+    params = members(opt)
+    return clone(
+        {
+            "params": [p.detach() for p in params],
+            "state": [dict(opt.state[p]) if p in opt.state else None for p in params],
+        }
+    )
+
+
+def options(opt: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The parameter groups of an optimizer without the parameters."""
+    return [{k: v for k, v in group.items() if k not in ("params", "fused")} for group in opt.param_groups]
+
+
+def assert_same(ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer) -> None:
+    """Asserts that parameters and every entry of the states are the same bits."""
+    assert_same_bits(content(ours), content(theirs))
+
+
+def pair(
+    name: str,
+    dtype: torch.dtype = torch.float64,
+    groups: Callable[[list[Any]], Any] = list,
+    shapes: Sequence[tuple[int, ...]] = SHAPES,
+    theirs: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+    """Our optimizer of a name and torch's; `theirs` are arguments that only torch's gets."""
+    params = make_params(dtype, shapes)
+    return (
+        OURS[name](groups(params), **deepcopy(kwargs)),
+        THEIRS[name](groups(twins(params)), **deepcopy({**kwargs, **(theirs or {})})),
+    )
+
+
+def copy_to(target: torch.optim.Optimizer, source: torch.optim.Optimizer) -> None:
+    """Overwrites the parameters and states of one optimizer with those of another."""
+    with torch.no_grad():
+        for p, q in zip(members(target), members(source), strict=True):
+            p.copy_(q)
+            if q in source.state:
+                target.state[p] = {k: v.clone() for k, v in source.state[q].items()}
+
+
+def ulps(actual: torch.Tensor, expected: torch.Tensor, *terms: torch.Tensor) -> torch.Tensor:
+    """How many units in the last place two tensors differ by.
+
+    A unit is that of the largest of the numbers: a sum that cancels has the errors of its terms.
+    """
+    largest = torch.stack([x.detach().abs().to(actual.dtype) for x in (actual, expected, *terms)]).amax(0)
+    tiny = torch.finfo(actual.dtype).tiny
+    unit = torch.exp2(largest.double().clamp(min=tiny).log2().floor()) * torch.finfo(actual.dtype).eps
+    return (actual.double() - expected.double()).abs() / unit
+
+
+def distances(
+    name: str, dtype: torch.dtype, steps: int, ours: dict[str, Any], theirs: dict[str, Any], **more: Any
+) -> dict[str, float]:
+    """How far one step of ours is from one of torch's at most, by what it writes, in units in the last place.
+
+    torch's optimizer takes over ours after every step, so that what is measured is a single step.
+    """
+    a, b = pair(name, dtype, **more, **ours, theirs={k: v for k, v in theirs.items()})
+    return follow(a, b, range(steps))
+
+
+def follow(
+    ours: torch.optim.Optimizer,
+    theirs: torch.optim.Optimizer,
+    steps: Iterable[int],
+    after: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """The same for two optimizers that exist; `after` is called after every step."""
+    worst: dict[str, float] = {}
+    for step in steps:
+        before = content(ours)
+        train([ours, theirs], [step])
+        now, reference = content(ours), content(theirs)
+        grads = gradients(members(ours), step)
+        for k, (p, q, old, g) in enumerate(
+            zip(now["params"], reference["params"], before["params"], grads, strict=True)
+        ):
+            entries = [("params", p, q, old)]
+            if now["state"][k] is not None:
+                assert now["state"][k].keys() == reference["state"][k].keys()
+                past = before["state"][k] or {}
+                entries += [
+                    (key, x, reference["state"][k][key], past.get(key, torch.zeros_like(x)))
+                    for key, x in now["state"][k].items()
+                ]
+            for key, x, y, was in entries:
+                if x.numel():
+                    far = ulps(x, y, was, *([g] if key in ("exp_avg", "grad_avg", "momentum_buffer") else []))
+                    worst[key] = max(worst.get(key, 0.0), far.max().item())
+        copy_to(theirs, ours)
+        after()
+    return worst
