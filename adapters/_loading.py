@@ -42,12 +42,21 @@ def load(optimizer: "ChainOptimizer", state_dict: dict[str, Any], by_name: bool,
         for p in group["params"]:
             if p in saved_state:
                 state[p] = _state(saved_state[p], p, names[p], slots, group)
+    _pack(state)
     for k, v in state_dict["state"].items():  # what belongs to no parameter is kept, as torch keeps it
         if k not in id_map and not by_name:
             state[k] = v
     optimizer.__setstate__({"state": state, "param_groups": groups})
     for after in optimizer._optimizer_load_state_dict_post_hooks.values():
         after(optimizer)
+
+
+def _pack(state: dict[Any, Any]) -> None:
+    """Lays the tensors of every slot side by side, as those that a first step makes are."""
+    for key in dict.fromkeys(k for s in state.values() if isinstance(s, dict) for k in s):
+        holders = [s for s in state.values() if isinstance(s, dict) and isinstance(s.get(key), torch.Tensor)]
+        for s, x in zip(holders, leafwise.pack([s[key] for s in holders]), strict=True):
+            s[key] = x
 
 
 def _match_positions(live: list[dict[str, Any]], saved: list[dict[str, Any]]) -> dict[Any, Any]:

@@ -5,6 +5,9 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+from operator import attrgetter, is_
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
@@ -52,6 +55,30 @@ def _(
     return None
 
 
+def _same(old: list[Any], new: list[Any]) -> bool:
+    """Whether lists hold the very same objects."""
+    return len(old) == len(new) and all(map(is_, old, new))
+
+
+@dataclass
+class _Runtime:
+    """What an optimizer remembers between steps: it makes them faster, and is made anew where it is missing.
+
+    Args:
+      leafwise: runs the steps.
+      templates: chains by switches.
+      leaves: the parameters of the last step and their states.
+      keys: the keys of the optimizer's state then.
+      values: its values.
+    """
+
+    leafwise: Leafwise = field(default_factory=Leafwise)
+    templates: dict[tuple[Hashable, ...], Template] = field(default_factory=dict)
+    leaves: Leaves | None = None
+    keys: list[Any] = field(default_factory=list)
+    values: list[Any] = field(default_factory=list)
+
+
 class ChainOptimizer(Optimizer):
     """What the optimizers of this package have in common: a step is one run of a chain over all parameter groups.
 
@@ -69,23 +96,18 @@ class ChainOptimizer(Optimizer):
         """The chain for some switches."""
         raise TypeError(f"{type(self).__name__} has no chain; use TransformOptimizer(params, tx).")
 
-    # what is remembered between steps makes them faster and nothing else; it is made anew where it is missing
-
     @property
-    def _leafwise(self) -> Leafwise:
-        found = self.__dict__.get("_runtime")
-        if found is None:
-            found = self.__dict__["_runtime"] = (Leafwise(), {})
-        return found[0]
+    def _runtime(self) -> "_Runtime":
+        found = self.__dict__.get("_remembered")
+        if not isinstance(found, _Runtime):
+            found = self.__dict__["_remembered"] = _Runtime()
+        return found
 
     def _template_of(self, group: Mapping[str, Any]) -> Template:
-        switches = self._switches(group)
-        self._leafwise  # noqa: B018
-        known: dict[Any, Template] = self.__dict__["_runtime"][1]
-        template = known.get(switches)
-        if template is None:
-            template = known[switches] = self._template(switches)
-        return template
+        switches, known = self._switches(group), self._runtime.templates
+        if switches not in known:
+            known[switches] = self._template(switches)
+        return known[switches]
 
     def step(self, closure: Callable[[], Any] | None = None, **extra: Any) -> Any:
         """Takes a step.
@@ -124,27 +146,38 @@ class ChainOptimizer(Optimizer):
         """All parameters with their gradients and states, and which of the states are new."""
         if "_averaged" in self.__dict__:
             raise RuntimeError("step was called inside `averaged_params()`, where parameters are averages.")
-        params: list[torch.Tensor] = []
-        kinds: list[int] = []
-        owners: list[int] = []
         templates: list[Template] = []
+        kind_of: list[int] = []
         for g, group in enumerate(self.param_groups):
             lr = group.get("lr")
             if type(lr) is float and not math.isfinite(lr):
                 raise ValueError(f"lr of parameter group {g} is {lr}, expected a finite number.")
             template = self._template_of(group)
-            if not any(template is t for t in templates):
+            kind = next((k for k, t in enumerate(templates) if t is template), len(templates))
+            if kind == len(templates):
                 templates.append(template)
-            members = group["params"]
-            params += members
-            kinds += [next(k for k, t in enumerate(templates) if t is template)] * len(members)
-            owners += [g] * len(members)
-        states: list[Any] = [self.state.get(p) for p in params]
-        fresh = [i for i, state in enumerate(states) if state is None]
+            kind_of.append(kind)
+        members = [group["params"] for group in self.param_groups]
+        params: list[torch.Tensor] = list(chain.from_iterable(members))
+        keys, values = list(self.state), list(self.state.values())
+        last = self._runtime
+        same = last.leaves is not None and _same(last.keys, keys) and _same(last.values, values)
+        states: list[Any]
+        fresh: list[int]
+        if last.leaves is not None and same and _same(last.leaves.params, params):
+            states, ids, fresh = last.leaves.states, last.leaves.ids, []
+        else:  # asking a dict for a tensor takes longer than all of the above
+            states = [self.state.get(p) for p in params]
+            ids, fresh = list(map(id, params)), [i for i, state in enumerate(states) if state is None]
         for i in fresh:
             states[i] = {}
-        ids = list(map(id, params))
-        return templates, Leaves(self._names, params, [p.grad for p in params], states, kinds, owners, ids), fresh
+        kinds = [k for k, group in zip(kind_of, members, strict=True) for _ in group]
+        owners = [g for g, group in enumerate(members) for _ in group]
+        grads = list(map(attrgetter("grad"), params))
+        leaves = Leaves(self._names, params, grads, states, kinds, owners, ids)
+        if not fresh:
+            last.leaves, last.keys, last.values = leaves._replace(grads=[]), keys, values
+        return templates, leaves, fresh
 
     def _run_on(self, templates: list[Template], leaves: Leaves, extra: dict[str, Any]) -> None:
         guarded = getattr(self, "found_inf", None) is not None or getattr(self, "grad_scale", None) is not None
@@ -153,12 +186,12 @@ class ChainOptimizer(Optimizer):
                 x = getattr(self, name, None)
                 extra[name] = default if x is None else x.reshape(()) if isinstance(x, torch.Tensor) else x
         try:
-            self._leafwise.step(templates, leaves, self.param_groups, extra, guarded)
+            self._runtime.leafwise.step(templates, leaves, self.param_groups, extra, guarded)
         except TypeError:
             if not any(g is not None and g.layout is not torch.strided for g in leaves.grads):
                 raise
             leaves = leaves._replace(grads=self._dense(leaves.grads))
-            self._leafwise.step(templates, leaves, self.param_groups, extra, guarded)
+            self._runtime.leafwise.step(templates, leaves, self.param_groups, extra, guarded)
 
     # Inside torch.compile the step is one operation that the compiler does not look into. What it looks into is how
     # its arguments are collected, and it runs a method called `_init_group` in Python, once, while it traces.
@@ -188,7 +221,7 @@ class ChainOptimizer(Optimizer):
     ) -> int:
         """Appends a group's tensors to lists, and returns what the compiled step finds this optimizer by."""
         templates, leaves, fresh = self._gather()
-        self._leafwise.prepare(templates, leaves, self.param_groups)
+        self._runtime.leafwise.prepare(templates, leaves, self.param_groups)
         for i in fresh:
             if leaves.states[i]:
                 self.state[leaves.params[i]] = leaves.states[i]
@@ -205,6 +238,7 @@ class ChainOptimizer(Optimizer):
     ) -> None:
         """Takes a step on tensors that stand for this optimizer's own, in the order of `_init_group`."""
         templates, leaves, _ = self._gather()
+        leaves = leaves._replace(params=list(leaves.params), states=list(leaves.states))
         given = iter(zip(params, grads, strict=True))
         tensors = iter(state)
         for i, g in enumerate(leaves.grads):
@@ -249,7 +283,7 @@ class ChainOptimizer(Optimizer):
         load(self, state_dict, by_name, strict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.pop("_runtime", None)
+        self.__dict__.pop("_remembered", None)
         super().__setstate__(state)
 
     @contextlib.contextmanager

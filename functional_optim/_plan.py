@@ -16,7 +16,7 @@ from ._fuse import Counting, Part, Recipe, Source, fuse_all
 from ._spec import Bound, Slot, slot
 from ._tree import Spec, Tree, View, at, check_fit, check_leaf, difference, flatten, leaves_like, paths
 from .kernels import Column, Shard
-from .kernels.guard import Guard
+from .kernels.guard import Guard, Ledger
 from .kernels.layout import Extents, compute_dtype, repeats, span, walk_together
 from .kernels.plan import Signature
 from .kernels.program import Level
@@ -59,7 +59,8 @@ def locate(lists: Lists, keys: Sequence[Any], addresses: Sequence[int]) -> None:
     """Keeps addresses that have been found with the columns that they are of, one after another."""
     start = 0
     for key in keys:
-        lists[key] = Column.located(lists[key], addresses[start : start + len(lists[key])])
+        part = addresses[start : start + len(lists[key])]
+        lists[key] = Column.located(lists[key], struct.pack(f"{len(part)}q", *part))
         start += len(lists[key])
 
 
@@ -265,15 +266,42 @@ class Prepared:
             if bound.counted and any(segment.links[k].seen[i] for i in self.present)
         ]
         self.disjoint: Disjoint | None = None
+        self.ledger: Ledger | None = None
 
     def holds(self, plan: "Plan", lists: Lists) -> bool:
         """Whether these leaves are like those it was prepared for."""
         if self.present != plan.present or self.first != plan.first:
             return False
+        if self.ledger is not None and self.whole is not None:
+            if self.ledger.holds([lists[key] for key in self.whole]):
+                for key, packed in zip(self.whole, self.ledger.packed, strict=True):
+                    lists[key] = Column.located(lists[key], packed)
+                return True
+            self.ledger = None
         addresses = self.guard.addresses(self.tensors(lists))
         if addresses and self.whole is not None:
             locate(lists, self.whole, addresses)
         return addresses is not None
+
+    def remember(self, lists: Lists) -> None:
+        """Takes the state for in order as it is now, after a step in place."""
+        if self.ledger is not None:
+            self.ledger.refresh()
+        elif self.whole is not None and self.guard.plain:
+            self.ledger = Ledger([lists[key] for key in self.whole])
+
+    def written(self, results: Sequence[Sequence[Column]]) -> list[torch.Tensor]:
+        """Tensors whose versions cover all that groups have written."""
+        if self.ledger is None:
+            return [x for columns in results for column in columns for x in column]
+        params = [
+            x
+            for group, columns in zip(self.groups, results, strict=True)
+            for output, column in zip(group.signature.program.outputs, columns, strict=True)
+            if output.name == "params"
+            for x in column
+        ]
+        return [*params, *self.ledger.owners]
 
     def tensors(self, lists: Lists) -> list[Any]:
         """The tensors that must stay alike."""

@@ -304,6 +304,7 @@ def reference_reason(plan: Plan, prepared: Prepared, tables: Sequence[Any], seen
 def compute(prepared: Prepared, tables: Sequence[Any], lists: Lists, donate: bool, reference: bool) -> None:
     """Evaluates the programs of a segment and puts what they write into `lists`."""
     results: dict[int, list[Column]] = {}
+    bare: list[int] = []  # groups written to behind torch's back
     by_device: dict[torch.device | None, list[int]] = {}
     for k, group in enumerate(prepared.groups):
         by_device.setdefault(None if reference else group.device, []).append(k)
@@ -313,14 +314,17 @@ def compute(prepared: Prepared, tables: Sequence[Any], lists: Lists, donate: boo
         if backend in ("c", "triton"):
             try:
                 done = _run_kernels(backend, groups, [tables[k] for k in members], lists, donate)
-                if donate and prepared.tracks_versions:
-                    torch.autograd.graph.increment_version([x for columns in done for c in columns for x in c])
+                bare += members
             except BuildError as error:
                 give_up(backend, str(error))
                 backend = "foreach"
         if backend in ("reference", "foreach"):
             done = BACKENDS[backend]([_call(g, tables[k], lists, donate) for g, k in zip(groups, members, strict=True)])
         results.update(zip(members, done, strict=True))
+    if donate and prepared.tracks_versions and len(bare) == len(prepared.groups):
+        torch.autograd.graph.increment_version(prepared.written([results[k] for k in range(len(results))]))
+    elif donate and prepared.tracks_versions:
+        torch.autograd.graph.increment_version([x for k in bare for column in results[k] for x in column])
     if not donate:  # the caller's lists are left as they are
         for group in prepared.groups:
             for places in group.outputs:

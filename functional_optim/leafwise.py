@@ -6,12 +6,13 @@ options, a mapping that `Option` looks things up in. All leaves still share one 
 options are.
 """
 
+import contextlib
 import functools
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from operator import is_
+from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ from ._spec import Option as Option
 from ._tree import View, flatten, leaves_like, paths, unflatten
 from .kernels import Column, Shard
 from .kernels.guard import PLAIN
+from .kernels.layout import pack as pack
 
 
 Path = tuple[int | str, ...]
@@ -422,16 +424,21 @@ def _columns(
       made: takes what has been made.
       new: takes the leaves that something whose first step counts has been made for.
     """
+    everyone = len(layout.plan.present) == len(leaves.states)
     for stored in segment.stored:
         key = layout.key(segment, stored)
-        column: list[Any] = [state.get(key) for state in leaves.states]
-        if None in column:
-            for i in layout.plan.present:
-                if stored.seen[i] and column[i] is None:
-                    made.append((leaves.states[i], key))
-                    column[i] = leaves.states[i][key] = _make(segment, stored, leaves, i, options)
-                    if stored.key != "step" and segment.bounds[stored.key[0]].rule.uses_first:
-                        new.add(leaves.ids[i])
+        column: list[Any] | None = None
+        if everyone:
+            with contextlib.suppress(KeyError):
+                column = list(map(itemgetter(key), leaves.states))
+        if column is None:
+            column = [state.get(key) for state in leaves.states]
+            missing = [i for i in layout.plan.present if stored.seen[i] and column[i] is None]
+            for i, x in zip(missing, pack([_make(segment, stored, leaves, i, options) for i in missing]), strict=True):
+                made.append((leaves.states[i], key))
+                column[i] = leaves.states[i][key] = x
+                if stored.key != "step" and segment.bounds[stored.key[0]].rule.uses_first:
+                    new.add(leaves.ids[i])
         for i in layout.foreign:
             if column[i] is not None and column[i].ndim:
                 column[i] = local(column[i])
@@ -471,6 +478,8 @@ def run_segment(
     if donate:
         prepared.check_overlap(plan, lists)
     compute(prepared, tables, lists, donate, bool(reference))
+    if donate and not reference and not layout.foreign:
+        prepared.remember(lists)
     for key, column in before.items():
         for i in plan.present:
             if lists[key][i] is not column[i]:

@@ -8,6 +8,7 @@ Reductions give the same bits for any number of threads: a chunk sums blocks of 
 double precision, and the next pass adds the chunks in order.
 """
 
+import functools
 import math
 
 import torch
@@ -206,6 +207,7 @@ class _Emitter:
             lines += [f"  l->of_row[r * {nr} + {k}] = u{i};" for k, i in enumerate(self.row_kept)]
             lines.append("}")
         if nl:
+            lines += self.before_leaves()
             lines.append("for (int64_t leaf = 0; leaf < l->n_leaves; ++leaf) {")
             lines += ["  " + x for x in self.leaf_lines()]
             lines += [f"  l->of_leaf[leaf * {nl} + {k}] = u{i};" for k, i in enumerate(self.leaf_kept)]
@@ -226,11 +228,33 @@ class _Emitter:
             lines.append("free(uniforms);")
         return lines
 
+    @functools.cached_property
+    def repeated(self) -> list[int]:
+        """Values of a leaf that are those of the leaf before it, if both have the same row and stored numbers."""
+        values, found = self.program.values, set[int]()
+        for i in self.per_leaf:
+            own = [a for a in values[i].args if values[a].level is Level.LEAF]
+            if values[i].op == "leaf" or (values[i].op in OPS and all(a in found for a in own)):
+                found.add(i)
+        computed = any(values[i].op in OPS for i in found)
+        return [i for i in self.per_leaf if i in found] if computed else []
+
+    def before_leaves(self) -> list[str]:
+        if not self.repeated:
+            return []
+        return ["int64_t last = -1;", f"double {', '.join(f'u{i} = 0' for i in self.repeated)};"]
+
     def leaf_lines(self) -> list[str]:
-        nr = len(self.row_kept)
-        lines = ["const int64_t r = l->leaf_row[leaf];"] if nr else []
+        values, nr = self.program.values, len(self.row_kept)
+        lines = ["const int64_t r = l->leaf_row[leaf];"] if nr or self.repeated else []
         lines += [f"const double u{i} = l->of_row[r * {nr} + {k}];" for k, i in enumerate(self.row_kept)]
-        return lines + [f"const double u{i} = {self.uniform(i)};" for i in self.per_leaf]
+        stored = [i for i in self.repeated if values[i].op == "leaf"]
+        lines += [f"const double new{i} = {self.uniform(i)};" for i in stored]
+        if self.repeated:
+            lines.append(f"if (!({' && '.join(['r == last', *(f'new{i} == u{i}' for i in stored)])})) {{")
+            lines += [f"  u{i} = {f'new{i}' if i in stored else self.uniform(i)};" for i in self.repeated]
+            lines += ["  last = r;", "}"]
+        return lines + [f"const double u{i} = {self.uniform(i)};" for i in self.per_leaf if i not in self.repeated]
 
     def kept(self, i: int) -> str:
         """Where a uniform value was left by the prologue."""

@@ -20,11 +20,10 @@ class Column(list[torch.Tensor]):
     """A tensor per leaf."""
 
     @classmethod
-    def located(cls, tensors: Iterable[torch.Tensor], addresses: Sequence[int]) -> "Column":
+    def located(cls, tensors: Iterable[torch.Tensor], addresses: bytes) -> "Column":
         """A column whose addresses are known."""
         column = cls(tensors)
-        if addresses:
-            column.__dict__["addresses"] = struct.pack(f"{len(addresses)}q", *addresses)
+        column.__dict__["addresses"] = addresses
         return column
 
     @cached_property
