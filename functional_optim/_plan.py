@@ -6,7 +6,7 @@ This is where wrong shapes, dtypes and devices are refused, with the path of the
 import functools
 import itertools
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -110,6 +110,12 @@ class Group(NamedTuple):
     copied: tuple[int, ...]
     shard: Shard | None
     wholes: tuple[int, ...]
+
+    def target(self, output: int, lists: Lists) -> Column | None:
+        """What a step in place writes an output to; updates, which may be gradients, are always new tensors."""
+        if self.signature.program.outputs[output].name == "updates":
+            return None
+        return self.outputs[output].gather(lists)
 
 
 class Stored(NamedTuple):
@@ -317,7 +323,8 @@ class Prepared:
         """
         if any(g.device.type == "meta" for g in self.groups):
             return
-        columns = [c.gather(lists) for g in self.groups for c in g.outputs]
+        targets = [[g.target(k, lists) for k in range(len(g.outputs))] for g in self.groups]
+        columns = [c for outs in targets for c in outs if c is not None]
         reads = [updates_of(g, lists) for g in self.groups]
         written, read = b"".join(c.addresses for c in columns), b"".join(c.addresses for c in reads)
         known = self.disjoint  # of this or another thread, so looked at once
@@ -328,8 +335,9 @@ class Prepared:
         else:
             named = [
                 (f"{_label(g, k)}{at(plan.paths[i])}", x)
-                for g, outs in _per_group(self.groups, columns)
+                for g, outs in zip(self.groups, targets, strict=True)
                 for k, column in enumerate(outs)
+                if column is not None
                 for i, x in zip(g.leaves, column, strict=True)
             ]
             repeated = next((name for name, x in named if repeats(x)), None)
@@ -351,13 +359,6 @@ class Prepared:
                 f"Pass a tied parameter once, clone one of the two, or use donate=False."
             )
         self.disjoint = Disjoint(written, read, extents, spans)
-
-
-def _per_group(groups: Sequence[Group], columns: Sequence[Column]) -> Iterator[tuple[Group, Sequence[Column]]]:
-    start = 0
-    for g in groups:
-        yield g, columns[start : start + len(g.outputs)]
-        start += len(g.outputs)
 
 
 def _label(group: Group, output: int) -> str:

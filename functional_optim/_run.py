@@ -341,7 +341,7 @@ def _call(group: Group, table: Any, lists: Lists, donate: bool) -> Call:
         group.signature,
         updates_of(group, lists),
         [places.gather(lists) for places in group.inputs],
-        [places.gather(lists) if donate else None for places in group.outputs],
+        [group.target(k, lists) if donate else None for k in range(len(group.outputs))],
         table,
         group.rows,
         group.sizes,

@@ -458,13 +458,13 @@ def run_segment(
     """Runs fused transformations over leaves."""
     plan = layout.plan
     plan.first = first
+    for name, schedule in _hosts(segment):
+        lists[name] = _host_column(name, schedule, leaves, plan)
     prepared = None if seen else next((p for p in segment.recent if p.holds(plan, lists)), None)
     if prepared is None:
         prepared = Prepared(segment, plan, lists)
         if not seen:
             segment.recent = [prepared, *segment.recent[: Leafwise.KEEP - 1]]
-    for name, schedule in _hosts(segment):
-        lists[name] = _host_column(name, schedule, leaves, plan)
     tables = [
         [
             [_scalar(source, options[owner], is_first, extra) for source in row]
