@@ -16,11 +16,13 @@ from ._fuse import Counting, Part, Recipe, Source, fuse_all
 from ._spec import Bound, Slot, slot
 from ._tree import Spec, Tree, View, at, check_fit, check_leaf, difference, flatten, leaves_like, paths
 from .kernels import Column, Shard
-from .kernels.guard import Guard, Ledger
+from .kernels.guard import Guard
 from .kernels.layout import Extents, compute_dtype, repeats, span, walk_together
 from .kernels.plan import Signature
 from .kernels.program import Level
 
+
+KEEP = 8  # how many kinds of trees a transformation is remembered for
 
 SlotKey = tuple[int, str]
 Lists = dict[Any, Column]  # "updates", "params" and slots -> a leaf's tensor at its position in the tree
@@ -158,6 +160,15 @@ class Segment:
         self.slots: list[SlotKey] = [(k, name) for k, bound in self.bounds.items() for name in bound.rule.slots]
         self.recent: list[Prepared] = []
 
+    def prepare(self, plan: "Plan", lists: Lists, remember: bool) -> "Prepared":
+        """What the segment is prepared for such leaves."""
+        found = next((p for p in self.recent if p.holds(plan, lists)), None) if remember else None
+        if found is None:
+            found = Prepared(self, plan, lists)
+            if remember:
+                self.recent = [found, *self.recent[: KEEP - 1]]
+        return found
+
     @functools.cached_property
     def kinds(self) -> list[tuple[int, ...]]:
         """For each leaf, the transformations that see it, and how it counts: leaves of a kind share a program."""
@@ -272,34 +283,31 @@ class Prepared:
             if bound.counted and any(segment.links[k].seen[i] for i in self.present)
         ]
         self.disjoint: Disjoint | None = None
-        self.ledger: Ledger | None = None
+        self.shared: tuple[tuple[list[int], bytes], list[int]] | None = None
 
     def holds(self, plan: "Plan", lists: Lists) -> bool:
         """Whether these leaves are like those it was prepared for."""
         if self.present != plan.present or self.first != plan.first:
             return False
-        if self.ledger is not None and self.whole is not None:
-            if self.ledger.holds([lists[key] for key in self.whole]):
-                for key, packed in zip(self.whole, self.ledger.packed, strict=True):
-                    lists[key] = Column.located(lists[key], packed)
-                return True
-            self.ledger = None
         addresses = self.guard.addresses(self.tensors(lists))
         if addresses and self.whole is not None:
             locate(lists, self.whole, addresses)
         return addresses is not None
 
-    def remember(self, lists: Lists) -> None:
-        """Takes the state for in order as it is now, after a step in place."""
-        if self.ledger is not None:
-            self.ledger.refresh()
-        elif self.whole is not None and self.guard.plain:
-            self.ledger = Ledger([lists[key] for key in self.whole])
+    def versioned(self, lists: Lists, results: Sequence[Sequence[Column]]) -> list[torch.Tensor]:
+        """Tensors whose versions stand for all that groups have written in place.
 
-    def written(self, results: Sequence[Sequence[Column]]) -> list[torch.Tensor]:
-        """Tensors whose versions cover all that groups have written."""
-        if self.ledger is None:
+        Parts of one tensor share a version, so one of them is enough. To ask a thousand tensors what they are part
+        of takes as long as to count their versions up, so the answer is kept while they are the same.
+        """
+        if self.whole is None or not self.guard.plain:
             return [x for columns in results for column in columns for x in column]
+        columns = [lists[key] for key in self.whole if key != "updates"]
+        stored = list(itertools.chain.from_iterable(columns))
+        known = list(map(id, stored)), b"".join(column.addresses for column in columns)
+        if self.shared is None or self.shared[0] != known:
+            owners = {id(x if x._base is None else x._base): k for k, x in enumerate(stored)}
+            self.shared = known, list(owners.values())
         params = [
             x
             for group, columns in zip(self.groups, results, strict=True)
@@ -307,7 +315,7 @@ class Prepared:
             if output.name == "params"
             for x in column
         ]
-        return [*params, *self.ledger.owners]
+        return [*params, *[stored[k] for k in self.shared[1]]]
 
     def tensors(self, lists: Lists) -> list[Any]:
         """The tensors that must stay alike."""

@@ -7,10 +7,12 @@ from typing import Any, overload
 
 import torch
 
+from ._backend import transforming
 from ._base import GradientTransformation, Link
 from ._run import run
 from ._spec import Bound, Range, Rule, Slot, restore_state
 from ._tree import Tree, View, check_leaf, paths, show
+from .kernels.layout import pack
 
 
 EMPTY = inspect.Parameter.empty
@@ -50,7 +52,10 @@ class RuleTransformation(Fusible):
 
     def _init(self, view: View) -> Any:
         rule, values = self.bound.rule, self.bound.values
-        fields = {name: view.map(functools.partial(s.make, hypers=values)) for name, s in rule.slots.items()}
+        fields = {}
+        for name, slot in rule.slots.items():
+            made = [slot.make(x, values) if seen else x for x, seen in zip(view.leaves, view.seen, strict=True)]
+            fields[name] = view.tree(made if transforming() else pack(made))
         if self.bound.counted:
             device = next((x.device for x, seen in zip(view.leaves, view.seen, strict=True) if seen), None)
             fields["count"] = torch.zeros((), dtype=torch.int64, device=device)

@@ -14,7 +14,7 @@ import torch
 from ._backend import choose_backend, give_up, transforming
 from ._base import GradientTransformation, Link
 from ._fuse import Source
-from ._plan import Group, Lists, Plan, Prepared, Segment, get_state, lists_of, updates_of
+from ._plan import KEEP, Group, Lists, Plan, Prepared, Segment, get_state, lists_of, updates_of
 from ._spec import Bound
 from ._tree import MaskedNode, Spec, Tree, View, at, check_fit, difference, flatten, leaves_like, unflatten
 from .kernels import BACKENDS, BuildError, Call, Column
@@ -22,8 +22,6 @@ from .kernels import BACKENDS, BuildError, Call, Column
 
 class Executor:
     """Runs one transformation; remembers the plans of its last trees."""
-
-    KEEP = 8
 
     def __init__(self, tx: GradientTransformation, apply: bool) -> None:
         self.tx, self.apply = tx, apply
@@ -59,7 +57,7 @@ class Executor:
                     return plan, lists
         plan = Plan.of(self.tx, self.apply, updates, params)
         if remember:
-            self.plans = [plan, *self.plans[: self.KEEP - 1]]
+            self.plans = [plan, *self.plans[: KEEP - 1]]
         return plan, lists_of(plan.spec, updates, params)
 
     @staticmethod
@@ -191,11 +189,7 @@ def run_segment(
     states = segment.states(state)
     for k, name in segment.slots:
         lists[k, name] = _slot_leaves(plan, segment.bounds[k], name, getattr(states[k], name))
-    prepared = None if seen else next((p for p in segment.recent if p.holds(plan, lists)), None)
-    if prepared is None:
-        prepared = Prepared(segment, plan, lists)
-        if not seen:
-            segment.recent = [prepared, *segment.recent[: Executor.KEEP - 1]]
+    prepared = segment.prepare(plan, lists, remember=not seen)
     tables = [[_scalars(row, segment, states, extra) for row in g.sources] for g in prepared.groups]
     reference = reference_reason(plan, prepared, tables, seen)
     if any(states[k].count.is_meta for k in prepared.moving) and not any(
@@ -322,7 +316,7 @@ def compute(prepared: Prepared, tables: Sequence[Any], lists: Lists, donate: boo
             done = BACKENDS[backend]([_call(g, tables[k], lists, donate) for g, k in zip(groups, members, strict=True)])
         results.update(zip(members, done, strict=True))
     if donate and prepared.tracks_versions and len(bare) == len(prepared.groups):
-        torch.autograd.graph.increment_version(prepared.written([results[k] for k in range(len(results))]))
+        torch.autograd.graph.increment_version(prepared.versioned(lists, [results[k] for k in range(len(results))]))
     elif donate and prepared.tracks_versions:
         torch.autograd.graph.increment_version([x for k in bare for column in results[k] for x in column])
     if not donate:  # the caller's lists are left as they are

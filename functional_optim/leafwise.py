@@ -21,7 +21,7 @@ from ._backend import transforming
 from ._base import GradientTransformation, Link
 from ._chain import Chain
 from ._fuse import Counting, Source
-from ._plan import Lists, Plan, Prepared, Segment, Stored
+from ._plan import Lists, Plan, Segment, Stored
 from ._rule import RuleTransformation
 from ._run import (
     compute as compute,
@@ -460,11 +460,7 @@ def run_segment(
     plan.first = first
     for name, schedule in _hosts(segment):
         lists[name] = _host_column(name, schedule, leaves, plan)
-    prepared = None if seen else next((p for p in segment.recent if p.holds(plan, lists)), None)
-    if prepared is None:
-        prepared = Prepared(segment, plan, lists)
-        if not seen:
-            segment.recent = [prepared, *segment.recent[: Leafwise.KEEP - 1]]
+    prepared = segment.prepare(plan, lists, remember=not seen)
     tables = [
         [
             [_scalar(source, options[owner], is_first, extra) for source in row]
@@ -478,8 +474,6 @@ def run_segment(
     if donate:
         prepared.check_overlap(plan, lists)
     compute(prepared, tables, lists, donate, bool(reference))
-    if donate and not reference and not layout.foreign:
-        prepared.remember(lists)
     for key, column in before.items():
         for i in plan.present:
             if lists[key][i] is not column[i]:

@@ -1,8 +1,6 @@
 """Whether tensors still are what tables were prepared for: type, dtype, shape, strides, device, requires_grad."""
 
-import struct
 from collections.abc import Sequence
-from operator import is_
 from typing import Any
 
 import torch
@@ -80,47 +78,3 @@ class Guard:
             isinstance(x, torch.Tensor) and self._key(x) == key for x, key in zip(tensors, self.metas, strict=True)
         )
         return [] if same else None
-
-
-class Ledger:
-    """Remembers tensors that were in order, and sees sooner than `Guard` that they still are.
-
-    The very same tensors are in order while nobody has changed them in place, which their versions show, and while
-    they are where they were, which rules out what versions do not show: `x.data = ...` and `torch.utils.swap_tensors`.
-    Tensors that share memory share a version, so that of a column packed by `layout.pack` is one number. It keeps the
-    tensors alive.
-
-    Args:
-      columns: the tensors.
-
-    Example:
-      >>> x = torch.zeros(2)
-      >>> ledger = Ledger([[x]])
-      >>> ledger.holds([[x]]), ledger.holds([[x.clone()]]), ledger.holds([[x.add_(1)]])
-      (True, False, False)
-    """
-
-    def __init__(self, columns: Sequence[Sequence[torch.Tensor]]) -> None:
-        self.columns = columns
-        self.addresses = [list(map(torch.Tensor.data_ptr, column)) for column in columns]
-        self.packed = [struct.pack(f"{len(column)}q", *column) for column in self.addresses]
-        owners = {id(x): x for column in columns for x in (y if y._base is None else y._base for y in column)}
-        self.owners = list(owners.values())
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Takes the present versions for those that are in order."""
-        self.versions = [x._version for x in self.owners]
-
-    def holds(self, columns: Sequence[Sequence[Any]]) -> bool:
-        """Whether these are the same tensors, and nobody has touched them."""
-        return (
-            all(
-                len(new) == len(old) and all(map(is_, new, old)) for new, old in zip(columns, self.columns, strict=True)
-            )
-            and [x._version for x in self.owners] == self.versions
-            and all(
-                list(map(torch.Tensor.data_ptr, column)) == addresses
-                for column, addresses in zip(columns, self.addresses, strict=True)
-            )
-        )

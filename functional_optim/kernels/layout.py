@@ -138,6 +138,7 @@ def pack(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     result = list(tensors)
     alike: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for k, x in enumerate(tensors):
+        # what is not a tensor, or none of torch's own kind, stays as it is
         small = type(x) is torch.Tensor and x.layout is torch.strided and 0 < x.numel() <= SMALL
         if small and x.is_contiguous() and not (x.is_meta or x.is_neg() or x.is_conj() or x.requires_grad):
             alike.setdefault((x.dtype, x.device), []).append(k)
