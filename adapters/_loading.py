@@ -1,5 +1,6 @@
 """Loading the state of an optimizer: matching parameters, refusing what does not fit, casting."""
 
+import warnings
 from collections import defaultdict
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
@@ -127,6 +128,13 @@ def _state(saved: Any, p: torch.Tensor, name: str, slots: dict[str, Any], group:
         raise ValueError(
             f"the saved state of {name!r} has {', '.join(map(repr, saved))}, expected "
             f"{', '.join(map(repr, slots))}: another chain or other options made it."
+        )
+    unknown = [k for k in saved if k not in slots and k != "step" and not str(k).startswith("transformation_")]
+    if unknown and "chain" in group:
+        warnings.warn(
+            f"the saved state of {name!r} has {', '.join(map(repr, unknown))}, which the chain does not know; "
+            f"it is kept.",
+            stacklevel=5,
         )
     return {k: _cast(k, v, p, name, slots.get(k)) for k, v in saved.items()}
 

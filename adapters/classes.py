@@ -75,14 +75,16 @@ class Adam(ChainOptimizer, torch.optim.Adam):  # type: ignore[misc]
     """
 
     def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
+        # decoupled decay by 0 is exact, so groups without decay share the others' kernel; an L2 penalty by 0 is not
         decoupled = bool(group.get("decoupled_weight_decay"))
-        return bool(group["maximize"]), _nonzero(group["weight_decay"]), decoupled, bool(group["amsgrad"])
+        l2 = not decoupled and _nonzero(group["weight_decay"])
+        return bool(group["maximize"]), l2, decoupled, bool(group["amsgrad"])
 
     def _template(self, switches: tuple[Any, ...]) -> Template:
-        maximize, decay, decoupled, amsgrad = switches
+        maximize, l2, decoupled, amsgrad = switches
         step = (rules.amsgrad_step if amsgrad else rules.adam_step)(LR, B1, B2, EPS)
-        last = [rules.decay_then_add(LR, DECAY)] if decay and decoupled else []
-        return template(fo.chain(*_before(maximize, decay and not decoupled), step, *last), self.SLOTS)
+        last = [rules.decay_then_add(LR, DECAY)] if decoupled else []
+        return template(fo.chain(*_before(maximize, l2), step, *last), self.SLOTS)
 
 
 class AdamW(Adam, torch.optim.AdamW):  # type: ignore[misc]
@@ -155,7 +157,7 @@ class _Betas(ChainOptimizer):
             self._step_supports_amp_scaling = True
 
     def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
-        return bool(group["maximize"]), _nonzero(group["weight_decay"])
+        return (bool(group["maximize"]),)
 
 
 class Lion(_Betas):
@@ -218,10 +220,8 @@ class Lion(_Betas):
         super().__init__(params, defaults)
 
     def _template(self, switches: tuple[Any, ...]) -> Template:
-        maximize, decay = switches
-        parts = [fo.add_decayed_weights(DECAY)] if decay else []
-        chain = fo.chain(*_before(maximize, False), fo.scale_by_lion(B1, B2), *parts, fo.scale_by_learning_rate(LR))
-        return template(chain, self.SLOTS)
+        parts = [fo.scale_by_lion(B1, B2), fo.add_decayed_weights(DECAY), fo.scale_by_learning_rate(LR)]
+        return template(fo.chain(*_before(switches[0], False), *parts), self.SLOTS)
 
 
 class LAMB(_Betas):
@@ -287,13 +287,10 @@ class LAMB(_Betas):
         super().__init__(params, defaults)
 
     def _template(self, switches: tuple[Any, ...]) -> Template:
-        maximize, decay = switches
-        parts = [fo.add_decayed_weights(DECAY)] if decay else []
-        chain = fo.chain(
-            *_before(maximize, False),
+        parts = [
             fo.scale_by_adam(B1, B2, EPS),
-            *parts,
+            fo.add_decayed_weights(DECAY),
             fo.scale_by_trust_ratio(),
             fo.scale_by_learning_rate(LR),
-        )
-        return template(chain, self.SLOTS)
+        ]
+        return template(fo.chain(*_before(switches[0], False), *parts), self.SLOTS)

@@ -174,8 +174,7 @@ def local(x: Any) -> Any:
       >>> local(torch.zeros(2, dtype=torch.complex64)).shape
       torch.Size([2, 2])
     """
-    if _distributed(x):
-        x = x.to_local()
+    x = getattr(x, "_local_tensor", x)  # of a DTensor; `to_local` asks autograd first, for microseconds
     return torch.view_as_real(x) if x.is_complex() else x
 
 
@@ -190,6 +189,12 @@ class _Layout:
             k for k, p in enumerate(leaves.params) if p.is_complex() or (type(p) not in PLAIN and local(p) is not p)
         ]
         names = leaves.names()
+        for name, p, g in zip(names, leaves.params, leaves.grads, strict=True):
+            if g is not None and p.is_meta and not transforming():
+                raise RuntimeError(
+                    f"{name} is on meta and has no memory; give it some, with `model.to_empty(device=...)` and "
+                    f"initial values, before the first step."
+                )
         tree = OrderedDict(zip(names, leaves.params, strict=True))
         ordered, spec = flatten(tree)
         view = View(spec, tuple(ordered), (True,) * len(ordered))
@@ -382,16 +387,23 @@ class Leafwise:
             )
         made: list[tuple[dict[str, Any], str]] = []
         new = set(self.new)
+        writes: list[Callable[[], None]] = []  # of all but the last program, which must be known to fit before
+        segments = layout.plan.segments
         try:
-            for segment in layout.plan.segments:
+            for segment in segments:
                 if isinstance(segment, Segment):
                     _columns(segment, layout, lists, leaves, options, made, new)
                     first = [i for i in layout.plan.present if leaves.ids[i] in new] if new else []
-                    run_segment(segment, layout, lists, leaves, options, extra, seen, frozenset(first))
+                    later = None if segment is segments[-1] else writes
+                    run_segment(segment, layout, lists, leaves, options, extra, seen, frozenset(first), later)
                 else:
                     barrier = layout.barriers[id(segment[1])]
                     state = run_barrier(segment[1], layout.plan, lists, barrier.gather(leaves.states), extra)
-                    barrier.scatter(state, leaves.states, layout.plan.present)
+                    if not (guarded and float(extra["found_inf"])):
+                        put = functools.partial(barrier.scatter, state, leaves.states, layout.plan.present)
+                        writes.append(put)
+            for write in writes:
+                write()
         except BaseException:
             for state, key in made:
                 del state[key]
@@ -454,8 +466,9 @@ def run_segment(
     extra: Mapping[str, Any],
     seen: bool,
     first: frozenset[int],
+    later: list[Callable[[], None]] | None = None,
 ) -> None:
-    """Runs fused transformations over leaves."""
+    """Runs fused transformations over leaves, in place; or, if there is a list `later`, leaves the writing to it."""
     plan = layout.plan
     plan.first = first
     for name, schedule in _hosts(segment):
@@ -469,15 +482,26 @@ def run_segment(
         for g in prepared.groups
     ]
     reference = reference_reason(plan, prepared, tables, seen)
-    donate = not reference or not (seen or torch.is_grad_enabled())
+    donate = later is None and (not reference or not (seen or torch.is_grad_enabled()))
     before = {key: lists[key] for key in ("params", *(s.key for s in segment.stored))} if not donate else {}
     if donate:
         prepared.check_overlap(plan, lists)
     compute(prepared, tables, lists, donate, bool(reference))
-    for key, column in before.items():
-        for i in plan.present:
-            if lists[key][i] is not column[i]:
-                column[i].copy_(lists[key][i])
+    pairs = [
+        (column[i], lists[key][i])
+        for key, column in before.items()
+        for i in plan.present
+        if lists[key][i] is not column[i]
+    ]
+    if later is None:
+        _copy(pairs)
+    else:
+        later.append(functools.partial(_copy, pairs))
+
+
+def _copy(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for old, new in pairs:
+        old.copy_(new)
 
 
 def _make(

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from training import EXACT, make_grads, make_params, params_of, take_steps, values
 
 import functional_optim as fo
 from functional_optim import adapters
-from training import EXACT, make_grads, make_params, params_of, take_steps, values
 
 
 SCALE = 8.0  # a power of two: scaling and unscaling are exact

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch.optim import lr_scheduler, swa_utils
+from training import EXACT, make_grads, make_params, params_of, take_step, values
 
 import functional_optim as fo
 from functional_optim import adapters
-from training import EXACT, make_grads, make_params, params_of, take_step, values
 
 
 STEPS = 12
