@@ -17,6 +17,5 @@ from .files import (
 )
 from .optimizer import (
     ChainOptimizer as ChainOptimizer,
-    OptimizerFactory as OptimizerFactory,
     TransformOptimizer as TransformOptimizer,
 )

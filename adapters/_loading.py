@@ -9,6 +9,8 @@ import torch
 
 from functional_optim import leafwise
 
+from ._naming import outside
+
 
 if TYPE_CHECKING:
     from .optimizer import ChainOptimizer
@@ -43,7 +45,8 @@ def load(optimizer: "ChainOptimizer", state_dict: dict[str, Any], by_name: bool,
         for p in group["params"]:
             if p in saved_state:
                 state[p] = _state(saved_state[p], p, names[p], slots, group)
-    _pack(state)
+    if not optimizer.defaults.get("differentiable"):
+        _pack(state)
     for k, v in state_dict["state"].items():  # what belongs to no parameter is kept, as torch keeps it
         if k not in id_map and not by_name:
             state[k] = v
@@ -106,10 +109,11 @@ def _slots(optimizer: "ChainOptimizer", group: dict[str, Any]) -> dict[str, Any]
     """The slots that a group's chain keeps, by key: their declarations and hyper-parameters."""
     template = optimizer._template_of(group)
     rules = leafwise.rules(template.tx)
-    return {
+    slots: dict[str, Any] = {
         key: (rules[path].bound.rule.slots[slot], rules[path].bound.values)
         for (path, slot), key in template.keys.items()
     }
+    return {"step": None, **slots} if slots and any(r.bound.uses_step for r in rules.values()) else slots
 
 
 def _state(saved: Any, p: torch.Tensor, name: str, slots: dict[str, Any], group: dict[str, Any]) -> Any:
@@ -117,24 +121,24 @@ def _state(saved: Any, p: torch.Tensor, name: str, slots: dict[str, Any], group:
     if not isinstance(saved, dict):
         return saved
     saved = {k: v for k, v in saved.items() if not (v is None and k in slots)}
-    present = [k for k in slots if k in saved]
-    if present and len(present) < len(slots):
-        lacking = [k for k in slots if k not in saved]
+    tensors = [k for k in slots if k != "step"]
+    lacking = [k for k in slots if k not in saved]
+    if saved and tensors and not any(k in saved for k in tensors):
+        raise ValueError(
+            f"the saved state of {name!r} has {', '.join(map(repr, saved))}, expected "
+            f"{', '.join(map(repr, tensors))}: another chain or other options made it."
+        )
+    if saved and lacking:
         raise ValueError(
             f"the saved state of {name!r} lacks {', '.join(map(repr, lacking))}; it has "
             f"{', '.join(map(repr, saved))}, so another chain or other options made it."
-        )
-    if saved and slots and not present:
-        raise ValueError(
-            f"the saved state of {name!r} has {', '.join(map(repr, saved))}, expected "
-            f"{', '.join(map(repr, slots))}: another chain or other options made it."
         )
     unknown = [k for k in saved if k not in slots and k != "step" and not str(k).startswith("transformation_")]
     if unknown and "chain" in group:
         warnings.warn(
             f"the saved state of {name!r} has {', '.join(map(repr, unknown))}, which the chain does not know; "
             f"it is kept.",
-            stacklevel=5,
+            stacklevel=outside(),
         )
     return {k: _cast(k, v, p, name, slots.get(k)) for k, v in saved.items()}
 
@@ -163,6 +167,12 @@ def _cast(key: Any, value: Any, p: torch.Tensor, name: str, slot: Any) -> Any:
             chosen = hypers.get(declared.dtype) if isinstance(declared.dtype, str) else declared.dtype
             dtype = chosen or (value.dtype if declared.per_leaf else p.dtype)
         return value.detach().to(dtype=dtype, device=p.device, copy=True)
+    if slot is not None:
+        if not (slot[0].per_leaf and isinstance(value, (int, float))):
+            raise ValueError(
+                f"the saved {key!r} of {name!r} is {type(value).__name__} {value!r:.60}, expected a tensor."
+            )
+        return torch.tensor(float(value), dtype=torch.float32, device=p.device)
     if isinstance(value, dict):
         return {k: _cast(k, v, p, name, None) for k, v in value.items()}
     return deepcopy(value)

@@ -1,5 +1,7 @@
 """Names: which option each hyper-parameter of a chain is, and which key each slot of its state has."""
 
+import os
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -40,6 +42,16 @@ def unique(names: Sequence[str], owners: Sequence[tuple[Path, str]], taken: froz
 def _numbered(name: str) -> Iterator[str]:
     yield name
     yield from (f"{name}_{k}" for k in range(2, 1000))
+
+
+def outside() -> int:
+    """The `stacklevel` of a warning that is about the line which called torch or this package."""
+    files = (fo.__file__, torch.__file__, __file__)
+    own = tuple(os.path.dirname(os.path.realpath(file or "")) for file in files)
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and os.path.realpath(frame.f_code.co_filename).startswith(own):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def template(tx: fo.GradientTransformation, names: Mapping[str, str]) -> Template:

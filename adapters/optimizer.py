@@ -1,6 +1,7 @@
 """`TransformOptimizer`: any chain as a `torch.optim.Optimizer`."""
 
 import contextlib
+import functools
 import inspect
 import math
 import warnings
@@ -18,7 +19,7 @@ import functional_optim as fo
 from functional_optim.leafwise import Leafwise, Leaves, Template
 
 from ._loading import load
-from ._naming import Naming
+from ._naming import Naming, outside
 
 
 # what schedulers and torch itself keep in a group
@@ -176,7 +177,7 @@ class ChainOptimizer(Optimizer):
         grads = list(map(attrgetter("grad"), params))
         leaves = Leaves(self._names, params, grads, states, kinds, owners, ids)
         if not fresh:
-            last.leaves, last.keys, last.values = leaves._replace(grads=[]), keys, values
+            last.leaves, last.keys, last.values = leaves._replace(names=list, grads=[]), keys, values
         return templates, leaves, fresh
 
     def _run_on(self, templates: list[Template], leaves: Leaves, extra: dict[str, Any]) -> None:
@@ -411,7 +412,7 @@ class TransformOptimizer(ChainOptimizer):
                 warnings.warn(
                     f"no transformation of the chain knows {', '.join(map(repr, unknown))} in a parameter group; "
                     f"there are {', '.join(map(repr, self.defaults))}.",
-                    stacklevel=3,
+                    stacklevel=outside(),
                 )
         super().add_param_group(param_group)
 
@@ -432,15 +433,15 @@ class TransformOptimizer(ChainOptimizer):
             self._step_supports_amp_scaling = True
 
     @staticmethod
-    def factory(tx_function: Callable[..., fo.GradientTransformation]) -> "OptimizerFactory":
-        """What makes optimizers of a function that makes chains, for libraries that construct optimizers themselves.
+    def factory(tx_function: Callable[..., fo.GradientTransformation]) -> "type[TransformOptimizer]":
+        """A class of optimizers for a function that makes chains, for libraries that construct optimizers themselves.
 
         Args:
           tx_function: returns a chain, such as `functional_optim.lion`.
 
         Returns:
-          A callable `(params, **arguments)`. Arguments are those of `tx_function`, with `lr` for `learning_rate`, and
-          of `TransformOptimizer`.
+          A subclass that is constructed as `(params, **arguments)`. Arguments are those of `tx_function`, with `lr`
+          for `learning_rate`, and those of `TransformOptimizer`. Its optimizers pickle if `tx_function` does.
 
         Example:
           >>> import torch
@@ -450,25 +451,31 @@ class TransformOptimizer(ChainOptimizer):
           >>> opt.param_groups[0]["b1"]
           0.95
         """
-        return OptimizerFactory(tx_function)
+        return _class_of(tx_function)
 
 
-class OptimizerFactory:
-    """Makes optimizers of a function that makes chains; see `TransformOptimizer.factory`."""
+@functools.cache
+def _class_of(tx_function: Callable[..., fo.GradientTransformation]) -> type[TransformOptimizer]:
+    """The class of `TransformOptimizer.factory`."""
 
-    def __init__(self, tx_function: Callable[..., fo.GradientTransformation]) -> None:
-        self.tx_function = tx_function
-        self.__name__ = self.__qualname__ = getattr(tx_function, "__name__", type(tx_function).__name__)
-        self.__doc__ = tx_function.__doc__
-
-    def __call__(self, params: Any, *args: Any, **arguments: Any) -> TransformOptimizer:
+    def __init__(self: TransformOptimizer, params: Any, *args: Any, **arguments: Any) -> None:
         own = {name: arguments.pop(name) for name in ("maximize", "fused", "differentiable") if name in arguments}
-        if "lr" in arguments and "lr" not in inspect.signature(self.tx_function).parameters:
+        if "lr" in arguments and "lr" not in inspect.signature(tx_function).parameters:
             arguments["learning_rate"] = arguments.pop("lr")
-        return TransformOptimizer(params, self.tx_function(*args, **arguments), **own)
+        TransformOptimizer.__init__(self, params, tx_function(*args, **arguments), **own)
 
-    def __repr__(self) -> str:
-        return f"TransformOptimizer.factory({self.__name__})"
+    def __reduce__(self: TransformOptimizer) -> tuple[Any, ...]:
+        return _blank, (tx_function,), self.__getstate__()
+
+    name = getattr(tx_function, "__name__", type(tx_function).__name__)
+    body = {"__init__": __init__, "__reduce__": __reduce__, "__doc__": tx_function.__doc__, "__module__": __name__}
+    return type(name, (TransformOptimizer,), body)
+
+
+def _blank(tx_function: Callable[..., fo.GradientTransformation]) -> TransformOptimizer:
+    """An optimizer of such a class that unpickling has yet to fill."""
+    cls = _class_of(tx_function)
+    return cls.__new__(cls)
 
 
 def describe(tx: fo.GradientTransformation) -> str:

@@ -224,7 +224,9 @@ class _Layout:
             if isinstance(segment, Segment):
                 segment.counting = [Counting(segment is last and s, guarded) for s in steps]
         self.barriers = {id(s[1]): _Barrier(s[1], s[0], view) for s in plan.segments if not isinstance(s, Segment)}
-        self.counters = [k for k in plan.present if steps[k] and not local(leaves.params[k]).numel()]
+        # leaves that no kernel sees; an empty part of a sharded tensor is seen, lest others should wait for it
+        empty = [k for k in plan.present if plan.shards[k] is None and not local(leaves.params[k]).numel()]
+        self.counters = [k for k in empty if steps[k]]
 
     def key(self, segment: Segment, stored: Stored) -> str:
         """What a slot is called in the state of a leaf."""
@@ -446,7 +448,9 @@ def _columns(
         if column is None:
             column = [state.get(key) for state in leaves.states]
             missing = [i for i in layout.plan.present if stored.seen[i] and column[i] is None]
-            for i, x in zip(missing, pack([_make(segment, stored, leaves, i, options) for i in missing]), strict=True):
+            fresh = [_make(segment, stored, leaves, i, options) for i in missing]
+            # autograd does not record what is written to a view made while it did not record
+            for i, x in zip(missing, fresh if torch.is_grad_enabled() else pack(fresh), strict=True):
                 made.append((leaves.states[i], key))
                 column[i] = leaves.states[i][key] = x
                 if stored.key != "step" and segment.bounds[stored.key[0]].rule.uses_first:
@@ -487,12 +491,16 @@ def run_segment(
     if donate:
         prepared.check_overlap(plan, lists)
     compute(prepared, tables, lists, donate, bool(reference))
-    pairs = [
-        (column[i], lists[key][i])
-        for key, column in before.items()
-        for i in plan.present
-        if lists[key][i] is not column[i]
-    ]
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for key, column in before.items():
+        changed = [i for i in plan.present if lists[key][i] is not column[i]]
+        if torch.is_grad_enabled() and key != "params" and not layout.foreign:
+            # autograd may have kept the old tensor for the derivative of an earlier step
+            stored = next(s for s in segment.stored if s.key == key)
+            for i in changed:
+                leaves.states[i][layout.key(segment, stored)] = lists[key][i]
+        else:
+            pairs += [(column[i], lists[key][i]) for i in changed]
     if later is None:
         _copy(pairs)
     else:

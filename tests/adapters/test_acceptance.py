@@ -165,7 +165,10 @@ def test_groups_override_every_option_as_optimizers_of_their_own_would(option: s
     adamw = fo.adamw(0.01, b2=0.99, weight_decay=0.1)
     both = TransformOptimizer([{"params": params[:3]}, {"params": params[3:], **OPTIONS[option]}], adamw)
     copies = twins(params)
-    parts = [TransformOptimizer(copies[:3], adamw), TransformOptimizer([{"params": copies[3:], **OPTIONS[option]}], adamw)]
+    parts = [
+        TransformOptimizer(copies[:3], adamw),
+        TransformOptimizer([{"params": copies[3:], **OPTIONS[option]}], adamw),
+    ]
     for step in range(6):
         grads = gradients(params, step, missing=True)
         give(params, grads)
@@ -283,9 +286,9 @@ LAYOUTS: dict[str, Callable[[], torch.Tensor]] = {
     "a column of a matrix": lambda: torch.arange(12.0, dtype=torch.float64).reshape(4, 3)[:, 1],
     "every other column": lambda: torch.arange(24.0, dtype=torch.float64).reshape(4, 6)[:, ::2],
     "transposed": lambda: torch.arange(12.0, dtype=torch.float64).reshape(4, 3).t(),
-    "channels last": lambda: torch.arange(48.0, dtype=torch.float64)
-    .reshape(2, 3, 2, 4)
-    .to(memory_format=torch.channels_last),
+    "channels last": lambda: (
+        torch.arange(48.0, dtype=torch.float64).reshape(2, 3, 2, 4).to(memory_format=torch.channels_last)
+    ),
     "a number": lambda: torch.tensor(2.0, dtype=torch.float64),
     "empty": lambda: torch.zeros(0, 3, dtype=torch.float64),
     "one element": lambda: torch.ones(1, 1, dtype=torch.float64),
@@ -520,9 +523,7 @@ def test_one_launch_serves_any_number_of_groups() -> None:
     rates = [0.1 / (k + 1) for k in range(60)]
     params = make_params(shapes=shapes)
     many = AdamW([{"params": [p], "lr": lr} for p, lr in zip(params, rates, strict=True)])
-    one = torch.optim.AdamW(
-        [{"params": [p], "lr": lr} for p, lr in zip(twins(params), rates, strict=True)], fused=True
-    )
+    one = torch.optim.AdamW([{"params": [p], "lr": lr} for p, lr in zip(twins(params), rates, strict=True)], fused=True)
 
     train([many, one], range(3))
 

@@ -1,7 +1,7 @@
-"""SGD, Adam, AdamW and RMSprop beside torch's own: the same bits as its fused kernels, a few units beside the others."""
+"""SGD, Adam, AdamW and RMSprop beside torch's own: the bits of its fused kernels, a few units beside the others."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -86,6 +86,15 @@ FEW = [  # of each kind of state one
 # unit moves, which may make one unit. The quotient of a step has a square root of torch that may be off by one unit, an
 # addition and two divisions on either side, half a unit each; units double at a power of two.
 UNITS = 4.0
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """torch's fused kernels, over tensors as small as these, spend their time waiting for other threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
