@@ -283,7 +283,7 @@ class Prepared:
             if bound.counted and any(segment.links[k].seen[i] for i in self.present)
         ]
         self.disjoint: Disjoint | None = None
-        self.shared: tuple[tuple[list[int], bytes], list[int]] | None = None
+        self.shared: tuple[bytes, list[tuple[int, int]]] | None = None
 
     def holds(self, plan: "Plan", lists: Lists) -> bool:
         """Whether these leaves are like those it was prepared for."""
@@ -298,15 +298,17 @@ class Prepared:
         """Tensors whose versions stand for all that groups have written in place.
 
         Parts of one tensor share a version, so one of them is enough. To ask a thousand tensors what they are part
-        of takes as long as to count their versions up, so the answer is kept while they are the same.
+        of takes as long as to count their versions up, so the answer is kept while they are where they were.
         """
         if self.whole is None or not self.guard.plain:
             return [x for columns in results for column in columns for x in column]
         columns = [lists[key] for key in self.whole if key != "updates"]
-        stored = list(itertools.chain.from_iterable(columns))
-        known = list(map(id, stored)), b"".join(column.addresses for column in columns)
+        known = b"".join(column.addresses for column in columns)
         if self.shared is None or self.shared[0] != known:
-            owners = {id(x if x._base is None else x._base): k for k, x in enumerate(stored)}
+            owners: dict[int, tuple[int, int]] = {}
+            for c, column in enumerate(columns):
+                for k, x in enumerate(column):
+                    owners.setdefault(id(x if x._base is None else x._base), (c, k))
             self.shared = known, list(owners.values())
         params = [
             x
@@ -315,7 +317,7 @@ class Prepared:
             if output.name == "params"
             for x in column
         ]
-        return [*params, *[stored[k] for k in self.shared[1]]]
+        return [*params, *[columns[c][k] for c, k in self.shared[1]]]
 
     def tensors(self, lists: Lists) -> list[Any]:
         """The tensors that must stay alike."""
