@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any, ClassVar
-from weakref import WeakValueDictionary
 
 import torch
 from torch.optim import Optimizer
@@ -18,6 +17,7 @@ from torch.optim import Optimizer
 import functional_optim as fo
 from functional_optim.leafwise import Leafwise, Leaves, Template
 
+from ._compiled import LIVE
 from ._loading import load
 from ._naming import Naming, outside
 
@@ -26,34 +26,6 @@ from ._naming import Naming, outside
 KNOWN = frozenset(
     {"params", "param_names", "initial_lr", "min_lr", "max_lr", "swa_lr", "base_momentum", "max_momentum"}
 )
-
-
-LIVE: "WeakValueDictionary[int, ChainOptimizer]" = WeakValueDictionary()  # optimizers whose step is compiled
-
-
-@torch.library.custom_op("functional_optim::step", mutates_args=("params", "state"))
-def _step(
-    handle: int,
-    params: list[torch.Tensor],
-    grads: list[torch.Tensor],
-    state: list[torch.Tensor],
-    names: str,
-    values: list[torch.Tensor],
-) -> None:
-    """A step of an optimizer, which the compiler keeps whole."""
-    LIVE[handle]._run_traced(params, grads, state, dict(zip(names.split(",") if names else (), values, strict=True)))
-
-
-@_step.register_fake
-def _(
-    handle: int,
-    params: list[torch.Tensor],
-    grads: list[torch.Tensor],
-    state: list[torch.Tensor],
-    names: str,
-    values: list[torch.Tensor],
-) -> None:
-    return None
 
 
 def _same(old: list[Any], new: list[Any]) -> bool:
