@@ -4,6 +4,7 @@ import contextlib
 import functools
 import inspect
 import math
+import sys
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -239,7 +240,6 @@ class ChainOptimizer(Optimizer):
         """What becomes of sparse gradients."""
         raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def load_state_dict(self, state_dict: dict[str, Any], *, by_name: bool = False, strict: bool = True) -> None:
         """Loads what `state_dict` returned, or what that of the torch optimizer of the same name did.
 
@@ -253,7 +253,10 @@ class ChainOptimizer(Optimizer):
         Raises:
           ValueError: it is the state of another chain or of other parameters; nothing has been changed.
         """
-        load(self, state_dict, by_name, strict)
+        # what is not compiled need not import the compiler, which takes seconds
+        compiles = "torch._dynamo" in sys.modules
+        apart = torch.compiler.disable(load) if compiles else load  # type: ignore[no-untyped-call]
+        apart(self, state_dict, by_name, strict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.pop("_remembered", None)
