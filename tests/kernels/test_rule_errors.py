@@ -134,6 +134,10 @@ def takes_an_unknown_norm(u: Any) -> Any:
     return u / torch.linalg.vector_norm(u, 3)  # at fault
 
 
+def multiplies_in_place(u: Any) -> Any:
+    return u.mul_(2.0)  # at fault
+
+
 def takes_the_norm_of_a_dimension(u: Any) -> Any:
     return u / torch.norm(u, dim=0)  # at fault
 
@@ -246,6 +250,7 @@ FAULTY = [
     Faulty(writes_an_element, ""),
     Faulty(sums_a_dimension, "`sum` in a form that has no kernel"),
     Faulty(takes_an_unknown_norm, "of order 1, 2 or inf"),
+    Faulty(multiplies_in_place, "`mul_`, which writes in place"),
     Faulty(takes_the_norm_of_a_dimension, "`norm` in a form that has no kernel"),
     Faulty(casts_to_whole_numbers, "torch.int32 is not a floating dtype"),
     Faulty(replaces_infinity_by_the_largest_number, "give `posinf` and `neginf`"),
