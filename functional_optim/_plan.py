@@ -240,7 +240,7 @@ class Disjoint(NamedTuple):
     written: bytes
     read: bytes
     extents: Extents
-    spans: tuple[int, ...]
+    spans: torch.Tensor
 
 
 class Prepared:
@@ -356,10 +356,11 @@ class Prepared:
                     f"{repeated} is an expanded tensor or a view of windows, several of whose elements share memory, "
                     f"so donate=True cannot write to it; pass `x.clone()`."
                 )
-            extents, spans = Extents(named), tuple(span(x) for c in reads for x in c)
+            lengths = [span(x) for c in reads for x in c]
+            extents, spans = Extents(named), torch.tensor(lengths, dtype=torch.int64, device="cpu")
         clash = extents.clash()
         if clash is None:
-            touched = extents.touched(struct.unpack(f"{len(spans)}q", read), spans)
+            touched = extents.touched(torch.frombuffer(bytearray(read), dtype=torch.int64), spans) if read else None
             if touched is not None:
                 leaf = [i for g in self.groups for i in g.leaves][touched[0]]
                 clash = f"updates{at(plan.paths[leaf])}", touched[1]
@@ -583,6 +584,6 @@ class Plan:
         ):
             return False
         addresses = self.guard.addresses(self.tensors(lists))
-        if addresses is not None and not self.absent:
+        if addresses and not self.absent:
             locate(lists, list(lists), addresses)
         return addresses is not None

@@ -75,8 +75,8 @@ class Extents:
     Example:
       >>> x = torch.zeros(4)
       >>> written = Extents([("x", x)])
-      >>> written.touched([x[3:].data_ptr()], [4]), written.touched([torch.zeros(4).data_ptr()], [16])
-      ((0, 'x'), None)
+      >>> written.touched(torch.tensor([x[3:].data_ptr()]), torch.tensor([4]))
+      (0, 'x')
     """
 
     def __init__(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
@@ -90,7 +90,7 @@ class Extents:
         bad = (self.starts[1:] < self.stops[:-1]).nonzero()
         return (self.names[bad[0]], self.names[bad[0] + 1]) if len(bad) else None
 
-    def touched(self, starts: Sequence[int], spans: Sequence[int]) -> tuple[int, str] | None:
+    def touched(self, starts: torch.Tensor, spans: torch.Tensor) -> tuple[int, str] | None:
         """Position of the first of some tensors that overlaps a stretch, and the name of that stretch.
 
         Args:
@@ -99,13 +99,12 @@ class Extents:
         """
         if not self.names:
             return None
-        start, length = (
-            torch.tensor(starts, dtype=torch.int64, device="cpu"),
-            torch.tensor(spans, dtype=torch.int64, device="cpu"),
-        )
-        before = torch.searchsorted(self.starts, start + length) - 1  # the last stretch that starts before it ends
-        bad = ((before >= 0) & (self.stops[before.clamp(0)] > start) & (length > 0)).nonzero()
-        return (int(bad[0]), self.names[before[bad[0]]]) if len(bad) else None
+        before = torch.searchsorted(self.starts, starts + spans) - 1  # the last stretch that starts before it ends
+        bad = (before >= 0) & (self.stops[before.clamp(0)] > starts) & (spans > 0)
+        if not bad.any():
+            return None
+        first = int(bad.nonzero()[0])
+        return first, self.names[before[first]]
 
 
 def span(x: torch.Tensor) -> int:
