@@ -120,6 +120,12 @@ class Group(NamedTuple):
         return self.outputs[output].gather(lists)
 
 
+@functools.lru_cache(maxsize=64)
+def _fused(parts: tuple[Any, ...], apply: bool, counting: tuple[Any, ...] | None) -> dict[tuple[int, ...], Recipe]:
+    """`fuse_all`, once for the same transformations: trees that lack other gradients have programs in common."""
+    return fuse_all(dict(parts), apply, None if counting is None else dict(counting))
+
+
 class Stored(NamedTuple):
     """A slot of state as a segment uses it.
 
@@ -188,7 +194,8 @@ class Segment:
             for kind in dict.fromkeys(self.kinds)
         }
         counting = None if self.counting is None else dict(zip(self.kinds, self.counting, strict=True))
-        return fuse_all(parts, self.apply, counting)
+        counted = None if counting is None else tuple(counting.items())
+        return _fused(tuple((kind, tuple(p)) for kind, p in parts.items()), self.apply, counted)
 
     @functools.cached_property
     def stored(self) -> list[Stored]:

@@ -325,7 +325,7 @@ class Leafwise:
       (tensor([-0.5000]), {'momentum_buffer': tensor([1.])})
     """
 
-    KEEP = 4
+    KEEP = 8
 
     def __init__(self) -> None:
         self.layouts: list[_Layout] = []

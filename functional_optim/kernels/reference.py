@@ -23,7 +23,8 @@ class Column(list[torch.Tensor]):
     def located(cls, tensors: Iterable[torch.Tensor], addresses: bytes) -> "Column":
         """A column whose addresses are known."""
         column = cls(tensors)
-        column.__dict__["addresses"] = addresses
+        if len(addresses) == 8 * len(column):  # a kernel must never see the address of another tensor
+            column.__dict__["addresses"] = addresses
         return column
 
     @cached_property
