@@ -80,6 +80,11 @@ def _match_names(
     for what, groups in (("this optimizer", live), ("the state dict", saved)):
         if any("param_names" not in g and g["params"] for g in groups):
             raise ValueError(f"by_name=True needs names, but {what} has none: pass `model.named_parameters()`.")
+    for what, groups in (("this optimizer", live), ("the state dict", saved)):
+        names = [name for group in groups for name in group.get("param_names", ())]
+        repeated = next((name for name in names if names.count(name) > 1), None)
+        if repeated is not None:
+            raise ValueError(f"by_name=True needs names that differ, but {what} has {repeated!r} twice.")
     where = {
         name: (key, group)
         for group in saved
@@ -148,7 +153,9 @@ def _cast(key: Any, value: Any, p: torch.Tensor, name: str, slot: Any) -> Any:
     if key == "step" and isinstance(value, (int, float)):
         return torch.tensor(float(value), dtype=torch.float32, device=p.device)
     if key == "step" and isinstance(value, torch.Tensor):
-        dtype = value.dtype if value.is_floating_point() else torch.float32
+        if value.numel() != 1:
+            raise ValueError(f"the saved 'step' of {name!r} has shape {tuple(value.shape)}, expected one number.")
+        dtype = torch.float64 if value.dtype is torch.float64 else torch.float32  # half types stop counting at 256
         return value.detach().to(dtype=dtype, device=p.device, copy=True).reshape(())
     if isinstance(value, torch.Tensor):
         dtype = value.dtype
@@ -160,6 +167,8 @@ def _cast(key: Any, value: Any, p: torch.Tensor, name: str, slot: Any) -> Any:
                     f"the saved {key!r} of {name!r} has shape {tuple(value.shape)}, but the parameter has "
                     f"{tuple(p.shape)}."
                 )
+            if value.layout is not torch.strided:
+                raise ValueError(f"the saved {key!r} of {name!r} is sparse ({value.layout}), expected a dense tensor.")
             if value.is_complex() != p.is_complex() or not (value.is_floating_point() or value.is_complex()):
                 raise ValueError(
                     f"the saved {key!r} of {name!r} has dtype {value.dtype}, but the parameter has {p.dtype}."

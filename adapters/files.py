@@ -60,6 +60,8 @@ def load_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _encode(x: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     """Text for a nest of values; tensors are put aside, under their paths."""
     if isinstance(x, torch.Tensor):
+        while path in tensors:  # a key may hold a dot, or be a number and another its text
+            path += "'"
         tensors[path] = x.detach().clone().contiguous()
         return {"tensor": path}
     if isinstance(x, dict):

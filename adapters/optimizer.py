@@ -1,6 +1,7 @@
 """`TransformOptimizer`: any chain as a `torch.optim.Optimizer`."""
 
 import contextlib
+import copyreg
 import functools
 import inspect
 import math
@@ -16,6 +17,7 @@ import torch
 from torch.optim import Optimizer
 
 import functional_optim as fo
+from functional_optim import leafwise
 from functional_optim.leafwise import Leafwise, Leaves, Template
 
 from ._compiled import LIVE
@@ -32,6 +34,22 @@ KNOWN = frozenset(
 def _same(old: list[Any], new: list[Any]) -> bool:
     """Whether lists hold the very same objects."""
     return len(old) == len(new) and all(map(is_, old, new))
+
+
+def _check_rate(group: int, lr: Any) -> None:
+    """Refuses a learning rate that would turn parameters into NaN; a tensor is not waited for."""
+    if lr is None or (type(lr) is float and -math.inf < lr < math.inf) or isinstance(lr, torch.Tensor):
+        return
+    try:
+        finite = math.isfinite(lr)
+    except (TypeError, OverflowError):
+        finite = False
+    if not finite:
+        raise ValueError(f"lr of parameter group {group} is {lr!r:.60}, expected a finite number.")
+
+
+def _names_key(names: list[str] | None) -> tuple[str, ...] | None:
+    return None if names is None else tuple(names)
 
 
 @dataclass
@@ -79,9 +97,16 @@ class ChainOptimizer(Optimizer):
 
     def _template_of(self, group: Mapping[str, Any]) -> Template:
         switches, known = self._switches(group), self._runtime.templates
-        if switches not in known:
-            known[switches] = self._template(switches)
-        return known[switches]
+        try:
+            found = known.get(switches)
+        except TypeError:
+            raise TypeError(
+                f"an option that decides what is computed must be a bool, a number or a string; this parameter group "
+                f"has {', '.join(repr(x) for x in switches if not isinstance(x, Hashable))}."
+            ) from None
+        if found is None:
+            found = known[switches] = self._template(switches)
+        return found
 
     def step(self, closure: Callable[[], Any] | None = None, **extra: Any) -> Any:
         """Takes a step.
@@ -97,20 +122,32 @@ class ChainOptimizer(Optimizer):
           ValueError, TypeError: a gradient, a state or an option does not fit; nothing has been changed.
         """
         loss = None
+        offered: frozenset[str] = frozenset()
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
             if isinstance(loss, (int, float)) or (isinstance(loss, torch.Tensor) and loss.numel() == 1):
-                extra.setdefault("value", loss.detach().reshape(()) if isinstance(loss, torch.Tensor) else loss)
+                value = loss.detach().reshape(()) if isinstance(loss, torch.Tensor) else loss
+                extra = {"value": value, **extra}
+                offered = frozenset({"value"})
         with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
-            self._run(extra)
+            self._run(extra, offered)
         return loss
 
-    def _run(self, extra: dict[str, Any]) -> None:
+    def _run(self, extra: dict[str, Any], offered: frozenset[str]) -> None:
         if torch.compiler.is_compiling():
             self._run_compiled(extra)
             return
         templates, leaves, fresh = self._gather()
+        if extra:
+            takes = [leafwise.extras(template.tx) for template in templates]
+            unknown = [k for k in extra if k not in offered and all(t is not None and k not in t for t in takes)]
+            if unknown:
+                known = sorted({name for t in takes if t is not None for name in t})
+                raise TypeError(
+                    f"step() got an unexpected keyword argument {unknown[0]!r}; "
+                    f"this chain takes {', '.join(map(repr, known)) or 'none'}."
+                )
         self._run_on(templates, leaves, extra)
         for i in fresh:
             if leaves.states[i]:
@@ -122,10 +159,16 @@ class ChainOptimizer(Optimizer):
             raise RuntimeError("step was called inside `averaged_params()`, where parameters are averages.")
         templates: list[Template] = []
         kind_of: list[int] = []
+        given: list[list[str] | None] = []
         for g, group in enumerate(self.param_groups):
-            lr = group.get("lr")
-            if type(lr) is float and not math.isfinite(lr):
-                raise ValueError(f"lr of parameter group {g} is {lr}, expected a finite number.")
+            _check_rate(g, group.get("lr"))
+            names = group.get("param_names")
+            if names is not None and len(names) != len(group["params"]):
+                raise ValueError(
+                    f"parameter group {g} has {len(group['params'])} params but {len(names)} param_names; "
+                    f"change both together."
+                )
+            given.append(names)
             template = self._template_of(group)
             kind = next((k for k, t in enumerate(templates) if t is template), len(templates))
             if kind == len(templates):
@@ -141,14 +184,14 @@ class ChainOptimizer(Optimizer):
         if last.leaves is not None and same and _same(last.leaves.params, params):
             states, ids, fresh = last.leaves.states, last.leaves.ids, []
         else:  # asking a dict for a tensor takes longer than all of the above
-            states = [self.state.get(p) for p in params]
-            ids, fresh = list(map(id, params)), [i for i, state in enumerate(states) if state is None]
+            states, ids = [self.state.get(p) for p in params], list(map(id, params))
+            fresh = [i for i, state in enumerate(states) if state is None]
         for i in fresh:
             states[i] = {}
         kinds = [k for k, group in zip(kind_of, members, strict=True) for _ in group]
         owners = [g for g, group in enumerate(members) for _ in group]
         grads = list(map(attrgetter("grad"), params))
-        leaves = Leaves(self._names, params, grads, states, kinds, owners, ids)
+        leaves = Leaves(self._names, params, grads, states, kinds, owners, ids, list(map(_names_key, given)))
         if not fresh:
             last.leaves, last.keys, last.values = leaves._replace(names=list, grads=[]), keys, values
         return templates, leaves, fresh
@@ -230,11 +273,9 @@ class ChainOptimizer(Optimizer):
             given = group.get("param_names")
             names += given or [f"param_groups[{g}].params[{k}]" for k in range(len(group["params"]))]
         if len(set(names)) < len(names):
-            names = [f"param_groups[{g}].{name}" for g, name in zip(self._groups_of_names(), names, strict=True)]
+            groups = [g for g, group in enumerate(self.param_groups) for _ in group["params"]]
+            names = [f"param_groups[{g}].{name}" for g, name in zip(groups, names, strict=True)]
         return names
-
-    def _groups_of_names(self) -> list[int]:
-        return [g for g, group in enumerate(self.param_groups) for _ in group["params"]]
 
     def _dense(self, grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """What becomes of sparse gradients."""
@@ -285,8 +326,9 @@ class ChainOptimizer(Optimizer):
         """
         pairs = []
         for group in self.param_groups:
-            keys = [key for (path, slot), key in self._template_of(group).keys.items() if slot == "ema"]
-            averages = [key for key in keys if self._is_average(group, key)]
+            template = self._template_of(group)
+            rules = leafwise.rules(template.tx)
+            averages = [k for (path, _), k in template.keys.items() if rules[path].bound.rule.name == "params_ema"]
             for p in group["params"]:
                 found = [self.state[p][key] for key in averages if p in self.state and key in self.state[p]]
                 pairs += [(p, average) for average in found[-1:]]
@@ -294,6 +336,8 @@ class ChainOptimizer(Optimizer):
             raise ValueError(
                 "there are no averaged parameters: put `params_ema(decay)` at the end of the chain, and take a step."
             )
+        if "_averaged" in self.__dict__:
+            raise RuntimeError("averaged_params() was called inside itself, where parameters are averages already.")
         before = [p.detach().clone() for p, _ in pairs]
         self.__dict__["_averaged"] = True
         try:
@@ -306,11 +350,6 @@ class ChainOptimizer(Optimizer):
                 for (p, _), old in zip(pairs, before, strict=True):
                     p.copy_(old)
             del self.__dict__["_averaged"]
-
-    def _is_average(self, group: Mapping[str, Any], key: str) -> bool:
-        template = self._template_of(group)
-        rules = fo.leafwise.rules(template.tx)
-        return any(k == key and rules[path].bound.rule.name == "params_ema" for (path, _), k in template.keys.items())
 
 
 class TransformOptimizer(ChainOptimizer):
@@ -429,18 +468,22 @@ class TransformOptimizer(ChainOptimizer):
         return _class_of(tx_function)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _class_of(tx_function: Callable[..., fo.GradientTransformation]) -> type[TransformOptimizer]:
     """The class of `TransformOptimizer.factory`."""
 
     def __init__(self: TransformOptimizer, params: Any, *args: Any, **arguments: Any) -> None:
         own = {name: arguments.pop(name) for name in ("maximize", "fused", "differentiable") if name in arguments}
         if "lr" in arguments and "lr" not in inspect.signature(tx_function).parameters:
+            if "learning_rate" in arguments:
+                raise TypeError("`lr` and `learning_rate` are one argument; pass one of them.")
             arguments["learning_rate"] = arguments.pop("lr")
         TransformOptimizer.__init__(self, params, tx_function(*args, **arguments), **own)
 
     def __reduce__(self: TransformOptimizer) -> tuple[Any, ...]:
-        return _blank, (tx_function,), self.__getstate__()
+        if type(self) is _class_of(tx_function):
+            return _blank, (tx_function,), self.__getstate__()
+        return copyreg.__newobj__, (type(self),), self.__getstate__()  # type: ignore[attr-defined]
 
     name = getattr(tx_function, "__name__", type(tx_function).__name__)
     body = {"__init__": __init__, "__reduce__": __reduce__, "__doc__": tx_function.__doc__, "__module__": __name__}
@@ -455,4 +498,5 @@ def _blank(tx_function: Callable[..., fo.GradientTransformation]) -> TransformOp
 
 def describe(tx: fo.GradientTransformation) -> str:
     """The names of a chain's transformations, which a checkpoint is known by."""
-    return " > ".join(rule.bound.rule.name for rule in fo.leafwise.rules(tx).values())
+    rules = leafwise.rules(tx)
+    return " > ".join(rules[k].bound.rule.name if k in rules else f"{x!r:.80}" for k, x in leafwise.parts(tx).items())

@@ -361,7 +361,7 @@ class Prepared:
             if repeated is not None:
                 raise ValueError(
                     f"{repeated} is an expanded tensor or a view of windows, several of whose elements share memory, "
-                    f"so donate=True cannot write to it; pass `x.clone()`."
+                    f"so {'donate=True' if plan.counting is None else 'a step'} cannot write to it; pass `x.clone()`."
                 )
             lengths = [span(x) for c in reads for x in c]
             extents, spans = Extents(named), torch.tensor(lengths, dtype=torch.int64, device="cpu")
@@ -372,9 +372,11 @@ class Prepared:
                 leaf = [i for g in self.groups for i in g.leaves][touched[0]]
                 clash = f"updates{at(plan.paths[leaf])}", touched[1]
         if clash is not None:
+            pure = plan.counting is None
             raise ValueError(
-                f"{clash[0]} and {clash[1]} share memory, so donate=True, which writes in place, would corrupt them. "
-                f"Pass a tied parameter once, clone one of the two, or use donate=False."
+                f"{clash[0]} and {clash[1]} share memory, so {'donate=True' if pure else 'a step'}, which writes in "
+                f"place, would corrupt them. Pass a tied parameter once, {'' if pure else 'or '}clone one of the two"
+                f"{', or use donate=False' if pure else ''}."
             )
         self.disjoint = Disjoint(written, read, extents, spans)
 

@@ -267,8 +267,8 @@ def number(what: str, x: Any) -> float | torch.Tensor:
             raise ValueError(f"{what} a tensor of shape {tuple(x.shape)}, expected a number.")
         return x
     try:
-        return float(x)
-    except (TypeError, ValueError):
+        return float(x if not isinstance(x, (str, bytes)) else None)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{what} {x!r:.60}, expected a number.") from None
 
 

@@ -40,9 +40,19 @@ class Option:
     index: int | None = None
 
     def look_up(self, options: Mapping[str, Any]) -> Any:
-        """The value at this step."""
+        """The value at this step.
+
+        Raises:
+          KeyError: there is no such option.
+          ValueError: it is no sequence of that length.
+        """
         value = options[self.name]
-        return value if self.index is None else value[self.index]
+        try:
+            return value if self.index is None else value[self.index]
+        except (IndexError, TypeError):
+            raise ValueError(
+                f"the option {self.name!r} is {value!r:.60}, expected at least {self.index + 1} numbers."  # type: ignore[operator]
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -172,7 +182,9 @@ class Rule:
                 f"`{hyper}` of {self.name} must be a number, a 0-d tensor or a schedule, "
                 f"got a tensor of shape {tuple(value.shape)}."
             )
-        if hyper in self.static or is_static(value) or isinstance(value, (torch.Tensor, Option)) or callable(value):
+        text = isinstance(value, (str, bytes)) and not isinstance(self.hypers.get(hyper), (str, bytes))
+        known = is_static(value) or isinstance(value, (torch.Tensor, Option)) or callable(value)
+        if hyper in self.static or (known and not text):
             return
         if not isinstance(value, (int, float)):
             raise TypeError(

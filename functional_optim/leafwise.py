@@ -24,7 +24,7 @@ from ._fuse import Counting, Source
 from ._plan import Lists, Plan, Segment, Stored
 from ._rule import RuleTransformation
 from ._run import (
-    compute as compute,
+    compute,
     number,
     reference_reason,
     run_barrier,
@@ -63,6 +63,7 @@ class Leaves(NamedTuple):
       templates: which template each has.
       owners: whose options each has.
       ids: what each is known by from step to step.
+      tags: anything else that names and masks depend on.
     """
 
     names: Callable[[], Sequence[str]]
@@ -71,11 +72,36 @@ class Leaves(NamedTuple):
     states: list[dict[str, Any]]
     templates: list[int]
     owners: list[int]
-    ids: list[int]
+    ids: list[Any]
+    tags: Sequence[Any] = ()
+
+
+def parts(tx: GradientTransformation) -> dict[Path, GradientTransformation]:
+    """The innermost transformations that a transformation consists of, by path: rules, and those that are not.
+
+    Args:
+      tx: the transformation.
+
+    Returns:
+      The transformations in order.
+
+    Example:
+      >>> import functional_optim as fo
+      >>> parts(fo.sgd(0.1))
+      {(1,): scale_by_learning_rate(learning_rate=0.1)}
+    """
+    found: dict[Path, GradientTransformation] = {}
+
+    def keep(path: Path, inner: GradientTransformation) -> GradientTransformation:
+        found[path] = inner
+        return inner
+
+    tx._rewrite(keep, ())
+    return found
 
 
 def rules(tx: GradientTransformation) -> dict[Path, RuleTransformation]:
-    """The rule-made transformations that a transformation consists of, by path.
+    """Those of the `parts` of a transformation that are made of rules.
 
     Args:
       tx: the transformation.
@@ -88,14 +114,27 @@ def rules(tx: GradientTransformation) -> dict[Path, RuleTransformation]:
       >>> list(rules(fo.adamw(1e-3)).values())
       [scale_by_adam(), add_decayed_weights(weight_decay=0.0001), scale_by_learning_rate(learning_rate=0.001)]
     """
-    found: dict[Path, RuleTransformation] = {}
+    return {path: part for path, part in parts(tx).items() if isinstance(part, RuleTransformation)}
 
-    def keep(path: Path, rule: RuleTransformation) -> GradientTransformation:
-        found[path] = rule
-        return rule
 
-    rewrite(tx, keep)
-    return found
+def extras(tx: GradientTransformation) -> frozenset[str] | None:
+    """Names of the extra arguments that a transformation takes; None if something in it may take any.
+
+    Args:
+      tx: the transformation.
+
+    Returns:
+      The names.
+
+    Example:
+      >>> import functional_optim as fo
+      >>> extras(fo.sgd(0.1))
+      frozenset()
+    """
+    found = parts(tx)
+    if len(rules(tx)) < len(found):
+        return None
+    return frozenset(name for rule in rules(tx).values() for name in rule.bound.rule.extras)
 
 
 def rewrite(
@@ -183,7 +222,7 @@ class _Layout:
 
     def __init__(self, templates: Sequence[Template], leaves: Leaves, guarded: bool) -> None:
         self.templates, self.guarded = tuple(templates), guarded
-        self.ids = list(leaves.ids)
+        self.ids, self.tags = list(leaves.ids), list(leaves.tags)
         self.kinds, self.owners = list(leaves.templates), list(leaves.owners)
         self.foreign = [
             k for k, p in enumerate(leaves.params) if p.is_complex() or (type(p) not in PLAIN and local(p) is not p)
@@ -223,6 +262,7 @@ class _Layout:
         for segment in plan.segments:
             if isinstance(segment, Segment):
                 segment.counting = [Counting(segment is last and s, guarded) for s in steps]
+        plan.counting = last.counting
         self.barriers = {id(s[1]): _Barrier(s[1], s[0], view) for s in plan.segments if not isinstance(s, Segment)}
         # leaves that no kernel sees; an empty part of a sharded tensor is seen, lest others should wait for it
         empty = [k for k in plan.present if plan.shards[k] is None and not local(leaves.params[k]).numel()]
@@ -257,6 +297,7 @@ class _Layout:
             and len(templates) == len(self.templates)
             and all(map(is_, templates, self.templates))
             and self.ids == leaves.ids
+            and self.tags == list(leaves.tags)
             and self.kinds == leaves.templates
             and self.owners == leaves.owners
         )
@@ -329,7 +370,7 @@ class Leafwise:
 
     def __init__(self) -> None:
         self.layouts: list[_Layout] = []
-        self.new: set[int] = set()  # parameters that have state, but have not taken their first step
+        self.new: set[Any] = set()  # parameters that have state, but have not taken their first step
 
     def layout(
         self, templates: Sequence[Template], leaves: Leaves, guarded: bool, seen: bool
@@ -412,10 +453,13 @@ class Leafwise:
             raise
         # nothing waits for a device but the first step, and leaves without elements
         taken = not (guarded and (new or layout.counters) and float(extra["found_inf"]))
-        self.new = set() if taken else new
         if taken:
+            self.new = new - {leaves.ids[i] for i in layout.plan.present}
             for i in layout.counters:
                 leaves.states[i]["step"] += 1
+        else:  # the step after this one is the first
+            for state, key in made:
+                del state[key]
 
 
 def _columns(
@@ -425,7 +469,7 @@ def _columns(
     leaves: Leaves,
     options: Sequence[Mapping[str, Any]],
     made: list[tuple[dict[str, Any], str]],
-    new: set[int],
+    new: set[Any],
 ) -> None:
     """Collects the slots of a segment from the states of leaves, and makes those that are missing.
 
@@ -520,7 +564,8 @@ def _make(
         return torch.zeros((), dtype=torch.float32, device=p.device)
     values = segment.bounds[stored.key[0]].values
     chosen = options[leaves.owners[i]]
-    hypers = {k: v.look_up(chosen) if isinstance(v, Option) else v for k, v in values.items()}
+    needed = {k: v for k, v in values.items() if k in (stored.slot.start, stored.slot.dtype)}
+    hypers = {k: v.look_up(chosen) if isinstance(v, Option) else v for k, v in needed.items()}
     with torch.no_grad():
         made: torch.Tensor = stored.slot.make(p, hypers)
     return made
