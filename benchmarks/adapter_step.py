@@ -14,8 +14,8 @@ f  The time of a step under FSDP2 in one gloo process, beside plain tensors.
 
 Times are measured as in `cpu_step.py`: contenders take turns within every round in an order drawn anew; given are
 medians over rounds, and a ratio is the median of the ratios of each round. In (a), (b) and (c) contenders share
-parameters and state, so they touch the same memory; gradients are fixed. Before anything is timed, the contenders of
-(a) and (b) are compared on a small tree.
+parameters and gradients, which are fixed; every optimizer has the state that it makes itself. Before anything is
+timed, the contenders of (a) and (b) are compared on a small tree.
 
 Memory. torch has no statistics of its allocator on the CPU, but its profiler records every allocation and release:
 the highest sum of these in one step is "torch". tracemalloc gives the same for Python's own, in another step:
@@ -86,18 +86,9 @@ def parameters(params: Tensors, grads: Tensors) -> list[torch.nn.Parameter]:
     return own
 
 
-def share_state(params: list[torch.nn.Parameter], *optimizers: torch.optim.Optimizer) -> None:
-    """Gives optimizers the same moments to work on; each counts its own steps."""
-    for p in params:
-        mu, nu = torch.zeros_like(p), torch.zeros_like(p)
-        for optimizer in optimizers:
-            optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": mu, "exp_avg_sq": nu}
-
-
 def adamw(params: Tensors, grads: Tensors) -> dict[str, Step]:
     own = parameters(params, grads)
     ours, theirs = AdamW(own, **ADAMW), torch.optim.AdamW(own, **ADAMW, fused=True)
-    share_state(own, ours, theirs)
     return {OURS: ours.step, FUSED: theirs.step}
 
 
@@ -106,8 +97,6 @@ def clip_adamw_ema(params: Tensors, grads: Tensors) -> dict[str, Step]:
     tx = TRANSFORMATIONS["clip_adamw_ema"]()
     ours, leaves = TransformOptimizer(own, tx), list(params.values())
     memory = slots(tx.init(params))
-    for k, p in enumerate(own):
-        ours.state[p] = {"step": torch.tensor(0.0), **{name: tensors[k] for name, tensors in memory.items()}}
     return {OURS: ours.step, FUSED: torch_clip_adamw_ema_steps(leaves, list(grads.values()), memory)[FUSED]}
 
 
@@ -122,7 +111,6 @@ def groups(params: Tensors, grads: Tensors, number: int) -> dict[str, Step]:
     one_group, many_groups = AdamW(own, **ADAMW), AdamW(many(), **ADAMW)
     torch_one = torch.optim.AdamW(own, **ADAMW, fused=True)
     torch_many = torch.optim.AdamW(many(), **ADAMW, fused=True)
-    share_state(own, one_group, many_groups, torch_one, torch_many)
     return {
         f"{OURS}, 1 group": one_group.step,
         f"{OURS}, {number} groups": many_groups.step,
@@ -238,6 +226,7 @@ def first_step(args: argparse.Namespace) -> dict[str, float]:
     own = parameters(params, grads)
     make = {OURS: functools.partial(AdamW, own, **ADAMW), FUSED: torch_form(FUSED, own)}[args.contender]
     torch.randn(1 << 20).mul_(2.0).sum()  # starts torch's threads
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # torch's first optimizer imports its compiler
     gc.collect()
     gc.freeze()  # else the collector, at some moment of its own, walks for 0.1 s through what imports have left
     start = time.perf_counter()

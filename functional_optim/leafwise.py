@@ -12,7 +12,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from operator import is_, itemgetter
+from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -217,6 +217,9 @@ def local(x: Any) -> Any:
     return torch.view_as_real(x) if x.is_complex() else x
 
 
+LOCAL = attrgetter("_local_tensor")
+
+
 class _Layout:
     """A plan, and what it was made for."""
 
@@ -227,6 +230,7 @@ class _Layout:
         self.foreign = [
             k for k, p in enumerate(leaves.params) if p.is_complex() or (type(p) not in PLAIN and local(p) is not p)
         ]
+        self.all_sharded = all(_distributed(p) and not p.is_complex() for p in leaves.params)
         names = leaves.names()
         for name, p, g in zip(names, leaves.params, leaves.grads, strict=True):
             if g is not None and p.is_meta and not transforming():
@@ -283,12 +287,20 @@ class _Layout:
         return any(value.op.startswith("tree_") for recipe in recipes for value in recipe.program.values)
 
     def lists(self, leaves: Leaves) -> Lists:
-        params, grads = Column(leaves.params), Column(leaves.grads)  # type: ignore[arg-type]
+        return {"updates": self.local(leaves.grads), "params": self.local(leaves.params)}
+
+    def local(self, tensors: Sequence[Any]) -> Column:
+        """The plain real tensors that hold the elements of one tensor per leaf."""
+        if not self.foreign:
+            return Column(tensors)
+        if self.all_sharded:
+            with contextlib.suppress(AttributeError):  # of None, where a gradient is missing
+                return Column(map(LOCAL, tensors))
+        column = list(tensors)
         for k in self.foreign:
-            params[k] = local(params[k])
-            if grads[k] is not None:
-                grads[k] = local(grads[k])
-        return {"updates": grads, "params": params}
+            if column[k] is not None:
+                column[k] = local(column[k])
+        return Column(column)
 
     def match(self, templates: Sequence[Template], leaves: Leaves, guarded: bool) -> Lists | None:
         """The tensors of leaves, if they are like those it was made for."""
@@ -494,15 +506,23 @@ def _columns(
             missing = [i for i in layout.plan.present if stored.seen[i] and column[i] is None]
             fresh = [_make(segment, stored, leaves, i, options) for i in missing]
             # autograd does not record what is written to a view made while it did not record
-            for i, x in zip(missing, fresh if torch.is_grad_enabled() else pack(fresh), strict=True):
+            for i, x in zip(missing, fresh if torch.is_grad_enabled() else _pack(fresh), strict=True):
                 made.append((leaves.states[i], key))
                 column[i] = leaves.states[i][key] = x
                 if stored.key != "step" and segment.bounds[stored.key[0]].rule.uses_first:
                     new.add(leaves.ids[i])
-        for i in layout.foreign:
-            if column[i] is not None and column[i].ndim:
-                column[i] = local(column[i])
-        lists[stored.key] = Column(column)
+        lists[stored.key] = Column(column) if stored.slot.per_leaf else layout.local(column)
+
+
+def _pack(tensors: list[Any]) -> list[Any]:
+    """Lays tensors, or the parts of DTensors that are here, side by side."""
+    parts = pack([getattr(x, "_local_tensor", x) for x in tensors])
+    packed: list[Any] = []
+    for x, part in zip(tensors, parts, strict=True):
+        if _distributed(x):
+            x._local_tensor = part
+        packed.append(x if _distributed(x) else part)
+    return packed
 
 
 def run_segment(
