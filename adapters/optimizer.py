@@ -60,6 +60,7 @@ class _Runtime:
       leafwise: runs the steps.
       templates: chains by switches.
       leaves: the parameters of the last step and their states.
+      cut: which template each of the groups had then, and how many parameters.
       keys: the keys of the optimizer's state then.
       values: its values.
     """
@@ -67,6 +68,7 @@ class _Runtime:
     leafwise: Leafwise = field(default_factory=Leafwise)
     templates: dict[tuple[Hashable, ...], Template] = field(default_factory=dict)
     leaves: Leaves | None = None
+    cut: tuple[list[int], list[int]] | None = None
     keys: list[Any] = field(default_factory=list)
     values: list[Any] = field(default_factory=list)
 
@@ -158,6 +160,7 @@ class ChainOptimizer(Optimizer):
         if "_averaged" in self.__dict__:
             raise RuntimeError("step was called inside `averaged_params()`, where parameters are averages.")
         templates: list[Template] = []
+        numbers: dict[int, int] = {}
         kind_of: list[int] = []
         given: list[list[str] | None] = []
         for g, group in enumerate(self.param_groups):
@@ -170,7 +173,7 @@ class ChainOptimizer(Optimizer):
                 )
             given.append(names)
             template = self._template_of(group)
-            kind = next((k for k, t in enumerate(templates) if t is template), len(templates))
+            kind = numbers.setdefault(id(template), len(templates))
             if kind == len(templates):
                 templates.append(template)
             kind_of.append(kind)
@@ -188,12 +191,17 @@ class ChainOptimizer(Optimizer):
             fresh = [i for i, state in enumerate(states) if state is None]
         for i in fresh:
             states[i] = {}
-        kinds = [k for k, group in zip(kind_of, members, strict=True) for _ in group]
-        owners = [g for g, group in enumerate(members) for _ in group]
+        cut = kind_of, list(map(len, members))
+        if last.leaves is not None and last.cut == cut:
+            kinds, owners = last.leaves.templates, last.leaves.owners
+        else:
+            kinds = [k for k, group in zip(kind_of, members, strict=True) for _ in group]
+            owners = [g for g, group in enumerate(members) for _ in group]
         grads = list(map(attrgetter("grad"), params))
         leaves = Leaves(self._names, params, grads, states, kinds, owners, ids, list(map(_names_key, given)))
         if not fresh:
-            last.leaves, last.keys, last.values = leaves._replace(names=list, grads=[]), keys, values
+            last.leaves, last.cut = leaves._replace(names=list, grads=[]), cut
+            last.keys, last.values = keys, values
         return templates, leaves, fresh
 
     def _run_on(self, templates: list[Template], leaves: Leaves, extra: dict[str, Any]) -> None:

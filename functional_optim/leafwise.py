@@ -543,10 +543,7 @@ def run_segment(
         lists[name] = _host_column(name, schedule, leaves, plan)
     prepared = segment.prepare(plan, lists, remember=not seen)
     tables = [
-        [
-            [_scalar(source, options[owner], is_first, extra) for source in row]
-            for row, (owner, is_first) in zip(g.sources, g.owners, strict=True)
-        ]
+        [_row(row, options[owner], is_first, extra) for row, (owner, is_first) in zip(g.sources, g.owners, strict=True)]
         for g in prepared.groups
     ]
     reference = reference_reason(plan, prepared, tables, seen)
@@ -608,6 +605,24 @@ def _host_column(name: str, schedule: Callable[[int], Any], leaves: Leaves, plan
                 known[count] = torch.as_tensor(x, dtype=torch.float64, device=local(leaves.params[i]).device)
             column[i] = known[count]
     return Column(column)
+
+
+def _row(
+    sources: Sequence[Source], options: Mapping[str, Any], first: bool, extra: Mapping[str, Any]
+) -> list[float | torch.Tensor]:
+    """A row of the scalar table."""
+    row: list[float | torch.Tensor] = []
+    for source in sources:
+        if source.kind == "option":  # nearly always a number that is there; there may be hundreds of rows
+            option = source.value
+            x = options.get(option.name)
+            if option.index is not None:
+                x = x[option.index] if type(x) is tuple and len(x) > option.index else None
+            if type(x) is float:
+                row.append(x)
+                continue
+        row.append(_scalar(source, options, first, extra))
+    return row
 
 
 def _scalar(source: Source, options: Mapping[str, Any], first: bool, extra: Mapping[str, Any]) -> float | torch.Tensor:
