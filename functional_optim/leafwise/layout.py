@@ -1,0 +1,144 @@
+"""A plan for leaves, and whether it still is one for those of the next step."""
+
+import contextlib
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from operator import is_
+from typing import Any, NamedTuple
+
+import torch
+
+from .._backend import transforming
+from .._base import Link
+from .._fuse import Counting
+from .._plan import Lists, Plan, Segment, Stored
+from .._tree import View, flatten
+from ..kernels import Column
+from ..kernels.guard import PLAIN
+from .barriers import Barrier
+from .sharding import LOCAL, distributed, local, shard
+from .templates import Keys, Path, Template
+
+
+class Leaves(NamedTuple):
+    """What a step works on, a list entry per parameter.
+
+    Args:
+      names: makes what messages call the parameters; no name occurs twice.
+      params: the parameters.
+      grads: their gradients; None for those that the step skips.
+      states: their states; slots that are not there yet are made.
+      templates: which template each has.
+      owners: whose options each has.
+      ids: what each is known by from step to step.
+      tags: anything else that names and masks depend on.
+    """
+
+    names: Callable[[], Sequence[str]]
+    params: list[torch.Tensor]
+    grads: list[torch.Tensor | None]
+    states: list[dict[str, Any]]
+    templates: list[int]
+    owners: list[int]
+    ids: list[Any]
+    tags: Sequence[Any] = ()
+
+
+class Layout:
+    """A plan, and what it was made for."""
+
+    def __init__(self, templates: Sequence[Template], leaves: Leaves, guarded: bool) -> None:
+        self.templates, self.guarded = tuple(templates), guarded
+        self.ids, self.tags = list(leaves.ids), list(leaves.tags)
+        self.kinds, self.owners = list(leaves.templates), list(leaves.owners)
+        self.foreign = [
+            k for k, p in enumerate(leaves.params) if p.is_complex() or (type(p) not in PLAIN and local(p) is not p)
+        ]
+        self.all_sharded = all(distributed(p) and not p.is_complex() for p in leaves.params)
+        names = leaves.names()
+        for name, p, g in zip(names, leaves.params, leaves.grads, strict=True):
+            if g is not None and p.is_meta and not transforming():
+                raise RuntimeError(
+                    f"{name} is on meta and has no memory; give it some, with `model.to_empty(device=...)` and "
+                    f"initial values, before the first step."
+                )
+        tree = OrderedDict(zip(names, leaves.params, strict=True))
+        ordered, spec = flatten(tree)
+        view = View(spec, tuple(ordered), (True,) * len(ordered))
+        links: list[Link] = []
+        scopes: list[int] = []
+        self.keys: list[Keys] = []  # of each link
+        self.paths: list[Path] = []
+        steps = [False] * len(leaves.params)
+        for t, template in enumerate(templates):
+            part = template.tx._links(view.narrow([k == t for k in self.kinds]), ())
+            links += part
+            scopes += range(len(part))
+            self.keys += [template.keys] * len(part)
+            for link in part:
+                if link.bound is not None and link.bound.uses_step:
+                    steps = [a or b for a, b in zip(steps, link.seen, strict=True)]
+        lists = self.lists(leaves)
+        self.plan = plan = Plan(spec, names, lists, links, True, scopes)
+        plan.options = self.owners
+        plan.shards = [shard(p) for p in leaves.params]
+        plan.wholes = [
+            local(p).numel() if s is None else p.numel() * (1 + p.is_complex())
+            for p, s in zip(leaves.params, plan.shards, strict=True)
+        ]
+        last = [s for s in plan.segments if isinstance(s, Segment)][-1]
+        for segment in plan.segments:
+            if isinstance(segment, Segment):
+                segment.counting = [Counting(segment is last and s, guarded) for s in steps]
+        plan.counting = last.counting
+        self.barriers = {id(s[1]): Barrier(s[1], s[0], view) for s in plan.segments if not isinstance(s, Segment)}
+        # leaves that no kernel sees; an empty part of a sharded tensor is seen, lest others should wait for it
+        empty = [k for k in plan.present if plan.shards[k] is None and not local(leaves.params[k]).numel()]
+        self.counters = [k for k in empty if steps[k]]
+
+    def key(self, segment: Segment, stored: Stored) -> str:
+        """What a slot is called in the state of a leaf."""
+        if stored.key == "step":
+            return "step"
+        position, slot = stored.key
+        key: str = self.keys[position][segment.links[position].path, slot]
+        return key
+
+    @functools.cached_property
+    def spans_tree(self) -> bool:
+        """Whether something is reduced over all leaves."""
+        recipes = (r for s in self.plan.segments if isinstance(s, Segment) for r in s.recipes.values())
+        return any(value.op.startswith("tree_") for recipe in recipes for value in recipe.program.values)
+
+    def lists(self, leaves: Leaves) -> Lists:
+        return {"updates": self.local(leaves.grads), "params": self.local(leaves.params)}
+
+    def local(self, tensors: Sequence[Any]) -> Column:
+        """The plain real tensors that hold the elements of one tensor per leaf."""
+        if not self.foreign:
+            return Column(tensors)
+        if self.all_sharded:
+            with contextlib.suppress(AttributeError):  # of None, where a gradient is missing
+                return Column(map(LOCAL, tensors))
+        column = list(tensors)
+        for k in self.foreign:
+            if column[k] is not None:
+                column[k] = local(column[k])
+        return Column(column)
+
+    def match(self, templates: Sequence[Template], leaves: Leaves, guarded: bool) -> Lists | None:
+        """The tensors of leaves, if they are like those it was made for."""
+        same = (
+            self.guarded == guarded
+            and len(templates) == len(self.templates)
+            and all(map(is_, templates, self.templates))
+            and self.ids == leaves.ids
+            and self.tags == list(leaves.tags)
+            and self.kinds == leaves.templates
+            and self.owners == leaves.owners
+        )
+        if not same:
+            return None
+        lists = self.lists(leaves)
+        return lists if self.plan.fits(lists) else None

@@ -1,0 +1,305 @@
+"""A step over leaves: state that is missing is made, and programs run in place."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import itemgetter
+from typing import Any
+
+import torch
+
+from .._backend import transforming
+from .._fuse import Source
+from .._plan import Lists, Plan, Segment, Stored
+from .._run import compute, number, reference_reason, run_barrier
+from .._spec import Option
+from ..kernels import Column
+from ..kernels.layout import pack
+from .layout import Layout, Leaves
+from .sharding import distributed, local
+from .templates import Template
+
+
+class Leafwise:
+    """Runs transformations in place over leaves, and remembers how for the next time.
+
+    Example:
+      >>> import functional_optim as fo
+      >>> tx = fo.chain(fo.trace(0.9), fo.scale_by_learning_rate(Option("lr")))
+      >>> template = Template(tx, {((0,), "trace"): "momentum_buffer"})
+      >>> p, state = torch.zeros(1), {}
+      >>> leaves = Leaves(lambda: ["p"], [p], [torch.ones(1)], [state], [0], [0], [0])
+      >>> Leafwise().step([template], leaves, [{"lr": 0.5}])
+      >>> p, state
+      (tensor([-0.5000]), {'momentum_buffer': tensor([1.])})
+    """
+
+    KEEP = 8
+
+    def __init__(self) -> None:
+        self.layouts: list[Layout] = []
+        self.new: set[Any] = set()  # parameters that have state, but have not taken their first step
+
+    def layout(self, templates: Sequence[Template], leaves: Leaves, guarded: bool, seen: bool) -> tuple[Layout, Lists]:
+        """The layout of leaves, and their tensors."""
+        if not seen:
+            for layout in self.layouts:
+                lists = layout.match(templates, leaves, guarded)
+                if lists is not None:
+                    return layout, lists
+        layout = Layout(templates, leaves, guarded)
+        if not seen:
+            self.layouts = [layout, *self.layouts[: self.KEEP - 1]]
+        return layout, layout.lists(leaves)
+
+    def prepare(self, templates: Sequence[Template], leaves: Leaves, options: Sequence[Mapping[str, Any]]) -> None:
+        """Makes the state that is not there yet, and takes no step.
+
+        Args:
+          templates: the transformations.
+          leaves: the parameters, gradients and states.
+          options: mappings that hyper-parameters are looked up in.
+        """
+        layout, lists = self.layout(templates, leaves, False, False)
+        for segment in layout.plan.segments:
+            if isinstance(segment, Segment):
+                _columns(segment, layout, lists, leaves, options, [], self.new)
+
+    def step(
+        self,
+        templates: Sequence[Template],
+        leaves: Leaves,
+        options: Sequence[Mapping[str, Any]],
+        extra: Mapping[str, Any] | None = None,
+        guarded: bool = False,
+    ) -> None:
+        """Takes a step.
+
+        Args:
+          templates: the transformations.
+          leaves: the parameters, gradients and states.
+          options: mappings that hyper-parameters are looked up in.
+          extra: extra arguments that rules take.
+          guarded: whether `extra` has `grad_scale`, which gradients are divided by, and `found_inf`: if it is not 0,
+            everything stays as it is.
+
+        Raises:
+          ValueError, TypeError: a tensor does not fit; nothing has been written.
+        """
+        extra = extra or {}
+        seen = transforming()
+        layout, lists = self.layout(templates, leaves, guarded, seen)
+        if layout.spans_tree and len(leaves.params) == 1 and torch._C._current_graph_task_id() >= 0:
+            raise RuntimeError(
+                "this chain reduces over the whole tree, so it needs the gradients of all parameters at once, but it "
+                "was given one parameter while its gradient is computed; call `step` after the backward pass."
+            )
+        made: list[tuple[dict[str, Any], str]] = []
+        new = set(self.new)
+        writes: list[Callable[[], None]] = []  # of all but the last program, which must be known to fit before
+        segments = layout.plan.segments
+        try:
+            for segment in segments:
+                if isinstance(segment, Segment):
+                    _columns(segment, layout, lists, leaves, options, made, new)
+                    first = [i for i in layout.plan.present if leaves.ids[i] in new] if new else []
+                    later = None if segment is segments[-1] else writes
+                    run_segment(segment, layout, lists, leaves, options, extra, seen, frozenset(first), later)
+                else:
+                    barrier = layout.barriers[id(segment[1])]
+                    state = run_barrier(segment[1], layout.plan, lists, barrier.gather(leaves.states), extra)
+                    if not (guarded and float(extra["found_inf"])):
+                        put = functools.partial(barrier.scatter, state, leaves.states, layout.plan.present)
+                        writes.append(put)
+            for write in writes:
+                write()
+        except BaseException:
+            for state, key in made:
+                del state[key]
+            raise
+        # nothing waits for a device but the first step, and leaves without elements
+        taken = not (guarded and (new or layout.counters) and float(extra["found_inf"]))
+        if taken:
+            self.new = new - {leaves.ids[i] for i in layout.plan.present}
+            for i in layout.counters:
+                leaves.states[i]["step"] += 1
+        else:  # the step after this one is the first
+            for state, key in made:
+                del state[key]
+
+
+def _columns(
+    segment: Segment,
+    layout: Layout,
+    lists: Lists,
+    leaves: Leaves,
+    options: Sequence[Mapping[str, Any]],
+    made: list[tuple[dict[str, Any], str]],
+    new: set[Any],
+) -> None:
+    """Collects the slots of a segment from the states of leaves, and makes those that are missing.
+
+    Args:
+      segment: the segment.
+      layout: the layout of the leaves.
+      lists: where the slots go.
+      leaves: the leaves.
+      options: mappings that hyper-parameters are looked up in.
+      made: takes what has been made.
+      new: takes the leaves that something whose first step counts has been made for.
+    """
+    everyone = len(layout.plan.present) == len(leaves.states)
+    for stored in segment.stored:
+        key = layout.key(segment, stored)
+        column: list[Any] | None = None
+        if everyone:
+            with contextlib.suppress(KeyError):
+                column = list(map(itemgetter(key), leaves.states))
+        if column is None:
+            column = [state.get(key) for state in leaves.states]
+            missing = [i for i in layout.plan.present if stored.seen[i] and column[i] is None]
+            fresh = [_make(segment, stored, leaves, i, options) for i in missing]
+            # autograd does not record what is written to a view made while it did not record
+            for i, x in zip(missing, fresh if torch.is_grad_enabled() else _pack(fresh), strict=True):
+                made.append((leaves.states[i], key))
+                column[i] = leaves.states[i][key] = x
+                if stored.key != "step" and segment.bounds[stored.key[0]].rule.uses_first:
+                    new.add(leaves.ids[i])
+        lists[stored.key] = Column(column) if stored.slot.per_leaf else layout.local(column)
+
+
+def _pack(tensors: list[Any]) -> list[Any]:
+    """Lays tensors, or the parts of DTensors that are here, side by side."""
+    parts = pack([getattr(x, "_local_tensor", x) for x in tensors])
+    packed: list[Any] = []
+    for x, part in zip(tensors, parts, strict=True):
+        if distributed(x):
+            x._local_tensor = part
+        packed.append(x if distributed(x) else part)
+    return packed
+
+
+def run_segment(
+    segment: Segment,
+    layout: Layout,
+    lists: Lists,
+    leaves: Leaves,
+    options: Sequence[Mapping[str, Any]],
+    extra: Mapping[str, Any],
+    seen: bool,
+    first: frozenset[int],
+    later: list[Callable[[], None]] | None = None,
+) -> None:
+    """Runs fused transformations over leaves, in place; or, if there is a list `later`, leaves the writing to it."""
+    plan = layout.plan
+    plan.first = first
+    for name, schedule in _hosts(segment):
+        lists[name] = _host_column(name, schedule, leaves, plan)
+    prepared = segment.prepare(plan, lists, remember=not seen)
+    tables = [
+        [_row(row, options[owner], is_first, extra) for row, (owner, is_first) in zip(g.sources, g.owners, strict=True)]
+        for g in prepared.groups
+    ]
+    reference = reference_reason(plan, prepared, tables, seen)
+    donate = later is None and (not reference or not (seen or torch.is_grad_enabled()))
+    before = {key: lists[key] for key in ("params", *(s.key for s in segment.stored))} if not donate else {}
+    if donate:
+        prepared.check_overlap(plan, lists)
+    compute(prepared, tables, lists, donate, bool(reference))
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for key, column in before.items():
+        changed = [i for i in plan.present if lists[key][i] is not column[i]]
+        if torch.is_grad_enabled() and key != "params" and not layout.foreign:
+            # autograd may have kept the old tensor for the derivative of an earlier step
+            stored = next(s for s in segment.stored if s.key == key)
+            for i in changed:
+                leaves.states[i][layout.key(segment, stored)] = lists[key][i]
+        else:
+            pairs += [(column[i], lists[key][i]) for i in changed]
+    if later is None:
+        _copy(pairs)
+    else:
+        later.append(functools.partial(_copy, pairs))
+
+
+def _copy(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for old, new in pairs:
+        old.copy_(new)
+
+
+def _make(
+    segment: Segment, stored: Stored, leaves: Leaves, i: int, options: Sequence[Mapping[str, Any]]
+) -> torch.Tensor:
+    p = leaves.params[i]
+    if stored.key == "step":
+        return torch.zeros((), dtype=torch.float32, device=p.device)
+    values = segment.bounds[stored.key[0]].values
+    chosen = options[leaves.owners[i]]
+    needed = {k: v for k, v in values.items() if k in (stored.slot.start, stored.slot.dtype)}
+    hypers = {k: v.look_up(chosen) if isinstance(v, Option) else v for k, v in needed.items()}
+    with torch.no_grad():
+        made: torch.Tensor = stored.slot.make(p, hypers)
+    return made
+
+
+def _hosts(segment: Segment) -> Iterator[tuple[str, Callable[[int], Any]]]:
+    for recipe in segment.recipes.values():
+        yield from recipe.hosts.items()
+
+
+def _host_column(name: str, schedule: Callable[[int], Any], leaves: Leaves, plan: Plan) -> Column:
+    """What a schedule that only Python can evaluate gives for each leaf's own step."""
+    known: dict[int, torch.Tensor] = {}
+    column: list[Any] = [None] * len(leaves.params)
+    for i in plan.present:
+        if "step" in leaves.states[i]:
+            count = int(leaves.states[i]["step"])
+            if count not in known:
+                x = number(f"the schedule of {name} returned", schedule(count))
+                known[count] = torch.as_tensor(x, dtype=torch.float64, device=local(leaves.params[i]).device)
+            column[i] = known[count]
+    return Column(column)
+
+
+def _row(
+    sources: Sequence[Source], options: Mapping[str, Any], first: bool, extra: Mapping[str, Any]
+) -> list[float | torch.Tensor]:
+    """A row of the scalar table."""
+    row: list[float | torch.Tensor] = []
+    for source in sources:
+        if source.kind == "option":  # nearly always a number that is there; there may be hundreds of rows
+            option = source.value
+            x = options.get(option.name)
+            if option.index is not None:
+                x = x[option.index] if type(x) is tuple and len(x) > option.index else None
+            if type(x) is float:
+                row.append(x)
+                continue
+        row.append(_scalar(source, options, first, extra))
+    return row
+
+
+def _scalar(source: Source, options: Mapping[str, Any], first: bool, extra: Mapping[str, Any]) -> float | torch.Tensor:
+    """One number of the scalar table."""
+    kind, _, name, value = source
+    if kind == "option":
+        try:
+            x = value.look_up(options)
+        except KeyError:
+            raise KeyError(
+                f"the parameter group lacks {value.name!r}, which {name} is taken from; there are {sorted(options)}."
+            ) from None
+        return x if type(x) is float else _option(value, x)
+    if kind == "value":
+        return value  # type: ignore[no-any-return]
+    if kind == "first":
+        return float(first)
+    if name not in extra:
+        raise TypeError(f"`{name}` is needed: call `step(closure, {name}=...)`.")
+    return number(f"the extra argument `{name}` is", extra[name])
+
+
+def _option(option: Option, x: Any) -> float | torch.Tensor:
+    if isinstance(x, torch.Tensor) and x.numel() == 1:
+        return x.reshape(())
+    return number(f"the option {option.name!r} is", x)
