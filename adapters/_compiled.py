@@ -22,13 +22,4 @@ def _step(
     LIVE[handle]._run_traced(params, grads, state, dict(zip(names.split(",") if names else (), values, strict=True)))
 
 
-@_step.register_fake
-def _(
-    handle: int,
-    params: list[torch.Tensor],
-    grads: list[torch.Tensor],
-    state: list[torch.Tensor],
-    names: str,
-    values: list[torch.Tensor],
-) -> None:
-    return None
+_step.register_fake(lambda *args: None)  # it returns nothing whatever it is given

@@ -31,8 +31,9 @@ def unique(names: Sequence[str], owners: Sequence[tuple[Path, str]], taken: froz
     counts = Counter(names)
     for name, (path, rule) in zip(names, owners, strict=True):
         labels = "_".join(str(k) for k in path if isinstance(k, str))
-        candidates = iter((name,) if counts[name] == 1 else ())
-        for candidate in (*candidates, *((f"{labels}_{name}",) if labels else ()), *_numbered(f"{rule}_{name}")):
+        plain = [name] if counts[name] == 1 else []
+        labelled = [f"{labels}_{name}"] if labels else []
+        for candidate in (*plain, *labelled, *_numbered(f"{rule}_{name}")):
             if candidate not in taken and candidate not in chosen:
                 chosen.append(candidate)
                 break

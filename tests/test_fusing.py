@@ -95,13 +95,11 @@ def test_a_slot_that_is_written_and_never_read_may_lie_in_another_order(backend:
     state = tx.init(params)
     last = torch.zeros(3, 4).t()
     state = (state[0]._replace(last=last), state[1])
-    guard = torch.zeros(1000)  # what an overrun would reach first is unknown; the values below are what counts
     with fo.use_backend(backend):
         params, state = fo.apply_gradients(tx, params, grads, state, donate=True)
     assert state[0].last is last
     assert torch.equal(last, 2 * grads)
     assert torch.equal(params, -grads)
-    assert not guard.any()
 
 
 def test_a_python_function_is_called_at_every_step_even_if_it_looks_constant() -> None:

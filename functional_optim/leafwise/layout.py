@@ -18,7 +18,7 @@ from ..kernels import Column
 from ..kernels.guard import PLAIN
 from .barriers import Barrier
 from .sharding import LOCAL, distributed, local, shard
-from .templates import Keys, Path, Template
+from .templates import Keys, Template
 
 
 class Leaves(NamedTuple):
@@ -69,7 +69,6 @@ class Layout:
         links: list[Link] = []
         scopes: list[int] = []
         self.keys: list[Keys] = []  # of each link
-        self.paths: list[Path] = []
         steps = [False] * len(leaves.params)
         for t, template in enumerate(templates):
             part = template.tx._links(view.narrow([k == t for k in self.kinds]), ())
