@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
-from operator import attrgetter, is_
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 import functional_optim as fo
 from functional_optim import leafwise
+from functional_optim.kernels.addresses import fetch, same
 from functional_optim.leafwise import Leafwise, Leaves, Template
 
 from ._compiled import LIVE
@@ -29,11 +30,6 @@ from ._naming import Naming, outside
 KNOWN = frozenset(
     {"params", "param_names", "initial_lr", "min_lr", "max_lr", "swa_lr", "base_momentum", "max_momentum"}
 )
-
-
-def _same(old: list[Any], new: list[Any]) -> bool:
-    """Whether lists hold the very same objects."""
-    return len(old) == len(new) and all(map(is_, old, new))
 
 
 def _check_rate(group: int, lr: Any) -> None:
@@ -181,10 +177,11 @@ class ChainOptimizer(Optimizer):
         params: list[torch.Tensor] = list(chain.from_iterable(members))
         keys, values = list(self.state), list(self.state.values())
         last = self._runtime
-        same = last.leaves is not None and _same(last.keys, keys) and _same(last.values, values)
+        known = last.leaves is not None and same(last.keys, keys) and same(last.values, values)
         states: list[Any]
         fresh: list[int]
-        if last.leaves is not None and same and _same(last.leaves.params, params):
+        if last.leaves is not None and known and same(last.leaves.params, params):
+            fetch(params)
             states, ids, fresh = last.leaves.states, last.leaves.ids, []
         else:  # asking a dict for a tensor takes longer than all of the above
             states, ids = [self.state.get(p) for p in params], list(map(id, params))

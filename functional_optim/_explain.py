@@ -8,7 +8,7 @@ import torch
 from ._backend import choose_backend
 from ._base import GradientTransformation, as_transformation
 from ._plan import Plan, Prepared, Segment, get_state, lists_of
-from ._tree import Tree, View, flatten, leaves_like
+from ._tree import Tree, View, flatten
 from .kernels import Column
 from .kernels.emit_c import emit_c
 from .kernels.emit_triton import emit_triton
@@ -131,7 +131,7 @@ def explain(tx: GradientTransformation, params: Tree) -> Explanation:
     state = tx.init(tree)
     whole = Plan.of(tx, True, tree, tree)
     devices = {k: x.device for k, x in enumerate(view.leaves) if x is not None}
-    lists = lists_of(whole.spec, tree, tree)
+    lists = lists_of(whole.read, tree, tree)
     kernels: list[Kernel] = []
     notes: list[str] = []
     passes = 0
@@ -141,7 +141,7 @@ def explain(tx: GradientTransformation, params: Tree) -> Explanation:
             passes += 1
             continue
         for k, name in segment.slots:
-            lists[k, name] = Column(leaves_like(whole.spec, getattr(get_state(state, segment.links[k].path), name)))
+            lists[k, name] = Column(whole.read(getattr(get_state(state, segment.links[k].path), name)))
         prepared = Prepared(segment, whole, lists)
         for group in prepared.groups:
             device = devices[group.leaves[0]]

@@ -5,8 +5,8 @@ This is where wrong shapes, dtypes and devices are refused, with the path of the
 
 import functools
 import itertools
-import struct
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +14,9 @@ import torch
 from ._base import GradientTransformation, Link
 from ._fuse import Counting, Part, Recipe, Source, fuse_all
 from ._spec import Bound, Slot, slot
-from ._tree import Spec, Tree, View, at, check_fit, check_leaf, difference, flatten, leaves_like, paths
+from ._tree import Reader, Spec, Tree, View, at, check_fit, check_leaf, difference, flatten, paths
 from .kernels import Column, Shard
+from .kernels.addresses import fetch, guarded_addresses, same
 from .kernels.guard import Guard
 from .kernels.layout import Extents, compute_dtype, repeats, span, walk_together
 from .kernels.plan import Signature
@@ -23,6 +24,9 @@ from .kernels.program import Level
 
 
 KEEP = 8  # how many kinds of trees a transformation is remembered for
+PACKED = 8  # stored tensors per tensor that they are parts of, from which on it pays to look at those instead
+
+REQUIRES_GRAD = attrgetter("requires_grad")
 
 SlotKey = tuple[int, str]
 Lists = dict[Any, Column]  # "updates", "params" and slots -> a leaf's tensor at its position in the tree
@@ -33,21 +37,25 @@ class Places(NamedTuple):
 
     Args:
       pairs: lists and positions.
+      keys: the lists.
       whole: the list, if the column is all of it.
     """
 
     pairs: tuple[tuple[Any, int], ...]
+    keys: frozenset[Any]
     whole: Any = None
 
     @classmethod
     def of(cls, pairs: Sequence[tuple[Any, int]], n_leaves: int) -> "Places":
-        whole = [i for _, i in pairs] == list(range(n_leaves)) and len({key for key, _ in pairs}) == 1
-        return cls(tuple(pairs), pairs[0][0] if whole else None)
+        keys = frozenset(key for key, _ in pairs)
+        whole = len(keys) == 1 and [i for _, i in pairs] == list(range(n_leaves))
+        return cls(tuple(pairs), keys, pairs[0][0] if whole else None)
 
     def gather(self, lists: Lists) -> Column:
         if self.whole is not None:
             return lists[self.whole]
-        return Column(lists[key][i] for key, i in self.pairs)
+        guarded = all(lists[key].guarded for key in self.keys)
+        return Column([lists[key][i] for key, i in self.pairs], guarded)
 
     def scatter(self, column: Column, lists: Lists) -> None:
         if self.whole is not None:
@@ -55,15 +63,6 @@ class Places(NamedTuple):
         else:
             for x, (key, i) in zip(column, self.pairs, strict=True):
                 lists[key][i] = x
-
-
-def locate(lists: Lists, keys: Sequence[Any], addresses: Sequence[int]) -> None:
-    """Keeps addresses that have been found with the columns that they are of, one after another."""
-    start = 0
-    for key in keys:
-        part = addresses[start : start + len(lists[key])]
-        lists[key] = Column.located(lists[key], struct.pack(f"{len(part)}q", *part))
-        start += len(lists[key])
 
 
 class Member(NamedTuple):
@@ -234,6 +233,39 @@ class Segment:
         return states
 
 
+class Held(NamedTuple):
+    """State that was seen to be right and has been written to since, and what shows that nobody else has.
+
+    Small state is parts of a few tensors, with which it shares its version: if objects, versions and addresses are
+    those of before, there is no need to look at what each tensor is. All that goes unnoticed is `x.data = y` with
+    another view `y` of the memory of `x`: memory is then updated as if `x` were still what it was.
+
+    Args:
+      columns: the tensors.
+      addresses: where they were.
+      owners: what they are parts of.
+      versions: how often those had been written to.
+    """
+
+    columns: list[Column]
+    addresses: list[bytes]
+    owners: list[torch.Tensor]
+    versions: list[int]
+
+    def untouched(self, columns: Sequence[Column]) -> bool:
+        """Whether columns are these, and as they were; finds their addresses."""
+        if [x._version for x in self.owners] != self.versions or not all(map(same, self.columns, columns)):
+            return False
+        # `x.data = y` and `swap_tensors` leave versions alone
+        if [guarded_addresses(column) for column in columns] != self.addresses:
+            return False
+        if torch.is_grad_enabled() and any(map(REQUIRES_GRAD, itertools.chain.from_iterable(columns))):
+            return False
+        for column, found in zip(columns, self.addresses, strict=True):
+            column.guarded, column.addresses = True, found
+        return True
+
+
 class Disjoint(NamedTuple):
     """Addresses that were found not to overlap.
 
@@ -259,16 +291,14 @@ class Prepared:
             for i in self.present:
                 if seen[i]:
                     _check_slot(name, plan.paths[i], lists[key][i], lists["updates"][i], declared)
-        self.checked: list[tuple[Any, int]] = [
-            (key, i) for key, _, _, seen in segment.stored for i in self.present if seen[i]
-        ]
-        if plan.later:  # updates that came from another transformation
-            self.checked += [("updates", i) for i in self.present]
-        keys: list[Any] = list(dict.fromkeys(key for key, _ in self.checked))
-        whole = len(self.checked) == len(keys) * len(lists["updates"])
-        self.whole: list[Any] | None = keys if whole else None
+        self.checked = [(key, i) for key, _, _, seen in segment.stored for i in self.present if seen[i]]
+        self.keys = [key for key, _, _, _ in segment.stored]
+        self.whole = len(self.checked) == len(self.keys) * len(lists["updates"])
         tensors = self.tensors(lists)
         self.guard = Guard(tensors)
+        # updates that came from another transformation
+        self.arrived = Guard([lists["updates"][i] for i in self.present]) if plan.later else None
+        tensors += [lists["updates"][i] for i in self.present if plan.later]
         self.requires_grad = any(x.requires_grad for x in tensors)
         self.tracks_versions = not any(x.is_inference() for x in tensors)
         members: dict[Any, list[Member]] = {}
@@ -290,46 +320,54 @@ class Prepared:
             if bound.counted and any(segment.links[k].seen[i] for i in self.present)
         ]
         self.disjoint: Disjoint | None = None
-        self.shared: tuple[bytes, list[tuple[int, int]]] | None = None
+        self.held: Held | None = None
+        self.packed = self.whole and self.guard.plain  # until state turns out to be tensors of their own
 
     def holds(self, plan: "Plan", lists: Lists) -> bool:
         """Whether these leaves are like those it was prepared for."""
         if self.present != plan.present or self.first != plan.first:
             return False
-        addresses = self.guard.addresses(self.tensors(lists))
-        if addresses and self.whole is not None:
-            locate(lists, self.whole, addresses)
-        return addresses is not None
+        if self.arrived is not None and not self.arrived.holds([lists["updates"][i] for i in self.present]):
+            return False
+        held = self.held  # of this or another thread, so looked at once
+        if held is not None and held.untouched([lists[key] for key in self.keys]):
+            return True
+        if not self.guard.holds(self.tensors(lists)):
+            return False
+        for key in self.keys:
+            lists[key].guarded = self.guard.plain
+        return True
 
-    def versioned(self, lists: Lists, results: Sequence[Sequence[Column]]) -> list[torch.Tensor]:
-        """Tensors whose versions stand for all that groups have written in place.
+    def written(self, lists: Lists, results: Sequence[Sequence[Column]]) -> None:
+        """Counts up the versions of all that groups have written in place, behind torch's back.
 
-        Parts of one tensor share a version, so one of them is enough. To ask a thousand tensors what they are part
-        of takes as long as to count their versions up, so the answer is kept while they are where they were.
+        Parts of one tensor share a version, so one of them is enough.
         """
-        if self.whole is None or not self.guard.plain:
-            return [x for columns in results for column in columns for x in column]
-        columns = [lists[key] for key in self.whole if key != "updates"]
-        known = b"".join(column.addresses for column in columns)
-        if self.shared is None or self.shared[0] != known:
-            owners: dict[int, tuple[int, int]] = {}
-            for c, column in enumerate(columns):
-                for k, x in enumerate(column):
-                    owners.setdefault(id(x if x._base is None else x._base), (c, k))
-            self.shared = known, list(owners.values())
+        columns = [lists[key] for key in self.keys]
         params = [
             x
-            for group, columns in zip(self.groups, results, strict=True)
-            for output, column in zip(group.signature.program.outputs, columns, strict=True)
+            for group, outs in zip(self.groups, results, strict=True)
+            for output, column in zip(group.signature.program.outputs, outs, strict=True)
             if output.name == "params"
             for x in column
         ]
-        return [*params, *[columns[c][k] for c, k in self.shared[1]]]
+        held, addresses = self.held, [column.addresses for column in columns] if self.packed else []
+        if held is not None and all(map(same, held.columns, columns)):
+            owners = held.owners
+        elif self.packed:
+            owners = list({id(x): x for x in (x if x._base is None else x._base for c in columns for x in c)}.values())
+        if self.packed:
+            self.packed = len(owners) * PACKED <= len(self.checked)
+        if not self.packed:
+            owners, self.held = self.tensors(lists), None
+        torch.autograd.graph.increment_version([*params, *owners])
+        if self.packed:
+            self.held = Held(columns, addresses, owners, [x._version for x in owners])
 
     def tensors(self, lists: Lists) -> list[Any]:
-        """The tensors that must stay alike."""
-        if self.whole is not None:
-            return list(itertools.chain.from_iterable(lists[key] for key in self.whole))
+        """The stored tensors, which must stay alike."""
+        if self.whole:
+            return list(itertools.chain.from_iterable(lists[key] for key in self.keys))
         return [lists[key][i] for key, i in self.checked]
 
     def check_overlap(self, plan: "Plan", lists: Lists) -> None:
@@ -470,10 +508,10 @@ def get_state(state: Any, path: Sequence[int | str]) -> Any:
 
 def updates_of(group: Group, lists: Lists) -> Column:
     updates = lists["updates"]
-    return updates if len(group.leaves) == len(updates) else Column(updates[i] for i in group.leaves)
+    return updates if len(group.leaves) == len(updates) else Column([updates[i] for i in group.leaves], updates.guarded)
 
 
-def lists_of(spec: Spec, updates: Tree, params: Tree | None, explain: bool = False) -> Lists:
+def lists_of(read: Reader, updates: Tree, params: Tree | None, explain: bool = False) -> Lists:
     """The leaves of updates and parameters.
 
     Raises:
@@ -483,11 +521,13 @@ def lists_of(spec: Spec, updates: Tree, params: Tree | None, explain: bool = Fal
     for name, tree in (("updates", updates), ("params", params)):
         if name == "updates" or tree is not None:
             try:
-                lists[name] = Column(leaves_like(spec, tree))
+                lists[name] = Column(read(tree))
             except (ValueError, TypeError):
                 if not explain:
                     raise
-                raise ValueError(f"{name} does not have the structure of params: {difference(spec, tree)}.") from None
+                raise ValueError(
+                    f"{name} does not have the structure of params: {difference(read.spec, tree)}."
+                ) from None
     return lists
 
 
@@ -513,6 +553,7 @@ class Plan:
         scopes: Sequence[int] | None = None,
     ) -> None:
         self.spec, self.paths, self.links = spec, names, links
+        self.read = Reader(spec)
         us, ps = lists["updates"], lists.get("params", lists["updates"])
         self.present = tuple(i for i, x in enumerate(us) if x is not None and ps[i] is not None)
         self.absent = tuple(i for i, x in enumerate(us) if x is None or ps[i] is None)
@@ -541,7 +582,7 @@ class Plan:
           ValueError, TypeError: the trees do not fit.
         """
         leaves, spec = flatten(updates if params is None else params)
-        lists = lists_of(spec, updates, params, explain=True)
+        lists = lists_of(Reader(spec), updates, params, explain=True)
         names = paths(spec)
         for i, u in enumerate(lists["updates"]):  # before masks are asked about the tree
             if u is not None and leaves[i] is not None:
@@ -580,19 +621,22 @@ class Plan:
     def match(self, updates: Tree, params: Tree | None) -> Lists | None:
         """The leaves of both trees, if they are like those of the trees that this plan was made for."""
         try:
-            lists = lists_of(self.spec, updates, params)
+            lists = lists_of(self.read, updates, params)
         except (ValueError, TypeError):
             return None
         return lists if self.fits(lists) else None
 
     def fits(self, lists: Lists) -> bool:
-        """Whether leaves are like those that this plan was made for; finds their addresses."""
+        """Whether leaves are like those that this plan was made for."""
         if any(
             lists["updates"][i] is not None and lists.get("params", lists["updates"])[i] is not None
             for i in self.absent
         ):
             return False
-        addresses = self.guard.addresses(self.tensors(lists))
-        if addresses and not self.absent:
-            locate(lists, list(lists), addresses)
-        return addresses is not None
+        for column in lists.values():
+            fetch(column)
+        if not self.guard.holds(self.tensors(lists)):
+            return False
+        for column in lists.values():
+            column.guarded = self.guard.plain
+        return True

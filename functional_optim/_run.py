@@ -16,7 +16,7 @@ from ._base import GradientTransformation, Link
 from ._fuse import Source
 from ._plan import KEEP, Group, Lists, Plan, Prepared, Segment, get_state, lists_of, updates_of
 from ._spec import Bound
-from ._tree import MaskedNode, Spec, Tree, View, at, check_fit, difference, flatten, leaves_like, unflatten
+from ._tree import MaskedNode, Spec, Tree, View, at, check_fit, difference, flatten, unflatten
 from .kernels import BACKENDS, BuildError, Call, Column
 
 
@@ -58,7 +58,7 @@ class Executor:
         plan = Plan.of(self.tx, self.apply, updates, params)
         if remember:
             self.plans = [plan, *self.plans[: KEEP - 1]]
-        return plan, lists_of(plan.spec, updates, params)
+        return plan, lists_of(plan.read, updates, params)
 
     @staticmethod
     def refuse_donation(plan: Plan, lists: Lists, seen: bool) -> None:
@@ -92,7 +92,7 @@ def run_barrier(link: Link, plan: Plan, lists: Lists, state: Any, extra: Mapping
         raise TypeError(f"{link.tx!r:.60} returned {result!r:.60} from `update`, expected (updates, state).")
     tree, new_state = result
     try:
-        out = leaves_like(plan.spec, tree)
+        out = plan.read(tree)
     except (ValueError, TypeError):
         raise ValueError(
             f"the update that {link.tx!r:.60} returned does not have the structure of params: "
@@ -225,7 +225,7 @@ def run_segment(
 
 def _slot_leaves(plan: Plan, bound: Bound, name: str, tree: Tree) -> Column:
     try:
-        return Column(leaves_like(plan.spec, tree))
+        return Column(plan.read(tree))
     except (ValueError, TypeError):
         raise ValueError(
             f"state {bound.rule.name}.{name} does not have the structure of params: {difference(plan.spec, tree)}."
@@ -316,7 +316,7 @@ def compute(prepared: Prepared, tables: Sequence[Any], lists: Lists, donate: boo
             done = BACKENDS[backend]([_call(g, tables[k], lists, donate) for g, k in zip(groups, members, strict=True)])
         results.update(zip(members, done, strict=True))
     if donate and prepared.tracks_versions and len(bare) == len(prepared.groups):
-        torch.autograd.graph.increment_version(prepared.versioned(lists, [results[k] for k in range(len(results))]))
+        prepared.written(lists, [results[k] for k in range(len(results))])
     elif donate and prepared.tracks_versions:
         torch.autograd.graph.increment_version([x for k in bare for column in results[k] for x in column])
     if not donate:  # the caller's lists are left as they are

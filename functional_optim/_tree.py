@@ -4,8 +4,10 @@
 `optree.register_pytree_node(cls, ..., namespace="functional_optim")` or in optree's global namespace.
 """
 
+import contextlib
 import inspect
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import optree
@@ -33,6 +35,34 @@ def leaves_like(spec: Spec, tree: Tree) -> list[Any]:
       ValueError: the tree has another structure.
     """
     return spec.flatten_up_to(tree)
+
+
+class Reader:
+    """Reads trees of one structure; plain dicts of leaves, the most common ones, without the pytree library.
+
+    Args:
+      spec: the structure.
+
+    Example:
+      >>> Reader(flatten({"b": 0, "a": 0})[1])({"b": 1, "a": 2})
+      [2, 1]
+    """
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        flat = spec.type is dict and spec.num_nodes == spec.num_leaves + 1 > 2
+        self.get = itemgetter(*spec.entries()) if flat else None
+
+    def __call__(self, tree: Tree) -> list[Any]:
+        """What a tree has in the places of the leaves.
+
+        Raises:
+          ValueError: the tree has another structure.
+        """
+        if self.get is not None and type(tree) is dict and len(tree) == self.spec.num_leaves:
+            with contextlib.suppress(KeyError):
+                return list(self.get(tree))
+        return leaves_like(self.spec, tree)
 
 
 def unflatten(spec: Spec, leaves: Sequence[Any]) -> Tree:

@@ -724,6 +724,42 @@ def test_tensors_that_change_between_steps(change: str, donate: bool) -> None:
     assert_same_bits(actual, expected)
 
 
+# Other views of its own memory: what is stored among many small tensors is only looked at where something shows that
+# somebody has touched it, which such a view does not.
+UNSEEN = ("momentum: smaller", "momentum: memory read as integers")
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_one_of_many_small_tensors_that_changes_between_steps(change: str) -> None:
+    names = [f"{change}, one of many, {use}" for use in ("used", "fresh")]
+    used, fresh = map(momentum_as, names)
+    params, grads = ({str(k): torch.arange(9.0).view(3, 3) + x for k in range(30)} for x in (1.0, 2.0))
+    state = used.init(params)
+    for _ in range(3):
+        fo.apply_gradients(used, params, grads, state, donate=True)
+    untouched = clone((params, state[names[0]].trace))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, about typed storages and resizing
+        CHANGES[change]({"p": params["7"], "g": grads["7"], "m": state[names[0]].trace["7"]})
+    p, m = untouched if change in UNSEEN else clone((params, state[names[0]].trace))
+    start = fresh.init(clone(untouched[0]))
+    start[names[1]] = start[names[1]]._replace(trace=m)
+    try:
+        expected, after = fo.apply_gradients(fresh, p, grads, start)
+    except (TypeError, ValueError, RuntimeError) as error:
+        before = Snapshot((params, grads, state))
+        with pytest.raises(type(error)):
+            fo.apply_gradients(used, params, grads, state, donate=True)
+        before.check()
+        return
+
+    fo.apply_gradients(used, params, grads, state, donate=True)
+
+    assert_same_bits(params, expected)
+    if change not in UNSEEN:
+        assert_same_bits(state[names[0]].trace, after[names[1]].trace)
+
+
 @pytest.mark.parametrize("repeated", [False, True])
 def test_a_gradient_that_is_negated_lazily(repeated: bool) -> None:
     """Such as the imaginary part of a conjugate: a view of memory with a sign still to be applied."""

@@ -139,7 +139,7 @@ def test_a_kernel_and_its_source_are_all_there_is(cache: Path) -> None:
     stem = only(cache, ".so").stem
     assert names(cache) == {f"{stem}.so", f"{stem}.c"}
     (kernel,) = fo.explain(fo.sgd(0.5), {"w": torch.zeros(5)}).kernels
-    assert (cache / f"{stem}.c").read_text() == kernel.source
+    assert (cache / f"{stem}.c").read_text().startswith(kernel.source)
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])

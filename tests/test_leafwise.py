@@ -223,11 +223,14 @@ def fill_a_view(state: dict[str, Any]) -> None:
     state["mu0"].view(-1).fill_(1.0)
 
 
-@pytest.mark.parametrize("size", [4, 200])
+@torch.no_grad()
+@pytest.mark.parametrize(("size", "n"), [(4, 3), (4, 30), (200, 3)])
 @pytest.mark.parametrize("change", [fill, replace, set_data, swap, set_memory, fill_a_view], ids=lambda f: f.__name__)
-def test_what_is_done_to_a_state_between_steps_counts(change: Callable[[dict[str, Any]], None], size: int) -> None:
+def test_what_is_done_to_a_state_between_steps_counts(
+    change: Callable[[dict[str, Any]], None], size: int, n: int
+) -> None:
     template = named(fo.adam(0.1))
-    leaves, run = make_leaves(shapes=((size, size),) * 3), Leafwise()
+    leaves, run = make_leaves(shapes=((size, size),) * n), Leafwise()
     for k in range(3):
         run.step([template], leaves._replace(grads=gradients(leaves, k)), [{}])  # type: ignore[arg-type]
     change(leaves.states[1])
@@ -235,20 +238,32 @@ def test_what_is_done_to_a_state_between_steps_counts(change: Callable[[dict[str
     states = [{k: x.clone() for k, x in s.items()} for s in leaves.states]
     assert (states[1]["mu0"] == 1).all()
     run.step([template], leaves._replace(grads=gradients(leaves, 9)), [{}])  # type: ignore[arg-type]
-    again = leaves._replace(params=start, states=states, ids=[7, 8, 9], grads=gradients(leaves, 9))  # type: ignore[arg-type]
+    again = leaves._replace(params=start, states=states, ids=list(range(7, 7 + n)), grads=gradients(leaves, 9))  # type: ignore[arg-type]
     Leafwise().step([template], again, [{}])
     for p, q in zip(leaves.params, start, strict=True):
         assert torch.equal(p, q)
 
 
-def test_a_state_turned_round_in_place_is_refused() -> None:
+def turn(state: dict[str, Any]) -> None:
+    state["mu0"].t_()
+
+
+def put_a_view(state: dict[str, Any]) -> None:
+    state["mu0"] = state["mu0"].t()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n", [2, 30])
+@pytest.mark.parametrize("change", [turn, put_a_view], ids=lambda f: f.__name__)
+def test_a_state_turned_round_is_refused(change: Callable[[dict[str, Any]], None], n: int) -> None:
     template = named(fo.adam(0.1))
-    leaves, run = make_leaves(shapes=((4, 3), (4, 3))), Leafwise()
-    run.step([template], leaves._replace(grads=gradients(leaves, 0)), [{}])  # type: ignore[arg-type]
-    leaves.states[0]["mu0"].t_()
+    leaves, run = make_leaves(shapes=((4, 3),) * n), Leafwise()
+    for k in range(3):
+        run.step([template], leaves._replace(grads=gradients(leaves, k)), [{}])  # type: ignore[arg-type]
+    change(leaves.states[0])
     before = [p.clone() for p in leaves.params]
     with pytest.raises(ValueError, match=r"state scale_by_adam.mu at 'p0' has shape \(3, 4\)"):
-        run.step([template], leaves._replace(grads=gradients(leaves, 1)), [{}])  # type: ignore[arg-type]
+        run.step([template], leaves._replace(grads=gradients(leaves, 9)), [{}])  # type: ignore[arg-type]
     assert all(torch.equal(p, q) for p, q in zip(leaves.params, before, strict=True))
 
 

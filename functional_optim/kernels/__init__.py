@@ -15,14 +15,14 @@ new values         reference.py and foreach.py get here from the Program, withou
 from collections.abc import Callable, Sequence
 
 from .build import BuildError as BuildError
-from .foreach import run_foreach
-from .launch import run_c, run_triton
-from .reference import (
+from .call import (
     Call as Call,
     Column as Column,
     Shard as Shard,
-    run_reference,
 )
+from .foreach import run_foreach
+from .launch import run_c, run_triton
+from .reference import run_reference
 
 
 BACKENDS: dict[str, Callable[[Sequence[Call]], list[list[Column]]]] = {

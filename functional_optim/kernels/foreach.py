@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
+from .call import Call, Column
 from .ops import OPS
 from .program import Value
-from .reference import Call, Column, each_leaf, run_reference
+from .reference import each_leaf, run_reference
 
 
 COMMUTES = {"add", "mul"}

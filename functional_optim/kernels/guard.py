@@ -24,9 +24,6 @@ def is_plain(x: torch.Tensor) -> bool:
 class Guard:
     """Remembers what some tensors are.
 
-    With many small tensors, most of a step is waiting for what is known of them to arrive from memory. So all that
-    is needed of a tensor is asked for at once, block by block, while it is near.
-
     Args:
       tensors: the tensors.
 
@@ -36,7 +33,7 @@ class Guard:
       (True, False)
     """
 
-    BLOCK = 256  # tensors
+    BLOCK = 128  # tensors; torch keeps a table of those it has seen, which should stay near
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self.plain = all(map(is_plain, tensors))
@@ -57,24 +54,12 @@ class Guard:
 
     def holds(self, tensors: Sequence[Any]) -> bool:
         """Whether other tensors are the same in all that a kernel depends on."""
-        return self.addresses(tensors) is not None
-
-    def addresses(self, tensors: Sequence[Any]) -> list[int] | None:
-        """Addresses of other tensors, if they are the same in all that a kernel depends on.
-
-        They are left out where tensors are not of torch's own kinds.
-        """
         if len(tensors) != self.length:
-            return None
+            return False
         if self.fast:
-            found: list[int] = []
-            for k, guard in enumerate(self.fast):
-                block = tensors[k * self.BLOCK : (k + 1) * self.BLOCK]
-                if not guard.check(*block):
-                    return None
-                found += map(torch.Tensor.data_ptr, block)
-            return found
-        same = all(
+            return all(
+                guard.check(*tensors[k * self.BLOCK : (k + 1) * self.BLOCK]) for k, guard in enumerate(self.fast)
+            )
+        return all(
             isinstance(x, torch.Tensor) and self._key(x) == key for x, key in zip(tensors, self.metas, strict=True)
         )
-        return [] if same else None

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import addresses
 from .build import BuildError, load_c, load_triton
+from .call import Call, Column
 from .emit_c import emit_c
 from .emit_triton import emit_triton
 from .ops import REDUCTIONS
 from .plan import Signature, plan
 from .program import Level
-from .reference import Call, Column
 
 
 CHUNK = 1 << 14  # elements: seven streams of float32 stay within a second-level cache
@@ -96,8 +97,9 @@ def compile_c(signature: Signature) -> tuple[Any, ...]:
     Raises:
       BuildError: there is no working compiler.
     """
-    library = load_c(emit_c(signature))
+    library = load_c(f"{emit_c(signature)}\n{addresses.SOURCE}")
     try:
+        addresses.use(library)
         functions = tuple(getattr(library, f"pass_{k}") for k in range(len(plan(signature))))
     except AttributeError as error:
         raise BuildError(f"what the C compiler made is not what it was given: {error}") from None
@@ -249,11 +251,11 @@ def run_triton(calls: Sequence[Call]) -> list[list[Column]]:
             Column(map(torch.empty_like, column)) if output.level is Level.LEAF else column
             for output, column in zip(call.signature.program.outputs, outputs, strict=True)
         ]
-        addresses = [[x.data_ptr() for x in column] for column in (*call.inputs, *written)]
+        places = [[x.data_ptr() for x in column] for column in (*call.inputs, *written)]
         launches.append(
             (
                 *_on_device(chunks, call.wholes, call.rows, device),
-                torch.tensor(addresses, dtype=torch.int64).to(device, non_blocking=True),
+                torch.tensor(places, dtype=torch.int64).to(device, non_blocking=True),
                 _scalar_table(call.scalars, device),
                 torch.tensor([x.data_ptr() for x in own] or [0], dtype=torch.int64).to(device, non_blocking=True),
                 *(len(call.sizes), total, first),

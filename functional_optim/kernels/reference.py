@@ -4,73 +4,13 @@ It runs on any device and layout, under `torch.func` transformations and autogra
 eager column of the operation table.
 """
 
-import struct
-from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
 
 import torch
 
+from .call import Call, Column
 from .ops import OPS, REDUCTIONS
-from .plan import Signature
 from .program import Level, Value
-
-
-class Column(list[torch.Tensor]):
-    """A tensor per leaf."""
-
-    @classmethod
-    def located(cls, tensors: Iterable[torch.Tensor], addresses: bytes) -> "Column":
-        """A column whose addresses are known."""
-        column = cls(tensors)
-        if len(addresses) == 8 * len(column):  # a kernel must never see the address of another tensor
-            column.__dict__["addresses"] = addresses
-        return column
-
-    @cached_property
-    def addresses(self) -> bytes:
-        """Where the tensors are, as 64-bit integers. Asked for once the column is complete."""
-        return struct.pack(f"{len(self)}q", *map(torch.Tensor.data_ptr, self))
-
-
-class Shard(Protocol):
-    """What joins leaves to their other parts, if they are parts of tensors that are spread over processes."""
-
-    def combine(self, partials: torch.Tensor, kind: str) -> None:
-        """Reduces numbers over processes, in place.
-
-        Args:
-          partials: float64 numbers, as many in each process.
-          kind: a row of `REDUCTIONS`.
-        """
-
-    def __hash__(self) -> int: ...
-
-
-class Call(NamedTuple):
-    """One evaluation of a program over the leaves that share it.
-
-    Args:
-      signature: the program and its dtypes.
-      like: a column of tensors whose shape, layout and device new ones take.
-      inputs: a column (one tensor per leaf) for each of the program's arrays, then for each of its numbers per leaf.
-      outputs: a column to write to for each output, or None for new tensors.
-      scalars: the scalar table: rows of numbers, or of tensors that hold one.
-      rows: each leaf's row.
-      sizes: each leaf's number of elements.
-      shard: what joins the leaves to their other parts, if they have any.
-      wholes: each leaf's number of elements, all parts counted.
-    """
-
-    signature: Signature
-    like: Column
-    inputs: Sequence[Column]
-    outputs: Sequence[Column | None]
-    scalars: Sequence[Sequence[float | torch.Tensor]]
-    rows: tuple[int, ...]
-    sizes: tuple[int, ...]
-    shard: Shard | None
-    wholes: tuple[int, ...]
 
 
 Elementwise = Callable[[Value, list[Column], torch.dtype], Column]

@@ -120,7 +120,7 @@ class Leafwise:
         # nothing waits for a device but the first step, and leaves without elements
         taken = not (guarded and (new or layout.counters) and float(extra["found_inf"]))
         if taken:
-            self.new = new - {leaves.ids[i] for i in layout.plan.present}
+            self.new = new and new - {leaves.ids[i] for i in layout.plan.present}
             for i in layout.counters:
                 leaves.states[i]["step"] += 1
         else:  # the step after this one is the first
