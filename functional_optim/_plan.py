@@ -6,7 +6,6 @@ This is where wrong shapes, dtypes and devices are refused, with the path of the
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,8 @@ from ._spec import Bound, Slot, slot
 from ._tree import Reader, Spec, Tree, View, at, check_fit, check_leaf, difference, flatten, paths
 from .kernels import Column, Shard
 from .kernels.addresses import fetch, guarded_addresses, same
-from .kernels.guard import Guard
+from .kernels.alike import distinct, map_alike
+from .kernels.guard import REQUIRES_GRAD, Guard
 from .kernels.layout import Extents, compute_dtype, repeats, span, walk_together
 from .kernels.plan import Signature
 from .kernels.program import Level
@@ -25,8 +25,6 @@ from .kernels.program import Level
 
 KEEP = 8  # how many kinds of trees a transformation is remembered for
 PACKED = 8  # stored tensors per tensor that they are parts of, from which on it pays to look at those instead
-
-REQUIRES_GRAD = attrgetter("requires_grad")
 
 SlotKey = tuple[int, str]
 Lists = dict[Any, Column]  # "updates", "params" and slots -> a leaf's tensor at its position in the tree
@@ -65,6 +63,22 @@ class Places(NamedTuple):
                 lists[key][i] = x
 
 
+class Fit(NamedTuple):
+    """What the tensors of a leaf mean for its program.
+
+    Args:
+      signature: the program and its dtypes.
+      device: the device.
+      size: number of elements.
+      copied: whether a kernel cannot walk the leaf's arrays side by side, so that they are copied.
+    """
+
+    signature: Signature
+    device: torch.device
+    size: int
+    copied: bool
+
+
 class Member(NamedTuple):
     """A leaf of a group.
 
@@ -73,12 +87,14 @@ class Member(NamedTuple):
       row: what leaves with the same numbers have in common: kind and owner.
       whole: number of elements, of all parts if it is part of a tensor spread over processes.
       recipe: the program of its kind.
+      fit: what its tensors mean for that.
     """
 
     leaf: int
     row: tuple[tuple[int, ...], tuple[int, bool]]
     whole: int
     recipe: Recipe
+    fit: Fit
 
 
 class Group(NamedTuple):
@@ -288,32 +304,35 @@ class Prepared:
     def __init__(self, segment: Segment, plan: "Plan", lists: Lists) -> None:
         self.present, self.first = plan.present, plan.first
         for key, name, declared, seen in segment.stored:
-            for i in self.present:
-                if seen[i]:
-                    _check_slot(name, plan.paths[i], lists[key][i], lists["updates"][i], declared)
+            for i in distinct((i for i in self.present if seen[i]), lists[key].looks, lists["updates"].looks):
+                _check_slot(name, plan.paths[i], lists[key][i], lists["updates"][i], declared)
         self.checked = [(key, i) for key, _, _, seen in segment.stored for i in self.present if seen[i]]
         self.keys = [key for key, _, _, _ in segment.stored]
         self.whole = len(self.checked) == len(self.keys) * len(lists["updates"])
-        tensors = self.tensors(lists)
-        self.guard = Guard(tensors)
+        looks = {key: column.looks for key, column in lists.items()}
+        self.guard = Guard(self.tensors(lists), self.tensors(looks))
         # updates that came from another transformation
-        self.arrived = Guard([lists["updates"][i] for i in self.present]) if plan.later else None
-        tensors += [lists["updates"][i] for i in self.present if plan.later]
-        self.requires_grad = any(x.requires_grad for x in tensors)
-        self.tracks_versions = not any(x.is_inference() for x in tensors)
+        self.arrived = Guard([lists["updates"][i] for i in self.present] if plan.later else [])
+        self.requires_grad = self.guard.requires_grad or self.arrived.requires_grad
+        self.tracks_versions = not (self.guard.inference or self.arrived.inference)
+        keys = {kind: ["params" if "params" in lists else "updates", *r.lists()] for kind, r in segment.recipes.items()}
+        fits: dict[Any, Fit] = {}
+        signatures: dict[Signature, Signature] = {}
         members: dict[Any, list[Member]] = {}
         for i in self.present:
             kind = segment.kinds[i]
             recipe = segment.recipes[kind]
-            u, p = lists["updates"][i], lists["params"][i] if "params" in lists else None
             # a part without elements still takes part where its tensor's other parts are added up
-            if (u.numel() or plan.shards[i] is not None) and (kind or segment.apply):
-                dtypes = _dtypes(recipe, lists, i, u, p)
-                owner = plan.options[i], i in plan.first
-                signature = Signature(recipe.program, *dtypes)
-                member = Member(i, (kind, owner), plan.wholes[i] or u.numel(), recipe)
-                members.setdefault((signature, u.device, plan.shards[i]), []).append(member)
-        self.groups = [_group(signature, device, shard, m, lists) for (signature, device, shard), m in members.items()]
+            if not (kind or segment.apply) or not (lists["updates"][i].numel() or plan.shards[i] is not None):
+                continue
+            leaf_looks = (kind, *[looks[key][i] for key in keys[kind]])
+            if leaf_looks not in fits:
+                found = _fit(recipe, lists, i)
+                fits[leaf_looks] = found._replace(signature=signatures.setdefault(found.signature, found.signature))
+            fit = fits[leaf_looks]
+            member = Member(i, (kind, (plan.options[i], i in plan.first)), plan.wholes[i] or fit.size, recipe, fit)
+            members.setdefault((id(fit.signature), fit.device, plan.shards[i]), []).append(member)
+        self.groups = [_group(m, shard, len(plan.paths)) for (_, _, shard), m in members.items()]
         self.moving = [
             k
             for k, bound in segment.bounds.items()
@@ -327,7 +346,7 @@ class Prepared:
         """Whether these leaves are like those it was prepared for."""
         if self.present != plan.present or self.first != plan.first:
             return False
-        if self.arrived is not None and not self.arrived.holds([lists["updates"][i] for i in self.present]):
+        if plan.later and not self.arrived.holds([lists["updates"][i] for i in self.present]):
             return False
         held = self.held  # of this or another thread, so looked at once
         if held is not None and held.untouched([lists[key] for key in self.keys]):
@@ -364,7 +383,7 @@ class Prepared:
         if self.packed:
             self.held = Held(columns, addresses, owners, [x._version for x in owners])
 
-    def tensors(self, lists: Lists) -> list[Any]:
+    def tensors(self, lists: Mapping[Any, Sequence[Any]]) -> list[Any]:
         """The stored tensors, which must stay alike."""
         if self.whole:
             return list(itertools.chain.from_iterable(lists[key] for key in self.keys))
@@ -388,24 +407,32 @@ class Prepared:
         if known is not None and known.written == written:
             extents, spans = known.extents, known.spans
         else:
-            named = [
-                (f"{_label(g, k)}{at(plan.paths[i])}", x)
-                for g, outs in zip(self.groups, targets, strict=True)
+            places = [
+                (group, k, n)
+                for group, outs in zip(self.groups, targets, strict=True)
                 for k, column in enumerate(outs)
                 if column is not None
-                for i, x in zip(g.leaves, column, strict=True)
+                for n in range(len(column))
             ]
-            repeated = next((name for name, x in named if repeats(x)), None)
-            if repeated is not None:
+
+            def name(j: int) -> str:
+                group, k, n = places[j]
+                return f"{_label(group, k)}{at(plan.paths[group.leaves[n]])}"
+
+            tensors, looks = [x for c in columns for x in c], [x for c in columns for x in c.looks]
+            repeated = map_alike(repeats, tensors, looks)
+            if any(repeated):
                 raise ValueError(
-                    f"{repeated} is an expanded tensor or a view of windows, several of whose elements share memory, "
-                    f"so {'donate=True' if plan.counting is None else 'a step'} cannot write to it; pass `x.clone()`."
+                    f"{name(repeated.index(True))} is an expanded tensor or a view of windows, several of whose "
+                    f"elements share memory, so {'donate=True' if plan.counting is None else 'a step'} cannot write "
+                    f"to it; pass `x.clone()`."
                 )
-            lengths = [span(x) for c in reads for x in c]
-            extents, spans = Extents(named), torch.tensor(lengths, dtype=torch.int64, device="cpu")
+            lengths = [map_alike(span, tensors, looks), [n for c in reads for n in map_alike(span, c, c.looks)]]
+            stretches, spans = (torch.tensor(x, dtype=torch.int64, device="cpu") for x in lengths)
+            extents = Extents(_integers(written), stretches, name)
         clash = extents.clash()
         if clash is None:
-            touched = extents.touched(torch.frombuffer(bytearray(read), dtype=torch.int64), spans) if read else None
+            touched = extents.touched(_integers(read), spans)
             if touched is not None:
                 leaf = [i for g in self.groups for i in g.leaves][touched[0]]
                 clash = f"updates{at(plan.paths[leaf])}", touched[1]
@@ -417,6 +444,10 @@ class Prepared:
                 f"{', or use donate=False' if pure else ''}."
             )
         self.disjoint = Disjoint(written, read, extents, spans)
+
+
+def _integers(packed: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(packed or 8), dtype=torch.int64)[: len(packed) // 8]
 
 
 def _label(group: Group, output: int) -> str:
@@ -441,61 +472,50 @@ def _check_slot(name: str, path: str, x: Any, u: torch.Tensor, slot: Slot) -> No
     check_fit(name, "update", path, x, u)
 
 
-def _dtypes(
-    recipe: Recipe, lists: Lists, i: int, u: torch.Tensor, p: torch.Tensor | None
-) -> tuple[tuple[torch.dtype, ...], tuple[torch.dtype, ...], torch.dtype]:
-    """Storage dtypes of inputs and outputs for one leaf, and the dtype computed in."""
+def _fit(recipe: Recipe, lists: Lists, i: int) -> Fit:
+    """What the tensors of a leaf, by their looks, mean for the program of its kind."""
     program = recipe.program
-    ins = tuple(lists[recipe.slots.get(n, n)][i].dtype for n in (*program.arrays, *program.leaves))
+    u, p = lists["updates"][i], lists["params"][i] if "params" in lists else None
+
+    def tensor(name: str) -> torch.Tensor:
+        return lists[recipe.list_of(name)][i]
+
+    ins = tuple(tensor(n).dtype for n in (*program.arrays, *program.leaves))
     new = u.dtype if p is None else torch.promote_types(u.dtype, p.dtype)
-    outs = tuple(
-        new if o.name == "updates" else lists[recipe.slots.get(o.name, o.name)][i].dtype for o in program.outputs
-    )
-    return ins, outs, compute_dtype((*ins, *outs))
+    outs = tuple(new if o.name == "updates" else tensor(o.name).dtype for o in program.outputs)
+    # what is written in place counts too, whether or not the program reads it
+    written = [o.name for o in program.outputs if o.level is Level.ELEMENT and o.name != "updates"]
+    together = u.is_meta or walk_together([u, *map(tensor, (*program.arrays, *written))])
+    signature = Signature(program, ins, outs, compute_dtype((*ins, *outs)))
+    return Fit(signature, u.device, u.numel(), not together)
 
 
-def _group(
-    signature: Signature, device: torch.device, shard: Shard | None, members: Sequence[Member], lists: Lists
-) -> Group:
+def _group(members: Sequence[Member], shard: Shard | None, n_leaves: int) -> Group:
+    signature = members[0].fit.signature
     program = signature.program
     rows: dict[Any, int] = {}
     sources = []
-    for _, row, _, recipe in members:
-        if row not in rows:
-            rows[row] = len(rows)
-            sources.append(recipe.scalars)
-    leaves = tuple(m.leaf for m in members)
-    updates = lists["updates"]
+    for m in members:
+        if m.row not in rows:
+            rows[m.row] = len(rows)
+            sources.append(m.recipe.scalars)
 
     def places(name: str) -> Places:
-        return Places.of([(m.recipe.slots.get(name, name), m.leaf) for m in members], len(updates))
+        return Places.of([(m.recipe.list_of(name), m.leaf) for m in members], n_leaves)
 
-    inputs = [places(name) for name in (*program.arrays, *program.leaves)]
-    outputs = [places(o.name) for o in program.outputs]
-    written = [
-        c for c, o in zip(outputs, program.outputs, strict=True) if o.level is Level.ELEMENT and o.name != "updates"
-    ]
-    copied = []
-    if device.type != "meta":
-        for k, i in enumerate(leaves):
-            # what is written in place counts too, whether or not the program reads it
-            columns = [*inputs[: len(program.arrays)], *written]
-            tensors = [lists[key][j] for key, j in (column.pairs[k] for column in columns)]
-            if not walk_together((updates[i], *tensors)):
-                copied.append(k)
     return Group(
         signature,
-        device,
-        leaves,
-        tuple(inputs),
-        tuple(outputs),
+        members[0].fit.device,
+        tuple([m.leaf for m in members]),
+        tuple(map(places, (*program.arrays, *program.leaves))),
+        tuple([places(o.name) for o in program.outputs]),
         tuple(sources),
         tuple(owner for _, owner in rows),
-        tuple(rows[m.row] for m in members),
-        tuple(updates[i].numel() for i in leaves),
-        tuple(copied),
+        tuple([rows[m.row] for m in members]),
+        tuple([m.fit.size for m in members]),
+        tuple([k for k, m in enumerate(members) if m.fit.copied]),
         shard,
-        tuple(m.whole for m in members),
+        tuple([m.whole for m in members]),
     )
 
 
@@ -557,14 +577,12 @@ class Plan:
         us, ps = lists["updates"], lists.get("params", lists["updates"])
         self.present = tuple(i for i, x in enumerate(us) if x is not None and ps[i] is not None)
         self.absent = tuple(i for i, x in enumerate(us) if x is None or ps[i] is None)
-        for i in self.present:
+        for i in distinct(self.present, us.looks, ps.looks):
             u = check_leaf("updates", names[i], us[i])
             if "params" in lists:
                 check_fit("updates", "parameter", names[i], u, check_leaf("params", names[i], ps[i]))
-        tensors = self.tensors(lists)
-        self.guard = Guard(tensors)
-        self.requires_grad = any(x.requires_grad for x in tensors)
-        self.tracks_versions = not any(x.is_inference() for x in tensors)
+        self.guard = Guard(self.tensors(lists), self.tensors({key: column.looks for key, column in lists.items()}))
+        self.requires_grad = self.guard.requires_grad
         self.scopes = range(len(links)) if scopes is None else scopes
         self.counting: Sequence[Counting] | None = None
         self.options: Sequence[int] = [0] * len(names)
@@ -584,9 +602,9 @@ class Plan:
         leaves, spec = flatten(updates if params is None else params)
         lists = lists_of(Reader(spec), updates, params, explain=True)
         names = paths(spec)
-        for i, u in enumerate(lists["updates"]):  # before masks are asked about the tree
-            if u is not None and leaves[i] is not None:
-                check_leaf("updates", names[i], u)
+        there = (i for i, u in enumerate(lists["updates"]) if u is not None and leaves[i] is not None)
+        for i in distinct(there, lists["updates"].looks):  # before masks are asked about the tree
+            check_leaf("updates", names[i], lists["updates"][i])
         links = tx._links(View(spec, tuple(leaves), tuple(x is not None for x in leaves)), ())
         plan = cls(spec, names, lists, links, apply)
         if params is None:
@@ -611,7 +629,7 @@ class Plan:
             segments.append(Segment({}, True, len(self.paths), self.scopes))
         return segments
 
-    def tensors(self, lists: Lists) -> list[Any]:
+    def tensors(self, lists: Mapping[Any, Sequence[Any]]) -> list[Any]:
         """The updates that are there, and the parameters they belong to."""
         columns = [lists["updates"], *([lists["params"]] if "params" in lists else [])]
         if not self.absent:

@@ -1,12 +1,13 @@
 """What backends are called with: columns of tensors, and a table of numbers."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
 
 from .addresses import addresses, guarded_addresses
+from .alike import look
 from .plan import Signature
 
 
@@ -26,6 +27,11 @@ class Column(list[torch.Tensor]):
     def addresses(self) -> bytes:
         """Where the tensors are, as 64-bit integers. Asked for once the column is complete."""
         return guarded_addresses(self) if self.guarded else addresses(self)
+
+    @cached_property
+    def looks(self) -> list[Hashable]:
+        """What the tensors look like. Asked for once the column is complete."""
+        return list(map(look, self))
 
 
 class Shard(Protocol):

@@ -1,10 +1,12 @@
 """Whether tensors still are what tables were prepared for: type, dtype, shape, strides, device, requires_grad."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
 
+from .alike import PLAIN, look, map_alike
 from .layout import meta
 
 
@@ -13,7 +15,7 @@ try:  # torch's own check in C++: 30 ns a tensor; without it the same in Python,
 except ImportError:  # pragma: no cover
     TensorGuards = None  # type: ignore[assignment,misc]
 
-PLAIN = (torch.Tensor, torch.nn.Parameter)
+REQUIRES_GRAD = attrgetter("requires_grad")
 
 
 def is_plain(x: torch.Tensor) -> bool:
@@ -26,6 +28,7 @@ class Guard:
 
     Args:
       tensors: the tensors.
+      looks: what they look like, if that is known.
 
     Example:
       >>> guard = Guard([torch.zeros(2)])
@@ -35,17 +38,23 @@ class Guard:
 
     BLOCK = 128  # tensors; torch keeps a table of those it has seen, which should stay near
 
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self.plain = all(map(is_plain, tensors))
+    def __init__(self, tensors: Sequence[torch.Tensor], looks: Sequence[Hashable] | None = None) -> None:
+        looks = list(map(look, tensors)) if looks is None else looks
+        self.plain = all(map(is_plain, dict(zip(looks, tensors, strict=True)).values()))
+        self.requires_grad = any(map(REQUIRES_GRAD, tensors))
+        self.inference = any(map(torch.Tensor.is_inference, tensors))
         self.length = len(tensors)
         self.fast: list[Any] = []
         distinct = len(set(map(id, tensors))) == len(tensors)  # torch's check refuses one tensor twice
         if TensorGuards is not None and self.plain and distinct:
+            sizes: list[Any] = map_alike(lambda x: list(x.shape), tensors, looks)
+            strides: list[Any] = map_alike(lambda x: list(x.stride()), tensors, looks)
             for start in range(0, len(tensors), self.BLOCK):
-                block = tensors[start : start + self.BLOCK]
-                sizes: list[Any] = [list(x.shape) for x in block]
-                strides: list[Any] = [list(x.stride()) for x in block]
-                self.fast.append(TensorGuards(*block, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides))
+                block = slice(start, start + self.BLOCK)
+                check = TensorGuards(
+                    *tensors[block], dynamic_dims_sizes=sizes[block], dynamic_dims_strides=strides[block]
+                )
+                self.fast.append(check)
         self.metas = [] if self.fast else [self._key(x) for x in tensors]
 
     @staticmethod

@@ -1,6 +1,6 @@
 """What a kernel may be handed: dtypes, common layouts, and memory that does not overlap."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -67,28 +67,33 @@ def compute_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
 
 
 class Extents:
-    """Stretches of memory that are about to be written, each with a name.
+    """Stretches of memory that are about to be written.
 
     Args:
-      tensors: names, and the tensors to be written.
+      starts: their addresses.
+      spans: their lengths in bytes; those of none do not count.
+      name: what to call each, by its position.
 
     Example:
       >>> x = torch.zeros(4)
-      >>> written = Extents([("x", x)])
+      >>> written = Extents(torch.tensor([x.data_ptr()]), torch.tensor([span(x)]), "xyz".__getitem__)
       >>> written.touched(torch.tensor([x[3:].data_ptr()]), torch.tensor([4]))
       (0, 'x')
     """
 
-    def __init__(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        stretches = sorted((x.data_ptr(), span(x), name) for name, x in tensors if x.numel())
-        self.names = [name for _, _, name in stretches]
-        self.starts = torch.tensor([start for start, _, _ in stretches], dtype=torch.int64, device="cpu")
-        self.stops = self.starts + torch.tensor([length for _, length, _ in stretches], dtype=torch.int64, device="cpu")
+    def __init__(self, starts: torch.Tensor, spans: torch.Tensor, name: Callable[[int], str]) -> None:
+        there = spans.nonzero()[:, 0]
+        self.order, self.name = there[starts[there].argsort(stable=True)], name
+        self.starts = starts[self.order]
+        self.stops = self.starts + spans[self.order]
 
     def clash(self) -> tuple[str, str] | None:
         """Names two stretches that overlap."""
         bad = (self.starts[1:] < self.stops[:-1]).nonzero()
-        return (self.names[bad[0]], self.names[bad[0] + 1]) if len(bad) else None
+        if not len(bad):
+            return None
+        first, second = (self.name(int(self.order[bad[0, 0] + k])) for k in (0, 1))
+        return first, second
 
     def touched(self, starts: torch.Tensor, spans: torch.Tensor) -> tuple[int, str] | None:
         """Position of the first of some tensors that overlaps a stretch, and the name of that stretch.
@@ -97,14 +102,14 @@ class Extents:
           starts: addresses of the tensors.
           spans: their lengths in bytes.
         """
-        if not self.names:
+        if not len(self.order):
             return None
         before = torch.searchsorted(self.starts, starts + spans) - 1  # the last stretch that starts before it ends
         bad = (before >= 0) & (self.stops[before.clamp(0)] > starts) & (spans > 0)
         if not bad.any():
             return None
         first = int(bad.nonzero()[0])
-        return first, self.names[before[first]]
+        return first, self.name(int(self.order[before[first]]))
 
 
 def span(x: torch.Tensor) -> int:

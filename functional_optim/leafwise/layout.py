@@ -15,7 +15,7 @@ from .._fuse import Counting
 from .._plan import Lists, Plan, Segment, Stored
 from .._tree import View, flatten
 from ..kernels import Column
-from ..kernels.guard import PLAIN
+from ..kernels.alike import PLAIN
 from .barriers import Barrier
 from .sharding import LOCAL, distributed, local, shard
 from .templates import Keys, Template
