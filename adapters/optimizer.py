@@ -32,9 +32,12 @@ KNOWN = frozenset(
 )
 
 
+CONSTANT = {float, int, bool, str, type(None)}
+
+
 def _check_rate(group: int, lr: Any) -> None:
     """Refuses a learning rate that would turn parameters into NaN; a tensor is not waited for."""
-    if lr is None or (type(lr) is float and -math.inf < lr < math.inf) or isinstance(lr, torch.Tensor):
+    if lr is None or isinstance(lr, torch.Tensor):
         return
     try:
         finite = math.isfinite(lr)
@@ -56,7 +59,10 @@ class _Runtime:
       leafwise: runs the steps.
       templates: chains by switches.
       leaves: the parameters of the last step and their states.
+      used: the templates of the groups then, and which of them each group had.
       cut: which template each of the groups had then, and how many parameters.
+      options: all values in the groups.
+      constant: whether those that are not lists can only change by being replaced; None if nobody has asked.
       keys: the keys of the optimizer's state then.
       values: its values.
     """
@@ -64,7 +70,10 @@ class _Runtime:
     leafwise: Leafwise = field(default_factory=Leafwise)
     templates: dict[tuple[Hashable, ...], Template] = field(default_factory=dict)
     leaves: Leaves | None = None
+    used: tuple[list[Template], list[int]] = field(default_factory=lambda: ([], []))
     cut: tuple[list[int], list[int]] | None = None
+    options: list[Any] = field(default_factory=list)
+    constant: bool | None = None
     keys: list[Any] = field(default_factory=list)
     values: list[Any] = field(default_factory=list)
 
@@ -155,28 +164,22 @@ class ChainOptimizer(Optimizer):
         """All parameters with their gradients and states, and which of the states are new."""
         if "_averaged" in self.__dict__:
             raise RuntimeError("step was called inside `averaged_params()`, where parameters are averages.")
-        templates: list[Template] = []
-        numbers: dict[int, int] = {}
-        kind_of: list[int] = []
-        given: list[list[str] | None] = []
-        for g, group in enumerate(self.param_groups):
-            _check_rate(g, group.get("lr"))
-            names = group.get("param_names")
+        last = self._runtime
+        options = list(chain.from_iterable(map(dict.values, self.param_groups)))
+        if last.leaves is not None and same(last.options, options) and self._constant():
+            templates, kind_of = last.used
+        else:
+            templates, kind_of = self._templates()
+        given = [group.get("param_names") for group in self.param_groups]
+        for g, (names, group) in enumerate(zip(given, self.param_groups, strict=True)):
             if names is not None and len(names) != len(group["params"]):
                 raise ValueError(
                     f"parameter group {g} has {len(group['params'])} params but {len(names)} param_names; "
                     f"change both together."
                 )
-            given.append(names)
-            template = self._template_of(group)
-            kind = numbers.setdefault(id(template), len(templates))
-            if kind == len(templates):
-                templates.append(template)
-            kind_of.append(kind)
         members = [group["params"] for group in self.param_groups]
         params: list[torch.Tensor] = list(chain.from_iterable(members))
         keys, values = list(self.state), list(self.state.values())
-        last = self._runtime
         known = last.leaves is not None and same(last.keys, keys) and same(last.values, values)
         states: list[Any]
         fresh: list[int]
@@ -197,9 +200,40 @@ class ChainOptimizer(Optimizer):
         grads = list(map(attrgetter("grad"), params))
         leaves = Leaves(self._names, params, grads, states, kinds, owners, ids, list(map(_names_key, given)))
         if not fresh:
-            last.leaves, last.cut = leaves._replace(names=list, grads=[]), cut
+            last.leaves, last.used, last.cut = leaves._replace(names=list, grads=[]), (templates, kind_of), cut
             last.keys, last.values = keys, values
+            if not same(last.options, options):
+                last.options, last.constant = options, None
         return templates, leaves, fresh
+
+    def _templates(self) -> tuple[list[Template], list[int]]:
+        """The chains of all groups, and which of them each group has."""
+        templates: list[Template] = []
+        numbers: dict[int, int] = {}
+        kind_of: list[int] = []
+        for g, group in enumerate(self.param_groups):  # of which there may be hundreds
+            lr = group.get("lr")
+            if type(lr) is not float or not -math.inf < lr < math.inf:
+                _check_rate(g, lr)
+            template = self._template_of(group)
+            kind = numbers.get(id(template))
+            if kind is None:
+                kind = numbers[id(template)] = len(templates)
+                templates.append(template)
+            kind_of.append(kind)
+        return templates, kind_of
+
+    def _constant(self) -> bool:
+        """Whether nothing in the groups but lists of parameters and names can change and be the same object.
+
+        It is asked when everything in them has been seen twice, as nothing with a schedule is.
+        """
+        last = self._runtime
+        if last.constant is None:
+            values = (x for group in self.param_groups for k, x in group.items() if k not in ("params", "param_names"))
+            parts = chain.from_iterable(x if type(x) is tuple else (x,) for x in values)
+            last.constant = {type(x) for x in parts} <= CONSTANT
+        return last.constant
 
     def _run_on(self, templates: list[Template], leaves: Leaves, extra: dict[str, Any]) -> None:
         guarded = getattr(self, "found_inf", None) is not None or getattr(self, "grad_scale", None) is not None

@@ -29,13 +29,13 @@ void addresses(void *list, int64_t n, item_t item, address_t address, int64_t *o
 }
 
 /* With thousands of tensors most of a step is waiting for what is known of each, one after another. This only asks
-   for it early. An object begins with its count of references and its type; where exactly one of torch's two types
-   points to its tensor is tried. */
-void fetch(void *list, int64_t n, item_t item, void *type, void *other_type) {
+   for it early. A Python object begins with its count of references and its type; where one of a subclass of torch's
+   type points to its tensor is tried. */
+void fetch(void *list, int64_t n, item_t item, void *type) {
     for (int64_t i = 0; i < n; i++) __builtin_prefetch(item(list, i));
     for (int64_t i = 0; i < n; i++) {
         char **words = item(list, i);
-        if (words[1] != type && words[1] != other_type) continue;
+        if (words[1] != type) continue;
         for (int k = 2; k < 4; k++)
             for (int line = 0; line < 4; line++) __builtin_prefetch(words[k] + 64 * line);
     }
@@ -72,7 +72,7 @@ def use(library: ctypes.CDLL) -> None:
     item = ctypes.cast(ctypes.pythonapi.PyList_GetItem, pointer).value
     found = _Functions(held.addresses, held.fetch, held.same, item)
     found.addresses.argtypes, found.addresses.restype = [object_, n, pointer, pointer, pointer], None
-    found.fetch.argtypes, found.fetch.restype = [object_, n, pointer, pointer, pointer], None
+    found.fetch.argtypes, found.fetch.restype = [object_, n, pointer, pointer], None
     found.same.argtypes, found.same.restype = [object_, object_, n, pointer], n
     _functions.append(found)
 
@@ -93,9 +93,12 @@ def guarded_addresses(tensors: list[torch.Tensor]) -> bytes:
 
 
 def fetch(tensors: list[Any]) -> None:
-    """Has what is known of tensors brought near, for whoever looks at them next. Other objects may be among them."""
-    for functions in _functions:
-        functions.fetch(tensors, len(tensors), functions.item, id(torch.Tensor), id(torch.nn.Parameter))
+    """Has what is known of tensors brought near, for whoever looks at them next.
+
+    Other objects may be among them. Those are passed over, and so are tensors of another class than the first.
+    """
+    if _functions and tensors and issubclass(type(tensors[0]), torch.Tensor):
+        _functions[0].fetch(tensors, len(tensors), _functions[0].item, id(type(tensors[0])))
 
 
 def same(a: list[Any], b: list[Any]) -> bool:

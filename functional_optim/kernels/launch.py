@@ -204,7 +204,7 @@ def run_c(calls: Sequence[Call]) -> list[list[Column]]:
     for call, outputs, (chunks, packed), own in zip(calls, results, tables, buffers, strict=True):
         n_leaves, n_chunks = len(call.sizes), len(chunks.leaf)
         columns = [column.addresses for column in (*call.inputs, *outputs)]
-        numbers = [float(x) for row in call.scalars for x in row]
+        numbers = list(itertools.chain.from_iterable(call.scalars))  # tensors are asked for theirs by `pack`
         table = (ctypes.c_char_p * len(columns))(*columns)
         partials = (ctypes.c_void_p * len(own))(*[x.data_ptr() for x in own])
         big = parallel is not None and sum(call.sizes) > SERIAL

@@ -3,14 +3,15 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from operator import itemgetter
+from itertools import chain, repeat
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
 
 from .._backend import transforming
 from .._fuse import Source
-from .._plan import Lists, Plan, Segment, Stored
+from .._plan import Group, Lists, Plan, Segment, Stored
 from .._run import compute, number, reference_reason, run_barrier
 from .._spec import Option
 from ..kernels import Column
@@ -196,10 +197,7 @@ def run_segment(
     for name, schedule in _hosts(segment):
         lists[name] = _host_column(name, schedule, leaves, plan)
     prepared = segment.prepare(plan, lists, remember=not seen)
-    tables = [
-        [_row(row, options[owner], is_first, extra) for row, (owner, is_first) in zip(g.sources, g.owners, strict=True)]
-        for g in prepared.groups
-    ]
+    tables = [_table(group, options, extra) for group in prepared.groups]
     reference = reference_reason(plan, prepared, tables, seen)
     donate = later is None and (not reference or not (seen or torch.is_grad_enabled()))
     before = {key: lists[key] for key in ("params", *(s.key for s in segment.stored))} if not donate else {}
@@ -261,22 +259,23 @@ def _host_column(name: str, schedule: Callable[[int], Any], leaves: Leaves, plan
     return Column(column)
 
 
-def _row(
-    sources: Sequence[Source], options: Mapping[str, Any], first: bool, extra: Mapping[str, Any]
-) -> list[float | torch.Tensor]:
-    """A row of the scalar table."""
-    row: list[float | torch.Tensor] = []
-    for source in sources:
-        if source.kind == "option":  # nearly always a number that is there; there may be hundreds of rows
-            option = source.value
-            x = options.get(option.name)
-            if option.index is not None:
-                x = x[option.index] if type(x) is tuple and len(x) > option.index else None
-            if type(x) is float:
-                row.append(x)
-                continue
-        row.append(_scalar(source, options, first, extra))
-    return row
+def _table(group: Group, options: Sequence[Mapping[str, Any]], extra: Mapping[str, Any]) -> list[Any]:
+    """The scalar table of a group."""
+    sources = group.sources[0]
+    if len(sources) > 1 and all(s.kind == "option" for s in sources) and all(map(is_, group.sources, repeat(sources))):
+        # nearly always these are plain numbers, and there may be hundreds of rows
+        read, indices = itemgetter(*[s.value.name for s in sources]), [s.value.index for s in sources]
+        with contextlib.suppress(KeyError, IndexError, TypeError):
+            rows = [
+                [x if k is None else x[k] for x, k in zip(read(options[owner]), indices)]  # noqa: B905
+                for owner, _ in group.owners
+            ]
+            if set(map(type, chain.from_iterable(rows))) == {float}:
+                return rows
+    return [
+        [_scalar(source, options[owner], first, extra) for source in row]
+        for row, (owner, first) in zip(group.sources, group.owners, strict=True)
+    ]
 
 
 def _scalar(source: Source, options: Mapping[str, Any], first: bool, extra: Mapping[str, Any]) -> float | torch.Tensor:

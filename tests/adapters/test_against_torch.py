@@ -319,12 +319,18 @@ EDITS: dict[str, tuple[str, dict[str, Any], list[Callable[[dict[str, Any]], Any]
     "sgd momentum": ("SGD", {"momentum": 0.9}, [_set(momentum=0.5), _set(momentum=0), _set(momentum=0.7)]),
     "sgd momentum from none": ("SGD", {"lr": 0.1}, [_set(momentum=0.9), _set(dampening=0.5)]),
     "sgd decay": ("SGD", {"lr": 0.1}, [_set(weight_decay=0.1), _set(weight_decay=0.2), _set(weight_decay=0)]),
+    "sgd decay in place": (
+        "SGD",
+        {"momentum": 0.9, "weight_decay": torch.zeros(())},
+        [lambda group: None, lambda group: group["weight_decay"].fill_(0.5)],
+    ),
     "sgd switches": ("SGD", {"momentum": 0.9}, [_set(maximize=True), _set(nesterov=True), _set(maximize=False)]),
     "adam numbers": (
         "Adam",
         {},
         [_set(lr=0.1), _set(betas=(0.5, 0.6)), _set(eps=0.1), _set(weight_decay=0.1), _set(betas=[0.5, 0.8])],
     ),
+    "adam betas in place": ("Adam", {}, [_set(betas=[0.5, 0.8]), lambda group: group["betas"].__setitem__(0, 0.1)]),
     "adam betas as tensors": ("Adam", {}, [_set(betas=(torch.tensor(0.5), torch.tensor([0.6])))]),
     "adam switches": (
         "Adam",
