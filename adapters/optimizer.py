@@ -32,6 +32,7 @@ KNOWN = frozenset(
 )
 
 
+# what an option can be that is not another object when it changes
 CONSTANT = {float, int, bool, str, type(None)}
 
 
@@ -61,7 +62,7 @@ class _Runtime:
       leaves: the parameters of the last step and their states.
       used: the templates of the groups then, and which of them each group had.
       cut: which template each of the groups had then, and how many parameters.
-      options: all values in the groups.
+      options: all keys and values in the groups.
       constant: whether those that are not lists can only change by being replaced; None if nobody has asked.
       keys: the keys of the optimizer's state then.
       values: its values.
@@ -165,8 +166,9 @@ class ChainOptimizer(Optimizer):
         if "_averaged" in self.__dict__:
             raise RuntimeError("step was called inside `averaged_params()`, where parameters are averages.")
         last = self._runtime
-        options = list(chain.from_iterable(map(dict.values, self.param_groups)))
-        if last.leaves is not None and same(last.options, options) and self._constant():
+        options = [*chain.from_iterable(self.param_groups), *chain.from_iterable(map(dict.values, self.param_groups))]
+        unchanged = same(last.options, options)
+        if last.leaves is not None and unchanged and self._constant():
             templates, kind_of = last.used
         else:
             templates, kind_of = self._templates()
@@ -202,7 +204,7 @@ class ChainOptimizer(Optimizer):
         if not fresh:
             last.leaves, last.used, last.cut = leaves._replace(names=list, grads=[]), (templates, kind_of), cut
             last.keys, last.values = keys, values
-            if not same(last.options, options):
+            if not unchanged:
                 last.options, last.constant = options, None
         return templates, leaves, fresh
 

@@ -87,6 +87,9 @@ class GradientTransformation:
         """Makes the state for the leaves that are seen."""
         return self.init(view.tree())
 
+    def _warn(self, view: View) -> None:
+        """Warns of what can be no one's intention for the leaves that are seen."""
+
     def _rewrite(
         self,
         fn: Callable[[tuple[int | str, ...], "GradientTransformation"], "GradientTransformation"],

@@ -30,6 +30,10 @@ class Chain(Fusible):
         states = tuple(tx._init(view) for tx in self.members)
         return states if self.names is None else dict(zip(self.names, states, strict=True))
 
+    def _warn(self, view: View) -> None:
+        for tx in self.members:
+            tx._warn(view)
+
     def _rewrite(self, fn: Any, path: tuple[int | str, ...]) -> GradientTransformation:
         pairs = zip(self._keys(), self.members, strict=True)
         return Chain(tuple(tx._rewrite(fn, (*path, key)) for key, tx in pairs), self.names)

@@ -55,7 +55,14 @@ def resolve(choice: Any, view: View, what: str) -> list[Any]:
         if len(required) == 2:
             pairs = zip(names, view.leaves, view.seen, strict=True)
             return [choice(path, leaf) if seen else None for path, leaf, seen in pairs]
-        choice = choice(view.spec.unflatten(view.leaves))
+        try:
+            choice = choice(view.spec.unflatten(view.leaves))
+        except Exception as error:
+            error.add_note(
+                f"{what} is a function of one argument, so it was called with the whole tree; one that is to be "
+                f"asked about each leaf takes two: the path and the parameter."
+            )
+            raise
     try:
         try:
             return broadcast_prefix(choice, view.spec)
@@ -83,14 +90,17 @@ class Masked(Fusible):
 
     def _init(self, view: View) -> Any:
         narrow = self._narrow(view)
-        if any(view.seen) and not any(narrow.seen):
-            names = [p for p, s in zip(paths(view.spec), view.seen, strict=True) if s]
-            warnings.warn(
-                f"the mask {self.mask!r:.80} of {self.inner!r:.60} matches no parameter; there are "
-                f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''}.",
-                stacklevel=2,
-            )
+        self._check(view, narrow)
         return MaskedState(self.inner._init(narrow))
+
+    def _warn(self, view: View) -> None:
+        narrow = self._narrow(view)
+        self._check(view, narrow)
+        self.inner._warn(narrow)
+
+    def _check(self, view: View, narrow: View) -> None:
+        if any(view.seen) and not any(narrow.seen):
+            _warn(f"the mask {self.mask!r:.80} of {self.inner!r:.60} matches no parameter", view)
 
     def _rewrite(self, fn: Any, path: tuple[int | str, ...]) -> GradientTransformation:
         return Masked(self.inner._rewrite(fn, (*path, 0)), self.mask)
@@ -106,6 +116,11 @@ class Masked(Fusible):
 
     def __repr__(self) -> str:
         return f"masked({self.inner!r}, {show(self.mask)})"
+
+
+def _warn(what: str, view: View) -> None:
+    names = [p for p, s in zip(paths(view.spec), view.seen, strict=True) if s]
+    warnings.warn(f"{what}; there are {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}.", stacklevel=2)
 
 
 def _is_truth(x: Any) -> bool:
@@ -136,8 +151,20 @@ class Partition(Fusible):
         return {k: view.narrow([label == k for label in labels]) for k in self.transforms}
 
     def _init(self, view: View) -> Any:
+        self._check(view)
         parts = self._parts(view)
         return PartitionState({k: MaskedState(tx._init(parts[k])) for k, tx in self.transforms.items()})
+
+    def _warn(self, view: View) -> None:
+        self._check(view)
+        for k, part in self._parts(view).items():
+            self.transforms[k]._warn(part)
+
+    def _check(self, view: View) -> None:
+        names = paths(view.spec)
+        for k in self.labels if isinstance(self.labels, Mapping) and any(view.seen) else ():
+            if isinstance(k, re.Pattern) and not any(map(k.search, names)):
+                _warn(f"the pattern {k.pattern!r:.80} of partition is found in no parameter's path", view)
 
     def _rewrite(self, fn: Any, path: tuple[int | str, ...]) -> GradientTransformation:
         transforms = {k: tx._rewrite(fn, (*path, 0, k, 0)) for k, tx in self.transforms.items()}

@@ -5,7 +5,10 @@ This is where wrong shapes, dtypes and devices are refused, with the path of the
 
 import functools
 import itertools
+import struct
+import weakref
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +18,7 @@ from ._fuse import Counting, Part, Recipe, Source, fuse_all
 from ._spec import Bound, Slot, slot
 from ._tree import Reader, Spec, Tree, View, at, check_fit, check_leaf, difference, flatten, paths
 from .kernels import Column, Shard
-from .kernels.addresses import fetch, guarded_addresses, same
+from .kernels.addresses import fetch, guarded_addresses, identities
 from .kernels.alike import distinct, map_alike
 from .kernels.guard import REQUIRES_GRAD, Guard
 from .kernels.layout import Extents, compute_dtype, repeats, span, walk_together
@@ -25,6 +28,8 @@ from .kernels.program import Level
 
 KEEP = 8  # how many kinds of trees a transformation is remembered for
 PACKED = 8  # stored tensors per tensor that they are parts of, from which on it pays to look at those instead
+
+LAYOUT = attrgetter("layout")
 
 SlotKey = tuple[int, str]
 Lists = dict[Any, Column]  # "updates", "params" and slots -> a leaf's tensor at its position in the tree
@@ -254,32 +259,61 @@ class Held(NamedTuple):
 
     Small state is parts of a few tensors, with which it shares its version: if objects, versions and addresses are
     those of before, there is no need to look at what each tensor is. All that goes unnoticed is `x.data = y` with
-    another view `y` of the memory of `x`: memory is then updated as if `x` were still what it was.
+    another view `y` of the memory of `x`: memory is then updated as if `x` were still what it was. Nothing is kept
+    alive by this, and as long as the owners live no other tensor can have got their memory.
 
     Args:
-      columns: the tensors.
+      objects: the identities of the tensors in each column.
       addresses: where they were.
       owners: what they are parts of.
       versions: how often those had been written to.
     """
 
-    columns: list[Column]
+    objects: list[bytes]
     addresses: list[bytes]
-    owners: list[torch.Tensor]
+    owners: list[weakref.ref[torch.Tensor]]
     versions: list[int]
 
+    @classmethod
+    def of(cls, columns: Sequence[Column]) -> "Held | None":
+        """Columns as they are now; None if they are not parts of a few tensors."""
+        owners: dict[int, tuple[torch.Tensor, int, int]] = {}
+        for column in columns:
+            for x, address in zip(column, struct.unpack(f"{len(column)}q", column.addresses), strict=True):
+                base = x._base
+                if base is None:
+                    return None
+                if id(base) not in owners:
+                    owners[id(base)] = base, base.data_ptr(), base.data_ptr() + base.nbytes
+                _, start, stop = owners[id(base)]
+                if not start <= address < stop:  # after `x.data = y`
+                    return None
+        if not owners or len(owners) * PACKED > sum(map(len, columns)):
+            return None
+        references = [weakref.ref(base) for base, _, _ in owners.values()]
+        return cls([identities(c) for c in columns], [c.addresses for c in columns], references, []).written()
+
+    def written(self) -> "Held":
+        """The same after a step."""
+        return self._replace(versions=[x._version for x in self.alive()])
+
+    def alive(self) -> list[torch.Tensor]:
+        """The owners that are alive."""
+        return [x for owner in self.owners if (x := owner()) is not None]
+
+    def finds(self, columns: Sequence[Column]) -> bool:
+        """Whether columns hold the same tensors in the same places."""
+        if len(self.alive()) < len(self.owners) or [identities(c) for c in columns] != self.objects:
+            return False
+        # `x.data = y` and `swap_tensors` leave versions alone; the latter may bring tensors that have no address
+        strided = all(set(map(LAYOUT, column)) == {torch.strided} for column in columns)
+        return strided and [guarded_addresses(column) for column in columns] == self.addresses
+
     def untouched(self, columns: Sequence[Column]) -> bool:
-        """Whether columns are these, and as they were; finds their addresses."""
-        if [x._version for x in self.owners] != self.versions or not all(map(same, self.columns, columns)):
+        """Whether nobody has written to the tensors in columns, or otherwise changed what they are."""
+        if [x._version for x in self.alive()] != self.versions:
             return False
-        # `x.data = y` and `swap_tensors` leave versions alone
-        if [guarded_addresses(column) for column in columns] != self.addresses:
-            return False
-        if torch.is_grad_enabled() and any(map(REQUIRES_GRAD, itertools.chain.from_iterable(columns))):
-            return False
-        for column, found in zip(columns, self.addresses, strict=True):
-            column.guarded, column.addresses = True, found
-        return True
+        return not (torch.is_grad_enabled() and any(map(REQUIRES_GRAD, itertools.chain.from_iterable(columns))))
 
 
 class Disjoint(NamedTuple):
@@ -348,21 +382,27 @@ class Prepared:
             return False
         if plan.later and not self.arrived.holds([lists["updates"][i] for i in self.present]):
             return False
-        held = self.held  # of this or another thread, so looked at once
-        if held is not None and held.untouched([lists[key] for key in self.keys]):
-            return True
-        if not self.guard.holds(self.tensors(lists)):
+        columns, held = [lists[key] for key in self.keys], self.held  # another thread may replace it
+        if held is not None and not held.finds(columns):
+            held = None
+        if (held is None or not held.untouched(columns)) and not self.guard.holds(self.tensors(lists)):
             return False
-        for key in self.keys:
-            lists[key].guarded = self.guard.plain
+        for k, column in enumerate(columns):
+            column.guarded, column.held = self.guard.plain, held
+            if held is not None:
+                column.addresses = held.addresses[k]
         return True
 
     def written(self, lists: Lists, results: Sequence[Sequence[Column]]) -> None:
-        """Counts up the versions of all that groups have written in place, behind torch's back.
+        """Counts up the versions of all stored tensors and parameters, written to in place behind torch's back.
 
         Parts of one tensor share a version, so one of them is enough.
         """
         columns = [lists[key] for key in self.keys]
+        held = columns[0].held if columns else None
+        if held is None and self.packed:
+            held = Held.of(columns)
+            self.packed = held is not None  # looking for owners takes longer than doing without them
         params = [
             x
             for group, outs in zip(self.groups, results, strict=True)
@@ -370,24 +410,23 @@ class Prepared:
             if output.name == "params"
             for x in column
         ]
-        held, addresses = self.held, [column.addresses for column in columns] if self.packed else []
-        if held is not None and all(map(same, held.columns, columns)):
-            owners = held.owners
-        elif self.packed:
-            owners = list({id(x): x for x in (x if x._base is None else x._base for c in columns for x in c)}.values())
-        if self.packed:
-            self.packed = len(owners) * PACKED <= len(self.checked)
-        if not self.packed:
-            owners, self.held = self.tensors(lists), None
-        torch.autograd.graph.increment_version([*params, *owners])
-        if self.packed:
-            self.held = Held(columns, addresses, owners, [x._version for x in owners])
+        torch.autograd.graph.increment_version([*params, *(self.tensors(lists) if held is None else held.alive())])
+        self.held = None if held is None else held.written()
 
     def tensors(self, lists: Mapping[Any, Sequence[Any]]) -> list[Any]:
         """The stored tensors, which must stay alike."""
         if self.whole:
             return list(itertools.chain.from_iterable(lists[key] for key in self.keys))
         return [lists[key][i] for key, i in self.checked]
+
+    def name(self, plan: "Plan", targets: Sequence[Sequence[Column | None]], position: int) -> str:
+        """What messages call one of all the tensors to be written."""
+        for group, outs in zip(self.groups, targets, strict=True):
+            for k, column in enumerate(outs):
+                if column is not None and position < len(column):
+                    return f"{_label(group, k)}{at(plan.paths[group.leaves[position]])}"
+                position -= len(column or ())
+        raise IndexError(position)
 
     def check_overlap(self, plan: "Plan", lists: Lists) -> None:
         """Refuses to write to memory that two leaves share.
@@ -407,35 +446,23 @@ class Prepared:
         if known is not None and known.written == written:
             extents, spans = known.extents, known.spans
         else:
-            places = [
-                (group, k, n)
-                for group, outs in zip(self.groups, targets, strict=True)
-                for k, column in enumerate(outs)
-                if column is not None
-                for n in range(len(column))
-            ]
-
-            def name(j: int) -> str:
-                group, k, n = places[j]
-                return f"{_label(group, k)}{at(plan.paths[group.leaves[n]])}"
-
             tensors, looks = [x for c in columns for x in c], [x for c in columns for x in c.looks]
             repeated = map_alike(repeats, tensors, looks)
             if any(repeated):
+                name = self.name(plan, targets, repeated.index(True))
                 raise ValueError(
-                    f"{name(repeated.index(True))} is an expanded tensor or a view of windows, several of whose "
-                    f"elements share memory, so {'donate=True' if plan.counting is None else 'a step'} cannot write "
-                    f"to it; pass `x.clone()`."
+                    f"{name} is an expanded tensor or a view of windows, several of whose elements share memory, so "
+                    f"{'donate=True' if plan.counting is None else 'a step'} cannot write to it; pass `x.clone()`."
                 )
             lengths = [map_alike(span, tensors, looks), [n for c in reads for n in map_alike(span, c, c.looks)]]
             stretches, spans = (torch.tensor(x, dtype=torch.int64, device="cpu") for x in lengths)
-            extents = Extents(_integers(written), stretches, name)
-        clash = extents.clash()
-        if clash is None:
-            touched = extents.touched(_integers(read), spans)
-            if touched is not None:
-                leaf = [i for g in self.groups for i in g.leaves][touched[0]]
-                clash = f"updates{at(plan.paths[leaf])}", touched[1]
+            extents = Extents(_integers(written), stretches)
+        clash: tuple[str, str] | None = None
+        if (two := extents.clash()) is not None:
+            clash = self.name(plan, targets, two[0]), self.name(plan, targets, two[1])
+        elif (touched := extents.touched(_integers(read), spans)) is not None:
+            leaf = [i for g in self.groups for i in g.leaves][touched[0]]
+            clash = f"updates{at(plan.paths[leaf])}", self.name(plan, targets, touched[1])
         if clash is not None:
             pure = plan.counting is None
             raise ValueError(

@@ -134,7 +134,8 @@ def run(
     if "torch._dynamo" not in sys.modules:  # importing it takes seconds, and without it nothing is compiled
         return _run(tx, apply, updates, state, params, extra, donate)
     if not _opaque:
-        _opaque.append(torch.compiler.disable(_run))  # type: ignore[no-untyped-call]
+        reason = "functional_optim runs kernels of its own, so a step is a graph break; optimizers of adapters are none"
+        _opaque.append(torch.compiler.disable(_run, reason=reason))  # type: ignore[no-untyped-call]
     return _opaque[0](tx, apply, updates, state, params, extra, donate)
 
 
@@ -289,8 +290,7 @@ def reference_reason(plan: Plan, prepared: Prepared, tables: Sequence[Any], seen
             or any(isinstance(x, torch.Tensor) and x.requires_grad for x in scalars)
         ):
             return GRADIENT
-    values = (v for g in prepared.groups for v in g.signature.program.values)
-    if len({g.device for g in prepared.groups}) > 1 and any(v.op.startswith("tree_") for v in values):
+    if len({g.device for g in prepared.groups}) > 1 and any(g.signature.program.spans_tree for g in prepared.groups):
         return "a reduction over the tree spans several devices"
     return ""
 

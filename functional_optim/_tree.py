@@ -6,7 +6,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -144,7 +144,14 @@ def check_leaf(name: str, path: str, x: Any) -> torch.Tensor:
       TypeError: it is not a dense tensor of a floating dtype.
     """
     if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name}{at(path)} is {type(x).__name__} {x!r:.80}, expected a tensor.")
+        hint = ""
+        if isinstance(x, torch.nn.Module):
+            raise TypeError(
+                f"{name}{at(path)} is {type(x).__name__}, a module; pass `dict(module.named_parameters())`."
+            )
+        if isinstance(x, Iterable) and not isinstance(x, (str, bytes)):
+            hint = " or a tree of a known kind: a dict, a list, a tuple, or a class registered with optree"
+        raise TypeError(f"{name}{at(path)} is {type(x).__name__} {x!r:.80}, expected a tensor{hint}.")
     if x.layout is not torch.strided:
         raise TypeError(
             f"{name}{at(path)} is sparse ({x.layout}), expected a dense tensor; pass `x.to_dense()`, or a model "

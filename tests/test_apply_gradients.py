@@ -1,8 +1,11 @@
 """One step: pure or in place, explained, differentiated, mapped, from several threads, and with tensors that change."""
 
+import gc
+import itertools
 import re
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -682,6 +685,8 @@ CHANGES: dict[str, Callable[[dict[str, torch.Tensor]], None]] = {
     "momentum: resized": lambda x: x["m"].resize_(2, 3),
     "momentum: memory read as integers": lambda x: replace_data(x["m"], x["m"].data.view(torch.int32)),
     "momentum: swapped": lambda x: torch.utils.swap_tensors(x["m"], torch.full((3, 3), 7.0)),
+    "momentum: swapped with another shape": lambda x: torch.utils.swap_tensors(x["m"], torch.ones(4, 4)),
+    "momentum: swapped with a sparse one": lambda x: torch.utils.swap_tensors(x["m"], torch.ones(3, 3).to_sparse()),
 }
 
 
@@ -758,6 +763,95 @@ def test_one_of_many_small_tensors_that_changes_between_steps(change: str) -> No
     assert_same_bits(params, expected)
     if change not in UNSEEN:
         assert_same_bits(state[names[0]].trace, after[names[1]].trace)
+
+
+def small_leaves(n: int = 30) -> tuple[Any, Any, Any, Any]:
+    """A transformation that no other test has used, parameters, gradients, and a state that has made three steps."""
+    tx = momentum_as(f"small leaves {next(NUMBERS)}")
+    params = {str(k): torch.full((3, 3), float(k)) for k in range(n)}
+    grads = {k: torch.ones_like(p) for k, p in params.items()}
+    state = tx.init(params)
+    for _ in range(3):
+        fo.apply_gradients(tx, params, grads, state, donate=True)
+    return tx, params, grads, state
+
+
+NUMBERS = itertools.count()
+
+
+def trace_of(state: Any) -> Any:
+    return next(iter(state.values())).trace
+
+
+def test_a_stored_tensor_that_was_swapped_is_still_seen_to_be_written_to() -> None:
+    tx, params, grads, state = small_leaves()
+    m = trace_of(state)["7"]
+    torch.utils.swap_tensors(m, torch.zeros(3, 3))
+    for _ in range(3):
+        version = m._version
+
+        fo.apply_gradients(tx, params, grads, state, donate=True)
+
+        assert m._version > version
+    m.resize_(2, 2)
+    with pytest.raises(ValueError, match=r"state trace.trace at '7' has shape \(2, 2\)"):
+        fo.apply_gradients(tx, params, grads, state, donate=True)
+
+
+def test_nothing_keeps_a_state_alive() -> None:
+    *_, state = small_leaves()
+    references = [weakref.ref(x) for x in (*trace_of(state).values(), trace_of(state)["0"]._base)]
+
+    del state
+    gc.collect()
+
+    assert [r() for r in references] == [None] * len(references)
+
+
+def test_a_large_tensor_among_small_ones_is_looked_at() -> None:
+    """Its memory is its own, so another tensor may get it when it is given up, as by moving it away and back."""
+    tx = momentum_as("large among small")
+    params = {**{str(k): torch.ones(3) for k in range(30)}, "large": torch.ones(100_000)}
+    grads = {k: torch.ones_like(p) for k, p in params.items()}
+    state = tx.init(params)
+    for _ in range(2):
+        fo.apply_gradients(tx, params, grads, state, donate=True)
+    m = trace_of(state)["large"]
+    for dtype in (torch.bfloat16, torch.float64, torch.float32):
+        away = m.data.to(dtype)
+        m.data = torch.empty(0)
+        m.data = away.clone()
+        expected = (m.to(torch.float32) * 0.5 + 1).to(dtype)
+
+        fo.apply_gradients(tx, params, grads, state, donate=True)
+
+        assert_same_bits(m, expected)
+
+
+@pytest.mark.parametrize("what", ["parameter", "momentum"])
+def test_a_tensor_that_has_left_a_function_transformation(what: str) -> None:
+    tx, params, grads, state = small_leaves(12)
+    found: list[torch.Tensor] = []
+    torch.vmap(lambda x: (found.append(x), x * 1)[1])(torch.ones(2, 3, 3))
+    (params if what == "parameter" else trace_of(state))["3"] = found[0]
+
+    for _ in range(3):
+        with pytest.raises(RuntimeError):
+            fo.apply_gradients(tx, params, grads, state)
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("what", ["params", "updates", "momentum"])
+def test_a_storage_that_has_been_freed(what: str, donate: bool) -> None:
+    tx, params, grads, state = small_leaves()
+    x = {"params": params, "updates": grads, "momentum": trace_of(state)}[what]["3"]
+    x.data = torch.ones(3, 3)
+    for _ in range(2):
+        fo.apply_gradients(tx, params, grads, state, donate=donate)
+    x.untyped_storage().resize_(0)
+
+    with pytest.raises(ValueError, match=r"of a leaf of shape \(3, 3\) has no memory: its storage has been freed"):
+        fo.apply_gradients(tx, params, grads, state, donate=donate)
 
 
 @pytest.mark.parametrize("repeated", [False, True])

@@ -601,6 +601,35 @@ def test_a_mask_that_matches_nothing() -> None:
     torch.testing.assert_close(new, {"layer": {"weight": -torch.ones(2), "bias": -torch.ones(2)}})
 
 
+def test_a_pattern_of_labels_that_is_found_nowhere() -> None:
+    params = {"weight": zeros(2), "bias": zeros(2)}
+    labels = {re.compile("wieght"): "a", re.compile("e"): "a", re.compile(""): "b"}
+    tx = fo.partition({"a": fo.sgd(0.1), "b": fo.scale(-1.0)}, labels)
+
+    with pytest.warns(UserWarning, match=r"the pattern 'wieght' of partition is found in no parameter's path; there"):
+        tx.init(params)
+
+
+def test_a_mask_function_of_the_wrong_arguments() -> None:
+    tx = fo.adamw(0.1, mask=lambda p: p.ndim > 1)
+
+    with pytest.raises(AttributeError) as caught:
+        tx.init({"weight": zeros(2)})
+
+    (note,) = caught.value.__notes__
+    assert note.startswith("the mask of add_decayed_weights(")
+    assert "takes two: the path and the parameter" in note
+
+
+def test_a_module_instead_of_its_parameters() -> None:
+    module = torch.nn.Linear(2, 2)
+
+    with pytest.raises(TypeError, match=r"params is Linear, a module; pass `dict\(module.named_parameters\(\)\)`"):
+        fo.sgd(0.1).init(module)
+    with pytest.raises(TypeError, match=r"params is generator .*, expected a tensor or a tree of a known kind: a dict"):
+        fo.sgd(0.1).init(module.parameters())
+
+
 def test_a_mask_over_nothing_is_no_mistake() -> None:
     """A label that no leaf has, and a tree without leaves, leave a mask within nothing to match."""
     tx = fo.partition({"a": fo.masked(fo.trace(0.9), re.compile("x")), "b": fo.identity()}, "b")

@@ -7,7 +7,6 @@ compiled as a part of each kernel, and taken from the first one.
 import ctypes
 import struct
 from collections.abc import Sequence
-from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -41,10 +40,8 @@ void fetch(void *list, int64_t n, item_t item, void *type) {
     }
 }
 
-int64_t same(void *a, void *b, int64_t n, item_t item) {
-    for (int64_t i = 0; i < n; i++)
-        if (item(a, i) != item(b, i)) return 0;
-    return 1;
+void identities(void *list, int64_t n, item_t item, int64_t *out) {
+    for (int64_t i = 0; i < n; i++) out[i] = (int64_t)(intptr_t)item(list, i);
 }
 """
 
@@ -52,7 +49,7 @@ int64_t same(void *a, void *b, int64_t n, item_t item) {
 class _Functions(NamedTuple):
     addresses: "ctypes._NamedFuncPointer"
     fetch: "ctypes._NamedFuncPointer"
-    same: "ctypes._NamedFuncPointer"
+    identities: "ctypes._NamedFuncPointer"
     item: int | None
 
 
@@ -70,10 +67,10 @@ def use(library: ctypes.CDLL) -> None:
     held = ctypes.PyDLL(library._name, handle=library._handle)  # called with the interpreter's lock
     n, pointer, object_ = ctypes.c_int64, ctypes.c_void_p, ctypes.py_object
     item = ctypes.cast(ctypes.pythonapi.PyList_GetItem, pointer).value
-    found = _Functions(held.addresses, held.fetch, held.same, item)
+    found = _Functions(held.addresses, held.fetch, held.identities, item)
     found.addresses.argtypes, found.addresses.restype = [object_, n, pointer, pointer, pointer], None
     found.fetch.argtypes, found.fetch.restype = [object_, n, pointer, pointer], None
-    found.same.argtypes, found.same.restype = [object_, object_, n, pointer], n
+    found.identities.argtypes, found.identities.restype = [object_, n, pointer, pointer], None
     _functions.append(found)
 
 
@@ -83,7 +80,7 @@ def addresses(tensors: Sequence[torch.Tensor]) -> bytes:
 
 
 def guarded_addresses(tensors: list[torch.Tensor]) -> bytes:
-    """The same, of tensors that are known to be plain and to have memory: with anything else the process ends."""
+    """The same, of strided tensors that torch's own `data_ptr` works on: with anything else the process ends."""
     if not (_functions and DATA_PTR):
         return addresses(tensors)
     functions = _functions[0]
@@ -101,6 +98,15 @@ def fetch(tensors: list[Any]) -> None:
         _functions[0].fetch(tensors, len(tensors), _functions[0].item, id(type(tensors[0])))
 
 
+def identities(objects: list[Any]) -> bytes:
+    """What tells objects from all others that are alive, as 64-bit integers."""
+    if not _functions:
+        return struct.pack(f"{len(objects)}q", *map(id, objects))
+    out = ctypes.create_string_buffer(8 * len(objects))
+    _functions[0].identities(objects, len(objects), _functions[0].item, out)
+    return out.raw
+
+
 def same(a: list[Any], b: list[Any]) -> bool:
     """Whether two lists hold the very same objects.
 
@@ -109,8 +115,4 @@ def same(a: list[Any], b: list[Any]) -> bool:
       >>> same([x, y], [x, y]), same([x, y], [x, x])
       (True, False)
     """
-    if len(a) != len(b):
-        return False
-    if not _functions:
-        return all(map(is_, a, b))
-    return bool(_functions[0].same(a, b, len(a), _functions[0].item))
+    return len(a) == len(b) and identities(a) == identities(b)

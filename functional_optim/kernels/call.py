@@ -2,7 +2,7 @@
 
 from collections.abc import Hashable, Iterable, Sequence
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -16,12 +16,13 @@ class Column(list[torch.Tensor]):
 
     Args:
       tensors: the tensors.
-      guarded: whether a `Guard` holds for them, so that each is a plain tensor with memory.
+      guarded: whether a `Guard` of plain tensors holds for all that anybody asks for.
     """
 
     def __init__(self, tensors: Iterable[torch.Tensor] = (), guarded: bool = False) -> None:
         super().__init__(tensors)
         self.guarded = guarded
+        self.held: Any = None  # what whoever prepares steps knows of the tensors from the last one
 
     @cached_property
     def addresses(self) -> bytes:

@@ -23,6 +23,16 @@ def is_plain(x: torch.Tensor) -> bool:
     return type(x) in PLAIN and x.layout is torch.strided and x.device.type != "meta" and not x.is_neg()
 
 
+def _have_addresses(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether no tensor is a wrapper of `torch.func` that has left its function, which looks like any other."""
+    try:
+        for x in tensors:
+            x.data_ptr()
+    except RuntimeError:
+        return False
+    return True
+
+
 class Guard:
     """Remembers what some tensors are.
 
@@ -40,7 +50,7 @@ class Guard:
 
     def __init__(self, tensors: Sequence[torch.Tensor], looks: Sequence[Hashable] | None = None) -> None:
         looks = list(map(look, tensors)) if looks is None else looks
-        self.plain = all(map(is_plain, dict(zip(looks, tensors, strict=True)).values()))
+        self.plain = all(map(is_plain, dict(zip(looks, tensors, strict=True)).values())) and _have_addresses(tensors)
         self.requires_grad = any(map(REQUIRES_GRAD, tensors))
         self.inference = any(map(torch.Tensor.is_inference, tensors))
         self.length = len(tensors)

@@ -25,6 +25,7 @@ from .program import Level
 
 
 CHUNK = 1 << 14  # elements: seven streams of float32 stay within a second-level cache
+NOWHERE = bytes(8)  # the address of what has no memory
 SERIAL = 1 << 14  # elements below which waking other threads costs more than it saves
 TRITON_BLOCK = 1024
 TRITON_CHUNKS = 4096  # at most this many partial results per reduction, because every instance adds them up
@@ -186,6 +187,19 @@ def join_shards(
         start = stop
 
 
+def _refuse_freed(call: Call, columns: Sequence[bytes]) -> None:
+    """Refuses tensors that have elements but no memory."""
+    program = call.signature.program
+    for name, packed in zip(
+        (*program.arrays, *program.leaves, *[o.name for o in program.outputs]), columns, strict=True
+    ):
+        for k, address in enumerate(struct.unpack(f"{len(call.sizes)}q", packed)):
+            if not address and call.sizes[k]:
+                raise ValueError(
+                    f"{name} of a leaf of shape {tuple(call.like[k].shape)} has no memory: its storage has been freed."
+                )
+
+
 def run_c(calls: Sequence[Call]) -> list[list[Column]]:
     """Runs programs that belong together as C kernels: one function call per pass and program.
 
@@ -204,6 +218,8 @@ def run_c(calls: Sequence[Call]) -> list[list[Column]]:
     for call, outputs, (chunks, packed), own in zip(calls, results, tables, buffers, strict=True):
         n_leaves, n_chunks = len(call.sizes), len(chunks.leaf)
         columns = [column.addresses for column in (*call.inputs, *outputs)]
+        if any(NOWHERE in column for column in columns):
+            _refuse_freed(call, columns)
         numbers = list(itertools.chain.from_iterable(call.scalars))  # tensors are asked for theirs by `pack`
         table = (ctypes.c_char_p * len(columns))(*columns)
         partials = (ctypes.c_void_p * len(own))(*[x.data_ptr() for x in own])

@@ -1,6 +1,6 @@
 """What a kernel may be handed: dtypes, common layouts, and memory that does not overlap."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -72,31 +72,27 @@ class Extents:
     Args:
       starts: their addresses.
       spans: their lengths in bytes; those of none do not count.
-      name: what to call each, by its position.
 
     Example:
       >>> x = torch.zeros(4)
-      >>> written = Extents(torch.tensor([x.data_ptr()]), torch.tensor([span(x)]), "xyz".__getitem__)
+      >>> written = Extents(torch.tensor([x.data_ptr()]), torch.tensor([span(x)]))
       >>> written.touched(torch.tensor([x[3:].data_ptr()]), torch.tensor([4]))
-      (0, 'x')
+      (0, 0)
     """
 
-    def __init__(self, starts: torch.Tensor, spans: torch.Tensor, name: Callable[[int], str]) -> None:
+    def __init__(self, starts: torch.Tensor, spans: torch.Tensor) -> None:
         there = spans.nonzero()[:, 0]
-        self.order, self.name = there[starts[there].argsort(stable=True)], name
+        self.order = there[starts[there].argsort(stable=True)]
         self.starts = starts[self.order]
         self.stops = self.starts + spans[self.order]
 
-    def clash(self) -> tuple[str, str] | None:
-        """Names two stretches that overlap."""
+    def clash(self) -> tuple[int, int] | None:
+        """Positions of two stretches that overlap."""
         bad = (self.starts[1:] < self.stops[:-1]).nonzero()
-        if not len(bad):
-            return None
-        first, second = (self.name(int(self.order[bad[0, 0] + k])) for k in (0, 1))
-        return first, second
+        return (int(self.order[bad[0, 0]]), int(self.order[bad[0, 0] + 1])) if len(bad) else None
 
-    def touched(self, starts: torch.Tensor, spans: torch.Tensor) -> tuple[int, str] | None:
-        """Position of the first of some tensors that overlaps a stretch, and the name of that stretch.
+    def touched(self, starts: torch.Tensor, spans: torch.Tensor) -> tuple[int, int] | None:
+        """Position of the first of some tensors that overlaps a stretch, and the position of that stretch.
 
         Args:
           starts: addresses of the tensors.
@@ -109,7 +105,7 @@ class Extents:
         if not bad.any():
             return None
         first = int(bad.nonzero()[0])
-        return first, self.name(int(self.order[before[first]]))
+        return first, int(self.order[before[first]])
 
 
 def span(x: torch.Tensor) -> int:

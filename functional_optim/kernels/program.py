@@ -138,6 +138,11 @@ class Program:
         return tuple(i for i, v in enumerate(self.values) if v.reduction)
 
     @cached_property
+    def spans_tree(self) -> bool:
+        """Whether something is reduced over all leaves, of which other programs may have some."""
+        return any(v.op.startswith("tree_") for v in self.values)
+
+    @cached_property
     def stages(self) -> int:
         """Number of passes over memory."""
         ends = [self.values[o.value].stage for o in self.outputs]

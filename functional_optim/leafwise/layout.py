@@ -46,9 +46,16 @@ class Leaves(NamedTuple):
 
 
 class Layout:
-    """A plan, and what it was made for."""
+    """A plan, and what it was made for.
 
-    def __init__(self, templates: Sequence[Template], leaves: Leaves, guarded: bool) -> None:
+    Args:
+      templates: the transformations.
+      leaves: the leaves.
+      guarded: whether steps may be skipped.
+      first: whether it is the first one, so that masks that match nothing have not been warned of.
+    """
+
+    def __init__(self, templates: Sequence[Template], leaves: Leaves, guarded: bool, first: bool = False) -> None:
         self.templates, self.guarded = tuple(templates), guarded
         self.ids, self.tags = list(leaves.ids), list(leaves.tags)
         self.kinds, self.owners = list(leaves.templates), list(leaves.owners)
@@ -71,6 +78,8 @@ class Layout:
         self.keys: list[Keys] = []  # of each link
         steps = [False] * len(leaves.params)
         for t, template in enumerate(templates):
+            if first and len(leaves.params) > 1:  # a parameter of its own may well be masked
+                template.tx._warn(view)
             part = template.tx._links(view.narrow([k == t for k in self.kinds]), ())
             links += part
             scopes += range(len(part))
@@ -108,7 +117,7 @@ class Layout:
     def spans_tree(self) -> bool:
         """Whether something is reduced over all leaves."""
         recipes = (r for s in self.plan.segments if isinstance(s, Segment) for r in s.recipes.values())
-        return any(value.op.startswith("tree_") for recipe in recipes for value in recipe.program.values)
+        return any(recipe.program.spans_tree for recipe in recipes)
 
     def lists(self, leaves: Leaves) -> Lists:
         return {"updates": self.local(leaves.grads), "params": self.local(leaves.params)}

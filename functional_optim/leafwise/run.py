@@ -48,7 +48,7 @@ class Leafwise:
                 lists = layout.match(templates, leaves, guarded)
                 if lists is not None:
                     return layout, lists
-        layout = Layout(templates, leaves, guarded)
+        layout = Layout(templates, leaves, guarded, first=not (seen or self.layouts))
         if not seen:
             self.layouts = [layout, *self.layouts[: self.KEEP - 1]]
         return layout, layout.lists(leaves)

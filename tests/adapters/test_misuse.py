@@ -255,3 +255,20 @@ def test_a_gradient_that_is_its_parameter() -> None:
     p.grad = p.detach()
     with pytest.raises(ValueError, match="share memory, so a step, which writes in place, would corrupt them"):
         opt.step()
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_mask_that_matches_no_parameter_is_warned_of_once(named: bool) -> None:
+    model = torch.nn.Linear(2, 2)
+    mask = "wieght" if named else "weight"
+    opt = TransformOptimizer(
+        model.named_parameters() if named else model.parameters(), fo.adamw(0.1, weight_decay=0.5, mask=mask)
+    )
+    model(torch.ones(1, 2)).sum().backward()
+
+    with pytest.warns(UserWarning, match=f"the mask .*{mask}.* matches no parameter; there are ") as caught:
+        opt.step()
+    opt.step()
+
+    assert len(caught) == 1
+    assert ("weight" if named else "param_groups[0].params[0]") in str(caught[0].message).partition("there are")[2]

@@ -69,8 +69,15 @@ def test_anything_may_be_fetched() -> None:
         torch.empty(2, device="meta"),
     ]
 
-    addresses.fetch(things + tensors())
+    addresses.fetch(tensors() + things)
+    addresses.fetch(things)
     addresses.fetch([])
+
+
+def test_identities() -> None:
+    things = [None, 0, tensors()[0], None]
+
+    assert struct.unpack("4q", addresses.identities(things)) == tuple(map(id, things))
 
 
 def test_a_library_without_the_functions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
