@@ -8,7 +8,6 @@ import itertools
 import struct
 import weakref
 from collections.abc import Mapping, Sequence
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from ._fuse import Counting, Part, Recipe, Source, fuse_all
 from ._spec import Bound, Slot, slot
 from ._tree import Reader, Spec, Tree, View, at, check_fit, check_leaf, difference, flatten, paths
 from .kernels import Column, Shard
-from .kernels.addresses import fetch, guarded_addresses, identities
+from .kernels.addresses import bodies, fetch, guarded_addresses, identities
 from .kernels.alike import distinct, map_alike
 from .kernels.guard import REQUIRES_GRAD, Guard
 from .kernels.layout import Extents, compute_dtype, repeats, span, walk_together
@@ -29,7 +28,6 @@ from .kernels.program import Level
 KEEP = 8  # how many kinds of trees a transformation is remembered for
 PACKED = 8  # stored tensors per tensor that they are parts of, from which on it pays to look at those instead
 
-LAYOUT = attrgetter("layout")
 
 SlotKey = tuple[int, str]
 Lists = dict[Any, Column]  # "updates", "params" and slots -> a leaf's tensor at its position in the tree
@@ -264,12 +262,14 @@ class Held(NamedTuple):
 
     Args:
       objects: the identities of the tensors in each column.
+      bodies: the tensors of torch that they stand for.
       addresses: where they were.
       owners: what they are parts of.
       versions: how often those had been written to.
     """
 
     objects: list[bytes]
+    bodies: list[bytes]
     addresses: list[bytes]
     owners: list[weakref.ref[torch.Tensor]]
     versions: list[int]
@@ -291,7 +291,8 @@ class Held(NamedTuple):
         if not owners or len(owners) * PACKED > sum(map(len, columns)):
             return None
         references = [weakref.ref(base) for base, _, _ in owners.values()]
-        return cls([identities(c) for c in columns], [c.addresses for c in columns], references, []).written()
+        objects, stand_for = list(map(identities, columns)), list(map(bodies, columns))
+        return cls(objects, stand_for, [c.addresses for c in columns], references, []).written()
 
     def written(self) -> "Held":
         """The same after a step."""
@@ -305,9 +306,10 @@ class Held(NamedTuple):
         """Whether columns hold the same tensors in the same places."""
         if len(self.alive()) < len(self.owners) or [identities(c) for c in columns] != self.objects:
             return False
-        # `x.data = y` and `swap_tensors` leave versions alone; the latter may bring tensors that have no address
-        strided = all(set(map(LAYOUT, column)) == {torch.strided} for column in columns)
-        return strided and [guarded_addresses(column) for column in columns] == self.addresses
+        # `swap_tensors` and `x.data = y` leave versions alone; the former may bring tensors that have no address
+        if [bodies(c) for c in columns] != self.bodies:
+            return False
+        return [guarded_addresses(c) for c in columns] == self.addresses
 
     def untouched(self, columns: Sequence[Column]) -> bool:
         """Whether nobody has written to the tensors in columns, or otherwise changed what they are."""

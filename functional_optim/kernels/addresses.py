@@ -7,6 +7,7 @@ compiled as a part of each kernel, and taken from the first one.
 import ctypes
 import struct
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ try:  # what torch's own compiled kernels ask for addresses with: a C function o
 except ImportError:  # pragma: no cover
     DATA_PTR = 0
 
+BODY = attrgetter("_cdata")
 SOURCE = """\
 #include <stdint.h>
 
@@ -43,6 +45,15 @@ void fetch(void *list, int64_t n, item_t item, void *type) {
 void identities(void *list, int64_t n, item_t item, int64_t *out) {
     for (int64_t i = 0; i < n; i++) out[i] = (int64_t)(intptr_t)item(list, i);
 }
+
+/* Which tensors of torch some tensors of Python stand for: an object points to its one behind its type. */
+void bodies(void *list, int64_t n, item_t item, int64_t *out) {
+    for (int64_t i = 0; i < n; i++) {
+        const int64_t *words = item(list, i);
+        out[2 * i] = words[2];
+        out[2 * i + 1] = words[3];
+    }
+}
 """
 
 
@@ -50,6 +61,7 @@ class _Functions(NamedTuple):
     addresses: "ctypes._NamedFuncPointer"
     fetch: "ctypes._NamedFuncPointer"
     identities: "ctypes._NamedFuncPointer"
+    bodies: "ctypes._NamedFuncPointer"
     item: int | None
 
 
@@ -67,10 +79,11 @@ def use(library: ctypes.CDLL) -> None:
     held = ctypes.PyDLL(library._name, handle=library._handle)  # called with the interpreter's lock
     n, pointer, object_ = ctypes.c_int64, ctypes.c_void_p, ctypes.py_object
     item = ctypes.cast(ctypes.pythonapi.PyList_GetItem, pointer).value
-    found = _Functions(held.addresses, held.fetch, held.identities, item)
+    found = _Functions(held.addresses, held.fetch, held.identities, held.bodies, item)
     found.addresses.argtypes, found.addresses.restype = [object_, n, pointer, pointer, pointer], None
     found.fetch.argtypes, found.fetch.restype = [object_, n, pointer, pointer], None
     found.identities.argtypes, found.identities.restype = [object_, n, pointer, pointer], None
+    found.bodies.argtypes, found.bodies.restype = [object_, n, pointer, pointer], None
     _functions.append(found)
 
 
@@ -104,6 +117,15 @@ def identities(objects: list[Any]) -> bytes:
         return struct.pack(f"{len(objects)}q", *map(id, objects))
     out = ctypes.create_string_buffer(8 * len(objects))
     _functions[0].identities(objects, len(objects), _functions[0].item, out)
+    return out.raw
+
+
+def bodies(tensors: list[torch.Tensor]) -> bytes:
+    """What shows whether `swap_tensors` has been at tensors: it leaves the objects, but not what they stand for."""
+    if not _functions:
+        return struct.pack(f"{len(tensors)}q", *map(BODY, tensors))
+    out = ctypes.create_string_buffer(16 * len(tensors))
+    _functions[0].bodies(tensors, len(tensors), _functions[0].item, out)
     return out.raw
 
 

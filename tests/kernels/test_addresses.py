@@ -51,6 +51,16 @@ def test_the_same_objects(position: int) -> None:
     assert not addresses.same(column, other)
 
 
+def test_swapped_tensors_have_other_bodies() -> None:
+    a, b, c = torch.ones(2), torch.zeros(3), torch.nn.Parameter(torch.ones(1))
+    before = addresses.bodies([a, b, c])
+    assert addresses.bodies([a, b, c]) == before
+
+    torch.utils.swap_tensors(a, b)
+
+    assert addresses.bodies([a, b, c]) != before
+
+
 class Own(torch.Tensor):
     pass
 
