@@ -256,9 +256,10 @@ class Held(NamedTuple):
     """State that was seen to be right and has been written to since, and what shows that nobody else has.
 
     Small state is parts of a few tensors, with which it shares its version: if objects, versions and addresses are
-    those of before, there is no need to look at what each tensor is. All that goes unnoticed is `x.data = y` with
-    another view `y` of the memory of `x`: memory is then updated as if `x` were still what it was. Nothing is kept
-    alive by this, and as long as the owners live no other tensor can have got their memory.
+    those of before, there is no need to look at what each tensor is. All that goes unnoticed is another view of the
+    memory of `x`, given to it by `x.data = y` or made where `x` was until it died: memory is then updated as if `x`
+    were still what it was. Nothing is kept alive by this, and as long as the owners live no other tensor can have got
+    their memory.
 
     Args:
       objects: the identities of the tensors in each column.
