@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 import functional_optim as fo
 from functional_optim import leafwise
-from functional_optim.kernels.addresses import fetch, same
+from functional_optim.kernels.scan import same
 from functional_optim.leafwise import Leafwise, Leaves, Template
 
 from ._compiled import LIVE
@@ -186,7 +186,6 @@ class ChainOptimizer(Optimizer):
         states: list[Any]
         fresh: list[int]
         if last.leaves is not None and known and same(last.leaves.params, params):
-            fetch(params)
             states, ids, fresh = last.leaves.states, last.leaves.ids, []
         else:  # asking a dict for a tensor takes longer than all of the above
             states, ids = [self.state.get(p) for p in params], list(map(id, params))

@@ -5,8 +5,6 @@ This is where wrong shapes, dtypes and devices are refused, with the path of the
 
 import functools
 import itertools
-import struct
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,16 +15,15 @@ from ._fuse import Counting, Part, Recipe, Source, fuse_all
 from ._spec import Bound, Slot, slot
 from ._tree import Reader, Spec, Tree, View, at, check_fit, check_leaf, difference, flatten, paths
 from .kernels import Column, Shard
-from .kernels.addresses import bodies, fetch, guarded_addresses, identities
 from .kernels.alike import distinct, map_alike
-from .kernels.guard import REQUIRES_GRAD, Guard
+from .kernels.guard import Guards
 from .kernels.layout import Extents, compute_dtype, repeats, span, walk_together
 from .kernels.plan import Signature
 from .kernels.program import Level
+from .kernels.versions import Owners
 
 
 KEEP = 8  # how many kinds of trees a transformation is remembered for
-PACKED = 8  # stored tensors per tensor that they are parts of, from which on it pays to look at those instead
 
 
 SlotKey = tuple[int, str]
@@ -55,8 +52,7 @@ class Places(NamedTuple):
     def gather(self, lists: Lists) -> Column:
         if self.whole is not None:
             return lists[self.whole]
-        guarded = all(lists[key].guarded for key in self.keys)
-        return Column([lists[key][i] for key, i in self.pairs], guarded)
+        return Column.of([(lists[key], i) for key, i in self.pairs])
 
     def scatter(self, column: Column, lists: Lists) -> None:
         if self.whole is not None:
@@ -252,73 +248,6 @@ class Segment:
         return states
 
 
-class Held(NamedTuple):
-    """State that was seen to be right and has been written to since, and what shows that nobody else has.
-
-    Small state is parts of a few tensors, with which it shares its version: if objects, versions and addresses are
-    those of before, there is no need to look at what each tensor is. All that goes unnoticed is another view of the
-    memory of `x`, given to it by `x.data = y` or made where `x` was until it died: memory is then updated as if `x`
-    were still what it was. Nothing is kept alive by this, and as long as the owners live no other tensor can have got
-    their memory.
-
-    Args:
-      objects: the identities of the tensors in each column.
-      bodies: the tensors of torch that they stand for.
-      addresses: where they were.
-      owners: what they are parts of.
-      versions: how often those had been written to.
-    """
-
-    objects: list[bytes]
-    bodies: list[bytes]
-    addresses: list[bytes]
-    owners: list[weakref.ref[torch.Tensor]]
-    versions: list[int]
-
-    @classmethod
-    def of(cls, columns: Sequence[Column]) -> "Held | None":
-        """Columns as they are now; None if they are not parts of a few tensors."""
-        owners: dict[int, tuple[torch.Tensor, int, int]] = {}
-        for column in columns:
-            for x, address in zip(column, struct.unpack(f"{len(column)}q", column.addresses), strict=True):
-                base = x._base
-                if base is None:
-                    return None
-                if id(base) not in owners:
-                    owners[id(base)] = base, base.data_ptr(), base.data_ptr() + base.nbytes
-                _, start, stop = owners[id(base)]
-                if not start <= address < stop:  # after `x.data = y`
-                    return None
-        if not owners or len(owners) * PACKED > sum(map(len, columns)):
-            return None
-        references = [weakref.ref(base) for base, _, _ in owners.values()]
-        objects, stand_for = list(map(identities, columns)), list(map(bodies, columns))
-        return cls(objects, stand_for, [c.addresses for c in columns], references, []).written()
-
-    def written(self) -> "Held":
-        """The same after a step."""
-        return self._replace(versions=[x._version for x in self.alive()])
-
-    def alive(self) -> list[torch.Tensor]:
-        """The owners that are alive."""
-        return [x for owner in self.owners if (x := owner()) is not None]
-
-    def finds(self, columns: Sequence[Column]) -> bool:
-        """Whether columns hold the same tensors in the same places."""
-        if len(self.alive()) < len(self.owners) or [identities(c) for c in columns] != self.objects:
-            return False
-        # `swap_tensors` and `x.data = y` leave versions alone; the former may bring tensors that have no address
-        if [bodies(c) for c in columns] != self.bodies:
-            return False
-        return [guarded_addresses(c) for c in columns] == self.addresses
-
-    def untouched(self, columns: Sequence[Column]) -> bool:
-        """Whether nobody has written to the tensors in columns, or otherwise changed what they are."""
-        if [x._version for x in self.alive()] != self.versions:
-            return False
-        return not (torch.is_grad_enabled() and any(map(REQUIRES_GRAD, itertools.chain.from_iterable(columns))))
-
-
 class Disjoint(NamedTuple):
     """Addresses that were found not to overlap.
 
@@ -343,15 +272,15 @@ class Prepared:
         for key, name, declared, seen in segment.stored:
             for i in distinct((i for i in self.present if seen[i]), lists[key].looks, lists["updates"].looks):
                 _check_slot(name, plan.paths[i], lists[key][i], lists["updates"][i], declared)
-        self.checked = [(key, i) for key, _, _, seen in segment.stored for i in self.present if seen[i]]
         self.keys = [key for key, _, _, _ in segment.stored]
-        self.whole = len(self.checked) == len(self.keys) * len(lists["updates"])
-        looks = {key: column.looks for key, column in lists.items()}
-        self.guard = Guard(self.tensors(lists), self.tensors(looks))
+        where = {key: [i for i in self.present if seen[i]] for key, _, _, seen in segment.stored}
+        self.guards = Guards({key: lists[key] for key in self.keys}, where)
         # updates that came from another transformation
-        self.arrived = Guard([lists["updates"][i] for i in self.present] if plan.later else [])
-        self.requires_grad = self.guard.requires_grad or self.arrived.requires_grad
-        self.tracks_versions = not (self.guard.inference or self.arrived.inference)
+        self.arrived = Guards({"updates": lists["updates"]} if plan.later else {}, {"updates": self.present})
+        self.plain = self.guards.plain and self.arrived.plain
+        self.requires_grad = self.guards.requires_grad or self.arrived.requires_grad
+        self.tracks_versions = not (self.guards.inference or self.arrived.inference)
+        looks = {key: column.looks for key, column in lists.items()}
         keys = {kind: ["params" if "params" in lists else "updates", *r.lists()] for kind, r in segment.recipes.items()}
         fits: dict[Any, Fit] = {}
         signatures: dict[Signature, Signature] = {}
@@ -376,36 +305,25 @@ class Prepared:
             if bound.counted and any(segment.links[k].seen[i] for i in self.present)
         ]
         self.disjoint: Disjoint | None = None
-        self.held: Held | None = None
-        self.packed = self.whole and self.guard.plain  # until state turns out to be tensors of their own
+        self.where = where
+        self.owners: Owners | None = None
+        # until state turns out to be tensors of their own
+        self.packed = self.guards.plain and all(len(where[key]) == len(lists[key]) for key in self.keys)
 
     def holds(self, plan: "Plan", lists: Lists) -> bool:
         """Whether these leaves are like those it was prepared for."""
-        if self.present != plan.present or self.first != plan.first:
-            return False
-        if plan.later and not self.arrived.holds([lists["updates"][i] for i in self.present]):
-            return False
-        columns, held = [lists[key] for key in self.keys], self.held  # another thread may replace it
-        if held is not None and not held.finds(columns):
-            held = None
-        if (held is None or not held.untouched(columns)) and not self.guard.holds(self.tensors(lists)):
-            return False
-        for k, column in enumerate(columns):
-            column.guarded, column.held = self.guard.plain, held
-            if held is not None:
-                column.addresses = held.addresses[k]
-        return True
+        same = self.present == plan.present and self.first == plan.first
+        return same and self.arrived.holds(lists) and self.guards.holds(lists)
 
     def written(self, lists: Lists, results: Sequence[Sequence[Column]]) -> None:
-        """Counts up the versions of all stored tensors and parameters, written to in place behind torch's back.
-
-        Parts of one tensor share a version, so one of them is enough.
-        """
+        """Counts up the versions of all stored tensors and parameters, written to in place behind torch's back."""
         columns = [lists[key] for key in self.keys]
-        held = columns[0].held if columns else None
-        if held is None and self.packed:
-            held = Held.of(columns)
-            self.packed = held is not None  # looking for owners takes longer than doing without them
+        known = self.owners  # another thread may replace it
+        owners = None if known is None else known.get(columns)
+        if owners is None and self.packed and all(column.found is not None for column in columns):
+            self.owners = known = Owners.of(columns)
+            self.packed = known is not None  # looking for owners takes longer than doing without them
+            owners = None if known is None else known.get(columns)
         params = [
             x
             for group, outs in zip(self.groups, results, strict=True)
@@ -413,14 +331,8 @@ class Prepared:
             if output.name == "params"
             for x in column
         ]
-        torch.autograd.graph.increment_version([*params, *(self.tensors(lists) if held is None else held.alive())])
-        self.held = None if held is None else held.written()
-
-    def tensors(self, lists: Mapping[Any, Sequence[Any]]) -> list[Any]:
-        """The stored tensors, which must stay alike."""
-        if self.whole:
-            return list(itertools.chain.from_iterable(lists[key] for key in self.keys))
-        return [lists[key][i] for key, i in self.checked]
+        stored = [lists[key][i] for key, places in self.where.items() for i in places] if owners is None else owners
+        torch.autograd.graph.increment_version([*params, *stored])
 
     def name(self, plan: "Plan", targets: Sequence[Sequence[Column | None]], position: int) -> str:
         """What messages call one of all the tensors to be written."""
@@ -558,7 +470,7 @@ def get_state(state: Any, path: Sequence[int | str]) -> Any:
 
 def updates_of(group: Group, lists: Lists) -> Column:
     updates = lists["updates"]
-    return updates if len(group.leaves) == len(updates) else Column([updates[i] for i in group.leaves], updates.guarded)
+    return updates if len(group.leaves) == len(updates) else Column.of([(updates, i) for i in group.leaves])
 
 
 def lists_of(read: Reader, updates: Tree, params: Tree | None, explain: bool = False) -> Lists:
@@ -611,8 +523,8 @@ class Plan:
             u = check_leaf("updates", names[i], us[i])
             if "params" in lists:
                 check_fit("updates", "parameter", names[i], u, check_leaf("params", names[i], ps[i]))
-        self.guard = Guard(self.tensors(lists), self.tensors({key: column.looks for key, column in lists.items()}))
-        self.requires_grad = self.guard.requires_grad
+        self.guards = Guards(lists, dict.fromkeys(lists, self.present))
+        self.requires_grad = self.guards.requires_grad
         self.scopes = range(len(links)) if scopes is None else scopes
         self.counting: Sequence[Counting] | None = None
         self.options: Sequence[int] = [0] * len(names)
@@ -659,13 +571,6 @@ class Plan:
             segments.append(Segment({}, True, len(self.paths), self.scopes))
         return segments
 
-    def tensors(self, lists: Mapping[Any, Sequence[Any]]) -> list[Any]:
-        """The updates that are there, and the parameters they belong to."""
-        columns = [lists["updates"], *([lists["params"]] if "params" in lists else [])]
-        if not self.absent:
-            return list(itertools.chain.from_iterable(columns))
-        return [column[i] for column in columns for i in self.present]
-
     def match(self, updates: Tree, params: Tree | None) -> Lists | None:
         """The leaves of both trees, if they are like those of the trees that this plan was made for."""
         try:
@@ -681,10 +586,4 @@ class Plan:
             for i in self.absent
         ):
             return False
-        for column in lists.values():
-            fetch(column)
-        if not self.guard.holds(self.tensors(lists)):
-            return False
-        for column in lists.values():
-            column.guarded = self.guard.plain
-        return True
+        return lists.keys() == self.guards.each.keys() and self.guards.holds(lists)

@@ -280,7 +280,7 @@ def reference_reason(plan: Plan, prepared: Prepared, tables: Sequence[Any], seen
     """Why only the reference can compute a segment, or an empty string."""
     if seen:
         return "a torch.func transformation or torch.compile is looking on"
-    if not (plan.guard.plain and prepared.guard.plain):
+    if not (plan.guards.plain and prepared.plain):
         return "some tensors are on meta or of a class of their own"
     if torch.is_grad_enabled():
         scalars = (x for table in tables for row in table for x in row)

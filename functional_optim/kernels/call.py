@@ -1,14 +1,15 @@
 """What backends are called with: columns of tensors, and a table of numbers."""
 
+import struct
 from collections.abc import Hashable, Iterable, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
-from .addresses import addresses, guarded_addresses
 from .alike import look
 from .plan import Signature
+from .scan import Found, addresses
 
 
 class Column(list[torch.Tensor]):
@@ -16,18 +17,31 @@ class Column(list[torch.Tensor]):
 
     Args:
       tensors: the tensors.
-      guarded: whether a `Guard` of plain tensors holds for all that anybody asks for.
+      found: where they are, if a `Guard` has seen.
     """
 
-    def __init__(self, tensors: Iterable[torch.Tensor] = (), guarded: bool = False) -> None:
+    def __init__(self, tensors: Iterable[torch.Tensor] = (), found: Found | None = None) -> None:
         super().__init__(tensors)
-        self.guarded = guarded
-        self.held: Any = None  # what whoever prepares steps knows of the tensors from the last one
+        self.found = found
+
+    @classmethod
+    def of(cls, places: Sequence[tuple["Column", int]]) -> "Column":
+        """Some tensors of other columns.
+
+        Args:
+          places: columns and positions.
+        """
+        made = cls(column[i] for column, i in places)
+        columns = {id(column): column for column, _ in places}
+        if all(column.found is not None for column in columns.values()):
+            known = {key: memoryview(column.addresses).cast("q") for key, column in columns.items()}
+            made.addresses = struct.pack(f"{len(places)}q", *[known[id(column)][i] for column, i in places])
+        return made
 
     @cached_property
     def addresses(self) -> bytes:
-        """Where the tensors are, as 64-bit integers. Asked for once the column is complete."""
-        return guarded_addresses(self) if self.guarded else addresses(self)
+        """Where the elements of the tensors are, as 64-bit integers. Asked for once the column is complete."""
+        return addresses(self) if self.found is None else self.found.addresses
 
     @cached_property
     def looks(self) -> list[Hashable]:

@@ -1,19 +1,16 @@
-"""Whether tensors still are what tables were prepared for: type, dtype, shape, strides, device, requires_grad."""
+"""Whether tensors still are what tables were prepared for: class, dtype, shape, strides, device, requires_grad."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
 import torch
 
-from .alike import PLAIN, look, map_alike
+from .alike import PLAIN, map_alike
+from .call import Column
 from .layout import meta
+from .scan import Kinds
 
-
-try:  # torch's own check in C++: 30 ns a tensor; without it the same in Python, 1 us a tensor
-    from torch._C._dynamo.guards import TensorGuards
-except ImportError:  # pragma: no cover
-    TensorGuards = None  # type: ignore[assignment,misc]
 
 REQUIRES_GRAD = attrgetter("requires_grad")
 
@@ -34,51 +31,69 @@ def _have_addresses(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 class Guard:
-    """Remembers what some tensors are.
+    """Remembers what the tensors of a column are.
 
     Args:
-      tensors: the tensors.
-      looks: what they look like, if that is known.
+      column: the column.
+      positions: which of its tensors count; by default all.
 
     Example:
-      >>> guard = Guard([torch.zeros(2)])
-      >>> guard.holds([torch.ones(2)]), guard.holds([torch.ones(3)])
+      >>> guard = Guard(Column([torch.zeros(2)]))
+      >>> guard.holds(Column([torch.ones(2)])), guard.holds(Column([torch.ones(3)]))
       (True, False)
     """
 
-    BLOCK = 128  # tensors; torch keeps a table of those it has seen, which should stay near
-
-    def __init__(self, tensors: Sequence[torch.Tensor], looks: Sequence[Hashable] | None = None) -> None:
-        looks = list(map(look, tensors)) if looks is None else looks
+    def __init__(self, column: Column, positions: Sequence[int] | None = None) -> None:
+        self.length = len(column)
+        self.positions = range(self.length) if positions is None else positions
+        tensors, looks = self._chosen(column), [column.looks[i] for i in self.positions]
         self.plain = all(map(is_plain, dict(zip(looks, tensors, strict=True)).values())) and _have_addresses(tensors)
         self.requires_grad = any(map(REQUIRES_GRAD, tensors))
         self.inference = any(map(torch.Tensor.is_inference, tensors))
-        self.length = len(tensors)
-        self.fast: list[Any] = []
-        distinct = len(set(map(id, tensors))) == len(tensors)  # torch's check refuses one tensor twice
-        if TensorGuards is not None and self.plain and distinct:
-            sizes: list[Any] = map_alike(lambda x: list(x.shape), tensors, looks)
-            strides: list[Any] = map_alike(lambda x: list(x.stride()), tensors, looks)
-            for start in range(0, len(tensors), self.BLOCK):
-                block = slice(start, start + self.BLOCK)
-                check = TensorGuards(
-                    *tensors[block], dynamic_dims_sizes=sizes[block], dynamic_dims_strides=strides[block]
-                )
-                self.fast.append(check)
-        self.metas = [] if self.fast else [self._key(x) for x in tensors]
+        self.keys = map_alike(self._key, tensors, looks)
+        self.kinds: Kinds | None = None
+
+    def _chosen(self, column: Sequence[Any]) -> list[Any]:
+        return list(column) if len(self.positions) == len(column) else [column[i] for i in self.positions]
 
     @staticmethod
-    def _key(x: torch.Tensor) -> tuple[Any, ...]:
-        return (type(x), x.requires_grad, x.is_neg(), meta(x)) if x.layout is torch.strided else (type(x), x.layout)
+    def _key(x: Any) -> tuple[Any, ...]:
+        if not isinstance(x, torch.Tensor) or x.layout is not torch.strided:
+            return type(x), getattr(x, "layout", None)
+        return type(x), x.is_neg(), meta(x)
 
-    def holds(self, tensors: Sequence[Any]) -> bool:
-        """Whether other tensors are the same in all that a kernel depends on."""
-        if len(tensors) != self.length:
+    def holds(self, column: Column) -> bool:
+        """Whether the tensors of another column are the same in all that a kernel depends on.
+
+        If they are, and of torch's own kinds, the column is told where they are.
+        """
+        if len(column) != self.length:
             return False
-        if self.fast:
-            return all(
-                guard.check(*tensors[k * self.BLOCK : (k + 1) * self.BLOCK]) for k, guard in enumerate(self.fast)
-            )
-        return all(
-            isinstance(x, torch.Tensor) and self._key(x) == key for x, key in zip(tensors, self.metas, strict=True)
-        )
+        if self.kinds is not None:
+            column.found = self.kinds.find(column)
+            if column.found is None:
+                return False
+        elif list(map(self._key, self._chosen(column))) != self.keys:
+            return False
+        elif self.plain:
+            self.kinds = Kinds.of(column, self.positions)
+        return not torch.is_grad_enabled() or any(map(REQUIRES_GRAD, self._chosen(column))) == self.requires_grad
+
+
+class Guards:
+    """Remembers what the tensors of several columns are.
+
+    Args:
+      columns: the columns by name.
+      positions: which tensors of each count; by default all.
+    """
+
+    def __init__(self, columns: Mapping[Any, Column], positions: Mapping[Any, Sequence[int]] | None = None) -> None:
+        self.each = {name: Guard(c, None if positions is None else positions[name]) for name, c in columns.items()}
+        self.plain = all(guard.plain for guard in self.each.values())
+        self.requires_grad = any(guard.requires_grad for guard in self.each.values())
+        self.inference = any(guard.inference for guard in self.each.values())
+
+    def holds(self, columns: Mapping[Any, Column]) -> bool:
+        """Whether the tensors of other columns are the same."""
+        return all(guard.holds(columns[name]) for name, guard in self.each.items())

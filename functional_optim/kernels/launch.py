@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import addresses
+from . import scan
 from .build import BuildError, load_c, load_triton
 from .call import Call, Column
 from .emit_c import emit_c
@@ -98,9 +98,9 @@ def compile_c(signature: Signature) -> tuple[Any, ...]:
     Raises:
       BuildError: there is no working compiler.
     """
-    library = load_c(f"{emit_c(signature)}\n{addresses.SOURCE}")
+    library = load_c(f"{emit_c(signature)}\n{scan.SOURCE}")
     try:
-        addresses.use(library)
+        scan.use(library)
         functions = tuple(getattr(library, f"pass_{k}") for k in range(len(plan(signature))))
     except AttributeError as error:
         raise BuildError(f"what the C compiler made is not what it was given: {error}") from None
@@ -120,6 +120,8 @@ def compile_triton(signature: Signature) -> tuple[Any, ...]:
         module = load_triton(emit_triton(signature))
     except ImportError as error:
         raise BuildError(f"Triton cannot be imported: {error}") from None
+    with contextlib.suppress(BuildError, AttributeError):
+        scan.use(load_c(scan.SOURCE))
     return tuple(getattr(module, f"pass_{k}") for k in range(len(plan(signature))))
 
 

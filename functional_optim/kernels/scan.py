@@ -1,0 +1,236 @@
+"""What and where tensors are, for thousands of them at once.
+
+Asking each tensor from Python takes longer than a kernel takes to update it. So a few lines of C ask torch, by the
+functions of its stable C interface (`aoti_torch_get_*`), which take the address of a tensor. What they need to know
+of torch besides is where a Python object has its tensor, and where that has its dispatch keys, which tell sparse,
+negated and wrapped tensors from those that a kernel may be handed. Both are found by looking at a few tensors whose
+keys are known; if they are not found, or there is no compiler, everything is asked from Python. The lines are compiled
+as a part of each kernel, and taken from the first one.
+"""
+
+import ctypes
+import struct
+from collections.abc import Sequence
+from operator import is_
+from typing import Any, NamedTuple
+
+import torch
+
+
+SOURCE = """\
+#include <stdint.h>
+#include <string.h>
+
+typedef struct {
+    void *(*item)(void *list, intptr_t i);                             /* of Python */
+    int32_t (*data_ptr)(void *tensor, void **), (*sizes)(void *tensor, int64_t **); /* of torch; 0 if all is well */
+    int32_t (*strides)(void *tensor, int64_t **), (*dim)(void *tensor, int64_t *);
+    int32_t (*dtype)(void *tensor, int32_t *), (*device_index)(void *tensor, int32_t *);
+    int64_t body, keys; /* where a Python object points to its tensor, and where that has its keys, in words */
+} torch_t;
+
+enum { TYPE, KEYS, DTYPE, DEVICE, DIM, NUMBERS, AHEAD = 12 };
+
+/* What a tensor is, but for its class: keys, dtype, device, sizes and strides. */
+static int describe_one(const torch_t *t, void **object, int64_t width, int64_t *out) {
+    void *tensor = object + t->body;
+    int64_t *numbers;
+    int32_t dtype, device;
+    out[TYPE] = (int64_t)(intptr_t)object[1];
+    out[KEYS] = ((const int64_t *)object[t->body])[t->keys];
+    if (t->dtype(tensor, &dtype) || t->device_index(tensor, &device) || t->dim(tensor, out + DIM)) return 1;
+    if (NUMBERS + 2 * out[DIM] > width) return 1;
+    out[DTYPE] = dtype, out[DEVICE] = device;
+    if (t->sizes(tensor, &numbers)) return 1;
+    memcpy(out + NUMBERS, numbers, 8 * out[DIM]);
+    if (t->strides(tensor, &numbers)) return 1;
+    memcpy(out + NUMBERS + out[DIM], numbers, 8 * out[DIM]);
+    return 0;
+}
+
+/* Describes tensors of torch's own classes; returns how many it could, one after another. */
+int64_t describe(const torch_t *t, void *list, int64_t n, int64_t width, int64_t *out) {
+    for (int64_t i = 0; i < n; i++)
+        if (describe_one(t, t->item(list, i), width, out + i * width)) return i;
+    return n;
+}
+
+/* Compares objects to descriptions, -1 for none, and says where tensors are that are like theirs, and which; returns
+   how many are, one after another. Most of the time would be waiting for what is known of each, so it is asked for
+   early. */
+int64_t scan(const torch_t *t, void *list, int64_t n, const int32_t *kind_of, int64_t width, const int64_t *kinds,
+             int64_t *addresses, int64_t *bodies) {
+    for (int64_t i = 0; i < n; i++) {
+        if (i + 2 * AHEAD < n) __builtin_prefetch(t->item(list, i + 2 * AHEAD));
+        if (i + AHEAD < n && kind_of[i + AHEAD] >= 0) {
+            void **object = t->item(list, i + AHEAD);
+            if ((int64_t)(intptr_t)object[1] == kinds[kind_of[i + AHEAD] * width + TYPE])
+                for (int line = 0; line < 3; line++) __builtin_prefetch((char *)object[t->body] + 64 * line);
+        }
+        addresses[i] = bodies[i] = 0;
+        if (kind_of[i] < 0) continue;
+        const int64_t *kind = kinds + kind_of[i] * width;
+        void **object = t->item(list, i), *tensor = object + t->body, *address;
+        if ((int64_t)(intptr_t)object[1] != kind[TYPE] || !object[t->body]) return i;
+        if (((const int64_t *)object[t->body])[t->keys] != kind[KEYS]) return i;
+        int32_t number;
+        int64_t dim, *numbers;
+        if (t->dtype(tensor, &number) || number != kind[DTYPE]) return i;
+        if (t->device_index(tensor, &number) || number != kind[DEVICE]) return i;
+        if (t->dim(tensor, &dim) || dim != kind[DIM]) return i;
+        if (t->sizes(tensor, &numbers) || memcmp(numbers, kind + NUMBERS, 8 * dim)) return i;
+        if (t->strides(tensor, &numbers) || memcmp(numbers, kind + NUMBERS + dim, 8 * dim)) return i;
+        if (t->data_ptr(tensor, &address)) return i;
+        addresses[i] = (int64_t)(intptr_t)address;
+        bodies[i] = (int64_t)(intptr_t)object[t->body];
+    }
+    return n;
+}
+
+/* Whether two lists hold the same objects. */
+int same(const torch_t *t, void *a, void *b, int64_t n) {
+    for (int64_t i = 0; i < n; i++)
+        if (t->item(a, i) != t->item(b, i)) return 0;
+    return 1;
+}
+"""
+NUMBERS = 5  # of a description that come before sizes and strides
+WORDS = 22  # of a tensor, of which one has the keys
+
+
+def _interior() -> tuple[int, int] | None:
+    """At which word a Python object points to its tensor, and at which that has its keys; None if it is not clear."""
+    # whatever mode the caller is in
+    with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction(), torch.inference_mode(False):
+        plain = torch.zeros(3, dtype=torch.float32, device="cpu")
+        with torch.inference_mode():
+            inference = torch.zeros(2, 2, dtype=torch.float64, device="cpu")
+        meta = torch.zeros(1, dtype=torch.float32, device="meta")
+        examples = [plain, torch._neg_view(plain), inference, meta, torch.nn.Parameter(plain), plain.to_sparse()]
+        keys = [torch._C._dispatch_keys(x).raw_repr() for x in examples]
+    if {type(x) for x in examples} != {torch.Tensor, torch.nn.Parameter} or len(set(keys)) < 5:
+        return None
+    objects = [(ctypes.c_uint64 * 6).from_address(id(x)) for x in examples]
+    bodies = [(ctypes.c_uint64 * WORDS).from_address(x._cdata) for x in examples]
+    if any(words[1] != id(type(x)) for words, x in zip(objects, examples, strict=True)):
+        return None
+    body = [k for k in range(2, 6) if all(w[k] == x._cdata for w, x in zip(objects, examples, strict=True))]
+    where = [k for k in range(WORDS) if all(w[k] == key for w, key in zip(bodies, keys, strict=True))]
+    return (body[0], where[0]) if body and where else None
+
+
+class _Functions(NamedTuple):
+    torch: bytes
+    describe: "ctypes._NamedFuncPointer"
+    scan: "ctypes._NamedFuncPointer"
+    same: "ctypes._NamedFuncPointer"
+
+
+_functions: list[_Functions] = []  # at most one
+
+
+def use(library: ctypes.CDLL) -> None:
+    """Has the functions of `SOURCE` that are part of a library used from now on. Before, all is asked from Python.
+
+    Raises:
+      AttributeError: they are not there.
+    """
+    if _functions:
+        return
+    held = ctypes.PyDLL(library._name, handle=library._handle)  # called with the interpreter's lock
+    describe, scan, same = held.describe, held.scan, held.same
+    interior, theirs = _interior(), ctypes.CDLL(torch._C.__file__)
+    names = [f"aoti_torch_get_{x}" for x in ("data_ptr", "sizes", "strides", "dim", "dtype", "device_index")]
+    if interior is None or not all(hasattr(theirs, name) for name in names):  # pragma: no cover
+        return
+    functions = [ctypes.pythonapi.PyList_GetItem, *(getattr(theirs, name) for name in names)]
+    pointers = [ctypes.cast(f, ctypes.c_void_p).value for f in functions]
+    n, pointer, object_ = ctypes.c_int64, ctypes.c_char_p, ctypes.py_object
+    describe.argtypes, describe.restype = [pointer, object_, n, n, pointer], n
+    scan.argtypes, scan.restype = [pointer, object_, n, pointer, n, pointer, pointer, pointer], n
+    same.argtypes, same.restype = [pointer, object_, object_, n], ctypes.c_int
+    _functions.append(_Functions(struct.pack("9q", *pointers, *interior), describe, scan, same))
+
+
+class Found(NamedTuple):
+    """Where the tensors of a list are, as 64-bit integers.
+
+    Args:
+      addresses: of their elements.
+      bodies: of the tensors of torch, which `swap_tensors` changes while objects stay the same.
+    """
+
+    addresses: bytes
+    bodies: bytes
+
+
+class Kinds(NamedTuple):
+    """What the tensors of a list are: class, dispatch keys, dtype, device, sizes and strides.
+
+    Args:
+      n: length of the list.
+      width: length of a description in words.
+      kind_of: which description each tensor has, as 32-bit integers; -1 for objects that do not count.
+      kinds: the descriptions.
+    """
+
+    n: int
+    width: int
+    kind_of: bytes
+    kinds: bytes
+
+    @classmethod
+    def of(cls, tensors: Sequence[Any], positions: Sequence[int]) -> "Kinds | None":
+        """Describes tensors of torch's own classes.
+
+        Args:
+          tensors: the list.
+          positions: which of its tensors count.
+
+        Returns:
+          None, where there is nothing but Python to ask.
+        """
+        if not _functions:
+            return None
+        functions = _functions[0]
+        chosen = [tensors[i] for i in positions]
+        width = NUMBERS + 2 * max((x.ndim for x in chosen), default=0)
+        out = ctypes.create_string_buffer(8 * width * len(chosen))
+        if functions.describe(functions.torch, chosen, len(chosen), width, out) < len(chosen):
+            return None
+        known: dict[bytes, int] = {}
+        raw, size = out.raw, 8 * width
+        kind_of = [-1] * len(tensors)
+        for k, i in enumerate(positions):
+            kind_of[i] = known.setdefault(raw[k * size : (k + 1) * size], len(known))
+        return cls(len(tensors), width, struct.pack(f"{len(kind_of)}i", *kind_of), b"".join(known))
+
+    def find(self, tensors: list[Any]) -> Found | None:
+        """Where the tensors of another list are that are of the same kinds; None if one is of another."""
+        if len(tensors) != self.n:
+            return None
+        functions = _functions[0]
+        addresses, bodies = ctypes.create_string_buffer(8 * self.n), ctypes.create_string_buffer(8 * self.n)
+        alike = functions.scan(
+            functions.torch, tensors, self.n, self.kind_of, self.width, self.kinds, addresses, bodies
+        )
+        return Found(addresses.raw, bodies.raw) if alike == self.n else None
+
+
+def addresses(tensors: Sequence[torch.Tensor]) -> bytes:
+    """Addresses of tensors, as 64-bit integers."""
+    return struct.pack(f"{len(tensors)}q", *map(torch.Tensor.data_ptr, tensors))
+
+
+def same(a: list[Any], b: list[Any]) -> bool:
+    """Whether two lists hold the very same objects.
+
+    Example:
+      >>> x, y = torch.ones(1), torch.ones(1)
+      >>> same([x, y], [x, y]), same([x, y], [x, x])
+      (True, False)
+    """
+    if not _functions:
+        return len(a) == len(b) and all(map(is_, a, b))
+    functions = _functions[0]
+    return len(a) == len(b) and bool(functions.same(functions.torch, a, b, len(a)))

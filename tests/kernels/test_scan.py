@@ -1,0 +1,255 @@
+"""What is asked of thousands of tensors at once, in C."""
+
+import ctypes
+import struct
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from functional_optim.kernels import Column, scan
+from functional_optim.kernels.build import BuildError, load_c
+from functional_optim.kernels.guard import Guard
+from functional_optim.kernels.scan import Found, Kinds
+
+
+@pytest.fixture
+def in_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "_functions", [])
+    try:
+        scan.use(load_c(scan.SOURCE))
+    except BuildError:
+        pytest.skip("no C compiler")
+    assert scan._functions, "torch is not made as it is thought to be"
+
+
+@pytest.fixture(params=["C", "Python"])
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "C":
+        request.getfixturevalue("in_c")
+    else:
+        monkeypatch.setattr(scan, "_functions", [])
+
+
+def tensors() -> list[torch.Tensor]:
+    x = torch.arange(24.0)
+    return [
+        x,
+        x[5:],
+        x.view(4, 6).t(),
+        x.view(2, 3, 4)[:, 1],
+        torch.nn.Parameter(x[3:4]),
+        torch.empty(0),
+        torch.tensor(1.0, dtype=torch.float64),
+        torch.ones(2, 1, 3, 1, 2, 1, 2, dtype=torch.bfloat16),
+        torch.ones(2, dtype=torch.float16),
+    ]
+
+
+def kinds_of(column: list[torch.Tensor]) -> Kinds:
+    found = Kinds.of(column, range(len(column)))
+    assert found is not None
+    return found
+
+
+def numbers(packed: bytes) -> tuple[int, ...]:
+    return struct.unpack(f"{len(packed) // 8}q", packed)
+
+
+def test_tensors_are_where_torch_says(in_c: None) -> None:
+    column = tensors() * 3
+
+    found = kinds_of(column).find(column)
+
+    assert found is not None
+    assert numbers(found.addresses) == tuple(x.data_ptr() for x in column)
+    assert numbers(found.bodies) == tuple(x._cdata for x in column)
+    assert scan.addresses(column) == found.addresses
+
+
+def test_like_tensors_are_somewhere_else(in_c: None) -> None:
+    column, other = tensors(), tensors()
+
+    found = kinds_of(column).find(other)
+
+    assert found is not None
+    assert numbers(found.addresses) == tuple(x.data_ptr() for x in other)
+
+
+def test_nothing_is_found_of_nothing(in_c: None) -> None:
+    assert kinds_of([]).find([]) == Found(b"", b"")
+
+
+def test_what_does_not_count_may_be_anything(in_c: None) -> None:
+    column: list[Any] = [None, torch.ones(2), 1.5]
+    kinds = Kinds.of(column, [1])
+    assert kinds is not None
+
+    found = kinds.find(["x", torch.ones(2), object()])  # type: ignore[list-item]
+
+    assert found is not None
+    assert numbers(found.addresses)[::2] == (0, 0)
+    assert kinds.find([None, None, None]) is None  # type: ignore[list-item]
+
+
+class Own(torch.Tensor):
+    pass
+
+
+def inference() -> torch.Tensor:
+    with torch.inference_mode():
+        return torch.ones(2, 3)
+
+
+# each differs from torch.ones(2, 3) in one thing
+OTHERS: dict[str, Callable[[], Any]] = {
+    "a dimension more": lambda: torch.ones(2, 3, 1),
+    "a dimension less": lambda: torch.ones(6),
+    "no dimension": lambda: torch.ones(()),
+    "another size": lambda: torch.ones(2, 4)[:, :3].contiguous()[:, :2],
+    "sizes exchanged": lambda: torch.ones(3, 2),
+    "other strides": lambda: torch.ones(3, 2).t(),
+    "another dtype": lambda: torch.ones(2, 3, dtype=torch.bfloat16),
+    "another dtype of that size": lambda: torch.ones(2, 3, dtype=torch.int32),
+    "a parameter": lambda: torch.nn.Parameter(torch.ones(2, 3)),
+    "another class": lambda: torch.ones(2, 3).as_subclass(Own),
+    "on meta": lambda: torch.ones(2, 3, device="meta"),
+    "sparse": lambda: torch.ones(2, 3).to_sparse(),
+    "compressed": lambda: torch.ones(2, 3).to_sparse_csr(),
+    "negated": lambda: torch._neg_view(torch.ones(2, 3)),
+    "an inference tensor": inference,
+    "None": lambda: None,
+    "a number": lambda: 1.0,
+    "a string": lambda: "",
+    "an object": object,
+    "a list": lambda: [torch.ones(2, 3)],
+    "torch itself": lambda: torch,
+    "a class of tensors": lambda: torch.Tensor,
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("position", [0, 20, 39])
+def test_another_kind_is_seen(in_c: None, position: int, name: str) -> None:
+    column: list[Any] = [torch.ones(2, 3) for _ in range(40)]
+    kinds = kinds_of(column)
+    assert kinds.find(column) is not None
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, that some layouts are new
+        column[position] = OTHERS[name]()
+
+    assert kinds.find(column) is None
+    if name != "an inference tensor":  # which differs in no more than how autograd treats it
+        assert not Guard(Column([torch.ones(2, 3)])).holds(Column([column[position]]))
+
+
+def test_wrappers_of_torch_func_are_seen(in_c: None) -> None:
+    kinds, left = kinds_of([torch.ones(2, 3)]), []
+
+    def inside(x: torch.Tensor) -> torch.Tensor:
+        assert kinds.find([x]) is None
+        left.append(x)
+        return x.sum()
+
+    torch.func.grad(inside)(torch.ones(2, 3))
+    torch.func.vmap(inside)(torch.ones(4, 2, 3))
+    assert all(kinds.find([x]) is None for x in left)
+
+
+@pytest.mark.parametrize("length", [0, 1, 3])
+def test_another_length_is_seen(in_c: None, length: int) -> None:
+    assert kinds_of([torch.ones(2)] * 2).find([torch.ones(2)] * length) is None
+
+
+CHANGES: dict[str, Callable[[torch.Tensor], object]] = {
+    "another view": lambda x: setattr(x, "data", x.data[:1]),
+    "transposed": lambda x: x.t_(),
+    "a dimension more": lambda x: x.unsqueeze_(0),
+    "another dtype": lambda x: setattr(x, "data", x.data.double()),
+    "resized": lambda x: x.resize_(1, 3),
+    "swapped": lambda x: torch.utils.swap_tensors(x, torch.ones(3, 3)),
+    "swapped for another class": lambda x: torch.utils.swap_tensors(x, torch.ones(2, 3).as_subclass(Own)),
+    "swapped for a sparse one": lambda x: torch.utils.swap_tensors(x, torch.ones(2, 3).to_sparse()),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_becomes_of_a_tensor_is_seen(in_c: None, name: str) -> None:
+    column = [torch.ones(2, 3), torch.ones(2, 3)]
+    kinds = kinds_of(column)
+
+    CHANGES[name](column[1])
+
+    assert kinds.find(column) is None
+
+
+def test_other_memory_is_found(in_c: None) -> None:
+    x = torch.ones(2, 3)
+    kinds, other = kinds_of([x]), torch.zeros(2, 3)
+
+    x.data = other
+
+    found = kinds.find([x])
+    assert found is not None
+    assert numbers(found.addresses) == (other.data_ptr(),)
+
+
+def test_swapped_tensors_have_other_bodies(in_c: None) -> None:
+    x, other = torch.ones(2), torch.zeros(2)
+    kinds = kinds_of([x])
+    before = kinds.find([x])
+
+    torch.utils.swap_tensors(x, other)
+
+    after = kinds.find([x])
+    assert before is not None
+    assert after is not None
+    assert before.bodies != after.bodies
+
+
+MODES: dict[str, Callable[[], Any]] = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "a default device": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_it_does_not_depend_on_modes(in_c: None, mode: str) -> None:
+    with MODES[mode]():
+        assert scan._interior() == scan._interior() is not None
+
+
+@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("position", [0, 3, 5])
+def test_the_same_objects(position: int) -> None:
+    column = tensors()
+    other = list(column)
+    assert scan.same(column, other)
+    assert not scan.same(column, other[:-1])
+
+    other[position] = other[position].detach()
+
+    assert not scan.same(column, other)
+
+
+@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_guard_sees_what_requires_a_gradient(grad: bool) -> None:
+    guard = Guard(Column([torch.ones(2), torch.ones(2)]))
+    other = Column([torch.ones(2), torch.ones(2, requires_grad=True)])
+
+    with torch.set_grad_enabled(grad):
+        assert [guard.holds(other) for _ in range(3)] == [not grad] * 3  # from the second time on in C
+
+
+def test_a_library_without_the_functions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "_functions", [])
+
+    with pytest.raises(AttributeError):
+        scan.use(ctypes.CDLL(None))
+
+    assert scan._functions == []
