@@ -198,7 +198,8 @@ class ChainOptimizer(Optimizer):
         else:
             kinds = [k for k, group in zip(kind_of, members, strict=True) for _ in group]
             owners = [g for g, group in enumerate(members) for _ in group]
-        grads = list(map(attrgetter("grad"), params))
+        with torch._C.DisableTorchFunctionSubclass():  # else asking a DTensor takes three times as long
+            grads = list(map(attrgetter("grad"), params))
         leaves = Leaves(self._names, params, grads, states, kinds, owners, ids, list(map(_names_key, given)))
         if not fresh:
             last.leaves, last.used, last.cut = leaves._replace(names=list, grads=[]), (templates, kind_of), cut

@@ -220,7 +220,7 @@ def run_c(calls: Sequence[Call]) -> list[list[Column]]:
     for call, outputs, (chunks, packed), own in zip(calls, results, tables, buffers, strict=True):
         n_leaves, n_chunks = len(call.sizes), len(chunks.leaf)
         columns = [column.addresses for column in (*call.inputs, *outputs)]
-        if any(NOWHERE in column for column in columns):
+        if any(c.found is None and NOWHERE in c.addresses for c in (*call.inputs, *outputs)):
             _refuse_freed(call, columns)
         numbers = list(itertools.chain.from_iterable(call.scalars))  # tensors are asked for theirs by `pack`
         table = (ctypes.c_char_p * len(columns))(*columns)

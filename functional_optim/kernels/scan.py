@@ -55,6 +55,12 @@ int64_t describe(const torch_t *t, void *list, int64_t n, int64_t width, int64_t
     return n;
 }
 
+static int has_elements(const int64_t *kind) {
+    for (int64_t k = 0; k < kind[DIM]; k++)
+        if (!kind[NUMBERS + k]) return 0;
+    return 1;
+}
+
 /* Compares objects to descriptions, -1 for none, and says where tensors are that are like theirs, and which; returns
    how many are, one after another. Most of the time would be waiting for what is known of each, so it is asked for
    early. */
@@ -81,6 +87,7 @@ int64_t scan(const torch_t *t, void *list, int64_t n, const int32_t *kind_of, in
         if (t->sizes(tensor, &numbers) || memcmp(numbers, kind + NUMBERS, 8 * dim)) return i;
         if (t->strides(tensor, &numbers) || memcmp(numbers, kind + NUMBERS + dim, 8 * dim)) return i;
         if (t->data_ptr(tensor, &address)) return i;
+        if (!address && has_elements(kind)) return i; /* its storage has been freed */
         addresses[i] = (int64_t)(intptr_t)address;
         bodies[i] = (int64_t)(intptr_t)object[t->body];
     }
