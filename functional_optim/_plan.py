@@ -217,7 +217,7 @@ class Segment:
         stored = []
         if self.counting is not None:
             seen = tuple("step" in self.recipes[kind].program.leaves for kind in self.kinds)
-            stored.append(Stored("step", "state step", slot(0.0, per="leaf"), seen))
+            stored.append(Stored("step", "state step", slot(0.0, dtype=torch.float32, per="leaf"), seen))
         for k, name in self.slots:
             rule = self.bounds[k].rule
             stored.append(Stored((k, name), f"state {rule.name}.{name}", rule.slots[name], self.links[k].seen))

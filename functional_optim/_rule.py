@@ -12,7 +12,7 @@ from ._base import GradientTransformation, Link
 from ._run import run
 from ._spec import Bound, Range, Rule, Slot, restore_state
 from ._tree import Tree, View, check_leaf, paths, show
-from .kernels.layout import pack
+from .kernels.pack import pack
 
 
 EMPTY = inspect.Parameter.empty
@@ -54,8 +54,15 @@ class RuleTransformation(Fusible):
         rule, values = self.bound.rule, self.bound.values
         fields = {}
         for name, slot in rule.slots.items():
-            made = [slot.make(x, values) if seen else x for x, seen in zip(view.leaves, view.seen, strict=True)]
-            fields[name] = view.tree(made if transforming() else pack(made))
+            chosen = [x for x, seen in zip(view.leaves, view.seen, strict=True) if seen]
+            hypers = [values] * len(chosen)
+            if transforming():
+                made = list(map(slot.make, chosen, hypers))
+            else:
+                made = pack(slot.make_all(chosen, hypers))
+            rest = iter(made)
+            leaves = [next(rest) if seen else x for x, seen in zip(view.leaves, view.seen, strict=True)]
+            fields[name] = view.tree(leaves)
         if self.bound.counted:
             device = next((x.device for x, seen in zip(view.leaves, view.seen, strict=True) if seen), None)
             fields["count"] = torch.zeros((), dtype=torch.int64, device=device)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .alike import PLAIN, map_alike
+from .alike import PLAIN, look
 from .call import Column
 from .layout import meta
 from .scan import Kinds
@@ -50,7 +50,7 @@ class Guard:
         self.plain = all(map(is_plain, dict(zip(looks, tensors, strict=True)).values())) and _have_addresses(tensors)
         self.requires_grad = any(map(REQUIRES_GRAD, tensors))
         self.inference = any(map(torch.Tensor.is_inference, tensors))
-        self.keys = map_alike(self._key, tensors, looks)
+        self.keys: list[Any] = looks if self.plain else list(map(self._key, tensors))
         self.kinds: Kinds | None = None
 
     def _chosen(self, column: Sequence[Any]) -> list[Any]:
@@ -73,7 +73,7 @@ class Guard:
             column.found = self.kinds.find(column)
             if column.found is None:
                 return False
-        elif list(map(self._key, self._chosen(column))) != self.keys:
+        elif list(map(look if self.plain else self._key, self._chosen(column))) != self.keys:
             return False
         elif self.plain:
             self.kinds = Kinds.of(column, self.positions)

@@ -114,37 +114,3 @@ def span(x: torch.Tensor) -> int:
         return x.numel() * x.element_size()
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return int((last + 1) * x.element_size())
-
-
-SMALL = 1 << 14  # elements; larger tensors gain nothing from lying side by side
-
-
-def pack(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Moves small tensors of torch's own kind into memory that they share, one behind the other.
-
-    With many small tensors most of a step is waiting for what is known of each, which is less for parts of one.
-
-    Args:
-      tensors: tensors that own their memory.
-
-    Returns:
-      Tensors like them.
-
-    Example:
-      >>> a, b = pack([torch.ones(2), torch.zeros(1, 1)])
-      >>> a, b, a.data_ptr() + 8 == b.data_ptr()
-      (tensor([1., 1.]), tensor([[0.]]), True)
-    """
-    result = list(tensors)
-    alike: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-    for k, x in enumerate(tensors):
-        # what is not a tensor, or none of torch's own kind, stays as it is
-        small = type(x) is torch.Tensor and x.layout is torch.strided and 0 < x.numel() <= SMALL
-        if small and x.is_contiguous() and not (x.is_meta or x.is_neg() or x.is_conj() or x.requires_grad):
-            alike.setdefault((x.dtype, x.device), []).append(k)
-    for members in alike.values():
-        if len(members) > 1:
-            whole = torch.cat([tensors[k].reshape(-1) for k in members])
-            for k, part in zip(members, torch.split(whole, [tensors[k].numel() for k in members]), strict=True):
-                result[k] = part.view(tensors[k].shape)
-    return result

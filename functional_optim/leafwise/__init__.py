@@ -7,7 +7,7 @@ options are.
 """
 
 from .._spec import Option as Option
-from ..kernels.layout import pack as pack
+from ..kernels.pack import pack as pack
 from .layout import Leaves as Leaves
 from .run import Leafwise as Leafwise
 from .sharding import (

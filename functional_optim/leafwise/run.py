@@ -15,7 +15,7 @@ from .._plan import Group, Lists, Plan, Segment, Stored
 from .._run import compute, number, reference_reason, run_barrier
 from .._spec import Option
 from ..kernels import Column
-from ..kernels.layout import pack
+from ..kernels.pack import pack
 from .layout import Layout, Leaves
 from .sharding import distributed, local
 from .templates import Template
@@ -159,9 +159,7 @@ def _columns(
         if column is None:
             column = [state.get(key) for state in leaves.states]
             missing = [i for i in layout.plan.present if stored.seen[i] and column[i] is None]
-            fresh = [_make(segment, stored, leaves, i, options) for i in missing]
-            # autograd does not record what is written to a view made while it did not record
-            for i, x in zip(missing, fresh if torch.is_grad_enabled() else _pack(fresh), strict=True):
+            for i, x in zip(missing, _make(segment, stored, leaves, missing, options), strict=True):
                 made.append((leaves.states[i], key))
                 column[i] = leaves.states[i][key] = x
                 if stored.key != "step" and segment.bounds[stored.key[0]].rule.uses_first:
@@ -226,18 +224,25 @@ def _copy(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
 
 
 def _make(
-    segment: Segment, stored: Stored, leaves: Leaves, i: int, options: Sequence[Mapping[str, Any]]
-) -> torch.Tensor:
-    p = leaves.params[i]
+    segment: Segment, stored: Stored, leaves: Leaves, missing: Sequence[int], options: Sequence[Mapping[str, Any]]
+) -> list[torch.Tensor]:
+    """First values of a slot for some leaves."""
+    params = [leaves.params[i] for i in missing]
     if stored.key == "step":
-        return torch.zeros((), dtype=torch.float32, device=p.device)
-    values = segment.bounds[stored.key[0]].values
-    chosen = options[leaves.owners[i]]
-    needed = {k: v for k, v in values.items() if k in (stored.slot.start, stored.slot.dtype)}
-    hypers = {k: v.look_up(chosen) if isinstance(v, Option) else v for k, v in needed.items()}
+        values: Mapping[str, Any] = {}
+    else:
+        declared = segment.bounds[stored.key[0]].values
+        values = {k: v for k, v in declared.items() if k in (stored.slot.start, stored.slot.dtype)}
+    owners = [leaves.owners[i] for i in missing]
+    each = {
+        owner: {k: v.look_up(options[owner]) if isinstance(v, Option) else v for k, v in values.items()}
+        for owner in (set(owners) if values else ())
+    }
+    hypers = [each.get(owner, values) for owner in owners]
+    # autograd does not record what is written to a view made while it did not record
+    recording = torch.is_grad_enabled()
     with torch.no_grad():
-        made: torch.Tensor = stored.slot.make(p, hypers)
-    return made
+        return list(map(stored.slot.make, params, hypers)) if recording else _pack(stored.slot.make_all(params, hypers))
 
 
 def _hosts(segment: Segment) -> Iterator[tuple[str, Callable[[int], Any]]]:

@@ -23,6 +23,7 @@ The ecosystem
 """
 
 import copy
+import inspect
 import pickle
 import warnings
 from collections.abc import Callable
@@ -65,8 +66,7 @@ def over(tx: fo.GradientTransformation, params: list[Any], **kwargs: Any) -> Tra
 @pytest.mark.parametrize("cls", [*OURS.values(), Lion, LAMB, TransformOptimizer])
 def test_each_class_is_an_optimizer_with_one_step_of_its_own(cls: type) -> None:
     assert issubclass(cls, torch.optim.Optimizer)
-    [definer] = {c for c in cls.__mro__ if "step" in vars(c)} & {ChainOptimizer}
-    assert next(c for c in cls.__mro__ if "step" in vars(c)) in (cls, definer)
+    assert inspect.unwrap(cls.step) is inspect.unwrap(ChainOptimizer.step)  # torch wraps it where it is first used
     for forbidden in ("__slots__", "__len__", "__bool__", "__eq__", "train", "eval"):
         assert not any(forbidden in vars(c) for c in cls.__mro__ if c.__module__.startswith("functional_optim"))
 
