@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 import functional_optim as fo
 from functional_optim import leafwise
-from functional_optim.kernels.scan import same
+from functional_optim.kernels.scan import fetch, same
 from functional_optim.leafwise import Leafwise, Leaves, Template
 
 from ._compiled import LIVE
@@ -173,7 +173,8 @@ class ChainOptimizer(Optimizer):
         else:
             templates, kind_of = self._templates()
         given = [group.get("param_names") for group in self.param_groups]
-        for g, (names, group) in enumerate(zip(given, self.param_groups, strict=True)):
+        named = given if given.count(None) < len(given) else []
+        for g, (names, group) in enumerate(zip(named, self.param_groups, strict=False)):
             if names is not None and len(names) != len(group["params"]):
                 raise ValueError(
                     f"parameter group {g} has {len(group['params'])} params but {len(names)} param_names; "
@@ -198,6 +199,7 @@ class ChainOptimizer(Optimizer):
         else:
             kinds = [k for k, group in zip(kind_of, members, strict=True) for _ in group]
             owners = [g for g, group in enumerate(members) for _ in group]
+        fetch(params)
         with torch._C.DisableTorchFunctionSubclass():  # else asking a DTensor takes three times as long
             grads = list(map(attrgetter("grad"), params))
         leaves = Leaves(self._names, params, grads, states, kinds, owners, ids, list(map(_names_key, given)))

@@ -140,6 +140,12 @@ def _fused(parts: tuple[Any, ...], apply: bool, counting: tuple[Any, ...] | None
     return fuse_all(dict(parts), apply, None if counting is None else dict(counting))
 
 
+@functools.lru_cache(maxsize=512)
+def _same(signature: Signature) -> Signature:
+    """The first of equal signatures: every step looks its kernel up, and comparing programs takes long."""
+    return signature
+
+
 class Stored(NamedTuple):
     """A slot of state as a segment uses it.
 
@@ -283,7 +289,6 @@ class Prepared:
         looks = {key: column.looks for key, column in lists.items()}
         keys = {kind: ["params" if "params" in lists else "updates", *r.lists()] for kind, r in segment.recipes.items()}
         fits: dict[Any, Fit] = {}
-        signatures: dict[Signature, Signature] = {}
         members: dict[Any, list[Member]] = {}
         for i in self.present:
             kind = segment.kinds[i]
@@ -294,7 +299,7 @@ class Prepared:
             leaf_looks = (kind, *[looks[key][i] for key in keys[kind]])
             if leaf_looks not in fits:
                 found = _fit(recipe, lists, i)
-                fits[leaf_looks] = found._replace(signature=signatures.setdefault(found.signature, found.signature))
+                fits[leaf_looks] = found._replace(signature=_same(found.signature))
             fit = fits[leaf_looks]
             member = Member(i, (kind, (plan.options[i], i in plan.first)), plan.wholes[i] or fit.size, recipe, fit)
             members.setdefault((id(fit.signature), fit.device, plan.shards[i]), []).append(member)

@@ -11,7 +11,8 @@ as a part of each kernel, and taken from the first one.
 import ctypes
 import struct
 from collections.abc import Sequence
-from operator import is_
+from operator import attrgetter, is_
+from types import MemberDescriptorType
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,9 @@ SOURCE = """\
 #include <string.h>
 
 typedef struct {
-    void *(*item)(void *list, intptr_t i);                             /* of Python */
+    void *(*item)(void *list, intptr_t i); /* of Python */
+    int (*set_item)(void *list, intptr_t i, void *object);
+    void (*keep)(void *object);
     int32_t (*data_ptr)(void *tensor, void **), (*sizes)(void *tensor, int64_t **); /* of torch; 0 if all is well */
     int32_t (*strides)(void *tensor, int64_t **), (*dim)(void *tensor, int64_t *);
     int32_t (*dtype)(void *tensor, int32_t *), (*device_index)(void *tensor, int32_t *);
@@ -94,6 +97,37 @@ int64_t scan(const torch_t *t, void *list, int64_t n, const int32_t *kind_of, in
     return n;
 }
 
+/* Asks early for what is known of the tensors of a class, and for what their first words point to: their memory, and
+   what autograd knows of them. Passes over other objects. */
+void fetch(const torch_t *t, void *list, int64_t n, void *type) {
+    for (int64_t i = 0; i < n + AHEAD; i++) {
+        if (i + AHEAD < n) __builtin_prefetch(t->item(list, i + AHEAD));
+        void **object = i < n ? t->item(list, i) : 0, **before = i >= AHEAD ? t->item(list, i - AHEAD) : 0;
+        if (object && object[1] == type) {
+            __builtin_prefetch(object[t->body]);
+            __builtin_prefetch((char *)object[t->body] + 64);
+        }
+        if (before && before[1] == type && before[t->body])
+            for (int k = 2; k < 4; k++) __builtin_prefetch(((void **)before[t->body])[k]);
+    }
+}
+
+/* Puts what objects of a class have in a slot into a list; returns how many have something there, one after another. */
+int64_t slots(const torch_t *t, void *list, int64_t n, void *type, int64_t word, void *out) {
+    for (int64_t i = 0; i < n; i++) {
+        if (i + 2 * AHEAD < n) __builtin_prefetch(t->item(list, i + 2 * AHEAD));
+        if (i + AHEAD < n) {
+            void **later = t->item(list, i + AHEAD);
+            if (later[1] == type) __builtin_prefetch(later[word], 1);
+        }
+        void **object = t->item(list, i);
+        if (object[1] != type || !object[word]) return i;
+        t->keep(object[word]);
+        t->set_item(out, i, object[word]);
+    }
+    return n;
+}
+
 /* Whether two lists hold the same objects. */
 int same(const torch_t *t, void *a, void *b, int64_t n) {
     for (int64_t i = 0; i < n; i++)
@@ -130,6 +164,8 @@ class _Functions(NamedTuple):
     torch: bytes
     describe: "ctypes._NamedFuncPointer"
     scan: "ctypes._NamedFuncPointer"
+    fetch: "ctypes._NamedFuncPointer"
+    slots: "ctypes._NamedFuncPointer"
     same: "ctypes._NamedFuncPointer"
 
 
@@ -145,18 +181,21 @@ def use(library: ctypes.CDLL) -> None:
     if _functions:
         return
     held = ctypes.PyDLL(library._name, handle=library._handle)  # called with the interpreter's lock
-    describe, scan, same = held.describe, held.scan, held.same
+    describe, scan, fetch, slots, same = held.describe, held.scan, held.fetch, held.slots, held.same
     interior, theirs = _interior(), ctypes.CDLL(torch._C.__file__)
     names = [f"aoti_torch_get_{x}" for x in ("data_ptr", "sizes", "strides", "dim", "dtype", "device_index")]
     if interior is None or not all(hasattr(theirs, name) for name in names):  # pragma: no cover
         return
-    functions = [ctypes.pythonapi.PyList_GetItem, *(getattr(theirs, name) for name in names)]
+    python = ctypes.pythonapi
+    functions = [python.PyList_GetItem, python.PyList_SetItem, python.Py_IncRef, *(getattr(theirs, x) for x in names)]
     pointers = [ctypes.cast(f, ctypes.c_void_p).value for f in functions]
     n, pointer, object_ = ctypes.c_int64, ctypes.c_char_p, ctypes.py_object
     describe.argtypes, describe.restype = [pointer, object_, n, n, pointer], n
     scan.argtypes, scan.restype = [pointer, object_, n, pointer, n, pointer, pointer, pointer], n
+    fetch.argtypes, fetch.restype = [pointer, object_, n, ctypes.c_void_p], None
+    slots.argtypes, slots.restype = [pointer, object_, n, ctypes.c_void_p, n, object_], n
     same.argtypes, same.restype = [pointer, object_, object_, n], ctypes.c_int
-    _functions.append(_Functions(struct.pack("9q", *pointers, *interior), describe, scan, same))
+    _functions.append(_Functions(struct.pack("11q", *pointers, *interior), describe, scan, fetch, slots, same))
 
 
 class Found(NamedTuple):
@@ -227,6 +266,39 @@ class Kinds(NamedTuple):
 def addresses(tensors: Sequence[torch.Tensor]) -> bytes:
     """Addresses of tensors, as 64-bit integers."""
     return struct.pack(f"{len(tensors)}q", *map(torch.Tensor.data_ptr, tensors))
+
+
+def fetch(tensors: list[Any]) -> None:
+    """Has what is known of tensors of the class of the first one brought near, for whoever asks for it next."""
+    if _functions and tensors and issubclass(type(tensors[0]), torch.Tensor):
+        _functions[0].fetch(_functions[0].torch, tensors, len(tensors), id(type(tensors[0])))
+
+
+def attributes(objects: list[Any], name: str) -> list[Any]:
+    """An attribute of each of some objects; in a tenth of the time if all are of one class that has a slot for it.
+
+    Raises:
+      AttributeError: an object does not have it.
+    """
+    cls = type(objects[0]) if objects else object
+    if _functions and isinstance(getattr(cls, name, None), MemberDescriptorType):
+        word, found = _slot(cls, name, objects[0]), [None] * len(objects)
+        functions = _functions[0]
+        if word and functions.slots(functions.torch, objects, len(objects), id(cls), word, found) == len(objects):
+            return found
+    return list(map(attrgetter(name), objects))
+
+
+def _slot(cls: type, name: str, example: Any) -> int:
+    """Which word of an object a slot is; 0 if it is not clear."""
+    if (cls, name) not in _slots:
+        words = (ctypes.c_uint64 * (cls.__basicsize__ // 8)).from_address(id(example))
+        places = [k for k, x in enumerate(words) if x == id(getattr(example, name))]
+        _slots[cls, name] = places[0] if len(places) == 1 else 0
+    return _slots[cls, name]
+
+
+_slots: dict[tuple[type, str], int] = {}
 
 
 def same(a: list[Any], b: list[Any]) -> bool:

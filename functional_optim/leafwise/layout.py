@@ -16,8 +16,9 @@ from .._plan import Lists, Plan, Segment, Stored
 from .._tree import View, flatten
 from ..kernels import Column
 from ..kernels.alike import PLAIN
+from ..kernels.scan import attributes
 from .barriers import Barrier
-from .sharding import LOCAL, distributed, local, shard
+from .sharding import distributed, local, shard
 from .templates import Keys, Template
 
 
@@ -128,7 +129,7 @@ class Layout:
             return Column(tensors)
         if self.all_sharded:
             with contextlib.suppress(AttributeError):  # of None, where a gradient is missing
-                return Column(map(LOCAL, tensors))
+                return Column(attributes(list(tensors), "_local_tensor"))
         column = list(tensors)
         for k in self.foreign:
             if column[k] is not None:

@@ -269,18 +269,20 @@ def _table(group: Group, options: Sequence[Mapping[str, Any]], extra: Mapping[st
     sources = group.sources[0]
     if len(sources) > 1 and all(s.kind == "option" for s in sources) and all(map(is_, group.sources, repeat(sources))):
         # nearly always these are plain numbers, and there may be hundreds of rows
-        read, indices = itemgetter(*[s.value.name for s in sources]), [s.value.index for s in sources]
+        chosen = [options[owner] for owner, _ in group.owners]
         with contextlib.suppress(KeyError, IndexError, TypeError):
-            rows = [
-                [x if k is None else x[k] for x, k in zip(read(options[owner]), indices)]  # noqa: B905
-                for owner, _ in group.owners
-            ]
-            if set(map(type, chain.from_iterable(rows))) == {float}:
-                return rows
+            columns = [_read(chosen, s.value) for s in sources]
+            if set(map(type, chain.from_iterable(columns))) == {float}:
+                return list(zip(*columns, strict=True))
     return [
         [_scalar(source, options[owner], first, extra) for source in row]
         for row, (owner, first) in zip(group.sources, group.owners, strict=True)
     ]
+
+
+def _read(options: Sequence[Mapping[str, Any]], option: Option) -> list[Any]:
+    values = list(map(itemgetter(option.name), options))
+    return values if option.index is None else list(map(itemgetter(option.index), values))
 
 
 def _scalar(source: Source, options: Mapping[str, Any], first: bool, extra: Mapping[str, Any]) -> float | torch.Tensor:

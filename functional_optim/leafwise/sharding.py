@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -51,6 +50,3 @@ def local(x: Any) -> Any:
     """
     x = getattr(x, "_local_tensor", x)  # of a DTensor; `to_local` asks autograd first, for microseconds
     return torch.view_as_real(x) if x.is_complex() else x
-
-
-LOCAL = attrgetter("_local_tensor")

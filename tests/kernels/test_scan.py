@@ -2,6 +2,7 @@
 
 import ctypes
 import struct
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -234,6 +235,70 @@ def test_the_same_objects(position: int) -> None:
     other[position] = other[position].detach()
 
     assert not scan.same(column, other)
+
+
+THINGS: list[Any] = [None, 0, 1.5, "", object(), [], Own(), torch.ones(2).to_sparse(), torch.empty(2, device="meta")]
+
+
+@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("n", [0, 1, 5, 40])
+def test_anything_may_be_fetched(n: int) -> None:
+    """Leaves are looked at before it is known what they are."""
+    scan.fetch(tensors()[:1] * n + THINGS)
+    scan.fetch(THINGS + tensors() * n)
+    scan.fetch(THINGS[6:])
+    scan.fetch([])
+
+
+class Slotted:
+    __slots__ = ("other", "value")
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class Heir(Slotted):
+    pass
+
+
+class Plain:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("kinds", [[Slotted], [Plain], [Slotted, Plain], [Plain, Slotted], [Heir], [Slotted, Heir]])
+@pytest.mark.parametrize("n", [0, 1, 50])
+def test_attributes(n: int, kinds: list[Any]) -> None:
+    values = [object() for _ in range(n)]
+    objects = [kinds[k % len(kinds)](value) for k, value in enumerate(values)]
+    before = [sys.getrefcount(x) for x in values]
+
+    found = scan.attributes(objects, "value")
+
+    assert all(x is y for x, y in zip(found, values, strict=True))
+    assert [sys.getrefcount(x) for x in values] == [x + 1 for x in before]
+    del found
+    assert [sys.getrefcount(x) for x in values] == before
+
+
+@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("position", [0, 7, 49])
+def test_attributes_that_are_missing(position: int) -> None:
+    values = [object() for _ in range(50)]
+    objects: list[Any] = list(map(Slotted, values))
+    before = [sys.getrefcount(x) for x in values]
+    scan.attributes([Slotted(0)], "value")
+    for missing in (None, Slotted(0)):
+        if missing is not None:
+            del missing.value
+        objects[position] = missing
+
+        with pytest.raises(AttributeError, match="value"):
+            scan.attributes(objects, "value")
+
+    after = [sys.getrefcount(x) for x in values]
+    assert after[:position] + after[position + 1 :] == before[:position] + before[position + 1 :]
 
 
 @pytest.mark.usefixtures("either")
