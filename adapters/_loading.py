@@ -23,6 +23,14 @@ def load(optimizer: "ChainOptimizer", state_dict: dict[str, Any], by_name: bool,
         changed = before(optimizer, state_dict)
         if changed is not None:
             state_dict = changed
+    lacking = [key for key in ("state", "param_groups") if key not in state_dict]
+    if lacking:
+        raise KeyError(
+            f"the state dict lacks {' and '.join(map(repr, lacking))}; it has "
+            f"{', '.join(map(repr, list(state_dict)[:5])) or 'nothing'}, so no optimizer's `state_dict()` made it."
+        )
+    if not (strict or by_name):
+        raise ValueError("strict=False is about names that are missing, so it needs by_name=True.")
     live, saved = optimizer.param_groups, deepcopy(state_dict["param_groups"])
     if by_name:
         id_map, saved = _match_names(live, saved, strict)

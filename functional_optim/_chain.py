@@ -1,9 +1,10 @@
 """Chains, and what runs them."""
 
+import warnings
 from typing import Any
 
 from ._base import GradientTransformation, Link, as_transformation
-from ._rule import Fusible
+from ._rule import Fusible, RuleTransformation
 from ._run import run
 from ._tree import Tree, View, check_fit, check_leaf, difference, flatten, leaves_like, paths, unflatten
 
@@ -77,7 +78,9 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
       >>> fo.chain(fo.clip_by_global_norm(1.0), fo.scale(-0.1))
       chain(clip_by_global_norm(max_norm=1.0), scale(step_size=-0.1))
     """
-    return Chain(tuple(map(as_transformation, transformations)))
+    members = tuple(map(as_transformation, transformations))
+    _warn_of_early(members)
+    return Chain(members)
 
 
 def named_chain(*transformations: tuple[str, GradientTransformation]) -> GradientTransformation:
@@ -102,7 +105,27 @@ def named_chain(*transformations: tuple[str, GradientTransformation]) -> Gradien
     repeated = sorted({n for n in names if names.count(n) > 1})
     if repeated:
         raise ValueError(f"named_chain has the name {repeated[0]!r} twice; names must differ.")
-    return Chain(tuple(as_transformation(tx) for _, tx in transformations), names)
+    members = tuple(as_transformation(tx) for _, tx in transformations)
+    _warn_of_early(members)
+    return Chain(members, names)
+
+
+def _warn_of_early(members: tuple[GradientTransformation, ...]) -> None:
+    """Warns of a rule that needs updates as they will be added to the parameters, and is not at the end."""
+    early: str | None = None
+    for member in members:
+        parts: dict[Any, GradientTransformation] = {}
+        member._rewrite(parts.setdefault, ())
+        # what an opaque transformation does is not known
+        rules = [part.bound.rule for part in parts.values() if isinstance(part, RuleTransformation)]
+        if early and any(not rule.final for rule in rules):
+            warnings.warn(
+                f"{early} stands before {member!r:.80}, which changes updates again, but it works on updates as they "
+                f"are added to the parameters; put it at the end of the chain.",
+                stacklevel=3,
+            )
+            return
+        early = early or next((rule.name for rule in rules if rule.final), None)
 
 
 def identity() -> GradientTransformation:

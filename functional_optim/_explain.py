@@ -88,21 +88,25 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.parameters:,} parameters in {self.leaves:,} tensors, "
+            f"{_count(self.parameters, 'parameter')} in {_count(self.leaves, 'tensor')}, "
             f"computed by {' and '.join(self.backends) or 'nothing'}",
-            f"  {self.launches} launches in {self.passes} passes over memory",
+            f"  {_count(self.launches, 'launch', 'es')} in {_count(self.passes, 'pass', 'es')} over memory",
             f"  {self.bytes_per_element:g} bytes per element: {self.bytes_read:g} read, {self.bytes_written:g} written",
             f"  {self.state_bytes:.4g} bytes of state per parameter",
         ]
         for k in self.kernels:
             names = [v.name for v in k.signature.program.values if v.op == "array"]
             lines.append(
-                f"kernel over {len(k.leaves):,} tensors, {k.elements:,} elements, "
-                f"{k.rows} row{'s' * (k.rows != 1)} of scalars: {k.passes} passes, "
+                f"kernel over {_count(len(k.leaves), 'tensor')}, {_count(k.elements, 'element')}, "
+                f"{_count(k.rows, 'row')} of scalars: {_count(k.passes, 'pass', 'es')}, "
                 f"{k.bytes_read} + {k.bytes_written} bytes"
             )
             lines.append(f"  reads {', '.join(names)}; writes {', '.join(o.name for o in k.signature.program.outputs)}")
         return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
+
+
+def _count(n: int, what: str, plural: str = "s") -> str:
+    return f"{n:,} {what}{plural if n != 1 else ''}"
 
 
 def explain(tx: GradientTransformation, params: Tree) -> Explanation:

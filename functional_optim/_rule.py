@@ -138,6 +138,7 @@ def elementwise(
     extra: Sequence[str] = (),
     static: Sequence[str] = (),
     ranges: Mapping[str, str | Sequence[Any]] | None = None,
+    final: bool = False,
 ) -> Callable[[Callable[..., Any]], RuleFactory]: ...
 
 
@@ -148,6 +149,7 @@ def elementwise(
     extra: Sequence[str] = (),
     static: Sequence[str] = (),
     ranges: Mapping[str, str | Sequence[Any]] | None = None,
+    final: bool = False,
 ) -> RuleFactory | Callable[[Callable[..., Any]], RuleFactory]:
     """Turns the formula for one leaf into a function of hyper-parameters that returns a transformation.
 
@@ -167,6 +169,7 @@ def elementwise(
         whose value is None, a bool, a string or a dtype need not be named.
       ranges: intervals that hyper-parameters must lie in, such as `{"b1": "[0, 1)"}`, or the values that they may
         have, such as `{"mode": ("hard", "smooth")}`.
+      final: whether it needs updates as they will be added to the parameters; `chain` warns if more comes behind it.
 
     Returns:
       The function of hyper-parameters.
@@ -190,8 +193,8 @@ def elementwise(
       tensor([1.5000, 1.5000])
     """
     if fn is None:
-        return lambda fn: _make(fn, dict(state or {}), extra, static, ranges or {})
-    return _make(fn, dict(state or {}), extra, static, ranges or {})
+        return lambda fn: _make(fn, dict(state or {}), extra, static, ranges or {}, final)
+    return _make(fn, dict(state or {}), extra, static, ranges or {}, final)
 
 
 def _make(
@@ -200,6 +203,7 @@ def _make(
     extra: Sequence[str],
     static: Sequence[str],
     ranges: Mapping[str, str | Sequence[Any]],
+    final: bool,
 ) -> RuleFactory:
     name = fn.__name__.lstrip("_")
     parameters = inspect.signature(fn).parameters
@@ -235,5 +239,6 @@ def _make(
             uses_params=uses_params,
             uses_step="step" in keywords,
             takes_first="first" in keywords,
+            final=final,
         )
     )

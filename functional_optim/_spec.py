@@ -166,6 +166,7 @@ class Rule:
       uses_params: whether the formula takes `p`.
       uses_step: whether the formula takes `step`.
       takes_first: whether it takes `first`.
+      final: whether it needs updates as they will be added to the parameters.
       factory: the function that `elementwise` returned; it has a name that pickle can find.
     """
 
@@ -179,6 +180,7 @@ class Rule:
     uses_params: bool
     uses_step: bool
     takes_first: bool
+    final: bool = False
     factory: Any = None
 
     @property

@@ -566,7 +566,7 @@ def test_no_grad_means_no_gradient() -> None:
 def test_a_state_starts_without_a_gradient() -> None:
     params = {"w": torch.ones(2, requires_grad=True)}
 
-    state = fo.chain(fo.scale_by_adam(), fo.params_ema(0.9), fo.zero_nans()).init(params)
+    state = fo.chain(fo.scale_by_adam(), fo.zero_nans(), fo.params_ema(0.9)).init(params)
 
     assert not any(x.requires_grad for x in leaves(state))
 

@@ -920,6 +920,37 @@ class Average(NamedTuple):
     decay: Callable[[int], float] = lambda step: DECAY
 
 
+EARLY: dict[str, Callable[[], Any]] = {
+    "chain": lambda: fo.chain(fo.params_ema(0.9), fo.scale(-0.1)),
+    "named_chain": lambda: fo.named_chain(("average", fo.params_ema(0.9)), ("rate", fo.scale(-0.1))),
+    "not next to it": lambda: fo.chain(fo.sgd(0.1), fo.params_ema(0.9), fo.identity(), fo.adamw(0.1)),
+    "a chain before": lambda: fo.chain(fo.chain(fo.sgd(0.1), fo.params_ema(0.9)), fo.scale(2.0)),
+    "masked": lambda: fo.chain(fo.masked(fo.params_ema(0.9), is_matrix), fo.scale(2.0)),
+    "before a partition": lambda: fo.chain(
+        fo.params_ema(0.9), fo.partition({"a": fo.sgd(0.1), "b": fo.identity()}, {"x": "a", "y": "b"})
+    ),
+}
+LATE: dict[str, Callable[[], Any]] = {
+    "at the end": lambda: fo.chain(fo.sgd(0.1), fo.params_ema(0.9)),
+    "before nothing": lambda: fo.chain(fo.sgd(0.1), fo.params_ema(0.9), fo.identity()),
+    "two": lambda: fo.chain(fo.sgd(0.1), fo.params_ema(0.9), fo.params_ema(0.99)),
+    "parts": lambda: fo.partition({"a": averaged(fo.sgd(0.1)), "b": fo.sgd(0.1)}, {"x": "a", "y": "b"}),
+}
+
+
+@pytest.mark.parametrize("name", EARLY)
+def test_an_average_before_the_end_is_warned_of(name: str) -> None:
+    with pytest.warns(UserWarning, match=r"params_ema stands before .*put it at the end of the chain") as seen:
+        EARLY[name]()
+
+    assert [x.filename for x in seen] == [__file__]
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_an_average_at_the_end_is_not_warned_of(name: str) -> None:
+    LATE[name]()  # warnings are errors
+
+
 AVERAGES = {
     "chain": Average(averaged(fo.adam(1e-2))),
     "alone": Average(fo.params_ema(DECAY)),

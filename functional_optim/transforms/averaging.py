@@ -7,7 +7,7 @@ from .._spec import Leaf, OptionalDtype, Scalar, slot, state_type
 from .._tree import MaskedNode, Tree, flatten, leaves_like, unflatten
 
 
-@elementwise(state={"ema": slot("param", dtype="accumulator_dtype")}, ranges={"decay": "[0, 1]"})
+@elementwise(state={"ema": slot("param", dtype="accumulator_dtype")}, ranges={"decay": "[0, 1]"}, final=True)
 def params_ema(
     u: Leaf, p: Leaf, ema: Leaf, *, decay: Scalar, accumulator_dtype: OptionalDtype = None
 ) -> tuple[Leaf, Leaf]:

@@ -529,8 +529,14 @@ def test_another_chain_is_refused_by_its_names() -> None:
 
 def test_what_is_no_state_is_refused() -> None:
     opt = AdamW(named().values())
-    with pytest.raises(KeyError, match="param_groups"):
-        opt.load_state_dict({})
+    with pytest.raises(KeyError, match=r"lacks 'state' and 'param_groups'; it has 'epoch', 'model'"):
+        opt.load_state_dict({"epoch": 1, "model": {}})
+
+
+def test_names_that_may_be_missing_need_names() -> None:
+    opt = AdamW(named().values())
+    with pytest.raises(ValueError, match=r"strict=False .* needs by_name=True"):
+        opt.load_state_dict(opt.state_dict(), strict=False)
 
 
 def test_an_unknown_group_key_is_kept_and_known_ones_are_listed() -> None:
