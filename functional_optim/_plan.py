@@ -11,15 +11,14 @@ from typing import Any, NamedTuple
 import torch
 
 from ._base import GradientTransformation, Link
-from ._fuse import Counting, Part, Recipe, Source, fuse_all
+from ._fuse import Counting, Part, Recipe, fuse_all
+from ._groups import Fit, Lists, Member, fit_of, group_of
+from ._overlap import Overlap
 from ._spec import Bound, Slot, slot
 from ._tree import Reader, Spec, Tree, View, at, check_fit, check_leaf, difference, flatten, paths
 from .kernels import Column, Shard
-from .kernels.alike import distinct, map_alike
+from .kernels.alike import distinct
 from .kernels.guard import Guards
-from .kernels.layout import Extents, compute_dtype, repeats, span, walk_together
-from .kernels.plan import Signature
-from .kernels.program import Level
 from .kernels.versions import Owners
 
 
@@ -27,123 +26,12 @@ KEEP = 8  # how many kinds of trees a transformation is remembered for
 
 
 SlotKey = tuple[int, str]
-Lists = dict[Any, Column]  # "updates", "params" and slots -> a leaf's tensor at its position in the tree
-
-
-class Places(NamedTuple):
-    """Which tensors make a column: for each leaf of a group, the list that its tensor is in and the position there.
-
-    Args:
-      pairs: lists and positions.
-      keys: the lists.
-      whole: the list, if the column is all of it.
-    """
-
-    pairs: tuple[tuple[Any, int], ...]
-    keys: frozenset[Any]
-    whole: Any = None
-
-    @classmethod
-    def of(cls, pairs: Sequence[tuple[Any, int]], n_leaves: int) -> "Places":
-        keys = frozenset(key for key, _ in pairs)
-        whole = len(keys) == 1 and [i for _, i in pairs] == list(range(n_leaves))
-        return cls(tuple(pairs), keys, pairs[0][0] if whole else None)
-
-    def gather(self, lists: Lists) -> Column:
-        if self.whole is not None:
-            return lists[self.whole]
-        return Column.of([(lists[key], i) for key, i in self.pairs])
-
-    def scatter(self, column: Column, lists: Lists) -> None:
-        if self.whole is not None:
-            lists[self.whole] = column
-        else:
-            for x, (key, i) in zip(column, self.pairs, strict=True):
-                lists[key][i] = x
-
-
-class Fit(NamedTuple):
-    """What the tensors of a leaf mean for its program.
-
-    Args:
-      signature: the program and its dtypes.
-      device: the device.
-      size: number of elements.
-      copied: whether a kernel cannot walk the leaf's arrays side by side, so that they are copied.
-    """
-
-    signature: Signature
-    device: torch.device
-    size: int
-    copied: bool
-
-
-class Member(NamedTuple):
-    """A leaf of a group.
-
-    Args:
-      leaf: its position in the tree.
-      row: what leaves with the same numbers have in common: kind and owner.
-      whole: number of elements, of all parts if it is part of a tensor spread over processes.
-      recipe: the program of its kind.
-      fit: what its tensors mean for that.
-    """
-
-    leaf: int
-    row: tuple[tuple[int, ...], tuple[int, bool]]
-    whole: int
-    recipe: Recipe
-    fit: Fit
-
-
-class Group(NamedTuple):
-    """Leaves that share a program, its dtypes and a device.
-
-    Args:
-      signature: the program and its dtypes.
-      device: the device.
-      leaves: positions of the leaves in the tree.
-      inputs: where each input of the program is.
-      outputs: where each output goes.
-      sources: for each row of the scalar table, where its numbers come from.
-      owners: for each row, the options that its leaves look things up in, and whether it is their first step.
-      rows: each leaf's row.
-      sizes: each leaf's number of elements.
-      copied: places in the group of leaves whose arrays a kernel cannot walk side by side, so that they are copied.
-      shard: what joins them to their other parts, if they are parts of tensors spread over processes.
-      wholes: each leaf's number of elements, all parts counted.
-    """
-
-    signature: Signature
-    device: torch.device
-    leaves: tuple[int, ...]
-    inputs: tuple[Places, ...]
-    outputs: tuple[Places, ...]
-    sources: tuple[tuple[Source, ...], ...]
-    owners: tuple[tuple[int, bool], ...]
-    rows: tuple[int, ...]
-    sizes: tuple[int, ...]
-    copied: tuple[int, ...]
-    shard: Shard | None
-    wholes: tuple[int, ...]
-
-    def target(self, output: int, lists: Lists) -> Column | None:
-        """What a step in place writes an output to; updates, which may be gradients, are always new tensors."""
-        if self.signature.program.outputs[output].name == "updates":
-            return None
-        return self.outputs[output].gather(lists)
 
 
 @functools.lru_cache(maxsize=64)
 def _fused(parts: tuple[Any, ...], apply: bool, counting: tuple[Any, ...] | None) -> dict[tuple[int, ...], Recipe]:
     """`fuse_all`, once for the same transformations: trees that lack other gradients have programs in common."""
     return fuse_all(dict(parts), apply, None if counting is None else dict(counting))
-
-
-@functools.lru_cache(maxsize=512)
-def _same(signature: Signature) -> Signature:
-    """The first of equal signatures: every step looks its kernel up, and comparing programs takes long."""
-    return signature
 
 
 class Stored(NamedTuple):
@@ -254,22 +142,6 @@ class Segment:
         return states
 
 
-class Disjoint(NamedTuple):
-    """Addresses that were found not to overlap.
-
-    Args:
-      written: addresses of what is written.
-      read: addresses of updates.
-      extents: the stretches of memory written.
-      spans: lengths of the updates in bytes.
-    """
-
-    written: bytes
-    read: bytes
-    extents: Extents
-    spans: torch.Tensor
-
-
 class Prepared:
     """A segment prepared for leaves of certain dtypes, shapes and layouts. Refuses what no kernel may be handed."""
 
@@ -298,18 +170,17 @@ class Prepared:
                 continue
             leaf_looks = (kind, *[looks[key][i] for key in keys[kind]])
             if leaf_looks not in fits:
-                found = _fit(recipe, lists, i)
-                fits[leaf_looks] = found._replace(signature=_same(found.signature))
+                fits[leaf_looks] = fit_of(recipe, lists, i)
             fit = fits[leaf_looks]
             member = Member(i, (kind, (plan.options[i], i in plan.first)), plan.wholes[i] or fit.size, recipe, fit)
             members.setdefault((id(fit.signature), fit.device, plan.shards[i]), []).append(member)
-        self.groups = [_group(m, shard, len(plan.paths)) for (_, _, shard), m in members.items()]
+        self.groups = [group_of(m, shard, len(plan.paths)) for (_, _, shard), m in members.items()]
         self.moving = [
             k
             for k, bound in segment.bounds.items()
             if bound.counted and any(segment.links[k].seen[i] for i in self.present)
         ]
-        self.disjoint: Disjoint | None = None
+        self.overlap = Overlap(self.groups)
         self.where = where
         self.owners: Owners | None = None
         # until state turns out to be tensors of their own
@@ -339,68 +210,6 @@ class Prepared:
         stored = [lists[key][i] for key, places in self.where.items() for i in places] if owners is None else owners
         torch.autograd.graph.increment_version([*params, *stored])
 
-    def name(self, plan: "Plan", targets: Sequence[Sequence[Column | None]], position: int) -> str:
-        """What messages call one of all the tensors to be written."""
-        for group, outs in zip(self.groups, targets, strict=True):
-            for k, column in enumerate(outs):
-                if column is not None and position < len(column):
-                    return f"{_label(group, k)}{at(plan.paths[group.leaves[position]])}"
-                position -= len(column or ())
-        raise IndexError(position)
-
-    def check_overlap(self, plan: "Plan", lists: Lists) -> None:
-        """Refuses to write to memory that two leaves share.
-
-        Raises:
-          ValueError: with the paths of both.
-        """
-        if any(g.device.type == "meta" for g in self.groups):
-            return
-        targets = [[g.target(k, lists) for k in range(len(g.outputs))] for g in self.groups]
-        columns = [c for outs in targets for c in outs if c is not None]
-        reads = [updates_of(g, lists) for g in self.groups]
-        written, read = b"".join(c.addresses for c in columns), b"".join(c.addresses for c in reads)
-        known = self.disjoint  # of this or another thread, so looked at once
-        if known is not None and known.written == written and known.read == read:
-            return
-        if known is not None and known.written == written:
-            extents, spans = known.extents, known.spans
-        else:
-            tensors, looks = [x for c in columns for x in c], [x for c in columns for x in c.looks]
-            repeated = map_alike(repeats, tensors, looks)
-            if any(repeated):
-                name = self.name(plan, targets, repeated.index(True))
-                raise ValueError(
-                    f"{name} is an expanded tensor or a view of windows, several of whose elements share memory, so "
-                    f"{'donate=True' if plan.counting is None else 'a step'} cannot write to it; pass `x.clone()`."
-                )
-            lengths = [map_alike(span, tensors, looks), [n for c in reads for n in map_alike(span, c, c.looks)]]
-            stretches, spans = (torch.tensor(x, dtype=torch.int64, device="cpu") for x in lengths)
-            extents = Extents(_integers(written), stretches)
-        clash: tuple[str, str] | None = None
-        if (two := extents.clash()) is not None:
-            clash = self.name(plan, targets, two[0]), self.name(plan, targets, two[1])
-        elif (touched := extents.touched(_integers(read), spans)) is not None:
-            leaf = [i for g in self.groups for i in g.leaves][touched[0]]
-            clash = f"updates{at(plan.paths[leaf])}", self.name(plan, targets, touched[1])
-        if clash is not None:
-            pure = plan.counting is None
-            raise ValueError(
-                f"{clash[0]} and {clash[1]} share memory, so {'donate=True' if pure else 'a step'}, which writes in "
-                f"place, would corrupt them. Pass a tied parameter once, {'' if pure else 'or '}clone one of the two"
-                f"{', or use donate=False' if pure else ''}."
-            )
-        self.disjoint = Disjoint(written, read, extents, spans)
-
-
-def _integers(packed: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(packed or 8), dtype=torch.int64)[: len(packed) // 8]
-
-
-def _label(group: Group, output: int) -> str:
-    name = group.signature.program.outputs[output].name
-    return name if name == "params" else f"state {name}"
-
 
 def _check_count(name: str, x: Any) -> None:
     """Refuses a counter that is not one number."""
@@ -419,63 +228,11 @@ def _check_slot(name: str, path: str, x: Any, u: torch.Tensor, slot: Slot) -> No
     check_fit(name, "update", path, x, u)
 
 
-def _fit(recipe: Recipe, lists: Lists, i: int) -> Fit:
-    """What the tensors of a leaf, by their looks, mean for the program of its kind."""
-    program = recipe.program
-    u, p = lists["updates"][i], lists["params"][i] if "params" in lists else None
-
-    def tensor(name: str) -> torch.Tensor:
-        return lists[recipe.list_of(name)][i]
-
-    ins = tuple(tensor(n).dtype for n in (*program.arrays, *program.leaves))
-    new = u.dtype if p is None else torch.promote_types(u.dtype, p.dtype)
-    outs = tuple(new if o.name == "updates" else tensor(o.name).dtype for o in program.outputs)
-    # what is written in place counts too, whether or not the program reads it
-    written = [o.name for o in program.outputs if o.level is Level.ELEMENT and o.name != "updates"]
-    together = u.is_meta or walk_together([u, *map(tensor, (*program.arrays, *written))])
-    signature = Signature(program, ins, outs, compute_dtype((*ins, *outs)))
-    return Fit(signature, u.device, u.numel(), not together)
-
-
-def _group(members: Sequence[Member], shard: Shard | None, n_leaves: int) -> Group:
-    signature = members[0].fit.signature
-    program = signature.program
-    rows: dict[Any, int] = {}
-    sources = []
-    for m in members:
-        if m.row not in rows:
-            rows[m.row] = len(rows)
-            sources.append(m.recipe.scalars)
-
-    def places(name: str) -> Places:
-        return Places.of([(m.recipe.list_of(name), m.leaf) for m in members], n_leaves)
-
-    return Group(
-        signature,
-        members[0].fit.device,
-        tuple([m.leaf for m in members]),
-        tuple(map(places, (*program.arrays, *program.leaves))),
-        tuple([places(o.name) for o in program.outputs]),
-        tuple(sources),
-        tuple(owner for _, owner in rows),
-        tuple([rows[m.row] for m in members]),
-        tuple([m.fit.size for m in members]),
-        tuple([k for k, m in enumerate(members) if m.fit.copied]),
-        shard,
-        tuple([m.whole for m in members]),
-    )
-
-
 def get_state(state: Any, path: Sequence[int | str]) -> Any:
     """The state at a path of indices and keys."""
     for k in path:
         state = state[k]
     return state
-
-
-def updates_of(group: Group, lists: Lists) -> Column:
-    updates = lists["updates"]
-    return updates if len(group.leaves) == len(updates) else Column.of([(updates, i) for i in group.leaves])
 
 
 def lists_of(read: Reader, updates: Tree, params: Tree | None, explain: bool = False) -> Lists:

@@ -14,7 +14,8 @@ import torch
 from ._backend import choose_backend, give_up, transforming
 from ._base import GradientTransformation, Link
 from ._fuse import Source
-from ._plan import KEEP, Group, Lists, Plan, Prepared, Segment, get_state, lists_of, updates_of
+from ._groups import Group, Lists
+from ._plan import KEEP, Plan, Prepared, Segment, get_state, lists_of
 from ._spec import Bound
 from ._tree import MaskedNode, Spec, Tree, View, at, check_fit, difference, flatten, unflatten
 from .kernels import BACKENDS, BuildError, Call, Column
@@ -203,7 +204,7 @@ def run_segment(
                 "a hyper-parameter or a tensor of the state requires a gradient, and donate=True would write where "
                 "autograd is recording; wrap the step in `torch.no_grad()`, or use donate=False."
             )
-        prepared.check_overlap(plan, lists)
+        prepared.overlap.check(plan.paths, lists, pure=True)
         counters = {states[k].count.data_ptr(): segment.bounds[k].rule.name for k in prepared.moving}
         if len(counters) < len(prepared.moving):
             names = [segment.bounds[k].rule.name for k in prepared.moving]
@@ -333,7 +334,7 @@ def compute(prepared: Prepared, tables: Sequence[Any], lists: Lists, donate: boo
 def _call(group: Group, table: Any, lists: Lists, donate: bool) -> Call:
     return Call(
         group.signature,
-        updates_of(group, lists),
+        group.updates(lists),
         [places.gather(lists) for places in group.inputs],
         [group.target(k, lists) if donate else None for k in range(len(group.outputs))],
         table,

@@ -10,6 +10,10 @@ Pass
 kernel
   |  launch.py     tables of addresses and numbers
 new values         reference.py and foreach.py get here from the Program, without a compiler
+
+Before a kernel is handed an address: layout.py says which tensors it can walk, guard.py whether those of this step are
+like those that tables were made for (alike.py in Python, scan.py in C), versions.py tells autograd what was written.
+pack.py lays small state side by side.
 """
 
 from collections.abc import Callable, Sequence

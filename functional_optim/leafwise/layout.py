@@ -12,7 +12,8 @@ import torch
 from .._backend import transforming
 from .._base import Link
 from .._fuse import Counting
-from .._plan import Lists, Plan, Segment, Stored
+from .._groups import Lists
+from .._plan import Plan, Segment, Stored
 from .._tree import View, flatten
 from ..kernels import Column
 from ..kernels.alike import PLAIN

@@ -11,7 +11,8 @@ import torch
 
 from .._backend import transforming
 from .._fuse import Source
-from .._plan import Group, Lists, Plan, Segment, Stored
+from .._groups import Group, Lists
+from .._plan import Plan, Segment, Stored
 from .._run import compute, number, reference_reason, run_barrier
 from .._spec import Option
 from ..kernels import Column
@@ -200,7 +201,7 @@ def run_segment(
     donate = later is None and (not reference or not (seen or torch.is_grad_enabled()))
     before = {key: lists[key] for key in ("params", *(s.key for s in segment.stored))} if not donate else {}
     if donate:
-        prepared.check_overlap(plan, lists)
+        prepared.overlap.check(plan.paths, lists, pure=False)
     compute(prepared, tables, lists, donate, bool(reference))
     pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
     for key, column in before.items():
