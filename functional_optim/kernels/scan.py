@@ -136,7 +136,7 @@ int same(const torch_t *t, void *a, void *b, int64_t n) {
 }
 """
 NUMBERS = 5  # of a description that come before sizes and strides
-WORDS = 22  # of a tensor, of which one has the keys
+WORDS = 32  # of a tensor, of which one has the keys, looked through
 
 
 def _interior() -> tuple[int, int] | None:
@@ -151,13 +151,17 @@ def _interior() -> tuple[int, int] | None:
         keys = [torch._C._dispatch_keys(x).raw_repr() for x in examples]
     if {type(x) for x in examples} != {torch.Tensor, torch.nn.Parameter} or len(set(keys)) < 5:
         return None
-    objects = [(ctypes.c_uint64 * 6).from_address(id(x)) for x in examples]
-    bodies = [(ctypes.c_uint64 * WORDS).from_address(x._cdata) for x in examples]
-    if any(words[1] != id(type(x)) for words, x in zip(objects, examples, strict=True)):
+
+    def word(address: int, k: int) -> int:
+        return ctypes.c_uint64.from_address(address + 8 * k).value
+
+    if any(word(id(x), 1) != id(type(x)) for x in examples):
         return None
-    body = [k for k in range(2, 6) if all(w[k] == x._cdata for w, x in zip(objects, examples, strict=True))]
-    where = [k for k in range(WORDS) if all(w[k] == key for w, key in zip(bodies, keys, strict=True))]
-    return (body[0], where[0]) if body and where else None
+    # none is read behind those that are looked for
+    body = next((k for k in range(2, 6) if all(word(id(x), k) == x._cdata for x in examples)), None)
+    where = (k for k in range(WORDS) if all(word(x._cdata, k) == y for x, y in zip(examples, keys, strict=True)))
+    found = next(where, None)
+    return None if body is None or found is None else (body, found)
 
 
 class _Functions(NamedTuple):
