@@ -147,7 +147,8 @@ def _interior() -> tuple[int, int] | None:
         with torch.inference_mode():
             inference = torch.zeros(2, 2, dtype=torch.float64, device="cpu")
         meta = torch.zeros(1, dtype=torch.float32, device="meta")
-        examples = [plain, torch._neg_view(plain), inference, meta, torch.nn.Parameter(plain), plain.to_sparse()]
+        conjugate = torch.zeros(2, dtype=torch.complex64, device="cpu").conj()
+        examples = [plain, torch._neg_view(plain), inference, meta, torch.nn.Parameter(plain), conjugate]
         keys = [torch._C._dispatch_keys(x).raw_repr() for x in examples]
     if {type(x) for x in examples} != {torch.Tensor, torch.nn.Parameter} or len(set(keys)) < 5:
         return None
