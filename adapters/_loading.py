@@ -177,7 +177,9 @@ def _cast(key: Any, value: Any, p: torch.Tensor, name: str, slot: Any) -> Any:
                 )
             if value.layout is not torch.strided:
                 raise ValueError(f"the saved {key!r} of {name!r} is sparse ({value.layout}), expected a dense tensor.")
-            if value.is_complex() != p.is_complex() or not (value.is_floating_point() or value.is_complex()):
+            if value.is_complex() != (p.is_complex() and not declared.per_leaf) or not (
+                value.is_floating_point() or value.is_complex()
+            ):
                 raise ValueError(
                     f"the saved {key!r} of {name!r} has dtype {value.dtype}, but the parameter has {p.dtype}."
                 )

@@ -18,7 +18,6 @@ from torch.optim import Optimizer
 
 import functional_optim as fo
 from functional_optim import leafwise
-from functional_optim.kernels.scan import fetch, same
 from functional_optim.leafwise import Leafwise, Leaves, Template
 
 from ._compiled import LIVE
@@ -167,7 +166,7 @@ class ChainOptimizer(Optimizer):
             raise RuntimeError("step was called inside `averaged_params()`, where parameters are averages.")
         last = self._runtime
         options = [*chain.from_iterable(self.param_groups), *chain.from_iterable(map(dict.values, self.param_groups))]
-        unchanged = same(last.options, options)
+        unchanged = leafwise.same(last.options, options)
         if last.leaves is not None and unchanged and self._constant():
             templates, kind_of = last.used
         else:
@@ -183,10 +182,10 @@ class ChainOptimizer(Optimizer):
         members = [group["params"] for group in self.param_groups]
         params: list[torch.Tensor] = list(chain.from_iterable(members))
         keys, values = list(self.state), list(self.state.values())
-        known = last.leaves is not None and same(last.keys, keys) and same(last.values, values)
+        known = last.leaves is not None and leafwise.same(last.keys, keys) and leafwise.same(last.values, values)
         states: list[Any]
         fresh: list[int]
-        if last.leaves is not None and known and same(last.leaves.params, params):
+        if last.leaves is not None and known and leafwise.same(last.leaves.params, params):
             states, ids, fresh = last.leaves.states, last.leaves.ids, []
         else:  # asking a dict for a tensor takes longer than all of the above
             states, ids = [self.state.get(p) for p in params], list(map(id, params))
@@ -199,8 +198,12 @@ class ChainOptimizer(Optimizer):
         else:
             kinds = [k for k, group in zip(kind_of, members, strict=True) for _ in group]
             owners = [g for g, group in enumerate(members) for _ in group]
-        fetch(params)
-        with torch._C.DisableTorchFunctionSubclass():  # else asking a DTensor takes three times as long
+        leafwise.fetch(params)
+        # else asking a DTensor takes three times as long; other classes may have something to say about it
+        quick = (
+            torch._C.DisableTorchFunctionSubclass() if leafwise.all_distributed(params) else contextlib.nullcontext()
+        )
+        with quick:
             grads = list(map(attrgetter("grad"), params))
         leaves = Leaves(self._names, params, grads, states, kinds, owners, ids, list(map(_names_key, given)))
         if not fresh:

@@ -19,7 +19,7 @@ from ._tree import Reader, Spec, Tree, View, at, check_fit, check_leaf, differen
 from .kernels import Column, Shard
 from .kernels.alike import distinct
 from .kernels.guard import Guards
-from .kernels.versions import Owners
+from .kernels.versions import Versions
 
 
 KEEP = 8  # how many kinds of trees a transformation is remembered for
@@ -157,7 +157,6 @@ class Prepared:
         self.arrived = Guards({"updates": lists["updates"]} if plan.later else {}, {"updates": self.present})
         self.plain = self.guards.plain and self.arrived.plain
         self.requires_grad = self.guards.requires_grad or self.arrived.requires_grad
-        self.tracks_versions = not (self.guards.inference or self.arrived.inference)
         looks = {key: column.looks for key, column in lists.items()}
         keys = {kind: ["params" if "params" in lists else "updates", *r.lists()] for kind, r in segment.recipes.items()}
         fits: dict[Any, Fit] = {}
@@ -181,34 +180,36 @@ class Prepared:
             if bound.counted and any(segment.links[k].seen[i] for i in self.present)
         ]
         self.overlap = Overlap(self.groups)
-        self.where = where
-        self.owners: Owners | None = None
-        # until state turns out to be tensors of their own
-        self.packed = self.guards.plain and all(len(where[key]) == len(lists[key]) for key in self.keys)
+        self.asks_python = any(source.kind == "host" for g in self.groups for row in g.sources for source in row)
+        self.versions = Versions()
+        applied = [g for g in self.groups if any(o.name == "params" for o in g.signature.program.outputs)]
+        self.written = where | {"params": [i for g in applied for i in g.leaves]}
 
     def holds(self, plan: "Plan", lists: Lists) -> bool:
         """Whether these leaves are like those it was prepared for."""
         same = self.present == plan.present and self.first == plan.first
         return same and self.arrived.holds(lists) and self.guards.holds(lists)
 
-    def written(self, lists: Lists, results: Sequence[Sequence[Column]]) -> None:
+    def check_again(self, plan: "Plan", lists: Lists) -> None:
+        """Makes sure once more, after Python code of somebody else has run, and finds out where tensors are now.
+
+        Raises:
+          RuntimeError: a tensor has become another one.
+        """
+        first = {name: guard for name, guard in plan.guards.each.items() if not (plan.later and name == "updates")}
+        for name, guard in (first | self.arrived.each | self.guards.each).items():
+            lists[name] = Column(lists[name])
+            if not guard.holds(lists[name]):
+                what = name if isinstance(name, str) else f"the state {name[1]!r}"
+                raise RuntimeError(
+                    f"{what} changed while the step was computed: a transformation or a schedule that runs in Python "
+                    f"gave a tensor another shape, dtype or layout. Change tensors between steps."
+                )
+
+    def count_up(self, lists: Lists) -> None:
         """Counts up the versions of all stored tensors and parameters, written to in place behind torch's back."""
-        columns = [lists[key] for key in self.keys]
-        known = self.owners  # another thread may replace it
-        owners = None if known is None else known.get(columns)
-        if owners is None and self.packed and all(column.found is not None for column in columns):
-            self.owners = known = Owners.of(columns)
-            self.packed = known is not None  # looking for owners takes longer than doing without them
-            owners = None if known is None else known.get(columns)
-        params = [
-            x
-            for group, outs in zip(self.groups, results, strict=True)
-            for output, column in zip(group.signature.program.outputs, outs, strict=True)
-            if output.name == "params"
-            for x in column
-        ]
-        stored = [lists[key][i] for key, places in self.where.items() for i in places] if owners is None else owners
-        torch.autograd.graph.increment_version([*params, *stored])
+        columns = {key: positions for key, positions in self.written.items() if positions}
+        self.versions.count_up([lists[key] for key in columns], list(columns.values()))
 
 
 def _check_count(name: str, x: Any) -> None:

@@ -193,6 +193,8 @@ def run_segment(
         lists[k, name] = _slot_leaves(plan, segment.bounds[k], name, getattr(states[k], name))
     prepared = segment.prepare(plan, lists, remember=not seen)
     tables = [[_scalars(row, segment, states, extra) for row in g.sources] for g in prepared.groups]
+    if extra or prepared.asks_python or segment is not plan.segments[0]:
+        prepared.check_again(plan, lists)
     reference = reference_reason(plan, prepared, tables, seen)
     if any(states[k].count.is_meta for k in prepared.moving) and not any(
         g.device.type == "meta" for g in prepared.groups
@@ -316,9 +318,9 @@ def compute(prepared: Prepared, tables: Sequence[Any], lists: Lists, donate: boo
         if backend in ("reference", "foreach"):
             done = BACKENDS[backend]([_call(g, tables[k], lists, donate) for g, k in zip(groups, members, strict=True)])
         results.update(zip(members, done, strict=True))
-    if donate and prepared.tracks_versions and len(bare) == len(prepared.groups):
-        prepared.written(lists, [results[k] for k in range(len(results))])
-    elif donate and prepared.tracks_versions:
+    if donate and len(bare) == len(prepared.groups):
+        prepared.count_up(lists)
+    elif donate:
         torch.autograd.graph.increment_version([x for k in bare for column in results[k] for x in column])
     if not donate:  # the caller's lists are left as they are
         for group in prepared.groups:

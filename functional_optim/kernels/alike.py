@@ -20,7 +20,7 @@ def look(x: Any) -> Hashable:
     """
     if type(x) not in PLAIN or x.layout is not torch.strided:
         return id(x)
-    return type(x), x.dtype, x.shape, x.stride(), x.device, x.is_neg()
+    return type(x), x.dtype, x.shape, x.stride(), x.device, x.is_neg(), x._is_zerotensor()
 
 
 def distinct(positions: Iterable[int], *looks: Sequence[Hashable]) -> Iterator[int]:

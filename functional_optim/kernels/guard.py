@@ -17,17 +17,17 @@ REQUIRES_GRAD = attrgetter("requires_grad")
 
 def is_plain(x: torch.Tensor) -> bool:
     """Whether a tensor is of torch's own kinds, whose memory a kernel may be handed."""
-    return type(x) in PLAIN and x.layout is torch.strided and x.device.type != "meta" and not x.is_neg()
+    if type(x) not in PLAIN or x.layout is not torch.strided or x.device.type == "meta":
+        return False
+    return not (x.is_neg() or x._is_zerotensor())
 
 
 def _have_addresses(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether no tensor is a wrapper of `torch.func` that has left its function, which looks like any other."""
     try:
-        for x in tensors:
-            x.data_ptr()
+        return all(x.data_ptr() or not torch._is_functional_tensor(x) for x in tensors)
     except RuntimeError:
         return False
-    return True
 
 
 class Guard:
@@ -49,7 +49,6 @@ class Guard:
         tensors, looks = self._chosen(column), [column.looks[i] for i in self.positions]
         self.plain = all(map(is_plain, dict(zip(looks, tensors, strict=True)).values())) and _have_addresses(tensors)
         self.requires_grad = any(map(REQUIRES_GRAD, tensors))
-        self.inference = any(map(torch.Tensor.is_inference, tensors))
         self.keys: list[Any] = looks if self.plain else list(map(self._key, tensors))
         self.kinds: Kinds | None = None
 
@@ -92,7 +91,6 @@ class Guards:
         self.each = {name: Guard(c, None if positions is None else positions[name]) for name, c in columns.items()}
         self.plain = all(guard.plain for guard in self.each.values())
         self.requires_grad = any(guard.requires_grad for guard in self.each.values())
-        self.inference = any(guard.inference for guard in self.each.values())
 
     def holds(self, columns: Mapping[Any, Column]) -> bool:
         """Whether the tensors of other columns are the same."""

@@ -19,13 +19,13 @@ from .build import BuildError, load_c, load_triton
 from .call import Call, Column
 from .emit_c import emit_c
 from .emit_triton import emit_triton
+from .layout import span
 from .ops import REDUCTIONS
 from .plan import Signature, plan
 from .program import Level
 
 
 CHUNK = 1 << 14  # elements: seven streams of float32 stay within a second-level cache
-NOWHERE = bytes(8)  # the address of what has no memory
 SERIAL = 1 << 14  # elements below which waking other threads costs more than it saves
 TRITON_BLOCK = 1024
 TRITON_CHUNKS = 4096  # at most this many partial results per reduction, because every instance adds them up
@@ -120,7 +120,7 @@ def compile_triton(signature: Signature) -> tuple[Any, ...]:
         module = load_triton(emit_triton(signature))
     except ImportError as error:
         raise BuildError(f"Triton cannot be imported: {error}") from None
-    with contextlib.suppress(BuildError, AttributeError):
+    with contextlib.suppress(BuildError, AttributeError):  # without them a step takes longer, and that is all
         scan.use(load_c(scan.SOURCE))
     return tuple(getattr(module, f"pass_{k}") for k in range(len(plan(signature))))
 
@@ -189,17 +189,24 @@ def join_shards(
         start = stop
 
 
-def _refuse_freed(call: Call, columns: Sequence[bytes]) -> None:
-    """Refuses tensors that have elements but no memory."""
+def _addresses(call: Call, outputs: Sequence[Column]) -> list[bytes]:
+    """Where the tensors of a call are.
+
+    Raises:
+      ValueError: one is not within its storage, which has been freed or cut.
+    """
     program = call.signature.program
-    for name, packed in zip(
-        (*program.arrays, *program.leaves, *[o.name for o in program.outputs]), columns, strict=True
-    ):
-        for k, address in enumerate(struct.unpack(f"{len(call.sizes)}q", packed)):
-            if not address and call.sizes[k]:
+    names = (*program.arrays, *program.leaves, *[o.name for o in program.outputs])
+    own = {id(column) for column, given in zip(outputs, call.outputs, strict=True) if given is None}
+    for name, column in zip(names, (*call.inputs, *outputs), strict=True):
+        if column.found is not None or id(column) in own:
+            continue
+        for k, x in enumerate(column):
+            if span(x) and x.storage_offset() * x.element_size() + span(x) > x.untyped_storage().nbytes():
                 raise ValueError(
                     f"{name} of a leaf of shape {tuple(call.like[k].shape)} has no memory: its storage has been freed."
                 )
+    return [column.addresses for column in (*call.inputs, *outputs)]
 
 
 def run_c(calls: Sequence[Call]) -> list[list[Column]]:
@@ -219,9 +226,7 @@ def run_c(calls: Sequence[Call]) -> list[list[Column]]:
     first = 0
     for call, outputs, (chunks, packed), own in zip(calls, results, tables, buffers, strict=True):
         n_leaves, n_chunks = len(call.sizes), len(chunks.leaf)
-        columns = [column.addresses for column in (*call.inputs, *outputs)]
-        if any(c.found is None and NOWHERE in c.addresses for c in (*call.inputs, *outputs)):
-            _refuse_freed(call, columns)
+        columns = _addresses(call, outputs)
         numbers = list(itertools.chain.from_iterable(call.scalars))  # tensors are asked for theirs by `pack`
         table = (ctypes.c_char_p * len(columns))(*columns)
         partials = (ctypes.c_void_p * len(own))(*[x.data_ptr() for x in own])
@@ -269,7 +274,8 @@ def run_triton(calls: Sequence[Call]) -> list[list[Column]]:
             Column(map(torch.empty_like, column)) if output.level is Level.LEAF else column
             for output, column in zip(call.signature.program.outputs, outputs, strict=True)
         ]
-        places = [[x.data_ptr() for x in column] for column in (*call.inputs, *written)]
+        _addresses(call, outputs)
+        places = [memoryview(column.addresses).cast("q").tolist() for column in (*call.inputs, *written)]
         launches.append(
             (
                 *_on_device(chunks, call.wholes, call.rows, device),

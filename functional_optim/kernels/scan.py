@@ -2,10 +2,10 @@
 
 Asking each tensor from Python takes longer than a kernel takes to update it. So a few lines of C ask torch, by the
 functions of its stable C interface (`aoti_torch_get_*`), which take the address of a tensor. What they need to know
-of torch besides is where a Python object has its tensor, and where that has its dispatch keys, which tell sparse,
-negated and wrapped tensors from those that a kernel may be handed. Both are found by looking at a few tensors whose
-keys are known; if they are not found, or there is no compiler, everything is asked from Python. The lines are compiled
-as a part of each kernel, and taken from the first one.
+of torch besides is where a Python object has its tensor, where that has its dispatch keys, which tell sparse, negated
+and wrapped tensors from those that a kernel may be handed, and where it points to its version. These are found by
+looking at a few tensors of which they are known; if they are not found, or there is no compiler, everything is asked
+from Python. The lines are compiled as a part of each kernel, and taken from the first one.
 """
 
 import ctypes
@@ -17,7 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .layout import span
 
+
+FIELDS = ("TYPE", "KEYS", "DTYPE", "DEVICE", "DIM", "ITEMSIZE", "SPAN")  # of a description; sizes and strides follow
 SOURCE = """\
 #include <stdint.h>
 #include <string.h>
@@ -26,15 +29,19 @@ typedef struct {
     void *(*item)(void *list, intptr_t i); /* of Python */
     int (*set_item)(void *list, intptr_t i, void *object);
     void (*keep)(void *object);
-    int32_t (*data_ptr)(void *tensor, void **), (*sizes)(void *tensor, int64_t **); /* of torch; 0 if all is well */
+    /* of torch; 0 if all is well */
+    int32_t (*data_ptr)(void *tensor, void **), (*storage_size)(void *tensor, int64_t *);
+    int32_t (*storage_offset)(void *tensor, int64_t *), (*sizes)(void *tensor, int64_t **);
     int32_t (*strides)(void *tensor, int64_t **), (*dim)(void *tensor, int64_t *);
     int32_t (*dtype)(void *tensor, int32_t *), (*device_index)(void *tensor, int32_t *);
-    int64_t body, keys; /* where a Python object points to its tensor, and where that has its keys, in words */
+    /* where a Python object points to its tensor, and where that has its keys and points to its version, in words */
+    int64_t body, keys, version;
 } torch_t;
 
-enum { TYPE, KEYS, DTYPE, DEVICE, DIM, NUMBERS, AHEAD = 12 };
+enum { FIELDS, NUMBERS };
+enum { AHEAD = 12 }; /* how many tensors early something is asked for */
 
-/* What a tensor is, but for its class: keys, dtype, device, sizes and strides. */
+/* What a tensor is; how large its elements are, and how far they reach, is left to whoever knows. */
 static int describe_one(const torch_t *t, void **object, int64_t width, int64_t *out) {
     void *tensor = object + t->body;
     int64_t *numbers;
@@ -43,7 +50,7 @@ static int describe_one(const torch_t *t, void **object, int64_t width, int64_t 
     out[KEYS] = ((const int64_t *)object[t->body])[t->keys];
     if (t->dtype(tensor, &dtype) || t->device_index(tensor, &device) || t->dim(tensor, out + DIM)) return 1;
     if (NUMBERS + 2 * out[DIM] > width) return 1;
-    out[DTYPE] = dtype, out[DEVICE] = device;
+    out[DTYPE] = dtype, out[DEVICE] = device, out[ITEMSIZE] = out[SPAN] = 0;
     if (t->sizes(tensor, &numbers)) return 1;
     memcpy(out + NUMBERS, numbers, 8 * out[DIM]);
     if (t->strides(tensor, &numbers)) return 1;
@@ -58,17 +65,11 @@ int64_t describe(const torch_t *t, void *list, int64_t n, int64_t width, int64_t
     return n;
 }
 
-static int has_elements(const int64_t *kind) {
-    for (int64_t k = 0; k < kind[DIM]; k++)
-        if (!kind[NUMBERS + k]) return 0;
-    return 1;
-}
-
-/* Compares objects to descriptions, -1 for none, and says where tensors are that are like theirs, and which; returns
-   how many are, one after another. Most of the time would be waiting for what is known of each, so it is asked for
-   early. */
+/* Compares objects to descriptions, -1 for none, and says where tensors are that are like theirs, and where their
+   versions; returns how many are, one after another. A tensor must lie within its storage, which may have been freed or
+   cut. Most of the time would be waiting for what is known of each, so it is asked for early. */
 int64_t scan(const torch_t *t, void *list, int64_t n, const int32_t *kind_of, int64_t width, const int64_t *kinds,
-             int64_t *addresses, int64_t *bodies) {
+             int64_t *addresses, int64_t *versions) {
     for (int64_t i = 0; i < n; i++) {
         if (i + 2 * AHEAD < n) __builtin_prefetch(t->item(list, i + 2 * AHEAD));
         if (i + AHEAD < n && kind_of[i + AHEAD] >= 0) {
@@ -76,23 +77,24 @@ int64_t scan(const torch_t *t, void *list, int64_t n, const int32_t *kind_of, in
             if ((int64_t)(intptr_t)object[1] == kinds[kind_of[i + AHEAD] * width + TYPE])
                 for (int line = 0; line < 3; line++) __builtin_prefetch((char *)object[t->body] + 64 * line);
         }
-        addresses[i] = bodies[i] = 0;
+        addresses[i] = versions[i] = 0;
         if (kind_of[i] < 0) continue;
         const int64_t *kind = kinds + kind_of[i] * width;
         void **object = t->item(list, i), *tensor = object + t->body, *address;
         if ((int64_t)(intptr_t)object[1] != kind[TYPE] || !object[t->body]) return i;
         if (((const int64_t *)object[t->body])[t->keys] != kind[KEYS]) return i;
         int32_t number;
-        int64_t dim, *numbers;
+        int64_t dim, *numbers, bytes, offset;
         if (t->dtype(tensor, &number) || number != kind[DTYPE]) return i;
         if (t->device_index(tensor, &number) || number != kind[DEVICE]) return i;
         if (t->dim(tensor, &dim) || dim != kind[DIM]) return i;
         if (t->sizes(tensor, &numbers) || memcmp(numbers, kind + NUMBERS, 8 * dim)) return i;
         if (t->strides(tensor, &numbers) || memcmp(numbers, kind + NUMBERS + dim, 8 * dim)) return i;
         if (t->data_ptr(tensor, &address)) return i;
-        if (!address && has_elements(kind)) return i; /* its storage has been freed */
+        if (kind[SPAN] && (t->storage_size(tensor, &bytes) || t->storage_offset(tensor, &offset))) return i;
+        if (kind[SPAN] && offset * kind[ITEMSIZE] + kind[SPAN] > bytes) return i;
         addresses[i] = (int64_t)(intptr_t)address;
-        bodies[i] = (int64_t)(intptr_t)object[t->body];
+        versions[i] = ((const int64_t *)object[t->body])[t->version];
     }
     return n;
 }
@@ -134,13 +136,30 @@ int same(const torch_t *t, void *a, void *b, int64_t n) {
         if (t->item(a, i) != t->item(b, i)) return 0;
     return 1;
 }
-"""
-NUMBERS = 5  # of a description that come before sizes and strides
+""".replace("FIELDS", ", ".join(FIELDS))
+_QUESTIONS = (
+    *("data_ptr", "storage_size", "storage_offset", "sizes"),
+    *("strides", "dim", "dtype", "device_index"),
+)
 WORDS = 32  # of a tensor, of which one has the keys, looked through
 
 
-def _interior() -> tuple[int, int] | None:
-    """At which word a Python object points to its tensor, and at which that has its keys; None if it is not clear."""
+class _Interior(NamedTuple):
+    """Words of objects.
+
+    Args:
+      body: at which a Python object points to its tensor.
+      keys: at which that has its dispatch keys.
+      version: at which it points to its version.
+    """
+
+    body: int
+    keys: int
+    version: int
+
+
+def _interior() -> _Interior | None:
+    """Where objects have what is looked for; None if that is not clear."""
     # whatever mode the caller is in
     with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction(), torch.inference_mode(False):
         plain = torch.zeros(3, dtype=torch.float32, device="cpu")
@@ -150,19 +169,27 @@ def _interior() -> tuple[int, int] | None:
         conjugate = torch.zeros(2, dtype=torch.complex64, device="cpu").conj()
         examples = [plain, torch._neg_view(plain), inference, meta, torch.nn.Parameter(plain), conjugate]
         keys = [torch._C._dispatch_keys(x).raw_repr() for x in examples]
+        one_version = [plain, plain[1:], plain.detach()]
+        others = [plain.data, torch.zeros_like(plain)]  # the former has the memory in common, but not the version
     if {type(x) for x in examples} != {torch.Tensor, torch.nn.Parameter} or len(set(keys)) < 5:
         return None
 
     def word(address: int, k: int) -> int:
         return ctypes.c_uint64.from_address(address + 8 * k).value
 
+    def is_version(k: int) -> bool:
+        shared, own = {word(x._cdata, k) for x in one_version}, {word(x._cdata, k) for x in others}
+        return len(shared) == 1 and len(shared | own) == 3 and 0 not in shared
+
     if any(word(id(x), 1) != id(type(x)) for x in examples):
         return None
     # none is read behind those that are looked for
-    body = next((k for k in range(2, 6) if all(word(id(x), k) == x._cdata for x in examples)), None)
+    size = min(6, torch.Tensor.__basicsize__ // 8)
+    body = (k for k in range(2, size) if all(word(id(x), k) == x._cdata for x in examples))
     where = (k for k in range(WORDS) if all(word(x._cdata, k) == y for x, y in zip(examples, keys, strict=True)))
-    found = next(where, None)
-    return None if body is None or found is None else (body, found)
+    found = next(body, None), next(where, None)
+    version = next(filter(is_version, range(found[1] or 0)), None)
+    return None if None in (*found, version) else _Interior(*found, version)  # type: ignore[arg-type]
 
 
 class _Functions(NamedTuple):
@@ -174,7 +201,7 @@ class _Functions(NamedTuple):
     same: "ctypes._NamedFuncPointer"
 
 
-_functions: list[_Functions] = []  # at most one
+_functions: list[_Functions] = []  # the first is used
 
 
 def use(library: ctypes.CDLL) -> None:
@@ -188,7 +215,7 @@ def use(library: ctypes.CDLL) -> None:
     held = ctypes.PyDLL(library._name, handle=library._handle)  # called with the interpreter's lock
     describe, scan, fetch, slots, same = held.describe, held.scan, held.fetch, held.slots, held.same
     interior, theirs = _interior(), ctypes.CDLL(torch._C.__file__)
-    names = [f"aoti_torch_get_{x}" for x in ("data_ptr", "sizes", "strides", "dim", "dtype", "device_index")]
+    names = [f"aoti_torch_get_{x}" for x in _QUESTIONS]
     if interior is None or not all(hasattr(theirs, name) for name in names):  # pragma: no cover
         return
     python = ctypes.pythonapi
@@ -200,7 +227,9 @@ def use(library: ctypes.CDLL) -> None:
     fetch.argtypes, fetch.restype = [pointer, object_, n, ctypes.c_void_p], None
     slots.argtypes, slots.restype = [pointer, object_, n, ctypes.c_void_p, n, object_], n
     same.argtypes, same.restype = [pointer, object_, object_, n], ctypes.c_int
-    _functions.append(_Functions(struct.pack("11q", *pointers, *interior), describe, scan, fetch, slots, same))
+    _functions.append(
+        _Functions(struct.pack(f"{len(pointers)}q3q", *pointers, *interior), describe, scan, fetch, slots, same)
+    )
 
 
 class Found(NamedTuple):
@@ -208,11 +237,11 @@ class Found(NamedTuple):
 
     Args:
       addresses: of their elements.
-      bodies: of the tensors of torch, which `swap_tensors` changes while objects stay the same.
+      versions: of their versions, which parts of one tensor share.
     """
 
     addresses: bytes
-    bodies: bytes
+    versions: bytes
 
 
 class Kinds(NamedTuple):
@@ -245,27 +274,37 @@ class Kinds(NamedTuple):
             return None
         functions = _functions[0]
         chosen = [tensors[i] for i in positions]
-        width = NUMBERS + 2 * max((x.ndim for x in chosen), default=0)
+        width = len(FIELDS) + 2 * max((x.ndim for x in chosen), default=0)
         out = ctypes.create_string_buffer(8 * width * len(chosen))
         if functions.describe(functions.torch, chosen, len(chosen), width, out) < len(chosen):
             return None
         known: dict[bytes, int] = {}
+        kinds: list[int] = []
         raw, size = out.raw, 8 * width
         kind_of = [-1] * len(tensors)
         for k, i in enumerate(positions):
-            kind_of[i] = known.setdefault(raw[k * size : (k + 1) * size], len(known))
-        return cls(len(tensors), width, struct.pack(f"{len(kind_of)}i", *kind_of), b"".join(known))
+            words = raw[k * size : (k + 1) * size]
+            if words not in known:
+                known[words] = len(known)
+                kind = list(struct.unpack(f"{width}q", words))
+                x = tensors[i]
+                kind[FIELDS.index("ITEMSIZE")], kind[FIELDS.index("SPAN")] = x.element_size(), span(x)
+                kinds += kind
+            kind_of[i] = known[words]
+        return cls(
+            len(tensors), width, struct.pack(f"{len(kind_of)}i", *kind_of), struct.pack(f"{len(kinds)}q", *kinds)
+        )
 
     def find(self, tensors: list[Any]) -> Found | None:
         """Where the tensors of another list are that are of the same kinds; None if one is of another."""
         if len(tensors) != self.n:
             return None
         functions = _functions[0]
-        addresses, bodies = ctypes.create_string_buffer(8 * self.n), ctypes.create_string_buffer(8 * self.n)
+        addresses, versions = ctypes.create_string_buffer(8 * self.n), ctypes.create_string_buffer(8 * self.n)
         alike = functions.scan(
-            functions.torch, tensors, self.n, self.kind_of, self.width, self.kinds, addresses, bodies
+            functions.torch, tensors, self.n, self.kind_of, self.width, self.kinds, addresses, versions
         )
-        return Found(addresses.raw, bodies.raw) if alike == self.n else None
+        return Found(addresses.raw, versions.raw) if alike == self.n else None
 
 
 def addresses(tensors: Sequence[torch.Tensor]) -> bytes:

@@ -1,51 +1,43 @@
 """Counting up the versions of tensors that kernels have written to, by which autograd notices writes."""
 
-import struct
-import weakref
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from .call import Column
-from .scan import Found
 
 
-PACKED = 8  # tensors per tensor that they are parts of, from which on it pays to know the latter
+class Versions:
+    """Counts up each version once: parts of one tensor share theirs, and with many of them that takes long."""
+
+    def __init__(self) -> None:
+        self.last: tuple[list[bytes], list[tuple[int, int]]] = ([], [])
+
+    def count_up(self, columns: Sequence[Column], positions: Sequence[Sequence[int]]) -> None:
+        """Counts up the versions of tensors.
+
+        Args:
+          columns: the tensors.
+          positions: which of each column.
+        """
+        found = [column.found.versions for column in columns if column.found is not None]
+        if len(found) < len(columns):
+            chosen = [(k, i) for k, places in enumerate(positions) for i in places]
+        else:
+            known, chosen = self.last  # of this or another thread, so looked at once
+            if known != found:
+                chosen = list(_one_of_each(found, positions))
+                self.last = found, chosen
+        # tensors made in inference mode have no version, and are passed over
+        torch.autograd.graph.increment_version([columns[k][i] for k, i in chosen])
 
 
-class Owners(NamedTuple):
-    """The few tensors that those of some columns are parts of, with which parts share their versions.
-
-    As long as they live, nothing else can get their memory: tensors in the same places are parts of them.
-
-    Args:
-      found: where the tensors in the columns were.
-      owners: what they are parts of; nothing is kept alive by this.
-    """
-
-    found: list[Found | None]
-    owners: list[weakref.ref[torch.Tensor]]
-
-    @classmethod
-    def of(cls, columns: Sequence[Column]) -> "Owners | None":
-        """The owners of tensors; None if some have none, or there are too many to gain by it."""
-        owners: dict[int, tuple[torch.Tensor, int, int]] = {}
-        for column in columns:
-            for x, address in zip(column, struct.unpack(f"{len(column)}q", column.addresses), strict=True):
-                base = x._base
-                if base is None:
-                    return None
-                if id(base) not in owners:
-                    owners[id(base)] = base, base.data_ptr(), base.data_ptr() + base.nbytes
-                _, start, stop = owners[id(base)]
-                if not start <= address < stop:  # after `x.data = y`
-                    return None
-        if not owners or len(owners) * PACKED > sum(map(len, columns)):
-            return None
-        return cls([c.found for c in columns], [weakref.ref(base) for base, _, _ in owners.values()])
-
-    def get(self, columns: Sequence[Column]) -> list[torch.Tensor] | None:
-        """The owners, if columns are what they were."""
-        alive = [x for owner in self.owners if (x := owner()) is not None]
-        return alive if len(alive) == len(self.owners) and [c.found for c in columns] == self.found else None
+def _one_of_each(versions: Sequence[bytes], positions: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
+    """The first place of every version."""
+    known = set()
+    for k, (packed, places) in enumerate(zip(versions, positions, strict=True)):
+        each = memoryview(packed).cast("q")
+        for i in places:
+            if each[i] not in known or not each[i]:
+                known.add(each[i])
+                yield k, i

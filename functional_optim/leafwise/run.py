@@ -193,10 +193,14 @@ def run_segment(
     """Runs fused transformations over leaves, in place; or, if there is a list `later`, leaves the writing to it."""
     plan = layout.plan
     plan.first = first
-    for name, schedule in _hosts(segment):
+    hosts = list(_hosts(segment))
+    for name, schedule in hosts:
         lists[name] = _host_column(name, schedule, leaves, plan)
     prepared = segment.prepare(plan, lists, remember=not seen)
     tables = [_table(group, options, extra) for group in prepared.groups]
+    if extra or hosts or segment is not plan.segments[0]:
+        lists["params"] = layout.local(leaves.params)
+        prepared.check_again(plan, lists)
     reference = reference_reason(plan, prepared, tables, seen)
     donate = later is None and (not reference or not (seen or torch.is_grad_enabled()))
     before = {key: lists[key] for key in ("params", *(s.key for s in segment.stored))} if not donate else {}

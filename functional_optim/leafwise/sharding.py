@@ -1,6 +1,7 @@
 """Tensors that are held as others: the parts of DTensors, and complex numbers as pairs of real ones."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,12 @@ class MeshShard:
 def distributed(x: Any) -> bool:
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
+
+
+def all_distributed(tensors: Sequence[Any]) -> bool:
+    """Whether all tensors are DTensors, and none of a subclass."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and set(map(type, tensors)) == {module.DTensor}
 
 
 def shard(p: Any) -> Shard | None:

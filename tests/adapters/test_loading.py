@@ -579,3 +579,24 @@ def test_safetensors_keep_types_keys_layouts_and_special_numbers(tmp_path: Path)
     assert_same_bits(load_safetensors(tmp_path / "x.safetensors")["state"][0], state["state"][0])
     assert load_safetensors(tmp_path / "x.safetensors")["param_groups"] == state["param_groups"]
     assert load_safetensors(tmp_path / "x.safetensors")["state"]["name"] == 1
+
+
+@fo.elementwise(state={"c": fo.slot(1.0, per="leaf")})
+def counted(u: Any, c: Any) -> Any:
+    return -0.1 * c * u, c + 1
+
+
+def test_one_number_for_a_complex_parameter() -> None:
+    params = [torch.nn.Parameter(torch.ones(3, dtype=torch.complex64)) for _ in range(2)]
+    opts = [TransformOptimizer([p], counted()) for p in params]
+    params[0].grad = torch.ones(3, dtype=torch.complex64)
+    params[1].grad = params[0].grad
+    opts[0].step()
+    with torch.no_grad():
+        params[1].copy_(params[0])
+
+    opts[1].load_state_dict(opts[0].state_dict())
+
+    for opt in opts:
+        opt.step()
+    assert torch.equal(*params)

@@ -273,3 +273,54 @@ def test_a_mask_that_matches_no_parameter_is_warned_of_once(named: bool) -> None
 
     assert len(caught) == 1
     assert ("weight" if named else "param_groups[0].params[0]") in str(caught[0].message).partition("there are")[2]
+
+
+class MainGrad(torch.Tensor):
+    """Its gradient is somewhere else, as some libraries for large models have it."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == torch.Tensor.grad.__get__:  # type: ignore[attr-defined]
+            return args[0].__dict__.get("main_grad")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_a_class_that_has_its_gradients_elsewhere() -> None:
+    p = torch.ones(3).as_subclass(MainGrad).requires_grad_()
+    p.__dict__["main_grad"] = torch.ones(3)
+
+    SGD([p], lr=0.5).step()
+
+    assert p.detach().tolist() == [0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+@pytest.mark.parametrize("what", ["parameter", "gradient"])
+@pytest.mark.parametrize("offset", [0, 8])
+def test_memory_that_has_been_freed(offset: int, what: str, steps: int) -> None:
+    flat = {"parameter": torch.ones(16), "gradient": torch.ones(16)}
+    p = torch.nn.Parameter(flat["parameter"][offset : offset + 8])
+    p.grad = flat["gradient"][offset : offset + 8]
+    opt = SGD([p, torch.nn.Parameter(torch.ones(2))], lr=0.5)
+    for _ in range(steps):
+        opt.step()
+    flat[what].untyped_storage().resize_(0)
+
+    with pytest.raises(ValueError, match=r"of shape \(8,\) has no memory: its storage has been freed"):
+        opt.step()
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+def test_a_gradient_that_is_zero_and_has_no_memory(steps: int) -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    opt = SGD([p], lr=0.5, momentum=0.5)
+    for _ in range(steps):
+        p.grad = torch.zeros(3)
+        opt.step()
+    p.grad = torch._efficientzerotensor((3,))
+
+    opt.step()
+
+    p.grad = torch.ones(3)
+    opt.step()
+    assert p.detach().tolist() == [0.5, 0.5, 0.5]
