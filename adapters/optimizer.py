@@ -457,6 +457,11 @@ class TransformOptimizer(ChainOptimizer):
         if fused:
             if differentiable:
                 raise RuntimeError("`fused` does not support `differentiable`")
+            self._offer_scaling()
+
+    def _offer_scaling(self) -> None:
+        """Has `GradScaler` leave unscaling to the kernel, if no transformation would see scaled gradients."""
+        if len(leafwise.rules(self._tx)) == len(leafwise.parts(self._tx)):
             self._step_supports_amp_scaling = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -490,7 +495,7 @@ class TransformOptimizer(ChainOptimizer):
         if "_naming" not in self.__dict__:
             self._naming = Naming(self._tx)
         if any(group.get("fused") for group in self.param_groups):
-            self._step_supports_amp_scaling = True
+            self._offer_scaling()
 
     @staticmethod
     def factory(tx_function: Callable[..., fo.GradientTransformation]) -> "type[TransformOptimizer]":

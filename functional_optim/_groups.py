@@ -1,7 +1,8 @@
 """Leaves that share a program: what their tensors mean for it, and where each of its arrays is."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -21,24 +22,34 @@ class Places(NamedTuple):
 
     Args:
       pairs: lists and positions.
-      keys: the lists.
-      whole: the list, if the column is all of it.
+      only: the list, if it is the same for all.
+      get: takes the tensors from it; None if they are all of it.
     """
 
     pairs: tuple[tuple[Any, int], ...]
-    keys: frozenset[Any]
-    whole: Any = None
+    only: Any = None
+    get: Callable[[Any], tuple[Any, ...]] | None = None
 
     @classmethod
     def of(cls, pairs: Sequence[tuple[Any, int]], n_leaves: int) -> "Places":
-        keys = frozenset(key for key, _ in pairs)
-        whole = len(keys) == 1 and [i for _, i in pairs] == list(range(n_leaves))
-        return cls(tuple(pairs), keys, pairs[0][0] if whole else None)
+        positions = [i for _, i in pairs]
+        if len({key for key, _ in pairs}) > 1:
+            return cls(tuple(pairs))
+        if positions == list(range(n_leaves)):
+            return cls(tuple(pairs), pairs[0][0])
+        # a getter of one thing returns no tuple
+        get = itemgetter(*positions) if len(positions) > 1 else itemgetter(slice(positions[0], positions[0] + 1))
+        return cls(tuple(pairs), pairs[0][0], get)
+
+    @property
+    def whole(self) -> Any:
+        """The list that the tensors are all of, if there is one."""
+        return self.only if self.get is None else None
 
     def gather(self, lists: Lists) -> Column:
-        if self.whole is not None:
-            return lists[self.whole]
-        return Column.of([(lists[key], i) for key, i in self.pairs])
+        if self.only is None:
+            return Column.of([(lists[key], i) for key, i in self.pairs])
+        return lists[self.only] if self.get is None else lists[self.only].part(self.get)
 
     def scatter(self, column: Column, lists: Lists) -> None:
         if self.whole is not None:
@@ -89,6 +100,7 @@ class Group(NamedTuple):
       signature: the program and its dtypes.
       device: the device.
       leaves: positions of the leaves in the tree.
+      updates: where their updates are.
       inputs: where each input of the program is.
       outputs: where each output goes.
       sources: for each row of the scalar table, where its numbers come from.
@@ -103,6 +115,7 @@ class Group(NamedTuple):
     signature: Signature
     device: torch.device
     leaves: tuple[int, ...]
+    updates: Places
     inputs: tuple[Places, ...]
     outputs: tuple[Places, ...]
     sources: tuple[tuple[Source, ...], ...]
@@ -118,11 +131,6 @@ class Group(NamedTuple):
         if self.signature.program.outputs[output].name == "updates":
             return None
         return self.outputs[output].gather(lists)
-
-    def updates(self, lists: Lists) -> Column:
-        """The updates of the leaves."""
-        updates = lists["updates"]
-        return updates if len(self.leaves) == len(updates) else Column.of([(updates, i) for i in self.leaves])
 
 
 @functools.lru_cache(maxsize=512)
@@ -159,6 +167,7 @@ def group_of(members: Sequence[Member], shard: Shard | None, n_leaves: int) -> G
             rows[m.row] = len(rows)
             sources.append(m.recipe.scalars)
 
+    @functools.cache  # what is read and written in the same place is gathered once
     def places(name: str) -> Places:
         return Places.of([(m.recipe.list_of(name), m.leaf) for m in members], n_leaves)
 
@@ -166,6 +175,7 @@ def group_of(members: Sequence[Member], shard: Shard | None, n_leaves: int) -> G
         signature,
         members[0].fit.device,
         tuple([m.leaf for m in members]),
+        Places.of([("updates", m.leaf) for m in members], n_leaves),
         tuple(map(places, (*program.arrays, *program.leaves))),
         tuple([places(o.name) for o in program.outputs]),
         tuple(sources),

@@ -54,7 +54,7 @@ class Overlap:
             return
         targets = [[g.target(k, lists) for k in range(len(g.outputs))] for g in self.groups]
         columns = [c for outs in targets for c in outs if c is not None]
-        reads = [g.updates(lists) for g in self.groups]
+        reads = [g.updates.gather(lists) for g in self.groups]
         written, read = b"".join(c.addresses for c in columns), b"".join(c.addresses for c in reads)
         known = self.known  # of this or another thread, so looked at once
         if known is not None and known.written == written and known.read == read:

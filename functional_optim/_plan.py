@@ -203,7 +203,8 @@ class Prepared:
                 what = name if isinstance(name, str) else f"the state {name[1]!r}"
                 raise RuntimeError(
                     f"{what} changed while the step was computed: a transformation or a schedule that runs in Python "
-                    f"gave a tensor another shape, dtype or layout. Change tensors between steps."
+                    f"made something else of a tensor (another shape, dtype, layout, device, or no memory). Change "
+                    f"tensors between steps."
                 )
 
     def count_up(self, lists: Lists) -> None:

@@ -193,7 +193,7 @@ def run_segment(
         lists[k, name] = _slot_leaves(plan, segment.bounds[k], name, getattr(states[k], name))
     prepared = segment.prepare(plan, lists, remember=not seen)
     tables = [[_scalars(row, segment, states, extra) for row in g.sources] for g in prepared.groups]
-    if extra or prepared.asks_python or segment is not plan.segments[0]:
+    if prepared.asks_python or any(type(x) not in NUMBERS for x in extra.values()) or segment is not plan.segments[0]:
         prepared.check_again(plan, lists)
     reference = reference_reason(plan, prepared, tables, seen)
     if any(states[k].count.is_meta for k in prepared.moving) and not any(
@@ -276,6 +276,7 @@ def number(what: str, x: Any) -> float | torch.Tensor:
         raise ValueError(f"{what} {x!r:.60}, expected a number.") from None
 
 
+NUMBERS = (float, int, bool, torch.Tensor)  # nobody's code runs where one of these is read
 GRADIENT = "a tensor requires a gradient and autograd is recording"
 
 
@@ -336,7 +337,7 @@ def compute(prepared: Prepared, tables: Sequence[Any], lists: Lists, donate: boo
 def _call(group: Group, table: Any, lists: Lists, donate: bool) -> Call:
     return Call(
         group.signature,
-        group.updates(lists),
+        group.updates.gather(lists),
         [places.gather(lists) for places in group.inputs],
         [group.target(k, lists) if donate else None for k in range(len(group.outputs))],
         table,

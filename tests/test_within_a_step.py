@@ -8,6 +8,7 @@ import torch
 
 import functional_optim as fo
 from functional_optim.adapters import TransformOptimizer
+from functional_optim.kernels import launch
 
 from .support import Snapshot
 
@@ -120,3 +121,42 @@ def test_a_lazy_copy_is_left_alone(form: str) -> None:
         step()
 
     assert all(torch.equal(x, y) for x, y in zip(kept, at_start, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
+@pytest.mark.parametrize("what", ["parameter", "state"])
+def test_real_and_complex_tensors_that_are_moved(what: str, dtype: torch.dtype) -> None:
+    p, still = (torch.nn.Parameter(torch.ones(N, dtype=dtype)) for _ in range(2))
+    opts: list[Any] = []
+
+    def act() -> None:
+        state = opts[0].state[p]
+        moved(p if what == "parameter" or "trace" not in state else state["trace"])
+
+    opts += [TransformOptimizer([p], by_a_schedule(act)), TransformOptimizer([still], by_a_schedule(nothing))]
+    for _ in range(STEPS):
+        for q, opt in zip((p, still), opts, strict=True):
+            q.grad = torch.ones_like(q)
+            opt.step()
+
+    assert torch.equal(p, still)
+    assert torch.equal(opts[0].state[p]["trace"], opts[1].state[still]["trace"])
+
+
+def test_parts_of_a_tree_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where leaves see different rules, what is known of the whole tree is not asked of each leaf again."""
+    params = {f"{k}": torch.ones(3, 3) if k % 2 else torch.ones(3) for k in range(20)}
+    tx = fo.adamw(0.1, mask=lambda path, p: p.ndim > 1)
+    state = tx.init(params)
+
+    def step() -> None:
+        with torch.no_grad():
+            fo.apply_gradients(tx, params, {k: torch.ones_like(p) for k, p in params.items()}, state, donate=True)
+
+    for _ in range(3):
+        step()
+    asked: list[Any] = []
+    monkeypatch.setattr(launch, "span", lambda x: asked.append(x) or 0)
+    step()
+
+    assert not asked

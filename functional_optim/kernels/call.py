@@ -1,9 +1,9 @@
 """What backends are called with: columns of tensors, and a table of numbers."""
 
 import struct
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -23,6 +23,8 @@ class Column(list[torch.Tensor]):
     def __init__(self, tensors: Iterable[torch.Tensor] = (), found: Found | None = None) -> None:
         super().__init__(tensors)
         self.found = found
+        self.seen = False  # whether it is made of columns that a `Guard` has seen
+        self._parts: dict[int, Column] = {}
 
     @classmethod
     def of(cls, places: Sequence[tuple["Column", int]]) -> "Column":
@@ -35,7 +37,21 @@ class Column(list[torch.Tensor]):
         columns = {id(column): column for column, _ in places}
         if all(column.found is not None for column in columns.values()):
             known = {key: memoryview(column.addresses).cast("q") for key, column in columns.items()}
-            made.addresses = struct.pack(f"{len(places)}q", *[known[id(column)][i] for column, i in places])
+            made.seen, made.addresses = True, struct.pack(f"{len(made)}q", *[known[id(c)][i] for c, i in places])
+        return made
+
+    def part(self, get: Callable[[Any], Sequence[Any]]) -> "Column":
+        """Some tensors of this column, which is complete.
+
+        Args:
+          get: takes them from a sequence; what it has taken before is remembered.
+        """
+        made = self._parts.get(id(get))
+        if made is None:
+            made = self._parts[id(get)] = Column(get(self))
+            if self.found is not None:
+                addresses = get(memoryview(self.found.addresses).cast("q"))
+                made.seen, made.addresses = True, struct.pack(f"{len(made)}q", *addresses)
         return made
 
     @cached_property

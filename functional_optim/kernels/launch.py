@@ -199,12 +199,13 @@ def _addresses(call: Call, outputs: Sequence[Column]) -> list[bytes]:
     names = (*program.arrays, *program.leaves, *[o.name for o in program.outputs])
     own = {id(column) for column, given in zip(outputs, call.outputs, strict=True) if given is None}
     for name, column in zip(names, (*call.inputs, *outputs), strict=True):
-        if column.found is not None or id(column) in own:
+        if column.found is not None or column.seen or id(column) in own:
             continue
         for k, x in enumerate(column):
             if span(x) and x.storage_offset() * x.element_size() + span(x) > x.untyped_storage().nbytes():
                 raise ValueError(
-                    f"{name} of a leaf of shape {tuple(call.like[k].shape)} has no memory: its storage has been freed."
+                    f"{name} of a leaf of shape {tuple(call.like[k].shape)} has no memory: its storage has been freed "
+                    f"or cut."
                 )
     return [column.addresses for column in (*call.inputs, *outputs)]
 

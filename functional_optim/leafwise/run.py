@@ -13,7 +13,7 @@ from .._backend import transforming
 from .._fuse import Source
 from .._groups import Group, Lists
 from .._plan import Plan, Segment, Stored
-from .._run import compute, number, reference_reason, run_barrier
+from .._run import NUMBERS, compute, number, reference_reason, run_barrier
 from .._spec import Option
 from ..kernels import Column
 from ..kernels.pack import pack
@@ -83,7 +83,7 @@ class Leafwise:
           options: mappings that hyper-parameters are looked up in.
           extra: extra arguments that rules take.
           guarded: whether `extra` has `grad_scale`, which gradients are divided by, and `found_inf`: if it is not 0,
-            everything stays as it is.
+            everything stays as it is. All must be made of rules.
 
         Raises:
           ValueError, TypeError: a tensor does not fit; nothing has been written.
@@ -91,6 +91,11 @@ class Leafwise:
         extra = extra or {}
         seen = transforming()
         layout, lists = self.layout(templates, leaves, guarded, seen)
+        if guarded and layout.barriers:
+            raise ValueError(
+                "gradients that are still multiplied by a loss scale reach transformations that are not made of rules; "
+                "unscale them before the step."
+            )
         if layout.spans_tree and len(leaves.params) == 1 and torch._C._current_graph_task_id() >= 0:
             raise RuntimeError(
                 "this chain reduces over the whole tree, so it needs the gradients of all parameters at once, but it "
@@ -110,9 +115,7 @@ class Leafwise:
                 else:
                     barrier = layout.barriers[id(segment[1])]
                     state = run_barrier(segment[1], layout.plan, lists, barrier.gather(leaves.states), extra)
-                    if not (guarded and float(extra["found_inf"])):
-                        put = functools.partial(barrier.scatter, state, leaves.states, layout.plan.present)
-                        writes.append(put)
+                    writes.append(functools.partial(barrier.scatter, state, leaves.states, layout.plan.present))
             for write in writes:
                 write()
         except BaseException:
@@ -198,8 +201,10 @@ def run_segment(
         lists[name] = _host_column(name, schedule, leaves, plan)
     prepared = segment.prepare(plan, lists, remember=not seen)
     tables = [_table(group, options, extra) for group in prepared.groups]
-    if extra or hosts or segment is not plan.segments[0]:
+    if hosts or any(type(x) not in NUMBERS for x in extra.values()) or segment is not plan.segments[0]:
         lists["params"] = layout.local(leaves.params)
+        if layout.foreign:  # the tensors of states themselves are those that are known
+            _columns(segment, layout, lists, leaves, options, [], set())
         prepared.check_again(plan, lists)
     reference = reference_reason(plan, prepared, tables, seen)
     donate = later is None and (not reference or not (seen or torch.is_grad_enabled()))

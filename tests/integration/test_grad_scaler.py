@@ -167,3 +167,28 @@ def test_with_autocast(fused: bool) -> None:
         scaler.update()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+@PATHS
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_what_is_not_made_of_rules_sees_no_scale(position: int, fused: bool) -> None:
+    members = [fo.trace(0.9), fo.sgd(0.1, momentum=0.5)]
+    names = [f"p{k}" for k in range(len(make_params()))]
+
+    def signs(updates: Any, params: Any) -> Any:
+        return {k: None if u is None else u.sign() for k, u in updates.items()}
+
+    members.insert(position, fo.stateless(signs))
+    tx = fo.chain(*members)
+
+    def make(fused: bool) -> Any:
+        return adapters.TransformOptimizer(list(zip(names, make_params(), strict=True)), tx, fused=fused)
+
+    optimizer, plain, scaler = make(fused), make(False), make_scaler()
+    grads = make_grads(params_of(optimizer), 4)
+    for k, each in enumerate(grads):
+        scaled_step(scaler, optimizer, each, k == 1)
+    take_steps(plain, [g for k, g in enumerate(grads) if k != 1])
+
+    actual = values(params_of(optimizer)), state_of(optimizer)
+    torch.testing.assert_close(actual, (values(params_of(plain)), state_of(plain)), **EXACT)

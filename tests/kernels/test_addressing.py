@@ -44,7 +44,7 @@ class Place:
 def column(x: torch.Tensor, start: int) -> Column:
     """The column of one leaf, of which `x` is the end."""
     made = Column([Place(x, start)])  # type: ignore[list-item]
-    made.__dict__["addresses"] = struct.pack("q", Place(x, start).data_ptr())
+    made.seen, made.addresses = True, struct.pack("q", Place(x, start).data_ptr())
     return made
 
 
