@@ -193,7 +193,7 @@ def run_segment(
         lists[k, name] = _slot_leaves(plan, segment.bounds[k], name, getattr(states[k], name))
     prepared = segment.prepare(plan, lists, remember=not seen)
     tables = [[_scalars(row, segment, states, extra) for row in g.sources] for g in prepared.groups]
-    if prepared.asks_python or any(type(x) not in NUMBERS for x in extra.values()) or segment is not plan.segments[0]:
+    if prepared.asks_python or runs_python(segment, plan, extra):
         prepared.check_again(plan, lists)
     reference = reference_reason(plan, prepared, tables, seen)
     if any(states[k].count.is_meta for k in prepared.moving) and not any(
@@ -276,7 +276,12 @@ def number(what: str, x: Any) -> float | torch.Tensor:
         raise ValueError(f"{what} {x!r:.60}, expected a number.") from None
 
 
-NUMBERS = (float, int, bool, torch.Tensor)  # nobody's code runs where one of these is read
+def runs_python(segment: Segment, plan: Plan, extra: Mapping[str, Any]) -> bool:
+    """Whether code of somebody else runs before a segment: a transformation, or what makes a number of an argument."""
+    return segment is not plan.segments[0] or any(type(x) not in NUMBERS for x in extra.values())
+
+
+NUMBERS = (float, int, bool, torch.Tensor)
 GRADIENT = "a tensor requires a gradient and autograd is recording"
 
 

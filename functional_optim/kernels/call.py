@@ -17,12 +17,11 @@ class Column(list[torch.Tensor]):
 
     Args:
       tensors: the tensors.
-      found: where they are, if a `Guard` has seen.
     """
 
-    def __init__(self, tensors: Iterable[torch.Tensor] = (), found: Found | None = None) -> None:
+    def __init__(self, tensors: Iterable[torch.Tensor] = ()) -> None:
         super().__init__(tensors)
-        self.found = found
+        self.found: Found | None = None  # where they are, once a `Guard` has seen
         self.seen = False  # whether it is made of columns that a `Guard` has seen
         self._parts: dict[int, Column] = {}
 

@@ -13,7 +13,7 @@ from .._backend import transforming
 from .._fuse import Source
 from .._groups import Group, Lists
 from .._plan import Plan, Segment, Stored
-from .._run import NUMBERS, compute, number, reference_reason, run_barrier
+from .._run import compute, number, reference_reason, run_barrier, runs_python
 from .._spec import Option
 from ..kernels import Column
 from ..kernels.pack import pack
@@ -201,7 +201,7 @@ def run_segment(
         lists[name] = _host_column(name, schedule, leaves, plan)
     prepared = segment.prepare(plan, lists, remember=not seen)
     tables = [_table(group, options, extra) for group in prepared.groups]
-    if hosts or any(type(x) not in NUMBERS for x in extra.values()) or segment is not plan.segments[0]:
+    if hosts or runs_python(segment, plan, extra):
         lists["params"] = layout.local(leaves.params)
         if layout.foreign:  # the tensors of states themselves are those that are known
             _columns(segment, layout, lists, leaves, options, [], set())
