@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
-from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -198,13 +197,7 @@ class ChainOptimizer(Optimizer):
         else:
             kinds = [k for k, group in zip(kind_of, members, strict=True) for _ in group]
             owners = [g for g, group in enumerate(members) for _ in group]
-        leafwise.fetch(params)
-        # else asking a DTensor takes three times as long; other classes may have something to say about it
-        quick = (
-            torch._C.DisableTorchFunctionSubclass() if leafwise.all_distributed(params) else contextlib.nullcontext()
-        )
-        with quick:
-            grads = list(map(attrgetter("grad"), params))
+        grads = leafwise.gradients(params)
         leaves = Leaves(self._names, params, grads, states, kinds, owners, ids, list(map(_names_key, given)))
         if not fresh:
             last.leaves, last.used, last.cut = leaves._replace(names=list, grads=[]), (templates, kind_of), cut

@@ -5,6 +5,7 @@ This is where wrong shapes, dtypes and devices are refused, with the path of the
 
 import functools
 import itertools
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from ._tree import Reader, Spec, Tree, View, at, check_fit, check_leaf, differen
 from .kernels import Column, Shard
 from .kernels.alike import distinct
 from .kernels.guard import Guards
-from .kernels.versions import Versions
+from .kernels.versions import count_up
 
 
 KEEP = 8  # how many kinds of trees a transformation is remembered for
@@ -181,9 +182,9 @@ class Prepared:
         ]
         self.overlap = Overlap(self.groups)
         self.asks_python = any(source.kind == "host" for g in self.groups for row in g.sources for source in row)
-        self.versions = Versions()
         applied = [g for g in self.groups if any(o.name == "params" for o in g.signature.program.outputs)]
-        self.written = where | {"params": [i for g in applied for i in g.leaves]}
+        written = where | {"params": [i for g in applied for i in g.leaves]}
+        self.written = {key: array("q", positions) for key, positions in written.items() if positions}
 
     def holds(self, plan: "Plan", lists: Lists) -> bool:
         """Whether these leaves are like those it was prepared for."""
@@ -209,8 +210,8 @@ class Prepared:
 
     def count_up(self, lists: Lists) -> None:
         """Counts up the versions of all stored tensors and parameters, written to in place behind torch's back."""
-        columns = {key: positions for key, positions in self.written.items() if positions}
-        self.versions.count_up([lists[key] for key in columns], list(columns.values()))
+        for key, positions in self.written.items():
+            count_up(lists[key], positions)
 
 
 def _check_count(name: str, x: Any) -> None:

@@ -5,10 +5,10 @@ from typing import Any, TypeVar
 
 import torch
 
+from .layout import PLAIN
+
 
 T = TypeVar("T")
-
-PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def look(x: Any) -> Hashable:

@@ -10,6 +10,7 @@ double precision, and the next pass adds the chunks in order.
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -19,6 +20,7 @@ from .program import Level, Program
 
 
 BLOCK = 512  # elements per block of a reducing pass; one block of each reduced value stays in the first-level cache
+STRIP = 64  # elements after which more of the next chunk is asked for; a whole number of vectors and of cache lines
 
 HEADER = r"""
 #include <math.h>
@@ -39,6 +41,7 @@ typedef struct {{
   double *const *partials;             /* n_partials numbers per reduction */
   void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
   int64_t n_threads;
+  int64_t run;                         /* chunks that a thread takes at once */
   int64_t next_chunk;
   double *of_row, *of_leaf;            /* uniform values */
 }} launch_t;
@@ -75,6 +78,10 @@ static inline uint16_t to_f16(float f) {{
   return (uint16_t)(sign | ((u + 0xfff + ((u >> 13) & 1) - 0x38000000) >> 13));
 }}
 #endif
+
+static inline void ask(const void *start, const void *stop) {{
+  for (const char *line = start; line < (const char *)stop; line += 64) __builtin_prefetch(line);
+}}
 
 static inline void fold_sum(double *lanes, const real *x, int n) {{
   int i = 0;
@@ -276,24 +283,27 @@ class _Emitter:
     def work(self) -> list[str]:
         program, values, p = self.program, self.program.values, self.p
         lines = ["launch_t *l = data;", "for (;;) {"]
+        lines += [
+            "  const int64_t from = __atomic_fetch_add(&l->next_chunk, l->run, __ATOMIC_RELAXED);",
+            "  if (from >= l->n_chunks) return;",
+            "  const int64_t until = from + l->run < l->n_chunks ? from + l->run : l->n_chunks;",
+            "  for (int64_t chunk = from; chunk < until; ++chunk) {",
+        ]
         inner = [
-            "const int64_t chunk = __atomic_fetch_add(&l->next_chunk, 1, __ATOMIC_RELAXED);",
-            "if (chunk >= l->n_chunks) return;",
             "const int64_t leaf = l->chunk_leaf[chunk], start = l->chunk_start[chunk], stop = l->chunk_stop[chunk];",
+            "const int64_t later = chunk + 1 < until ? chunk + 1 : chunk, next = l->chunk_leaf[later];",
+            f"const int64_t ahead = l->chunk_start[later] - start, strip = later > chunk ? {STRIP} : stop - start;",
         ]
         inner += [f"const real s{i} = (real){self.kept(i)};" for i in (*self.row_kept, *self.leaf_kept)]
         body = []
-        for i in p.inputs:
-            ctype, load, _ = STORAGE[self.signature.dtypes[values[i].name]]
-            inner.append(
-                f"const {ctype} *a{i} = l->columns[{self.columns[values[i].name]}][leaf];  /* {values[i].name} */"
-            )
-            body.append(f"const real v{i} = {load.format(f'a{i}[i]')};")
-        for i, k in p.reloads:
-            ctype, load, _ = STORAGE[self.signature.outputs[k]]
-            inner.append(
-                f"const {ctype} *a{i} = l->columns[{self.first_output + k}][leaf];  /* {program.outputs[k].name} */"
-            )
+        loads = [
+            (i, self.columns[values[i].name], values[i].name, self.signature.dtypes[values[i].name]) for i in p.inputs
+        ]
+        loads += [(i, self.first_output + k, program.outputs[k].name, self.signature.outputs[k]) for i, k in p.reloads]
+        for i, column, name, dtype in loads:
+            ctype, load, _ = STORAGE[dtype]
+            inner.append(f"const {ctype} *a{i} = l->columns[{column}][leaf];  /* {name} */")
+            inner.append(f"const {ctype} *n{i} = (const {ctype} *)l->columns[{column}][next] + ahead;")
             body.append(f"const real v{i} = {load.format(f'a{i}[i]')};")
         for i in p.body:
             ctype = "int" if values[i].boolean else "real"
@@ -308,23 +318,35 @@ class _Emitter:
                 body.append(store.format(f"o{k}[i]", self.operand(program.outputs[k].value)) + ";")
         for r in p.reductions:
             body.append(f"b{r}[i - first] = {self.operand(values[r].args[0])};")
-        loop = "#pragma omp simd"
         if not p.reductions:
-            inner += [loop, "for (int64_t i = start; i < stop; ++i) {", *("  " + x for x in body), "}"]
+            inner += self.strips("start", "stop", [i for i, *_ in loads], body)
         else:
             for r in p.reductions:
                 identity = literal(REDUCTIONS[values[r].reduction].identity)
                 inner.append(f"double t{r}[8] = {{{', '.join([identity] * 8)}}};")
                 inner.append(f"real b{r}[{BLOCK}];")
             inner.append(f"for (int64_t first = start; first < stop; first += {BLOCK}) {{")
-            inner.append(f"  const int64_t end = stop < first + {BLOCK} ? stop : first + {BLOCK};")
-            inner += ["  " + loop, "  for (int64_t i = first; i < end; ++i) {", *("    " + x for x in body), "  }"]
-            inner += [f"  fold_{values[r].reduction}(t{r}, b{r}, (int)(end - first));" for r in p.reductions]
+            inner.append(f"  const int64_t last = stop < first + {BLOCK} ? stop : first + {BLOCK};")
+            inner += ["  " + x for x in self.strips("first", "last", [i for i, *_ in loads], body)]
+            inner += [f"  fold_{values[r].reduction}(t{r}, b{r}, (int)(last - first));" for r in p.reductions]
             inner.append("}")
             for r in p.reductions:
                 place = f"l->partials[{program.reductions.index(r)}][l->first_partial + chunk]"
                 inner.append(f"{place} = done_{values[r].reduction}(t{r});")
-        return [*lines, *("  " + x for x in inner), "}"]
+        return [*lines, *("    " + x for x in inner), "  }", "}"]
+
+    @staticmethod
+    def strips(first: str, last: str, loads: Sequence[int], body: Sequence[str]) -> list[str]:
+        """A loop over elements. On the way it asks for the next chunk, which the hardware does not see coming."""
+        lines = [
+            f"for (int64_t at = {first}; at < {last}; at += strip) {{",
+            f"  const int64_t end = {last} - at < strip ? {last} : at + strip;",
+        ]
+        asks = [f"    ask(n{i} + at, n{i} + end);" for i in loads]
+        if loads:
+            lines += ["  if (later > chunk) {", *asks, "  }"]
+        lines += ["  #pragma omp simd", "  for (int64_t i = at; i < end; ++i) {", *("    " + x for x in body), "  }"]
+        return [*lines, "}"]
 
     @property
     def suffix(self) -> str:

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from .alike import PLAIN, look
+from .alike import look
 from .call import Column
-from .layout import meta
+from .layout import PLAIN, meta
 from .scan import Kinds
 
 

@@ -26,6 +26,7 @@ from .program import Level
 
 
 CHUNK = 1 << 15  # elements: seven streams of float32 stay within a second-level cache; shorter ones cost 3% of a step
+RUN = 1 << 14  # elements: about as many a thread takes at once, where chunks are shorter
 SERIAL = 1 << 14  # elements below which waking other threads costs more than it saves
 TRITON_BLOCK = 1024
 TRITON_CHUNKS = 4096  # at most this many partial results per reduction, because every instance adds them up
@@ -43,6 +44,7 @@ class _Launch(ctypes.Structure):
         ("partials", ctypes.c_void_p),
         ("parallel", ctypes.c_void_p),
         ("n_threads", ctypes.c_int64),
+        ("run", ctypes.c_int64),
         ("next_chunk", ctypes.c_int64),
         ("of_row", ctypes.c_void_p),
         ("of_leaf", ctypes.c_void_p),
@@ -231,14 +233,15 @@ def run_c(calls: Sequence[Call]) -> list[list[Column]]:
         numbers = list(itertools.chain.from_iterable(call.scalars))  # tensors are asked for theirs by `pack`
         table = (ctypes.c_char_p * len(columns))(*columns)
         partials = (ctypes.c_void_p * len(own))(*[x.data_ptr() for x in own])
-        big = parallel is not None and sum(call.sizes) > SERIAL
+        n_elements = sum(call.sizes)
+        n_threads = min(torch.get_num_threads(), n_chunks) if parallel is not None and n_elements > SERIAL else 1
         chunk_leaf, chunk_start, chunk_stop, leaf_chunk, leaf_size, leaf_row = packed
         scalars = struct.pack(f"{len(numbers)}d", *numbers)
         launch = _Launch(
             n_leaves, n_chunks, len(call.scalars), total, first,
             chunk_leaf, chunk_start, chunk_stop, leaf_chunk, leaf_size, leaf_row,
             ctypes.addressof(table), scalars, ctypes.addressof(partials),
-            parallel, min(torch.get_num_threads(), n_chunks) if big else 1,
+            parallel, n_threads, max(1, min(n_chunks * RUN // max(1, n_elements), n_chunks // (8 * n_threads))),
         )  # fmt: skip
         keep.append((columns, table, partials, scalars, packed))
         launches.append(launch)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 
+PLAIN = (torch.Tensor, torch.nn.Parameter)  # torch's own classes
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 

@@ -3,13 +3,14 @@
 Asking each tensor from Python takes longer than a kernel takes to update it. So a few lines of C ask torch, by the
 functions of its stable C interface (`aoti_torch_get_*`), which take the address of a tensor. What they need to know
 of torch besides is where a Python object has its tensor, where that has its dispatch keys, which tell sparse, negated
-and wrapped tensors from those that a kernel may be handed, and where it points to its version. These are found by
-looking at a few tensors of which they are known; if they are not found, or there is no compiler, everything is asked
-from Python. The lines are compiled as a part of each kernel, and taken from the first one.
+and wrapped tensors from those that a kernel may be handed, where it points to its version, and where in that the number
+is. These are found by looking at a few tensors of which they are known; if they are not found, or there is no compiler,
+everything is asked from Python. The lines are compiled as a part of each kernel, and taken from the first one.
 """
 
 import ctypes
 import struct
+from array import array
 from collections.abc import Sequence
 from operator import attrgetter, is_
 from types import MemberDescriptorType
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .layout import span
+from .layout import PLAIN, span
 
 
 FIELDS = ("TYPE", "KEYS", "DTYPE", "DEVICE", "DIM", "ITEMSIZE", "SPAN")  # of a description; sizes and strides follow
@@ -28,14 +29,17 @@ SOURCE = """\
 typedef struct {
     void *(*item)(void *list, intptr_t i); /* of Python */
     int (*set_item)(void *list, intptr_t i, void *object);
-    void (*keep)(void *object);
+    void (*keep)(void *object), (*let_go)(void *object);
+    void *(*ask)(void *object, void *name), *none;
     /* of torch; 0 if all is well */
     int32_t (*data_ptr)(void *tensor, void **), (*storage_size)(void *tensor, int64_t *);
     int32_t (*storage_offset)(void *tensor, int64_t *), (*sizes)(void *tensor, int64_t **);
     int32_t (*strides)(void *tensor, int64_t **), (*dim)(void *tensor, int64_t *);
     int32_t (*dtype)(void *tensor, int32_t *), (*device_index)(void *tensor, int32_t *);
-    /* where a Python object points to its tensor, and where that has its keys and points to its version, in words */
-    int64_t body, keys, version;
+    void **(*grad)(const void *tensor), *(*wrap)(void **tensor); /* 0 where torch has no such functions */
+    /* where a Python object points to its tensor, and where that has its keys and points to its version, in words;
+       and where in that its number is, in bytes */
+    int64_t body, keys, version, number;
 } torch_t;
 
 enum { FIELDS, NUMBERS };
@@ -99,19 +103,47 @@ int64_t scan(const torch_t *t, void *list, int64_t n, const int32_t *kind_of, in
     return n;
 }
 
-/* Asks early for what is known of the tensors of a class, and for what their first words point to: their memory, and
-   what autograd knows of them. Passes over other objects. */
-void fetch(const torch_t *t, void *list, int64_t n, void *type) {
-    for (int64_t i = 0; i < n + AHEAD; i++) {
-        if (i + AHEAD < n) __builtin_prefetch(t->item(list, i + AHEAD));
-        void **object = i < n ? t->item(list, i) : 0, **before = i >= AHEAD ? t->item(list, i - AHEAD) : 0;
-        if (object && object[1] == type) {
-            __builtin_prefetch(object[t->body]);
-            __builtin_prefetch((char *)object[t->body] + 64);
-        }
-        if (before && before[1] == type && before[t->body])
-            for (int k = 2; k < 4; k++) __builtin_prefetch(((void **)before[t->body])[k]);
+/* Counts up versions, which autograd and other threads may be looking at. Inference tensors have none. */
+void count_up(const torch_t *t, const int64_t *versions, const int64_t *positions, int64_t n) {
+    for (int64_t k = 0; k < n; k++) {
+        if (k + AHEAD < n) __builtin_prefetch((const char *)(intptr_t)versions[positions[k + AHEAD]] + t->number, 1);
+        char *version = (char *)(intptr_t)versions[positions[k]];
+        if (version) __atomic_fetch_add((uint32_t *)(version + t->number), 1, __ATOMIC_RELAXED);
     }
+}
+
+/* Asks early for what is known of a tensor: its own memory, or what its first words point to. */
+static void ask_near(const void *tensor) {
+    for (int line = 0; line < 2; line++) __builtin_prefetch((const char *)tensor + 64 * line);
+}
+static void ask_far(void *const *tensor) {
+    for (int k = 2; k < 8; k++) __builtin_prefetch(tensor[k]);
+}
+
+/* Puts the gradients of tensors of a class into a list; returns how many, one after another. Nearly all of the time
+   would be waiting, for one thing after another, so what comes later is asked for in as many steps. */
+int64_t gradients(const torch_t *t, void *list, int64_t n, void *type, void *name, void *out) {
+    enum { STEPS = 4 };
+    if (!t->grad || !t->wrap) return 0;
+    for (int64_t i = 0; i < n; i++) {
+        if (i + (STEPS + 1) * AHEAD < n) __builtin_prefetch(t->item(list, i + (STEPS + 1) * AHEAD));
+        for (int step = 1; step <= STEPS; step++) {
+            if (i + step * AHEAD >= n) break;
+            void **object = t->item(list, i + step * AHEAD);
+            if (object[1] != type || !object[t->body]) continue;
+            if (step == 4) ask_near(object[t->body]);
+            if (step == 3) ask_far(object[t->body]);
+            if (step == 2) ask_near(*t->grad(object[t->body]));
+            if (step == 1) ask_far(*t->grad(object[t->body]));
+        }
+        void **object = t->item(list, i);
+        if (object[1] != type || !object[t->body]) return i;
+        void *grad = t->wrap(t->grad(object[t->body]));
+        if (grad == t->none) t->let_go(grad), grad = t->ask(object, name); /* which may have something to say */
+        if (!grad) return i;
+        t->set_item(out, i, grad);
+    }
+    return n;
 }
 
 /* Puts what objects of a class have in a slot into a list; returns how many have something there, one after another. */
@@ -141,6 +173,8 @@ _QUESTIONS = (
     *("data_ptr", "storage_size", "storage_offset", "sizes"),
     *("strides", "dim", "dtype", "device_index"),
 )
+# TensorImpl::grad() and THPVariable_Wrap(TensorBase const &): the gradient of a tensor, and what Python sees of it
+_GRADIENT = ("_ZNK3c1010TensorImpl4gradEv", "_Z16THPVariable_WrapRKN2at10TensorBaseE")
 WORDS = 32  # of a tensor, of which one has the keys, looked through
 
 
@@ -151,11 +185,13 @@ class _Interior(NamedTuple):
       body: at which a Python object points to its tensor.
       keys: at which that has its dispatch keys.
       version: at which it points to its version.
+      number: at which that has its number, in bytes.
     """
 
     body: int
     keys: int
     version: int
+    number: int
 
 
 def _interior() -> _Interior | None:
@@ -171,7 +207,9 @@ def _interior() -> _Interior | None:
         keys = [torch._C._dispatch_keys(x).raw_repr() for x in examples]
         one_version = [plain, plain[1:], plain.detach()]
         others = [plain.data, torch.zeros_like(plain)]  # the former has the memory in common, but not the version
-    if {type(x) for x in examples} != {torch.Tensor, torch.nn.Parameter} or len(set(keys)) < 5:
+        for k, x in enumerate(others):
+            torch.autograd.graph.increment_version([x] * (1000 + k))  # to what no other number there is
+    if {type(x) for x in examples} != set(PLAIN) or len(set(keys)) < 5:
         return None
 
     def word(address: int, k: int) -> int:
@@ -189,14 +227,27 @@ def _interior() -> _Interior | None:
     where = (k for k in range(WORDS) if all(word(x._cdata, k) == y for x, y in zip(examples, keys, strict=True)))
     found = next(body, None), next(where, None)
     version = next(filter(is_version, range(found[1] or 0)), None)
-    return None if None in (*found, version) else _Interior(*found, version)  # type: ignore[arg-type]
+    if version is None:
+        return None
+
+    def is_number(k: int) -> bool:
+        places = (word(x._cdata, version) + k for x in others)
+        return [ctypes.c_uint32.from_address(place).value for place in places] == [x._version for x in others]
+
+    number = next(filter(is_number, range(8, 28, 4)), None)  # behind what all that is counted has
+    return None if None in (*found, number) else _Interior(*found, version, number)  # type: ignore[arg-type]
+
+
+def _address(function: Any) -> int:
+    return (function and ctypes.cast(function, ctypes.c_void_p).value) or 0
 
 
 class _Functions(NamedTuple):
     torch: bytes
     describe: "ctypes._NamedFuncPointer"
     scan: "ctypes._NamedFuncPointer"
-    fetch: "ctypes._NamedFuncPointer"
+    count_up: "ctypes._NamedFuncPointer"
+    gradients: "ctypes._NamedFuncPointer"
     slots: "ctypes._NamedFuncPointer"
     same: "ctypes._NamedFuncPointer"
 
@@ -213,23 +264,26 @@ def use(library: ctypes.CDLL) -> None:
     if _functions:
         return
     held = ctypes.PyDLL(library._name, handle=library._handle)  # called with the interpreter's lock
-    describe, scan, fetch, slots, same = held.describe, held.scan, held.fetch, held.slots, held.same
+    describe, scan, count_up, gradients = held.describe, held.scan, held.count_up, held.gradients
+    slots, same = held.slots, held.same
     interior, theirs = _interior(), ctypes.CDLL(torch._C.__file__)
     names = [f"aoti_torch_get_{x}" for x in _QUESTIONS]
     if interior is None or not all(hasattr(theirs, name) for name in names):  # pragma: no cover
         return
     python = ctypes.pythonapi
-    functions = [python.PyList_GetItem, python.PyList_SetItem, python.Py_IncRef, *(getattr(theirs, x) for x in names)]
-    pointers = [ctypes.cast(f, ctypes.c_void_p).value for f in functions]
+    functions = [python.PyList_GetItem, python.PyList_SetItem]
+    functions += [python.Py_IncRef, python.Py_DecRef, python.PyObject_GetAttr]
+    pointers = [*map(_address, functions), id(None)]
+    pointers += [_address(getattr(theirs, name, None)) for name in (*names, *_GRADIENT)]
     n, pointer, object_ = ctypes.c_int64, ctypes.c_char_p, ctypes.py_object
     describe.argtypes, describe.restype = [pointer, object_, n, n, pointer], n
     scan.argtypes, scan.restype = [pointer, object_, n, pointer, n, pointer, pointer, pointer], n
-    fetch.argtypes, fetch.restype = [pointer, object_, n, ctypes.c_void_p], None
+    count_up.argtypes, count_up.restype = [pointer, pointer, ctypes.c_void_p, n], None
+    gradients.argtypes, gradients.restype = [pointer, object_, n, ctypes.c_void_p, object_, object_], n
     slots.argtypes, slots.restype = [pointer, object_, n, ctypes.c_void_p, n, object_], n
     same.argtypes, same.restype = [pointer, object_, object_, n], ctypes.c_int
-    _functions.append(
-        _Functions(struct.pack(f"{len(pointers)}q3q", *pointers, *interior), describe, scan, fetch, slots, same)
-    )
+    packed = struct.pack(f"{len(pointers)}q{len(interior)}q", *pointers, *interior)
+    _functions.append(_Functions(packed, describe, scan, count_up, gradients, slots, same))
 
 
 class Found(NamedTuple):
@@ -307,15 +361,31 @@ class Kinds(NamedTuple):
         return Found(addresses.raw, versions.raw) if alike == self.n else None
 
 
+def count_up(found: Found, positions: "array[int]") -> None:
+    """Counts up the versions of tensors, by which autograd notices that they have been written to.
+
+    Args:
+      found: where they are; they must still exist.
+      positions: which of them, as 64-bit integers.
+    """
+    functions = _functions[0]
+    functions.count_up(functions.torch, found.versions, positions.buffer_info()[0], len(positions))
+
+
 def addresses(tensors: Sequence[torch.Tensor]) -> bytes:
     """Addresses of tensors, as 64-bit integers."""
     return struct.pack(f"{len(tensors)}q", *map(torch.Tensor.data_ptr, tensors))
 
 
-def fetch(tensors: list[Any]) -> None:
-    """Has what is known of tensors of the class of the first one brought near, for whoever asks for it next."""
-    if _functions and tensors and issubclass(type(tensors[0]), torch.Tensor):
-        _functions[0].fetch(_functions[0].torch, tensors, len(tensors), id(type(tensors[0])))
+def gradients(tensors: list[Any]) -> list[Any]:
+    """The gradients of tensors; in half the time if all are of one class, and nothing but torch has a say in it."""
+    cls = type(tensors[0]) if tensors else object
+    plain = getattr(cls, "grad", None) is torch.Tensor.grad and not torch._C._len_torch_function_stack()
+    if _functions and plain and (cls in PLAIN or not torch._C._is_torch_function_enabled()):
+        functions, found = _functions[0], [None] * len(tensors)
+        if functions.gradients(functions.torch, tensors, len(tensors), id(cls), "grad", found) == len(tensors):
+            return found
+    return list(map(attrgetter("grad"), tensors))
 
 
 def attributes(objects: list[Any], name: str) -> list[Any]:

@@ -8,15 +8,12 @@ options are.
 
 from .._spec import Option as Option
 from ..kernels.pack import pack as pack
-from ..kernels.scan import (
-    fetch as fetch,
-    same as same,
-)
+from ..kernels.scan import same as same
 from .layout import Leaves as Leaves
 from .run import Leafwise as Leafwise
 from .sharding import (
     MeshShard as MeshShard,
-    all_distributed as all_distributed,
+    gradients as gradients,
     local as local,
 )
 from .templates import (

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..kernels import Shard
+from ..kernels import Shard, scan
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,14 @@ def all_distributed(tensors: Sequence[Any]) -> bool:
     """Whether all tensors are DTensors, and none of a subclass."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and set(map(type, tensors)) == {module.DTensor}
+
+
+def gradients(params: list[Any]) -> list[Any]:
+    """The gradients of parameters."""
+    if not all_distributed(params):
+        return scan.gradients(params)
+    with torch._C.DisableTorchFunctionSubclass():  # what other classes have to say about it is heard
+        return scan.gradients(params)
 
 
 def shard(p: Any) -> Shard | None:

@@ -252,17 +252,95 @@ def test_the_same_objects(position: int) -> None:
     assert not scan.same(column, other)
 
 
-THINGS: list[Any] = [None, 0, 1.5, "", object(), [], Own(), torch.ones(2).to_sparse(), torch.empty(2, device="meta")]
+class Shouting(torch.Tensor):
+    """Answers for itself when it is asked for its gradient."""
+
+    @property
+    def grad(self) -> Any:
+        return "mine"
+
+
+class Listening(torch.Tensor):
+    """Hears of it when it is asked for its gradient."""
+
+    heard = 0
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.heard += func == torch.Tensor.grad.__get__
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class Mode(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return "of a mode" if func == torch.Tensor.grad.__get__ else func(*args, **(kwargs or {}))
+
+
+def parameters(n: int, cls: type = torch.nn.Parameter) -> list[Any]:
+    made = [torch.ones(2).as_subclass(cls) if cls is not torch.nn.Parameter else cls(torch.ones(2)) for _ in range(n)]
+    for k, x in enumerate(made):
+        x.requires_grad_()
+        if k % 3:
+            x.sum().backward()
+    return made
 
 
 @pytest.mark.usefixtures("either")
-@pytest.mark.parametrize("n", [0, 1, 5, 40])
-def test_anything_may_be_fetched(n: int) -> None:
-    """Leaves are looked at before it is known what they are."""
-    scan.fetch(tensors()[:1] * n + THINGS)
-    scan.fetch(THINGS + tensors() * n)
-    scan.fetch(THINGS[6:])
-    scan.fetch([])
+@pytest.mark.parametrize("cls", [torch.nn.Parameter, torch.Tensor, Listening])
+@pytest.mark.parametrize("n", [0, 1, 5, 100])
+def test_gradients(n: int, cls: type) -> None:
+    params = parameters(n, cls)
+    expected = [x.grad for x in params]
+    before = [sys.getrefcount(g) for g in expected if g is not None]
+
+    found = scan.gradients(params)
+
+    assert all(x is y for x, y in zip(found, expected, strict=True))
+    del found
+    assert [sys.getrefcount(g) for g in expected if g is not None] == before
+
+
+def test_gradients_that_python_has_not_seen(in_c: None) -> None:
+    params = parameters(40)
+
+    found = scan.gradients(params)
+
+    assert [g is None for g in found] == [k % 3 == 0 for k in range(40)]
+    assert all(
+        g is x.grad and torch.equal(g, torch.ones(2)) for g, x in zip(found, params, strict=True) if x.grad is not None
+    )
+
+
+def test_gradients_are_taken_in_c(in_c: None) -> None:
+    """If this fails, torch has renamed the functions: all works, but takes longer."""
+    params, out = parameters(2), [None, None]
+    functions = scan._functions[0]
+
+    assert functions.gradients(functions.torch, params, 2, id(torch.nn.Parameter), "grad", out) == 2
+    assert (
+        functions.gradients(functions.torch, [*params, torch.ones(1)], 3, id(torch.nn.Parameter), "grad", [0] * 3) == 2
+    )
+
+
+@pytest.mark.usefixtures("either")
+def test_classes_and_modes_that_have_a_say() -> None:
+    Listening.heard = 0
+    assert scan.gradients([torch.ones(2).as_subclass(Shouting)] * 3) == ["mine"] * 3
+    scan.gradients(parameters(4, Listening))
+    assert Listening.heard == 4
+    with Mode():
+        assert scan.gradients(parameters(2)) == ["of a mode"] * 2
+
+
+@pytest.mark.usefixtures("either")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_gradients_of_all_sorts() -> None:
+    own, (leaf,) = Own(), parameters(1)
+    params = [leaf, leaf * 2, own]
+
+    assert scan.gradients(params) == [None, None, own.grad]
+    with pytest.raises(AttributeError, match="grad"):
+        scan.gradients([leaf, object()])
 
 
 class Slotted:
