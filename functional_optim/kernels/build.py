@@ -195,3 +195,12 @@ def load_triton(source: str) -> ModuleType:
         sys.modules[name] = module
         exec(compile(source, str(path), "exec"), module.__dict__)  # not imported: no bytecode is trusted or left
         return module
+
+
+@functools.cache
+def parallel_address() -> int | None:
+    """Address of the function that runs work on torch's own OpenMP threads, if this process has it."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
+    except (AttributeError, OSError, TypeError):
+        return None

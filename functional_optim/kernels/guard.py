@@ -9,7 +9,7 @@ import torch
 from .alike import look
 from .call import Column
 from .layout import PLAIN, meta
-from .scan import Kinds
+from .scan import Kinds, find
 
 
 REQUIRES_GRAD = attrgetter("requires_grad")
@@ -66,17 +66,37 @@ class Guard:
 
         If they are, and of torch's own kinds, the column is told where they are.
         """
+        return _hold([self], [column])
+
+    def looks_right(self, column: Column) -> bool:
+        """Whether the tensors of another column are the same, as far as Python can see."""
         if len(column) != self.length:
             return False
-        if self.kinds is not None:
-            column.found = self.kinds.find(column)
-            if column.found is None:
-                return False
-        elif list(map(look if self.plain else self._key, self._chosen(column))) != self.keys:
+        if list(map(look if self.plain else self._key, self._chosen(column))) != self.keys:
             return False
-        elif self.plain:
+        if self.plain:
             self.kinds = Kinds.of(column, self.positions)
-        return not torch.is_grad_enabled() or any(map(REQUIRES_GRAD, self._chosen(column))) == self.requires_grad
+        return True
+
+    def has_gradients(self, column: Column) -> bool:
+        """Whether some of the tensors of another column require gradients as these did."""
+        return any(map(REQUIRES_GRAD, self._chosen(column))) == self.requires_grad
+
+
+def _hold(guards: Sequence[Guard], columns: Sequence[Column]) -> bool:
+    described = []
+    for guard, column in zip(guards, columns, strict=True):
+        column.found = None
+        if guard.kinds is not None:
+            described.append((guard.kinds, column))
+        elif not guard.looks_right(column):
+            return False
+    found = find([kinds for kinds, _ in described], [column for _, column in described])
+    if found is None:
+        return False
+    for (_, column), places in zip(described, found, strict=True):
+        column.found = places
+    return not torch.is_grad_enabled() or all(g.has_gradients(c) for g, c in zip(guards, columns, strict=True))
 
 
 class Guards:
@@ -94,4 +114,4 @@ class Guards:
 
     def holds(self, columns: Mapping[Any, Column]) -> bool:
         """Whether the tensors of other columns are the same."""
-        return all(guard.holds(columns[name]) for name, guard in self.each.items())
+        return _hold(list(self.each.values()), [columns[name] for name in self.each])

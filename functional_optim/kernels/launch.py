@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import scan
-from .build import BuildError, load_c, load_triton
+from .build import BuildError, load_c, load_triton, parallel_address
 from .call import Call, Column
 from .emit_c import emit_c
 from .emit_triton import emit_triton
@@ -82,15 +82,6 @@ def _pack(numbers: Sequence[int]) -> bytes:
 def _packed(sizes: tuple[int, ...], wholes: tuple[int, ...], rows: tuple[int, ...]) -> tuple[Chunks, list[bytes]]:
     chunks = cut(sizes, CHUNK)
     return chunks, [_pack(x) for x in (*chunks, wholes, rows)]
-
-
-@functools.cache
-def parallel_address() -> int | None:
-    """Address of the function that runs work on torch's own OpenMP threads, if this process has it."""
-    try:
-        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
-    except (AttributeError, OSError, TypeError):
-        return None
 
 
 @functools.lru_cache(maxsize=512)

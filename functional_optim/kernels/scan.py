@@ -9,6 +9,7 @@ everything is asked from Python. The lines are compiled as a part of each kernel
 """
 
 import ctypes
+import itertools
 import struct
 from array import array
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .build import parallel_address
 from .layout import PLAIN, span
 
 
@@ -43,7 +45,9 @@ typedef struct {
 } torch_t;
 
 enum { FIELDS, NUMBERS };
+typedef void (*parallel_t)(void (*)(void *), void *, unsigned, unsigned);
 enum { AHEAD = 12 }; /* how many tensors early something is asked for */
+enum { PART = 128 }; /* how many tensors a thread takes at once */
 
 /* What a tensor is; how large its elements are, and how far they reach, is left to whoever knows. */
 static int describe_one(const torch_t *t, void **object, int64_t width, int64_t *out) {
@@ -69,38 +73,73 @@ int64_t describe(const torch_t *t, void *list, int64_t n, int64_t width, int64_t
     return n;
 }
 
-/* Compares objects to descriptions, -1 for none, and says where tensors are that are like theirs, and where their
-   versions; returns how many are, one after another. A tensor must lie within its storage, which may have been freed or
+/* A list, which description each of its objects has, -1 for none, and the descriptions; and where it is noted where
+   tensors are, and where their versions. */
+typedef struct {
+    void *list;
+    int64_t n, width;
+    const int32_t *kind_of;
+    const int64_t *kinds;
+    int64_t *addresses, *versions;
+} column_t;
+
+/* Whether some objects are like their descriptions. A tensor must lie within its storage, which may have been freed or
    cut. Most of the time would be waiting for what is known of each, so it is asked for early. */
-int64_t scan(const torch_t *t, void *list, int64_t n, const int32_t *kind_of, int64_t width, const int64_t *kinds,
-             int64_t *addresses, int64_t *versions) {
-    for (int64_t i = 0; i < n; i++) {
-        if (i + 2 * AHEAD < n) __builtin_prefetch(t->item(list, i + 2 * AHEAD));
-        if (i + AHEAD < n && kind_of[i + AHEAD] >= 0) {
-            void **object = t->item(list, i + AHEAD);
-            if ((int64_t)(intptr_t)object[1] == kinds[kind_of[i + AHEAD] * width + TYPE])
+static int scan_part(const torch_t *t, const column_t *c, int64_t start, int64_t stop) {
+    for (int64_t i = start; i < stop; i++) {
+        if (i + 2 * AHEAD < stop) __builtin_prefetch(t->item(c->list, i + 2 * AHEAD));
+        if (i + AHEAD < stop && c->kind_of[i + AHEAD] >= 0) {
+            void **object = t->item(c->list, i + AHEAD);
+            if ((int64_t)(intptr_t)object[1] == c->kinds[c->kind_of[i + AHEAD] * c->width + TYPE])
                 for (int line = 0; line < 3; line++) __builtin_prefetch((char *)object[t->body] + 64 * line);
         }
-        addresses[i] = versions[i] = 0;
-        if (kind_of[i] < 0) continue;
-        const int64_t *kind = kinds + kind_of[i] * width;
-        void **object = t->item(list, i), *tensor = object + t->body, *address;
-        if ((int64_t)(intptr_t)object[1] != kind[TYPE] || !object[t->body]) return i;
-        if (((const int64_t *)object[t->body])[t->keys] != kind[KEYS]) return i;
+        c->addresses[i] = c->versions[i] = 0;
+        if (c->kind_of[i] < 0) continue;
+        const int64_t *kind = c->kinds + c->kind_of[i] * c->width;
+        void **object = t->item(c->list, i), *tensor = object + t->body, *address;
+        if ((int64_t)(intptr_t)object[1] != kind[TYPE] || !object[t->body]) return 0;
+        if (((const int64_t *)object[t->body])[t->keys] != kind[KEYS]) return 0;
         int32_t number;
         int64_t dim, *numbers, bytes, offset;
-        if (t->dtype(tensor, &number) || number != kind[DTYPE]) return i;
-        if (t->device_index(tensor, &number) || number != kind[DEVICE]) return i;
-        if (t->dim(tensor, &dim) || dim != kind[DIM]) return i;
-        if (t->sizes(tensor, &numbers) || memcmp(numbers, kind + NUMBERS, 8 * dim)) return i;
-        if (t->strides(tensor, &numbers) || memcmp(numbers, kind + NUMBERS + dim, 8 * dim)) return i;
-        if (t->data_ptr(tensor, &address)) return i;
-        if (kind[SPAN] && (t->storage_size(tensor, &bytes) || t->storage_offset(tensor, &offset))) return i;
-        if (kind[SPAN] && offset * kind[ITEMSIZE] + kind[SPAN] > bytes) return i;
-        addresses[i] = (int64_t)(intptr_t)address;
-        versions[i] = ((const int64_t *)object[t->body])[t->version];
+        if (t->dtype(tensor, &number) || number != kind[DTYPE]) return 0;
+        if (t->device_index(tensor, &number) || number != kind[DEVICE]) return 0;
+        if (t->dim(tensor, &dim) || dim != kind[DIM]) return 0;
+        if (t->sizes(tensor, &numbers) || memcmp(numbers, kind + NUMBERS, 8 * dim)) return 0;
+        if (t->strides(tensor, &numbers) || memcmp(numbers, kind + NUMBERS + dim, 8 * dim)) return 0;
+        if (t->data_ptr(tensor, &address)) return 0;
+        if (kind[SPAN] && (t->storage_size(tensor, &bytes) || t->storage_offset(tensor, &offset))) return 0;
+        if (kind[SPAN] && offset * kind[ITEMSIZE] + kind[SPAN] > bytes) return 0;
+        c->addresses[i] = (int64_t)(intptr_t)address;
+        c->versions[i] = ((const int64_t *)object[t->body])[t->version];
     }
-    return n;
+    return 1;
+}
+
+/* Some lists, which threads take parts of until none is left or something differs. */
+typedef struct {
+    const torch_t *t;
+    const column_t *columns;
+    int64_t n_columns, next, differs;
+} search_t;
+
+static void search(void *data) {
+    search_t *s = data;
+    while (!__atomic_load_n(&s->differs, __ATOMIC_RELAXED)) {
+        int64_t part = __atomic_fetch_add(&s->next, 1, __ATOMIC_RELAXED), c = 0;
+        for (; c < s->n_columns && part * PART >= s->columns[c].n; c++) part -= (s->columns[c].n + PART - 1) / PART;
+        if (c == s->n_columns) return;
+        const int64_t start = part * PART, stop = start + PART < s->columns[c].n ? start + PART : s->columns[c].n;
+        if (!scan_part(s->t, s->columns + c, start, stop)) __atomic_store_n(&s->differs, 1, __ATOMIC_RELAXED);
+    }
+}
+
+/* Whether all objects of some lists are like their descriptions. No thread but the one that calls does anything with
+   Python but to look objects up in lists, which nobody changes meanwhile. */
+int scan(const torch_t *t, const column_t *columns, int64_t n_columns, parallel_t parallel, int64_t n_threads) {
+    search_t s = {t, columns, n_columns, 0, 0};
+    if (n_threads > 1) parallel(search, &s, (unsigned)n_threads, 0);
+    else search(&s);
+    return !s.differs;
 }
 
 /* Counts up versions, which autograd and other threads may be looking at. Inference tensors have none. */
@@ -277,7 +316,7 @@ def use(library: ctypes.CDLL) -> None:
     pointers += [_address(getattr(theirs, name, None)) for name in (*names, *_GRADIENT)]
     n, pointer, object_ = ctypes.c_int64, ctypes.c_char_p, ctypes.py_object
     describe.argtypes, describe.restype = [pointer, object_, n, n, pointer], n
-    scan.argtypes, scan.restype = [pointer, object_, n, pointer, n, pointer, pointer, pointer], n
+    scan.argtypes, scan.restype = [pointer, ctypes.c_void_p, n, ctypes.c_void_p, n], ctypes.c_int
     count_up.argtypes, count_up.restype = [pointer, pointer, ctypes.c_void_p, n], None
     gradients.argtypes, gradients.restype = [pointer, object_, n, ctypes.c_void_p, object_, object_], n
     slots.argtypes, slots.restype = [pointer, object_, n, ctypes.c_void_p, n, object_], n
@@ -349,16 +388,47 @@ class Kinds(NamedTuple):
             len(tensors), width, struct.pack(f"{len(kind_of)}i", *kind_of), struct.pack(f"{len(kinds)}q", *kinds)
         )
 
-    def find(self, tensors: list[Any]) -> Found | None:
-        """Where the tensors of another list are that are of the same kinds; None if one is of another."""
-        if len(tensors) != self.n:
-            return None
-        functions = _functions[0]
-        addresses, versions = ctypes.create_string_buffer(8 * self.n), ctypes.create_string_buffer(8 * self.n)
-        alike = functions.scan(
-            functions.torch, tensors, self.n, self.kind_of, self.width, self.kinds, addresses, versions
-        )
-        return Found(addresses.raw, versions.raw) if alike == self.n else None
+
+class _Column(ctypes.Structure):
+    """Mirrors `column_t`."""
+
+    _fields_ = [
+        *(("list", ctypes.py_object), ("n", ctypes.c_int64), ("width", ctypes.c_int64)),
+        *(("kind_of", ctypes.c_char_p), ("kinds", ctypes.c_char_p)),
+        *(("addresses", ctypes.c_void_p), ("versions", ctypes.c_void_p)),
+    ]
+
+
+MANY = 512  # tensors; with fewer, waking other threads costs more than it saves
+
+
+def find(kinds: Sequence[Kinds], columns: Sequence[list[Any]]) -> list[Found] | None:
+    """Where the tensors of lists are that are what they were described as; None if one is something else.
+
+    Args:
+      kinds: what they were.
+      columns: the lists.
+    """
+    if any(len(column) != kind.n for kind, column in zip(kinds, columns, strict=True)):
+        return None
+    if not columns:
+        return []
+    functions, total = _functions[0], sum(map(len, columns))
+    buffer = ctypes.create_string_buffer(16 * total)
+    here = ctypes.addressof(buffer)
+    table = (_Column * len(columns))()
+    starts = [0, *itertools.accumulate(map(len, columns))]
+    for k, (kind, column) in enumerate(zip(kinds, columns, strict=True)):
+        places = here + 8 * starts[k], here + 8 * (starts[k] + total)
+        table[k] = _Column(column, kind.n, kind.width, kind.kind_of, kind.kinds, *places)
+    parallel = parallel_address() if total > MANY else None
+    n_threads = torch.get_num_threads() if parallel else 1
+    if not functions.scan(functions.torch, ctypes.addressof(table), len(columns), parallel, n_threads):
+        return None
+    numbers = buffer.raw
+    parts = [numbers[8 * a : 8 * b] for a, b in itertools.pairwise(starts)]
+    versions = [numbers[8 * (total + a) : 8 * (total + b)] for a, b in itertools.pairwise(starts)]
+    return list(map(Found, parts, versions))
 
 
 def count_up(found: Found, positions: "array[int]") -> None:
