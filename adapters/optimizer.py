@@ -180,10 +180,9 @@ class ChainOptimizer(Optimizer):
                 )
         members = [group["params"] for group in self.param_groups]
         params: list[torch.Tensor] = list(chain.from_iterable(members))
-        keys, values = list(self.state), list(self.state.values())
-        known = last.leaves is not None and leafwise.same(last.keys, keys) and leafwise.same(last.values, values)
         states: list[Any]
         fresh: list[int]
+        known = last.leaves is not None and leafwise.holds(self.state, last.keys, last.values)
         if last.leaves is not None and known and leafwise.same(last.leaves.params, params):
             states, ids, fresh = last.leaves.states, last.leaves.ids, []
         else:  # asking a dict for a tensor takes longer than all of the above
@@ -201,7 +200,8 @@ class ChainOptimizer(Optimizer):
         leaves = Leaves(self._names, params, grads, states, kinds, owners, ids, list(map(_names_key, given)))
         if not fresh:
             last.leaves, last.used, last.cut = leaves._replace(names=list, grads=[]), (templates, kind_of), cut
-            last.keys, last.values = keys, values
+            if not known:
+                last.keys, last.values = list(self.state), list(self.state.values())
             if not unchanged:
                 last.options, last.constant = options, None
         return templates, leaves, fresh

@@ -26,7 +26,6 @@ from .program import Level
 
 
 CHUNK = 1 << 15  # elements: seven streams of float32 stay within a second-level cache; shorter ones cost 3% of a step
-RUN = 1 << 14  # elements: about as many a thread takes at once, where chunks are shorter
 SERIAL = 1 << 14  # elements below which waking other threads costs more than it saves
 TRITON_BLOCK = 1024
 TRITON_CHUNKS = 4096  # at most this many partial results per reduction, because every instance adds them up
@@ -226,13 +225,15 @@ def run_c(calls: Sequence[Call]) -> list[list[Column]]:
         partials = (ctypes.c_void_p * len(own))(*[x.data_ptr() for x in own])
         n_elements = sum(call.sizes)
         n_threads = min(torch.get_num_threads(), n_chunks) if parallel is not None and n_elements > SERIAL else 1
+        # where chunks are short about CHUNK elements, but so that all threads end at about the same time
+        run = max(1, min(n_chunks * CHUNK // max(1, n_elements), n_chunks // (8 * n_threads)))
         chunk_leaf, chunk_start, chunk_stop, leaf_chunk, leaf_size, leaf_row = packed
         scalars = struct.pack(f"{len(numbers)}d", *numbers)
         launch = _Launch(
             n_leaves, n_chunks, len(call.scalars), total, first,
             chunk_leaf, chunk_start, chunk_stop, leaf_chunk, leaf_size, leaf_row,
             ctypes.addressof(table), scalars, ctypes.addressof(partials),
-            parallel, n_threads, max(1, min(n_chunks * RUN // max(1, n_elements), n_chunks // (8 * n_threads))),
+            parallel, n_threads, run,
         )  # fmt: skip
         keep.append((columns, table, partials, scalars, packed))
         launches.append(launch)

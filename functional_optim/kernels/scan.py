@@ -13,7 +13,7 @@ import itertools
 import struct
 from array import array
 from collections.abc import Sequence
-from operator import attrgetter, is_
+from operator import attrgetter, is_, itemgetter
 from types import MemberDescriptorType
 from typing import Any, NamedTuple
 
@@ -32,7 +32,9 @@ typedef struct {
     void *(*item)(void *list, intptr_t i); /* of Python */
     int (*set_item)(void *list, intptr_t i, void *object);
     void (*keep)(void *object), (*let_go)(void *object);
-    void *(*ask)(void *object, void *name), *none;
+    void *(*ask)(void *object, void *name), *(*look_up)(void *dict, void *key);
+    int (*next)(void *dict, intptr_t *position, void **key, void **value);
+    void *none, *dict;
     /* of torch; 0 if all is well */
     int32_t (*data_ptr)(void *tensor, void **), (*storage_size)(void *tensor, int64_t *);
     int32_t (*storage_offset)(void *tensor, int64_t *), (*sizes)(void *tensor, int64_t **);
@@ -151,30 +153,10 @@ void count_up(const torch_t *t, const int64_t *versions, const int64_t *position
     }
 }
 
-/* Asks early for what is known of a tensor: its own memory, or what its first words point to. */
-static void ask_near(const void *tensor) {
-    for (int line = 0; line < 2; line++) __builtin_prefetch((const char *)tensor + 64 * line);
-}
-static void ask_far(void *const *tensor) {
-    for (int k = 2; k < 8; k++) __builtin_prefetch(tensor[k]);
-}
-
-/* Puts the gradients of tensors of a class into a list; returns how many, one after another. Nearly all of the time
-   would be waiting, for one thing after another, so what comes later is asked for in as many steps. */
+/* Puts the gradients of tensors of a class into a list; returns how many, one after another. */
 int64_t gradients(const torch_t *t, void *list, int64_t n, void *type, void *name, void *out) {
-    enum { STEPS = 4 };
     if (!t->grad || !t->wrap) return 0;
     for (int64_t i = 0; i < n; i++) {
-        if (i + (STEPS + 1) * AHEAD < n) __builtin_prefetch(t->item(list, i + (STEPS + 1) * AHEAD));
-        for (int step = 1; step <= STEPS; step++) {
-            if (i + step * AHEAD >= n) break;
-            void **object = t->item(list, i + step * AHEAD);
-            if (object[1] != type || !object[t->body]) continue;
-            if (step == 4) ask_near(object[t->body]);
-            if (step == 3) ask_far(object[t->body]);
-            if (step == 2) ask_near(*t->grad(object[t->body]));
-            if (step == 1) ask_far(*t->grad(object[t->body]));
-        }
         void **object = t->item(list, i);
         if (object[1] != type || !object[t->body]) return i;
         void *grad = t->wrap(t->grad(object[t->body]));
@@ -199,6 +181,34 @@ int64_t slots(const torch_t *t, void *list, int64_t n, void *type, int64_t word,
         t->set_item(out, i, object[word]);
     }
     return n;
+}
+
+/* Puts what dicts have under some keys into a list for each key; returns how many dicts have all, one after another. */
+int64_t items(const torch_t *t, void *dicts, int64_t n, void *keys, int64_t n_keys, void *out) {
+    for (int64_t i = 0; i < n; i++) {
+        if (i + 2 * AHEAD < n) __builtin_prefetch(t->item(dicts, i + 2 * AHEAD));
+        for (int k = 2; k < 6 && i + AHEAD < n; k++) /* whatever they point to */
+            __builtin_prefetch(((void **)t->item(dicts, i + AHEAD))[k]);
+        void **dict = t->item(dicts, i);
+        if (dict[1] != t->dict) return i;
+        for (int64_t k = 0; k < n_keys; k++) {
+            void *value = t->look_up(dict, t->item(keys, k));
+            if (!value) return i;
+            t->keep(value);
+            t->set_item(t->item(out, k), i, value);
+        }
+    }
+    return n;
+}
+
+/* Whether a dict has nothing but keys and values of two lists, in their order. */
+int holds(const torch_t *t, void *dict, void *keys, void *values, int64_t n) {
+    intptr_t position = 0;
+    void *key, *value;
+    int64_t i = 0;
+    for (; t->next(dict, &position, &key, &value); i++)
+        if (i == n || key != t->item(keys, i) || value != t->item(values, i)) return 0;
+    return i == n;
 }
 
 /* Whether two lists hold the same objects. */
@@ -288,6 +298,8 @@ class _Functions(NamedTuple):
     count_up: "ctypes._NamedFuncPointer"
     gradients: "ctypes._NamedFuncPointer"
     slots: "ctypes._NamedFuncPointer"
+    items: "ctypes._NamedFuncPointer"
+    holds: "ctypes._NamedFuncPointer"
     same: "ctypes._NamedFuncPointer"
 
 
@@ -304,15 +316,21 @@ def use(library: ctypes.CDLL) -> None:
         return
     held = ctypes.PyDLL(library._name, handle=library._handle)  # called with the interpreter's lock
     describe, scan, count_up, gradients = held.describe, held.scan, held.count_up, held.gradients
-    slots, same = held.slots, held.same
+    slots, items, holds, same = held.slots, held.items, held.holds, held.same
     interior, theirs = _interior(), ctypes.CDLL(torch._C.__file__)
     names = [f"aoti_torch_get_{x}" for x in _QUESTIONS]
     if interior is None or not all(hasattr(theirs, name) for name in names):  # pragma: no cover
         return
     python = ctypes.pythonapi
     functions = [python.PyList_GetItem, python.PyList_SetItem]
-    functions += [python.Py_IncRef, python.Py_DecRef, python.PyObject_GetAttr]
-    pointers = [*map(_address, functions), id(None)]
+    functions += [
+        python.Py_IncRef,
+        python.Py_DecRef,
+        python.PyObject_GetAttr,
+        python.PyDict_GetItem,
+        python.PyDict_Next,
+    ]
+    pointers = [*map(_address, functions), id(None), id(dict)]
     pointers += [_address(getattr(theirs, name, None)) for name in (*names, *_GRADIENT)]
     n, pointer, object_ = ctypes.c_int64, ctypes.c_char_p, ctypes.py_object
     describe.argtypes, describe.restype = [pointer, object_, n, n, pointer], n
@@ -320,9 +338,11 @@ def use(library: ctypes.CDLL) -> None:
     count_up.argtypes, count_up.restype = [pointer, pointer, ctypes.c_void_p, n], None
     gradients.argtypes, gradients.restype = [pointer, object_, n, ctypes.c_void_p, object_, object_], n
     slots.argtypes, slots.restype = [pointer, object_, n, ctypes.c_void_p, n, object_], n
+    items.argtypes, items.restype = [pointer, object_, n, object_, n, object_], n
+    holds.argtypes, holds.restype = [pointer, object_, object_, object_, n], ctypes.c_int
     same.argtypes, same.restype = [pointer, object_, object_, n], ctypes.c_int
     packed = struct.pack(f"{len(pointers)}q{len(interior)}q", *pointers, *interior)
-    _functions.append(_Functions(packed, describe, scan, count_up, gradients, slots, same))
+    _functions.append(_Functions(packed, describe, scan, count_up, gradients, slots, items, holds, same))
 
 
 class Found(NamedTuple):
@@ -399,7 +419,7 @@ class _Column(ctypes.Structure):
     ]
 
 
-MANY = 512  # tensors; with fewer, waking other threads costs more than it saves
+SHARE = 256  # tensors; waking a thread for fewer costs more than it saves
 
 
 def find(kinds: Sequence[Kinds], columns: Sequence[list[Any]]) -> list[Found] | None:
@@ -421,8 +441,8 @@ def find(kinds: Sequence[Kinds], columns: Sequence[list[Any]]) -> list[Found] | 
     for k, (kind, column) in enumerate(zip(kinds, columns, strict=True)):
         places = here + 8 * starts[k], here + 8 * (starts[k] + total)
         table[k] = _Column(column, kind.n, kind.width, kind.kind_of, kind.kinds, *places)
-    parallel = parallel_address() if total > MANY else None
-    n_threads = torch.get_num_threads() if parallel else 1
+    parallel = parallel_address()
+    n_threads = min(torch.get_num_threads(), total // SHARE) if parallel else 1
     if not functions.scan(functions.torch, ctypes.addressof(table), len(columns), parallel, n_threads):
         return None
     numbers = buffer.raw
@@ -483,6 +503,42 @@ def _slot(cls: type, name: str, example: Any) -> int:
 
 
 _slots: dict[tuple[type, str], int] = {}
+
+
+def items(dicts: list[Any], keys: list[str]) -> list[list[Any] | None]:
+    """For each key, what each of some dicts has under it; None where one has nothing.
+
+    Example:
+      >>> items([{"a": 1, "b": 2}, {"a": 3}], ["a", "b"])
+      [[1, 3], None]
+    """
+    if _functions:
+        found: list[list[Any] | None] = [[None] * len(dicts) for _ in keys]
+        functions = _functions[0]
+        if functions.items(functions.torch, dicts, len(dicts), keys, len(keys), found) == len(dicts):
+            return found
+    return [_column(dicts, key) for key in keys]
+
+
+def _column(dicts: list[Any], key: str) -> list[Any] | None:
+    try:
+        return list(map(itemgetter(key), dicts))
+    except KeyError:
+        return None
+
+
+def holds(mapping: dict[Any, Any], keys: list[Any], values: list[Any]) -> bool:
+    """Whether a dict has nothing but these very keys and values, in their order.
+
+    Example:
+      >>> key, value = object(), object()
+      >>> holds({key: value}, [key], [value]), holds({key: value}, [key], [object()])
+      (True, False)
+    """
+    if not _functions:
+        return same(list(mapping), keys) and same(list(mapping.values()), values)
+    functions = _functions[0]
+    return len(mapping) == len(keys) and bool(functions.holds(functions.torch, mapping, keys, values, len(keys)))
 
 
 def same(a: list[Any], b: list[Any]) -> bool:

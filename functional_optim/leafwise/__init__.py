@@ -8,7 +8,10 @@ options are.
 
 from .._spec import Option as Option
 from ..kernels.pack import pack as pack
-from ..kernels.scan import same as same
+from ..kernels.scan import (
+    holds as holds,
+    same as same,
+)
 from .layout import Leaves as Leaves
 from .run import Leafwise as Leafwise
 from .sharding import (

@@ -17,6 +17,7 @@ from .._run import compute, number, reference_reason, run_barrier, runs_python
 from .._spec import Option
 from ..kernels import Column
 from ..kernels.pack import pack
+from ..kernels.scan import items
 from .layout import Layout, Leaves
 from .sharding import distributed, local
 from .templates import Template
@@ -154,12 +155,9 @@ def _columns(
       new: takes the leaves that something whose first step counts has been made for.
     """
     everyone = len(layout.plan.present) == len(leaves.states)
-    for stored in segment.stored:
-        key = layout.key(segment, stored)
-        column: list[Any] | None = None
-        if everyone:
-            with contextlib.suppress(KeyError):
-                column = list(map(itemgetter(key), leaves.states))
+    keys = [layout.key(segment, stored) for stored in segment.stored]
+    columns = items(leaves.states, keys) if everyone else [None] * len(keys)
+    for stored, key, column in zip(segment.stored, keys, columns, strict=True):
         if column is None:
             column = [state.get(key) for state in leaves.states]
             missing = [i for i in layout.plan.present if stored.seen[i] and column[i] is None]

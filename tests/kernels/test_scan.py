@@ -4,6 +4,7 @@ import ctypes
 import struct
 import sys
 import warnings
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -346,6 +347,49 @@ def test_gradients_of_all_sorts() -> None:
     assert scan.gradients(params) == [None, None, own.grad]
     with pytest.raises(AttributeError, match="grad"):
         scan.gradients([leaf, object()])
+
+
+class Heard(dict[str, Any]):
+    def __getitem__(self, key: str) -> Any:
+        return "mine"
+
+
+@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("n", [0, 1, 50])
+def test_items(n: int) -> None:
+    dicts: list[Any] = [{"a": object(), "b": object(), "c": 0} for _ in range(n)]
+    before = [sys.getrefcount(d["b"]) for d in dicts]
+
+    found = scan.items(dicts, ["b", "a"])
+
+    assert found == [[d["b"] for d in dicts], [d["a"] for d in dicts]]
+    del found
+    assert [sys.getrefcount(d["b"]) for d in dicts] == before
+
+
+@pytest.mark.usefixtures("either")
+def test_items_of_other_dicts() -> None:
+    dicts: list[Any] = [{"a": 1, "b": 2}, {"b": 3}]
+
+    assert scan.items(dicts, ["a", "b"]) == [None, [2, 3]]
+    assert scan.items([*dicts, Heard()], ["b", "a"]) == [[2, 3, "mine"], None]
+    assert dicts == [{"a": 1, "b": 2}, {"b": 3}]
+
+
+@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("kind", [dict, OrderedDict, lambda x: defaultdict(dict, x)])
+def test_a_dict_holds_the_same(kind: Callable[[Any], dict[Any, Any]]) -> None:
+    """An optimizer's state is a dict of a class of its own, and keys are tensors, which are not equal to themselves."""
+    keys, values = [torch.ones(2) for _ in range(5)], [{"a": k} for k in range(5)]
+    mapping = kind(zip(keys, values, strict=True))
+
+    assert scan.holds(mapping, keys, values)
+    assert not scan.holds(mapping, keys[:-1], values[:-1])
+    assert not scan.holds(mapping, keys[::-1], values)
+    assert not scan.holds(mapping, keys, [*values[:-1], {"a": 4}])
+    assert scan.holds(kind({}), [], [])
+    del mapping[keys[2]]
+    assert not scan.holds(mapping, keys, values)
 
 
 class Slotted:
