@@ -13,7 +13,8 @@ new values         reference.py and foreach.py get here from the Program, withou
 
 Before a kernel is handed an address: layout.py says which tensors it can walk, guard.py whether those of this step are
 like those that tables were made for (alike.py in Python, scan.py in C), versions.py tells autograd what was written.
-pack.py lays small state side by side.
+pack.py lays small state side by side, collect.py reads thousands of Python objects at once. native.c is the C of that
+and of scan.py; native.py puts it to use, interior.py finds out what it must know of torch.
 """
 
 from collections.abc import Callable, Sequence

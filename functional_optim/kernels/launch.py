@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import scan
+from . import native
 from .build import BuildError, load_c, load_triton, parallel_address
 from .call import Call, Column
 from .emit_c import emit_c
@@ -90,9 +90,9 @@ def compile_c(signature: Signature) -> tuple[Any, ...]:
     Raises:
       BuildError: there is no working compiler.
     """
-    library = load_c(f"{emit_c(signature)}\n{scan.SOURCE}")
+    library = load_c(f"{emit_c(signature)}\n{native.SOURCE}")
     try:
-        scan.use(library)
+        native.use(library)
         functions = tuple(getattr(library, f"pass_{k}") for k in range(len(plan(signature))))
     except AttributeError as error:
         raise BuildError(f"what the C compiler made is not what it was given: {error}") from None
@@ -113,7 +113,7 @@ def compile_triton(signature: Signature) -> tuple[Any, ...]:
     except ImportError as error:
         raise BuildError(f"Triton cannot be imported: {error}") from None
     with contextlib.suppress(BuildError, AttributeError):  # without them a step takes longer, and that is all
-        scan.use(load_c(scan.SOURCE))
+        native.use(load_c(native.SOURCE))
     return tuple(getattr(module, f"pass_{k}") for k in range(len(plan(signature))))
 
 

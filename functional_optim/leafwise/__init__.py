@@ -7,11 +7,11 @@ options are.
 """
 
 from .._spec import Option as Option
-from ..kernels.pack import pack as pack
-from ..kernels.scan import (
+from ..kernels.collect import (
     holds as holds,
     same as same,
 )
+from ..kernels.pack import pack as pack
 from .layout import Leaves as Leaves
 from .run import Leafwise as Leafwise
 from .sharding import (

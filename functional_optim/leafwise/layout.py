@@ -16,8 +16,8 @@ from .._groups import Lists
 from .._plan import Plan, Segment, Stored
 from .._tree import View, flatten
 from ..kernels import Column
+from ..kernels.collect import attributes
 from ..kernels.layout import PLAIN
-from ..kernels.scan import attributes
 from .barriers import Barrier
 from .sharding import distributed, local, shard
 from .templates import Keys, Template

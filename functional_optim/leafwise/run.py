@@ -16,8 +16,8 @@ from .._plan import Plan, Segment, Stored
 from .._run import compute, number, reference_reason, run_barrier, runs_python
 from .._spec import Option
 from ..kernels import Column
+from ..kernels.collect import items
 from ..kernels.pack import pack
-from ..kernels.scan import items
 from .layout import Layout, Leaves
 from .sharding import distributed, local
 from .templates import Template

@@ -14,7 +14,7 @@ import torch
 
 import functional_optim as fo
 from functional_optim.adapters import SGD, Adam, AdamW, TransformOptimizer, load_safetensors, save_safetensors
-from functional_optim.kernels import scan
+from functional_optim.kernels import native
 
 
 def parameters(n: int = 2, size: int = 16) -> list[torch.nn.Parameter]:
@@ -42,11 +42,13 @@ MAKERS: dict[str, Callable[[list[Any]], torch.optim.Optimizer]] = {
 
 @pytest.mark.parametrize("kind", ["one gradient for two", "a class of its own", "no check in C"])
 @pytest.mark.parametrize("maker", MAKERS)
-def test_tensors_that_the_fast_check_cannot_take(maker: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_that_the_fast_check_cannot_take(
+    maker: str, kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The slow check leaves out the addresses; several steps, because the first ones look at every tensor anew."""
     if kind == "no check in C":
-        monkeypatch.setattr(scan, "_functions", [])
-        monkeypatch.setattr(scan, "use", lambda library: None)
+        request.getfixturevalue("in_python")
+        monkeypatch.setattr(native, "use", lambda library: None)
     ours, plain = parameters(), parameters()
     if kind == "a class of its own":
         ours = [Named(p.detach()) for p in ours]

@@ -4,35 +4,16 @@ import ctypes
 import struct
 import sys
 import warnings
-from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from functional_optim.kernels import Column, scan
-from functional_optim.kernels.build import BuildError, load_c
+from functional_optim.kernels import Column, native, scan
 from functional_optim.kernels.guard import Guard
+from functional_optim.kernels.interior import find_interior
 from functional_optim.kernels.scan import Found, Kinds, find
-
-
-@pytest.fixture
-def in_c(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scan, "_functions", [])
-    try:
-        scan.use(load_c(scan.SOURCE))
-    except BuildError:
-        pytest.skip("no C compiler")
-    assert scan._functions, "torch is not made as it is thought to be"
-
-
-@pytest.fixture(params=["C", "Python"])
-def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "C":
-        request.getfixturevalue("in_c")
-    else:
-        monkeypatch.setattr(scan, "_functions", [])
 
 
 def tensors() -> list[torch.Tensor]:
@@ -232,6 +213,27 @@ def test_a_storage_that_is_freed_or_cut_is_seen(in_c: None, offset: int, size: i
     assert (find_in(kinds, column) is None) == (size < 4 * (offset + 8))
 
 
+@pytest.mark.parametrize("n_threads", [1, 2, 4])
+@pytest.mark.parametrize("sizes", [(0,), (1, 127, 128, 129), (700, 0, 1300), (3000,)])
+def test_threads_share_the_lists(in_c: None, sizes: tuple[int, ...], n_threads: int) -> None:
+    columns = [[torch.ones(k % 3) for k in range(n)] for n in sizes]
+    kinds = [kinds_of(column) for column in columns]
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        found = find(kinds, columns)
+        assert found is not None
+        assert [numbers(x.addresses) for x in found] == [tuple(x.data_ptr() for x in column) for column in columns]
+        for column in columns:
+            for k in {0, len(column) // 2, len(column) - 1} if column else ():
+                kept, column[k] = column[k], torch.ones(k % 3, dtype=torch.float64)
+                assert find(kinds, columns) is None
+                column[k] = kept
+        assert find(kinds, columns) == found
+    finally:
+        torch.set_num_threads(before)
+
+
 MODES: dict[str, Callable[[], Any]] = {
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,
@@ -242,20 +244,7 @@ MODES: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("mode", MODES)
 def test_it_does_not_depend_on_modes(in_c: None, mode: str) -> None:
     with MODES[mode]():
-        assert scan._interior() == scan._interior() is not None
-
-
-@pytest.mark.usefixtures("either")
-@pytest.mark.parametrize("position", [0, 3, 5])
-def test_the_same_objects(position: int) -> None:
-    column = tensors()
-    other = list(column)
-    assert scan.same(column, other)
-    assert not scan.same(column, other[:-1])
-
-    other[position] = other[position].detach()
-
-    assert not scan.same(column, other)
+        assert find_interior() == find_interior() is not None
 
 
 class Shouting(torch.Tensor):
@@ -320,7 +309,7 @@ def test_gradients_that_python_has_not_seen(in_c: None) -> None:
 def test_gradients_are_taken_in_c(in_c: None) -> None:
     """If this fails, torch has renamed the functions: all works, but takes longer."""
     params, out = parameters(2), [None, None]
-    functions = scan._functions[0]
+    functions = native.loaded[0]
 
     assert functions.gradients(functions.torch, params, 2, id(torch.nn.Parameter), "grad", out) == 2
     assert (
@@ -349,100 +338,6 @@ def test_gradients_of_all_sorts() -> None:
         scan.gradients([leaf, object()])
 
 
-class Heard(dict[str, Any]):
-    def __getitem__(self, key: str) -> Any:
-        return "mine"
-
-
-@pytest.mark.usefixtures("either")
-@pytest.mark.parametrize("n", [0, 1, 50])
-def test_items(n: int) -> None:
-    dicts: list[Any] = [{"a": object(), "b": object(), "c": 0} for _ in range(n)]
-    before = [sys.getrefcount(d["b"]) for d in dicts]
-
-    found = scan.items(dicts, ["b", "a"])
-
-    assert found == [[d["b"] for d in dicts], [d["a"] for d in dicts]]
-    del found
-    assert [sys.getrefcount(d["b"]) for d in dicts] == before
-
-
-@pytest.mark.usefixtures("either")
-def test_items_of_other_dicts() -> None:
-    dicts: list[Any] = [{"a": 1, "b": 2}, {"b": 3}]
-
-    assert scan.items(dicts, ["a", "b"]) == [None, [2, 3]]
-    assert scan.items([*dicts, Heard()], ["b", "a"]) == [[2, 3, "mine"], None]
-    assert dicts == [{"a": 1, "b": 2}, {"b": 3}]
-
-
-@pytest.mark.usefixtures("either")
-@pytest.mark.parametrize("kind", [dict, OrderedDict, lambda x: defaultdict(dict, x)])
-def test_a_dict_holds_the_same(kind: Callable[[Any], dict[Any, Any]]) -> None:
-    """An optimizer's state is a dict of a class of its own, and keys are tensors, which are not equal to themselves."""
-    keys, values = [torch.ones(2) for _ in range(5)], [{"a": k} for k in range(5)]
-    mapping = kind(zip(keys, values, strict=True))
-
-    assert scan.holds(mapping, keys, values)
-    assert not scan.holds(mapping, keys[:-1], values[:-1])
-    assert not scan.holds(mapping, keys[::-1], values)
-    assert not scan.holds(mapping, keys, [*values[:-1], {"a": 4}])
-    assert scan.holds(kind({}), [], [])
-    del mapping[keys[2]]
-    assert not scan.holds(mapping, keys, values)
-
-
-class Slotted:
-    __slots__ = ("other", "value")
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-
-class Heir(Slotted):
-    pass
-
-
-class Plain:
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-
-@pytest.mark.usefixtures("either")
-@pytest.mark.parametrize("kinds", [[Slotted], [Plain], [Slotted, Plain], [Plain, Slotted], [Heir], [Slotted, Heir]])
-@pytest.mark.parametrize("n", [0, 1, 50])
-def test_attributes(n: int, kinds: list[Any]) -> None:
-    values = [object() for _ in range(n)]
-    objects = [kinds[k % len(kinds)](value) for k, value in enumerate(values)]
-    before = [sys.getrefcount(x) for x in values]
-
-    found = scan.attributes(objects, "value")
-
-    assert all(x is y for x, y in zip(found, values, strict=True))
-    assert [sys.getrefcount(x) for x in values] == [x + 1 for x in before]
-    del found
-    assert [sys.getrefcount(x) for x in values] == before
-
-
-@pytest.mark.usefixtures("either")
-@pytest.mark.parametrize("position", [0, 7, 49])
-def test_attributes_that_are_missing(position: int) -> None:
-    values = [object() for _ in range(50)]
-    objects: list[Any] = list(map(Slotted, values))
-    before = [sys.getrefcount(x) for x in values]
-    scan.attributes([Slotted(0)], "value")
-    for missing in (None, Slotted(0)):
-        if missing is not None:
-            del missing.value
-        objects[position] = missing
-
-        with pytest.raises(AttributeError, match="value"):
-            scan.attributes(objects, "value")
-
-    after = [sys.getrefcount(x) for x in values]
-    assert after[:position] + after[position + 1 :] == before[:position] + before[position + 1 :]
-
-
 @pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_guard_sees_what_requires_a_gradient(grad: bool) -> None:
@@ -453,10 +348,8 @@ def test_a_guard_sees_what_requires_a_gradient(grad: bool) -> None:
         assert [guard.holds(other) for _ in range(3)] == [not grad] * 3  # from the second time on in C
 
 
-def test_a_library_without_the_functions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scan, "_functions", [])
-
+def test_a_library_without_the_functions_is_refused(in_python: None) -> None:
     with pytest.raises(AttributeError):
-        scan.use(ctypes.CDLL(None))
+        native.use(ctypes.CDLL(None))
 
-    assert scan._functions == []
+    assert native.loaded == []

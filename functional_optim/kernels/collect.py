@@ -1,0 +1,85 @@
+"""Reading thousands of Python objects, and comparing them, at once."""
+
+import ctypes
+from operator import attrgetter, is_, itemgetter
+from types import MemberDescriptorType
+from typing import Any
+
+from .native import loaded
+
+
+def attributes(objects: list[Any], name: str) -> list[Any]:
+    """An attribute of each of some objects; in a tenth of the time if all are of one class that has a slot for it.
+
+    Raises:
+      AttributeError: an object does not have it.
+    """
+    cls = type(objects[0]) if objects else object
+    if loaded and isinstance(getattr(cls, name, None), MemberDescriptorType):
+        word, found = _slot(cls, name, objects[0]), [None] * len(objects)
+        native = loaded[0]
+        if word and native.slots(native.torch, objects, len(objects), id(cls), word, found) == len(objects):
+            return found
+    return list(map(attrgetter(name), objects))
+
+
+def _slot(cls: type, name: str, example: Any) -> int:
+    """Which word of an object a slot is; 0 if it is not clear."""
+    if (cls, name) not in _slots:
+        words = (ctypes.c_uint64 * (cls.__basicsize__ // 8)).from_address(id(example))
+        places = [k for k, x in enumerate(words) if x == id(getattr(example, name))]
+        _slots[cls, name] = places[0] if len(places) == 1 else 0
+    return _slots[cls, name]
+
+
+_slots: dict[tuple[type, str], int] = {}
+
+
+def items(dicts: list[Any], keys: list[str]) -> list[list[Any] | None]:
+    """For each key, what each of some dicts has under it; None where one has nothing.
+
+    Example:
+      >>> items([{"a": 1, "b": 2}, {"a": 3}], ["a", "b"])
+      [[1, 3], None]
+    """
+    if loaded:
+        found: list[list[Any] | None] = [[None] * len(dicts) for _ in keys]
+        native = loaded[0]
+        if native.items(native.torch, dicts, len(dicts), keys, len(keys), found) == len(dicts):
+            return found
+    return [_column(dicts, key) for key in keys]
+
+
+def _column(dicts: list[Any], key: str) -> list[Any] | None:
+    try:
+        return list(map(itemgetter(key), dicts))
+    except KeyError:
+        return None
+
+
+def holds(mapping: dict[Any, Any], keys: list[Any], values: list[Any]) -> bool:
+    """Whether a dict has nothing but these very keys and values, in their order.
+
+    Example:
+      >>> key, value = object(), object()
+      >>> holds({key: value}, [key], [value]), holds({key: value}, [key], [object()])
+      (True, False)
+    """
+    if not loaded:
+        return same(list(mapping), keys) and same(list(mapping.values()), values)
+    native = loaded[0]
+    return len(mapping) == len(keys) and bool(native.holds(native.torch, mapping, keys, values, len(keys)))
+
+
+def same(a: list[Any], b: list[Any]) -> bool:
+    """Whether two lists hold the very same objects.
+
+    Example:
+      >>> x, y = object(), object()
+      >>> same([x, y], [x, y]), same([x, y], [x, x])
+      (True, False)
+    """
+    if not loaded:
+        return len(a) == len(b) and all(map(is_, a, b))
+    native = loaded[0]
+    return len(a) == len(b) and bool(native.same(native.torch, a, b, len(a)))
