@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 import functional_optim as fo
 from functional_optim import leafwise
-from functional_optim.leafwise import Leafwise, Leaves, Template
+from functional_optim.leafwise import Contents, Leafwise, Leaves, Template
 
 from ._compiled import LIVE
 from ._loading import load
@@ -60,10 +60,9 @@ class _Runtime:
       leaves: the parameters of the last step and their states.
       used: the templates of the groups then, and which of them each group had.
       cut: which template each of the groups had then, and how many parameters.
-      options: all keys and values in the groups.
+      options: what was in the groups then.
       constant: whether those that are not lists can only change by being replaced; None if nobody has asked.
-      keys: the keys of the optimizer's state then.
-      values: its values.
+      state: what was in the optimizer's state then.
     """
 
     leafwise: Leafwise = field(default_factory=Leafwise)
@@ -71,10 +70,9 @@ class _Runtime:
     leaves: Leaves | None = None
     used: tuple[list[Template], list[int]] = field(default_factory=lambda: ([], []))
     cut: tuple[list[int], list[int]] | None = None
-    options: list[Any] = field(default_factory=list)
+    options: Contents = field(default_factory=lambda: Contents.of([]))
     constant: bool | None = None
-    keys: list[Any] = field(default_factory=list)
-    values: list[Any] = field(default_factory=list)
+    state: Contents = field(default_factory=lambda: Contents.of([]))
 
 
 class ChainOptimizer(Optimizer):
@@ -164,8 +162,7 @@ class ChainOptimizer(Optimizer):
         if "_averaged" in self.__dict__:
             raise RuntimeError("step was called inside `averaged_params()`, where parameters are averages.")
         last = self._runtime
-        options = [*chain.from_iterable(self.param_groups), *chain.from_iterable(map(dict.values, self.param_groups))]
-        unchanged = leafwise.same(last.options, options)
+        unchanged = last.options.are_in(self.param_groups)
         if last.leaves is not None and unchanged and self._constant():
             templates, kind_of = last.used
         else:
@@ -182,7 +179,7 @@ class ChainOptimizer(Optimizer):
         params: list[torch.Tensor] = list(chain.from_iterable(members))
         states: list[Any]
         fresh: list[int]
-        known = last.leaves is not None and leafwise.holds(self.state, last.keys, last.values)
+        known = last.leaves is not None and last.state.are_in([self.state])
         if last.leaves is not None and known and leafwise.same(last.leaves.params, params):
             states, ids, fresh = last.leaves.states, last.leaves.ids, []
         else:  # asking a dict for a tensor takes longer than all of the above
@@ -201,9 +198,9 @@ class ChainOptimizer(Optimizer):
         if not fresh:
             last.leaves, last.used, last.cut = leaves._replace(names=list, grads=[]), (templates, kind_of), cut
             if not known:
-                last.keys, last.values = list(self.state), list(self.state.values())
+                last.state = Contents.of([self.state])
             if not unchanged:
-                last.options, last.constant = options, None
+                last.options, last.constant = Contents.of(self.param_groups), None
         return templates, leaves, fresh
 
     def _templates(self) -> tuple[list[Template], list[int]]:

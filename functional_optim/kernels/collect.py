@@ -1,9 +1,11 @@
 """Reading thousands of Python objects, and comparing them, at once."""
 
 import ctypes
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from types import MemberDescriptorType
-from typing import Any
+from typing import Any, NamedTuple
 
 from .native import loaded
 
@@ -57,18 +59,43 @@ def _column(dicts: list[Any], key: str) -> list[Any] | None:
         return None
 
 
-def holds(mapping: dict[Any, Any], keys: list[Any], values: list[Any]) -> bool:
-    """Whether a dict has nothing but these very keys and values, in their order.
+class Contents(NamedTuple):
+    """What some dicts contain.
 
-    Example:
-      >>> key, value = object(), object()
-      >>> holds({key: value}, [key], [value]), holds({key: value}, [key], [object()])
-      (True, False)
+    Args:
+      sizes: of each.
+      keys: of all.
+      values: of all.
     """
-    if not loaded:
-        return same(list(mapping), keys) and same(list(mapping.values()), values)
-    native = loaded[0]
-    return len(mapping) == len(keys) and bool(native.holds(native.torch, mapping, keys, values, len(keys)))
+
+    sizes: list[int]
+    keys: list[Any]
+    values: list[Any]
+
+    @classmethod
+    def of(cls, dicts: Sequence[Mapping[Any, Any]]) -> "Contents":
+        return cls(
+            list(map(len, dicts)),
+            list(chain.from_iterable(dicts)),
+            list(chain.from_iterable(x.values() for x in dicts)),
+        )
+
+    def are_in(self, dicts: list[Any]) -> bool:
+        """Whether dicts contain these very objects, in their order, and nothing else.
+
+        Example:
+          >>> key, value = object(), object()
+          >>> known = Contents.of([{key: value}])
+          >>> known.are_in([{key: value}]), known.are_in([{key: object()}])
+          (True, False)
+        """
+        if list(map(len, dicts)) != self.sizes:
+            return False
+        if not loaded:
+            _, keys, values = Contents.of(dicts)
+            return same(keys, self.keys) and same(values, self.values)
+        native = loaded[0]
+        return bool(native.hold(native.torch, dicts, len(dicts), self.keys, self.values, len(self.keys)))
 
 
 def same(a: list[Any], b: list[Any]) -> bool:

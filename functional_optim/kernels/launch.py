@@ -168,14 +168,19 @@ def join_shards(
             value = call.signature.program.values[i]
             if call.shard is None or value.stage != stage:
                 continue
-            tree, kind = value.op.startswith("tree_"), value.reduction
-            parts = buffer[start:stop]
-            firsts = (0, len(parts)) if tree else chunks.first
-            pieces = [parts[a:b] for a, b in itertools.pairwise(firsts)]
-            none = torch.full((), REDUCTIONS[kind].identity, dtype=torch.float64, device=buffer.device)
-            totals = torch.stack([REDUCTIONS[kind].eager(x) if x.numel() else none for x in pieces])
+            kind, parts = value.reduction, buffer[start:stop]
+            identity, reduce = REDUCTIONS[kind]
+            if value.op.startswith("tree_"):
+                total = reduce(parts).reshape(1)
+                call.shard.combine(total, kind)
+                parts.fill_(identity)
+                parts[:1] = total
+                continue
+            pieces = [parts[first:last] for first, last in itertools.pairwise(chunks.first)]
+            none = torch.full((), identity, dtype=torch.float64, device=buffer.device)
+            totals = torch.stack([reduce(x) if x.numel() else none for x in pieces])
             call.shard.combine(totals, kind)
-            parts.fill_(none)
+            parts.fill_(identity)
             for x, total in zip(pieces, totals, strict=True):
                 x[:1] = total
         start = stop

@@ -176,13 +176,13 @@ int64_t items(const torch_t *t, void *dicts, int64_t n, void *keys, int64_t n_ke
     return n;
 }
 
-/* Whether a dict has nothing but keys and values of two lists, in their order. */
-int holds(const torch_t *t, void *dict, void *keys, void *values, int64_t n) {
-    intptr_t position = 0;
+/* Whether dicts have, one after another, the keys and values of two lists, and nothing else. */
+int hold(const torch_t *t, void *dicts, int64_t n_dicts, void *keys, void *values, int64_t n) {
     void *key, *value;
     int64_t i = 0;
-    for (; t->next(dict, &position, &key, &value); i++)
-        if (i == n || key != t->item(keys, i) || value != t->item(values, i)) return 0;
+    for (int64_t d = 0; d < n_dicts; d++)
+        for (intptr_t position = 0; t->next(t->item(dicts, d), &position, &key, &value); i++)
+            if (i == n || key != t->item(keys, i) || value != t->item(values, i)) return 0;
     return i == n;
 }
 

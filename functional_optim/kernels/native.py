@@ -43,7 +43,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "gradients": (_N, (_OBJECT, _N, _ADDRESS, _OBJECT, _OBJECT)),
     "slots": (_N, (_OBJECT, _N, _ADDRESS, _N, _OBJECT)),
     "items": (_N, (_OBJECT, _N, _OBJECT, _N, _OBJECT)),
-    "holds": (ctypes.c_int, (_OBJECT, _OBJECT, _OBJECT, _N)),
+    "hold": (ctypes.c_int, (_OBJECT, _N, _OBJECT, _OBJECT, _N)),
     "same": (ctypes.c_int, (_OBJECT, _OBJECT, _N)),
 }
 
@@ -62,7 +62,7 @@ class Native(NamedTuple):
     gradients: "ctypes._NamedFuncPointer"
     slots: "ctypes._NamedFuncPointer"
     items: "ctypes._NamedFuncPointer"
-    holds: "ctypes._NamedFuncPointer"
+    hold: "ctypes._NamedFuncPointer"
     same: "ctypes._NamedFuncPointer"
 
 

@@ -8,7 +8,7 @@ options are.
 
 from .._spec import Option as Option
 from ..kernels.collect import (
-    holds as holds,
+    Contents as Contents,
     same as same,
 )
 from ..kernels.pack import pack as pack

@@ -277,9 +277,10 @@ def _table(group: Group, options: Sequence[Mapping[str, Any]], extra: Mapping[st
     sources = group.sources[0]
     if len(sources) > 1 and all(s.kind == "option" for s in sources) and all(map(is_, group.sources, repeat(sources))):
         # nearly always these are plain numbers, and there may be hundreds of rows
-        chosen = [options[owner] for owner, _ in group.owners]
-        with contextlib.suppress(KeyError, IndexError, TypeError):
-            columns = [_read(chosen, s.value) for s in sources]
+        asked: list[Option] = [s.value for s in sources]
+        found = items([options[owner] for owner, _ in group.owners], [option.name for option in asked])
+        with contextlib.suppress(IndexError, TypeError):  # also where one is missing
+            columns = [_each(column, option.index) for column, option in zip(found, asked, strict=True)]
             if set(map(type, chain.from_iterable(columns))) == {float}:
                 return list(zip(*columns, strict=True))
     return [
@@ -288,9 +289,9 @@ def _table(group: Group, options: Sequence[Mapping[str, Any]], extra: Mapping[st
     ]
 
 
-def _read(options: Sequence[Mapping[str, Any]], option: Option) -> list[Any]:
-    values = list(map(itemgetter(option.name), options))
-    return values if option.index is None else list(map(itemgetter(option.index), values))
+def _each(column: Any, index: int | None) -> list[Any]:
+    """What is at an index of each, if there is one."""
+    return list(column if index is None else map(itemgetter(index), column))
 
 
 def _scalar(source: Source, options: Mapping[str, Any], first: bool, extra: Mapping[str, Any]) -> float | torch.Tensor:

@@ -46,8 +46,9 @@ def gradients(params: list[Any]) -> list[Any]:
 def shard(p: Any) -> Shard | None:
     if not distributed(p):
         return None
-    dims = tuple(k for k, placement in enumerate(p.placements) if not placement.is_replicate())
-    return MeshShard(p.device_mesh, dims) if dims else None
+    mesh = p.device_mesh
+    dims = tuple(k for k, place in enumerate(p.placements) if not place.is_replicate() and mesh.size(k) > 1)
+    return MeshShard(mesh, dims) if dims else None
 
 
 def local(x: Any) -> Any:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from functional_optim.kernels import collect
+from functional_optim.kernels.collect import Contents
 
 
 @pytest.mark.usefixtures("either")
@@ -53,18 +54,32 @@ def test_items_of_other_dicts() -> None:
 
 @pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("kind", [dict, OrderedDict, lambda x: defaultdict(dict, x)])
-def test_a_dict_holds_the_same(kind: Callable[[Any], dict[Any, Any]]) -> None:
+def test_a_dict_contains_the_same(kind: Callable[[Any], dict[Any, Any]]) -> None:
     """An optimizer's state is a dict of a class of its own, and keys are tensors, which are not equal to themselves."""
     keys, values = [torch.ones(2) for _ in range(5)], [{"a": k} for k in range(5)]
     mapping = kind(zip(keys, values, strict=True))
+    known = Contents.of([mapping])
 
-    assert collect.holds(mapping, keys, values)
-    assert not collect.holds(mapping, keys[:-1], values[:-1])
-    assert not collect.holds(mapping, keys[::-1], values)
-    assert not collect.holds(mapping, keys, [*values[:-1], {"a": 4}])
-    assert collect.holds(kind({}), [], [])
+    assert known.are_in([mapping])
+    assert known.are_in([kind(zip(keys, values, strict=True))])
+    assert not known.are_in([kind(zip(keys[:-1], values[:-1], strict=True))])
+    assert not known.are_in([kind(zip(keys[::-1], values, strict=True))])
+    assert not known.are_in([kind(zip(keys, [*values[:-1], {"a": 4}], strict=True))])
+    assert not known.are_in([mapping, {}])
     del mapping[keys[2]]
-    assert not collect.holds(mapping, keys, values)
+    assert not known.are_in([mapping])
+
+
+@pytest.mark.usefixtures("either")
+def test_dicts_contain_the_same() -> None:
+    a, b, c = object(), object(), object()
+    known = Contents.of([{"x": a, "y": b}, {}, {"z": c}])
+
+    assert known.are_in([{"x": a, "y": b}, {}, {"z": c}])
+    assert not known.are_in([{"x": a}, {"y": b}, {"z": c}])
+    assert not known.are_in([{"x": a, "y": b}, {"z": c}, {}])
+    assert Contents.of([]).are_in([])
+    assert not Contents.of([]).are_in([{}])
 
 
 class Slotted:
