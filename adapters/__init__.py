@@ -15,7 +15,5 @@ from .files import (
     load_safetensors as load_safetensors,
     save_safetensors as save_safetensors,
 )
-from .optimizer import (
-    ChainOptimizer as ChainOptimizer,
-    TransformOptimizer as TransformOptimizer,
-)
+from .optimizer import ChainOptimizer as ChainOptimizer
+from .transform import TransformOptimizer as TransformOptimizer

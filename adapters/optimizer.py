@@ -1,12 +1,8 @@
-"""`TransformOptimizer`: any chain as a `torch.optim.Optimizer`."""
+"""`ChainOptimizer`: a step of a `torch.optim.Optimizer` is one run of a chain over all parameter groups."""
 
 import contextlib
-import copyreg
-import functools
-import inspect
 import math
 import sys
-import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -15,19 +11,11 @@ from typing import Any, ClassVar
 import torch
 from torch.optim import Optimizer
 
-import functional_optim as fo
 from functional_optim import leafwise
 from functional_optim.leafwise import Contents, Leafwise, Leaves, Template
 
 from ._compiled import LIVE
 from ._loading import load
-from ._naming import Naming, outside
-
-
-# what schedulers and torch itself keep in a group
-KNOWN = frozenset(
-    {"params", "param_names", "initial_lr", "min_lr", "max_lr", "swa_lr", "base_momentum", "max_momentum"}
-)
 
 
 # what an option can be that is not another object when it changes
@@ -386,158 +374,3 @@ class ChainOptimizer(Optimizer):
                 for (p, _), old in zip(pairs, before, strict=True):
                     p.copy_(old)
             del self.__dict__["_averaged"]
-
-
-class TransformOptimizer(ChainOptimizer):
-    """A chain as an optimizer of torch: parameter groups, hooks, schedulers, checkpoints.
-
-    The hyper-parameters of the chain are options of the parameter groups, by name, and the learning rate is `lr`;
-    where two have one name, the name of the transformation comes first, as in `params_ema_decay`. Groups override
-    them, schedulers and users change them, and the next step obeys. A schedule inside the chain stays there and
-    follows each parameter's own count of steps; `lr` is then a factor, 1.0 at first, that multiplies the updates, and
-    what a torch scheduler changes is the factor. A chain without a learning rate has such a factor too.
-
-    The state of a parameter is a flat dict of tensors: the chain's slots, by name, and `step`, which counts its own
-    steps. Parameters without a gradient are skipped, and what they have stays as it is.
-
-    Args:
-      params: parameters, named parameters or parameter groups, as for any optimizer of torch.
-      tx: the chain.
-      maximize: whether to ascend.
-      fused: True leaves unscaling, and skipping steps that overflow, to the kernel when `torch.amp.GradScaler` is
-        used; otherwise the scaler does both itself.
-      differentiable: whether autograd records the step.
-
-    Raises:
-      ValueError, TypeError: an option is out of its range, or `tx` is no transformation.
-
-    Example:
-      >>> import torch
-      >>> import functional_optim as fo
-      >>> model = torch.nn.Linear(2, 1)
-      >>> tx = fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(1e-3), fo.params_ema(0.99))
-      >>> opt = TransformOptimizer(model.named_parameters(), tx)
-      >>> model(torch.ones(1, 2)).sum().backward()
-      >>> opt.step()
-      >>> opt.param_groups[0]["lr"], opt.param_groups[0]["max_norm"], sorted(opt.state[model.weight])
-      (0.001, 1.0, ['ema', 'mu', 'nu', 'step'])
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        tx: fo.GradientTransformation,
-        *,
-        maximize: bool = False,
-        fused: bool | None = None,
-        differentiable: bool = False,
-    ) -> None:
-        self._tx = fo.chain(tx) if not isinstance(tx, fo.GradientTransformation) else tx
-        naming = Naming(self._tx)
-        naming.check(naming.defaults)
-        self._naming = naming
-        defaults = {
-            **naming.defaults,
-            "maximize": maximize,
-            "fused": fused,
-            "differentiable": differentiable,
-            "chain": describe(self._tx),
-        }
-        super().__init__(params, defaults)
-        if fused:
-            if differentiable:
-                raise RuntimeError("`fused` does not support `differentiable`")
-            self._offer_scaling()
-
-    def _offer_scaling(self) -> None:
-        """Has `GradScaler` leave unscaling to the kernel, if no transformation would see scaled gradients."""
-        if len(leafwise.rules(self._tx)) == len(leafwise.parts(self._tx)):
-            self._step_supports_amp_scaling = True
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a parameter group; see `torch.optim.Optimizer.add_param_group`.
-
-        Raises:
-          ValueError, TypeError: an option is out of its range.
-        """
-        if isinstance(param_group, dict):
-            self._naming.check(param_group)
-            unknown = sorted(set(param_group) - set(self.defaults) - KNOWN)
-            if unknown:
-                warnings.warn(
-                    f"no transformation of the chain knows {', '.join(map(repr, unknown))} in a parameter group; "
-                    f"there are {', '.join(map(repr, self.defaults))}.",
-                    stacklevel=outside(),
-                )
-        super().add_param_group(param_group)
-
-    def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
-        return (bool(group["maximize"]), *[group[name] for name in self._naming.switches])
-
-    def _template(self, switches: tuple[Any, ...]) -> Template:
-        return self._naming.template(switches[1:], switches[0], self.SLOTS)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_tx": self._tx}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "_naming" not in self.__dict__:
-            self._naming = Naming(self._tx)
-        if any(group.get("fused") for group in self.param_groups):
-            self._offer_scaling()
-
-    @staticmethod
-    def factory(tx_function: Callable[..., fo.GradientTransformation]) -> "type[TransformOptimizer]":
-        """A class of optimizers for a function that makes chains, for libraries that construct optimizers themselves.
-
-        Args:
-          tx_function: returns a chain, such as `functional_optim.lion`.
-
-        Returns:
-          A subclass that is constructed as `(params, **arguments)`. Arguments are those of `tx_function`, with `lr`
-          for `learning_rate`, and those of `TransformOptimizer`. Its optimizers pickle if `tx_function` does.
-
-        Example:
-          >>> import torch
-          >>> import functional_optim as fo
-          >>> Lion = TransformOptimizer.factory(fo.lion)
-          >>> opt = Lion([torch.nn.Parameter(torch.ones(1))], lr=1e-4, b1=0.95)
-          >>> opt.param_groups[0]["b1"]
-          0.95
-        """
-        return _class_of(tx_function)
-
-
-@functools.lru_cache(maxsize=256)
-def _class_of(tx_function: Callable[..., fo.GradientTransformation]) -> type[TransformOptimizer]:
-    """The class of `TransformOptimizer.factory`."""
-
-    def __init__(self: TransformOptimizer, params: Any, *args: Any, **arguments: Any) -> None:
-        own = {name: arguments.pop(name) for name in ("maximize", "fused", "differentiable") if name in arguments}
-        if "lr" in arguments and "lr" not in inspect.signature(tx_function).parameters:
-            if "learning_rate" in arguments:
-                raise TypeError("`lr` and `learning_rate` are one argument; pass one of them.")
-            arguments["learning_rate"] = arguments.pop("lr")
-        TransformOptimizer.__init__(self, params, tx_function(*args, **arguments), **own)
-
-    def __reduce__(self: TransformOptimizer) -> tuple[Any, ...]:
-        if type(self) is _class_of(tx_function):
-            return _blank, (tx_function,), self.__getstate__()
-        return copyreg.__newobj__, (type(self),), self.__getstate__()  # type: ignore[attr-defined]
-
-    name = getattr(tx_function, "__name__", type(tx_function).__name__)
-    body = {"__init__": __init__, "__reduce__": __reduce__, "__doc__": tx_function.__doc__, "__module__": __name__}
-    return type(name, (TransformOptimizer,), body)
-
-
-def _blank(tx_function: Callable[..., fo.GradientTransformation]) -> TransformOptimizer:
-    """An optimizer of such a class that unpickling has yet to fill."""
-    cls = _class_of(tx_function)
-    return cls.__new__(cls)
-
-
-def describe(tx: fo.GradientTransformation) -> str:
-    """The names of a chain's transformations, which a checkpoint is known by."""
-    rules = leafwise.rules(tx)
-    return " > ".join(rules[k].bound.rule.name if k in rules else f"{x!r:.80}" for k, x in leafwise.parts(tx).items())
