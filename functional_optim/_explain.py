@@ -168,7 +168,7 @@ def explain(tx: GradientTransformation, params: Tree) -> Explanation:
                     group.signature,
                     backend,
                     tuple(whole.paths[i] for i in group.leaves),
-                    sum(group.sizes),
+                    sum(group.table.sizes),
                     len(group.sources),
                     n,
                     read_bytes(group.signature),

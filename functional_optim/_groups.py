@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ._fuse import Recipe, Source
-from .kernels import Column, Shard
+from .kernels import Column, LeafTable, Shard
 from .kernels.layout import compute_dtype, walk_together
 from .kernels.plan import Signature
 from .kernels.program import Level
@@ -105,11 +105,9 @@ class Group(NamedTuple):
       outputs: where each output goes.
       sources: for each row of the scalar table, where its numbers come from.
       owners: for each row, the options that its leaves look things up in, and whether it is their first step.
-      rows: each leaf's row.
-      sizes: each leaf's number of elements.
+      table: the leaves' sizes and rows.
       copied: places in the group of leaves whose arrays a kernel cannot walk side by side, so that they are copied.
       shard: what joins them to their other parts, if they are parts of tensors spread over processes.
-      wholes: each leaf's number of elements, all parts counted.
     """
 
     signature: Signature
@@ -120,11 +118,9 @@ class Group(NamedTuple):
     outputs: tuple[Places, ...]
     sources: tuple[tuple[Source, ...], ...]
     owners: tuple[tuple[int, bool], ...]
-    rows: tuple[int, ...]
-    sizes: tuple[int, ...]
+    table: LeafTable
     copied: tuple[int, ...]
     shard: Shard | None
-    wholes: tuple[int, ...]
 
     def target(self, output: int, lists: Lists) -> Column | None:
         """What a step in place writes an output to; updates, which may be gradients, are always new tensors."""
@@ -180,9 +176,11 @@ def group_of(members: Sequence[Member], shard: Shard | None, n_leaves: int) -> G
         tuple([places(o.name) for o in program.outputs]),
         tuple(sources),
         tuple(owner for _, owner in rows),
-        tuple([rows[m.row] for m in members]),
-        tuple([m.fit.size for m in members]),
+        LeafTable(
+            tuple([m.fit.size for m in members]),
+            tuple([m.whole for m in members]),
+            tuple([rows[m.row] for m in members]),
+        ),
         tuple([k for k, m in enumerate(members) if m.fit.copied]),
         shard,
-        tuple([m.whole for m in members]),
     )

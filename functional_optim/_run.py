@@ -346,10 +346,8 @@ def _call(group: Group, table: Any, lists: Lists, donate: bool) -> Call:
         [places.gather(lists) for places in group.inputs],
         [group.target(k, lists) if donate else None for k in range(len(group.outputs))],
         table,
-        group.rows,
-        group.sizes,
+        group.table,
         group.shard,
-        group.wholes,
     )
 
 

@@ -23,6 +23,7 @@ from .build import BuildError as BuildError
 from .call import (
     Call as Call,
     Column as Column,
+    LeafTable as LeafTable,
     Shard as Shard,
 )
 from .foreach import run_foreach

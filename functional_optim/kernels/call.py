@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -78,6 +79,21 @@ class Shard(Protocol):
     def __hash__(self) -> int: ...
 
 
+@dataclass(frozen=True, eq=False)  # what is made of it is remembered by what it is, not by thousands of numbers
+class LeafTable:
+    """How large leaves are, and which numbers they have.
+
+    Args:
+      sizes: each leaf's number of elements.
+      wholes: each leaf's number of elements, all parts counted.
+      rows: each leaf's row of the scalar table.
+    """
+
+    sizes: tuple[int, ...]
+    wholes: tuple[int, ...]
+    rows: tuple[int, ...]
+
+
 class Call(NamedTuple):
     """One evaluation of a program over the leaves that share it.
 
@@ -87,10 +103,8 @@ class Call(NamedTuple):
       inputs: a column (one tensor per leaf) for each of the program's arrays, then for each of its numbers per leaf.
       outputs: a column to write to for each output, or None for new tensors.
       scalars: the scalar table: rows of numbers, or of tensors that hold one.
-      rows: each leaf's row.
-      sizes: each leaf's number of elements.
+      leaves: their sizes and rows.
       shard: what joins the leaves to their other parts, if they have any.
-      wholes: each leaf's number of elements, all parts counted.
     """
 
     signature: Signature
@@ -98,7 +112,5 @@ class Call(NamedTuple):
     inputs: Sequence[Column]
     outputs: Sequence[Column | None]
     scalars: Sequence[Sequence[float | torch.Tensor]]
-    rows: tuple[int, ...]
-    sizes: tuple[int, ...]
+    leaves: LeafTable
     shard: Shard | None
-    wholes: tuple[int, ...]

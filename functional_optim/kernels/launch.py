@@ -16,7 +16,7 @@ import torch
 
 from . import native
 from .build import BuildError, load_c, load_triton, parallel_address
-from .call import Call, Column
+from .call import Call, Column, LeafTable
 from .emit_c import emit_c
 from .emit_triton import emit_triton
 from .layout import span
@@ -77,10 +77,16 @@ def _pack(numbers: Sequence[int]) -> bytes:
     return struct.pack(f"{len(numbers)}q", *numbers)
 
 
+class _Tables(NamedTuple):
+    chunks: Chunks
+    packed: list[bytes]
+    n_elements: int
+
+
 @functools.lru_cache(maxsize=256)
-def _packed(sizes: tuple[int, ...], wholes: tuple[int, ...], rows: tuple[int, ...]) -> tuple[Chunks, list[bytes]]:
-    chunks = cut(sizes, CHUNK)
-    return chunks, [_pack(x) for x in (*chunks, wholes, rows)]
+def _tables(leaves: LeafTable, chunk: int) -> _Tables:
+    chunks = cut(leaves.sizes, chunk)
+    return _Tables(chunks, [_pack(x) for x in (*chunks, leaves.wholes, leaves.rows)], sum(leaves.sizes))
 
 
 @functools.lru_cache(maxsize=512)
@@ -215,20 +221,19 @@ def run_c(calls: Sequence[Call]) -> list[list[Column]]:
     """
     kernels = [compile_c(call.signature) for call in calls]
     results = [allocate(call) for call in calls]
-    tables = [_packed(call.sizes, call.wholes, call.rows) for call in calls]
-    total = sum(partials_of(call, chunks) for call, (chunks, _) in zip(calls, tables, strict=True))
+    tables = [_tables(call.leaves, CHUNK) for call in calls]
+    total = sum(partials_of(call, table.chunks) for call, table in zip(calls, tables, strict=True))
     buffers = partial_buffers(calls, total, torch.device("cpu"))
     parallel = parallel_address()
     keep: list[Any] = []  # what the structures point to
     launches = []
     first = 0
-    for call, outputs, (chunks, packed), own in zip(calls, results, tables, buffers, strict=True):
-        n_leaves, n_chunks = len(call.sizes), len(chunks.leaf)
+    for call, outputs, (chunks, packed, n_elements), own in zip(calls, results, tables, buffers, strict=True):
+        n_leaves, n_chunks = len(call.leaves.sizes), len(chunks.leaf)
         columns = _addresses(call, outputs)
         numbers = list(itertools.chain.from_iterable(call.scalars))  # tensors are asked for theirs by `pack`
         table = (ctypes.c_char_p * len(columns))(*columns)
         partials = (ctypes.c_void_p * len(own))(*[x.data_ptr() for x in own])
-        n_elements = sum(call.sizes)
         n_threads = min(torch.get_num_threads(), n_chunks) if parallel is not None and n_elements > SERIAL else 1
         # where chunks are short about CHUNK elements, but so that all threads end at about the same time
         run = max(1, min(n_chunks * CHUNK // max(1, n_elements), n_chunks // (8 * n_threads)))
@@ -247,7 +252,7 @@ def run_c(calls: Sequence[Call]) -> list[list[Column]]:
         for passes, launch in zip(kernels, launches, strict=True):
             if stage < len(passes):
                 passes[stage](ctypes.addressof(launch))
-        join_shards(calls, [chunks for chunks, _ in tables], buffers, stage + 1)
+        join_shards(calls, [table.chunks for table in tables], buffers, stage + 1)
     return results
 
 
@@ -259,9 +264,9 @@ def run_triton(calls: Sequence[Call]) -> list[list[Column]]:
     """
     kernels = [compile_triton(call.signature) for call in calls]
     results = [allocate(call) for call in calls]
-    elements = sum(sum(call.sizes) for call in calls)
+    elements = sum(sum(call.leaves.sizes) for call in calls)
     chunk = max(4 * TRITON_BLOCK, -(-elements // (TRITON_CHUNKS * TRITON_BLOCK)) * TRITON_BLOCK)
-    cuts = [cut(call.sizes, chunk) for call in calls]
+    cuts = [cut(call.leaves.sizes, chunk) for call in calls]
     total = sum(map(partials_of, calls, cuts))
     device = calls[0].like[0].device
     buffers = partial_buffers(calls, total, device)
@@ -279,11 +284,11 @@ def run_triton(calls: Sequence[Call]) -> list[list[Column]]:
         places = [memoryview(column.addresses).cast("q").tolist() for column in (*call.inputs, *written)]
         launches.append(
             (
-                *_on_device(chunks, call.wholes, call.rows, device),
+                *_on_device(call.leaves, chunk, device),
                 torch.tensor(places, dtype=torch.int64).to(device, non_blocking=True),
                 _scalar_table(call.scalars, device),
                 torch.tensor([x.data_ptr() for x in own] or [0], dtype=torch.int64).to(device, non_blocking=True),
-                *(len(call.sizes), total, first),
+                *(len(call.leaves.sizes), total, first),
             )
         )
         first += partials_of(call, chunks)
@@ -300,10 +305,9 @@ def run_triton(calls: Sequence[Call]) -> list[list[Column]]:
 
 
 @functools.lru_cache(maxsize=256)
-def _on_device(
-    chunks: Chunks, wholes: tuple[int, ...], rows: tuple[int, ...], device: torch.device
-) -> tuple[torch.Tensor, ...]:
-    return tuple(torch.tensor(x, dtype=torch.int64, device=device) for x in (*chunks, wholes, rows))
+def _on_device(leaves: LeafTable, chunk: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    chunks = cut(leaves.sizes, chunk)
+    return tuple(torch.tensor(x, dtype=torch.int64, device=device) for x in (*chunks, leaves.wholes, leaves.rows))
 
 
 def _scalar_table(rows: Sequence[Sequence[float | torch.Tensor]], device: torch.device) -> torch.Tensor:

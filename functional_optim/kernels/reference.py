@@ -97,7 +97,7 @@ class _Machine:
                 k = self.program.scalars.index(value.name)
                 return Column(_number(row[k], device) for row in self.call.scalars)
             case "size":
-                return Column(torch.tensor(n, dtype=torch.float64, device=device) for n in self.call.wholes)
+                return Column(torch.tensor(n, dtype=torch.float64, device=device) for n in self.call.leaves.wholes)
             case "leaf":
                 return Column(x.double() for x in self.inputs[value.name])
             case "array":
@@ -122,7 +122,7 @@ class _Machine:
                 self.cast[i] = Column(x.to(self.compute) for x in column)
             column = self.cast[i]
         if value.level is Level.ROW and level is not Level.ROW:
-            return Column(column[r] for r in self.call.rows)
+            return Column(column[r] for r in self.call.leaves.rows)
         return column
 
     def outputs(self) -> list[Column]:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import functional_optim as fo
-from functional_optim.kernels import BACKENDS, Call, Column, launch
+from functional_optim.kernels import BACKENDS, Call, Column, LeafTable, launch
 from functional_optim.kernels.launch import CHUNK, TRITON_BLOCK, Chunks, cut
 
 
@@ -76,10 +76,8 @@ def far(backend: str, dtype: torch.dtype, start: int) -> None:
         [column(arrays[name], start) for name in program.arrays],
         [column(arrays[output.name], start) for output in program.outputs],
         [[numbers[name] for name in program.scalars]],
-        (0,),
-        (start + N,),
+        LeafTable((start + N,), (start + N,), (0,)),
         None,
-        (start + N,),
     )
     with mock.patch.object(launch, "cut", end):
         BACKENDS[backend]([call])

@@ -525,7 +525,6 @@ LARGE = {"c": 2 * SHORT + 5, "triton": 2 * 4096 + 5}
 def test_rules_of_all_kinds(name: str, backend: str, donate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over three steps, in float64."""
     monkeypatch.setattr(launch, "CHUNK", SHORT)
-    launch._packed.cache_clear()
     kind = KINDS[name]
     generator = torch.Generator().manual_seed(0)
     leaves = [torch.randn(n, generator=generator, dtype=F64) for n in (1, 1025, LARGE.get(backend, 40))]

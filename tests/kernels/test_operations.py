@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import functional_optim as fo
-from functional_optim.kernels import BACKENDS, Call, Column, trace
+from functional_optim.kernels import BACKENDS, Call, Column, LeafTable, trace
 from functional_optim.kernels.build import find_compiler
 from functional_optim.kernels.emit_c import HEADER
 from functional_optim.kernels.ops import OPS
@@ -427,10 +427,8 @@ def run(
         [Column(arrays[name]) for name in program.arrays],
         [None] * len(outputs),
         [[scalars[name][k] for name in program.scalars] for k in range(len(like))],
-        tuple(range(len(like))),
-        tuple(x.numel() for x in like),
+        LeafTable(tuple(x.numel() for x in like), tuple(x.numel() for x in like), tuple(range(len(like)))),
         None,
-        tuple(x.numel() for x in like),
     )
     [results] = BACKENDS[backend]([call])
     return dict(zip(outputs, results, strict=True))
