@@ -127,6 +127,17 @@ def fsdp2_empty_shard(rank: int, folder: Path) -> None:
     assert [int(optimizer.state[p]["step"]) for p in model.parameters()] == [STEPS] * len(local)
 
 
+def fsdp2_versions(rank: int, folder: Path) -> None:
+    """What is written to a part counts as written to the whole, so that autograd notices."""
+    model = sharded(make_model())
+    optimizer = adapters.AdamW(model.parameters(), lr=0.05)
+    fit(model, optimizer, make_batches(STEPS))
+    before = [(p._version, p.to_local()._version) for p in model.parameters()]  # type: ignore[attr-defined]
+    optimizer.step()
+    after = [(p._version, p.to_local()._version) for p in model.parameters()]  # type: ignore[attr-defined]
+    assert all(x > a and y > b for (a, b), (x, y) in zip(before, after, strict=True))
+
+
 def fsdp2_clip_threshold(rank: int, folder: Path) -> None:
     """A norm just above that of any part and below that of the whole: only the whole model's is clipped."""
     model = sharded(make_model())
@@ -287,6 +298,7 @@ CHECKS = {
         fsdp2_uneven_elementwise,
         fsdp2_uneven_norms,
         fsdp2_empty_shard,
+        fsdp2_versions,
         fsdp2_clip_threshold,
         fsdp2_average,
         fsdp2_checkpoint,

@@ -1,6 +1,7 @@
 """What importing the package needs and does, and what it offers."""
 
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -280,3 +281,32 @@ def test_states_are_named_after_their_rules() -> None:
 
     assert (type(state).__name__, state._fields) == ("ScaleByAdamState", ("count", "mu", "nu"))
     assert type(state).__doc__ == "The state of `scale_by_adam`."
+
+
+FORK = """
+import os, signal
+import torch
+from functional_optim.adapters import AdamW
+
+torch.set_num_threads(2)
+params = [torch.nn.Parameter(torch.ones(SIZE)) for _ in range(600)]
+for p in params:
+    p.grad = torch.ones(SIZE)
+opt = AdamW(params)
+torch.ones(1 << 20).exp()  # by two threads
+for _ in range(3):
+    opt.step()
+child = os.fork()
+if not child:
+    signal.alarm(60)
+    opt.step()
+    os._exit(0)
+print(os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+@pytest.mark.parametrize("size", [2, 100])
+def test_a_forked_child_does_not_wait_for_threads_of_its_parent(size: int, tmp_path: Path) -> None:
+    environment = {"PATH": os.environ["PATH"], "FUNCTIONAL_OPTIM_CACHE": str(tmp_path)}
+    assert python(FORK.replace("SIZE", str(size)), warnings="default", **environment) == "0\n"

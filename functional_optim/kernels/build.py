@@ -197,10 +197,22 @@ def load_triton(source: str) -> ModuleType:
         return module
 
 
-@functools.cache
+SERIAL = 1 << 14  # elements below which waking other threads costs more than it saves
+
+
 def parallel_address() -> int | None:
-    """Address of the function that runs work on torch's own OpenMP threads, if this process has it."""
+    """Address of the function that runs work on torch's own OpenMP threads; None if this process has none to wake."""
+    return None if _forked else _parallel_address()
+
+
+@functools.cache
+def _parallel_address() -> int | None:
     try:
         return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
     except (AttributeError, OSError, TypeError):
         return None
+
+
+_forked: list[bool] = []
+if hasattr(os, "register_at_fork"):  # OpenMP would wait forever for threads that stayed in the parent
+    os.register_at_fork(after_in_child=lambda: _forked.append(True))

@@ -24,7 +24,7 @@ class Column(list[torch.Tensor]):
         super().__init__(tensors)
         self.found: Found | None = None  # where they are, once a `Guard` has seen
         self.seen = False  # whether it is made of columns that a `Guard` has seen
-        self._parts: dict[int, Column] = {}
+        self._parts: dict[Callable[[Any], Sequence[Any]], Column] = {}
 
     @classmethod
     def of(cls, places: Sequence[tuple["Column", int]]) -> "Column":
@@ -46,9 +46,9 @@ class Column(list[torch.Tensor]):
         Args:
           get: takes them from a sequence; what it has taken before is remembered.
         """
-        made = self._parts.get(id(get))
+        made = self._parts.get(get)
         if made is None:
-            made = self._parts[id(get)] = Column(get(self))
+            made = self._parts[get] = Column(get(self))
             if self.found is not None:
                 addresses = get(memoryview(self.found.addresses).cast("q"))
                 made.seen, made.addresses = True, struct.pack(f"{len(made)}q", *addresses)

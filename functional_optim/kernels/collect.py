@@ -30,7 +30,9 @@ def _slot(cls: type, name: str, example: Any) -> int:
     if (cls, name) not in _slots:
         words = (ctypes.c_uint64 * (cls.__basicsize__ // 8)).from_address(id(example))
         places = [k for k, x in enumerate(words) if x == id(getattr(example, name))]
-        _slots[cls, name] = places[0] if len(places) == 1 else 0
+        if len(places) != 1:
+            return 0
+        _slots[cls, name] = places[0]
     return _slots[cls, name]
 
 

@@ -2,7 +2,7 @@
 
 The text is meant to be read; the cache keeps it beside the compiled kernel. A pass has three parts. `prologue`
 computes the uniform values in double precision, once per row of the scalar table and once per leaf. `work` runs on
-every thread: it takes chunks until none is left. `epilogue` stores the numbers that a leaf keeps.
+every thread: it takes runs of chunks until none is left. `epilogue` stores the numbers that a leaf keeps.
 
 Reductions give the same bits for any number of threads: a chunk sums blocks of its elements into eight lanes of
 double precision, and the next pass adds the chunks in order.
@@ -31,7 +31,7 @@ HEADER = r"""
 typedef {T} real;
 
 typedef struct {{
-  int64_t n_leaves, n_chunks, n_rows;
+  int64_t n_leaves, n_rows;
   int64_t n_partials, first_partial;   /* chunks of all groups, and those before this group's */
   const int64_t *chunk_leaf, *chunk_start, *chunk_stop;
   const int64_t *leaf_chunk;           /* a leaf's first chunk; n_leaves + 1 numbers */
@@ -41,8 +41,8 @@ typedef struct {{
   double *const *partials;             /* n_partials numbers per reduction */
   void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
   int64_t n_threads;
-  int64_t run;                         /* chunks that a thread takes at once */
-  int64_t next_chunk;
+  const int64_t *runs;                 /* first chunks of what a thread takes at once; n_runs + 1 numbers */
+  int64_t n_runs, next_run;
   double *of_row, *of_leaf;            /* uniform values */
 }} launch_t;
 
@@ -219,7 +219,7 @@ class _Emitter:
             lines += ["  " + x for x in self.leaf_lines()]
             lines += [f"  l->of_leaf[leaf * {nl} + {k}] = u{i};" for k, i in enumerate(self.leaf_kept)]
             lines.append("}")
-        lines.append("l->next_chunk = 0;")
+        lines.append("l->next_run = 0;")
         lines.append(f"if (l->n_threads > 1) l->parallel(work_{self.number}, l, (unsigned)l->n_threads, 0);")
         lines.append(f"else work_{self.number}(l);")
         own = [k for k in self.p.stores if self.program.outputs[k].level is Level.LEAF]
@@ -284,10 +284,10 @@ class _Emitter:
         program, values, p = self.program, self.program.values, self.p
         lines = ["launch_t *l = data;", "for (;;) {"]
         lines += [
-            "  const int64_t from = __atomic_fetch_add(&l->next_chunk, l->run, __ATOMIC_RELAXED);",
-            "  if (from >= l->n_chunks) return;",
-            "  const int64_t until = from + l->run < l->n_chunks ? from + l->run : l->n_chunks;",
-            "  for (int64_t chunk = from; chunk < until; ++chunk) {",
+            "  const int64_t run = __atomic_fetch_add(&l->next_run, 1, __ATOMIC_RELAXED);",
+            "  if (run >= l->n_runs) return;",
+            "  const int64_t until = l->runs[run + 1];",
+            "  for (int64_t chunk = l->runs[run]; chunk < until; ++chunk) {",
         ]
         inner = [
             "const int64_t leaf = l->chunk_leaf[chunk], start = l->chunk_start[chunk], stop = l->chunk_stop[chunk];",

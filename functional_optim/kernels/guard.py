@@ -84,9 +84,11 @@ class Guard:
 
 
 def _hold(guards: Sequence[Guard], columns: Sequence[Column]) -> bool:
+    """Whether all guards hold; only then, and where C can be asked, do columns know where their tensors are."""
+    for column in columns:
+        column.found = None
     described = []
     for guard, column in zip(guards, columns, strict=True):
-        column.found = None
         if guard.kinds is not None:
             described.append((guard.kinds, column))
         elif not guard.looks_right(column):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import native
-from .build import BuildError, load_c, load_triton, parallel_address
+from .build import SERIAL, BuildError, load_c, load_triton, parallel_address
 from .call import Call, Column, LeafTable
 from .emit_c import emit_c
 from .emit_triton import emit_triton
@@ -26,7 +26,6 @@ from .program import Level
 
 
 CHUNK = 1 << 15  # elements: seven streams of float32 stay within a second-level cache; shorter ones cost 3% of a step
-SERIAL = 1 << 14  # elements below which waking other threads costs more than it saves
 TRITON_BLOCK = 1024
 TRITON_CHUNKS = 4096  # at most this many partial results per reduction, because every instance adds them up
 
@@ -35,7 +34,7 @@ class _Launch(ctypes.Structure):
     """Mirrors `launch_t` of the emitted C."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("n_leaves", "n_chunks", "n_rows", "n_partials", "first_partial")),
+        *((name, ctypes.c_int64) for name in ("n_leaves", "n_rows", "n_partials", "first_partial")),
         *((name, ctypes.c_char_p) for name in ("chunk_leaf", "chunk_start", "chunk_stop", "leaf_chunk")),
         *((name, ctypes.c_char_p) for name in ("leaf_size", "leaf_row")),
         ("columns", ctypes.c_void_p),
@@ -43,8 +42,9 @@ class _Launch(ctypes.Structure):
         ("partials", ctypes.c_void_p),
         ("parallel", ctypes.c_void_p),
         ("n_threads", ctypes.c_int64),
-        ("run", ctypes.c_int64),
-        ("next_chunk", ctypes.c_int64),
+        ("runs", ctypes.c_char_p),
+        ("n_runs", ctypes.c_int64),
+        ("next_run", ctypes.c_int64),
         ("of_row", ctypes.c_void_p),
         ("of_leaf", ctypes.c_void_p),
     ]
@@ -75,6 +75,23 @@ def cut(sizes: tuple[int, ...], chunk: int) -> Chunks:
 def _pack(numbers: Sequence[int]) -> bytes:
     """64-bit integers as memory that C can read."""
     return struct.pack(f"{len(numbers)}q", *numbers)
+
+
+@functools.lru_cache(maxsize=256)
+def _runs(leaves: LeafTable, chunk: int, n_threads: int) -> tuple[bytes, int]:
+    """First chunks of runs, which a thread takes at once, and their number.
+
+    A run has at most `chunk` elements, or is one chunk, and there are some for each thread, lest one should be late.
+    """
+    table = _tables(leaves, chunk)
+    limit = min(chunk, table.n_elements // (8 * n_threads))
+    firsts, room = [], 0
+    for k, (start, stop) in enumerate(zip(table.chunks.start, table.chunks.stop, strict=True)):
+        if stop - start > room:
+            firsts.append(k)
+            room = limit
+        room -= stop - start
+    return _pack([*firsts, len(table.chunks.leaf)]), len(firsts)
 
 
 class _Tables(NamedTuple):
@@ -235,17 +252,16 @@ def run_c(calls: Sequence[Call]) -> list[list[Column]]:
         table = (ctypes.c_char_p * len(columns))(*columns)
         partials = (ctypes.c_void_p * len(own))(*[x.data_ptr() for x in own])
         n_threads = min(torch.get_num_threads(), n_chunks) if parallel is not None and n_elements > SERIAL else 1
-        # where chunks are short about CHUNK elements, but so that all threads end at about the same time
-        run = max(1, min(n_chunks * CHUNK // max(1, n_elements), n_chunks // (8 * n_threads)))
+        runs, n_runs = _runs(call.leaves, CHUNK, n_threads)
         chunk_leaf, chunk_start, chunk_stop, leaf_chunk, leaf_size, leaf_row = packed
         scalars = struct.pack(f"{len(numbers)}d", *numbers)
         launch = _Launch(
-            n_leaves, n_chunks, len(call.scalars), total, first,
+            n_leaves, len(call.scalars), total, first,
             chunk_leaf, chunk_start, chunk_stop, leaf_chunk, leaf_size, leaf_row,
             ctypes.addressof(table), scalars, ctypes.addressof(partials),
-            parallel, n_threads, run,
+            parallel, n_threads, runs, n_runs,
         )  # fmt: skip
-        keep.append((columns, table, partials, scalars, packed))
+        keep.append((columns, table, partials, scalars, packed, runs))
         launches.append(launch)
         first += partials_of(call, chunks)
     for stage in range(max(map(len, kernels), default=0)):

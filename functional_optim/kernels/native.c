@@ -162,8 +162,10 @@ int64_t slots(const torch_t *t, void *list, int64_t n, void *type, int64_t word,
 int64_t items(const torch_t *t, void *dicts, int64_t n, void *keys, int64_t n_keys, void *out) {
     for (int64_t i = 0; i < n; i++) {
         if (i + 2 * AHEAD < n) __builtin_prefetch(t->item(dicts, i + 2 * AHEAD));
-        for (int k = 2; k < 6 && i + AHEAD < n; k++) /* whatever they point to */
-            __builtin_prefetch(((void **)t->item(dicts, i + AHEAD))[k]);
+        if (i + AHEAD < n) {
+            void **later = t->item(dicts, i + AHEAD);
+            for (int k = 2; k < 6 && later[1] == t->dict; k++) __builtin_prefetch(later[k]); /* whatever that is */
+        }
         void **dict = t->item(dicts, i);
         if (dict[1] != t->dict) return i;
         for (int64_t k = 0; k < n_keys; k++) {

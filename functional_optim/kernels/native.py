@@ -1,19 +1,20 @@
-"""A few lines of C that ask thousands of objects at once, because asking each from Python takes longer than a kernel.
+"""C that asks thousands of objects at once, because asking each from Python takes longer than a kernel.
 
-They ask torch by the functions of its stable C interface (`aoti_torch_get_*`), which take the address of a tensor, and
-Python by those of its own. What they need to know of torch besides is found out by `interior.py`; if it cannot be, or
-there is no compiler, everything is asked from Python. The lines are compiled as a part of each kernel, and taken from
+It asks torch by the functions of its stable C interface (`aoti_torch_get_*`), which take the address of a tensor, and
+Python by those of its own. What it needs to know of torch besides is found out by `interior.py`; if it cannot be, or
+there is no compiler, everything is asked from Python. It is compiled as a part of each kernel, and taken from
 the first one.
 """
 
 import ctypes
+import functools
 import struct
 from importlib.resources import files
 from typing import Any, NamedTuple
 
 import torch
 
-from .interior import find_interior
+from .interior import Interior, find_interior
 
 
 FIELDS = ("TYPE", "KEYS", "DTYPE", "DEVICE", "DIM", "ITEMSIZE", "SPAN")  # of a description; sizes and strides follow
@@ -81,13 +82,21 @@ def use(library: ctypes.CDLL) -> None:
     functions = {name: getattr(held, name) for name in _SIGNATURES}
     for name, (result, arguments) in _SIGNATURES.items():
         functions[name].restype, functions[name].argtypes = result, (_BYTES, *arguments)
-    interior, theirs = find_interior(), ctypes.CDLL(torch._C.__file__)
+    interior, theirs = _interior(), ctypes.CDLL(torch._C.__file__)
     if interior is None or not all(hasattr(theirs, name) for name in _TORCH):  # pragma: no cover
         return
     pointers = [_address(ctypes.pythonapi, name) for name in _PYTHON]
     pointers += [id(None), id(dict)]
     pointers += [_address(theirs, name) for name in (*_TORCH, *_GRADIENT)]
     loaded.append(Native(struct.pack(f"{len(pointers)}q{len(interior)}q", *pointers, *interior), **functions))
+
+
+@functools.cache
+def _interior() -> Interior | None:
+    try:
+        return find_interior()
+    except Exception:  # whatever has become of torch, Python can be asked
+        return None
 
 
 def _address(library: ctypes.CDLL, name: str) -> int:

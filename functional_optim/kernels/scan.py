@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .build import parallel_address
+from .build import SERIAL, parallel_address
 from .layout import PLAIN, span
 from .native import FIELDS, loaded
 
@@ -35,12 +35,14 @@ class Kinds(NamedTuple):
       width: length of a description in words.
       kind_of: which description each tensor has, as 32-bit integers; -1 for objects that do not count.
       kinds: the descriptions.
+      elements: how many all tensors have together.
     """
 
     n: int
     width: int
     kind_of: bytes
     kinds: bytes
+    elements: int
 
     @classmethod
     def of(cls, tensors: Sequence[Any], positions: Sequence[int]) -> "Kinds | None":
@@ -65,18 +67,19 @@ class Kinds(NamedTuple):
         kinds: list[int] = []
         raw, size = out.raw, 8 * width
         kind_of = [-1] * len(tensors)
+        elements = 0
         for k, i in enumerate(positions):
             words = raw[k * size : (k + 1) * size]
+            x = tensors[i]
             if words not in known:
                 known[words] = len(known)
                 kind = list(struct.unpack(f"{width}q", words))
-                x = tensors[i]
                 kind[FIELDS.index("ITEMSIZE")], kind[FIELDS.index("SPAN")] = x.element_size(), span(x)
                 kinds += kind
             kind_of[i] = known[words]
-        return cls(
-            len(tensors), width, struct.pack(f"{len(kind_of)}i", *kind_of), struct.pack(f"{len(kinds)}q", *kinds)
-        )
+            elements += x.numel()
+        packed = struct.pack(f"{len(kind_of)}i", *kind_of), struct.pack(f"{len(kinds)}q", *kinds)
+        return cls(len(tensors), width, *packed, elements)
 
 
 class _Column(ctypes.Structure):
@@ -89,7 +92,7 @@ class _Column(ctypes.Structure):
     ]
 
 
-SHARE = 256  # tensors; waking a thread for fewer costs more than it saves
+SHARE = 256  # tensors; a thread is not worth waking for fewer
 
 
 def find(kinds: Sequence[Kinds], columns: Sequence[list[Any]]) -> list[Found] | None:
@@ -111,7 +114,9 @@ def find(kinds: Sequence[Kinds], columns: Sequence[list[Any]]) -> list[Found] | 
     for k, (kind, column) in enumerate(zip(kinds, columns, strict=True)):
         places = here + 8 * starts[k], here + 8 * (starts[k] + total)
         table[k] = _Column(column, kind.n, kind.width, kind.kind_of, kind.kinds, *places)
-    parallel = parallel_address()
+    # for tensors that a kernel will not wake other threads for, they are not woken here: if they are busy, that takes
+    # longer than the step
+    parallel = parallel_address() if max(kind.elements for kind in kinds) > SERIAL else None
     n_threads = min(torch.get_num_threads(), total // SHARE) if parallel else 1
     if not native.scan(native.torch, ctypes.addressof(table), len(columns), parallel, n_threads):
         return None

@@ -64,6 +64,8 @@ class Layout:
         self.foreign = [
             k for k, p in enumerate(leaves.params) if p.is_complex() or (type(p) not in PLAIN and local(p) is not p)
         ]
+        # DTensors; what is written to the part that is here counts as written to them
+        self.wrappers = [k for k in self.foreign if not leaves.params[k].is_complex() and leaves.grads[k] is not None]
         self.all_sharded = all(distributed(p) and not p.is_complex() for p in leaves.params)
         names = leaves.names()
         for name, p, g in zip(names, leaves.params, leaves.grads, strict=True):

@@ -119,6 +119,7 @@ class Leafwise:
                     writes.append(functools.partial(barrier.scatter, state, leaves.states, layout.plan.present))
             for write in writes:
                 write()
+            torch.autograd.graph.increment_version([leaves.params[k] for k in layout.wrappers])
         except BaseException:
             for state, key in made:
                 del state[key]

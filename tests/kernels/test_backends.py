@@ -514,8 +514,8 @@ KINDS = {
     "copies": Kind(copies(), plain_copies, 1),
     "same_everywhere": Kind(same_everywhere(), plain_same_everywhere, 1),
 }
-# a leaf of one element, one between blocks, and one of three chunks for C and for Triton
 SHORT = 1 << 14  # elements of a chunk, so that three of them are no longer sum than is needed
+# a leaf of one element, one between blocks, and one of three chunks for C and for Triton
 LARGE = {"c": 2 * SHORT + 5, "triton": 2 * 4096 + 5}
 
 

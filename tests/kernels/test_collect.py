@@ -50,6 +50,8 @@ def test_items_of_other_dicts() -> None:
     assert collect.items(dicts, ["a", "b"]) == [None, [2, 3]]
     assert collect.items([*dicts, Heard()], ["b", "a"]) == [[2, 3, "mine"], None]
     assert dicts == [{"a": 1, "b": 2}, {"b": 3}]
+    with pytest.raises(TypeError, match="subscriptable"):
+        collect.items([*dicts, *[object()] * 30], ["b"])
 
 
 @pytest.mark.usefixtures("either")

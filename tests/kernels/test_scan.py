@@ -5,14 +5,17 @@ import struct
 import sys
 import warnings
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 
 import pytest
 import torch
 
+import functional_optim as fo
 from functional_optim.kernels import Column, native, scan
 from functional_optim.kernels.guard import Guard
 from functional_optim.kernels.interior import find_interior
+from functional_optim.kernels.launch import compile_c
 from functional_optim.kernels.scan import Found, Kinds, find
 
 
@@ -215,23 +218,25 @@ def test_a_storage_that_is_freed_or_cut_is_seen(in_c: None, offset: int, size: i
 
 @pytest.mark.parametrize("n_threads", [1, 2, 4])
 @pytest.mark.parametrize("sizes", [(0,), (1, 127, 128, 129), (700, 0, 1300), (3000,)])
-def test_threads_share_the_lists(in_c: None, sizes: tuple[int, ...], n_threads: int) -> None:
+def test_threads_share_the_lists(
+    in_c: None, sizes: tuple[int, ...], n_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scan, "SHARE", 1)
+    monkeypatch.setattr(scan, "SERIAL", -1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
     columns = [[torch.ones(k % 3) for k in range(n)] for n in sizes]
     kinds = [kinds_of(column) for column in columns]
-    before = torch.get_num_threads()
-    torch.set_num_threads(n_threads)
-    try:
-        found = find(kinds, columns)
-        assert found is not None
-        assert [numbers(x.addresses) for x in found] == [tuple(x.data_ptr() for x in column) for column in columns]
-        for column in columns:
-            for k in {0, len(column) // 2, len(column) - 1} if column else ():
-                kept, column[k] = column[k], torch.ones(k % 3, dtype=torch.float64)
-                assert find(kinds, columns) is None
-                column[k] = kept
-        assert find(kinds, columns) == found
-    finally:
-        torch.set_num_threads(before)
+
+    found = find(kinds, columns)
+
+    assert found is not None
+    assert [numbers(x.addresses) for x in found] == [tuple(x.data_ptr() for x in column) for column in columns]
+    for column in columns:
+        for k in {0, len(column) // 2, len(column) - 1} if column else ():
+            kept, column[k] = column[k], torch.ones(k % 3, dtype=torch.float64)
+            assert find(kinds, columns) is None
+            column[k] = kept
+    assert find(kinds, columns) == found
 
 
 MODES: dict[str, Callable[[], Any]] = {
@@ -346,6 +351,41 @@ def test_a_guard_sees_what_requires_a_gradient(grad: bool) -> None:
 
     with torch.set_grad_enabled(grad):
         assert [guard.holds(other) for _ in range(3)] == [not grad] * 3  # from the second time on in C
+
+
+def test_torch_that_is_made_otherwise(in_python: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not known is asked from Python, and kernels run."""
+
+    def fail() -> None:
+        raise AttributeError("module 'torch._C' has no attribute '_neg_view'")
+
+    monkeypatch.setattr(native, "find_interior", fail)
+    native._interior.cache_clear()
+    compile_c.cache_clear()
+    own = 0.5009765625  # of no other test, whose plans would be looked at in C
+    params, tx = [torch.ones(2), torch.ones(3)], fo.sgd(0.5, momentum=own)
+    try:
+        state = tx.init(params)
+        for _ in range(3):
+            fo.apply_gradients(tx, params, [torch.ones(2), torch.ones(3)], state, donate=True)
+        backends = fo.explain(tx, params).backends
+    finally:
+        native._interior.cache_clear()
+
+    assert native.loaded == []
+    assert backends == ("c",)
+    expected = 1 - (1 + (1 + own) + (1 + own + own**2)) / 2
+    # five roundings of float32 to numbers below 2
+    torch.testing.assert_close(params, [torch.full((n,), expected) for n in (2, 3)], rtol=0, atol=5 * 2**-24)
+
+
+def test_parts_of_a_column_are_those_that_are_asked_for() -> None:
+    """A getter that is gone may have the place in memory of the next one."""
+    column = Column([torch.full((), float(k)) for k in range(6)])
+
+    parts = [list(column.part(itemgetter(k, k + 1))) for k in range(5)]
+
+    assert parts == [[k, k + 1] for k in range(5)]
 
 
 def test_a_library_without_the_functions_is_refused(in_python: None) -> None:
