@@ -76,13 +76,14 @@ class Contents(NamedTuple):
 
     @classmethod
     def of(cls, dicts: Sequence[Mapping[Any, Any]]) -> "Contents":
+        """What dicts contain now."""
         return cls(
             list(map(len, dicts)),
             list(chain.from_iterable(dicts)),
             list(chain.from_iterable(x.values() for x in dicts)),
         )
 
-    def are_in(self, dicts: list[Any]) -> bool:
+    def are_in(self, dicts: Sequence[Mapping[Any, Any]]) -> bool:
         """Whether dicts contain these very objects, in their order, and nothing else.
 
         Example:
@@ -97,7 +98,7 @@ class Contents(NamedTuple):
             _, keys, values = Contents.of(dicts)
             return same(keys, self.keys) and same(values, self.values)
         native = loaded[0]
-        return bool(native.hold(native.torch, dicts, len(dicts), self.keys, self.values, len(self.keys)))
+        return bool(native.hold(native.torch, list(dicts), len(dicts), self.keys, self.values, len(self.keys)))
 
 
 def same(a: list[Any], b: list[Any]) -> bool:

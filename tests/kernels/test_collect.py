@@ -78,6 +78,7 @@ def test_dicts_contain_the_same() -> None:
     known = Contents.of([{"x": a, "y": b}, {}, {"z": c}])
 
     assert known.are_in([{"x": a, "y": b}, {}, {"z": c}])
+    assert known.are_in(({"x": a, "y": b}, {}, {"z": c}))
     assert not known.are_in([{"x": a}, {"y": b}, {"z": c}])
     assert not known.are_in([{"x": a, "y": b}, {"z": c}, {}])
     assert Contents.of([]).are_in([])
