@@ -268,6 +268,10 @@ class ChainOptimizer(Optimizer):
                 self.state[leaves.params[i]] = leaves.states[i]
         for p in group["params"]:
             if p.grad is not None:
+                # where shapes are symbols, inductor has no name for the place of a tensor within memory that it shares
+                for key, x in self.state[p].items():
+                    if type(x) is torch.Tensor:
+                        self.state[p][key] = leafwise.unpack(x)
                 params.append(p)
                 grads.append(p.grad)
                 state.extend(x for x in self.state[p].values() if isinstance(x, torch.Tensor))

@@ -119,7 +119,7 @@ def main() -> None:
         for run in (ours, theirs)
     ]
     a, b = (1e6 * t.blocked_autorange(min_run_time=0.5).median for t in timers)
-    print(f"median time of a step: {a:.0f} us here, {b:.0f} us in torch.optim, {b / a:.1f} times as long")
+    print(f"median time of a step: {a:.0f} us here, {b:.0f} us in torch.optim, which takes {b / a:.1f} times as long")
 
 
 if __name__ == "__main__":

@@ -52,3 +52,20 @@ def pack(tensors: Sequence[Any]) -> list[Any]:
             for k, x in zip(members, table.unbind(), strict=True):
                 result[k] = x
     return result
+
+
+def unpack(x: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy with memory of its own if it lies beside others.
+
+    Args:
+      x: a tensor, laid out densely if it lies beside others.
+
+    Returns:
+      A tensor like it.
+
+    Example:
+      >>> a, b = pack([torch.ones(2), torch.zeros(2)])
+      >>> unpack(b), unpack(b).storage_offset(), unpack(torch.ones(2)[1:]).storage_offset()
+      (tensor([0., 0.]), 0, 0)
+    """
+    return x if x.untyped_storage().nbytes() == x.numel() * x.element_size() else x.clone()

@@ -11,7 +11,10 @@ from ..kernels.collect import (
     Contents as Contents,
     same as same,
 )
-from ..kernels.pack import pack as pack
+from ..kernels.pack import (
+    pack as pack,
+    unpack as unpack,
+)
 from .layout import Leaves as Leaves
 from .run import Leafwise as Leafwise
 from .sharding import (

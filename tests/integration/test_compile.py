@@ -1,5 +1,6 @@
 """`torch.compile(optimizer.step)`: one graph, none made anew while a schedule runs, the numbers of eager mode."""
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -93,6 +94,22 @@ def test_same_as_eager_mode(name: str, tensor_lr: bool, backend: str) -> None:
     grads = make_grads(params_of(optimizer), STEPS)
     actual = run(optimizer, torch.compile(optimizer.step, backend=backend, fullgraph=True), grads)
     torch.testing.assert_close(actual, eager(name, tensor_lr, grads), **EXACT)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("before", ["nothing", "a step", "a file"])
+def test_inductor_where_shapes_are_not_known(before: str) -> None:
+    """The second optimizer has other shapes, so that they become symbols; small state lies side by side in memory."""
+    for n in (4, 5):
+        optimizer, twin = (adapters.AdamW([torch.ones(8, n), torch.ones(n)], lr=0.05) for _ in range(2))
+        grads = make_grads(params_of(optimizer), STEPS)
+        for o in (optimizer, twin):
+            if before != "nothing":
+                run(o, o.step, grads[:1])
+            if before == "a file":
+                o.load_state_dict(o.state_dict())
+        actual = run(optimizer, torch.compile(optimizer.step), grads)
+        torch.testing.assert_close(actual, run(twin, twin.step, grads), **EXACT)
 
 
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["float", "tensor"])
