@@ -49,6 +49,7 @@ class _Runtime:
       used: the templates of the groups then, and which of them each group had.
       cut: which template each of the groups had then, and how many parameters.
       options: what was in the groups then.
+      settled: the same, if they are what they were and cannot change unnoticed; else None.
       constant: whether those that are not lists can only change by being replaced; None if nobody has asked.
       state: what was in the optimizer's state then.
     """
@@ -59,6 +60,7 @@ class _Runtime:
     used: tuple[list[Template], list[int]] = field(default_factory=lambda: ([], []))
     cut: tuple[list[int], list[int]] | None = None
     options: Contents = field(default_factory=lambda: Contents.of([]))
+    settled: Contents | None = None
     constant: bool | None = None
     state: Contents = field(default_factory=lambda: Contents.of([]))
 
@@ -151,7 +153,8 @@ class ChainOptimizer(Optimizer):
             raise RuntimeError("step was called inside `averaged_params()`, where parameters are averages.")
         last = self._runtime
         unchanged = last.options.are_in(self.param_groups)
-        if last.leaves is not None and unchanged and self._constant():
+        last.settled = last.options if unchanged and self._constant() else None
+        if last.leaves is not None and last.settled is not None:
             templates, kind_of = last.used
         else:
             templates, kind_of = self._templates()
@@ -227,12 +230,12 @@ class ChainOptimizer(Optimizer):
                 x = getattr(self, name, None)
                 extra[name] = default if x is None else x.reshape(()) if isinstance(x, torch.Tensor) else x
         try:
-            self._runtime.leafwise.step(templates, leaves, self.param_groups, extra, guarded)
+            self._runtime.leafwise.step(templates, leaves, self.param_groups, extra, guarded, self._runtime.settled)
         except TypeError:
             if not any(g is not None and g.layout is not torch.strided for g in leaves.grads):
                 raise
             leaves = leaves._replace(grads=self._dense(leaves.grads))
-            self._runtime.leafwise.step(templates, leaves, self.param_groups, extra, guarded)
+            self._runtime.leafwise.step(templates, leaves, self.param_groups, extra, guarded, self._runtime.settled)
 
     # Inside torch.compile the step is one operation that the compiler does not look into. What it looks into is how
     # its arguments are collected, and it runs a method called `_init_group` in Python, once, while it traces.

@@ -119,12 +119,26 @@ int scan(const torch_t *t, const column_t *columns, int64_t n_columns, parallel_
     return !s.differs;
 }
 
-/* Counts up versions, which autograd and other threads may be looking at. Inference tensors have none. */
+/* Counts up a version, which autograd and other threads may be looking at. Inference tensors have none. */
+static void count_one_up(const torch_t *t, char *version) {
+    if (version) __atomic_fetch_add((uint32_t *)(version + t->number), 1, __ATOMIC_RELAXED);
+}
+
+/* Counts up the versions of tensors of a class; returns how many, one after another. */
+int64_t count_up_all(const torch_t *t, void *list, int64_t n, void *type) {
+    for (int64_t i = 0; i < n; i++) {
+        void **object = t->item(list, i);
+        if (object[1] != type || !object[t->body]) return i;
+        count_one_up(t, ((char **)object[t->body])[t->version]);
+    }
+    return n;
+}
+
+/* Counts up versions that are at some places. */
 void count_up(const torch_t *t, const int64_t *versions, const int64_t *positions, int64_t n) {
     for (int64_t k = 0; k < n; k++) {
         if (k + AHEAD < n) __builtin_prefetch((const char *)(intptr_t)versions[positions[k + AHEAD]] + t->number, 1);
-        char *version = (char *)(intptr_t)versions[positions[k]];
-        if (version) __atomic_fetch_add((uint32_t *)(version + t->number), 1, __ATOMIC_RELAXED);
+        count_one_up(t, (char *)(intptr_t)versions[positions[k]]);
     }
 }
 

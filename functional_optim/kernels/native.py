@@ -41,6 +41,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "describe": (_N, (_OBJECT, _N, _N, _BYTES)),
     "scan": (ctypes.c_int, (_ADDRESS, _N, _ADDRESS, _N)),
     "count_up": (None, (_BYTES, _ADDRESS, _N)),
+    "count_up_all": (_N, (_OBJECT, _N, _ADDRESS)),
     "gradients": (_N, (_OBJECT, _N, _ADDRESS, _OBJECT, _OBJECT)),
     "slots": (_N, (_OBJECT, _N, _ADDRESS, _N, _OBJECT)),
     "items": (_N, (_OBJECT, _N, _OBJECT, _N, _OBJECT)),
@@ -60,6 +61,7 @@ class Native(NamedTuple):
     describe: "ctypes._NamedFuncPointer"
     scan: "ctypes._NamedFuncPointer"
     count_up: "ctypes._NamedFuncPointer"
+    count_up_all: "ctypes._NamedFuncPointer"
     gradients: "ctypes._NamedFuncPointer"
     slots: "ctypes._NamedFuncPointer"
     items: "ctypes._NamedFuncPointer"

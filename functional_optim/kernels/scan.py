@@ -137,6 +137,15 @@ def count_up(found: Found, positions: "array[int]") -> None:
     native.count_up(native.torch, found.versions, positions.buffer_info()[0], len(positions))
 
 
+def count_up_all(tensors: list[torch.Tensor]) -> None:
+    """Counts up the versions of all tensors of a list, whatever class they are of."""
+    done = 0
+    if loaded and tensors:
+        native = loaded[0]
+        done = native.count_up_all(native.torch, tensors, len(tensors), id(type(tensors[0])))
+    torch.autograd.graph.increment_version(tensors[done:])
+
+
 def addresses(tensors: Sequence[torch.Tensor]) -> bytes:
     """Addresses of tensors, as 64-bit integers."""
     return struct.pack(f"{len(tensors)}q", *map(torch.Tensor.data_ptr, tensors))

@@ -18,6 +18,7 @@ from .._spec import Option
 from ..kernels import Column
 from ..kernels.collect import items
 from ..kernels.pack import pack
+from ..kernels.scan import count_up_all
 from .layout import Layout, Leaves
 from .sharding import distributed, local
 from .templates import Template
@@ -75,6 +76,7 @@ class Leafwise:
         options: Sequence[Mapping[str, Any]],
         extra: Mapping[str, Any] | None = None,
         guarded: bool = False,
+        settled: object = None,
     ) -> None:
         """Takes a step.
 
@@ -85,6 +87,8 @@ class Leafwise:
           extra: extra arguments that rules take.
           guarded: whether `extra` has `grad_scale`, which gradients are divided by, and `found_inf`: if it is not 0,
             everything stays as it is. All must be made of rules.
+          settled: stands for all options, if they are what they were at the last step that was given this very object;
+            None says nothing.
 
         Raises:
           ValueError, TypeError: a tensor does not fit; nothing has been written.
@@ -104,6 +108,7 @@ class Leafwise:
             )
         made: list[tuple[dict[str, Any], str]] = []
         new = set(self.new)
+        settled = None if layout.barriers else settled  # they run Python code, which may change options
         writes: list[Callable[[], None]] = []  # of all but the last program, which must be known to fit before
         segments = layout.plan.segments
         try:
@@ -112,14 +117,15 @@ class Leafwise:
                     _columns(segment, layout, lists, leaves, options, made, new)
                     first = [i for i in layout.plan.present if leaves.ids[i] in new] if new else []
                     later = None if segment is segments[-1] else writes
-                    run_segment(segment, layout, lists, leaves, options, extra, seen, frozenset(first), later)
+                    run_segment(segment, layout, lists, leaves, options, extra, seen, frozenset(first), later, settled)
                 else:
                     barrier = layout.barriers[id(segment[1])]
                     state = run_barrier(segment[1], layout.plan, lists, barrier.gather(leaves.states), extra)
                     writes.append(functools.partial(barrier.scatter, state, leaves.states, layout.plan.present))
             for write in writes:
                 write()
-            torch.autograd.graph.increment_version([leaves.params[k] for k in layout.wrappers])
+            if layout.wrappers:
+                count_up_all([leaves.params[k] for k in layout.wrappers])
         except BaseException:
             for state, key in made:
                 del state[key]
@@ -191,6 +197,7 @@ def run_segment(
     seen: bool,
     first: frozenset[int],
     later: list[Callable[[], None]] | None = None,
+    settled: object = None,
 ) -> None:
     """Runs fused transformations over leaves, in place; or, if there is a list `later`, leaves the writing to it."""
     plan = layout.plan
@@ -199,7 +206,12 @@ def run_segment(
     for name, schedule in hosts:
         lists[name] = _host_column(name, schedule, leaves, plan)
     prepared = segment.prepare(plan, lists, remember=not seen)
-    tables = [_table(group, options, extra) for group in prepared.groups]
+    if settled is not None and prepared.settled is settled:
+        tables = prepared.tables
+    else:
+        tables = [_table(group, options, extra) for group in prepared.groups]
+        if prepared.asks_options_only:  # with hundreds of parameter groups it takes long to ask them all
+            prepared.tables, prepared.settled = tables, settled
     if hosts or runs_python(segment, plan, extra):
         lists["params"] = layout.local(leaves.params)
         if layout.foreign:  # the tensors of states themselves are those that are known

@@ -326,3 +326,23 @@ def test_a_gradient_that_is_zero_and_has_no_memory(steps: int) -> None:
     p.grad = torch.ones(3)
     opt.step()
     assert p.detach().tolist() == [0.5, 0.5, 0.5]
+
+
+def test_options_that_change_while_other_parameters_take_part() -> None:
+    """What is remembered of the options belongs to the parameters that took part then."""
+    ours, theirs = [[torch.nn.Parameter(torch.ones(16)) for _ in range(4)] for _ in range(2)]
+    opts = [
+        cls([{"params": ps[:2], "lr": 0.1}, {"params": ps[2:], "lr": 0.2}])
+        for cls, ps in ((AdamW, ours), (torch.optim.AdamW, theirs))
+    ]
+    for step in range(40):
+        for opt, ps in zip(opts, (ours, theirs), strict=True):
+            if step % 7 == 3:
+                opt.param_groups[step % 2]["lr"] = 0.01 * step
+            if step % 11 == 5:
+                opt.param_groups[1]["betas"] = (0.5 + 0.01 * step, 0.9)
+            for k, p in enumerate(ps):
+                p.grad = None if (step // 2) % 3 == 1 and k % 2 else torch.full((16,), 1.0 + 0.1 * k - 0.05 * step)
+            opt.step()
+    # a stale rate would be off by tenths; 40 steps of at most 0.2, each of which differs by some ulp
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=40 * 0.2 * 2**-20)

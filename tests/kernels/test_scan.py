@@ -239,6 +239,18 @@ def test_threads_share_the_lists(
     assert find(kinds, columns) == found
 
 
+@pytest.mark.usefixtures("either")
+def test_versions_of_tensors_of_any_class() -> None:
+    base = torch.ones(4)
+    tensors = [base, base[1:], torch.nn.Parameter(torch.ones(2)), torch.ones(2).as_subclass(Listening)]
+
+    for column in (tensors, tensors[::-1]):
+        before = [x._version for x in tensors]
+        scan.count_up_all(column)
+        assert [x._version - k for x, k in zip(tensors, before, strict=True)] == [2, 2, 1, 1]
+    scan.count_up_all([])
+
+
 MODES: dict[str, Callable[[], Any]] = {
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,
