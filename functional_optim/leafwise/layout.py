@@ -126,13 +126,13 @@ class Layout:
     def lists(self, leaves: Leaves) -> Lists:
         return {"updates": self.local(leaves.grads), "params": self.local(leaves.params)}
 
-    def local(self, tensors: Sequence[Any]) -> Column:
+    def local(self, tensors: list[Any]) -> Column:
         """The plain real tensors that hold the elements of one tensor per leaf."""
         if not self.foreign:
             return Column(tensors)
         if self.all_sharded:
             with contextlib.suppress(AttributeError):  # of None, where a gradient is missing
-                return Column(attributes(list(tensors), "_local_tensor"))
+                return attributes(tensors, "_local_tensor", Column)
         column = list(tensors)
         for k in self.foreign:
             if column[k] is not None:

@@ -109,7 +109,7 @@ def test_attributes(n: int, kinds: list[Any]) -> None:
     objects = [kinds[k % len(kinds)](value) for k, value in enumerate(values)]
     before = [sys.getrefcount(x) for x in values]
 
-    found = collect.attributes(objects, "value")
+    found = collect.attributes(objects, "value", list)
 
     assert all(x is y for x, y in zip(found, values, strict=True))
     assert [sys.getrefcount(x) for x in values] == [x + 1 for x in before]
@@ -123,14 +123,14 @@ def test_attributes_that_are_missing(position: int) -> None:
     values = [object() for _ in range(50)]
     objects: list[Any] = list(map(Slotted, values))
     before = [sys.getrefcount(x) for x in values]
-    collect.attributes([Slotted(0)], "value")
+    collect.attributes([Slotted(0)], "value", list)
     for missing in (None, Slotted(0)):
         if missing is not None:
             del missing.value
         objects[position] = missing
 
         with pytest.raises(AttributeError, match="value"):
-            collect.attributes(objects, "value")
+            collect.attributes(objects, "value", list)
 
     after = [sys.getrefcount(x) for x in values]
     assert after[:position] + after[position + 1 :] == before[:position] + before[position + 1 :]
