@@ -1,8 +1,10 @@
 """`ChainOptimizer`: a step of a `torch.optim.Optimizer` is one run of a chain over all parameter groups."""
 
 import contextlib
+import functools
 import math
 import sys
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -63,6 +65,11 @@ class _Runtime:
     settled: Contents | None = None
     constant: bool | None = None
     state: Contents = field(default_factory=lambda: Contents.of([]))
+
+
+def _names_of(optimizer: "weakref.ref[ChainOptimizer]") -> list[str]:
+    owner = optimizer()  # which does not keep itself alive by what it remembers
+    return [] if owner is None else owner._names()
 
 
 class ChainOptimizer(Optimizer):
@@ -148,7 +155,7 @@ class ChainOptimizer(Optimizer):
                 self.state[leaves.params[i]] = leaves.states[i]
 
     def _gather(self) -> tuple[list[Template], Leaves, list[int]]:
-        """All parameters with their gradients and states, and which of the states are new."""
+        """All parameters with their states, and which of the states are new."""
         if "_averaged" in self.__dict__:
             raise RuntimeError("step was called inside `averaged_params()`, where parameters are averages.")
         last = self._runtime
@@ -167,29 +174,23 @@ class ChainOptimizer(Optimizer):
                     f"change both together."
                 )
         members = [group["params"] for group in self.param_groups]
-        params: list[torch.Tensor] = list(chain.from_iterable(members))
-        states: list[Any]
-        fresh: list[int]
-        known = last.leaves is not None and last.state.are_in([self.state])
-        if last.leaves is not None and known and leafwise.same(last.leaves.params, params):
-            states, ids, fresh = last.leaves.states, last.leaves.ids, []
-        else:  # asking a dict for a tensor takes longer than all of the above
-            states, ids = [self.state.get(p) for p in params], list(map(id, params))
+        cut, tags = (kind_of, list(map(len, members))), list(map(_names_key, given))
+        fresh: list[int] = []
+        leaves = last.leaves if last.cut == cut and last.state.are_in([self.state]) else None
+        if leaves is None or leaves.tags != tags or not leafwise.are_parts(members, leaves.params):
+            params: list[torch.Tensor] = list(chain.from_iterable(members))
+            states: list[Any] = [self.state.get(p) for p in params]
             fresh = [i for i, state in enumerate(states) if state is None]
-        for i in fresh:
-            states[i] = {}
-        cut = kind_of, list(map(len, members))
-        if last.leaves is not None and last.cut == cut:
-            kinds, owners = last.leaves.templates, last.leaves.owners
-        else:
+            for i in fresh:
+                states[i] = {}
             kinds = [k for k, group in zip(kind_of, members, strict=True) for _ in group]
             owners = [g for g, group in enumerate(members) for _ in group]
-        grads = leafwise.gradients(params)
-        leaves = Leaves(self._names, params, grads, states, kinds, owners, ids, list(map(_names_key, given)))
+            names = functools.partial(_names_of, weakref.ref(self))
+            leaves = Leaves(names, params, None, states, kinds, owners, list(map(id, params)), tags)
         if not fresh:
-            last.leaves, last.used, last.cut = leaves._replace(names=list, grads=[]), (templates, kind_of), cut
-            if not known:
-                last.state = Contents.of([self.state])
+            if leaves is not last.leaves:
+                last.leaves, last.cut, last.state = leaves, cut, Contents.of([self.state])
+            last.used = templates, kind_of
             if not unchanged:
                 last.options, last.constant = Contents.of(self.param_groups), None
         return templates, leaves, fresh
@@ -232,9 +233,10 @@ class ChainOptimizer(Optimizer):
         try:
             self._runtime.leafwise.step(templates, leaves, self.param_groups, extra, guarded, self._runtime.settled)
         except TypeError:
-            if not any(g is not None and g.layout is not torch.strided for g in leaves.grads):
+            grads = leaves.gradients
+            if not any(g is not None and g.layout is not torch.strided for g in grads):
                 raise
-            leaves = leaves._replace(grads=self._dense(leaves.grads))
+            leaves = leaves._replace(grads=self._dense(grads))
             self._runtime.leafwise.step(templates, leaves, self.param_groups, extra, guarded, self._runtime.settled)
 
     # Inside torch.compile the step is one operation that the compiler does not look into. What it looks into is how
@@ -286,12 +288,13 @@ class ChainOptimizer(Optimizer):
     ) -> None:
         """Takes a step on tensors that stand for this optimizer's own, in the order of `_init_group`."""
         templates, leaves, _ = self._gather()
-        leaves = leaves._replace(params=list(leaves.params), states=list(leaves.states))
+        own = list(leaves.gradients)
+        leaves = leaves._replace(params=list(leaves.params), grads=own, states=list(leaves.states))
         given = iter(zip(params, grads, strict=True))
         tensors = iter(state)
-        for i, g in enumerate(leaves.grads):
+        for i, g in enumerate(own):
             if g is not None:
-                leaves.params[i], leaves.grads[i] = next(given)
+                leaves.params[i], own[i] = next(given)
                 leaves.states[i] = {
                     k: next(tensors) if isinstance(x, torch.Tensor) else x for k, x in leaves.states[i].items()
                 }

@@ -6,7 +6,7 @@ This is where wrong shapes, dtypes and devices are refused, with the path of the
 import functools
 import itertools
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -117,6 +117,11 @@ class Segment:
             rule = self.bounds[k].rule
             stored.append(Stored((k, name), f"state {rule.name}.{name}", rule.slots[name], self.links[k].seen))
         return stored
+
+    @functools.cached_property
+    def hosts(self) -> list[tuple[str, Callable[[int], Any]]]:
+        """The schedules that only Python can evaluate, and what they are called in programs."""
+        return [host for recipe in self.recipes.values() for host in recipe.hosts.items()]
 
     def states(self, state: Any) -> dict[int, Any]:
         """The state of each transformation.

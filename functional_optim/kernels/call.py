@@ -26,6 +26,15 @@ class Column(list[torch.Tensor]):
         self.seen = False  # whether it is made of columns that a `Guard` has seen
         self._parts: dict[Callable[[Any], Sequence[Any]], Column] = {}
 
+    def locate(self, found: Found | None) -> None:
+        """Notes where the tensors are, or that it is not known."""
+        self.found = found
+        self._parts.clear()
+        if found is None:
+            self.__dict__.pop("addresses", None)
+        else:
+            self.addresses = found.addresses
+
     @classmethod
     def of(cls, places: Sequence[tuple["Column", int]]) -> "Column":
         """Some tensors of other columns.
@@ -57,7 +66,7 @@ class Column(list[torch.Tensor]):
     @cached_property
     def addresses(self) -> bytes:
         """Where the elements of the tensors are, as 64-bit integers. Asked for once the column is complete."""
-        return addresses(self) if self.found is None else self.found.addresses
+        return addresses(self)
 
     @cached_property
     def looks(self) -> list[Hashable]:

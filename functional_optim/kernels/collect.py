@@ -1,50 +1,11 @@
 """Reading thousands of Python objects, and comparing them, at once."""
 
-import ctypes
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
-from operator import attrgetter, is_, itemgetter
-from types import MemberDescriptorType
-from typing import Any, NamedTuple, TypeVar
+from operator import is_, itemgetter
+from typing import Any, NamedTuple
 
 from .native import loaded
-
-
-L = TypeVar("L", bound=list[Any])
-
-
-def attributes(objects: list[Any], name: str, kind: Callable[[Iterable[Any]], L]) -> L:
-    """An attribute of each of some objects; in a tenth of the time if all are of one class that has a slot for it.
-
-    Args:
-      objects: the objects.
-      name: the attribute.
-      kind: what kind of list is made.
-
-    Raises:
-      AttributeError: an object does not have it.
-    """
-    cls = type(objects[0]) if objects else object
-    if loaded and isinstance(getattr(cls, name, None), MemberDescriptorType):
-        word, found = _slot(cls, name, objects[0]), kind([None] * len(objects))
-        native = loaded[0]
-        if word and native.slots(native.torch, objects, len(objects), id(cls), word, found) == len(objects):
-            return found
-    return kind(map(attrgetter(name), objects))
-
-
-def _slot(cls: type, name: str, example: Any) -> int:
-    """Which word of an object a slot is; 0 if it is not clear."""
-    if (cls, name) not in _slots:
-        words = (ctypes.c_uint64 * (cls.__basicsize__ // 8)).from_address(id(example))
-        places = [k for k, x in enumerate(words) if x == id(getattr(example, name))]
-        if len(places) != 1:
-            return 0
-        _slots[cls, name] = places[0]
-    return _slots[cls, name]
-
-
-_slots: dict[tuple[type, str], int] = {}
 
 
 def items(dicts: list[Any], keys: list[str]) -> list[list[Any] | None]:
@@ -104,20 +65,22 @@ class Contents(NamedTuple):
             return False
         if not loaded:
             _, keys, values = Contents.of(dicts)
-            return same(keys, self.keys) and same(values, self.values)
+            return are_parts([keys], self.keys) and are_parts([values], self.values)
         native = loaded[0]
         return bool(native.hold(native.torch, list(dicts), len(dicts), self.keys, self.values, len(self.keys)))
 
 
-def same(a: list[Any], b: list[Any]) -> bool:
-    """Whether two lists hold the very same objects.
+def are_parts(parts: list[list[Any]], whole: list[Any]) -> bool:
+    """Whether lists, one after another, hold the very same objects as another list.
 
     Example:
       >>> x, y = object(), object()
-      >>> same([x, y], [x, y]), same([x, y], [x, x])
+      >>> are_parts([[x], [y]], [x, y]), are_parts([[x, x]], [x, y])
       (True, False)
     """
+    if sum(map(len, parts)) != len(whole):
+        return False
     if not loaded:
-        return len(a) == len(b) and all(map(is_, a, b))
+        return all(map(is_, chain.from_iterable(parts), whole))
     native = loaded[0]
-    return len(a) == len(b) and bool(native.same(native.torch, a, b, len(a)))
+    return bool(native.are_parts(native.torch, parts, len(parts), whole))

@@ -86,7 +86,7 @@ class Guard:
 def _hold(guards: Sequence[Guard], columns: Sequence[Column]) -> bool:
     """Whether all guards hold; only then, and where C can be asked, do columns know where their tensors are."""
     for column in columns:
-        column.found = None
+        column.locate(None)
     described = []
     for guard, column in zip(guards, columns, strict=True):
         if guard.kinds is not None:
@@ -97,7 +97,7 @@ def _hold(guards: Sequence[Guard], columns: Sequence[Column]) -> bool:
     if found is None:
         return False
     for (_, column), places in zip(described, found, strict=True):
-        column.found = places
+        column.locate(places)
     return not torch.is_grad_enabled() or all(g.has_gradients(c) for g, c in zip(guards, columns, strict=True))
 
 

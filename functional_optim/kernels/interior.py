@@ -16,12 +16,14 @@ class Interior(NamedTuple):
 
     Args:
       body: at which a Python object points to its tensor.
+      object: at which that points back.
       keys: at which that has its dispatch keys.
       version: at which it points to its version.
       number: at which that has its number, in bytes.
     """
 
     body: int
+    object: int
     keys: int
     version: int
     number: int
@@ -58,8 +60,9 @@ def find_interior() -> Interior | None:
     size = min(6, torch.Tensor.__basicsize__ // 8)
     body = (k for k in range(2, size) if all(word(id(x), k) == x._cdata for x in examples))
     where = (k for k in range(WORDS) if all(word(x._cdata, k) == y for x, y in zip(examples, keys, strict=True)))
-    found = next(body, None), next(where, None)
-    version = next(filter(is_version, range(found[1] or 0)), None)
+    back = (k for k in range(WORDS) if all(word(x._cdata, k) == id(x) for x in examples))
+    found = next(body, None), next(back, None), next(where, None)
+    version = next(filter(is_version, range(found[2] or 0)), None)
     if version is None:
         return None
 

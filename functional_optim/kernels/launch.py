@@ -94,6 +94,17 @@ def _runs(leaves: LeafTable, chunk: int, n_threads: int) -> tuple[bytes, int]:
     return _pack([*firsts, len(table.chunks.leaf)]), len(firsts)
 
 
+@functools.lru_cache(maxsize=256)
+def _fixed(leaves: LeafTable, chunk: int, n_threads: int) -> _Launch:
+    """What is the same in every launch over some leaves."""
+    packed = _tables(leaves, chunk).packed
+    launch = _Launch(n_leaves=len(leaves.sizes), n_threads=n_threads)
+    launch.chunk_leaf, launch.chunk_start, launch.chunk_stop, launch.leaf_chunk = packed[:4]
+    launch.leaf_size, launch.leaf_row = packed[4:]
+    launch.runs, launch.n_runs = _runs(leaves, chunk, n_threads)
+    return launch
+
+
 class _Tables(NamedTuple):
     chunks: Chunks
     packed: list[bytes]
@@ -215,6 +226,13 @@ def _addresses(call: Call, outputs: Sequence[Column]) -> list[bytes]:
     Raises:
       ValueError: one is not within its storage, which has been freed or cut.
     """
+    columns = (*call.inputs, *outputs)
+    if not all(column.found is not None or column.seen for column in columns):
+        _check_memory(call, outputs)
+    return [column.addresses for column in columns]
+
+
+def _check_memory(call: Call, outputs: Sequence[Column]) -> None:
     program = call.signature.program
     names = (*program.arrays, *program.leaves, *[o.name for o in program.outputs])
     own = {id(column) for column, given in zip(outputs, call.outputs, strict=True) if given is None}
@@ -227,7 +245,6 @@ def _addresses(call: Call, outputs: Sequence[Column]) -> list[bytes]:
                     f"{name} of a leaf of shape {tuple(call.like[k].shape)} has no memory: its storage has been freed "
                     f"or cut."
                 )
-    return [column.addresses for column in (*call.inputs, *outputs)]
 
 
 def run_c(calls: Sequence[Call]) -> list[list[Column]]:
@@ -245,25 +262,21 @@ def run_c(calls: Sequence[Call]) -> list[list[Column]]:
     keep: list[Any] = []  # what the structures point to
     launches = []
     first = 0
-    for call, outputs, (chunks, packed, n_elements), own in zip(calls, results, tables, buffers, strict=True):
-        n_leaves, n_chunks = len(call.leaves.sizes), len(chunks.leaf)
+    for call, outputs, table, own in zip(calls, results, tables, buffers, strict=True):
         columns = _addresses(call, outputs)
         numbers = list(itertools.chain.from_iterable(call.scalars))  # tensors are asked for theirs by `pack`
-        table = (ctypes.c_char_p * len(columns))(*columns)
+        places = (ctypes.c_char_p * len(columns))(*columns)
         partials = (ctypes.c_void_p * len(own))(*[x.data_ptr() for x in own])
-        n_threads = min(torch.get_num_threads(), n_chunks) if parallel is not None and n_elements > SERIAL else 1
-        runs, n_runs = _runs(call.leaves, CHUNK, n_threads)
-        chunk_leaf, chunk_start, chunk_stop, leaf_chunk, leaf_size, leaf_row = packed
-        scalars = struct.pack(f"{len(numbers)}d", *numbers)
-        launch = _Launch(
-            n_leaves, len(call.scalars), total, first,
-            chunk_leaf, chunk_start, chunk_stop, leaf_chunk, leaf_size, leaf_row,
-            ctypes.addressof(table), scalars, ctypes.addressof(partials),
-            parallel, n_threads, runs, n_runs,
-        )  # fmt: skip
-        keep.append((columns, table, partials, scalars, packed, runs))
+        wake = parallel is not None and table.n_elements > SERIAL
+        fixed = _fixed(call.leaves, CHUNK, min(torch.get_num_threads(), len(table.chunks.leaf)) if wake else 1)
+        launch = _Launch.from_buffer_copy(fixed)
+        launch.n_rows, launch.n_partials, launch.first_partial = len(call.scalars), total, first
+        launch.parallel = parallel
+        launch.columns, launch.partials = ctypes.addressof(places), ctypes.addressof(partials)
+        launch.scalars = struct.pack(f"{len(numbers)}d", *numbers)
+        keep.append((columns, places, partials, fixed))
         launches.append(launch)
-        first += partials_of(call, chunks)
+        first += partials_of(call, table.chunks)
     for stage in range(max(map(len, kernels), default=0)):
         for passes, launch in zip(kernels, launches, strict=True):
             if stage < len(passes):

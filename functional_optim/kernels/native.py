@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .interior import Interior, find_interior
+from .layout import PLAIN
 
 
 FIELDS = ("TYPE", "KEYS", "DTYPE", "DEVICE", "DIM", "ITEMSIZE", "SPAN")  # of a description; sizes and strides follow
@@ -22,8 +23,8 @@ SOURCE = f"enum {{ {', '.join(FIELDS)}, NUMBERS }};\n" + files(__package__).join
 
 # what a `torch_t` points to, in its order
 _PYTHON = (
-    *("PyList_GetItem", "PyList_SetItem", "Py_IncRef", "Py_DecRef"),
-    *("PyObject_GetAttr", "PyDict_GetItem", "PyDict_Next"),
+    *("PyList_Size", "PyList_GetItem", "PyList_SetItem", "Py_IncRef", "Py_DecRef"),
+    *("PyDict_GetItem", "PyDict_Next"),
 )
 _TORCH = tuple(
     f"aoti_torch_get_{name}"
@@ -41,12 +42,9 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "describe": (_N, (_OBJECT, _N, _N, _BYTES)),
     "scan": (ctypes.c_int, (_ADDRESS, _N, _ADDRESS, _N)),
     "count_up": (None, (_BYTES, _ADDRESS, _N)),
-    "count_up_all": (_N, (_OBJECT, _N, _ADDRESS)),
-    "gradients": (_N, (_OBJECT, _N, _ADDRESS, _OBJECT, _OBJECT)),
-    "slots": (_N, (_OBJECT, _N, _ADDRESS, _N, _OBJECT)),
     "items": (_N, (_OBJECT, _N, _OBJECT, _N, _OBJECT)),
     "hold": (ctypes.c_int, (_OBJECT, _N, _OBJECT, _OBJECT, _N)),
-    "same": (ctypes.c_int, (_OBJECT, _OBJECT, _N)),
+    "are_parts": (ctypes.c_int, (_OBJECT, _N, _OBJECT)),
 }
 
 
@@ -61,12 +59,9 @@ class Native(NamedTuple):
     describe: "ctypes._NamedFuncPointer"
     scan: "ctypes._NamedFuncPointer"
     count_up: "ctypes._NamedFuncPointer"
-    count_up_all: "ctypes._NamedFuncPointer"
-    gradients: "ctypes._NamedFuncPointer"
-    slots: "ctypes._NamedFuncPointer"
     items: "ctypes._NamedFuncPointer"
     hold: "ctypes._NamedFuncPointer"
-    same: "ctypes._NamedFuncPointer"
+    are_parts: "ctypes._NamedFuncPointer"
 
 
 loaded: list[Native] = []  # the first is used
@@ -88,9 +83,19 @@ def use(library: ctypes.CDLL) -> None:
     if interior is None or not all(hasattr(theirs, name) for name in _TORCH):  # pragma: no cover
         return
     pointers = [_address(ctypes.pythonapi, name) for name in _PYTHON]
-    pointers += [id(None), id(dict)]
+    pointers += [*map(id, (list, dict, *PLAIN))]
     pointers += [_address(theirs, name) for name in (*_TORCH, *_GRADIENT)]
+    pointers.append(_undefined(theirs))
     loaded.append(Native(struct.pack(f"{len(pointers)}q{len(interior)}q", *pointers, *interior), **functions))
+
+
+def _undefined(library: ctypes.CDLL) -> int:
+    """What torch has in the place of a gradient where there is none; 0 if it does not tell."""
+    name, _ = _GRADIENT
+    if not hasattr(library, name):
+        return 0
+    gradient = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)((name, library))
+    return ctypes.c_void_p.from_address(gradient(torch.zeros(1)._cdata)).value or 0
 
 
 @functools.cache

@@ -1,17 +1,15 @@
 """What and where tensors are, for thousands of them at once."""
 
 import ctypes
-import itertools
 import struct
-from array import array
 from collections.abc import Sequence
-from operator import attrgetter
+from types import MemberDescriptorType
 from typing import Any, NamedTuple
 
 import torch
 
 from .build import SERIAL, parallel_address
-from .layout import PLAIN, span
+from .layout import span
 from .native import FIELDS, loaded
 
 
@@ -21,10 +19,12 @@ class Found(NamedTuple):
     Args:
       addresses: of their elements.
       versions: of their versions, which parts of one tensor share.
+      outers: of the versions of the distributed tensors that they are parts of.
     """
 
     addresses: bytes
     versions: bytes
+    outers: bytes = b""
 
 
 class Kinds(NamedTuple):
@@ -82,17 +82,88 @@ class Kinds(NamedTuple):
         return cls(len(tensors), width, *packed, elements)
 
 
+class Take(NamedTuple):
+    """What a list of tensors is filled with.
+
+    Args:
+      objects: for each tensor, the tensor itself, one whose gradient it is, or a dict.
+      what: `ITSELF`, `GRADIENT`, or the key in the dict.
+      part: if it is a tensor of this class, what it has in this slot is meant.
+    """
+
+    objects: list[Any]
+    what: str
+    part: tuple[type, str] | None = None
+
+    @property
+    def is_outer(self) -> bool:
+        """Whether the tensors themselves are looked at, and others in them are meant."""
+        return self.part is not None and self.what == ITSELF
+
+
+ITSELF, GRADIENT = "\0itself", "\0gradient"  # as nothing is called in the state of a parameter
+
+
 class _Column(ctypes.Structure):
     """Mirrors `column_t`."""
 
     _fields_ = [
-        *(("list", ctypes.py_object), ("n", ctypes.c_int64), ("width", ctypes.c_int64)),
-        *(("kind_of", ctypes.c_char_p), ("kinds", ctypes.c_char_p)),
-        *(("addresses", ctypes.c_void_p), ("versions", ctypes.c_void_p)),
+        *(("list", ctypes.c_void_p), ("n", ctypes.c_int64), ("width", ctypes.c_int64)),
+        *((name, ctypes.c_char_p) for name in ("kind_of", "kinds", "addresses", "versions")),
+        *(("from_", ctypes.c_void_p), ("key", ctypes.c_void_p), ("gradient", ctypes.c_int64)),
+        *(("raw", ctypes.c_char_p), ("outer", ctypes.c_void_p), ("slot", ctypes.c_int64), ("outers", ctypes.c_char_p)),
     ]
 
 
 SHARE = 256  # tensors; a thread is not worth waking for fewer
+
+
+class Search:
+    """Finds the tensors of lists that are what they were described as.
+
+    Args:
+      kinds: what they were, for each list.
+      takes: what each list is filled with, if it is not full already.
+    """
+
+    def __init__(self, kinds: Sequence[Kinds], takes: Sequence[Take | None]) -> None:
+        self.kinds, self.takes = kinds, takes
+        self.table = (_Column * len(kinds))()  # to be copied: two threads may search at once
+        for c, kind, take in zip(self.table, kinds, takes, strict=True):
+            c.n, c.width, c.kind_of, c.kinds = kind.n, kind.width, kind.kind_of, kind.kinds
+            if take is not None:
+                c.from_, c.gradient = id(take.objects), take.what == GRADIENT
+                c.key = None if take.what in (ITSELF, GRADIENT) else id(take.what)
+                c.raw = bytes(8 * kind.n)  # C writes to it
+                if take.part is not None:
+                    c.outer, c.slot = id(take.part[0]), _slots[take.part]
+        self.lengths = [kind.n for kind in kinds]
+        self.elements = max((kind.elements for kind in kinds), default=0)
+        self.most_threads = sum(self.lengths) // SHARE
+
+    def find(self, columns: Sequence[list[Any]]) -> list[Found] | None:
+        """Where the tensors of lists are; None if one is something else.
+
+        Args:
+          columns: the lists; those to be filled have their length already.
+        """
+        if list(map(len, columns)) != self.lengths:
+            return None
+        if not columns:
+            return []
+        found, table = [], type(self.table).from_buffer_copy(self.table)
+        for c, column, take in zip(table, columns, self.takes, strict=True):
+            size = 8 * c.n
+            # C fills them before anybody else sees them
+            places = Found(bytes(size), bytes(size), bytes(size if take is not None and take.is_outer else 0))
+            c.list, c.addresses, c.versions, c.outers = id(column), *places[:2], places.outers or None
+            found.append(places)
+        # for tensors that a kernel will not wake other threads for, they are not woken here: if they are busy, that
+        # takes longer than the step
+        parallel = parallel_address() if self.elements > SERIAL else None
+        n_threads = min(torch.get_num_threads(), self.most_threads) if parallel else 1
+        native, place = loaded[0], ctypes.addressof(table)
+        return found if native.scan(native.torch, place, len(columns), parallel, n_threads) else None
 
 
 def find(kinds: Sequence[Kinds], columns: Sequence[list[Any]]) -> list[Found] | None:
@@ -102,48 +173,7 @@ def find(kinds: Sequence[Kinds], columns: Sequence[list[Any]]) -> list[Found] | 
       kinds: what they were.
       columns: the lists.
     """
-    if any(len(column) != kind.n for kind, column in zip(kinds, columns, strict=True)):
-        return None
-    if not columns:
-        return []
-    native, total = loaded[0], sum(map(len, columns))
-    buffer = ctypes.create_string_buffer(16 * total)
-    here = ctypes.addressof(buffer)
-    table = (_Column * len(columns))()
-    starts = [0, *itertools.accumulate(map(len, columns))]
-    for k, (kind, column) in enumerate(zip(kinds, columns, strict=True)):
-        places = here + 8 * starts[k], here + 8 * (starts[k] + total)
-        table[k] = _Column(column, kind.n, kind.width, kind.kind_of, kind.kinds, *places)
-    # for tensors that a kernel will not wake other threads for, they are not woken here: if they are busy, that takes
-    # longer than the step
-    parallel = parallel_address() if max(kind.elements for kind in kinds) > SERIAL else None
-    n_threads = min(torch.get_num_threads(), total // SHARE) if parallel else 1
-    if not native.scan(native.torch, ctypes.addressof(table), len(columns), parallel, n_threads):
-        return None
-    numbers = buffer.raw
-    parts = [numbers[8 * a : 8 * b] for a, b in itertools.pairwise(starts)]
-    versions = [numbers[8 * (total + a) : 8 * (total + b)] for a, b in itertools.pairwise(starts)]
-    return list(map(Found, parts, versions))
-
-
-def count_up(found: Found, positions: "array[int]") -> None:
-    """Counts up the versions of tensors, by which autograd notices that they have been written to.
-
-    Args:
-      found: where they are; they must still exist.
-      positions: which of them, as 64-bit integers.
-    """
-    native = loaded[0]
-    native.count_up(native.torch, found.versions, positions.buffer_info()[0], len(positions))
-
-
-def count_up_all(tensors: list[torch.Tensor]) -> None:
-    """Counts up the versions of all tensors of a list, whatever class they are of."""
-    done = 0
-    if loaded and tensors:
-        native = loaded[0]
-        done = native.count_up_all(native.torch, tensors, len(tensors), id(type(tensors[0])))
-    torch.autograd.graph.increment_version(tensors[done:])
+    return Search(kinds, [None] * len(kinds)).find(columns)
 
 
 def addresses(tensors: Sequence[torch.Tensor]) -> bytes:
@@ -151,12 +181,15 @@ def addresses(tensors: Sequence[torch.Tensor]) -> bytes:
     return struct.pack(f"{len(tensors)}q", *map(torch.Tensor.data_ptr, tensors))
 
 
-def gradients(tensors: list[Any]) -> list[Any]:
-    """The gradients of tensors; in half the time if all are of one class, and nothing but torch has a say in it."""
-    cls = type(tensors[0]) if tensors else object
-    plain = getattr(cls, "grad", None) is torch.Tensor.grad and not torch._C._len_torch_function_stack()
-    if loaded and plain and (cls in PLAIN or not torch._C._is_torch_function_enabled()):
-        native, found = loaded[0], [None] * len(tensors)
-        if native.gradients(native.torch, tensors, len(tensors), id(cls), "grad", found) == len(tensors):
-            return found
-    return list(map(attrgetter("grad"), tensors))
+def part_of(tensor: Any, name: str) -> tuple[type, str] | None:
+    """What `Take.part` is for tensors like this one; None if it is not clear where in memory they have it."""
+    cls = type(tensor)
+    if isinstance(getattr(cls, name, None), MemberDescriptorType) and (cls, name) not in _slots:
+        words = (ctypes.c_uint64 * (cls.__basicsize__ // 8)).from_address(id(tensor))
+        places = [k for k, x in enumerate(words) if x == id(getattr(tensor, name))]
+        if len(places) == 1:
+            _slots[cls, name] = places[0]
+    return (cls, name) if (cls, name) in _slots else None
+
+
+_slots: dict[tuple[type, str], int] = {}  # which word of an object it is

@@ -9,7 +9,7 @@ options are.
 from .._spec import Option as Option
 from ..kernels.collect import (
     Contents as Contents,
-    same as same,
+    are_parts as are_parts,
 )
 from ..kernels.pack import (
     pack as pack,
@@ -19,7 +19,6 @@ from .layout import Leaves as Leaves
 from .run import Leafwise as Leafwise
 from .sharding import (
     MeshShard as MeshShard,
-    gradients as gradients,
     local as local,
 )
 from .templates import (

@@ -1,7 +1,7 @@
 """A plan for leaves, and whether it still is one for those of the next step."""
 
-import contextlib
 import functools
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from operator import is_
@@ -16,20 +16,19 @@ from .._groups import Lists
 from .._plan import Plan, Segment, Stored
 from .._tree import View, flatten
 from ..kernels import Column
-from ..kernels.collect import attributes
 from ..kernels.layout import PLAIN
 from .barriers import Barrier
-from .sharding import distributed, local, shard
+from .sharding import gradients, local, shard
 from .templates import Keys, Template
 
 
 class Leaves(NamedTuple):
-    """What a step works on, a list entry per parameter.
+    """What a step works on, a list entry per parameter. Lists that nobody changes afterwards are known at once later.
 
     Args:
       names: makes what messages call the parameters; no name occurs twice.
       params: the parameters.
-      grads: their gradients; None for those that the step skips.
+      grads: their gradients, None for those that the step skips; or None, where it is those that they have.
       states: their states; slots that are not there yet are made.
       templates: which template each has.
       owners: whose options each has.
@@ -39,12 +38,21 @@ class Leaves(NamedTuple):
 
     names: Callable[[], Sequence[str]]
     params: list[torch.Tensor]
-    grads: list[torch.Tensor | None]
+    grads: list[torch.Tensor | None] | None
     states: list[dict[str, Any]]
     templates: list[int]
     owners: list[int]
     ids: list[Any]
     tags: Sequence[Any] = ()
+
+    @property
+    def gradients(self) -> list[torch.Tensor | None]:
+        """The gradients of the parameters."""
+        return gradients(self.params) if self.grads is None else self.grads
+
+
+def _identity(leaves: Leaves) -> tuple[Sequence[Any], ...]:
+    return leaves.ids, leaves.templates, leaves.owners, leaves.tags
 
 
 class Layout:
@@ -59,16 +67,16 @@ class Layout:
 
     def __init__(self, templates: Sequence[Template], leaves: Leaves, guarded: bool, first: bool = False) -> None:
         self.templates, self.guarded = tuple(templates), guarded
-        self.ids, self.tags = list(leaves.ids), list(leaves.tags)
-        self.kinds, self.owners = list(leaves.templates), list(leaves.owners)
+        self.made_for = _identity(leaves)
+        self.kinds, self.owners = leaves.templates, leaves.owners
         self.foreign = [
             k for k, p in enumerate(leaves.params) if p.is_complex() or (type(p) not in PLAIN and local(p) is not p)
         ]
+        names, grads = leaves.names(), leaves.gradients
         # DTensors; what is written to the part that is here counts as written to them
-        self.wrappers = [k for k in self.foreign if not leaves.params[k].is_complex() and leaves.grads[k] is not None]
-        self.all_sharded = all(distributed(p) and not p.is_complex() for p in leaves.params)
-        names = leaves.names()
-        for name, p, g in zip(names, leaves.params, leaves.grads, strict=True):
+        own = (k for k in self.foreign if not leaves.params[k].is_complex() and grads[k] is not None)
+        self.wrappers = array("q", own)
+        for name, p, g in zip(names, leaves.params, grads, strict=True):
             if g is not None and p.is_meta and not transforming():
                 raise RuntimeError(
                     f"{name} is on meta and has no memory; give it some, with `model.to_empty(device=...)` and "
@@ -124,33 +132,33 @@ class Layout:
         return any(recipe.program.spans_tree for recipe in recipes)
 
     def lists(self, leaves: Leaves) -> Lists:
-        return {"updates": self.local(leaves.grads), "params": self.local(leaves.params)}
+        return {"updates": self.local(leaves.gradients), "params": self.local(leaves.params)}
 
     def local(self, tensors: list[Any]) -> Column:
         """The plain real tensors that hold the elements of one tensor per leaf."""
         if not self.foreign:
             return Column(tensors)
-        if self.all_sharded:
-            with contextlib.suppress(AttributeError):  # of None, where a gradient is missing
-                return attributes(tensors, "_local_tensor", Column)
         column = list(tensors)
         for k in self.foreign:
             if column[k] is not None:
                 column[k] = local(column[k])
         return Column(column)
 
-    def match(self, templates: Sequence[Template], leaves: Leaves, guarded: bool) -> Lists | None:
-        """The tensors of leaves, if they are like those it was made for."""
-        same = (
+    def is_for(self, templates: Sequence[Template], leaves: Leaves, guarded: bool) -> bool:
+        """Whether it was made for such leaves, whatever their tensors are like."""
+        return (
             self.guarded == guarded
             and len(templates) == len(self.templates)
             and all(map(is_, templates, self.templates))
-            and self.ids == leaves.ids
-            and self.tags == list(leaves.tags)
-            and self.kinds == leaves.templates
-            and self.owners == leaves.owners
+            and all(a is b or a == b for a, b in zip(self.made_for, _identity(leaves), strict=True))
         )
-        if not same:
+
+    def match(self, templates: Sequence[Template], leaves: Leaves, guarded: bool) -> Lists | None:
+        """The tensors of leaves, if they are like those it was made for."""
+        if not self.is_for(templates, leaves, guarded):
             return None
         lists = self.lists(leaves)
-        return lists if self.plan.fits(lists) else None
+        if not self.plan.fits(lists):
+            return None
+        self.made_for = _identity(leaves)  # which may be known at once the next time
+        return lists

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, repeat
 from operator import is_, itemgetter
 from typing import Any
@@ -12,14 +12,15 @@ import torch
 from .._backend import transforming
 from .._fuse import Source
 from .._groups import Group, Lists
-from .._plan import Plan, Segment, Stored
+from .._plan import Plan, Prepared, Segment, Stored
 from .._run import compute, number, reference_reason, run_barrier, runs_python
 from .._spec import Option
 from ..kernels import Column
 from ..kernels.collect import items
 from ..kernels.pack import pack
-from ..kernels.scan import count_up_all
+from ..kernels.versions import count_up_outers
 from .layout import Layout, Leaves
+from .recall import Recall
 from .sharding import distributed, local
 from .templates import Template
 
@@ -43,6 +44,7 @@ class Leafwise:
     def __init__(self) -> None:
         self.layouts: list[Layout] = []
         self.new: set[Any] = set()  # parameters that have state, but have not taken their first step
+        self.last: Recall | None = None
 
     def layout(self, templates: Sequence[Template], leaves: Leaves, guarded: bool, seen: bool) -> tuple[Layout, Lists]:
         """The layout of leaves, and their tensors."""
@@ -95,7 +97,13 @@ class Leafwise:
         """
         extra = extra or {}
         seen = transforming()
-        layout, lists = self.layout(templates, leaves, guarded, seen)
+        given, again = leaves, None if seen or self.new else self.last
+        known = None if again is None else again.lists(templates, leaves, guarded)
+        if again is not None and known is not None:
+            layout, lists = again.layout, known
+        else:
+            again, leaves = None, leaves._replace(grads=leaves.gradients)
+            layout, lists = self.layout(templates, leaves, guarded, seen)
         if guarded and layout.barriers:
             raise ValueError(
                 "gradients that are still multiplied by a loss scale reach transformations that are not made of rules; "
@@ -114,10 +122,14 @@ class Leafwise:
         try:
             for segment in segments:
                 if isinstance(segment, Segment):
-                    _columns(segment, layout, lists, leaves, options, made, new)
+                    if again is None:
+                        _columns(segment, layout, lists, leaves, options, made, new)
                     first = [i for i in layout.plan.present if leaves.ids[i] in new] if new else []
                     later = None if segment is segments[-1] else writes
-                    run_segment(segment, layout, lists, leaves, options, extra, seen, frozenset(first), later, settled)
+                    prepared = run_segment(
+                        *(segment, layout, lists, leaves, options, extra, seen, frozenset(first), later, settled),
+                        None if again is None else again.prepared,
+                    )
                 else:
                     barrier = layout.barriers[id(segment[1])]
                     state = run_barrier(segment[1], layout.plan, lists, barrier.gather(leaves.states), extra)
@@ -125,7 +137,7 @@ class Leafwise:
             for write in writes:
                 write()
             if layout.wrappers:
-                count_up_all([leaves.params[k] for k in layout.wrappers])
+                count_up_outers(lists["params"], leaves.params, layout.wrappers)
         except BaseException:
             for state, key in made:
                 del state[key]
@@ -139,6 +151,8 @@ class Leafwise:
         else:  # the step after this one is the first
             for state, key in made:
                 del state[key]
+        if again is None:
+            self.last = Recall.of(layout, prepared, given) if given.grads is None and not seen else None
 
 
 def _columns(
@@ -198,21 +212,25 @@ def run_segment(
     first: frozenset[int],
     later: list[Callable[[], None]] | None = None,
     settled: object = None,
-) -> None:
-    """Runs fused transformations over leaves, in place; or, if there is a list `later`, leaves the writing to it."""
+    known: Prepared | None = None,
+) -> Prepared:
+    """Runs fused transformations over leaves, in place; or, if there is a list `later`, leaves the writing to it.
+
+    Returns:
+      What the segment is prepared for such leaves: `known`, if that is not None.
+    """
     plan = layout.plan
     plan.first = first
-    hosts = list(_hosts(segment))
-    for name, schedule in hosts:
+    for name, schedule in segment.hosts:
         lists[name] = _host_column(name, schedule, leaves, plan)
-    prepared = segment.prepare(plan, lists, remember=not seen)
+    prepared = segment.prepare(plan, lists, remember=not seen) if known is None else known
     if settled is not None and prepared.settled is settled:
         tables = prepared.tables
     else:
         tables = [_table(group, options, extra) for group in prepared.groups]
         if prepared.asks_options_only:  # with hundreds of parameter groups it takes long to ask them all
             prepared.tables, prepared.settled = tables, settled
-    if hosts or runs_python(segment, plan, extra):
+    if segment.hosts or runs_python(segment, plan, extra):
         lists["params"] = layout.local(leaves.params)
         if layout.foreign:  # the tensors of states themselves are those that are known
             _columns(segment, layout, lists, leaves, options, [], set())
@@ -237,6 +255,7 @@ def run_segment(
         _copy(pairs)
     else:
         later.append(functools.partial(_copy, pairs))
+    return prepared
 
 
 def _copy(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -264,11 +283,6 @@ def _make(
     recording = torch.is_grad_enabled()
     with torch.no_grad():
         return list(map(stored.slot.make, params, hypers)) if recording else _pack(stored.slot.make_all(params, hypers))
-
-
-def _hosts(segment: Segment) -> Iterator[tuple[str, Callable[[int], Any]]]:
-    for recipe in segment.recipes.values():
-        yield from recipe.hosts.items()
 
 
 def _host_column(name: str, schedule: Callable[[int], Any], leaves: Leaves, plan: Plan) -> Column:

@@ -3,11 +3,12 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
 
-from ..kernels import Shard, scan
+from ..kernels import Shard
 
 
 @dataclass(frozen=True)
@@ -29,18 +30,16 @@ def distributed(x: Any) -> bool:
     return module is not None and isinstance(x, module.DTensor)
 
 
-def all_distributed(tensors: Sequence[Any]) -> bool:
-    """Whether all tensors are DTensors, and none of a subclass."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and set(map(type, tensors)) == {module.DTensor}
-
-
-def gradients(params: list[Any]) -> list[Any]:
+def gradients(params: Sequence[Any]) -> list[Any]:
     """The gradients of parameters."""
-    if not all_distributed(params):
-        return scan.gradients(params)
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None or set(map(type, params)) != {module.DTensor}:
+        return list(map(GRAD, params))
     with torch._C.DisableTorchFunctionSubclass():  # what other classes have to say about it is heard
-        return scan.gradients(params)
+        return list(map(GRAD, params))
+
+
+GRAD = attrgetter("grad")
 
 
 def shard(p: Any) -> Shard | None:

@@ -1,5 +1,6 @@
 """Reading and comparing thousands of Python objects at once, in C."""
 
+import itertools
 import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
@@ -13,16 +14,22 @@ from functional_optim.kernels.collect import Contents
 
 
 @pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("cuts", [(), (0,), (2,), (6,), (1, 1, 4)])
 @pytest.mark.parametrize("position", [0, 3, 5])
-def test_the_same_objects(position: int) -> None:
-    column: list[Any] = [object() for _ in range(6)]
-    other = list(column)
-    assert collect.same(column, other)
-    assert not collect.same(column, other[:-1])
+def test_lists_that_are_parts_of_another(position: int, cuts: tuple[int, ...]) -> None:
+    whole: list[Any] = [object() for _ in range(6)]
+    parts = [whole[a:b] for a, b in itertools.pairwise((0, *cuts, 6))]
+    assert collect.are_parts(parts, whole)
+    assert not collect.are_parts(parts, whole[:-1])
+    assert not collect.are_parts(parts[1:], whole) or not parts[0]
 
-    other[position] = object()
+    whole[position] = object()
 
-    assert not collect.same(column, other)
+    assert not collect.are_parts(parts, whole)
+
+
+def test_only_lists_are_looked_into_in_c(in_c: None) -> None:
+    assert not collect.are_parts([(1, 2)], [1, 2])  # type: ignore[list-item]
 
 
 class Heard(dict[str, Any]):
@@ -83,54 +90,3 @@ def test_dicts_contain_the_same() -> None:
     assert not known.are_in([{"x": a, "y": b}, {"z": c}, {}])
     assert Contents.of([]).are_in([])
     assert not Contents.of([]).are_in([{}])
-
-
-class Slotted:
-    __slots__ = ("other", "value")
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-
-class Heir(Slotted):
-    pass
-
-
-class Plain:
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-
-@pytest.mark.usefixtures("either")
-@pytest.mark.parametrize("kinds", [[Slotted], [Plain], [Slotted, Plain], [Plain, Slotted], [Heir], [Slotted, Heir]])
-@pytest.mark.parametrize("n", [0, 1, 50])
-def test_attributes(n: int, kinds: list[Any]) -> None:
-    values = [object() for _ in range(n)]
-    objects = [kinds[k % len(kinds)](value) for k, value in enumerate(values)]
-    before = [sys.getrefcount(x) for x in values]
-
-    found = collect.attributes(objects, "value", list)
-
-    assert all(x is y for x, y in zip(found, values, strict=True))
-    assert [sys.getrefcount(x) for x in values] == [x + 1 for x in before]
-    del found
-    assert [sys.getrefcount(x) for x in values] == before
-
-
-@pytest.mark.usefixtures("either")
-@pytest.mark.parametrize("position", [0, 7, 49])
-def test_attributes_that_are_missing(position: int) -> None:
-    values = [object() for _ in range(50)]
-    objects: list[Any] = list(map(Slotted, values))
-    before = [sys.getrefcount(x) for x in values]
-    collect.attributes([Slotted(0)], "value", list)
-    for missing in (None, Slotted(0)):
-        if missing is not None:
-            del missing.value
-        objects[position] = missing
-
-        with pytest.raises(AttributeError, match="value"):
-            collect.attributes(objects, "value", list)
-
-    after = [sys.getrefcount(x) for x in values]
-    assert after[:position] + after[position + 1 :] == before[:position] + before[position + 1 :]

@@ -239,18 +239,6 @@ def test_threads_share_the_lists(
     assert find(kinds, columns) == found
 
 
-@pytest.mark.usefixtures("either")
-def test_versions_of_tensors_of_any_class() -> None:
-    base = torch.ones(4)
-    tensors = [base, base[1:], torch.nn.Parameter(torch.ones(2)), torch.ones(2).as_subclass(Listening)]
-
-    for column in (tensors, tensors[::-1]):
-        before = [x._version for x in tensors]
-        scan.count_up_all(column)
-        assert [x._version - k for x, k in zip(tensors, before, strict=True)] == [2, 2, 1, 1]
-    scan.count_up_all([])
-
-
 MODES: dict[str, Callable[[], Any]] = {
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,
@@ -264,95 +252,191 @@ def test_it_does_not_depend_on_modes(in_c: None, mode: str) -> None:
         assert find_interior() == find_interior() is not None
 
 
-class Shouting(torch.Tensor):
-    """Answers for itself when it is asked for its gradient."""
+class Holder(torch.Tensor):
+    """Stands for another tensor, as a distributed tensor does for the part of it that is here."""
 
-    @property
-    def grad(self) -> Any:
-        return "mine"
-
-
-class Listening(torch.Tensor):
-    """Hears of it when it is asked for its gradient."""
-
-    heard = 0
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        cls.heard += func == torch.Tensor.grad.__get__
-        return super().__torch_function__(func, types, args, kwargs or {})
+    __slots__ = ("held",)
+    held: torch.Tensor
 
 
-class Mode(torch.overrides.TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return "of a mode" if func == torch.Tensor.grad.__get__ else func(*args, **(kwargs or {}))
+def hold(x: torch.Tensor) -> Holder:
+    holder = torch.zeros(1).as_subclass(Holder)
+    holder.held = x
+    return holder
 
 
-def parameters(n: int, cls: type = torch.nn.Parameter) -> list[Any]:
-    made = [torch.ones(2).as_subclass(cls) if cls is not torch.nn.Parameter else cls(torch.ones(2)) for _ in range(n)]
-    for k, x in enumerate(made):
-        x.requires_grad_()
-        if k % 3:
-            x.sum().backward()
-    return made
+HELD = scan.part_of(hold(torch.ones(1)), "held")
 
 
-@pytest.mark.usefixtures("either")
-@pytest.mark.parametrize("cls", [torch.nn.Parameter, torch.Tensor, Listening])
-@pytest.mark.parametrize("n", [0, 1, 5, 100])
-def test_gradients(n: int, cls: type) -> None:
-    params = parameters(n, cls)
-    expected = [x.grad for x in params]
-    before = [sys.getrefcount(g) for g in expected if g is not None]
+class Tree:
+    """Parameters of which every third has no gradient, and their states, of which every fifth lacks a slot.
 
-    found = scan.gradients(params)
+    Args:
+      n: how many there are.
+      held: whether all are held by others.
+    """
 
-    assert all(x is y for x, y in zip(found, expected, strict=True))
-    del found
-    assert [sys.getrefcount(g) for g in expected if g is not None] == before
+    def __init__(self, n: int, held: bool) -> None:
+        self.n, self.part = n, HELD if held else None
+        self.params: list[Any] = [torch.ones(k % 4, requires_grad=True) for k in range(n)]
+        for k, p in enumerate(self.params):
+            if k % 3:
+                p.sum().backward()  # Python has not seen these gradients
+        self.states: list[Any] = [{"a": torch.ones(k % 4), "b": torch.zeros(())} for k in range(n)]
+        if held:
+            self.params = [hold(p) for p in self.params]
+            for p in self.params:
+                if p.held.grad is not None:
+                    p.grad = hold(p.held.grad)
+            self.states = [{"a": hold(s["a"]), "b": s["b"]} for s in self.states]
+        for k, s in enumerate(self.states):
+            if k % 5 == 0:
+                del s["b"]
+        self.takes = [
+            scan.Take(self.params, scan.GRADIENT, self.part),
+            scan.Take(self.params, scan.ITSELF, self.part),
+            scan.Take(self.states, "a", self.part),
+            scan.Take(self.states, "b"),
+        ]
+        there = self.there()
+        self.kinds = [Kinds.of(c, [k for k, x in enumerate(c) if x is not None]) for c in there]
+        self.search = scan.Search([x for x in self.kinds if x is not None], self.takes)
+
+    def there(self) -> list[list[Any]]:
+        """What the lists are filled with."""
+
+        def meant(x: Any) -> Any:
+            return x.held if isinstance(x, Holder) else x
+
+        columns = [[p.grad for p in self.params], self.params, *[[s.get(k) for s in self.states] for k in "ab"]]
+        return [[meant(x) for x in column] for column in columns]
+
+    def find(self) -> tuple[list[list[Any]], list[Found] | None]:
+        columns: list[list[Any]] = [[None] * self.n for _ in self.takes]
+        return columns, self.search.find(columns)
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 3])
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("n", [0, 1, 7, 64, 65, 700])
+def test_lists_are_filled(in_c: None, n: int, held: bool, n_threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "SHARE", 1)
+    monkeypatch.setattr(scan, "SERIAL", -1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
+    tree = Tree(n, held)
+    expected = tree.there()
+    before = [[sys.getrefcount(x) for x in column] for column in expected]
+
+    for _ in range(3):
+        columns, found = tree.find()
+
+        assert found is not None
+        assert all(x is y for a, b in zip(columns, expected, strict=True) for x, y in zip(a, b, strict=True))
+        for places, column in zip(found, expected, strict=True):
+            assert numbers(places.addresses) == tuple(0 if x is None else x.data_ptr() for x in column)
+        del columns
+    counts = [[sys.getrefcount(x) for x in column] for column in expected]
+    assert [
+        (a, b) for x, y, c in zip(counts, before, expected, strict=True) for a, b, o in zip(x, y, c, strict=True)
+        if a != b and o is not None
+    ] == []  # fmt: skip
 
 
 def test_gradients_that_python_has_not_seen(in_c: None) -> None:
-    params = parameters(40)
+    tree = Tree(40, held=False)
+    other = Tree(40, held=False)
+    tree.takes[0] = scan.Take(other.params, scan.GRADIENT)
+    columns: list[list[Any]] = [[None] * 40]
 
-    found = scan.gradients(params)
+    found = scan.Search([tree.search.kinds[0]], tree.takes[:1]).find(columns)
 
-    assert [g is None for g in found] == [k % 3 == 0 for k in range(40)]
-    assert all(
-        g is x.grad and torch.equal(g, torch.ones(2)) for g, x in zip(found, params, strict=True) if x.grad is not None
-    )
+    assert found is not None
+    assert [g is None for g in columns[0]] == [k % 3 == 0 for k in range(40)]
+    assert all(g is p.grad for g, p in zip(columns[0], other.params, strict=True))
+
+
+def test_versions_of_those_that_hold_others(in_c: None) -> None:
+    tree = Tree(4, held=True)
+    tree.params[2] = tree.takes[1].objects[2] = tree.params[2].held  # not all need be held
+
+    _, found = tree.find()
+
+    assert found is not None
+    outers, inners = numbers(found[1].outers), numbers(found[1].versions)
+    assert outers[2] == 0
+    assert len({*outers, *inners}) == 8
+    assert [bool(x.outers) for x in found] == [False, True, False, False]
+
+
+def doubled(x: Any) -> tuple[str, torch.Tensor]:
+    return ("held", x.held.double()) if isinstance(x, Holder) else ("data", x.data.double())
+
+
+def replace(key: str, value: Any) -> Callable[[Tree], object]:
+    return lambda tree: tree.states[67].__setitem__(key, value)
+
+
+TREES: dict[str, Callable[[Tree], object]] = {
+    "a gradient that is gone": lambda tree: setattr(tree.params[67], "grad", None),
+    "a new gradient": lambda tree: setattr(tree.params[66], "grad", torch.ones_like(tree.params[66])),
+    "a double gradient": lambda tree: setattr(tree.params[67].grad, *doubled(tree.params[67].grad)),
+    "a gradient of another class": lambda tree: setattr(
+        tree.params[67], "grad", tree.params[67].grad.detach().as_subclass(Own)
+    ),
+    "a gradient that is a parameter": lambda tree: setattr(
+        tree.params[67], "grad", torch.nn.Parameter(tree.params[67].grad.detach())
+    ),
+    "a key that is missing": lambda tree: tree.states[67].pop("a"),
+    "a dict of another class": lambda tree: tree.states.__setitem__(67, Heard(tree.states[67])),
+    "no dict": lambda tree: tree.states.__setitem__(67, None),
+    "None": replace("a", None),
+    "a number": replace("b", 1.0),
+    "another shape": replace("a", torch.ones(7)),
+    "another dtype": replace("b", torch.zeros((), dtype=torch.float64)),
+    "another parameter": lambda tree: tree.params.__setitem__(67, torch.ones(9)),
+    "no parameter": lambda tree: tree.params.__setitem__(66, "p"),
+    "a parameter of another class": lambda tree: tree.params.__setitem__(66, tree.params[66].as_subclass(Own)),
+    "a part that is gone": lambda tree: tree.part and delattr(tree.params[67], "held"),
+    "a part of another shape": lambda tree: tree.part and setattr(tree.params[67], "held", torch.ones(9)),
+    "a part of a gradient that is gone": lambda tree: tree.part and delattr(tree.params[67].grad, "held"),
+    "a part of state that is gone": lambda tree: tree.part and delattr(tree.states[67]["a"], "held"),
+}
+
+
+class Heard(dict[str, Any]):
+    pass
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("change", TREES)
+def test_what_lists_are_filled_with_has_changed(
+    in_c: None, change: str, held: bool, n_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not held and change.startswith("a part"):
+        pytest.skip("nothing has parts")
+    monkeypatch.setattr(scan, "SHARE", 1)
+    monkeypatch.setattr(scan, "SERIAL", -1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
+    tree = Tree(130, held)
+    assert tree.find()[1] is not None
+
+    TREES[change](tree)
+
+    assert tree.find()[1] is None
 
 
 def test_gradients_are_taken_in_c(in_c: None) -> None:
     """If this fails, torch has renamed the functions: all works, but takes longer."""
-    params, out = parameters(2), [None, None]
-    functions = native.loaded[0]
+    theirs = ctypes.CDLL(torch._C.__file__)
 
-    assert functions.gradients(functions.torch, params, 2, id(torch.nn.Parameter), "grad", out) == 2
-    assert (
-        functions.gradients(functions.torch, [*params, torch.ones(1)], 3, id(torch.nn.Parameter), "grad", [0] * 3) == 2
-    )
+    assert all(hasattr(theirs, name) for name in native._GRADIENT)
 
 
-@pytest.mark.usefixtures("either")
-def test_classes_and_modes_that_have_a_say() -> None:
-    Listening.heard = 0
-    assert scan.gradients([torch.ones(2).as_subclass(Shouting)] * 3) == ["mine"] * 3
-    scan.gradients(parameters(4, Listening))
-    assert Listening.heard == 4
-    with Mode():
-        assert scan.gradients(parameters(2)) == ["of a mode"] * 2
-
-
-@pytest.mark.usefixtures("either")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_gradients_of_all_sorts() -> None:
-    own, (leaf,) = Own(), parameters(1)
-    params = [leaf, leaf * 2, own]
-
-    assert scan.gradients(params) == [None, None, own.grad]
-    with pytest.raises(AttributeError, match="grad"):
-        scan.gradients([leaf, object()])
+def test_parts_that_are_not_in_slots() -> None:
+    assert (Holder, "held") == HELD
+    assert scan.part_of(torch.ones(1), "grad") is None
+    assert scan.part_of(torch.ones(1), "held") is None
 
 
 @pytest.mark.usefixtures("either")
