@@ -47,12 +47,11 @@ def load(optimizer: "ChainOptimizer", state_dict: dict[str, Any], by_name: bool,
             groups[-1]["param_names"] = old["param_names"]
     saved_state = {id_map[k]: v for k, v in state_dict["state"].items() if k in id_map}
     state: defaultdict[Any, Any] = defaultdict(dict)
-    names = dict(zip([p for g in live for p in g["params"]], optimizer._names(), strict=True))
-    for group in groups:
-        slots = _slots(optimizer, group)
-        for p in group["params"]:
-            if p in saved_state:
-                state[p] = _state(saved_state[p], p, names[p], slots, group)
+    names, slots = optimizer._names(), _slots(optimizer, groups)
+    owners = [(p, group) for group in groups for p in group["params"]]
+    for (p, group), name, own in zip(owners, names, slots, strict=True):
+        if p in saved_state:
+            state[p] = _state(saved_state[p], p, name, own, group)
     if not optimizer.defaults.get("differentiable"):
         _pack(state)
     for k, v in state_dict["state"].items():  # what belongs to no parameter is kept, as torch keeps it
@@ -118,15 +117,16 @@ def _match_names(
     return id_map, options
 
 
-def _slots(optimizer: "ChainOptimizer", group: dict[str, Any]) -> dict[str, Any]:
-    """The slots that a group's chain keeps, by key: their declarations and hyper-parameters."""
-    template = optimizer._template_of(group)
-    rules = leafwise.rules(template.tx)
-    slots: dict[str, Any] = {
-        key: (rules[path].bound.rule.slots[slot], rules[path].bound.values)
-        for (path, slot), key in template.keys.items()
-    }
-    return {"step": None, **slots} if slots and any(r.bound.uses_step for r in rules.values()) else slots
+def _slots(optimizer: "ChainOptimizer", groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the chains of groups keep for each parameter, by key: a declaration and hyper-parameters."""
+    templates = [optimizer._template_of(group) for group in groups for _ in group["params"]]
+    view = leafwise.view_of(optimizer._names(), [p for group in groups for p in group["params"]])
+    slots: list[dict[str, Any]] = [{} for _ in templates]
+    for template in {id(t): t for t in templates}.values():
+        own = [t is template for t in templates]
+        found = leafwise.slots_of(template, view.narrow(own))
+        slots = [b if mine else a for a, b, mine in zip(slots, found, own, strict=True)]
+    return slots
 
 
 def _state(saved: Any, p: torch.Tensor, name: str, slots: dict[str, Any], group: dict[str, Any]) -> Any:

@@ -15,7 +15,10 @@ from ..kernels.pack import (
     pack as pack,
     unpack as unpack,
 )
-from .layout import Leaves as Leaves
+from .layout import (
+    Leaves as Leaves,
+    view_of as view_of,
+)
 from .run import Leafwise as Leafwise
 from .sharding import (
     MeshShard as MeshShard,
@@ -30,4 +33,5 @@ from .templates import (
     parts as parts,
     rewrite as rewrite,
     rules as rules,
+    slots_of as slots_of,
 )

@@ -14,7 +14,7 @@ from .._base import Link
 from .._fuse import Counting
 from .._groups import Lists
 from .._plan import Plan, Segment, Stored
-from .._tree import View, flatten
+from .._tree import View
 from ..kernels import Column
 from ..kernels.layout import PLAIN
 from .barriers import Barrier
@@ -51,6 +51,11 @@ class Leaves(NamedTuple):
         return gradients(self.params) if self.grads is None else self.grads
 
 
+def view_of(names: Sequence[str], params: Sequence[torch.Tensor]) -> View:
+    """Parameters as the tree that masks are asked about."""
+    return View.of(OrderedDict(zip(names, params, strict=True)))
+
+
 def _identity(leaves: Leaves) -> tuple[Sequence[Any], ...]:
     return leaves.ids, leaves.templates, leaves.owners, leaves.tags
 
@@ -82,9 +87,7 @@ class Layout:
                     f"{name} is on meta and has no memory; give it some, with `model.to_empty(device=...)` and "
                     f"initial values, before the first step."
                 )
-        tree = OrderedDict(zip(names, leaves.params, strict=True))
-        ordered, spec = flatten(tree)
-        view = View(spec, tuple(ordered), (True,) * len(ordered))
+        view = view_of(names, leaves.params)
         links: list[Link] = []
         scopes: list[int] = []
         self.keys: list[Keys] = []  # of each link
@@ -100,7 +103,7 @@ class Layout:
                 if link.bound is not None and link.bound.uses_step:
                     steps = [a or b for a, b in zip(steps, link.seen, strict=True)]
         lists = self.lists(leaves)
-        self.plan = plan = Plan(spec, names, lists, links, True, scopes)
+        self.plan = plan = Plan(view.spec, names, lists, links, True, scopes)
         plan.options = self.owners
         plan.shards = [shard(p) for p in leaves.params]
         plan.wholes = [

@@ -1,11 +1,13 @@
 """Chains whose numbers are options: looking into them, and rewriting them."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .._base import GradientTransformation
 from .._chain import Chain
 from .._rule import RuleTransformation
+from .._spec import Slot
+from .._tree import View
 
 
 Path = tuple[int | str, ...]
@@ -63,6 +65,27 @@ def rules(tx: GradientTransformation) -> dict[Path, RuleTransformation]:
       [scale_by_adam(), add_decayed_weights(weight_decay=0.0001), scale_by_learning_rate(learning_rate=0.001)]
     """
     return {path: part for path, part in parts(tx).items() if isinstance(part, RuleTransformation)}
+
+
+def slots_of(template: Template, view: View) -> list[dict[str, tuple[Slot, Mapping[str, Any]] | None]]:
+    """What a chain keeps for each leaf, which not all of its transformations may see.
+
+    Args:
+      template: the chain.
+      view: the leaves; it keeps nothing for those that are not seen.
+
+    Returns:
+      For each leaf, by key, the slot and the hyper-parameters of its rule; None for the counter `step`.
+    """
+    slots: list[dict[str, tuple[Slot, Mapping[str, Any]] | None]] = [{} for _ in view.seen]
+    counted: list[bool] = [False] * len(slots)
+    for link in template.tx._links(view, ()):
+        for i in (i for i, seen in enumerate(link.seen) if seen and link.bound is not None):
+            assert link.bound is not None
+            counted[i] |= link.bound.uses_step
+            for name, slot in link.bound.rule.slots.items():
+                slots[i][template.keys[link.path, name]] = slot, link.bound.values
+    return [{"step": None, **own} if own and steps else own for own, steps in zip(slots, counted, strict=True)]
 
 
 def extras(tx: GradientTransformation) -> frozenset[str] | None:

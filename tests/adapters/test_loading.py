@@ -39,6 +39,19 @@ def scheduled() -> fo.GradientTransformation:
     return fo.chain(fo.trace(0.9), fo.scale_by_learning_rate(fo.cosine_decay_schedule(0.1, 30)))
 
 
+def is_matrix(path: str, p: torch.Tensor) -> bool:
+    return p.ndim > 1
+
+
+def parted() -> fo.GradientTransformation:
+    """Some parameters have slots that others do not."""
+    return fo.partition({True: fo.adamw(1e-2), False: fo.sgd(0.1, momentum=0.9)}, is_matrix)
+
+
+def partly_masked() -> fo.GradientTransformation:
+    return fo.chain(fo.masked(fo.trace(0.9), is_matrix), fo.scale_by_learning_rate(0.1))
+
+
 MAKERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     **{name: (lambda params, cls=cls: cls(params, lr=0.01)) for name, cls in OURS.items()},
     "SGD with momentum": lambda params: SGD(params, lr=0.01, momentum=0.9),
@@ -47,6 +60,8 @@ MAKERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "LAMB": lambda params: LAMB(params, lr=0.01, weight_decay=0.1),
     "chain": lambda params: TransformOptimizer(params, chain()),
     "schedule": lambda params: TransformOptimizer(params, scheduled()),
+    "slots of some": lambda params: TransformOptimizer(params, parted()),
+    "no slots for some": lambda params: TransformOptimizer(params, partly_masked()),
 }
 
 
@@ -514,6 +529,20 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_changes(case: str) -> 
     assert all(a is b for a, b in zip(opt.param_groups, groups, strict=True))
     assert opt.state.keys() == state.keys()
     train([opt], range(3, 4))
+
+
+@pytest.mark.parametrize("name", ["fc.weight", "fc.bias"])
+def test_each_parameter_must_have_its_own_slots(name: str) -> None:
+    """Not those of its neighbours, which other transformations see."""
+    params = named()
+    opt = TransformOptimizer(params.items(), parted())
+    train([opt], range(2))
+    saved = copy.deepcopy(opt.state_dict())
+    position = list(params).index(name)
+    saved["state"][position] = saved["state"][1 - position]
+
+    with pytest.raises(ValueError, match=f"the saved state of '{name}' .* another chain or other options made it"):
+        opt.load_state_dict(saved)
 
 
 def test_another_chain_is_refused_by_its_names() -> None:
