@@ -68,6 +68,15 @@ def train(tx: Any, params: Tree, grads: Sequence[Tree], state: Any = None, donat
     return params, state
 
 
+def trajectory(tx: Any, params: Any, grads: list[Any]) -> Any:
+    """The parameters of each step, by a transformation."""
+    state, steps = tx.init(params), []
+    for g in grads:
+        params, state = fo.apply_gradients(tx, params, g, state)
+        steps.append(params)
+    return steps
+
+
 def bits(x: torch.Tensor) -> torch.Tensor:
     """The bytes of a tensor's elements, in which NaN equals itself and -0.0 is not 0.0."""
     return x.detach().resolve_neg().contiguous().clone().reshape(-1).view(torch.uint8)

@@ -11,6 +11,7 @@ typedef struct {
     void (*keep)(void *object), (*let_go)(void *object);
     void *(*look_up)(void *dict, void *key);
     int (*next)(void *dict, intptr_t *position, void **key, void **value);
+    int (*pause)(void), (*resume)(void); /* the garbage collector, which runs code of anybody */
     void *list, *dict, *plain, *parameter; /* classes */
     /* of torch; 0 if all is well */
     int32_t (*data_ptr)(void *tensor, void **), (*storage_size)(void *tensor, int64_t *);
@@ -254,8 +255,10 @@ int scan(const torch_t *t, const column_t *columns, int64_t n_columns, parallel_
     s.n_parts = (s.n + PART - 1) / PART;
     if (n_threads > 1) parallel(search, &s, (unsigned)n_threads, 0);
     else search(&s);
+    const int running = t->pause(); /* until gradients, which new objects are made for, are held by these */
     for (int64_t k = 0; k < n_columns && !s.differs; k++)
         if (columns[k].from && !columns[k].key) s.differs = !fill(t, columns + k);
+    if (running) t->resume();
     return !s.differs;
 }
 

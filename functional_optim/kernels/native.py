@@ -24,7 +24,7 @@ SOURCE = f"enum {{ {', '.join(FIELDS)}, NUMBERS }};\n" + files(__package__).join
 # what a `torch_t` points to, in its order
 _PYTHON = (
     *("PyList_Size", "PyList_GetItem", "PyList_SetItem", "Py_IncRef", "Py_DecRef"),
-    *("PyDict_GetItem", "PyDict_Next"),
+    *("PyDict_GetItem", "PyDict_Next", "PyGC_Disable", "PyGC_Enable"),
 )
 _TORCH = tuple(
     f"aoti_torch_get_{name}"
