@@ -30,6 +30,8 @@ def save_safetensors(state_dict: dict[str, Any], path: str | os.PathLike[str]) -
     """
     from safetensors.torch import save_file
 
+    if not isinstance(state_dict, dict):
+        raise TypeError(f"state_dict is {type(state_dict).__name__}, expected what `optimizer.state_dict()` returns.")
     tensors: dict[str, torch.Tensor] = {}
     text = json.dumps(_encode(state_dict, "", tensors))
     save_file(tensors, os.fspath(path), metadata={"state_dict": text})

@@ -48,6 +48,7 @@ class _Runtime:
       leafwise: runs the steps.
       templates: chains by switches.
       leaves: the parameters of the last step and their states.
+      fresh: which of these states the optimizer did not have.
       used: the templates of the groups then, and which of them each group had.
       cut: which template each of the groups had then, and how many parameters.
       options: what was in the groups then.
@@ -59,6 +60,7 @@ class _Runtime:
     leafwise: Leafwise = field(default_factory=Leafwise)
     templates: dict[tuple[Hashable, ...], Template] = field(default_factory=dict)
     leaves: Leaves | None = None
+    fresh: list[int] = field(default_factory=list)
     used: tuple[list[Template], list[int]] = field(default_factory=lambda: ([], []))
     cut: tuple[list[int], list[int]] | None = None
     options: Contents = field(default_factory=lambda: Contents.of([]))
@@ -150,12 +152,16 @@ class ChainOptimizer(Optimizer):
                     f"this chain takes {', '.join(map(repr, known)) or 'none'}."
                 )
         self._run_on(templates, leaves, extra)
+        self._keep(leaves, fresh)
+
+    def _keep(self, leaves: Leaves, fresh: list[int]) -> None:
+        """Takes up states that have been made."""
         for i in fresh:
             if leaves.states[i]:
                 self.state[leaves.params[i]] = leaves.states[i]
 
     def _gather(self) -> tuple[list[Template], Leaves, list[int]]:
-        """All parameters with their states, and which of the states are new."""
+        """All parameters with their states, and which of the states the optimizer does not have yet."""
         if "_averaged" in self.__dict__:
             raise RuntimeError("step was called inside `averaged_params()`, where parameters are averages.")
         last = self._runtime
@@ -175,7 +181,6 @@ class ChainOptimizer(Optimizer):
                 )
         members = [group["params"] for group in self.param_groups]
         cut, tags = (kind_of, list(map(len, members))), list(map(_names_key, given))
-        fresh: list[int] = []
         leaves = last.leaves if last.cut == cut and last.state.are_in([self.state]) else None
         if leaves is None or leaves.tags != tags or not leafwise.are_parts(members, leaves.params):
             params: list[torch.Tensor] = list(chain.from_iterable(members))
@@ -187,13 +192,11 @@ class ChainOptimizer(Optimizer):
             owners = [g for g, group in enumerate(members) for _ in group]
             names = functools.partial(_names_of, weakref.ref(self))
             leaves = Leaves(names, params, None, states, kinds, owners, list(map(id, params)), tags)
-        if not fresh:
-            if leaves is not last.leaves:
-                last.leaves, last.cut, last.state = leaves, cut, Contents.of([self.state])
-            last.used = templates, kind_of
-            if not unchanged:
-                last.options, last.constant = Contents.of(self.param_groups), None
-        return templates, leaves, fresh
+            last.leaves, last.fresh, last.cut, last.state = leaves, fresh, cut, Contents.of([self.state])
+        last.used = templates, kind_of
+        if not unchanged:
+            last.options, last.constant = Contents.of(self.param_groups), None
+        return templates, leaves, last.fresh
 
     def _templates(self) -> tuple[list[Template], list[int]]:
         """The chains of all groups, and which of them each group has."""
@@ -268,9 +271,7 @@ class ChainOptimizer(Optimizer):
         """Appends a group's tensors to lists, and returns what the compiled step finds this optimizer by."""
         templates, leaves, fresh = self._gather()
         self._runtime.leafwise.prepare(templates, leaves, self.param_groups)
-        for i in fresh:
-            if leaves.states[i]:
-                self.state[leaves.params[i]] = leaves.states[i]
+        self._keep(leaves, fresh)
         for p in group["params"]:
             if p.grad is not None:
                 # where shapes are symbols, inductor has no name for the place of a tensor within memory that it shares

@@ -9,7 +9,7 @@ from typing import Any
 
 import functional_optim as fo
 from functional_optim import leafwise
-from functional_optim.leafwise import Template
+from functional_optim.leafwise import Leaves, Template
 
 from ._naming import Naming, outside
 from .optimizer import ChainOptimizer
@@ -109,6 +109,13 @@ class TransformOptimizer(ChainOptimizer):
 
     def _template(self, switches: tuple[Any, ...]) -> Template:
         return self._naming.template(switches[1:], switches[0], self.SLOTS)
+
+    def _keep(self, leaves: Leaves, fresh: list[int]) -> None:
+        super()._keep(leaves, fresh)
+        if self.state:  # where some parameters have a state, torch's checkpoints want one of all that have gradients
+            for p, state in [(leaves.params[i], leaves.states[i]) for i in fresh]:
+                if not state and p.grad is not None:
+                    self.state[p] = state
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_tx": self._tx}

@@ -1,14 +1,13 @@
 """Leaves that share a program: what their tensors mean for it, and where each of its arrays is."""
 
 import functools
-from collections.abc import Callable, Sequence
-from operator import itemgetter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from ._fuse import Recipe, Source
-from .kernels import Column, LeafTable, Shard
+from .kernels import Column, LeafTable, Part, Shard
 from .kernels.layout import compute_dtype, walk_together
 from .kernels.plan import Signature
 from .kernels.program import Level
@@ -23,12 +22,12 @@ class Places(NamedTuple):
     Args:
       pairs: lists and positions.
       only: the list, if it is the same for all.
-      get: takes the tensors from it; None if they are all of it.
+      part: which of its tensors; None if they are all of it.
     """
 
     pairs: tuple[tuple[Any, int], ...]
     only: Any = None
-    get: Callable[[Any], tuple[Any, ...]] | None = None
+    part: Part | None = None
 
     @classmethod
     def of(cls, pairs: Sequence[tuple[Any, int]], n_leaves: int) -> "Places":
@@ -37,24 +36,23 @@ class Places(NamedTuple):
             return cls(tuple(pairs))
         if positions == list(range(n_leaves)):
             return cls(tuple(pairs), pairs[0][0])
-        # a getter of one thing returns no tuple
-        get = itemgetter(*positions) if len(positions) > 1 else itemgetter(slice(positions[0], positions[0] + 1))
-        return cls(tuple(pairs), pairs[0][0], get)
+        return cls(tuple(pairs), pairs[0][0], Part(positions))
 
     @property
     def whole(self) -> Any:
         """The list that the tensors are all of, if there is one."""
-        return self.only if self.get is None else None
+        return self.only if self.part is None else None
 
     def gather(self, lists: Lists) -> Column:
         if self.only is None:
             return Column.of([(lists[key], i) for key, i in self.pairs])
-        return lists[self.only] if self.get is None else lists[self.only].part(self.get)
+        return lists[self.only] if self.part is None else lists[self.only].part(self.part)
 
     def scatter(self, column: Column, lists: Lists) -> None:
+        """Puts tensors into the lists, if they are not those that were taken from there."""
         if self.whole is not None:
             lists[self.whole] = column
-        else:
+        elif self.part is None or lists[self.only].parts.get(self.part) is not column:
             for x, (key, i) in zip(column, self.pairs, strict=True):
                 lists[key][i] = x
 

@@ -24,6 +24,7 @@ from .call import (
     Call as Call,
     Column as Column,
     LeafTable as LeafTable,
+    Part as Part,
     Shard as Shard,
 )
 from .foreach import run_foreach

@@ -1,16 +1,30 @@
 """What backends are called with: columns of tensors, and a table of numbers."""
 
 import struct
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from operator import itemgetter
+from typing import NamedTuple, Protocol
 
 import torch
 
 from .alike import look
 from .plan import Signature
-from .scan import Found, addresses
+from .scan import Found, addresses, pick
+
+
+class Part:
+    """Some of the tensors of a column.
+
+    Args:
+      positions: which, at least one.
+    """
+
+    def __init__(self, positions: Sequence[int]) -> None:
+        # a getter of one thing returns no tuple
+        self.get = itemgetter(*positions) if len(positions) > 1 else itemgetter(slice(positions[0], positions[0] + 1))
+        self.positions = struct.pack(f"{len(positions)}q", *positions)
 
 
 class Column(list[torch.Tensor]):
@@ -24,12 +38,12 @@ class Column(list[torch.Tensor]):
         super().__init__(tensors)
         self.found: Found | None = None  # where they are, once a `Guard` has seen
         self.seen = False  # whether it is made of columns that a `Guard` has seen
-        self._parts: dict[Callable[[Any], Sequence[Any]], Column] = {}
+        self.parts: dict[Part, Column] = {}
 
     def locate(self, found: Found | None) -> None:
         """Notes where the tensors are, or that it is not known."""
         self.found = found
-        self._parts.clear()
+        self.parts.clear()
         if found is None:
             self.__dict__.pop("addresses", None)
         else:
@@ -49,18 +63,13 @@ class Column(list[torch.Tensor]):
             made.seen, made.addresses = True, struct.pack(f"{len(made)}q", *[known[id(c)][i] for c, i in places])
         return made
 
-    def part(self, get: Callable[[Any], Sequence[Any]]) -> "Column":
-        """Some tensors of this column, which is complete.
-
-        Args:
-          get: takes them from a sequence; what it has taken before is remembered.
-        """
-        made = self._parts.get(get)
+    def part(self, which: Part) -> "Column":
+        """Some tensors of this column, which is complete; what has been taken before is remembered."""
+        made = self.parts.get(which)
         if made is None:
-            made = self._parts[get] = Column(get(self))
+            made = self.parts[which] = Column(which.get(self))
             if self.found is not None:
-                addresses = get(memoryview(self.found.addresses).cast("q"))
-                made.seen, made.addresses = True, struct.pack(f"{len(made)}q", *addresses)
+                made.seen, made.addresses = True, pick(self.found.addresses, which.positions)
         return made
 
     @cached_property

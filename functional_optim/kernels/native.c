@@ -275,6 +275,11 @@ void count_up(const torch_t *t, const int64_t *versions, const int64_t *position
     }
 }
 
+/* Copies numbers that are at some positions. */
+void pick(const torch_t *t, const int64_t *numbers, const int64_t *positions, int64_t n, int64_t *out) {
+    for (int64_t k = 0; k < n; k++) out[k] = numbers[positions[k]];
+}
+
 /* Puts what dicts have under some keys into a list for each key; returns how many dicts have all, one after another. */
 int64_t items(const torch_t *t, void *dicts, int64_t n, void *keys, int64_t n_keys, void *out) {
     for (int64_t i = 0; i < n; i++) {

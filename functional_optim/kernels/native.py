@@ -42,6 +42,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "describe": (_N, (_OBJECT, _N, _N, _BYTES)),
     "scan": (ctypes.c_int, (_ADDRESS, _N, _ADDRESS, _N)),
     "count_up": (None, (_BYTES, _ADDRESS, _N)),
+    "pick": (None, (_BYTES, _BYTES, _N, _BYTES)),
     "items": (_N, (_OBJECT, _N, _OBJECT, _N, _OBJECT)),
     "hold": (ctypes.c_int, (_OBJECT, _N, _OBJECT, _OBJECT, _N)),
     "are_parts": (ctypes.c_int, (_OBJECT, _N, _OBJECT)),
@@ -59,6 +60,7 @@ class Native(NamedTuple):
     describe: "ctypes._NamedFuncPointer"
     scan: "ctypes._NamedFuncPointer"
     count_up: "ctypes._NamedFuncPointer"
+    pick: "ctypes._NamedFuncPointer"
     items: "ctypes._NamedFuncPointer"
     hold: "ctypes._NamedFuncPointer"
     are_parts: "ctypes._NamedFuncPointer"

@@ -181,6 +181,13 @@ def addresses(tensors: Sequence[torch.Tensor]) -> bytes:
     return struct.pack(f"{len(tensors)}q", *map(torch.Tensor.data_ptr, tensors))
 
 
+def pick(numbers: bytes, positions: bytes) -> bytes:
+    """Some of the 64-bit integers that `Found` has, by their positions, which are such integers too."""
+    picked, native = bytes(len(positions)), loaded[0]  # C fills it before anybody else sees it
+    native.pick(native.torch, numbers, positions, len(positions) // 8, picked)
+    return picked
+
+
 def part_of(tensor: Any, name: str) -> tuple[type, str] | None:
     """What `Take.part` is for tensors like this one; None if it is not clear where in memory they have it."""
     cls = type(tensor)

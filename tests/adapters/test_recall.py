@@ -25,10 +25,14 @@ def masked() -> fo.GradientTransformation:
 MAKERS: dict[str, Callable[[list[Any]], torch.optim.Optimizer]] = {
     "AdamW": lambda params: AdamW(params, lr=0.1),
     "SGD": lambda params: SGD(params, lr=0.1, momentum=0.9),
+    "no state": lambda params: SGD(params, lr=0.1),
     "groups": lambda params: AdamW([{"params": params[k::3], "lr": 0.1 * (k + 1)} for k in range(3)]),
     "named": lambda params: AdamW([(f"p{k}", p) for k, p in enumerate(params)], lr=0.1),
     "clip + AdamW + EMA": lambda params: TransformOptimizer(
         params, fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(0.1), fo.params_ema(0.9))
+    ),
+    "state of some": lambda params: TransformOptimizer(
+        params, fo.partition({"a": fo.adamw(0.1), "b": fo.sgd(0.1)}, lambda path, p: "a" if p.ndim > 1 else "b")
     ),
     "two programs": lambda params: TransformOptimizer(params, masked()),
     "a schedule on the host": lambda params: TransformOptimizer(
@@ -105,16 +109,17 @@ def states(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Pair], N
     """Puts something else into the state of a parameter."""
 
     def one(opt: torch.optim.Optimizer, params: list[Any]) -> None:
-        state = opt.state[params[7]]
-        key = next(k for k, x in state.items() if x.ndim)
-        state[key] = change(state[key])
+        if params[7] in opt.state:
+            state = opt.state[params[7]]
+            key = next(k for k, x in state.items() if x.ndim)
+            state[key] = change(state[key])
 
     return of_both(one)
 
 
 def replace_param(opt: torch.optim.Optimizer, params: list[Any]) -> None:
     old, new = params[7], torch.nn.Parameter(params[7].detach() + 1)
-    opt.state.pop(old)
+    opt.state.pop(old, None)
     new.grad, params[7] = old.grad, new
     for group in opt.param_groups:
         group["params"] = [new if p is old else p for p in group["params"]]
@@ -150,12 +155,12 @@ CHANGES: dict[str, tuple[Callable[[Pair], object], bool | None]] = {
     "a state that is a view": (states(lambda x: torch.cat([x, x])[len(x) :]), True),
     "a double state": (states(torch.Tensor.double), False),
     "a state on its side": (states(lambda x: x.t().clone(memory_format=torch.contiguous_format).t()), False),
-    "a state that is gone": (of_both(lambda opt, params: opt.state[params[7]].clear()), False),
+    "a state that is gone": (of_both(lambda opt, params: opt.state.get(params[7], {}).clear()), False),
     "all states gone": (of_both(lambda opt, params: opt.state.clear()), False),
     "a dict that is replaced": (
-        of_both(lambda opt, params: opt.state.__setitem__(params[7], dict(opt.state[params[7]]))), False
+        of_both(lambda opt, params: opt.state.__setitem__(params[7], dict(opt.state.get(params[7], {})))), False
     ),
-    "more in a state": (of_both(lambda opt, params: opt.state[params[7]].update(mine=1)), True),
+    "more in a state": (of_both(lambda opt, params: opt.state.get(params[7], {}).update(mine=1)), True),
     "another learning rate": (of_both(lambda opt, params: opt.param_groups[0].update(lr=0.05)), True),
     "a tensor as learning rate": (of_both(lambda opt, params: opt.param_groups[0].update(lr=torch.tensor(0.05))), True),
     "another weight decay": (of_both(lambda opt, params: opt.param_groups[0].update(weight_decay=0.5)), None),
@@ -177,6 +182,8 @@ def test_what_happens_between_steps(maker: str, change: str, monkeypatch: pytest
         pair.step()
     assert pair.recalled[-2:] == [True, True]
     apply, expected = CHANGES[change]
+    if maker == "no state" and ("state" in change or "dict" in change) and change != "a loaded state":
+        pytest.skip("there is none")
     if maker == "named" and change in ("a group more", "parameters in another order"):
         pytest.skip("torch asks for names; names stay with their places")
 
@@ -215,6 +222,27 @@ def test_what_is_refused_between_steps(maker: str, change: str, monkeypatch: pyt
 
     with pytest.raises((ValueError, TypeError, RuntimeError)):
         pair.step()
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_first_gradients_after_many_steps(maker: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair(maker, monkeypatch)
+
+    def step(missing: set[int]) -> None:
+        for k, (p, q) in enumerate(zip(*pair.params, strict=True)):
+            p.grad = None if k in missing else torch.randn(p.shape, generator=pair.generator)
+            q.grad = None if p.grad is None else p.grad.clone()
+        pair.step()
+
+    for missing in ({3, 7, 8}, {8}, set(), {7}):
+        before = [p.detach().clone() for p in pair.params[0]]
+        pair.recalled.clear()
+        for _ in range(5):
+            step(missing)
+        assert pair.recalled[-2:] == [True, True]
+        assert {k for k, p in enumerate(pair.params[0]) if torch.equal(p, before[k])} == missing
+    with_state = {id(p) for p in pair.opts[0].state}
+    assert not with_state or {id(p) for p in pair.params[0]} == with_state
 
 
 class Listening(torch.overrides.TorchFunctionMode):

@@ -5,14 +5,13 @@ import struct
 import sys
 import warnings
 from collections.abc import Callable
-from operator import itemgetter
 from typing import Any
 
 import pytest
 import torch
 
 import functional_optim as fo
-from functional_optim.kernels import Column, native, scan
+from functional_optim.kernels import Column, Part, native, scan
 from functional_optim.kernels.guard import Guard
 from functional_optim.kernels.interior import find_interior
 from functional_optim.kernels.launch import compile_c
@@ -475,13 +474,19 @@ def test_torch_that_is_made_otherwise(in_python: None, monkeypatch: pytest.Monke
     torch.testing.assert_close(params, [torch.full((n,), expected) for n in (2, 3)], rtol=0, atol=5 * 2**-24)
 
 
+@pytest.mark.usefixtures("either")
 def test_parts_of_a_column_are_those_that_are_asked_for() -> None:
-    """A getter that is gone may have the place in memory of the next one."""
+    """One that is gone may have the place in memory of the next one."""
     column = Column([torch.full((), float(k)) for k in range(6)])
+    guard = Guard(column)
+    for _ in range(2):
+        assert guard.holds(column)
 
     for k in [*range(5)] * 20:
-        part = column.part(itemgetter(k, k + 1))
+        part = column.part(Part((k, k + 1)))
         assert [float(x) for x in part] == [k, k + 1]
+        assert numbers(part.addresses) == tuple(x.data_ptr() for x in part)
+    assert [float(x) for x in column.part(Part((3,)))] == [3]
 
 
 def test_a_library_without_the_functions_is_refused(in_python: None) -> None:
