@@ -42,6 +42,10 @@ def with_chain(tx: fo.GradientTransformation) -> Make:
     return lambda model: adapters.TransformOptimizer(model.parameters(), tx)
 
 
+def is_matrix(path: str, p: torch.Tensor) -> bool:
+    return p.ndim > 1
+
+
 OPTIMIZERS: dict[str, Make] = {
     "SGD": lambda m: adapters.SGD(m.parameters(), lr=0.1),
     "SGD with momentum": lambda m: adapters.SGD(m.parameters(), lr=0.1, momentum=0.9),
@@ -54,6 +58,8 @@ OPTIMIZERS: dict[str, Make] = {
     "chain": with_chain(fo.adamw(0.05)),
     "clip and average": with_chain(fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(0.05), fo.params_ema(0.9))),
     "schedule": with_chain(fo.chain(fo.adamw(fo.linear_schedule(0.1, 0.0, 10)), fo.params_ema(0.9))),
+    "slots of some": with_chain(fo.partition({True: fo.adamw(0.05), False: fo.sgd(0.1, momentum=0.9)}, is_matrix)),
+    "no slots for some": with_chain(fo.partition({True: fo.adamw(0.05), False: fo.set_to_zero()}, is_matrix)),
 }
 NAME = pytest.mark.parametrize("name", OPTIMIZERS)
 # Reading the state of an optimizer that has none makes the library take a step of zero gradients and zero learning
