@@ -186,11 +186,11 @@ class Prepared:
             if bound.counted and any(segment.links[k].seen[i] for i in self.present)
         ]
         self.overlap = Overlap(self.groups)
-        rows = {id(row): row for g in self.groups for row in g.sources}
-        self.asks_options_only = all(source.kind in ("option", "value") for row in rows.values() for source in row)
+        rows = {id(row): row for g in self.groups for row in g.sources}.values()
+        asked = {source.kind for row in rows for source in row}
+        self.asks_options_only, self.asks_python = asked <= {"option", "value"}, "host" in asked
         self.settled: object = None  # the options that the tables were made of
         self.tables: list[Any] = []
-        self.asks_python = any(source.kind == "host" for g in self.groups for row in g.sources for source in row)
         applied = [g for g in self.groups if any(o.name == "params" for o in g.signature.program.outputs)]
         written = where | {"params": [i for g in applied for i in g.leaves]}
         self.written = {key: array("q", positions) for key, positions in written.items() if positions}

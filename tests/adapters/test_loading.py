@@ -128,7 +128,8 @@ def test_states_are_flat_dicts_of_tensors_in_what_is_saved(maker: str) -> None:
     for state in opt.state_dict()["state"].values():
         assert type(state) is dict
         assert all(type(k) is str and type(v) is torch.Tensor for k, v in state.items())
-    assert all(isinstance(k, nn.Parameter) and v for k, v in opt.state.items())
+    stateless = maker == "no slots for some"
+    assert all(isinstance(k, nn.Parameter) and (v or stateless) for k, v in opt.state.items())
 
 
 @pytest.mark.parametrize("count", [1, 3])
