@@ -9,7 +9,7 @@ import torch
 
 from functional_optim import leafwise
 
-from ._naming import outside
+from ._naming import names_of, outside
 
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ def load(optimizer: "ChainOptimizer", state_dict: dict[str, Any], by_name: bool,
             groups[-1]["param_names"] = old["param_names"]
     saved_state = {id_map[k]: v for k, v in state_dict["state"].items() if k in id_map}
     state: defaultdict[Any, Any] = defaultdict(dict)
-    names, slots = optimizer._names(), _slots(optimizer, groups)
+    names = names_of(groups)
+    slots = _slots(optimizer, groups, names)
     owners = [(p, group) for group in groups for p in group["params"]]
     for (p, group), name, own in zip(owners, names, slots, strict=True):
         if p in saved_state:
@@ -117,10 +118,10 @@ def _match_names(
     return id_map, options
 
 
-def _slots(optimizer: "ChainOptimizer", groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _slots(optimizer: "ChainOptimizer", groups: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
     """What the chains of groups keep for each parameter, by key: a declaration and hyper-parameters."""
-    templates = [optimizer._template_of(group) for group in groups for _ in group["params"]]
-    view = leafwise.view_of(optimizer._names(), [p for group in groups for p in group["params"]])
+    templates = [t for group in groups for t in [optimizer._template_of(group)] * len(group["params"])]
+    view = leafwise.view_of(names, [p for group in groups for p in group["params"]])
     slots: list[dict[str, Any]] = [{} for _ in templates]
     for template in {id(t): t for t in templates}.values():
         own = [t is template for t in templates]

@@ -1,4 +1,4 @@
-"""Names: which option each hyper-parameter of a chain is, and which key each slot of its state has."""
+"""Names: of options, of slots of state, and of parameters."""
 
 import os
 import sys
@@ -146,3 +146,15 @@ def _before_averages(tx: fo.GradientTransformation, last: fo.GradientTransformat
     while end and any(rule.bound.rule.name == "params_ema" for rule in leafwise.rules(members[end - 1]).values()):
         end -= 1
     return fo.chain(*members[:end], last, *members[end:])
+
+
+def names_of(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What messages and masks call the parameters of groups."""
+    names: list[str] = []
+    for g, group in enumerate(groups):
+        given = group.get("param_names")
+        names += given or [f"param_groups[{g}].params[{k}]" for k in range(len(group["params"]))]
+    if len(set(names)) < len(names):
+        owners = [g for g, group in enumerate(groups) for _ in group["params"]]
+        names = [f"param_groups[{g}].{name}" for g, name in zip(owners, names, strict=True)]
+    return names

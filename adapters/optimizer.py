@@ -18,6 +18,7 @@ from functional_optim.leafwise import Contents, Leafwise, Leaves, Template
 
 from ._compiled import LIVE
 from ._loading import load
+from ._naming import names_of
 
 
 # what an option can be that is not another object when it changes
@@ -68,10 +69,13 @@ class _Runtime:
     constant: bool | None = None
     state: Contents = field(default_factory=lambda: Contents.of([]))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Runtime, ()
+
 
 def _names_of(optimizer: "weakref.ref[ChainOptimizer]") -> list[str]:
     owner = optimizer()  # which does not keep itself alive by what it remembers
-    return [] if owner is None else owner._names()
+    return [] if owner is None else names_of(owner.param_groups)
 
 
 class ChainOptimizer(Optimizer):
@@ -300,17 +304,6 @@ class ChainOptimizer(Optimizer):
                     k: next(tensors) if isinstance(x, torch.Tensor) else x for k, x in leaves.states[i].items()
                 }
         self._run_on(templates, leaves, extra)
-
-    def _names(self) -> list[str]:
-        """What messages and masks call the parameters."""
-        names: list[str] = []
-        for g, group in enumerate(self.param_groups):
-            given = group.get("param_names")
-            names += given or [f"param_groups[{g}].params[{k}]" for k in range(len(group["params"]))]
-        if len(set(names)) < len(names):
-            groups = [g for g, group in enumerate(self.param_groups) for _ in group["params"]]
-            names = [f"param_groups[{g}].{name}" for g, name in zip(groups, names, strict=True)]
-        return names
 
     def _dense(self, grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """What becomes of sparse gradients."""

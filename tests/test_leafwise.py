@@ -98,6 +98,42 @@ def test_each_leaf_is_as_if_it_were_alone(chain: str, backend: str) -> None:
             assert leaves.states[k]["step"] == sum((step + k) % 4 != 0 for step in range(20))
 
 
+def exchange(xs: list[Any]) -> None:
+    xs[0], xs[1] = xs[1], xs[0]
+
+
+IN_PLACE: dict[str, Callable[[Leaves], object]] = {
+    "owners": lambda x: x.owners.__setitem__(0, 1),
+    "templates": lambda x: x.templates.__setitem__(0, 1),
+    "params": lambda x: x.params.__setitem__(0, x.params[0].detach().clone().requires_grad_()),
+    "params and states": lambda x: (exchange(x.params), exchange(x.states)),
+    "states": lambda x: x.states.__setitem__(0, {k: v.clone() for k, v in x.states[0].items()}),
+    "fewer": lambda x: [xs.pop() for xs in (x.params, x.states, x.templates, x.owners, x.ids)],
+}
+
+
+@pytest.mark.parametrize("change", IN_PLACE)
+def test_lists_that_change_in_place(change: str) -> None:
+    """Steps that are taken from memory notice it."""
+    templates = [named(fo.sgd(Option("lr"), momentum=decay)) for decay in (0.5, 0.9)]
+    options, results = [{"lr": 0.1}, {"lr": 0.3}], []
+    for remembers in (True, False):
+        shapes = ((4,),) * 6
+        leaves = make_leaves(shapes=shapes)._replace(grads=None)
+        names = [f"p{k}" for k in range(len(shapes))]
+        leaves = leaves._replace(names=lambda n=leaves.params: names[: len(n)])
+        run = Leafwise()
+        for step in range(8):
+            if step == 5:
+                IN_PLACE[change](leaves)
+            for p, g in zip(leaves.params, gradients(leaves, step), strict=True):
+                p.grad = g
+            with torch.no_grad():
+                (run if remembers else Leafwise()).step(templates, leaves, options)
+        results.append((leaves.params, leaves.states))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 class _nothing:
     def __enter__(self) -> None: ...
     def __exit__(self, *_: object) -> None: ...

@@ -185,10 +185,10 @@ static __thread char here; /* of each thread at a place of its own */
 /* Fills lists of what dicts have under keys; returns whether all have it. */
 static int look_up(search_t *s) {
     const torch_t *t = s->t;
-    for (int64_t start = 0; start < s->n; start += PART) {
+    for (int64_t start = 0; start < s->n && !__atomic_load_n(&s->differs, __ATOMIC_RELAXED); start += PART) {
         const int64_t stop = start + PART < s->n ? start + PART : s->n;
         for (const column_t *c = s->columns; c < s->columns + s->n_columns; c++)
-            for (int64_t i = start; i < stop && c->key; i++) {
+            for (int64_t i = start; i < stop && i < c->n && c->key; i++) {
                 if (c->kind_of[i] < 0) continue;
                 void **dict = t->item(c->from, i);
                 if (dict[1] != t->dict) return 0;
@@ -197,10 +197,10 @@ static int look_up(search_t *s) {
                 ask_for_part(c, c->raw[i]);
             }
         for (const column_t *c = s->columns; c < s->columns + s->n_columns; c++)
-            for (int64_t i = start; i < stop && c->key && c->outer; i++)
+            for (int64_t i = start; i < stop && i < c->n && c->key && c->outer; i++)
                 if (c->kind_of[i] >= 0) __builtin_prefetch(c->raw[i] = part_of(c, c->raw[i]), 1);
         for (const column_t *c = s->columns; c < s->columns + s->n_columns; c++)
-            for (int64_t i = start; i < stop && c->key; i++) {
+            for (int64_t i = start; i < stop && i < c->n && c->key; i++) {
                 if (c->kind_of[i] < 0) continue;
                 if (!c->raw[i]) return 0;
                 t->keep(c->raw[i]);
@@ -238,9 +238,9 @@ static int fill(const torch_t *t, const column_t *c) {
             __builtin_prefetch(part_of(c, c->gradient ? object_of(t, c->raw[near]) : t->item(c->from, near)), 1);
         if (i < 0 || (c->gradient && c->kind_of[i] < 0)) continue;
         void **object = c->gradient ? t->wrap(c->raw + i) : t->item(c->from, i), **part = part_of(c, object);
+        if (part && (!c->gradient || part != object)) t->keep(part);
+        if (c->gradient && object && part != object) t->let_go(object);
         if (!part) return 0;
-        if (!c->gradient || part != object) t->keep(part);
-        if (c->gradient && part != object) t->let_go(object);
         t->set_item(c->list, i, part);
     }
     return 1;

@@ -1,6 +1,7 @@
 """What and where tensors are, for thousands of them at once."""
 
 import ctypes
+import enum
 import struct
 from collections.abc import Sequence
 from types import MemberDescriptorType
@@ -82,26 +83,30 @@ class Kinds(NamedTuple):
         return cls(len(tensors), width, *packed, elements)
 
 
+class What(enum.Enum):
+    """What is taken from a tensor."""
+
+    ITSELF = enum.auto()
+    GRADIENT = enum.auto()
+
+
 class Take(NamedTuple):
     """What a list of tensors is filled with.
 
     Args:
       objects: for each tensor, the tensor itself, one whose gradient it is, or a dict.
-      what: `ITSELF`, `GRADIENT`, or the key in the dict.
+      what: what is taken from a tensor, or the key in the dict.
       part: if it is a tensor of this class, what it has in this slot is meant.
     """
 
     objects: list[Any]
-    what: str
+    what: What | str
     part: tuple[type, str] | None = None
 
     @property
     def is_outer(self) -> bool:
         """Whether the tensors themselves are looked at, and others in them are meant."""
-        return self.part is not None and self.what == ITSELF
-
-
-ITSELF, GRADIENT = "\0itself", "\0gradient"  # as nothing is called in the state of a parameter
+        return self.part is not None and self.what is What.ITSELF
 
 
 class _Column(ctypes.Structure):
@@ -132,9 +137,9 @@ class Search:
         for c, kind, take in zip(self.table, kinds, takes, strict=True):
             c.n, c.width, c.kind_of, c.kinds = kind.n, kind.width, kind.kind_of, kind.kinds
             if take is not None:
-                c.from_, c.gradient = id(take.objects), take.what == GRADIENT
-                c.key = None if take.what in (ITSELF, GRADIENT) else id(take.what)
-                c.raw = bytes(8 * kind.n)  # C writes to it
+                c.from_, c.gradient = id(take.objects), take.what is What.GRADIENT
+                c.key = id(take.what) if isinstance(take.what, str) else None
+                c.raw = bytes(8 * kind.n)  # C writes to it and reads it again, with the interpreter's lock all the time
                 if take.part is not None:
                     c.outer, c.slot = id(take.part[0]), _slots[take.part]
         self.lengths = [kind.n for kind in kinds]
@@ -147,7 +152,8 @@ class Search:
         Args:
           columns: the lists; those to be filled have their length already.
         """
-        if list(map(len, columns)) != self.lengths:
+        sources = [column if take is None else take.objects for column, take in zip(columns, self.takes, strict=True)]
+        if list(map(len, columns)) != self.lengths or list(map(len, sources)) != self.lengths:
             return None
         if not columns:
             return []

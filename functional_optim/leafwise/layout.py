@@ -23,7 +23,7 @@ from .templates import Keys, Template
 
 
 class Leaves(NamedTuple):
-    """What a step works on, a list entry per parameter. Lists that nobody changes afterwards are known at once later.
+    """What a step works on, a list entry per parameter.
 
     Args:
       names: makes what messages call the parameters; no name occurs twice.
@@ -56,8 +56,8 @@ def view_of(names: Sequence[str], params: Sequence[torch.Tensor]) -> View:
     return View.of(OrderedDict(zip(names, params, strict=True)))
 
 
-def _identity(leaves: Leaves) -> tuple[Sequence[Any], ...]:
-    return leaves.ids, leaves.templates, leaves.owners, leaves.tags
+def _identity(leaves: Leaves) -> list[list[Any]]:
+    return [list(leaves.ids), list(leaves.templates), list(leaves.owners), list(leaves.tags)]
 
 
 class Layout:
@@ -73,7 +73,7 @@ class Layout:
     def __init__(self, templates: Sequence[Template], leaves: Leaves, guarded: bool, first: bool = False) -> None:
         self.templates, self.guarded = tuple(templates), guarded
         self.made_for = _identity(leaves)
-        self.kinds, self.owners = leaves.templates, leaves.owners
+        _, self.kinds, self.owners, _ = self.made_for
         self.foreign = [
             k for k, p in enumerate(leaves.params) if p.is_complex() or (type(p) not in PLAIN and local(p) is not p)
         ]
@@ -153,7 +153,7 @@ class Layout:
             self.guarded == guarded
             and len(templates) == len(self.templates)
             and all(map(is_, templates, self.templates))
-            and all(a is b or a == b for a, b in zip(self.made_for, _identity(leaves), strict=True))
+            and self.made_for == _identity(leaves)
         )
 
     def match(self, templates: Sequence[Template], leaves: Leaves, guarded: bool) -> Lists | None:
@@ -163,5 +163,5 @@ class Layout:
         lists = self.lists(leaves)
         if not self.plan.fits(lists):
             return None
-        self.made_for = _identity(leaves)  # which may be known at once the next time
+        self.made_for = _identity(leaves)  # the same, but comparing an object with itself takes no time
         return lists

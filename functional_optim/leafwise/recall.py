@@ -4,14 +4,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils._device import DeviceContext
 
 from .._groups import Lists
 from .._plan import Prepared, Segment
 from ..kernels import Column
+from ..kernels.collect import are_parts
 from ..kernels.layout import PLAIN
-from ..kernels.scan import GRADIENT, ITSELF, Kinds, Search, Take, part_of
+from ..kernels.scan import Kinds, Search, Take, What, part_of
 from .layout import Layout, Leaves
-from .sharding import distributed
 from .templates import Template
 
 
@@ -48,18 +49,21 @@ class Recall:
         segment, *others = layout.plan.segments
         guards = layout.plan.guards.each | prepared.guards.each
         kinds = {key: guard.kinds for key, guard in guards.items() if guard.kinds is not None}
-        if others or not isinstance(segment, Segment) or prepared.first or len(kinds) < len(guards):
+        if others or not isinstance(segment, Segment) or prepared.first or len(kinds) < len(guards) or _listened():
             return None
-        outer = next((leaves.params[k] for k in layout.foreign if distributed(leaves.params[k])), None)
-        part = None if outer is None else part_of(outer, "_local_tensor")
-        known = {*PLAIN, *([] if part is None else [part[0]])}
-        if not {type(p) for p in leaves.params} <= known or any(p.is_complex() for p in leaves.params):
+        part = part_of(leaves.params[0], "_local_tensor") if layout.foreign else None
+        known = {part[0]} if part is not None else set(PLAIN)
+        if not set(map(type, leaves.params)) <= known:  # complex, of a class of its own, or some distributed, some not
             return None
-        takes = {"updates": Take(leaves.params, GRADIENT, part), "params": Take(leaves.params, ITSELF, part)}
+        takes = {"updates": Take(leaves.params, What.GRADIENT, part), "params": Take(leaves.params, What.ITSELF, part)}
         for stored in segment.stored:
             own = None if stored.slot.per_leaf else part
             takes[stored.key] = Take(leaves.states, layout.key(segment, stored), own)
         return cls(layout, prepared, leaves, {key: takes[key] for key in kinds}, kinds)
+
+    def is_of(self, layout: Layout, prepared: Prepared, leaves: Leaves) -> bool:
+        """Whether it was made for this very step."""
+        return self.layout is layout and self.prepared is prepared and self.leaves is leaves
 
     def lists(self, templates: Sequence[Template], leaves: Leaves, guarded: bool) -> Lists | None:
         """The tensors of leaves, if these are those of the step remembered, and like it.
@@ -71,11 +75,12 @@ class Recall:
         """
         if leaves is not self.leaves or not self.layout.is_for(templates, leaves, guarded):
             return None
-        asked = torch.is_grad_enabled() or torch._C._len_torch_function_stack()
-        if asked or any(getattr(cls, "grad", None) is not GRAD for cls in self.classes):  # somebody has a say in it
+        if _listened() or any(getattr(cls, "grad", None) is not GRADIENT for cls in self.classes):
             return None
         columns = [Column(self.nothing) for _ in self.keys]  # type: ignore[arg-type]
         if self.params is not None:
+            if not are_parts([leaves.params], self.params):
+                return None
             columns[self.keys.index("params")] = self.params
         found = self.search.find(columns)
         if found is None:
@@ -85,4 +90,10 @@ class Recall:
         return dict(zip(self.keys, columns, strict=True))
 
 
-GRAD = torch.Tensor.grad
+GRADIENT = torch.Tensor.grad
+
+
+def _listened() -> bool:
+    """Whether autograd or a mode has a say in what is read."""
+    modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
+    return torch.is_grad_enabled() or any(type(mode) is not DeviceContext for mode in modes)  # a default device has not

@@ -44,7 +44,7 @@ class Leafwise:
     def __init__(self) -> None:
         self.layouts: list[Layout] = []
         self.new: set[Any] = set()  # parameters that have state, but have not taken their first step
-        self.last: Recall | None = None
+        self.recalls: list[Recall] = []  # the last one first
 
     def layout(self, templates: Sequence[Template], leaves: Leaves, guarded: bool, seen: bool) -> tuple[Layout, Lists]:
         """The layout of leaves, and their tensors."""
@@ -97,12 +97,12 @@ class Leafwise:
         """
         extra = extra or {}
         seen = transforming()
-        given, again = leaves, None if seen or self.new else self.last
-        known = None if again is None else again.lists(templates, leaves, guarded)
-        if again is not None and known is not None:
-            layout, lists = again.layout, known
+        given = leaves
+        recall, lists = self._recall(templates, leaves, guarded, seen)
+        if recall is not None and lists is not None:
+            layout = recall.layout
         else:
-            again, leaves = None, leaves._replace(grads=leaves.gradients)
+            leaves = leaves._replace(grads=leaves.gradients)
             layout, lists = self.layout(templates, leaves, guarded, seen)
         if guarded and layout.barriers:
             raise ValueError(
@@ -122,13 +122,13 @@ class Leafwise:
         try:
             for segment in segments:
                 if isinstance(segment, Segment):
-                    if again is None:
+                    if recall is None:
                         _columns(segment, layout, lists, leaves, options, made, new)
                     first = [i for i in layout.plan.present if leaves.ids[i] in new] if new else []
                     later = None if segment is segments[-1] else writes
-                    prepared = run_segment(
+                    prepared = run_segment(  # the last one is a segment
                         *(segment, layout, lists, leaves, options, extra, seen, frozenset(first), later, settled),
-                        None if again is None else again.prepared,
+                        None if recall is None else recall.prepared,
                     )
                 else:
                     barrier = layout.barriers[id(segment[1])]
@@ -151,8 +151,30 @@ class Leafwise:
         else:  # the step after this one is the first
             for state, key in made:
                 del state[key]
-        if again is None:
-            self.last = Recall.of(layout, prepared, given) if given.grads is None and not seen else None
+        if recall is None:
+            self._remember(layout, prepared, given, seen)
+
+    def _remember(self, layout: Layout, prepared: Prepared, leaves: Leaves, seen: bool) -> None:
+        """Remembers a step, so that the next one may be like it."""
+        if leaves.grads is not None or seen:
+            return
+        others = [r for r in self.recalls if r.leaves is leaves and r.layout is not layout]
+        known = next((r for r in self.recalls if r.is_of(layout, prepared, leaves)), None)
+        made = known or Recall.of(layout, prepared, leaves)
+        self.recalls = [*([] if made is None else [made]), *others[: self.KEEP - 1]]
+
+    def _recall(
+        self, templates: Sequence[Template], leaves: Leaves, guarded: bool, seen: bool
+    ) -> tuple[Recall, Lists] | tuple[None, None]:
+        """A step remembered that this one is like, and its tensors."""
+        if leaves.grads is None and not (seen or self.new):
+            for recall in self.recalls:
+                lists = recall.lists(templates, leaves, guarded)
+                if lists is not None:
+                    if recall is not self.recalls[0]:
+                        self.recalls = [recall, *[r for r in self.recalls if r is not recall]]
+                    return recall, lists
+        return None, None
 
 
 def _columns(

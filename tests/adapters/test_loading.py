@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -530,6 +531,21 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_changes(case: str) -> 
     assert all(a is b for a, b in zip(opt.param_groups, groups, strict=True))
     assert opt.state.keys() == state.keys()
     train([opt], range(3, 4))
+
+
+def test_masks_are_asked_about_the_names_that_count_afterwards() -> None:
+    """Loading by position takes the names of the file over, as torch does."""
+    tx = fo.partition({"a": fo.adamw(1e-2), "b": fo.sgd(0.1)}, {re.compile("^fc"): "a", re.compile(""): "b"})
+    params = named()
+    opt = TransformOptimizer(params.items(), tx)
+    train([opt], range(2))
+    other = TransformOptimizer([(f"_orig_mod.{k}", nn.Parameter(p.detach().clone())) for k, p in params.items()], tx)
+
+    other.load_state_dict(opt.state_dict())
+
+    assert_same_bits(list(other.state.values()), list(opt.state.values()))
+    train([opt, other], range(2, 5))
+    assert_same_bits(content(other), content(opt))
 
 
 @pytest.mark.parametrize("name", ["fc.weight", "fc.bias"])

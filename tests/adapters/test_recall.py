@@ -51,6 +51,7 @@ class Pair:
         self.opts = [MAKERS[maker](params) for params in self.params]
         self.generator = generator
         self.recalled: list[bool] = []
+        self.versions: dict[Any, int] = {}
         take = Recall.lists
 
         def heard(*args: Any) -> Any:
@@ -81,6 +82,9 @@ class Pair:
         ours.step()
         self.same(ours.state_dict(), theirs.state_dict())
         self.same(*[[p.detach() for p in params] for params in self.params])
+        counts = [[p._version - self.versions.get(p, 0) for p in params] for params in self.params]
+        assert counts[0] == counts[1]
+        self.versions = {p: p._version for params in self.params for p in params}
 
     def same(self, a: Any, b: Any) -> None:
         if isinstance(a, torch.Tensor):
@@ -243,6 +247,39 @@ def test_first_gradients_after_many_steps(maker: str, monkeypatch: pytest.Monkey
         assert {k for k, p in enumerate(pair.params[0]) if torch.equal(p, before[k])} == missing
     with_state = {id(p) for p in pair.opts[0].state}
     assert not with_state or {id(p) for p in pair.params[0]} == with_state
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_gradients_that_are_missing_by_turns(maker: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair(maker, monkeypatch)
+    for step in range(18):
+        for k, (p, q) in enumerate(zip(*pair.params, strict=True)):
+            p.grad = None if k % 3 == step % 3 else torch.randn(p.shape, generator=pair.generator)
+            q.grad = None if p.grad is None else p.grad.clone()
+        pair.recalled.clear()
+        pair.step()
+        assert step < 15 or pair.recalled[-1]
+
+
+def test_a_default_device_has_no_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair("AdamW", monkeypatch)
+    with torch.device("cpu"):
+        for _ in range(5):
+            pair.draw()
+            pair.step()
+
+    assert pair.recalled[-2:] == [True, True]
+
+
+def test_what_is_remembered_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair("AdamW", monkeypatch)
+    for _ in range(4):
+        pair.draw()
+        pair.step()
+
+    copied = copy.deepcopy(pair.opts[0]._runtime)  # type: ignore[attr-defined]
+
+    assert copied.leaves is None
 
 
 class Listening(torch.overrides.TorchFunctionMode):

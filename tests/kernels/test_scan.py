@@ -292,8 +292,8 @@ class Tree:
             if k % 5 == 0:
                 del s["b"]
         self.takes = [
-            scan.Take(self.params, scan.GRADIENT, self.part),
-            scan.Take(self.params, scan.ITSELF, self.part),
+            scan.Take(self.params, scan.What.GRADIENT, self.part),
+            scan.Take(self.params, scan.What.ITSELF, self.part),
             scan.Take(self.states, "a", self.part),
             scan.Take(self.states, "b"),
         ]
@@ -344,7 +344,7 @@ def test_lists_are_filled(in_c: None, n: int, held: bool, n_threads: int, monkey
 def test_gradients_that_python_has_not_seen(in_c: None) -> None:
     tree = Tree(40, held=False)
     other = Tree(40, held=False)
-    tree.takes[0] = scan.Take(other.params, scan.GRADIENT)
+    tree.takes[0] = scan.Take(other.params, scan.What.GRADIENT)
     columns: list[list[Any]] = [[None] * 40]
 
     found = scan.Search([tree.search.kinds[0]], tree.takes[:1]).find(columns)
