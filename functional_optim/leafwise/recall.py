@@ -52,8 +52,10 @@ class Recall:
         if others or not isinstance(segment, Segment) or prepared.first or len(kinds) < len(guards) or _listened():
             return None
         part = part_of(leaves.params[0], "_local_tensor") if layout.foreign else None
-        known = {part[0]} if part is not None else set(PLAIN)
-        if not set(map(type, leaves.params)) <= known:  # complex, of a class of its own, or some distributed, some not
+        if layout.foreign and part is None:  # complex
+            return None
+        known = set(PLAIN) if part is None else {part[0]}
+        if not set(map(type, leaves.params)) <= known:  # of a class of their own, or some distributed and others not
             return None
         takes = {"updates": Take(leaves.params, What.GRADIENT, part), "params": Take(leaves.params, What.ITSELF, part)}
         for stored in segment.stored:
