@@ -86,6 +86,9 @@ class Adam(ChainOptimizer, torch.optim.Adam):  # type: ignore[misc]
         last = [rules.decay_then_add(LR, DECAY)] if decoupled else []
         return template(fo.chain(*_before(maximize, l2), step, *last), self.SLOTS)
 
+    def _dense(self, grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
+
 
 class AdamW(Adam, torch.optim.AdamW):  # type: ignore[misc]
     """`torch.optim.AdamW` from a chain; arguments, defaults and state are the same.

@@ -86,6 +86,7 @@ class ChainOptimizer(Optimizer):
     """
 
     SLOTS: ClassVar[Mapping[str, str]] = {}  # names of slots of state, where they differ from the rules' own
+    EMPTY: ClassVar[bool] = False  # whether parameters that keep nothing have an empty state where others have one
 
     def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
         """What decides which chain a parameter group has."""
@@ -160,9 +161,13 @@ class ChainOptimizer(Optimizer):
 
     def _keep(self, leaves: Leaves, fresh: list[int]) -> None:
         """Takes up states that have been made."""
-        for i in fresh:
-            if leaves.states[i]:
-                self.state[leaves.params[i]] = leaves.states[i]
+        made = [i for i in fresh if leaves.states[i]]
+        if self.EMPTY and (made or self.state):
+            made = [i for i in fresh if leaves.states[i] or leaves.params[i].grad is not None]
+        for i in made:
+            self.state[leaves.params[i]] = leaves.states[i]
+        if made:  # the optimizer is not what is remembered, not even if somebody takes these states away again
+            self._runtime.leaves = None
 
     def _gather(self) -> tuple[list[Template], Leaves, list[int]]:
         """All parameters with their states, and which of the states the optimizer does not have yet."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import functional_optim as fo
 from functional_optim import leafwise
-from functional_optim.leafwise import Leaves, Template
+from functional_optim.leafwise import Template
 
 from ._naming import Naming, outside
 from .optimizer import ChainOptimizer
@@ -55,6 +55,8 @@ class TransformOptimizer(ChainOptimizer):
       >>> opt.param_groups[0]["lr"], opt.param_groups[0]["max_norm"], sorted(opt.state[model.weight])
       (0.001, 1.0, ['ema', 'mu', 'nu', 'step'])
     """
+
+    EMPTY = True  # torch's checkpoints ask for a state of all parameters that have gradients
 
     def __init__(
         self,
@@ -109,13 +111,6 @@ class TransformOptimizer(ChainOptimizer):
 
     def _template(self, switches: tuple[Any, ...]) -> Template:
         return self._naming.template(switches[1:], switches[0], self.SLOTS)
-
-    def _keep(self, leaves: Leaves, fresh: list[int]) -> None:
-        super()._keep(leaves, fresh)
-        if self.state:  # where some parameters have a state, torch's checkpoints want one of all that have gradients
-            for p, state in [(leaves.params[i], leaves.states[i]) for i in fresh]:
-                if not state and p.grad is not None:
-                    self.state[p] = state
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_tx": self._tx}

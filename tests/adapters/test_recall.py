@@ -261,6 +261,32 @@ def test_gradients_that_are_missing_by_turns(maker: str, monkeypatch: pytest.Mon
         assert step < 15 or pair.recalled[-1]
 
 
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("removed", ["all", "one"])
+@pytest.mark.parametrize("maker", [name for name in MAKERS if name != "no state"])
+def test_states_that_are_removed_do_not_come_back(
+    maker: str, removed: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even right after the step that made them."""
+    pair = Pair(maker, monkeypatch)
+    for _ in range(steps):
+        pair.draw()
+        pair.step()
+    for opt, params in zip(pair.opts, pair.params, strict=True):
+        if removed == "all":
+            opt.state.clear()
+        else:
+            opt.state.pop(params[7])
+
+    for _ in range(3):
+        pair.draw()
+        pair.step()
+
+    counts = [pair.opts[0].state[p].get("step") for p in pair.params[0]]
+    fresh = 7 if removed == "one" else 1
+    assert counts[fresh] is None or counts[fresh] == 3
+
+
 def test_a_default_device_has_no_say(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = Pair("AdamW", monkeypatch)
     with torch.device("cpu"):
