@@ -120,11 +120,7 @@ class Masked(Fusible):
 
 def _warn(what: str, view: View) -> None:
     names = [p for p, s in zip(paths(view.spec), view.seen, strict=True) if s]
-    hint = " Parameters have names if `model.named_parameters()` is passed." if names[0].startswith(UNNAMED) else ""
-    warnings.warn(f"{what}; there are {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}.{hint}", stacklevel=2)
-
-
-UNNAMED = "param_groups["  # what optimizers call parameters without names begins with it
+    warnings.warn(f"{what}; there are {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}.", stacklevel=2)
 
 
 def _is_truth(x: Any) -> bool:

@@ -97,7 +97,9 @@ def _undefined(library: ctypes.CDLL) -> int:
     if not hasattr(library, name):
         return 0
     gradient = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)((name, library))
-    return ctypes.c_void_p.from_address(gradient(torch.zeros(1)._cdata)).value or 0
+    with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():  # whatever mode the caller is in
+        example = torch.zeros(1, device="cpu")  # held by its name until it has been asked
+    return ctypes.c_void_p.from_address(gradient(example._cdata)).value or 0
 
 
 @functools.cache
