@@ -2,10 +2,6 @@
 
 from . import leafwise as leafwise
 from ._backend import use_backend as use_backend
-from ._base import (
-    EmptyState as EmptyState,
-    GradientTransformation as GradientTransformation,
-)
 from ._chain import (
     apply_gradients as apply_gradients,
     apply_updates as apply_updates,
@@ -13,6 +9,21 @@ from ._chain import (
     identity as identity,
     named_chain as named_chain,
 )
+from ._compiler.functions import (
+    cbrt as cbrt,
+    leaf_amax as leaf_amax,
+    leaf_mean as leaf_mean,
+    leaf_norm as leaf_norm,
+    leaf_sum as leaf_sum,
+    tree_amax as tree_amax,
+    tree_norm as tree_norm,
+    tree_sum as tree_sum,
+)
+from ._compiler.rule import (
+    slot as slot,
+    zeros as zeros,
+)
+from ._compiler.trace import RuleError as RuleError
 from ._explain import (
     Explanation as Explanation,
     explain as explain,
@@ -24,24 +35,7 @@ from ._masking import (
     multi_transform as multi_transform,
     partition as partition,
 )
-from ._rule import elementwise as elementwise
-from ._spec import (
-    slot as slot,
-    zeros as zeros,
-)
-from ._tree import MaskedNode as MaskedNode
-from .kernels.reductions import (
-    cbrt as cbrt,
-    leaf_amax as leaf_amax,
-    leaf_mean as leaf_mean,
-    leaf_norm as leaf_norm,
-    leaf_sum as leaf_sum,
-    tree_amax as tree_amax,
-    tree_norm as tree_norm,
-    tree_sum as tree_sum,
-)
-from .kernels.trace import RuleError as RuleError
-from .optimizers import (
+from ._optimizers import (
     adam as adam,
     adamw as adamw,
     amsgrad as amsgrad,
@@ -55,7 +49,8 @@ from .optimizers import (
     sign_sgd as sign_sgd,
     signum as signum,
 )
-from .schedules import (
+from ._rule import elementwise as elementwise
+from ._schedules import (
     Schedule as Schedule,
     constant_schedule as constant_schedule,
     cosine_decay_schedule as cosine_decay_schedule,
@@ -75,44 +70,49 @@ from .schedules import (
     warmup_exponential_decay_schedule as warmup_exponential_decay_schedule,
     warmup_stable_decay_schedule as warmup_stable_decay_schedule,
 )
-from .transforms.adam import (
+from ._transform import (
+    EmptyState as EmptyState,
+    GradientTransformation as GradientTransformation,
+)
+from ._transforms.adam import (
     scale_by_adam as scale_by_adam,
     scale_by_amsgrad as scale_by_amsgrad,
 )
-from .transforms.averaging import (
+from ._transforms.averaging import (
     eval_params as eval_params,
     params_ema as params_ema,
 )
-from .transforms.clipping import (
+from ._transforms.clipping import (
     clip as clip,
     clip_by_block_rms as clip_by_block_rms,
     clip_by_global_norm as clip_by_global_norm,
     zero_nans as zero_nans,
 )
-from .transforms.decay import add_decayed_weights as add_decayed_weights
-from .transforms.momentum import (
+from ._transforms.decay import add_decayed_weights as add_decayed_weights
+from ._transforms.momentum import (
     ema as ema,
     trace as trace,
 )
-from .transforms.rms import (
+from ._transforms.rms import (
     scale_by_rms as scale_by_rms,
     scale_by_stddev as scale_by_stddev,
 )
-from .transforms.scaling import (
+from ._transforms.scaling import (
     scale as scale,
     scale_by_learning_rate as scale_by_learning_rate,
     scale_by_schedule as scale_by_schedule,
     scale_by_trust_ratio as scale_by_trust_ratio,
     set_to_zero as set_to_zero,
 )
-from .transforms.sign import (
+from ._transforms.sign import (
     scale_by_lion as scale_by_lion,
     scale_by_sign as scale_by_sign,
 )
-from .transforms.stateless import (
+from ._transforms.stateless import (
     stateless as stateless,
     stateless_with_tree_map as stateless_with_tree_map,
 )
+from ._tree import MaskedNode as MaskedNode
 
 
 __version__ = "0.1.0"

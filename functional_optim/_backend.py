@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
+from ._compiler.build import find_compiler
 from .kernels import BACKENDS
-from .kernels.build import find_compiler
 
 
 _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)

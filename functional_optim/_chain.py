@@ -3,9 +3,9 @@
 import warnings
 from typing import Any
 
-from ._base import GradientTransformation, Link, as_transformation
 from ._rule import Fusible, RuleTransformation
 from ._run import run
+from ._transform import GradientTransformation, Link, as_transformation
 from ._tree import Tree, View, check_fit, check_leaf, difference, flatten, leaves_like, paths, unflatten
 
 

@@ -6,14 +6,14 @@ from typing import Any
 import torch
 
 from ._backend import choose_backend
-from ._base import GradientTransformation, as_transformation
+from ._compiler.c.emit import emit_c
+from ._compiler.passes import Signature, plan, read_bytes, written_bytes
+from ._compiler.triton.emit import emit_triton
 from ._plan import Plan, Prepared, Segment, get_state, lists_of
+from ._transform import GradientTransformation, as_transformation
 from ._tree import Tree, View, flatten
 from .kernels import Column
-from .kernels.emit_c import emit_c
-from .kernels.emit_triton import emit_triton
 from .kernels.layout import layout, meta
-from .kernels.plan import Signature, plan, read_bytes, written_bytes
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ._fuse import Recipe, Source
+from ._compiler.fuse import Recipe, Source
+from ._compiler.passes import Signature
+from ._compiler.program import Level
 from .kernels import Column, LeafTable, Part, Shard
 from .kernels.layout import compute_dtype, walk_together
-from .kernels.plan import Signature
-from .kernels.program import Level
 
 
 Lists = dict[Any, Column]  # "updates", "params" and slots -> a leaf's tensor at its position in the tree

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ._base import EmptyState, GradientTransformation, Link, as_transformation
 from ._rule import Fusible
+from ._transform import EmptyState, GradientTransformation, Link, as_transformation
 from ._tree import MaskedNode, View, broadcast_prefix, leaves_like, paths, show
 
 

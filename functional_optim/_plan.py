@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ._base import GradientTransformation, Link
-from ._fuse import Counting, Part, Recipe, fuse_all
+from ._compiler.fuse import Counting, Part, Recipe, fuse_all
+from ._compiler.rule import Bound, Slot, slot
 from ._groups import Fit, Lists, Member, fit_of, group_of
 from ._overlap import Overlap
-from ._spec import Bound, Slot, slot
+from ._transform import GradientTransformation, Link
 from ._tree import Reader, Spec, Tree, View, at, check_fit, check_leaf, difference, flatten, paths
 from .kernels import Column, Shard
 from .kernels.alike import distinct

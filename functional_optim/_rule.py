@@ -8,9 +8,9 @@ from typing import Any, overload
 import torch
 
 from ._backend import transforming
-from ._base import GradientTransformation, Link
+from ._compiler.rule import Bound, Range, Rule, Slot, restore_state
 from ._run import run
-from ._spec import Bound, Range, Rule, Slot, restore_state
+from ._transform import GradientTransformation, Link
 from ._tree import Tree, View, check_leaf, paths, show
 from .kernels.pack import pack
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from ._backend import choose_backend, give_up, transforming
-from ._base import GradientTransformation, Link
-from ._fuse import Source
+from ._compiler.fuse import Source
+from ._compiler.rule import Bound
 from ._groups import Group, Lists
 from ._plan import KEEP, Plan, Prepared, Segment, get_state, lists_of
-from ._spec import Bound
+from ._transform import GradientTransformation, Link
 from ._tree import MaskedNode, Spec, Tree, View, at, check_fit, difference, flatten, unflatten
 from .kernels import BACKENDS, BuildError, Call, Column
 

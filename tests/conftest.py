@@ -10,8 +10,8 @@ import jax
 import pytest
 import torch
 
+from functional_optim._compiler.build import BuildError, load_c
 from functional_optim.kernels import native
-from functional_optim.kernels.build import BuildError, load_c
 
 
 jax.config.update("jax_enable_x64", True)

@@ -21,7 +21,7 @@ import torch
 
 import functional_optim as fo
 from functional_optim import _backend
-from functional_optim.kernels import build
+from functional_optim._compiler import build
 
 
 COMPILER = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[1]
 def restart() -> None:
     """Forgets all that this process has found out, loaded and warned of; classes of states stay what they are."""
     for name, module in list(sys.modules.items()):
-        if name.startswith("functional_optim.") and name != "functional_optim._spec":
+        if name.startswith("functional_optim.") and name != "functional_optim._compiler.rule":
             for x in vars(module).values():
                 if isinstance(x, functools._lru_cache_wrapper):
                     x.cache_clear()

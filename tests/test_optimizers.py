@@ -25,7 +25,7 @@ from parity import (
 )
 
 import functional_optim as fo
-import functional_optim.optimizers
+import functional_optim._optimizers
 
 
 class Case(NamedTuple):
@@ -201,7 +201,7 @@ def test_parameters_are_those_of_torch(row: int, backend: str) -> None:
 
 
 def test_every_optimizer_has_a_row() -> None:
-    module = functional_optim.optimizers
+    module = functional_optim._optimizers
     public = {name for name, x in vars(module).items() if getattr(x, "__module__", None) == module.__name__}
     assert {case.id.partition("-")[0] for case in CASES} == public
 

@@ -14,8 +14,9 @@ import torch
 from parity import BACKENDS, Tree, double, normal, to_tensor, use
 
 import functional_optim as fo
-import functional_optim.schedules
-from functional_optim.kernels import build, launch
+import functional_optim._schedules
+from functional_optim._compiler import build
+from functional_optim.kernels import launch
 
 
 class Case(NamedTuple):
@@ -183,8 +184,8 @@ def test_every_schedule_is_traced(case: Case) -> None:
 
 
 def test_every_schedule_has_a_row() -> None:
-    module = functional_optim.schedules
-    public = {name for name, x in vars(module).items() if isinstance(x, functional_optim.schedules.ScheduleFactory)}
+    module = functional_optim._schedules
+    public = {name for name, x in vars(module).items() if isinstance(x, functional_optim._schedules.ScheduleFactory)}
     assert {case.id.partition("-")[0] for case in CASES} == public
 
 

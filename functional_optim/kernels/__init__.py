@@ -19,7 +19,9 @@ and of scan.py; native.py puts it to use, interior.py finds out what it must kno
 
 from collections.abc import Callable, Sequence
 
-from .build import BuildError as BuildError
+from .._compiler.build import BuildError as BuildError
+from .._compiler.foreach import run_foreach
+from .._compiler.reference import run_reference
 from .call import (
     Call as Call,
     Column as Column,
@@ -27,9 +29,7 @@ from .call import (
     Part as Part,
     Shard as Shard,
 )
-from .foreach import run_foreach
 from .launch import run_c, run_triton
-from .reference import run_reference
 
 
 BACKENDS: dict[str, Callable[[Sequence[Call]], list[list[Column]]]] = {

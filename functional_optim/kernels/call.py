@@ -9,8 +9,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from .._compiler.passes import Signature
 from .alike import look
-from .plan import Signature
 from .scan import Found, addresses, pick
 
 

@@ -14,15 +14,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import native
-from .build import SERIAL, BuildError, load_c, load_triton, parallel_address
+from .._compiler.build import SERIAL, BuildError, load_c, load_triton, parallel_address
+from .._compiler.c.emit import emit_c
+from .._compiler.ops import REDUCTIONS
+from .._compiler.passes import Signature, plan
+from .._compiler.program import Level
+from .._compiler.triton.emit import emit_triton
+from ..kernels import native
 from .call import Call, Column, LeafTable
-from .emit_c import emit_c
-from .emit_triton import emit_triton
 from .layout import span
-from .ops import REDUCTIONS
-from .plan import Signature, plan
-from .program import Level
 
 
 CHUNK = 1 << 15  # elements: seven streams of float32 stay within a second-level cache; shorter ones cost 3% of a step

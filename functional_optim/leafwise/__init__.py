@@ -6,7 +6,7 @@ options, a mapping that `Option` looks things up in. All leaves still share one 
 options are.
 """
 
-from .._spec import Option as Option
+from .._compiler.rule import Option as Option
 from ..kernels.collect import (
     Contents as Contents,
     are_parts as are_parts,

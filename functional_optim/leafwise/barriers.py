@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .._base import Link
+from .._transform import Link
 from .._tree import View, flatten, leaves_like, paths, unflatten
 
 

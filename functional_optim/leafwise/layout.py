@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 
 from .._backend import transforming
-from .._base import Link
-from .._fuse import Counting
+from .._compiler.fuse import Counting
 from .._groups import Lists
 from .._plan import Plan, Segment, Stored
+from .._transform import Link
 from .._tree import View
 from ..kernels import Column
 from ..kernels.layout import PLAIN

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from .._backend import transforming
-from .._fuse import Source
+from .._compiler.fuse import Source
+from .._compiler.rule import Option
 from .._groups import Group, Lists
 from .._plan import Plan, Prepared, Segment, Stored
 from .._run import compute, number, reference_reason, run_barrier, runs_python
-from .._spec import Option
 from ..kernels import Column
 from ..kernels.collect import items
 from ..kernels.pack import pack

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from .._base import GradientTransformation
 from .._chain import Chain
+from .._compiler.rule import Slot
 from .._rule import RuleTransformation
-from .._spec import Slot
+from .._transform import GradientTransformation
 from .._tree import View
 
 

@@ -18,11 +18,12 @@ import pytest
 import torch
 
 import functional_optim as fo
-from functional_optim.kernels import BACKENDS, Call, Column, LeafTable, trace
-from functional_optim.kernels.build import find_compiler
-from functional_optim.kernels.emit_c import HEADER
-from functional_optim.kernels.ops import OPS
-from functional_optim.kernels.plan import Signature
+from functional_optim._compiler import trace
+from functional_optim._compiler.build import find_compiler
+from functional_optim._compiler.c.emit import HEADER
+from functional_optim._compiler.ops import OPS
+from functional_optim._compiler.passes import Signature
+from functional_optim.kernels import BACKENDS, Call, Column, LeafTable
 
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16

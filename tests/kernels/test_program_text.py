@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import functional_optim as fo
-from functional_optim.kernels.emit_c import emit_c
-from functional_optim.kernels.emit_triton import emit_triton
-from functional_optim.kernels.plan import Signature, plan, read_bytes, written_bytes
+from functional_optim._compiler.c.emit import emit_c
+from functional_optim._compiler.passes import Signature, plan, read_bytes, written_bytes
+from functional_optim._compiler.triton.emit import emit_triton
 
 
 PARAMS = {"weight": torch.zeros(3, 2), "bias": torch.zeros(3)}

@@ -16,8 +16,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import functional_optim as fo
-from functional_optim.kernels.build import load_triton
-from functional_optim.kernels.emit_triton import emit_triton
+from functional_optim._compiler.build import load_triton
+from functional_optim._compiler.triton.emit import emit_triton
 
 
 @fo.elementwise(state={"n": fo.slot(1.0, per="leaf")}, extra=("value",))

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 
 import torch
 
-from .ops import OPS, REDUCTIONS
-from .plan import Pass, Signature, plan
-from .program import Level, Program
+from ..ops import OPS, REDUCTIONS
+from ..passes import Pass, Signature, plan
+from ..program import Level, Program
 
 
 BLOCK = 512  # elements per block of a reducing pass; one block of each reduced value stays in the first-level cache

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from .._base import GradientTransformation
-from .._spec import EmptyState
+from .._compiler.rule import EmptyState
+from .._transform import GradientTransformation
 from .._tree import Tree, tree_map
 
 

@@ -1,7 +1,7 @@
 """Momentum: sums and means of past updates."""
 
+from .._compiler.rule import Leaf, OptionalDtype, Scalar, slot
 from .._rule import elementwise
-from .._spec import Leaf, OptionalDtype, Scalar, slot
 from ._moments import unbiased
 
 

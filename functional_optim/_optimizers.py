@@ -2,16 +2,16 @@
 
 from typing import Any
 
-from ._base import GradientTransformation
 from ._chain import chain, identity
+from ._compiler.rule import OptionalDtype, Scalar
 from ._masking import masked
-from ._spec import OptionalDtype, Scalar
-from .transforms.adam import scale_by_adam, scale_by_amsgrad
-from .transforms.decay import add_decayed_weights
-from .transforms.momentum import ema, trace
-from .transforms.rms import scale_by_rms, scale_by_stddev
-from .transforms.scaling import scale_by_learning_rate, scale_by_trust_ratio
-from .transforms.sign import scale_by_lion, scale_by_sign
+from ._transform import GradientTransformation
+from ._transforms.adam import scale_by_adam, scale_by_amsgrad
+from ._transforms.decay import add_decayed_weights
+from ._transforms.momentum import ema, trace
+from ._transforms.rms import scale_by_rms, scale_by_stddev
+from ._transforms.scaling import scale_by_learning_rate, scale_by_trust_ratio
+from ._transforms.sign import scale_by_lion, scale_by_sign
 
 
 def sgd(

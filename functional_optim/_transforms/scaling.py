@@ -2,9 +2,9 @@
 
 import torch
 
+from .._compiler.functions import leaf_norm
+from .._compiler.rule import Leaf, Scalar
 from .._rule import elementwise
-from .._spec import Leaf, Scalar
-from ..kernels.reductions import leaf_norm
 
 
 @elementwise

@@ -2,8 +2,8 @@
 
 import torch
 
+from .._compiler.rule import Leaf, OptionalDtype, Scalar, slot
 from .._rule import elementwise
-from .._spec import Leaf, OptionalDtype, Scalar, slot
 
 
 @elementwise

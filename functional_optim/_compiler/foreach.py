@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .call import Call, Column
+from ..kernels.call import Call, Column
 from .ops import OPS
 from .program import Value
 from .reference import each_leaf, run_reference

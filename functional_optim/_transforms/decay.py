@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from .._base import GradientTransformation
+from .._compiler.rule import Leaf, Scalar
 from .._masking import masked
 from .._rule import elementwise
-from .._spec import Leaf, Scalar
+from .._transform import GradientTransformation
 
 
 @elementwise

@@ -7,9 +7,9 @@ there too, by adding the partial results of the pass before, in order, so no fur
 
 import torch
 
-from .ops import OPS, REDUCTIONS
-from .plan import Pass, Signature, plan
-from .program import Level
+from ..ops import OPS, REDUCTIONS
+from ..passes import Pass, Signature, plan
+from ..program import Level
 
 
 TYPES = {

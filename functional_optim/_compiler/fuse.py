@@ -10,10 +10,10 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
-from ._spec import Bound, Option, Rule
-from .kernels.program import Level, Program
-from .kernels.trace import RuleError, Symbol, Tracer
-from .schedules import Schedule
+from .._schedules import Schedule
+from .program import Level, Program
+from .rule import Bound, Option, Rule
+from .trace import RuleError, Symbol, Tracer
 
 
 _Key = TypeVar("_Key")

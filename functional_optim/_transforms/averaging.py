@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from .._compiler.rule import Leaf, OptionalDtype, Scalar, slot, state_type
 from .._rule import elementwise
-from .._spec import Leaf, OptionalDtype, Scalar, slot, state_type
 from .._tree import MaskedNode, Tree, flatten, leaves_like, unflatten
 
 

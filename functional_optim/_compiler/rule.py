@@ -11,8 +11,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from .kernels.alike import look
-from .kernels.pack import packable
+from ..kernels.alike import look
+from ..kernels.pack import packable
 
 
 Leaf = torch.Tensor  # in a formula: the update, the parameter or the state of one leaf

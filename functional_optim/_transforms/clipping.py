@@ -2,9 +2,9 @@
 
 import torch
 
+from .._compiler.functions import leaf_amax, leaf_mean, tree_norm
+from .._compiler.rule import Leaf, Scalar, slot
 from .._rule import elementwise
-from .._spec import Leaf, Scalar, slot
-from ..kernels.reductions import leaf_amax, leaf_mean, tree_norm
 
 
 @elementwise(ranges={"max_delta": "[0, inf]"})

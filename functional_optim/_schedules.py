@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ._spec import Range
+from ._compiler.rule import Range
 
 
 class Schedule:

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ._spec import (
+from ._compiler.rule import (
     Bound,
     EmptyState as EmptyState,
 )

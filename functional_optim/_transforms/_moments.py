@@ -1,6 +1,6 @@
 """What the rules with moments share."""
 
-from .._spec import Leaf, Scalar
+from .._compiler.rule import Leaf, Scalar
 
 
 def unbiased(moment: Leaf, decay: Scalar, step: Scalar) -> Leaf:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .call import Call, Column
+from ..kernels.call import Call, Column
 from .ops import OPS, REDUCTIONS
 from .program import Level, Value
 

@@ -1,0 +1,13 @@
+"""The compiler: a rule becomes a program, a program passes, a pass text. It knows dtypes, not tensors.
+
+rule, a Python function of one leaf
+  |  trace.py, fuse.py      symbols record the operations of a chain of rules
+Program                     program.py: values, levels, stages; print it
+  |  passes.py              passes over memory, split at reductions
+Pass
+  |  c/emit.py, triton/emit.py      text, one statement per value
+  |  build.py               text -> kernel, cached on disk
+kernel
+
+`reference.py` and `foreach.py` evaluate a program with torch operations, without a compiler.
+"""
