@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from functional_optim import leafwise
+from functional_optim._params import slots_of, view_of
 
 from ._naming import names_of, outside
 
@@ -53,22 +53,12 @@ def load(optimizer: "ChainOptimizer", state_dict: dict[str, Any], by_name: bool,
     for (p, group), name, own in zip(owners, names, slots, strict=True):
         if p in saved_state:
             state[p] = _state(saved_state[p], p, name, own, group)
-    if not optimizer.defaults.get("differentiable"):
-        _pack(state)
     for k, v in state_dict["state"].items():  # what belongs to no parameter is kept, as torch keeps it
         if k not in id_map and not by_name:
             state[k] = v
     optimizer.__setstate__({"state": state, "param_groups": groups})
     for after in optimizer._optimizer_load_state_dict_post_hooks.values():
         after(optimizer)
-
-
-def _pack(state: dict[Any, Any]) -> None:
-    """Lays the tensors of every slot side by side, as those that a first step makes are."""
-    for key in dict.fromkeys(k for s in state.values() if isinstance(s, dict) for k in s):
-        holders = [s for s in state.values() if isinstance(s, dict) and isinstance(s.get(key), torch.Tensor)]
-        for s, x in zip(holders, leafwise.pack([s[key] for s in holders]), strict=True):
-            s[key] = x
 
 
 def _match_positions(live: list[dict[str, Any]], saved: list[dict[str, Any]]) -> dict[Any, Any]:
@@ -121,11 +111,11 @@ def _match_names(
 def _slots(optimizer: "ChainOptimizer", groups: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
     """What the chains of groups keep for each parameter, by key: a declaration and hyper-parameters."""
     templates = [t for group in groups for t in [optimizer._template_of(group)] * len(group["params"])]
-    view = leafwise.view_of(names, [p for group in groups for p in group["params"]])
+    view = view_of(names, [p for group in groups for p in group["params"]])
     slots: list[dict[str, Any]] = [{} for _ in templates]
     for template in {id(t): t for t in templates}.values():
         own = [t is template for t in templates]
-        found = leafwise.slots_of(template, view.narrow(own))
+        found = slots_of(template, view.narrow(own))
         slots = [b if mine else a for a, b, mine in zip(slots, found, own, strict=True)]
     return slots
 

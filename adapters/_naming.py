@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 import functional_optim as fo
-from functional_optim import leafwise
-from functional_optim.leafwise import Option, Path, Template
+from functional_optim._compiler.rule import Option
+from functional_optim._params import Template
+from functional_optim._transform import Path
+from functional_optim._walk import members, rewrite, rules
 
 
 RESERVED = frozenset({"params", "param_names", "chain", "maximize", "fused", "differentiable", "foreach", "capturable"})
@@ -57,11 +59,7 @@ def outside() -> int:
 
 def template(tx: fo.GradientTransformation, names: Mapping[str, str]) -> Template:
     """A transformation with a key for each slot of its state; `names` says what some slots are called."""
-    slots = [
-        (path, slot, rule.bound.rule.name)
-        for path, rule in leafwise.rules(tx).items()
-        for slot in rule.bound.rule.slots
-    ]
+    slots = [(path, slot, rule.bound.rule.name) for path, rule in rules(tx).items() for slot in rule.bound.rule.slots]
     keys = unique(
         [names.get(slot, slot) for _, slot, _ in slots], [(p, rule) for p, _, rule in slots], frozenset({"step"})
     )
@@ -80,9 +78,9 @@ class Naming:
     """
 
     def __init__(self, tx: fo.GradientTransformation) -> None:
-        rules = leafwise.rules(tx)
-        rates = [path for path, rule in rules.items() if "learning_rate" in rule.bound.values]
-        fixed = [path for path in rates if not rules[path].bound.is_schedule("learning_rate")]
+        own = rules(tx)
+        rates = [path for path, rule in own.items() if "learning_rate" in rule.bound.values]
+        fixed = [path for path in rates if not own[path].bound.is_schedule("learning_rate")]
         self.factor: Path | None = None  # where the factor goes; () is the end of the chain
         if len(rates) == 1 and not fixed:
             self.factor = rates[0]
@@ -91,7 +89,7 @@ class Naming:
         self.tx = tx
         entries = [
             (path, hyper, rule)
-            for path, rule in rules.items()
+            for path, rule in own.items()
             for hyper in rule.bound.values
             if not rule.bound.is_schedule(hyper)
         ]
@@ -114,7 +112,7 @@ class Naming:
             )
             (self.scalars if scalar else self.switches)[name] = (path, hyper)
             self.defaults[name] = value
-        self.rules = rules
+        self.rules = own
 
     def check(self, options: Mapping[str, Any]) -> None:
         """Refuses an option that is out of the range of its hyper-parameter."""
@@ -130,22 +128,22 @@ class Naming:
             values.setdefault(path, {})[hyper] = Option(name)
         for (path, hyper), value in zip(self.switches.values(), switches, strict=True):
             values.setdefault(path, {})[hyper] = value
-        tx = leafwise.rewrite(self.tx, lambda path, rule: rule.replace(**values.get(path, {})))
+        tx = rewrite(self.tx, lambda path, rule: rule.replace(**values.get(path, {})))
         if self.factor == ():
             tx = _before_averages(tx, fo.scale(Option("lr")))
         elif self.factor is not None:
             factor = fo.scale(Option("lr"))
-            tx = leafwise.rewrite(tx, lambda path, rule: fo.chain(rule, factor) if path == self.factor else rule)
+            tx = rewrite(tx, lambda path, rule: fo.chain(rule, factor) if path == self.factor else rule)
         return template(fo.chain(fo.scale(-1.0), tx) if maximize else tx, names)
 
 
 def _before_averages(tx: fo.GradientTransformation, last: fo.GradientTransformation) -> fo.GradientTransformation:
     """A chain with one more member, before those at its end that average the updated parameters."""
-    members = leafwise.members(tx)
-    end = len(members)
-    while end and any(rule.bound.rule.name == "params_ema" for rule in leafwise.rules(members[end - 1]).values()):
+    own = members(tx)
+    end = len(own)
+    while end and any(rule.bound.rule.name == "params_ema" for rule in rules(own[end - 1]).values()):
         end -= 1
-    return fo.chain(*members[:end], last, *members[end:])
+    return fo.chain(*own[:end], last, *own[end:])
 
 
 def names_of(groups: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import torch
 
 import functional_optim as fo
-from functional_optim.leafwise import Option, Template
+from functional_optim._compiler.rule import Option
+from functional_optim._params import Template
 
 from . import rules
 from ._naming import template

@@ -1,28 +1,27 @@
 """`ChainOptimizer`: a step of a `torch.optim.Optimizer` is one run of a chain over all parameter groups."""
 
 import contextlib
-import functools
 import math
 import sys
-import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
+from operator import is_
 from typing import Any, ClassVar
 
 import torch
 from torch.optim import Optimizer
 
-from functional_optim import leafwise
-from functional_optim.leafwise import Contents, Leafwise, Leaves, Template
+from functional_optim._params import GRAD, Journal, Params, ParamStep, Template, tensor_of
+from functional_optim._walk import rules
 
 from ._compiled import LIVE
 from ._loading import load
 from ._naming import names_of
 
 
-# what an option can be that is not another object when it changes
+# types of options that are another object when they change
 CONSTANT = {float, int, bool, str, type(None)}
+KEEP = 8  # sets of present gradients that an optimizer is bound to at once
 
 
 def _check_rate(group: int, lr: Any) -> None:
@@ -37,49 +36,32 @@ def _check_rate(group: int, lr: Any) -> None:
         raise ValueError(f"lr of parameter group {group} is {lr!r:.60}, expected a finite number.")
 
 
-def _names_key(names: list[str] | None) -> tuple[str, ...] | None:
-    return None if names is None else tuple(names)
+def _same_objects(some: Iterable[Any], others: Iterable[Any]) -> bool:
+    """Whether two iterables of one length hold the same objects."""
+    return all(map(is_, some, others))
 
 
-@dataclass
-class _Runtime:
-    """What an optimizer remembers between steps: it makes them faster, and is made anew where it is missing.
+class _Bindings:
+    """The tensors and chains that an optimizer is bound to: it makes steps faster, and is made anew if it is gone."""
 
-    Args:
-      leafwise: runs the steps.
-      templates: chains by switches.
-      leaves: the parameters of the last step and their states.
-      fresh: which of these states the optimizer did not have.
-      used: the templates of the groups then, and which of them each group had.
-      cut: which template each of the groups had then, and how many parameters.
-      options: what was in the groups then.
-      settled: the same, if they are what they were and cannot change unnoticed; else None.
-      constant: whether those that are not lists can only change by being replaced; None if nobody has asked.
-      state: what was in the optimizer's state then.
-    """
-
-    leafwise: Leafwise = field(default_factory=Leafwise)
-    templates: dict[tuple[Hashable, ...], Template] = field(default_factory=dict)
-    leaves: Leaves | None = None
-    fresh: list[int] = field(default_factory=list)
-    used: tuple[list[Template], list[int]] = field(default_factory=lambda: ([], []))
-    cut: tuple[list[int], list[int]] | None = None
-    options: Contents = field(default_factory=lambda: Contents.of([]))
-    settled: Contents | None = None
-    constant: bool | None = None
-    state: Contents = field(default_factory=lambda: Contents.of([]))
+    def __init__(self) -> None:
+        self.templates: dict[tuple[Hashable, ...], Template] = {}  # by switches
+        self.options: list[Any] | None = None  # all values of the groups, if they are other objects when they change
+        self.used: tuple[list[Template], list[int]] = ([], [])  # the templates of the groups, and that of each
+        self.params: Params | None = None
+        self.sizes: list[int] = []  # of the groups
+        self.states: list[dict[str, Any]] = []  # of the parameters
+        self.known: tuple[list[Any], list[Any]] = ([], [])  # keys and values of the optimizer's state
+        self.steps: list[ParamStep] = []
+        self.new: set[int] = set()  # ids of parameters that have state, but have not taken their first step
+        self.warned = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Runtime, ()
-
-
-def _names_of(optimizer: "weakref.ref[ChainOptimizer]") -> list[str]:
-    owner = optimizer()  # which does not keep itself alive by what it remembers
-    return [] if owner is None else names_of(owner.param_groups)
+        return _Bindings, ()  # tensors of a copy are other ones
 
 
 class ChainOptimizer(Optimizer):
-    """What the optimizers of this package have in common: a step is one run of a chain over all parameter groups.
+    """The common part of the optimizers of this package: a step is one run of a chain over all parameter groups.
 
     A subclass says which chain a parameter group has, by way of switches: values of the group that decide what is
     computed, as opposed to numbers, which are looked up in the group at every step.
@@ -89,22 +71,26 @@ class ChainOptimizer(Optimizer):
     EMPTY: ClassVar[bool] = False  # whether parameters that keep nothing have an empty state where others have one
 
     def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
-        """What decides which chain a parameter group has."""
+        """The values of a parameter group that decide which chain it has."""
         raise TypeError(f"{type(self).__name__} has no chain; use TransformOptimizer(params, tx).")
 
     def _template(self, switches: tuple[Any, ...]) -> Template:
         """The chain for some switches."""
         raise TypeError(f"{type(self).__name__} has no chain; use TransformOptimizer(params, tx).")
 
+    def _counter_dtype(self) -> torch.dtype:
+        """The dtype of the counters `step`, which is torch's: float32, or float64 if that is the default dtype."""
+        return torch.float64 if torch.get_default_dtype() is torch.float64 else torch.float32
+
     @property
-    def _runtime(self) -> "_Runtime":
-        found = self.__dict__.get("_remembered")
-        if not isinstance(found, _Runtime):
-            found = self.__dict__["_remembered"] = _Runtime()
+    def _bindings(self) -> _Bindings:
+        found = self.__dict__.get("_bound")
+        if not isinstance(found, _Bindings):
+            found = self.__dict__["_bound"] = _Bindings()
         return found
 
     def _template_of(self, group: Mapping[str, Any]) -> Template:
-        switches, known = self._switches(group), self._runtime.templates
+        switches, known = self._switches(group), self._bindings.templates
         try:
             found = known.get(switches)
         except TypeError:
@@ -139,120 +125,212 @@ class ChainOptimizer(Optimizer):
                 extra = {"value": value, **extra}
                 offered = frozenset({"value"})
         with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
-            self._run(extra, offered)
+            if torch.compiler.is_compiling():
+                self._run_compiled(extra)
+            else:
+                self._run(extra, offered)
         return loss
 
     def _run(self, extra: dict[str, Any], offered: frozenset[str]) -> None:
-        if torch.compiler.is_compiling():
-            self._run_compiled(extra)
-            return
-        templates, leaves, fresh = self._gather()
-        if extra:
-            takes = [leafwise.extras(template.tx) for template in templates]
-            unknown = [k for k in extra if k not in offered and all(t is not None and k not in t for t in takes)]
-            if unknown:
-                known = sorted({name for t in takes if t is not None for name in t})
-                raise TypeError(
-                    f"step() got an unexpected keyword argument {unknown[0]!r}; "
-                    f"this chain takes {', '.join(map(repr, known)) or 'none'}."
-                )
-        self._run_on(templates, leaves, extra)
-        self._keep(leaves, fresh)
-
-    def _keep(self, leaves: Leaves, fresh: list[int]) -> None:
-        """Takes up states that have been made."""
-        made = [i for i in fresh if leaves.states[i]]
-        if self.EMPTY and (made or self.state):
-            made = [i for i in fresh if leaves.states[i] or leaves.params[i].grad is not None]
-        for i in made:
-            self.state[leaves.params[i]] = leaves.states[i]
-        if made:  # the optimizer is not what is remembered, not even if somebody takes these states away again
-            self._runtime.leaves = None
-
-    def _gather(self) -> tuple[list[Template], Leaves, list[int]]:
-        """All parameters with their states, and which of the states the optimizer does not have yet."""
+        """Takes a step on the parameters and the gradients that they have."""
         if "_averaged" in self.__dict__:
             raise RuntimeError("step was called inside `averaged_params()`, where parameters are averages.")
-        last = self._runtime
-        unchanged = last.options.are_in(self.param_groups)
-        last.settled = last.options if unchanged and self._constant() else None
-        if last.leaves is not None and last.settled is not None:
-            templates, kind_of = last.used
-        else:
-            templates, kind_of = self._templates()
-        given = [group.get("param_names") for group in self.param_groups]
-        named = given if given.count(None) < len(given) else []
-        for g, (names, group) in enumerate(zip(named, self.param_groups, strict=False)):
-            if names is not None and len(names) != len(group["params"]):
+        templates, params = self._params()
+        if extra:
+            self._check_extra(templates, extra, offered)
+        self._step_on(templates, params.params, list(map(GRAD, params.params)), self._states(params), extra)
+
+    @staticmethod
+    def _check_extra(templates: Sequence[Template], extra: Mapping[str, Any], offered: frozenset[str]) -> None:
+        takes = [template.tx._extra_names() for template in templates]
+        unknown = [k for k in extra if k not in offered and all(t is not None and k not in t for t in takes)]
+        if unknown:
+            known = sorted({name for t in takes if t is not None for name in t})
+            raise TypeError(
+                f"step() got an unexpected keyword argument {unknown[0]!r}; "
+                f"this chain takes {', '.join(map(repr, known)) or 'none'}."
+            )
+
+    # -- gathering ----------------------------------------------------------------------------------------------------
+
+    def _params(self) -> tuple[list[Template], Params]:
+        """The chains of the groups, and the parameters."""
+        own = self._bindings
+        templates, kinds = self._templates()
+        lists = [group["params"] for group in self.param_groups]
+        params = list(chain.from_iterable(lists))
+        known, sizes = own.params, list(map(len, lists))
+        if (
+            known is None
+            or own.used != (templates, kinds)
+            or sizes != own.sizes
+            or not _same_objects(params, known.params)
+        ):
+            owners = [g for g, size in enumerate(sizes) for _ in range(size)]
+            self._check_names(sizes)
+            known = Params(names_of(self.param_groups), params, [kinds[g] for g in owners], owners)
+            own.params, own.sizes, own.used, own.steps, own.known = known, sizes, (templates, kinds), [], ([], [])
+            own.states = []
+        return templates, known
+
+    def _check_names(self, sizes: Sequence[int]) -> None:
+        for g, (size, group) in enumerate(zip(sizes, self.param_groups, strict=True)):
+            names = group.get("param_names")
+            if names is not None and len(names) != size:
                 raise ValueError(
-                    f"parameter group {g} has {len(group['params'])} params but {len(names)} param_names; "
-                    f"change both together."
+                    f"parameter group {g} has {size} params but {len(names)} param_names; change both together."
                 )
-        members = [group["params"] for group in self.param_groups]
-        cut, tags = (kind_of, list(map(len, members))), list(map(_names_key, given))
-        leaves = last.leaves if last.cut == cut and last.state.are_in([self.state]) else None
-        if leaves is None or leaves.tags != tags or not leafwise.are_parts(members, leaves.params):
-            params: list[torch.Tensor] = list(chain.from_iterable(members))
-            states: list[Any] = [self.state.get(p) for p in params]
-            fresh = [i for i, state in enumerate(states) if state is None]
-            for i in fresh:
-                states[i] = {}
-            kinds = [k for k, group in zip(kind_of, members, strict=True) for _ in group]
-            owners = [g for g, group in enumerate(members) for _ in group]
-            names = functools.partial(_names_of, weakref.ref(self))
-            leaves = Leaves(names, params, None, states, kinds, owners, list(map(id, params)), tags)
-            last.leaves, last.fresh, last.cut, last.state = leaves, fresh, cut, Contents.of([self.state])
-        last.used = templates, kind_of
-        if not unchanged:
-            last.options, last.constant = Contents.of(self.param_groups), None
-        return templates, leaves, last.fresh
 
     def _templates(self) -> tuple[list[Template], list[int]]:
         """The chains of all groups, and which of them each group has."""
+        own, groups = self._bindings, self.param_groups
+        values = list(chain.from_iterable(map(dict.values, groups)))
+        if own.options is not None and len(values) == len(own.options) and _same_objects(values, own.options):
+            return own.used
         templates: list[Template] = []
-        numbers: dict[int, int] = {}
-        kind_of: list[int] = []
-        for g, group in enumerate(self.param_groups):  # of which there may be hundreds
-            lr = group.get("lr")
-            if type(lr) is not float or not -math.inf < lr < math.inf:
-                _check_rate(g, lr)
+        kinds: list[int] = []
+        for g, group in enumerate(groups):
+            _check_rate(g, group.get("lr"))
             template = self._template_of(group)
-            kind = numbers.get(id(template))
-            if kind is None:
-                kind = numbers[id(template)] = len(templates)
+            if not any(template is t for t in templates):
                 templates.append(template)
-            kind_of.append(kind)
-        return templates, kind_of
+            kinds.append(next(k for k, t in enumerate(templates) if t is template))
+        own.options = values if self._is_constant() else None
+        return templates, kinds
 
-    def _constant(self) -> bool:
-        """Whether nothing in the groups but lists of parameters and names can change and be the same object.
+    def _is_constant(self) -> bool:
+        """Whether no option can change and be the same object, apart from lists of parameters and names."""
+        values = (x for group in self.param_groups for k, x in group.items() if k not in ("params", "param_names"))
+        parts = chain.from_iterable(x if type(x) is tuple else (x,) for x in values)
+        return {type(x) for x in parts} <= CONSTANT
 
-        It is asked when everything in them has been seen twice, as nothing with a schedule is.
+    def _states(self, params: Params) -> list[dict[str, Any]]:
+        """The state of each parameter; a dict that is not the optimizer's yet for one that has none."""
+        own, state = self._bindings, self.state
+        keys, values = own.known
+        same = len(state) == len(keys) and _same_objects(state, keys) and _same_objects(state.values(), values)
+        if not own.states or not same:
+            found = [state.get(p) for p in params.params]
+            own.states = [{} if x is None else x for x in found]
+            own.known = list(state), list(state.values())
+        return own.states
+
+    def _adopt(self, params: Sequence[torch.Tensor], grads: Sequence[Any], journal: Journal) -> None:
+        """Takes up states that have been made."""
+        own = self._bindings
+        everyone = self.EMPTY and (bool(self.state) or any(own.states))
+        for p, g, state in zip(params, grads, own.states, strict=True):
+            if (state or (everyone and g is not None)) and p not in self.state:
+                journal.set(self.state, p, state)
+        own.known = ([], [])
+
+    # -- stepping -----------------------------------------------------------------------------------------------------
+
+    def _find_step(self, templates: Sequence[Template], grads: Sequence[Any], guarded: bool, exact: bool) -> ParamStep:
+        """The step for gradients of which the same ones are there, if there is one that is bound; else a new one.
+
+        Args:
+          templates: the chains of the groups.
+          grads: the gradients.
+          guarded: whether the step is taken only if `found_inf` is 0.
+          exact: whether to look for gradients that are gone; they are found when tensors are read, too.
         """
-        last = self._runtime
-        if last.constant is None:
-            values = (x for group in self.param_groups for k, x in group.items() if k not in ("params", "param_names"))
-            parts = chain.from_iterable(x if type(x) is tuple else (x,) for x in values)
-            last.constant = {type(x) for x in parts} <= CONSTANT
-        return last.constant
+        own = self._bindings
+        for step in own.steps:
+            if step.is_for(templates, grads, guarded, exact):
+                return step
+        assert own.params is not None
+        step = ParamStep(templates, own.params, grads, guarded, self._counter_dtype(), warn=not own.warned)
+        own.warned = True
+        own.steps = [step, *own.steps[: KEEP - 1]]
+        return step
 
-    def _run_on(self, templates: list[Template], leaves: Leaves, extra: dict[str, Any]) -> None:
+    def _step_on(
+        self,
+        templates: Sequence[Template],
+        params: Sequence[torch.Tensor],
+        grads: list[torch.Tensor | None],
+        states: list[dict[str, Any]],
+        extra: dict[str, Any],
+    ) -> None:
+        """Takes a step on some tensors, all or nothing.
+
+        Args:
+          templates: the chains of the groups.
+          params: the parameters, or tensors that stand for them.
+          grads: their gradients.
+          states: their states.
+          extra: the extra arguments.
+        """
+        own = self._bindings
         guarded = getattr(self, "found_inf", None) is not None or getattr(self, "grad_scale", None) is not None
         if guarded:
             for name, default in (("grad_scale", 1.0), ("found_inf", 0.0)):
                 x = getattr(self, name, None)
                 extra[name] = default if x is None else x.reshape(()) if isinstance(x, torch.Tensor) else x
+        if own.steps and own.steps[0].runs_python:
+            grads = self._without_sparse(grads)
+        before, exact, journal = own.new, False, Journal()
+        step: ParamStep | None = None
         try:
-            self._runtime.leafwise.step(templates, leaves, self.param_groups, extra, guarded, self._runtime.settled)
-        except TypeError:
-            grads = leaves.gradients
-            if not any(g is not None and g.layout is not torch.strided for g in grads):
-                raise
-            leaves = leaves._replace(grads=self._dense(grads))
-            self._runtime.leafwise.step(templates, leaves, self.param_groups, extra, guarded, self._runtime.settled)
+            while True:
+                step = self._find_step(templates, grads, guarded, exact)
+                columns, new = step.columns(states), before
+                if columns is None:
+                    dry = self._is_dry(params, grads)
+                    made = step.make_state(states, self.param_groups, journal)
+                    new = before | {id(params[i]) for i in made}
+                    self._adopt(params, grads, journal)
+                    if dry:
+                        own.new = new
+                        return
+                    columns = step.columns(states)
+                    assert columns is not None, "the state that was missing has been made"
+                first = frozenset(i for i in step.present if id(params[i]) in new) if new else frozenset()
+                own.new = new - {id(params[i]) for i in first}
+                outcome = step.take(params, columns, grads, states, self.param_groups, extra, first, journal)
+                if outcome == "taken":
+                    break
+                if outcome == "sparse":
+                    grads = self._without_sparse(grads)
+                exact = True
+        except BaseException:
+            if step is None or not step.completed:
+                self._undo(journal, before)
+            raise
+        # nothing waits for a device but the first step
+        if guarded and (first or journal.entries) and float(extra["found_inf"]):
+            self._undo(journal, before)
 
-    # Inside torch.compile the step is one operation that the compiler does not look into. What it looks into is how
-    # its arguments are collected, and it runs a method called `_init_group` in Python, once, while it traces.
+    def _undo(self, journal: Journal, new: set[int]) -> None:
+        """Takes back what a step has made that was not taken."""
+        journal.undo()
+        own = self._bindings
+        own.new, own.known, own.states = new, ([], []), []
+
+    def _is_dry(self, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]) -> bool:
+        """Whether a step is taken for the sake of the state that it makes, as torch's checkpoints do.
+
+        They step an optimizer without state with all learning rates and all gradients zero, and rely on that changing
+        nothing else. With other chains, and with counters, it would.
+        """
+        if self.state or any(float(group.get("lr", 1.0)) for group in self.param_groups):
+            return False
+        return not any(bool(tensor_of(g).any()) for g in grads if g is not None)
+
+    def _without_sparse(self, grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """The gradients, made dense if this optimizer can."""
+        if all(g is None or g.layout is torch.strided for g in grads):
+            return grads
+        return self._dense(grads)
+
+    def _dense(self, grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """Sparse gradients as dense ones."""
+        raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+
+    # -- torch.compile ------------------------------------------------------------------------------------------------
+    # Inside torch.compile the step is one operation that the compiler does not look into. It does look into how its
+    # arguments are collected, and runs a method called `_init_group` in Python, once, while it traces.
 
     def _run_compiled(self, extra: dict[str, Any]) -> None:
         params: list[torch.Tensor] = []
@@ -277,16 +355,16 @@ class ChainOptimizer(Optimizer):
         grads: list[torch.Tensor],
         state: list[torch.Tensor],
     ) -> int:
-        """Appends a group's tensors to lists, and returns what the compiled step finds this optimizer by."""
-        templates, leaves, fresh = self._gather()
-        self._runtime.leafwise.prepare(templates, leaves, self.param_groups)
-        self._keep(leaves, fresh)
+        """Appends a group's tensors to lists, and returns the handle that the compiled step finds this optimizer by."""
+        templates, own = self._params()
+        own_grads, states, journal = list(map(GRAD, own.params)), self._states(own), Journal()
+        step = self._find_step(templates, own_grads, False, True)
+        if step.columns(states) is None:
+            made = step.make_state(states, self.param_groups, journal)
+            self._bindings.new = self._bindings.new | {id(own.params[i]) for i in made}
+            self._adopt(own.params, own_grads, journal)
         for p in group["params"]:
             if p.grad is not None:
-                # where shapes are symbols, inductor has no name for the place of a tensor within memory that it shares
-                for key, x in self.state[p].items():
-                    if type(x) is torch.Tensor:
-                        self.state[p][key] = leafwise.unpack(x)
                 params.append(p)
                 grads.append(p.grad)
                 state.extend(x for x in self.state[p].values() if isinstance(x, torch.Tensor))
@@ -297,22 +375,15 @@ class ChainOptimizer(Optimizer):
         self, params: list[torch.Tensor], grads: list[torch.Tensor], state: list[torch.Tensor], extra: dict[str, Any]
     ) -> None:
         """Takes a step on tensors that stand for this optimizer's own, in the order of `_init_group`."""
-        templates, leaves, _ = self._gather()
-        own = list(leaves.gradients)
-        leaves = leaves._replace(params=list(leaves.params), grads=own, states=list(leaves.states))
-        given = iter(zip(params, grads, strict=True))
-        tensors = iter(state)
-        for i, g in enumerate(own):
+        templates, own = self._params()
+        own_params, own_grads = list(own.params), list(map(GRAD, own.params))
+        states = list(self._states(own))
+        given, tensors = iter(zip(params, grads, strict=True)), iter(state)
+        for i, g in enumerate(own_grads):
             if g is not None:
-                leaves.params[i], own[i] = next(given)
-                leaves.states[i] = {
-                    k: next(tensors) if isinstance(x, torch.Tensor) else x for k, x in leaves.states[i].items()
-                }
-        self._run_on(templates, leaves, extra)
-
-    def _dense(self, grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """What becomes of sparse gradients."""
-        raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+                own_params[i], own_grads[i] = next(given)
+                states[i] = {k: next(tensors) if isinstance(x, torch.Tensor) else x for k, x in states[i].items()}
+        self._step_on(templates, own_params, own_grads, states, extra)
 
     def load_state_dict(self, state_dict: dict[str, Any], *, by_name: bool = False, strict: bool = True) -> None:
         """Loads what `state_dict` returned, or what that of the torch optimizer of the same name did.
@@ -333,7 +404,7 @@ class ChainOptimizer(Optimizer):
         apart(self, state_dict, by_name, strict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.pop("_remembered", None)
+        self.__dict__.pop("_bound", None)
         super().__setstate__(state)
 
     @contextlib.contextmanager
@@ -360,8 +431,8 @@ class ChainOptimizer(Optimizer):
         pairs = []
         for group in self.param_groups:
             template = self._template_of(group)
-            rules = leafwise.rules(template.tx)
-            averages = [k for (path, _), k in template.keys.items() if rules[path].bound.rule.name == "params_ema"]
+            own = rules(template.tx)
+            averages = [k for (path, _), k in template.keys.items() if own[path].bound.rule.name == "params_ema"]
             for p in group["params"]:
                 found = [self.state[p][key] for key in averages if p in self.state and key in self.state[p]]
                 pairs += [(p, average) for average in found[-1:]]

@@ -8,8 +8,8 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import functional_optim as fo
-from functional_optim import leafwise
-from functional_optim.leafwise import Template
+from functional_optim._params import Template
+from functional_optim._walk import parts, rules
 
 from ._naming import Naming, outside
 from .optimizer import ChainOptimizer
@@ -86,7 +86,7 @@ class TransformOptimizer(ChainOptimizer):
 
     def _offer_scaling(self) -> None:
         """Has `GradScaler` leave unscaling to the kernel, if no transformation would see scaled gradients."""
-        if len(leafwise.rules(self._tx)) == len(leafwise.parts(self._tx)):
+        if len(rules(self._tx)) == len(parts(self._tx)):
             self._step_supports_amp_scaling = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -174,5 +174,5 @@ def _blank(tx_function: Callable[..., fo.GradientTransformation]) -> TransformOp
 
 def describe(tx: fo.GradientTransformation) -> str:
     """The names of a chain's transformations, which a checkpoint is known by."""
-    rules = leafwise.rules(tx)
-    return " > ".join(rules[k].bound.rule.name if k in rules else f"{x!r:.80}" for k, x in leafwise.parts(tx).items())
+    own = rules(tx)
+    return " > ".join(own[k].bound.rule.name if k in own else f"{x!r:.80}" for k, x in parts(tx).items())

@@ -1,7 +1,5 @@
 """Composable, pure gradient transformations on PyTorch tensors; any chain runs as one generated kernel."""
 
-from . import leafwise as leafwise
-from ._backend import use_backend as use_backend
 from ._chain import (
     apply_gradients as apply_gradients,
     apply_updates as apply_updates,
@@ -50,6 +48,7 @@ from ._optimizers import (
     signum as signum,
 )
 from ._rule import elementwise as elementwise
+from ._runtime.backend import use_backend as use_backend
 from ._schedules import (
     Schedule as Schedule,
     constant_schedule as constant_schedule,

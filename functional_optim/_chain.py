@@ -4,9 +4,10 @@ import warnings
 from typing import Any
 
 from ._rule import Fusible, RuleTransformation
-from ._run import run
-from ._transform import GradientTransformation, Link, as_transformation
-from ._tree import Tree, View, check_fit, check_leaf, difference, flatten, leaves_like, paths, unflatten
+from ._runtime.checks import check_fit, check_leaf
+from ._step import run
+from ._transform import GradientTransformation, Link, as_transformation, joined_names
+from ._tree import Tree, View, difference, flatten, leaves_like, paths, unflatten
 
 
 class Chain(Fusible):
@@ -43,6 +44,12 @@ class Chain(Fusible):
         return [
             link for key, tx in zip(self._keys(), self.members, strict=True) for link in tx._links(view, (*path, key))
         ]
+
+    def _asks_leaves(self) -> bool:
+        return any(tx._asks_leaves() for tx in self.members)
+
+    def _extra_names(self) -> frozenset[str] | None:
+        return joined_names(self.members)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Chain) and (self.members, self.names) == (other.members, other.names)

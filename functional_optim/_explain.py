@@ -5,15 +5,14 @@ from typing import Any
 
 import torch
 
-from ._backend import choose_backend
 from ._compiler.c.emit import emit_c
 from ._compiler.passes import Signature, plan, read_bytes, written_bytes
 from ._compiler.triton.emit import emit_triton
-from ._plan import Plan, Prepared, Segment, get_state, lists_of
+from ._runtime.backend import choose_backend
+from ._runtime.spec import TensorSpec
+from ._step import TreeRegion, TreeStep
 from ._transform import GradientTransformation, as_transformation
-from ._tree import Tree, View, flatten
-from .kernels import Column
-from .kernels.layout import layout, meta
+from ._tree import Tree, View, flatten, short
 
 
 @dataclass(frozen=True)
@@ -133,53 +132,49 @@ def explain(tx: GradientTransformation, params: Tree) -> Explanation:
     shadow = [_shadow(x) if seen else x for x, seen in zip(view.leaves, view.seen, strict=True)]
     tree = view.spec.unflatten(shadow)
     state = tx.init(tree)
-    whole = Plan.of(tx, True, tree, tree)
-    devices = {k: x.device for k, x in enumerate(view.leaves) if x is not None}
-    lists = lists_of(whole.read, tree, tree)
+    step = TreeStep(tx, True, tree, tree)
+    columns = step.columns(tree, tree)
+    assert columns is not None
     kernels: list[Kernel] = []
     notes: list[str] = []
     passes = 0
-    for segment in whole.segments:
-        if not isinstance(segment, Segment):
-            notes.append(f"{segment[1].tx!r:.80} is not made of rules: it runs by itself, between kernels")
+    for stage in step.stages:
+        if not isinstance(stage, TreeRegion):
+            notes.append(f"{short(stage.link.tx)} is not made of rules: it runs by itself, between kernels")
             passes += 1
             continue
-        for k, name in segment.slots:
-            lists[k, name] = Column(whole.read(getattr(get_state(state, segment.links[k].path), name)))
-        prepared = Prepared(segment, whole, lists)
-        for group in prepared.groups:
-            device = devices[group.leaves[0]]
-            backend, why = choose_backend(device)
-            if why:
-                notes.append(why)
+        own = stage.columns(columns, stage.state.states(state))
+        groups = stage.programs(own, stage.leaves(own)).groups
+        for group in groups:
             tensors = [view.leaves[i] for i in group.leaves]
-            if not all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors) or device.type == "meta":
+            backend, why = choose_backend(tensors[0].device)
+            notes += [why] if why else []
+            if not all(TensorSpec.of(x).plain for x in tensors):
                 backend = "reference"
                 notes.append("some tensors are on meta or of a class of their own: the reference computes them")
             if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
                 backend = "reference"
                 notes.append("a parameter requires a gradient: outside of torch.no_grad() the reference computes it")
-            copied = [whole.paths[i] for i in group.leaves if layout(meta(view.leaves[i])) is None]
+            copied = [step.paths[group.leaves[k]] for k in group.copied]
             if copied and backend in ("c", "triton"):
                 notes.append(f"not laid out densely, so copied before and after: {', '.join(copied[:5])}")
-            n = len(plan(group.signature))
             kernels.append(
                 Kernel(
                     group.signature,
                     backend,
-                    tuple(whole.paths[i] for i in group.leaves),
+                    tuple(step.paths[i] for i in group.leaves),
                     sum(group.table.sizes),
                     len(group.sources),
-                    n,
+                    len(plan(group.signature)),
                     read_bytes(group.signature),
                     written_bytes(group.signature),
                     tuple(copied),
                 )
             )
-            hosts = sorted({s.name for row in group.sources for s in row if s.kind == "host"})
-            notes += [f"the schedule of {name} cannot be traced: Python computes it at every step" for name in hosts]
-        passes += max((len(plan(g.signature)) for g in prepared.groups), default=0)
-    elements = sum(view.leaves[i].numel() for i in whole.present)
+        hosts = sorted(stage.region.hosts)
+        notes += [f"the schedule of {name} cannot be traced: Python computes it at every step" for name in hosts]
+        passes += max((len(plan(group.signature)) for group in groups), default=0)
+    elements = sum(view.leaves[i].numel() for i in step.present)
     state_bytes = sum(x.numel() * x.element_size() for x in flatten(state)[0] if isinstance(x, torch.Tensor))
     return Explanation(
         tuple(kernels),
@@ -190,7 +185,7 @@ def explain(tx: GradientTransformation, params: Tree) -> Explanation:
         sum(k.bytes_written * k.elements for k in kernels) / max(elements, 1),
         state_bytes / max(elements, 1),
         elements,
-        len(whole.present),
+        len(step.present),
         tuple(dict.fromkeys(notes)),
     )
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ._rule import Fusible
-from ._transform import EmptyState, GradientTransformation, Link, as_transformation
-from ._tree import MaskedNode, View, broadcast_prefix, leaves_like, paths, show
+from ._transform import EmptyState, GradientTransformation, Link, as_transformation, joined_names
+from ._tree import MaskedNode, View, broadcast_prefix, leaves_like, paths, show, tree_map
 
 
 class MaskedState(NamedTuple):
@@ -48,11 +48,7 @@ def resolve(choice: Any, view: View, what: str) -> list[Any]:
     if isinstance(choice, Mapping) and choice and all(isinstance(k, re.Pattern) for k in choice):
         return [next((v for k, v in choice.items() if k.search(path)), None) for path in names]
     if callable(choice):
-        required = [
-            p for p in inspect.signature(choice).parameters.values()
-            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
-        ]  # fmt: skip
-        if len(required) == 2:
+        if _takes_path_and_leaf(choice):
             pairs = zip(names, view.leaves, view.seen, strict=True)
             return [choice(path, leaf) if seen else None for path, leaf, seen in pairs]
         try:
@@ -72,11 +68,23 @@ def resolve(choice: Any, view: View, what: str) -> list[Any]:
         raise ValueError(f"{what} is neither like the parameters nor a prefix of them: {error}") from None
 
 
+def _takes_path_and_leaf(choice: Callable[..., Any]) -> bool:
+    """Whether a function takes the path and the parameter, as opposed to the whole tree."""
+    parameters = inspect.signature(choice).parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len([p for p in positional if p.default is p.empty]) == 2
+
+
+def copied(choice: Any) -> Any:
+    """A mask or labels whose containers are not the caller's, so that changing them later changes nothing here."""
+    return choice if callable(choice) or isinstance(choice, re.Pattern) else tree_map(lambda x: x, choice)
+
+
 class Masked(Fusible):
     """A transformation of some leaves; made by `masked`."""
 
     def __init__(self, inner: GradientTransformation, mask: Any) -> None:
-        self.inner, self.mask = inner, mask
+        self.inner, self.mask = inner, copied(mask)
 
     def _narrow(self, view: View) -> View:
         mask = resolve(self.mask, view, f"the mask of {self.inner!r:.60}")
@@ -108,6 +116,12 @@ class Masked(Fusible):
     def _links(self, view: View, path: tuple[int | str, ...]) -> list[Link]:
         return self.inner._links(self._narrow(view), (*path, 0))
 
+    def _asks_leaves(self) -> bool:
+        return callable(self.mask) or self.inner._asks_leaves()
+
+    def _extra_names(self) -> frozenset[str] | None:
+        return self.inner._extra_names()
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Masked) and self.inner == other.inner and _same(self.mask, other.mask)
 
@@ -138,7 +152,7 @@ class Partition(Fusible):
     """A transformation for each label; made by `partition`."""
 
     def __init__(self, transforms: Mapping[Any, GradientTransformation], labels: Any) -> None:
-        self.transforms, self.labels = dict(transforms), labels
+        self.transforms, self.labels = dict(transforms), copied(labels)
 
     def _parts(self, view: View) -> dict[Any, View]:
         labels = resolve(self.labels, view, "the labels of partition")
@@ -178,6 +192,12 @@ class Partition(Fusible):
             if any(parts[k].seen)
             for link in tx._links(parts[k], (*path, 0, k, 0))
         ]
+
+    def _asks_leaves(self) -> bool:
+        return callable(self.labels) or any(tx._asks_leaves() for tx in self.transforms.values())
+
+    def _extra_names(self) -> frozenset[str] | None:
+        return joined_names(self.transforms.values())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Partition) and self.transforms == other.transforms and _same(self.labels, other.labels)

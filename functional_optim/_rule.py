@@ -7,12 +7,11 @@ from typing import Any, overload
 
 import torch
 
-from ._backend import transforming
 from ._compiler.rule import Bound, Range, Rule, Slot, restore_state
-from ._run import run
+from ._runtime.checks import check_leaf
+from ._step import run
 from ._transform import GradientTransformation, Link
-from ._tree import Tree, View, check_leaf, paths, show
-from .kernels.pack import pack
+from ._tree import Tree, View, paths, show
 
 
 EMPTY = inspect.Parameter.empty
@@ -52,17 +51,7 @@ class RuleTransformation(Fusible):
 
     def _init(self, view: View) -> Any:
         rule, values = self.bound.rule, self.bound.values
-        fields = {}
-        for name, slot in rule.slots.items():
-            chosen = [x for x, seen in zip(view.leaves, view.seen, strict=True) if seen]
-            hypers = [values] * len(chosen)
-            if transforming():
-                made = list(map(slot.make, chosen, hypers))
-            else:
-                made = pack(slot.make_all(chosen, hypers))
-            rest = iter(made)
-            leaves = [next(rest) if seen else x for x, seen in zip(view.leaves, view.seen, strict=True)]
-            fields[name] = view.tree(leaves)
+        fields = {name: view.map(functools.partial(slot.make, hypers=values)) for name, slot in rule.slots.items()}
         if self.bound.counted:
             device = next((x.device for x, seen in zip(view.leaves, view.seen, strict=True) if seen), None)
             fields["count"] = torch.zeros((), dtype=torch.int64, device=device)
@@ -70,6 +59,9 @@ class RuleTransformation(Fusible):
 
     def _links(self, view: View, path: tuple[int | str, ...]) -> list[Link]:
         return [Link(self, path, view.seen, self.bound)]
+
+    def _extra_names(self) -> frozenset[str] | None:
+        return frozenset(self.bound.rule.extras)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RuleTransformation, (self.factory, self.bound.values)

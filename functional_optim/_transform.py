@@ -1,7 +1,24 @@
-"""The protocol: what a gradient transformation is."""
+"""The protocol of a gradient transformation.
 
+A transformation is a pair of pure functions: `init` makes a state from parameters, `update` turns updates and a state
+into new ones. That is all that a caller needs, and all that an object from elsewhere must have.
+
+Inside the package a transformation also says how it is built, so that chains can be laid out over the leaves of a tree
+and fused. `Transformation` lists these questions. All are asked about a `View`, a tree of which some leaves are seen:
+
+- `_init(view)`: the state for the leaves that are seen;
+- `_links(view, path)`: the innermost transformations in order, each with the leaves that it sees and the path to its
+  state. `chain` concatenates the links of its members, `masked` narrows the view, a rule is one link;
+- `_rewrite(fn, path)`: the same structure with other innermost transformations, which is how optimizers put options of
+  parameter groups in the place of numbers;
+- `_warn(view)`: warnings about masks that match nothing;
+- `_asks_leaves()`: whether a mask is a function, whose answer may change with the parameters;
+- `_extra_names()`: the extra arguments that `update` takes.
+"""
+
+import abc
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from ._compiler.rule import (
@@ -11,23 +28,63 @@ from ._compiler.rule import (
 from ._tree import Tree, View
 
 
+Path = tuple[int | str, ...]
+Rewrite = Callable[[Path, "GradientTransformation"], "GradientTransformation"]
+
+
 class Link(NamedTuple):
     """One transformation of a flattened chain.
 
     Args:
-      tx: the transformation; rule-made, or one that can only be called.
+      tx: the transformation; made of a rule, or opaque: one that can only be called.
       path: indices and keys that lead to its state.
       seen: for each leaf of the tree, whether the transformation sees it.
       bound: the rule and its hyper-parameters, if it is made of one.
     """
 
     tx: "GradientTransformation"
-    path: tuple[int | str, ...]
+    path: Path
     seen: tuple[bool, ...]
     bound: Bound | None = None
 
 
-class GradientTransformation:
+class Transformation(abc.ABC):
+    """The questions that the package asks of a transformation; see the top of this module."""
+
+    @abc.abstractmethod
+    def init(self, params: Tree) -> Any:
+        """Makes the state for a tree of parameters."""
+
+    @abc.abstractmethod
+    def update(self, updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> tuple[Tree, Any]:
+        """Transforms updates."""
+
+    @abc.abstractmethod
+    def _init(self, view: View) -> Any:
+        """The state for the leaves that are seen."""
+
+    @abc.abstractmethod
+    def _links(self, view: View, path: Path) -> list[Link]:
+        """The innermost transformations, in order."""
+
+    @abc.abstractmethod
+    def _rewrite(self, fn: Rewrite, path: Path) -> "GradientTransformation":
+        """The same transformation with its innermost ones replaced by `fn` of their paths and themselves."""
+
+    @abc.abstractmethod
+    def _warn(self, view: View) -> None:
+        """Warns of masks that match none of the leaves that are seen."""
+
+    @abc.abstractmethod
+    def _asks_leaves(self) -> bool:
+        """Whether a mask or label is a function, whose answer may depend on more than the structure of the tree."""
+
+    @abc.abstractmethod
+    def _extra_names(self) -> frozenset[str] | None:
+        """Names of the extra arguments of `update`; None if any is taken."""
+
+
+class GradientTransformation(Transformation):
     """A pair of pure functions: `init` makes a state, `update` turns updates into better ones.
 
     Calling this class with the two functions makes a transformation of them. It works in any chain, as a step of
@@ -47,11 +104,16 @@ class GradientTransformation:
       tensor([0.5000, 0.5000])
     """
 
+    _bound_steps: list[Any] = []  # of this very object; assigned anew, never changed in place  # noqa: RUF012
+
     def __init__(self, init: Callable[[Any], Any], update: Callable[..., tuple[Any, Any]]) -> None:
         self._functions = (init, update)
         parameters = inspect.signature(update).parameters.values()
         takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self._extras = None if takes_all else frozenset(p.name for p in parameters)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_bound_steps"}
 
     def init(self, params: Tree) -> Any:
         """Makes the state for a tree of parameters."""
@@ -84,23 +146,22 @@ class GradientTransformation:
         return f"GradientTransformation({init}, {update})"
 
     def _init(self, view: View) -> Any:
-        """Makes the state for the leaves that are seen."""
         return self.init(view.tree())
 
     def _warn(self, view: View) -> None:
-        """Warns of what can be no one's intention for the leaves that are seen."""
+        pass
 
-    def _rewrite(
-        self,
-        fn: Callable[[tuple[int | str, ...], "GradientTransformation"], "GradientTransformation"],
-        path: tuple[int | str, ...],
-    ) -> "GradientTransformation":
-        """The same transformation with the innermost ones, which `fn` is given with their paths, replaced."""
+    def _rewrite(self, fn: Rewrite, path: Path) -> "GradientTransformation":
         return fn(path, self)
 
-    def _links(self, view: View, path: tuple[int | str, ...]) -> list[Link]:
-        """The transformations that this one consists of, in order."""
+    def _links(self, view: View, path: Path) -> list[Link]:
         return [Link(self, path, view.seen)]
+
+    def _asks_leaves(self) -> bool:
+        return False
+
+    def _extra_names(self) -> frozenset[str] | None:
+        return None if self._extras is None else self._extras - {"updates", "state", "params"}
 
 
 def as_transformation(x: Any) -> GradientTransformation:
@@ -117,3 +178,9 @@ def as_transformation(x: Any) -> GradientTransformation:
             f"{'; did you forget to call it?' if callable(x) else ''}"
         )
     return GradientTransformation(x.init, x.update)
+
+
+def joined_names(members: Iterable[GradientTransformation]) -> frozenset[str] | None:
+    """Names of the extra arguments that some of several transformations take; None if one takes any."""
+    names = [tx._extra_names() for tx in members]
+    return None if None in names else frozenset().union(*[own for own in names if own is not None])

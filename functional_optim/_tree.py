@@ -5,13 +5,13 @@
 """
 
 import contextlib
+import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
 import optree
-import torch
 
 
 Tree = Any
@@ -51,6 +51,7 @@ class Reader:
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
         flat = spec.type is dict and spec.num_nodes == spec.num_leaves + 1 > 2
+        self.keys = spec.entries() if flat else None
         self.get = itemgetter(*spec.entries()) if flat else None
 
     def __call__(self, tree: Tree) -> list[Any]:
@@ -64,6 +65,26 @@ class Reader:
                 return list(self.get(tree))
         return leaves_like(self.spec, tree)
 
+    def rebuild(self, like: Tree, leaves: Sequence[Any]) -> Tree:
+        """A tree with other leaves and the containers of `like`, which has the structure too.
+
+        Example:
+          >>> Reader(flatten({"b": 0, "a": 0})[1]).rebuild({"b": 0, "a": 0}, [1, 2])
+          {'b': 2, 'a': 1}
+        """
+        if self.keys is not None and type(like) is dict:
+            found = dict(zip(self.keys, leaves, strict=True))
+            return {key: found[key] for key in like}
+        return flatten(like)[1].unflatten(leaves)
+
+
+def one_level(x: Any) -> tuple[list[Any], Spec, list[str]] | None:
+    """The children of a container, its structure with a leaf for each of them, and their names; None for a leaf."""
+    if optree.tree_is_leaf(x, none_is_leaf=True, namespace=NAMESPACE):
+        return None
+    children, spec = optree.tree_flatten(x, is_leaf=lambda y: y is not x, none_is_leaf=True, namespace=NAMESPACE)
+    return children, spec, paths(spec)
+
 
 def unflatten(spec: Spec, leaves: Sequence[Any]) -> Tree:
     """The tree of that structure with these leaves."""
@@ -75,6 +96,7 @@ def tree_map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     return optree.tree_map(fn, tree, *rest, none_is_leaf=True, namespace=NAMESPACE)
 
 
+@functools.lru_cache(maxsize=64)
 def paths(spec: Spec) -> list[str]:
     """The path of each leaf: keys, indices and field names, joined by dots."""
     return [".".join(str(getattr(e, "field", e.entry)) for e in accessor) for accessor in spec.accessors()]
@@ -137,54 +159,12 @@ class View(NamedTuple):
         return self.tree([fn(x) if seen else x for x, seen in zip(self.leaves, self.seen, strict=True)])
 
 
-def check_leaf(name: str, path: str, x: Any) -> torch.Tensor:
-    """Refuses a leaf that no rule can work on.
-
-    Raises:
-      TypeError: it is not a dense tensor of a floating dtype.
-    """
-    if not isinstance(x, torch.Tensor):
-        hint = ""
-        if isinstance(x, torch.nn.Module):
-            raise TypeError(
-                f"{name}{at(path)} is {type(x).__name__}, a module; pass `dict(module.named_parameters())`."
-            )
-        if isinstance(x, Iterable) and not isinstance(x, (str, bytes)):
-            hint = " or a tree of a known kind: a dict, a list, a tuple, or a class registered with optree"
-        raise TypeError(f"{name}{at(path)} is {type(x).__name__} {x!r:.80}, expected a tensor{hint}.")
-    if x.layout is not torch.strided:
-        raise TypeError(
-            f"{name}{at(path)} is sparse ({x.layout}), expected a dense tensor; pass `x.to_dense()`, or a model "
-            f"that makes no sparse gradients (`nn.Embedding(..., sparse=False)`)."
-        )
-    if not x.dtype.is_floating_point or x.dtype.itemsize < 2:
-        hint = "view it as real pairs with `torch.view_as_real`" if x.is_complex() else "leave it out of the tree"
-        raise TypeError(
-            f"{name}{at(path)} has dtype {x.dtype}, expected float32, float64, bfloat16 or float16; {hint}."
-        )
-    return x
-
-
-def check_fit(name: str, other: str, path: str, x: Any, y: torch.Tensor) -> torch.Tensor:
-    """Refuses a leaf that does not go with another one of the same path.
-
-    Raises:
-      TypeError: it is not a dense tensor of a floating dtype.
-      ValueError: the two differ in shape or device.
-    """
-    check_leaf(name, path, x)
-    if x.shape != y.shape:
-        raise ValueError(f"{name}{at(path)} has shape {tuple(x.shape)}, but its {other} has {tuple(y.shape)}.")
-    if x.device != y.device:
-        raise ValueError(f"{name}{at(path)} is on {x.device}, but its {other} is on {y.device}; move one of them.")
-    return x  # type: ignore[no-any-return]
-
-
 def show(x: Any) -> str:
     """A value as it stands in a call; a function by its name."""
     return x.__qualname__ if inspect.isfunction(x) else repr(x)
 
 
-def at(path: str) -> str:
-    """A leaf's path as part of a message."""
-    return f" at {path!r}" if path else ""
+def short(x: Any, limit: int = 80) -> str:
+    """A value as it stands in a call, cut in the middle, and visibly, if it is long."""
+    text = show(x)
+    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 3 :]}"

@@ -9,7 +9,8 @@ import optree
 import torch
 
 import functional_optim as fo
-from functional_optim.kernels import BACKENDS
+from functional_optim._runtime import step
+from functional_optim._runtime.backend import BACKENDS
 
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -21,11 +22,12 @@ OTHERS = [name for name in BACKENDS if name != "reference"]
 def only(backend: str) -> Iterator[None]:
     """Uses a backend and refuses to fall back to another."""
 
-    def refuse(calls: Any) -> Any:
-        raise AssertionError(f"{backend} did not run")
+    def chosen(self: Any, choose: Any = step.BoundStep._choose_backends) -> Any:
+        parts = choose(self)
+        assert {name for name, _ in parts} <= {backend}, f"{backend} did not run"
+        return parts
 
-    others = {name: refuse for name in BACKENDS if name != backend}
-    with fo.use_backend(backend), mock.patch.dict(BACKENDS, others):
+    with fo.use_backend(backend), mock.patch.object(step.BoundStep, "_choose_backends", chosen):
         yield
 
 

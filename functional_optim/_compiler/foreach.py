@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..kernels.call import Call, Column
+from .call import Call, Column
 from .ops import OPS
 from .program import Value
 from .reference import each_leaf, run_reference
@@ -31,6 +31,7 @@ def all_leaves(value: Value, operands: list[Column], dtype: torch.dtype) -> Colu
     if rest and uniform[1]:
         if first[0].device.type != "cpu":  # reading a number back would wait for the device
             return each_leaf(value, operands, dtype)
-        numbers: dict[int, float] = {}
-        return Column(function(first, [numbers.setdefault(id(x), x.item()) for x in rest[0]]))
-    return Column(function(first, *rest))
+        numbers = {id(x): x for x in rest[0]}
+        known = {key: x.item() for key, x in numbers.items()}
+        return list(function(first, [known[id(x)] for x in rest[0]]))
+    return list(function(first, *rest))

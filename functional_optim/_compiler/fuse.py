@@ -23,14 +23,14 @@ class Source(NamedTuple):
     """Where a number of the scalar table comes from.
 
     Args:
-      kind: a fixed number or tensor; the step counter of a transformation; an extra argument of `update`; a schedule
-        that only Python can evaluate; an option that each leaf looks up; or whether it is a leaf's first step.
+      kind: a fixed number or tensor; an extra argument of `update`; an option that each leaf looks up; or whether it
+        is a leaf's first step.
       link: position of the transformation among those fused.
       name: what messages call it.
       value: the number, the tensor, the schedule or the option.
     """
 
-    kind: Literal["value", "count", "extra", "host", "option", "first"]
+    kind: Literal["value", "extra", "option", "first"]
     link: int
     name: str
     value: Any = None
@@ -43,13 +43,13 @@ class Recipe(NamedTuple):
       program: the program.
       scalars: where each column of the scalar table comes from.
       slots: for each stored input and output, the position of its transformation and the slot's name.
-      hosts: schedules that Python evaluates for each leaf, by the name of the input that their value is.
+      hosts: schedules that Python evaluates, by the name of the input that their value is.
     """
 
     program: Program
     scalars: tuple[Source, ...]
     slots: dict[str, tuple[int, str]]
-    hosts: dict[str, Callable[[int], Any]]
+    hosts: dict[str, "Host"]
 
     def list_of(self, name: str) -> str | tuple[int, str]:
         """The list of tensors that an input or output of the program is."""
@@ -59,6 +59,18 @@ class Recipe(NamedTuple):
         """The lists that the program reads and writes."""
         names = (*self.program.arrays, *self.program.leaves, *[o.name for o in self.program.outputs])
         return list(dict.fromkeys(["updates", *map(self.list_of, names)]))
+
+
+class Host(NamedTuple):
+    """A schedule that only Python can evaluate.
+
+    Args:
+      schedule: the function of the count.
+      counter: the column of the counter that it is given.
+    """
+
+    schedule: Callable[[int], Any]
+    counter: str | tuple[int, str]
 
 
 class Part(NamedTuple):
@@ -76,10 +88,12 @@ class Part(NamedTuple):
 
 
 class Counting(NamedTuple):
-    """How steps are counted and refused where every leaf counts for itself.
+    """The counter of a leaf that counts its own steps, and the condition under which one is taken.
+
+    Without it each transformation has a counter for all leaves, `count`, which the program reads and does not write.
 
     Args:
-      advance: whether the program moves the counter on.
+      advance: whether the program moves the counter, `step`, on.
       guarded: whether a step is taken only if the extra argument `found_inf` is 0, on updates divided by the extra
         argument `grad_scale`.
     """
@@ -99,7 +113,7 @@ def fuse_all(
     Args:
       recipes: for each kind of leaf, rules with their hyper-parameters and positions in the chain.
       apply: whether the programs end by adding updates to parameters.
-      counting: for each kind of leaf, how its steps are counted; None where transformations count for all leaves.
+      counting: for each kind of leaf, its own counter; None where transformations count for all leaves.
 
     Returns:
       The program of each kind of leaf.
@@ -137,7 +151,7 @@ def fuse(
       parts: rules with their hyper-parameters and positions in the chain.
       apply: whether the program ends by adding the updates to the parameters.
       stages: the earliest stages of tree reductions.
-      counting: how steps are counted, if every leaf counts for itself.
+      counting: the counter of each leaf; None where transformations count for all leaves.
 
     Returns:
       The program and where its inputs come from. It writes `updates`, or `params` if `apply`, and every slot.
@@ -155,7 +169,7 @@ class _Fusion:
         self.t = Tracer(stages)
         self.counting = counting
         self.sources: dict[str, Source] = {}
-        self.hosts: dict[str, Callable[[int], Any]] = {}
+        self.hosts: dict[str, Host] = {}
         self.slots: dict[str, tuple[int, str]] = {}
         self.per_leaf: set[str] = set()
         self.stored: dict[str, Symbol] = {}  # what every slot holds before the step
@@ -178,7 +192,7 @@ class _Fusion:
             outputs.update(after)
         final = {"params": params + u} if apply else {"updates": u}
         if counting is not None and counting.advance:
-            outputs["step"] = t.op("add", self.step_so_far(), 1.0)
+            outputs["step"] = t.op("add", self.counter("step"), 1.0)
         outputs = {**final, **outputs}
         if counting is not None and counting.guarded:
             found = self.scalar("found_inf", Source("extra", -1, "found_inf"))
@@ -186,7 +200,7 @@ class _Fusion:
             outputs = {k: t.op("where", t.op("eq", found, 0.0), x, before[k]) for k, x in outputs.items()}
         program = t.finish(outputs, frozenset(self.per_leaf))
         self.sources |= {name: Source("value", -1, name, x) for name, x in t.captured.items()}
-        hosts = {name: f for name, f in self.hosts.items() if name in program.leaves}
+        hosts = {name: host for name, host in self.hosts.items() if name in program.leaves}
         return Recipe(program, tuple(self.sources[name] for name in program.scalars), self.slots, hosts)
 
     def scalar(self, name: str, source: Source) -> Symbol:
@@ -198,18 +212,19 @@ class _Fusion:
         self.stored[name] = self.t.input("leaf", name)
         return self.stored[name]
 
-    def step_so_far(self) -> Symbol:
-        """The counter that every leaf has of its own."""
-        return self.number_per_leaf("step")
+    def counter(self, name: str) -> Symbol:
+        """The number of steps taken so far."""
+        return self.number_per_leaf(name)
 
     def call(self, part: Part, name: str, u: Any, params: Symbol) -> tuple[Any, dict[str, Any]]:
         """Calls one rule: the new update, and the new values of its slots."""
         t, position, bound, rule = self.t, part.position, part.bound, part.bound.rule
         count = None
         if self.counting is None and bound.counted:
-            count = self.scalar(f"{name}.count", Source("count", position, f"{name}.count"))
+            self.slots[f"{name}.count"] = (position, "count")
+            count = self.counter(f"{name}.count")
         elif bound.uses_step:
-            count = self.step_so_far()
+            count = self.counter("step")
         keywords: dict[str, Any] = {}
         if rule.uses_step:
             keywords["step"] = t.op("add", count, 1.0)
@@ -264,9 +279,7 @@ class _Fusion:
         if isinstance(schedule, Schedule) and isinstance(x, (int, float, torch.Tensor)):
             return t.symbol(x)
         # what does not depend on the step while it is traced may yet be another number at the next one
-        if self.counting is None:
-            return self.scalar(name, Source("host", position, name, schedule))
-        self.hosts[name] = schedule
+        self.hosts[name] = Host(schedule, (position, "count") if self.counting is None else "step")
         return t.input("leaf", name)
 
 

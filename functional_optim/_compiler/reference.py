@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..kernels.call import Call, Column
+from .call import Call, Column
 from .ops import OPS, REDUCTIONS
 from .program import Level, Value
 
@@ -19,8 +19,20 @@ Elementwise = Callable[[Value, list[Column], torch.dtype], Column]
 def each_leaf(value: Value, operands: list[Column], dtype: torch.dtype) -> Column:
     """Applies an operation leaf by leaf."""
     if value.op == "real":
-        return Column(x.to(dtype) for x in operands[0])
-    return Column(OPS[value.op].eager(*xs) for xs in zip(*operands, strict=True))
+        return [x.to(dtype) for x in operands[0]]
+    return [OPS[value.op].eager(*xs) for xs in zip(*operands, strict=True)]
+
+
+def each_distinct(fn: Callable[..., torch.Tensor], *columns: Column) -> Column:
+    """Applies a function to numbers per leaf, of which many leaves may share one tensor, such as a counter."""
+    known: dict[tuple[int, ...], torch.Tensor] = {}
+    results = []
+    for xs in zip(*columns, strict=True):
+        key = tuple(map(id, xs))
+        if key not in known:
+            known[key] = fn(*xs)
+        results.append(known[key])
+    return results
 
 
 def run_reference(calls: Sequence[Call], elementwise: Elementwise = each_leaf) -> list[list[Column]]:
@@ -69,19 +81,19 @@ class _Machine:
         for i in self.program.reductions:
             value = self.program.values[i]
             if value.stage == stage and value.op.startswith("tree_"):
-                partials.setdefault(value.name, Column()).extend(self.reduce(value))
+                partials.setdefault(value.name, []).extend(self.reduce(value))
 
     def reduce(self, value: Value) -> Column:
         """The part of each leaf in a reduction; what is spread over processes is one part, and known to all."""
         eager, shard = REDUCTIONS[value.reduction].eager, self.call.shard
-        parts = Column(eager(x.double()) for x in self.env[value.args[0]])
+        parts = [eager(x.double()) for x in self.env[value.args[0]]]
         if shard is None:
             return parts
         joined = torch.stack(parts)
         if value.op.startswith("tree_"):
             joined = eager(joined).reshape(1)
         shard.combine(joined, value.reduction)
-        return Column(joined.unbind())
+        return list(joined.unbind())
 
     def evaluate(self, stage: int, partials: dict[str, Column]) -> None:
         for i, value in enumerate(self.program.values):
@@ -92,26 +104,27 @@ class _Machine:
         device, n_rows = self.like[0].device, len(self.call.scalars)
         match value.op:
             case "const":
-                return Column([torch.tensor(value.const, dtype=torch.float64, device=device)] * n_rows)
+                return [torch.tensor(value.const, dtype=torch.float64, device=device)] * n_rows
             case "scalar":
                 k = self.program.scalars.index(value.name)
-                return Column(_number(row[k], device) for row in self.call.scalars)
+                return [_number(row[k], device) for row in self.call.scalars]
             case "size":
-                return Column(torch.tensor(n, dtype=torch.float64, device=device) for n in self.call.leaves.wholes)
+                return [torch.tensor(n, dtype=torch.float64, device=device) for n in self.call.leaves.wholes]
             case "leaf":
-                return Column(x.double() for x in self.inputs[value.name])
+                return each_distinct(torch.Tensor.double, self.inputs[value.name])
             case "array":
-                return Column(x.to(self.compute) for x in self.inputs[value.name])
+                return [x.to(self.compute) for x in self.inputs[value.name]]
         if value.op.startswith("tree_"):
             parts = [x.to(device) for x in partials[value.name]]
-            return Column([REDUCTIONS[value.reduction].eager(torch.stack(parts))] * n_rows)
+            return [REDUCTIONS[value.reduction].eager(torch.stack(parts))] * n_rows
         if value.reduction:
             return self.reduce(value)
         operands = [self.operand(a, value.level) for a in value.args]
         if value.op == "spread":
-            return Column(x.expand(t.shape) for x, t in zip(operands[0], self.like, strict=True))
+            return [x.expand(t.shape) for x, t in zip(operands[0], self.like, strict=True)]
         if value.uniform:
-            return each_leaf(value, operands, torch.float64)
+            fn = torch.Tensor.double if value.op == "real" else OPS[value.op].eager
+            return each_distinct(fn, *operands)
         return self.elementwise(value, operands, self.compute)
 
     def operand(self, i: int, level: Level) -> Column:
@@ -119,10 +132,10 @@ class _Machine:
         value, column = self.program.values[i], self.env[i]
         if level is Level.ELEMENT and value.uniform and not value.boolean:
             if i not in self.cast:
-                self.cast[i] = Column(x.to(self.compute) for x in column)
+                self.cast[i] = each_distinct(lambda x: x.to(self.compute), column)
             column = self.cast[i]
         if value.level is Level.ROW and level is not Level.ROW:
-            return Column(column[r] for r in self.call.leaves.rows)
+            return [column[r] for r in self.call.leaves.rows]
         return column
 
     def outputs(self) -> list[Column]:
@@ -130,17 +143,15 @@ class _Machine:
         for output, dtype in zip(self.program.outputs, self.call.signature.outputs, strict=True):
             column = self.operand(output.value, output.level)
             if output.level is Level.ELEMENT:
-                column = Column(
+                column = [
                     x.to(dtype) if x.shape == t.shape else x.to(dtype).expand(t.shape).clone()
                     for x, t in zip(column, self.like, strict=True)
-                )
+                ]
             else:
-                column = Column(x.to(dtype) for x in column)
+                column = [x.to(dtype, copy=True) for x in column]  # each leaf's own, though several may have one value
             # an output that is an input unchanged must still be a tensor of its own
             source = self.program.values[output.value]
             if source.op in ("array", "leaf"):
-                column = Column(
-                    x.clone() if x is y else x for x, y in zip(column, self.inputs[source.name], strict=True)
-                )
+                column = [x.clone() if x is y else x for x, y in zip(column, self.inputs[source.name], strict=True)]
             columns.append(column)
         return columns

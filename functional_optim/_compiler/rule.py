@@ -4,15 +4,12 @@ import collections
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
-
-from ..kernels.alike import look
-from ..kernels.pack import packable
 
 
 Leaf = torch.Tensor  # in a formula: the update, the parameter or the state of one leaf
@@ -76,23 +73,6 @@ class Slot:
             wide = torch.float64 if p.dtype is torch.float64 else torch.float32
             return torch.full((), start, dtype=dtype or wide, device=p.device)
         return torch.full_like(p, start, dtype=dtype or p.dtype, requires_grad=False)
-
-    def make_all(self, leaves: Sequence[torch.Tensor], hypers: Sequence[Mapping[str, Any]]) -> list[torch.Tensor]:
-        """The slot's first values for many leaves.
-
-        For small ones that look alike it is the same tensor, so whoever calls this must `pack` what it returns.
-        """
-        known: dict[Any, torch.Tensor] = {}
-        made = []
-        for p, values in zip(leaves, hypers, strict=True):
-            key = None if self.start == "param" else (look(p), id(values))
-            x = known.get(key)
-            if x is None:
-                x = self.make(p, values)
-                if key is not None and packable(x):
-                    known[key] = x
-            made.append(x)
-        return made
 
 
 def slot(

@@ -122,6 +122,7 @@ STORAGE = {
     torch.float64: ("double", "(real){0}", "{0} = (double)({1})"),
     torch.bfloat16: ("uint16_t", "(real)from_bf16({0})", "{0} = to_bf16((float)({1}))"),
     torch.float16: ("uint16_t", "(real)from_f16({0})", "{0} = to_f16((float)({1}))"),
+    torch.int64: ("int64_t", "(real){0}", "{0} = (int64_t)({1})"),  # counters
 }
 
 

@@ -17,6 +17,7 @@ TYPES = {
     torch.float64: "tl.float64",
     torch.bfloat16: "tl.bfloat16",
     torch.float16: "tl.float16",
+    torch.int64: "tl.int64",  # counters
 }
 
 # fp32 division and square root are approximate in Triton unless asked for by these names

@@ -1,4 +1,4 @@
-"""Who computes updates: the backend asked for, or the fastest that applies."""
+"""The backend of a step: the one asked for, or the fastest that applies."""
 
 import contextlib
 import contextvars
@@ -9,19 +9,20 @@ from collections.abc import Iterator
 
 import torch
 
-from ._compiler.build import find_compiler
-from .kernels import BACKENDS
+from .._compiler.build import find_compiler
 
 
+BACKENDS = ("reference", "foreach", "c", "triton")
 _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
+_given_up: dict[str, str] = {}  # backends that failed to build a kernel in this process, and the reason
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Chooses who computes updates within a `with` block.
+    """Chooses the backend that computes updates within a `with` block.
 
-    Where the chosen backend does not apply (Triton without a GPU, anything but the reference under a gradient), the
-    next best one does; `explain` says which and why.
+    Where it does not apply (Triton without a GPU, anything but the reference under a gradient), the next best one
+    does; `explain` says which and why.
 
     Args:
       name: `"reference"`, `"foreach"`, `"c"` or `"triton"`.
@@ -45,7 +46,12 @@ def use_backend(name: str) -> Iterator[None]:
         _requested.reset(token)
 
 
-@functools.cache
+def requested_backend() -> str | None:
+    """The backend that `use_backend` asks for, if any."""
+    return _requested.get()
+
+
+@functools.lru_cache(maxsize=1)
 def _has_triton() -> bool:
     try:
         import triton  # noqa: F401
@@ -54,23 +60,20 @@ def _has_triton() -> bool:
     return True
 
 
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def choose_backend(device: torch.device) -> tuple[str, str]:
-    """The backend for tensors of a plain kind on one device, and why it is not the fastest or the one asked for."""
+    """The backend for plain tensors on a device, and the reason if it is not the fastest or the one asked for."""
     asked = _requested.get()
     if asked in ("reference", "foreach"):
         return asked, ""
     if asked == "triton" or (asked is None and device.type == "cuda"):
-        runs = device.type == "cuda" or (device.type == "cpu" and _interpreted())
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        runs = device.type == "cuda" or (device.type == "cpu" and interpreted)
         if _has_triton() and runs and "triton" not in _given_up:
             return "triton", ""
         why = f"Triton does not run on {device.type}" if _has_triton() else "Triton is not installed"
         why = _given_up.get("triton", why)
     elif device.type == "cpu":
-        if find_compiler() is None:
+        if "c" not in _given_up and find_compiler() is None:
             give_up("c", "there is no C compiler: neither $CC nor cc, gcc or clang is on the PATH")
         if "c" not in _given_up:
             return "c", ""
@@ -80,9 +83,6 @@ def choose_backend(device: torch.device) -> tuple[str, str]:
     return ("foreach" if device.type in ("cpu", "cuda") else "reference"), why
 
 
-_given_up: dict[str, str] = {}  # backends that failed to build a kernel in this process, and why
-
-
 def give_up(backend: str, why: str) -> None:
     """Remembers that a backend cannot build kernels, so that it is not tried at every step; warns once."""
     if backend not in _given_up:
@@ -90,11 +90,7 @@ def give_up(backend: str, why: str) -> None:
         warnings.warn(f"Updates are computed without generated kernels, and slower: {why}.", stacklevel=2)
 
 
-def transforming() -> bool:
-    """Whether something looks on that raw memory would escape: `torch.func`, forward mode, a mode, the compiler."""
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch.compiler.is_compiling()
-    )
+def try_again() -> None:
+    """Forgets which backends were given up."""
+    _given_up.clear()
+    _has_triton.cache_clear()

@@ -1,0 +1,235 @@
+"""State of an opaque transformation, split among the parameters.
+
+An optimizer keeps its state with each parameter, so the state of a transformation that can only be called has to be
+taken apart: which entries belong to a parameter, which to the whole tree? The structure answers it, once. `init` is
+called a second time for a tree with one more parameter, and the two states are compared: a container that has grown by
+an entry holds one entry per parameter, everything else belongs to the tree. What fits neither is refused.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from ._runtime.checks import at
+from ._transform import Link
+from ._tree import Spec, View, flatten, one_level, paths, unflatten
+
+
+class _Split(NamedTuple):
+    """A state taken apart: the entries of parameters, by name, and those of the tree.
+
+    Args:
+      params: for each name, entries by path.
+      tree: entries of the whole tree, by path.
+    """
+
+    params: dict[str, dict[str, Any]]
+    tree: dict[str, Any]
+
+
+class SplitState:
+    """The state of an opaque transformation in the flat dicts of parameters.
+
+    Entries of a parameter are in its own dict; those of the tree are in the dict of the first parameter that the
+    transformation sees. Keys begin with `prefix`.
+
+    Args:
+      link: the transformation.
+      prefix: the beginning of its keys.
+      view: the parameters.
+
+    Raises:
+      TypeError, ValueError: the state holds something else than tensors and numbers, or cannot be split.
+    """
+
+    def __init__(self, link: Link, prefix: str, view: View) -> None:
+        self.tx, self.prefix = link.tx, prefix
+        self.names = list(view.spec.entries())
+        self.seen = [name for name, seen in zip(self.names, link.seen, strict=True) if seen]
+        own = view._replace(seen=link.seen)
+        state = link.tx.init(own.tree())
+        self.shape = _compare(state, link.tx.init(_with_one_more(own)), self.seen, self._fail)
+        self.initial = self.split(state)
+
+    def _fail(self, path: str, reason: str) -> Exception:
+        return ValueError(
+            f"the state of {self.tx!r:.100}{at(path)} {reason}, so it cannot be split among the parameters of an "
+            f"optimizer; keep one entry per parameter, in a dict by its name or in a list in their order."
+        )
+
+    def split(self, state: Any) -> _Split:
+        """Takes a state apart.
+
+        Raises:
+          TypeError, ValueError: its structure is not that of the state that `init` made.
+        """
+        found = _Split({name: {} for name in self.seen}, {})
+        self.shape.split(state, "", found, self)
+        return found
+
+    def join(self, found: _Split) -> Any:
+        """The state of which these are the entries."""
+        return self.shape.join("", found, self)
+
+    def gather(self, states: Mapping[str, Mapping[str, Any]]) -> Any:
+        """The state whose entries are in the dicts of parameters; an entry that is nowhere is that of `init`.
+
+        Args:
+          states: the dict of each parameter, by name.
+        """
+        params = {
+            name: {path: states[name].get(self._key(path), x) for path, x in own.items()}
+            for name, own in self.initial.params.items()
+        }
+        tree = {}
+        for path, x in self.initial.tree.items():
+            key = self._key("tree", path)
+            tree[path] = next((states[name][key] for name in self.seen if key in states[name]), x)
+        return self.join(_Split(params, tree))
+
+    def entries(self, state: Any, present: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """The entries of a new state, by parameter and key; those of parameters that took no step are left out."""
+        found = self.split(state)
+        new = {name: {self._key(path): x for path, x in found.params[name].items()} for name in present}
+        if self.seen and found.tree:
+            own = new.setdefault(self.seen[0], {})
+            own |= {self._key("tree", path): x for path, x in found.tree.items()}
+        return new
+
+    def _key(self, *path: str) -> str:
+        return ".".join((self.prefix, *(part for part in path if part)))
+
+
+# The shape of a state is a nest of these, one per node. Each splits a node of a state and joins it again.
+
+
+class _Leaf(NamedTuple):
+    """A tensor, a number or None that belongs to the tree."""
+
+    def split(self, x: Any, path: str, found: _Split, owner: SplitState) -> None:
+        _check_entry(x, path, owner)
+        found.tree[path] = x
+
+    def join(self, path: str, found: _Split, owner: SplitState) -> Any:
+        return found.tree[path]
+
+
+class _Node(NamedTuple):
+    """A container that belongs to the tree.
+
+    Args:
+      spec: its type and keys.
+      names: the names of its children in paths.
+      children: their shapes.
+    """
+
+    spec: Spec
+    names: list[str]
+    children: list[Any]
+
+    def split(self, x: Any, path: str, found: _Split, owner: SplitState) -> None:
+        children, spec, _ = _open(x)
+        if spec != self.spec:
+            raise _other_structure(owner, path, x)
+        for name, shape, child in zip(self.names, self.children, children, strict=True):
+            shape.split(child, _at(path, name), found, owner)
+
+    def join(self, path: str, found: _Split, owner: SplitState) -> Any:
+        children = [s.join(_at(path, name), found, owner) for name, s in zip(self.names, self.children, strict=True)]
+        return unflatten(self.spec, children)
+
+
+class _PerParam(NamedTuple):
+    """A container with an entry per parameter.
+
+    Args:
+      spec: its type and keys.
+      owners: for each child, the parameter's name, or None for a `MaskedNode` that stands for one that is not seen.
+      children: the structure of each child, and the paths of its leaves.
+    """
+
+    spec: Spec
+    owners: list[str | None]
+    children: list[tuple[Spec, list[str]]]
+
+    def split(self, x: Any, path: str, found: _Split, owner: SplitState) -> None:
+        children, spec, _ = _open(x)
+        if spec != self.spec:
+            raise _other_structure(owner, path, x)
+        for name, (own, leaf_paths), child in zip(self.owners, self.children, children, strict=True):
+            leaves, child_spec = flatten(child)
+            if child_spec != own:
+                raise _other_structure(owner, _at(path, name or ""), child)
+            for leaf_path, leaf in zip(leaf_paths, leaves, strict=True):
+                _check_entry(leaf, _at(path, leaf_path), owner)
+                if name is not None:
+                    found.params[name][_at(path, leaf_path)] = leaf
+
+    def join(self, path: str, found: _Split, owner: SplitState) -> Any:
+        children = [
+            unflatten(own, [found.params[name][_at(path, leaf)] for leaf in leaf_paths] if name is not None else [])
+            for name, (own, leaf_paths) in zip(self.owners, self.children, strict=True)
+        ]
+        return unflatten(self.spec, children)
+
+
+_EXTRA = "one more parameter"  # the name of the one that the second state has an entry for
+
+
+def _with_one_more(view: View) -> Any:
+    """The tree that a transformation sees, with a parameter more, which is like the first."""
+    tree = view.tree()
+    like = next((x for x, seen in zip(view.leaves, view.seen, strict=True) if seen), None)
+    return tree if like is None else type(tree)([*tree.items(), (_EXTRA, like)])
+
+
+def _compare(a: Any, b: Any, seen: Sequence[str], fail: Any, path: str = "") -> Any:
+    """The shape of a state `a`; `b` is the state of a tree with one more parameter."""
+    (one, one_spec, one_names), (two, two_spec, two_names) = _open(a), _open(b)
+    if one_spec is None or two_spec is None:
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape != b.shape:
+            raise fail(path, f"is a tensor of shape {tuple(a.shape)} that depends on the number of parameters")
+        if (one_spec is None) != (two_spec is None):
+            raise fail(path, "is of another kind if there is one more parameter")
+        return _Leaf()
+    if one_names == two_names:
+        children = [_compare(x, y, seen, fail, _at(path, n)) for x, y, n in zip(one, two, one_names, strict=True)]
+        return _Node(one_spec, one_names, children)
+    owners: list[str | None]
+    if set(two_names) - set(one_names) == {_EXTRA} and set(seen) <= set(one_names):
+        owners = [name if name in seen else None for name in one_names]
+    elif len(two) == len(one) + 1 == len(seen) + 1 and not isinstance(a, Mapping):
+        owners = list(seen)
+    else:
+        raise fail(path, f"has {len(one)} entries for {len(seen)} parameters, and {len(two)} if there is one more")
+    specs = [flatten(child)[1] for child in one]
+    for name, owner, spec in zip(one_names, owners, specs, strict=True):
+        if owner is None and spec.num_leaves:
+            raise fail(_at(path, name), "has an entry for a parameter that the transformation does not see")
+    return _PerParam(one_spec, owners, [(spec, paths(spec)) for spec in specs])
+
+
+def _open(x: Any) -> tuple[list[Any], Spec | None, list[str]]:
+    """The children of a container, its type, and their names; a leaf has no type."""
+    opened = one_level(x)
+    return ([], None, []) if opened is None else opened
+
+
+def _at(path: str, name: str) -> str:
+    return f"{path}.{name}" if path and name else path or name
+
+
+def _check_entry(x: Any, path: str, owner: SplitState) -> None:
+    if x is not None and not isinstance(x, (torch.Tensor, int, float)):
+        raise TypeError(
+            f"the state of {owner.tx!r:.100} holds {x!r:.60}{at(path)}, expected tensors and numbers, which is what "
+            f"the state of an optimizer can hold."
+        )
+
+
+def _other_structure(owner: SplitState, path: str, x: Any) -> ValueError:
+    return ValueError(
+        f"`update` of {owner.tx!r:.100} returned a state with {x!r:.60}{at(path)}, another structure than `init` made; "
+        f"a state in an optimizer keeps its structure from the first step on."
+    )

@@ -1,0 +1,529 @@
+"""Steps over parameters that each count their own steps: what a stateful optimizer is made of.
+
+In the pure API a transformation counts steps for the whole tree, and its numbers are the same for every leaf. Here a
+parameter brings a flat dict of state, its counter `step` among it, and options, a mapping that hyper-parameters are
+looked up in. All parameters still share one kernel per pass, whatever their options are.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping, MutableMapping, Sequence
+from operator import attrgetter, is_
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from ._compiler.fuse import Counting
+from ._compiler.rule import Option, Slot
+from ._opaque import SplitState
+from ._regions import BoundRegion, Opaque, Region, Stored, Variant, cut_into_regions
+from ._runtime.backend import requested_backend
+from ._runtime.checks import check_fit, check_leaf
+from ._runtime.internals import in_backward, needs_dispatch
+from ._runtime.plan import Columns, Key
+from ._runtime.shard import as_dtensor_like, is_dtensor, local_tensor, mesh_shard, placed_like, real_view
+from ._runtime.spec import specs_of
+from ._runtime.step import Numbers, Reading
+from ._step import CHANGED, call_opaque, host_column, updates_of
+from ._transform import GradientTransformation, Link, Path
+from ._tree import Reader, View
+
+
+GRAD = attrgetter("grad")
+
+
+Outcome = Literal["taken", "gone", "sparse"]
+
+
+class Template(NamedTuple):
+    """A transformation whose numbers are options, and the names of its slots.
+
+    Args:
+      tx: the transformation.
+      keys: for each rule's path in it and slot, the key in the state of a parameter.
+    """
+
+    tx: GradientTransformation
+    keys: Mapping[tuple[Path, str], str]
+
+
+class Params(NamedTuple):
+    """The parameters of a step, an entry per parameter in each list.
+
+    Args:
+      names: the name of each, in messages and for masks; no name occurs twice.
+      params: the parameters.
+      templates: the transformation of each, as a position in a list of templates.
+      owners: the options of each, as a position in a list of options.
+    """
+
+    names: Sequence[str]
+    params: Sequence[torch.Tensor]
+    templates: Sequence[int]
+    owners: Sequence[int]
+
+
+def view_of(names: Sequence[str], params: Sequence[torch.Tensor]) -> View:
+    """Parameters as the tree that masks are asked about."""
+    return View.of(OrderedDict(zip(names, params, strict=True)))
+
+
+def slots_of(template: Template, view: View) -> list[dict[str, tuple[Slot, Mapping[str, Any]] | None]]:
+    """The slots that a chain keeps for each parameter, which not all of its transformations may see.
+
+    Args:
+      template: the chain.
+      view: the parameters; it keeps nothing for those that are not seen.
+
+    Returns:
+      For each parameter, by key, the slot and the hyper-parameters of its rule; None for the counter `step`.
+    """
+    slots: list[dict[str, tuple[Slot, Mapping[str, Any]] | None]] = [{} for _ in view.seen]
+    counted: list[bool] = [False] * len(slots)
+    for link in template.tx._links(view, ()):
+        for i in (i for i, seen in enumerate(link.seen) if seen and link.bound is not None):
+            assert link.bound is not None
+            counted[i] |= link.bound.uses_step
+            for name, slot in link.bound.rule.slots.items():
+                slots[i][template.keys[link.path, name]] = slot, link.bound.values
+    return [{"step": None, **own} if own and steps else own for own, steps in zip(slots, counted, strict=True)]
+
+
+class Journal:
+    """Entries of state that a step has put in place, to be taken back if it fails before anything is written."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[MutableMapping[Any, Any], Any, Any]] = []
+
+    def set(self, state: MutableMapping[Any, Any], key: Any, value: Any) -> None:
+        """Puts an entry in place."""
+        self.entries.append((state, key, state.get(key, _MISSING)))
+        state[key] = value
+
+    def undo(self) -> None:
+        """Takes all entries back."""
+        for state, key, before in reversed(self.entries):
+            if before is _MISSING:
+                state.pop(key, None)
+            else:
+                state[key] = before
+
+
+_MISSING = object()
+
+
+def tensor_of(x: Any) -> Any:
+    """The plain real tensor that holds a tensor's elements, or this process's part of them."""
+    return None if x is None else real_view(local_tensor(x))
+
+
+def _like(x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """A plain real tensor as its parameter is: a DTensor, or complex."""
+    return as_dtensor_like(torch.view_as_complex(x) if p.is_complex() else x, p)
+
+
+class ParamRegion(BoundRegion):
+    """A region over parameters, with the keys of its slots in their states.
+
+    Args:
+      region: the region.
+      names: the names of the parameters.
+      present: those that take part.
+      keys: for each transformation, the keys of its slots.
+    """
+
+    def __init__(
+        self,
+        region: Region,
+        names: Sequence[str],
+        present: Sequence[int],
+        keys: Sequence[Mapping[tuple[Path, str], str]],
+    ) -> None:
+        super().__init__(region, names, present)
+        self.keys: dict[Key, str] = {}
+        for stored in region.stored:
+            if isinstance(stored.key, str):
+                self.keys[stored.key] = stored.key
+            else:
+                position, slot = stored.key
+                self.keys[stored.key] = keys[position][region.links[position].path, slot]
+        self.first_slots = {k for k, bound in region.bounds.items() if bound.rule.uses_first}
+
+
+class ParamStep:
+    """Transformations over parameters of which the same ones have gradients.
+
+    Args:
+      templates: the transformations.
+      params: the parameters.
+      grads: their gradients, None for those that the step skips.
+      guarded: whether a step is taken only if `found_inf` is 0.
+      counter: the dtype of counters.
+      warn: whether to warn of masks that match nothing.
+
+    Raises:
+      ValueError, TypeError: a parameter cannot be stepped.
+    """
+
+    def __init__(
+        self,
+        templates: Sequence[Template],
+        params: Params,
+        grads: Sequence[torch.Tensor | None],
+        guarded: bool,
+        counter: torch.dtype,
+        warn: bool,
+    ) -> None:
+        self.templates, self.params, self.guarded, self.counter = tuple(templates), params, guarded, counter
+        self.names = list(params.names)
+        self.present = tuple(i for i, g in enumerate(grads) if g is not None)
+        self.absent = tuple(i for i, g in enumerate(grads) if g is None)
+        for i in self.present:
+            if params.params[i].is_meta and not needs_dispatch():
+                raise RuntimeError(
+                    f"{self.names[i]} is on meta and has no memory; give it some, with `model.to_empty(device=...)` "
+                    f"and initial values, before the first step."
+                )
+        # parameters whose elements are in another tensor: DTensors, and complex ones, which are pairs of real numbers
+        self.wrapped = [i for i, p in enumerate(params.params) if p.is_complex() or is_dtensor(p)]
+        self.dtensors = [i for i in self.wrapped if is_dtensor(params.params[i])]
+        self.view = view_of(self.names, params.params)
+        self.reader = Reader(self.view.spec)
+        links, scopes, keys, steps = self._links(warn)
+        counting = [Counting(advance, guarded) for advance in steps]
+        self.stages: list[ParamRegion | Opaque] = [
+            ParamRegion(stage, self.names, self.present, keys) if isinstance(stage, Region) else stage
+            for stage in cut_into_regions(links, True, len(self.names), scopes, counting)
+        ]
+        self.regions = [stage for stage in self.stages if isinstance(stage, ParamRegion)]
+        self.opaque = {
+            stage.position: SplitState(stage.link, f"transformation_{stage.position}", self.view)
+            for stage in self.stages
+            if isinstance(stage, Opaque)
+        }
+        self.spans_tree = any(stage.region.spans_tree for stage in self.regions)
+        self.runs_python = bool(self.opaque) or any(stage.region.hosts for stage in self.regions)
+        self.shards = [mesh_shard(p) for p in params.params]
+        self.numels = [p.numel() * (1 + p.is_complex()) for p in params.params]
+        self.devices = [
+            tensor_of(p).device if g is not None else None for p, g in zip(params.params, grads, strict=True)
+        ]
+        self.done = False
+        self.reading: Reading | None = None  # of the last region of the last step
+
+    def _links(self, warn: bool) -> tuple[list[Link], list[int], list[Any], list[bool]]:
+        """The transformations of all templates, their scopes, the keys of each, and which parameters count steps."""
+        links: list[Link] = []
+        scopes: list[int] = []
+        keys: list[Any] = []
+        steps = [False] * len(self.names)
+        for t, template in enumerate(self.templates):
+            if warn and len(steps) > 1:  # a parameter of its own may well be masked
+                template.tx._warn(self.view)
+            own = template.tx._links(self.view.narrow([k == t for k in self.params.templates]), ())
+            links += own
+            scopes += range(len(own))
+            keys += [template.keys] * len(own)
+            for link in own:
+                if link.bound is not None and link.bound.uses_step:
+                    steps = [a or b for a, b in zip(steps, link.seen, strict=True)]
+        return links, scopes, keys, steps
+
+    def is_for(self, templates: Sequence[Template], grads: Sequence[Any], guarded: bool, exact: bool) -> bool:
+        """Whether the step is for such transformations, and for gradients of which the same ones are there.
+
+        Args:
+          templates: the transformations.
+          grads: the gradients.
+          guarded: whether the step is taken only if `found_inf` is 0.
+          exact: whether to look for gradients that are gone.
+        """
+        return (
+            self.guarded is guarded
+            and len(templates) == len(self.templates)
+            and all(map(is_, templates, self.templates))
+            and all(grads[i] is None for i in self.absent)
+            and not ((exact or self.runs_python) and any(grads[i] is None for i in self.present))
+        )
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def make_state(
+        self, states: Sequence[dict[str, Any]], options: Sequence[Mapping[str, Any]], journal: Journal
+    ) -> set[int]:
+        """Makes the entries that are not there yet.
+
+        Args:
+          states: the state of each parameter.
+          options: mappings that hyper-parameters are looked up in.
+          journal: takes note of entries that are made.
+
+        Returns:
+          The parameters for which something was made whose first step differs.
+        """
+        new: set[int] = set()
+        for split in self.opaque.values():
+            present = [self.names[i] for i in self.present if self.names[i] in split.initial.params]
+            for name, own in split.entries(split.join(split.initial), present).items():
+                state = states[self.names.index(name)]
+                for key, x in own.items():
+                    if key not in state and x is not None:
+                        journal.set(state, key, x)
+        for stage in self.regions:
+            for stored in stage.region.stored:
+                key = stage.keys[stored.key]
+                for i in self.present:
+                    if not stored.seen[i]:
+                        continue
+                    if states[i].get(key) is None:
+                        journal.set(states[i], key, self._make(stage.region, stored, i, options))
+                        if stored.key != "step" and stored.key[0] in stage.first_slots:
+                            new.add(i)
+        return new
+
+    def _make(self, region: Region, stored: Stored, i: int, options: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+        """The first value of a slot for a parameter."""
+        p, slot = self.params.params[i], stored.slot
+        assert slot is not None, "counters that parameters share are not stored with them"
+        with torch.no_grad():
+            if isinstance(stored.key, str):
+                return torch.zeros((), dtype=self.counter, device=self.devices[i])
+            declared = region.bounds[stored.key[0]].values
+            values = {k: v for k, v in declared.items() if k in (slot.start, slot.dtype)}
+            own = options[self.params.owners[i]]
+            return slot.make(p, {k: v.look_up(own) if isinstance(v, Option) else v for k, v in values.items()})
+
+    def _mend_counters(self, own: Columns, states: Sequence[dict[str, Any]], journal: Journal) -> None:
+        """Puts counters that a program can count on in the place of numbers of another form."""
+        if "step" not in own or all(own["step"][i] is None or _is_counter(own["step"][i]) for i in self.present):
+            return
+        column = list(own["step"])
+        for i in self.present:
+            if column[i] is not None and not _is_counter(column[i]):
+                column[i] = self._counter(column[i], i)
+                journal.set(states[i], "step", column[i])
+        own["step"] = column
+
+    def _counter(self, x: Any, i: int) -> torch.Tensor:
+        """A counter that somebody has put there, as this step keeps it."""
+        if isinstance(x, torch.Tensor) and x.numel() == 1:
+            if x.dtype.is_floating_point or x.dtype is torch.int64:
+                return x.reshape(())
+            return x.reshape(()).to(self.counter)
+        if isinstance(x, (int, float)):
+            return torch.tensor(float(x), dtype=self.counter, device=self.devices[i])
+        raise ValueError(f"state step at {self.names[i]!r} is {x!r:.60}, expected one number.")
+
+    def columns(self, states: Sequence[dict[str, Any]]) -> Columns | None:
+        """The slots of all regions; None if an entry has to be made first."""
+        columns: Columns = {}
+        for stage in self.regions:
+            for stored in stage.region.stored:
+                if stored.key in columns:
+                    continue
+                key = stage.keys[stored.key]
+                try:
+                    column = [state[key] for state in states]
+                except KeyError:
+                    column = [state.get(key) for state in states]
+                    if any(column[i] is None and stored.seen[i] for i in self.present):
+                        return None
+                for i in self.wrapped:
+                    column[i] = tensor_of(column[i])
+                columns[stored.key] = column
+        return columns
+
+    # -- the step -----------------------------------------------------------------------------------------------------
+
+    def take(
+        self,
+        params: Sequence[torch.Tensor],
+        columns: Columns,
+        grads: Sequence[torch.Tensor | None],
+        states: Sequence[dict[str, Any]],
+        options: Sequence[Mapping[str, Any]],
+        extra: Mapping[str, Any],
+        first: frozenset[int],
+        journal: Journal,
+    ) -> Outcome:
+        """Takes the step. `completed` tells from then on whether everything has been written.
+
+        Args:
+          params: the parameters, or tensors that stand for them.
+          columns: the slots; see `columns`.
+          grads: the gradients.
+          states: the state of each parameter.
+          options: mappings that hyper-parameters are looked up in.
+          extra: the extra arguments.
+          first: the parameters that take their first step.
+          journal: takes note of entries of state that are replaced.
+
+        Returns:
+          `"taken"`; or, if nothing has been done, `"gone"` if a gradient is gone that was there, and `"sparse"` if
+          one is sparse.
+
+        Raises:
+          ValueError, TypeError, RuntimeError: something does not fit.
+        """
+        self.done, self.reading = False, None
+        if self.guarded and self.opaque:
+            raise ValueError(
+                "gradients that are still multiplied by a loss scale reach transformations that are not made of rules; "
+                "unscale them before the step."
+            )
+        if self.spans_tree and len(self.names) == 1 and in_backward():
+            raise RuntimeError(
+                "this chain reduces over the whole tree, so it needs the gradients of all parameters at once, but it "
+                "was given one parameter while its gradient is computed; call `step` after the backward pass."
+            )
+        own: Columns = {
+            "updates": self._local(self._placed(grads)),
+            "params": self._local(self.params.params),
+            **columns,
+        }
+        before = specs_of(own["params"]) if self.runs_python and not needs_dispatch() else None
+        for stage in self.stages:
+            if isinstance(stage, Opaque):
+                own["updates"], entries = self._call(stage, own, params, states, extra)
+                for name, new in entries.items():
+                    for key, x in new.items():
+                        journal.set(states[self.names.index(name)], key, x)
+                continue
+            for name, (schedule, _) in stage.region.hosts.items():
+                counts = [int(states[i]["step"]) if "step" in states[i] else None for i in range(len(states))]
+                own[name] = host_column(name, schedule, counts, self.devices)
+            if before is not None:
+                own["params"] = self._local(params)
+                if specs_of(own["params"]) != before:
+                    raise RuntimeError(CHANGED)
+                own |= self.columns(states) or {}
+            last = stage is self.stages[-1]
+            results = self._run(stage, own, states, options, extra, first, journal, in_place=last)
+            if results is None:
+                sparse = any(g is not None and g.layout is not torch.strided for g in grads)
+                return "sparse" if sparse else "gone"
+            if last:
+                self._write(stage, own, results, states, journal)
+            else:
+                own["updates"] = results.pop("updates", own["updates"])
+                self._replace(stage, results, own, states, journal)
+        if self.dtensors:
+            torch.autograd.graph.increment_version([params[i] for i in self.dtensors if i in self.present])
+        self.done = True
+        return "taken"
+
+    @property
+    def completed(self) -> bool:
+        """Whether everything of the last step has been written."""
+        return self.done or (self.reading is not None and self.reading.launch.completed)
+
+    def _local(self, tensors: Sequence[Any]) -> Sequence[Any]:
+        """The plain real tensors that hold the elements of one tensor per parameter."""
+        if not self.wrapped:
+            return tensors
+        column = list(tensors)
+        for i in self.wrapped:
+            column[i] = tensor_of(column[i])
+        return column
+
+    def _placed(self, grads: Sequence[Any]) -> Sequence[Any]:
+        """The gradients with the placements of their parameters."""
+        if not self.dtensors:
+            return grads
+        column = list(grads)
+        for i in self.dtensors:
+            if column[i] is not None:
+                column[i] = placed_like(column[i], self.params.params[i], f"the gradient of {self.names[i]!r}")
+        return column
+
+    def _run(
+        self,
+        stage: ParamRegion,
+        own: Columns,
+        states: Sequence[dict[str, Any]],
+        options: Sequence[Mapping[str, Any]],
+        extra: Mapping[str, Any],
+        first: frozenset[int],
+        journal: Journal,
+        in_place: bool,
+    ) -> Columns | None:
+        """Runs a region: the columns that change, none if they are written in place; None if a gradient is gone."""
+        dispatching = needs_dispatch()
+        variant = Variant(in_place, requested_backend(), first if stage.first_slots else frozenset())
+        found = None if dispatching else stage.find(own, variant)
+        if found is None:
+            if any(u is None or u.layout is not torch.strided for u in (own["updates"][i] for i in self.present)):
+                return None
+            for i in self.present:
+                u = check_leaf("updates", self.names[i], own["updates"][i])
+                p = check_leaf("params", self.names[i], own["params"][i])
+                check_fit("updates", "parameter", self.names[i], u, p)
+            self._mend_counters(own, states, journal)
+            leaves = stage.leaves(own, self.params.owners, variant.first, self.numels, self.shards)
+            if dispatching:
+                programs = stage.programs(own, leaves)
+                return programs.evaluate(own, programs.numbers(options, extra))
+            found = stage.bind(own, variant, leaves)
+        bound, reading = found
+        numbers: Numbers = bound.numbers(options, extra)
+        if bound.requires_grad(reading, numbers):
+            bound.release(reading)
+            return bound.evaluate(own, numbers)
+        self.reading = reading if in_place else None
+        return bound.run(reading, own, numbers)
+
+    def _write(
+        self, stage: ParamRegion, own: Columns, results: Columns, states: Sequence[dict[str, Any]], journal: Journal
+    ) -> None:
+        """Writes the results of a last region that was not computed in place, because autograd records it."""
+        if not results:
+            return
+        if torch.is_grad_enabled() and not self.wrapped:
+            # autograd may have kept the old tensor for the derivative of an earlier step
+            self._replace(stage, {key: x for key, x in results.items() if key != "params"}, own, states, journal)
+            results = {"params": results["params"]} if "params" in results else {}
+        for key, column in results.items():
+            for i in self.present:
+                if column[i] is not own[key][i]:
+                    own[key][i].copy_(column[i])
+
+    def _replace(
+        self, stage: ParamRegion, results: Columns, own: Columns, states: Sequence[dict[str, Any]], journal: Journal
+    ) -> None:
+        """Puts new tensors in the place of the entries of a region's slots."""
+        for stored in stage.region.stored:
+            if stored.key not in results:
+                continue
+            per_leaf = stored.slot is not None and stored.slot.per_leaf
+            for i in self.present:
+                x = results[stored.key][i]
+                if x is not own[stored.key][i]:
+                    new = x if per_leaf or i not in self.wrapped else _like(x, self.params.params[i])
+                    journal.set(states[i], stage.keys[stored.key], new)
+
+    def _call(
+        self,
+        stage: Opaque,
+        own: Columns,
+        params: Sequence[torch.Tensor],
+        states: Sequence[dict[str, Any]],
+        extra: Mapping[str, Any],
+    ) -> tuple[list[Any], dict[str, dict[str, Any]]]:
+        """Calls a transformation that is not made of rules: its updates, and the new entries of its state."""
+        link, split = stage.link, self.opaque[stage.position]
+        updates = list(own["updates"])
+        for i in self.wrapped:
+            updates[i] = None if updates[i] is None else _like(updates[i], params[i])
+        view = View(self.view.spec, tuple(updates), link.seen)
+        state = split.gather(dict(zip(self.names, states, strict=True)))
+        tree, new_state = call_opaque(link.tx, view.tree(), state, view.tree(params), extra)
+        found = list(self._local(self._placed(updates_of(link, tree, updates, self.reader))))
+        for i in self.present:
+            name = f"the update that {link.tx!r:.60} returned"
+            check_fit(name, "parameter", self.names[i], found[i], own["params"][i])
+        present = [self.names[i] for i in self.present if link.seen[i]]
+        return found, split.entries(new_state, present)
+
+
+def _is_counter(x: Any) -> bool:
+    """Whether an entry of state is one number that a program can count on."""
+    return isinstance(x, torch.Tensor) and not x.ndim and (x.dtype.is_floating_point or x.dtype is torch.int64)

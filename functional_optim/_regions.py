@@ -1,0 +1,250 @@
+"""Regions: a chain laid out over the leaves of a tree, cut into rules that fuse and transformations between them."""
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from ._compiler.call import Shard
+from ._compiler.fuse import Counting, Part, Recipe, fuse_all
+from ._compiler.rule import Bound, Slot, slot
+from ._runtime.checks import at, check_slot
+from ._runtime.plan import Columns, Key, Leaf
+from ._runtime.spec import TensorSpec, specs_of
+from ._runtime.step import BoundStep, Programs, Reading
+from ._transform import Link
+
+
+Kind = tuple[tuple[int, ...], Counting | None]  # the rules that see a leaf, and its counter
+
+
+class Stored(NamedTuple):
+    """A column of state of a region.
+
+    Args:
+      key: the column.
+      name: its name in messages.
+      slot: its declaration; None for a counter that all leaves share.
+      seen: for each leaf, whether it has an entry.
+    """
+
+    key: Key
+    name: str
+    slot: Slot | None
+    seen: tuple[bool, ...]
+
+
+class Opaque(NamedTuple):
+    """A transformation that can only be called: it runs between regions, in torch operations of its own."""
+
+    position: int
+    link: Link
+
+
+class Region:
+    """Neighbouring rules, which fuse: a program for each kind of leaf.
+
+    Args:
+      links: the rules, by position in the chain.
+      apply: whether the programs end by adding the updates to the parameters.
+      n_leaves: number of leaves.
+      scopes: each transformation's position as reductions over the tree know it.
+      counting: the counter of each leaf; None where transformations count for all leaves.
+    """
+
+    def __init__(
+        self,
+        links: dict[int, Link],
+        apply: bool,
+        n_leaves: int,
+        scopes: Sequence[int],
+        counting: Sequence[Counting] | None,
+    ) -> None:
+        self.links, self.apply = links, apply
+        self.bounds: dict[int, Bound] = {k: link.bound for k, link in links.items() if link.bound is not None}
+        positions, seen = tuple(links), [link.seen for link in links.values()]
+        columns = list(zip(*seen, strict=True)) if seen else [()] * n_leaves
+        kinds = [tuple(itertools.compress(positions, column)) for column in columns]
+        # leaves of a kind share a program: the same rules see them, and they count alike
+        self.kinds = list(zip(kinds, counting or [None] * n_leaves, strict=True))
+        parts = {kind: tuple(Part(k, scopes[k], self.bounds[k]) for k in kind[0]) for kind in dict.fromkeys(self.kinds)}
+        own = None if counting is None else {kind: kind[1] or Counting() for kind in parts}
+        self.recipes: dict[object, Recipe] = fuse_all(parts, apply, own)
+        self.hosts = {name: host for recipe in self.recipes.values() for name, host in recipe.hosts.items()}
+        self.extras = {
+            source.name for recipe in self.recipes.values() for source in recipe.scalars if source.kind == "extra"
+        }
+        self.stored = self._stored(counting is not None)
+
+    def _stored(self, own_counters: bool) -> list[Stored]:
+        stored = []
+        if own_counters:
+            seen = tuple("step" in self.recipes[kind].program.leaves for kind in self.kinds)
+            stored.append(Stored("step", "state step", slot(0.0, dtype=torch.float32, per="leaf"), seen))
+        for k, bound in self.bounds.items():
+            for name, declared in bound.rule.slots.items():
+                stored.append(Stored((k, name), f"state {bound.rule.name}.{name}", declared, self.links[k].seen))
+            if bound.counted and not own_counters:
+                stored.append(Stored((k, "count"), f"state {bound.rule.name}.count", None, self.links[k].seen))
+        return stored
+
+    @property
+    def spans_tree(self) -> bool:
+        """Whether something is reduced over all leaves."""
+        return any(recipe.program.spans_tree for recipe in self.recipes.values())
+
+
+def cut_into_regions(
+    links: Sequence[Link],
+    apply: bool,
+    n_leaves: int,
+    scopes: Sequence[int] | None = None,
+    counting: Sequence[Counting] | None = None,
+) -> list[Region | Opaque]:
+    """Cuts a chain into regions and the transformations between them.
+
+    Args:
+      links: the transformations.
+      apply: whether to end by adding the updates to the parameters.
+      n_leaves: number of leaves.
+      scopes: each transformation's position as reductions over the tree know it; by default its own.
+      counting: the counter of each leaf, which the last region moves on; None where transformations count for all.
+
+    Returns:
+      Regions and opaque transformations, in order. With `apply` the last one is a region.
+    """
+    stages: list[Region | Opaque] = []
+    numbered = list(enumerate(links))
+    runs = [(fusible, dict(run)) for fusible, run in itertools.groupby(numbered, key=lambda x: x[1].bound is not None)]
+    if apply and not (runs and runs[-1][0]):
+        runs.append((True, {}))
+    still = None if counting is None else [c._replace(advance=False) for c in counting]
+    for k, (fusible, run) in enumerate(runs):
+        last = k == len(runs) - 1
+        if fusible:
+            counts = counting if last else still
+            stages.append(Region(run, apply and last, n_leaves, scopes or range(len(links)), counts))
+        else:
+            stages += [Opaque(position, link) for position, link in run.items()]
+    return stages
+
+
+class Variant(NamedTuple):
+    """The part of a binding that tensors do not show.
+
+    Args:
+      in_place: whether results are written in place.
+      backend: the backend that is asked for, if any.
+      first: the leaves that take their first step, where that makes a difference.
+    """
+
+    in_place: bool
+    backend: str | None
+    first: frozenset[int] = frozenset()
+
+
+class BoundRegion:
+    """A region over the leaves of a tree, and the steps that it is bound to: one for each set of specs.
+
+    Args:
+      region: the region.
+      paths: the path of each leaf.
+      present: the leaves that take part.
+    """
+
+    KEEP = 8
+
+    def __init__(self, region: Region, paths: Sequence[str], present: Sequence[int]) -> None:
+        self.region, self.paths, self.present = region, paths, present
+        self.bound: list[tuple[Variant, BoundStep]] = []
+
+    def find(self, own: Columns, variant: Variant) -> tuple[BoundStep, Reading] | None:
+        """A step that is bound to such tensors, and these tensors read.
+
+        Args:
+          own: all tensors that the programs read.
+          variant: the part of the binding that they do not show.
+
+        Raises:
+          ValueError: the storage of a tensor has been freed or cut.
+        """
+        for known, bound in self.bound:
+            if known != variant:
+                continue
+            found = bound.read(own)
+            if isinstance(found, Reading):
+                return bound, found
+            if found.outside:
+                name, leaf = bound.name_of(found.position)
+                raise ValueError(
+                    f"{name}{at(self.paths[leaf])}, of a leaf of shape {tuple(own['updates'][leaf].shape)} has no "
+                    f"memory: its storage has been freed or cut."
+                )
+        return None
+
+    def bind(
+        self, own: Columns, variant: Variant, leaves: Sequence[Leaf], counters: Sequence[Key] = ()
+    ) -> tuple[BoundStep, Reading]:
+        """Binds the programs to tensors, and reads these.
+
+        Args:
+          own: all tensors that the programs read.
+          variant: the part of the binding that they do not show.
+          leaves: the leaves that programs compute.
+          counters: columns of counters that all leaves share.
+        """
+        bound = BoundStep(leaves, self.specs(own), own, self.paths, variant.in_place, counters)
+        self.bound = [(variant, bound), *self.bound[: self.KEEP - 1]]
+        found = self.find(own, variant)
+        assert found is not None, "a step is bound to the tensors that it was made for"
+        return found
+
+    def leaves(
+        self,
+        own: Columns,
+        owners: Sequence[int] | None = None,
+        first: frozenset[int] = frozenset(),
+        numels: Sequence[int] | None = None,
+        shards: Sequence[Shard | None] | None = None,
+    ) -> list[Leaf]:
+        """The leaves that programs compute. Those that no rule sees are left alone.
+
+        Args:
+          own: all tensors that the programs read.
+          owners: whose options each leaf looks up.
+          first: the leaves that take their first step.
+          numels: number of elements of each leaf, those in other processes counted.
+          shards: the join of each leaf with its other parts.
+
+        Raises:
+          ValueError, TypeError: a slot does not fit its leaf.
+        """
+        for key, name, declared, seen in self.region.stored:
+            for i in self.present:
+                if seen[i] and declared is not None:
+                    check_slot(name, self.paths[i], own[key][i], own["updates"][i], declared)
+        kinds, recipes = self.region.kinds, self.region.recipes
+        return [
+            Leaf(
+                i,
+                recipes[kinds[i]],
+                (kinds[i], owners[i] if owners else 0, i in first),
+                numels[i] if numels else own["updates"][i].numel(),
+                shards[i] if shards else None,
+            )
+            for i in self.present
+            if kinds[i][0] or self.region.apply
+        ]
+
+    def specs(self, own: Columns) -> dict[Key, list[TensorSpec | None]]:
+        """The specs of the tensors of leaves that take part."""
+        present = set(self.present)
+        return {
+            key: specs_of([x if i in present and isinstance(x, torch.Tensor) else None for i, x in enumerate(column)])
+            for key, column in own.items()
+        }
+
+    def programs(self, own: Columns, leaves: Sequence[Leaf]) -> Programs:
+        """The programs, for tensors that torch operations compute on this one time."""
+        return Programs(leaves, self.specs(own))

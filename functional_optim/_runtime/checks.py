@@ -1,0 +1,97 @@
+"""Refusals: tensors that no rule can work on, or that do not go with one another. Messages name the leaf's path."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from .._compiler.rule import Slot
+
+
+def at(path: str) -> str:
+    """A leaf's path as part of a message."""
+    return f" at {path!r}" if path else ""
+
+
+def check_leaf(name: str, path: str, x: Any) -> torch.Tensor:
+    """Refuses a leaf that no rule can work on.
+
+    Raises:
+      TypeError: it is not a dense tensor of a floating dtype.
+    """
+    if not isinstance(x, torch.Tensor):
+        hint = ""
+        if isinstance(x, torch.nn.Module):
+            raise TypeError(
+                f"{name}{at(path)} is {type(x).__name__}, a module; pass `dict(module.named_parameters())`."
+            )
+        if isinstance(x, Iterable) and not isinstance(x, (str, bytes)):
+            hint = " or a tree of a known kind: a dict, a list, a tuple, or a class registered with optree"
+        raise TypeError(f"{name}{at(path)} is {type(x).__name__} {x!r:.80}, expected a tensor{hint}.")
+    if x.layout is not torch.strided:
+        raise TypeError(
+            f"{name}{at(path)} is sparse ({x.layout}), expected a dense tensor; pass `x.to_dense()`, or a model "
+            f"that makes no sparse gradients (`nn.Embedding(..., sparse=False)`)."
+        )
+    if not x.dtype.is_floating_point or x.dtype.itemsize < 2:
+        hint = "view it as real pairs with `torch.view_as_real`" if x.is_complex() else "leave it out of the tree"
+        raise TypeError(
+            f"{name}{at(path)} has dtype {x.dtype}, expected float32, float64, bfloat16 or float16; {hint}."
+        )
+    return x
+
+
+def check_fit(name: str, other: str, path: str, x: Any, y: torch.Tensor) -> torch.Tensor:
+    """Refuses a leaf that does not go with another one of the same path.
+
+    Raises:
+      TypeError: it is not a dense tensor of a floating dtype.
+      ValueError: the two differ in shape or device.
+    """
+    check_leaf(name, path, x)
+    if x.shape != y.shape:
+        raise ValueError(f"{name}{at(path)} has shape {tuple(x.shape)}, but its {other} has {tuple(y.shape)}.")
+    if x.device != y.device:
+        raise ValueError(f"{name}{at(path)} is on {x.device}, but its {other} is on {y.device}; move one of them.")
+    return x  # type: ignore[no-any-return]
+
+
+def check_slot(name: str, path: str, x: Any, u: torch.Tensor, slot: Slot) -> None:
+    """Refuses a stored tensor that does not go with its leaf.
+
+    Raises:
+      TypeError, ValueError: with the slot's name, the path, and what was expected.
+    """
+    if slot.per_leaf and isinstance(x, torch.Tensor):
+        if x.ndim:
+            raise ValueError(f"{name}{at(path)} has shape {tuple(x.shape)}, expected one number.")
+        u = u.new_empty(())
+    check_fit(name, "update", path, x, u)
+
+
+def check_count(name: str, x: Any) -> None:
+    """Refuses a counter that is not one integer.
+
+    Raises:
+      TypeError, ValueError: with the counter's name and what it is.
+    """
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} is {type(x).__name__} {x!r:.60}, expected a tensor that holds one integer.")
+    if x.ndim or x.is_floating_point() or x.is_complex():
+        raise ValueError(f"{name} is {x.dtype} of shape {tuple(x.shape)}, expected one integer.")
+
+
+def check_number(what: str, x: Any) -> float | torch.Tensor:
+    """A number, or a tensor that holds one.
+
+    Raises:
+      ValueError: it is neither; `what` begins the message.
+    """
+    if isinstance(x, torch.Tensor):
+        if x.ndim:
+            raise ValueError(f"{what} a tensor of shape {tuple(x.shape)}, expected a number.")
+        return x
+    try:
+        return float(x if not isinstance(x, (str, bytes)) else None)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{what} {x!r:.60}, expected a number.") from None

@@ -1,0 +1,175 @@
+"""Launches of C kernels: structures that are filled once, apart from the numbers and the data pointers."""
+
+import ctypes
+import functools
+import itertools
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .._compiler.build import SERIAL, BuildError, load_c, parallel_address
+from .._compiler.c.emit import emit_c
+from .._compiler.passes import Signature, plan
+from .chunks import Chunks, cut, join_shards, partial_buffers
+from .numbers import Number
+from .plan import Group
+from .pointers import Pointers, library
+
+
+CHUNK = 1 << 15  # elements: seven streams of float32 stay within a second-level cache; shorter ones cost 3% of a step
+
+
+class _Struct(ctypes.Structure):
+    """`launch_t` of the emitted C."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("n_leaves", "n_rows", "n_partials", "first_partial")),
+        *((name, ctypes.c_void_p) for name in ("chunk_leaf", "chunk_start", "chunk_stop", "leaf_chunk")),
+        *((name, ctypes.c_void_p) for name in ("leaf_size", "leaf_row")),
+        ("columns", ctypes.c_void_p),
+        ("scalars", ctypes.c_void_p),
+        ("partials", ctypes.c_void_p),
+        ("parallel", ctypes.c_void_p),
+        ("n_threads", ctypes.c_int64),
+        ("runs", ctypes.c_void_p),
+        ("n_runs", ctypes.c_int64),
+        ("next_run", ctypes.c_int64),
+        ("of_row", ctypes.c_void_p),
+        ("of_leaf", ctypes.c_void_p),
+    ]
+
+
+@functools.lru_cache(maxsize=512)
+def compile_c(signature: Signature) -> tuple[Any, ...]:
+    """The passes of a program as C functions.
+
+    Raises:
+      BuildError: there is no working compiler.
+    """
+    library = load_c(emit_c(signature))
+    try:
+        functions = tuple(getattr(library, f"pass_{k}") for k in range(len(plan(signature))))
+    except AttributeError as error:
+        raise BuildError(f"the library that the C compiler made lacks a function: {error}") from None
+    for f in functions:
+        f.argtypes, f.restype = [ctypes.c_void_p], None
+    return functions
+
+
+class _Pass(ctypes.Structure):
+    """`pass_t` of `pointers.c`."""
+
+    _fields_ = [("run", ctypes.c_void_p), ("launch", ctypes.c_void_p)]
+
+
+@functools.lru_cache(maxsize=1)
+def run_passes() -> Any:
+    """The function of `pointers.c` that starts kernels.
+
+    Raises:
+      BuildError: there is no working compiler.
+    """
+    function = library().run_passes
+    function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64]
+    function.restype = None
+    return function
+
+
+def _address(function: Any) -> int | None:
+    return ctypes.cast(function, ctypes.c_void_p).value
+
+
+def usable_threads() -> int:
+    """Number of threads that a launch may use: torch's, and one in a forked child, which has none to wake."""
+    return 1 if parallel_address() is None else torch.get_num_threads()
+
+
+class CpuLaunch:
+    """The launches of groups that run together on the CPU.
+
+    Args:
+      groups: the groups.
+      places: for each group, the positions among the pointers where its kernel columns begin.
+      pointers: memory that holds the data pointers of every step.
+      n_threads: number of threads.
+    """
+
+    def __init__(
+        self, groups: Sequence[Group], places: Sequence[Sequence[int]], pointers: Pointers, n_threads: int
+    ) -> None:
+        self.groups = groups
+        self.cuts = [cut(group.table.sizes, CHUNK) for group in groups]
+        self.buffers = partial_buffers(groups, self.cuts, torch.device("cpu"))
+        self.sharded = any(group.shard is not None for group in groups)
+        self.kept: list[Any] = [pointers]  # memory that the structures point to
+        self.structs: list[_Struct] = []
+        self.numbers: list[tuple[struct.Struct, Any]] = []  # for each group, the form and the memory of its table
+        total = sum(len(chunks.leaf) for chunks in self.cuts)
+        first = 0
+        for group, chunks, own, at in zip(groups, self.cuts, self.buffers, places, strict=True):
+            n_scalars = len(group.sources) * len(group.signature.program.scalars)
+            table = (ctypes.c_double * max(n_scalars, 1))()
+            self.numbers.append((struct.Struct(f"{n_scalars}d"), table))
+            n_elements = sum(group.table.sizes)
+            own_threads = min(n_threads, len(chunks.leaf)) if n_elements > SERIAL else 1
+            runs = _runs(chunks, n_elements, own_threads)
+            s = _Struct(n_leaves=len(group.leaves), n_rows=len(group.sources), n_partials=total, first_partial=first)
+            s.n_threads, s.n_runs, s.parallel = own_threads, len(runs) - 1, parallel_address()
+            s.chunk_leaf, s.chunk_start, s.chunk_stop, s.leaf_chunk = map(self._integers, chunks)
+            s.leaf_size, s.leaf_row = self._integers(group.table.wholes), self._integers(group.table.rows)
+            s.runs, s.columns = self._integers(runs), self._integers([pointers.address + 8 * place for place in at])
+            s.partials = self._integers([x.data_ptr() for x in own])
+            s.scalars = ctypes.addressof(table)
+            self.structs.append(s)
+            first += len(chunks.leaf)
+        kernels = [compile_c(group.signature) for group in groups]
+        n_stages = max(map(len, kernels), default=0)
+        stages = [
+            [(passes[k], s) for passes, s in zip(kernels, self.structs, strict=True) if k < len(passes)]
+            for k in range(n_stages)
+        ]
+        if not self.sharded:  # nothing happens between stages
+            stages = [list(itertools.chain.from_iterable(stages))]
+        self.stages = [(_Pass * len(own))(*[_Pass(_address(f), ctypes.addressof(s)) for f, s in own]) for own in stages]
+        self.run_passes = run_passes()
+
+    def _integers(self, numbers: Sequence[int]) -> int:
+        """The address of 64-bit integers in memory of this launch."""
+        memory = (ctypes.c_int64 * max(len(numbers), 1))(*numbers)
+        self.kept.append(memory)
+        return ctypes.addressof(memory)
+
+    def __call__(self, numbers: Sequence[Sequence[Number]], counters: Sequence[int]) -> None:
+        """Runs all passes over the tensors whose data pointers have been read.
+
+        Args:
+          numbers: for each group, its scalar table.
+          counters: addresses of 64-bit integers that are moved on by one at the end.
+        """
+        for (form, table), row in zip(self.numbers, numbers, strict=True):
+            form.pack_into(table, 0, *row)  # tensors are asked for their numbers
+        addresses = (ctypes.c_int64 * len(counters))(*counters)
+        if not self.sharded:
+            self.run_passes(self.stages[0], len(self.stages[0]), addresses, len(counters))
+            return
+        for stage, passes in enumerate(self.stages):
+            last = stage + 1 == len(self.stages)
+            self.run_passes(passes, len(passes), addresses, len(counters) * last)
+            join_shards(self.groups, self.cuts, self.buffers, stage + 1)
+
+
+def _runs(chunks: Chunks, n_elements: int, n_threads: int) -> list[int]:
+    """First chunks of the runs that a thread takes at once, and the number of chunks.
+
+    A run has at most `CHUNK` elements, or is one chunk, and there are some for each thread, lest one should be late.
+    """
+    limit = min(CHUNK, n_elements // (8 * n_threads))
+    firsts, room = [], -1
+    for k, (start, stop) in enumerate(zip(chunks.start, chunks.stop, strict=True)):
+        if stop - start > room or room < 0:
+            firsts.append(k)
+            room = limit
+        room -= stop - start
+    return [*firsts, len(chunks.leaf)]

@@ -1,0 +1,44 @@
+"""Programs computed by torch operations: the reference, and `torch._foreach_*`."""
+
+from collections.abc import Sequence
+
+from .._compiler.call import Call, Column
+from .._compiler.foreach import run_foreach
+from .._compiler.reference import run_reference
+from .numbers import Number
+from .plan import Group
+
+
+RUN = {"reference": run_reference, "foreach": run_foreach}
+
+
+def evaluate(
+    backend: str, groups: Sequence[Group], columns: Sequence[Sequence[Column]], numbers: Sequence[Sequence[Number]]
+) -> list[list[Column]]:
+    """Computes the programs of groups.
+
+    Args:
+      backend: `"reference"` or `"foreach"`.
+      groups: the groups.
+      columns: for each, the tensors of each of its gathers.
+      numbers: for each, its scalar table, row after row.
+
+    Returns:
+      For each group, a new column for each output.
+    """
+    calls = []
+    for group, own, table in zip(groups, columns, numbers, strict=True):
+        width = len(group.signature.program.scalars)
+        rows = [table[k * width : (k + 1) * width] for k in range(len(group.sources))]
+        calls.append(
+            Call(
+                group.signature,
+                own[group.updates],
+                [own[k] for k in group.inputs],
+                [None] * len(group.outputs),
+                rows,
+                group.table,
+                group.shard,
+            )
+        )
+    return RUN[backend](calls)

@@ -1,0 +1,40 @@
+"""The private names of torch that the package reads, each with the reason. A test says which one is gone.
+
+Nothing here is guessed: each is a name of a Python module, read and never written.
+"""
+
+from typing import Any
+
+import torch
+
+
+def needs_dispatch() -> bool:
+    """Whether a `torch.func` transformation, forward-mode AD, a dispatch mode or the compiler is active.
+
+    They follow operations of torch, and raw pointers would bypass them. The public API has no question for the first
+    three: `torch._C._functorch.peek_interpreter_stack` (a transformation is entered), `forward_ad._current_level` (a
+    level of dual numbers is open) and `torch._C._len_torch_dispatch_stack` (modes that are entered).
+    """
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.compiler.is_compiling()
+    )
+
+
+def in_backward() -> bool:
+    """Whether this thread computes gradients right now, as it does in a hook of `backward`.
+
+    `torch._C._current_graph_task_id` is -1 outside of the autograd engine; there is no public question.
+    """
+    return torch._C._current_graph_task_id() >= 0
+
+
+def is_wrapper_of_a_transformation(x: Any) -> bool:
+    """Whether a tensor is a wrapper that `torch.func` made, which may have left the function that it belongs to.
+
+    It has torch's own class and no memory. `torch._C._functorch.is_functorch_wrapped_tensor` tells; `torch.func` has
+    no public question.
+    """
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)

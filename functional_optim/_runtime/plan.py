@@ -1,0 +1,203 @@
+"""Groups: leaves that share a program, its dtypes and a device, and the columns that each of its arrays comes from."""
+
+import functools
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+
+from .._compiler.call import Column, LeafTable, Shard
+from .._compiler.fuse import Recipe, Source
+from .._compiler.passes import Signature
+from .._compiler.program import Level
+from .spec import TensorSpec, compute_dtype, walk_together
+
+
+Key = str | tuple[int, str]  # "params", "updates", "step", a schedule's name; or a transformation's position and a slot
+Columns = dict[Key, Sequence[Any]]  # a tensor per leaf in each, None where there is none
+
+
+class Leaf(NamedTuple):
+    """A leaf as a program sees it.
+
+    Args:
+      position: its position in the tree.
+      recipe: the program of the rules that see it.
+      row: the key that leaves with the same numbers share: its kind, the options that it looks up and whether this is
+        its first step.
+      numel: number of elements, those of all parts if it is part of a tensor spread over processes.
+      shard: the join with its other parts, if it has any.
+    """
+
+    position: int
+    recipe: Recipe
+    row: tuple[Hashable, int, bool]
+    numel: int
+    shard: Shard | None
+
+
+class Gather(NamedTuple):
+    """The tensors of a group's leaves within the columns of the tree.
+
+    Args:
+      key: the column, if it is the same for all leaves.
+      pick: takes them from the column, or from all columns if there is no `key`; None if they are the whole column.
+      places: each leaf's column and position.
+    """
+
+    key: Key | None
+    pick: Callable[[Any], Sequence[Any]] | None
+    places: tuple[tuple[Key, int], ...]
+
+    @classmethod
+    def of(cls, places: Sequence[tuple[Key, int]], n_leaves: int) -> "Gather":
+        """The gather of some places among columns of `n_leaves` tensors."""
+        keys = {key for key, _ in places}
+        if len(keys) > 1:
+            return cls(None, lambda columns: [columns[key][i] for key, i in places], tuple(places))
+        positions = [i for _, i in places]
+        if positions == list(range(n_leaves)):
+            return cls(places[0][0], None, tuple(places))
+        # an itemgetter of one item returns no sequence
+        pick = itemgetter(*positions) if len(positions) > 1 else itemgetter(slice(positions[0], positions[0] + 1))
+        return cls(places[0][0], pick, tuple(places))
+
+    def __call__(self, columns: Mapping[Key, Sequence[Any]]) -> Column:
+        """The tensors."""
+        source: Any = columns if self.key is None else columns[self.key]
+        return list(source if self.pick is None else self.pick(source))
+
+
+class Group(NamedTuple):
+    """Leaves that share a program, its dtypes and a device.
+
+    Args:
+      signature: the program and its dtypes.
+      device: the device.
+      leaves: positions of the leaves in the tree.
+      gathers: the columns that the program reads or writes.
+      updates: which of them are the updates, whose layout new tensors take.
+      inputs: which of them each input is.
+      outputs: which of them each output is written to; None for updates, which are always new tensors.
+      table: the leaves' sizes and rows of the scalar table.
+      sources: for each row, the origins of its numbers.
+      owners: for each row, the options that are looked up, and whether it is the first step.
+      copied: positions within the group of leaves whose arrays a kernel cannot walk side by side.
+      shard: the join with other parts, if the leaves are parts of tensors spread over processes.
+    """
+
+    signature: Signature
+    device: torch.device
+    leaves: tuple[int, ...]
+    gathers: tuple[Gather, ...]
+    updates: int
+    inputs: tuple[int, ...]
+    outputs: tuple[int | None, ...]
+    table: LeafTable
+    sources: tuple[tuple[Source, ...], ...]
+    owners: tuple[tuple[int, bool], ...]
+    copied: tuple[int, ...]
+    shard: Shard | None
+
+    def name_of(self, gather: int) -> str:
+        """The name of a column in messages: the first of the program's inputs or outputs that it is."""
+        program = self.signature.program
+        names = [*zip(self.inputs, (*program.arrays, *program.leaves), strict=True)]
+        names += [(k, o.name) for k, o in zip(self.outputs, program.outputs, strict=True) if k is not None]
+        name = next((name for k, name in names if k == gather), "updates")
+        return name if name in ("params", "updates") else f"state {name}"
+
+
+class _Fit(NamedTuple):
+    """The meaning of the specs of a leaf's tensors for its program.
+
+    Args:
+      signature: the program and its dtypes.
+      device: the device.
+      size: number of elements.
+      copied: whether a kernel cannot walk the leaf's arrays side by side.
+    """
+
+    signature: Signature
+    device: torch.device
+    size: int
+    copied: bool
+
+
+def group_leaves(leaves: Sequence[Leaf], specs: Mapping[Key, Sequence[TensorSpec | None]]) -> list[Group]:
+    """Sorts leaves into groups.
+
+    Args:
+      leaves: the leaves that a program computes.
+      specs: the spec of each tensor, by column.
+
+    Returns:
+      The groups, in the order of their first leaves.
+    """
+    fits: dict[Any, _Fit] = {}
+    members: dict[Any, list[tuple[Leaf, _Fit]]] = {}
+    with_params = ["params"] if "params" in specs else []
+    keys = {id(leaf.recipe): [*with_params, *leaf.recipe.lists()] for leaf in leaves}
+    for leaf in leaves:
+        own = [(key, specs[key][leaf.position]) for key in keys[id(leaf.recipe)]]
+        known = (id(leaf.recipe), *own)
+        if known not in fits:
+            fits[known] = _fit(leaf.recipe, dict(own))
+        fit = fits[known]
+        members.setdefault((fit.signature, fit.device, leaf.shard), []).append((leaf, fit))
+    return [_group(some, len(specs["updates"])) for some in members.values()]
+
+
+def _fit(recipe: Recipe, specs: Mapping[Key, TensorSpec | None]) -> _Fit:
+    program = recipe.program
+
+    def spec(name: str) -> TensorSpec:
+        found = specs[recipe.list_of(name)]
+        assert found is not None
+        return found
+
+    u, p = spec("updates"), specs.get("params")
+    ins = tuple(spec(name).dtype for name in (*program.arrays, *program.leaves))
+    new = u.dtype if p is None else torch.promote_types(u.dtype, p.dtype)
+    outs = tuple(new if o.name == "updates" else spec(o.name).dtype for o in program.outputs)
+    # a tensor that is written in place counts too, whether or not the program reads it
+    written = [o.name for o in program.outputs if o.level is Level.ELEMENT and o.name != "updates"]
+    together = walk_together([u, *map(spec, (*program.arrays, *written))])
+    return _Fit(Signature(program, ins, outs, compute_dtype((*ins, *outs))), u.device, u.numel, not together)
+
+
+def _group(members: Sequence[tuple[Leaf, _Fit]], n_leaves: int) -> Group:
+    (first, fit), leaves = members[0], [leaf for leaf, _ in members]
+    program = fit.signature.program
+    rows = {leaf.row: k for k, leaf in enumerate({leaf.row: leaf for leaf in leaves}.values())}
+    sources = {leaf.row: leaf.recipe.scalars for leaf in leaves}
+    gathers: dict[tuple[tuple[Key, int], ...], int] = {}
+
+    @functools.cache
+    def place(name: str) -> int:
+        """The position of a column among the gathers; one that is both read and written has one position."""
+        places = tuple((leaf.recipe.list_of(name), leaf.position) for leaf in leaves)
+        return gathers.setdefault(places, len(gathers))
+
+    updates = place("updates")
+    inputs = tuple(map(place, (*program.arrays, *program.leaves)))
+    outputs = tuple(None if o.name == "updates" else place(o.name) for o in program.outputs)
+    return Group(
+        fit.signature,
+        fit.device,
+        tuple(leaf.position for leaf in leaves),
+        tuple(Gather.of(places, n_leaves) for places in gathers),
+        updates,
+        inputs,
+        outputs,
+        LeafTable(
+            tuple(own.size for _, own in members),
+            tuple(leaf.numel for leaf in leaves),
+            tuple(rows[leaf.row] for leaf in leaves),
+        ),
+        tuple(sources.values()),
+        tuple((owner, is_first) for _, owner, is_first in rows),
+        tuple(k for k, (_, own) in enumerate(members) if own.copied),
+        first.shard,
+    )

@@ -1,0 +1,189 @@
+/* Two operations on lists of tensors, registered through torch's stable C ABI, and the start of kernels.
+
+   describe(Tensor[] tensors, Tensor(a!) rows) -> ()
+     One row of int64 per tensor: its spec, as `read_pointers` compares it.
+
+   read_pointers(Tensor[] tensors, Tensor spec_index, Tensor specs, Tensor(a!) pointers) -> ()
+     Compares each of n tensors with its row of `specs` and writes its data pointer. The last of the n + 1 numbers of
+     `pointers` becomes -1, or 2 * i for the first tensor i that differs from its spec, 2 * i + 1 if its elements lie
+     outside of its storage. */
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef uint64_t StableIValue;
+typedef void *Handle;
+typedef int32_t Error;
+typedef void (*Kernel)(StableIValue *, uint64_t, uint64_t);
+
+/* The functions of torch in use. Python resolves each by its name, so no library has to be linked. */
+#define FUNCTIONS(X)                                                                    \
+  X(aoti_torch_library_init_fragment, (const char *, const char *, uint32_t, Handle *)) \
+  X(aoti_torch_library_init_impl, (const char *, const char *, const char *, uint32_t, Handle *)) \
+  X(aoti_torch_library_def, (Handle, const char *))                                     \
+  X(torch_library_impl, (Handle, const char *, Kernel, uint64_t))                       \
+  X(torch_list_size, (Handle, size_t *))                                                \
+  X(torch_list_get_item, (Handle, size_t, StableIValue *))                              \
+  X(torch_delete_list, (Handle))                                                        \
+  X(aoti_torch_delete_tensor_object, (Handle))                                          \
+  X(aoti_torch_get_data_ptr, (Handle, void **))                                         \
+  X(aoti_torch_get_dtype, (Handle, int32_t *))                                          \
+  X(aoti_torch_get_layout, (Handle, int32_t *))                                         \
+  X(aoti_torch_get_device_type, (Handle, int32_t *))                                    \
+  X(aoti_torch_get_device_index, (Handle, int32_t *))                                   \
+  X(aoti_torch_get_dim, (Handle, int64_t *))                                            \
+  X(aoti_torch_get_sizes, (Handle, int64_t **))                                         \
+  X(aoti_torch_get_strides, (Handle, int64_t **))                                       \
+  X(aoti_torch_get_storage_offset, (Handle, int64_t *))                                 \
+  X(aoti_torch_get_storage_size, (Handle, int64_t *))
+
+#define POINTER(name, arguments) static Error(*name) arguments;
+FUNCTIONS(POINTER)
+
+const char *const function_names[] = {
+#define NAME(name, arguments) #name,
+    FUNCTIONS(NAME)
+#undef NAME
+};
+const int n_functions = sizeof function_names / sizeof *function_names;
+
+void resolve(void *const *addresses) {
+#define RESOLVE(name, arguments) name = (Error(*) arguments) * addresses++;
+  FUNCTIONS(RESOLVE)
+#undef RESOLVE
+}
+
+/* Columns of a row: `SPAN` bytes from the first element to the last, elements of `ITEM` bytes, then `SIZES` and
+   `STRIDES`, each as many numbers as the tensor has dimensions. */
+enum { DTYPE, LAYOUT, DEVICE_TYPE, DEVICE, DIM, SPAN, ITEM, SIZES };
+
+static int64_t *data_of(Handle tensor) {
+  void *data = NULL;
+  aoti_torch_get_data_ptr(tensor, &data);
+  return data;
+}
+
+static int64_t width_of(Handle rows) {
+  int64_t *sizes;
+  aoti_torch_get_sizes(rows, &sizes);
+  return sizes[1];
+}
+
+static int describe_one(Handle t, int64_t *row) {
+  int32_t number;
+  int64_t *sizes, *strides;
+  if (aoti_torch_get_dtype(t, &number)) return 1;
+  row[DTYPE] = number;
+  if (aoti_torch_get_layout(t, &number)) return 1;
+  row[LAYOUT] = number;
+  if (aoti_torch_get_device_type(t, &number)) return 1;
+  row[DEVICE_TYPE] = number;
+  if (aoti_torch_get_device_index(t, &number)) return 1;
+  row[DEVICE] = number;
+  if (aoti_torch_get_dim(t, row + DIM)) return 1;
+  if (aoti_torch_get_sizes(t, &sizes) || aoti_torch_get_strides(t, &strides)) return 1;
+  memcpy(row + SIZES, sizes, 8 * row[DIM]);
+  memcpy(row + SIZES + row[DIM], strides, 8 * row[DIM]);
+  return 0;
+}
+
+static int differs(Handle t, const int64_t *spec) {
+  int32_t number;
+  int64_t dim, *numbers;
+  if (aoti_torch_get_dtype(t, &number) || number != spec[DTYPE]) return 1;
+  if (aoti_torch_get_layout(t, &number) || number != spec[LAYOUT]) return 1;
+  if (aoti_torch_get_device_type(t, &number) || number != spec[DEVICE_TYPE]) return 1;
+  if (aoti_torch_get_device_index(t, &number) || number != spec[DEVICE]) return 1;
+  if (aoti_torch_get_dim(t, &dim) || dim != spec[DIM]) return 1;
+  if (aoti_torch_get_sizes(t, &numbers) || memcmp(numbers, spec + SIZES, 8 * dim)) return 1;
+  return aoti_torch_get_strides(t, &numbers) || memcmp(numbers, spec + SIZES + dim, 8 * dim);
+}
+
+static int outside(Handle t, const int64_t *spec) {
+  int64_t offset, bytes;
+  if (!spec[SPAN]) return 0;
+  if (aoti_torch_get_storage_offset(t, &offset) || aoti_torch_get_storage_size(t, &bytes)) return 1;
+  return offset * spec[ITEM] + spec[SPAN] > bytes;
+}
+
+static void describe(StableIValue *stack, uint64_t n_in, uint64_t n_out) {
+  Handle list = (Handle)stack[0], rows = (Handle)stack[1];
+  int64_t *row = data_of(rows), width = width_of(rows);
+  size_t n = 0;
+  torch_list_size(list, &n);
+  for (size_t i = 0; i < n; i++, row += width) {
+    StableIValue item;
+    torch_list_get_item(list, i, &item);
+    if (describe_one((Handle)item, row)) row[DIM] = -1;
+    aoti_torch_delete_tensor_object((Handle)item);
+  }
+  torch_delete_list(list);
+  aoti_torch_delete_tensor_object(rows);
+}
+
+static void read_pointers(StableIValue *stack, uint64_t n_in, uint64_t n_out) {
+  Handle list = (Handle)stack[0], index = (Handle)stack[1], table = (Handle)stack[2], result = (Handle)stack[3];
+  const int64_t *spec_index = data_of(index), *specs = data_of(table), width = width_of(table);
+  int64_t *pointers = data_of(result), found = -1;
+  size_t n = 0;
+  torch_list_size(list, &n);
+  for (size_t i = 0; i < n; i++) {
+    StableIValue item;
+    torch_list_get_item(list, i, &item);
+    if (found < 0) {
+      const int64_t *spec = specs + spec_index[i] * width;
+      if (differs((Handle)item, spec)) found = 2 * (int64_t)i;
+      else if (outside((Handle)item, spec)) found = 2 * (int64_t)i + 1;
+      else pointers[i] = (int64_t)(intptr_t)data_of((Handle)item);
+    }
+    aoti_torch_delete_tensor_object((Handle)item);
+  }
+  torch_delete_list(list);
+  aoti_torch_delete_tensor_object(index);
+  aoti_torch_delete_tensor_object(table);
+  aoti_torch_delete_tensor_object(result);
+  pointers[n] = found;
+}
+
+/* The same operation where the memory of a tensor does not hold its elements as they are: they are conjugated or
+   negated when they are read, or all zero. torch's own fallback would hand over a copy that is gone after the call. */
+static void refuse_pointers(StableIValue *stack, uint64_t n_in, uint64_t n_out) {
+  size_t n = 0;
+  torch_list_size((Handle)stack[0], &n);
+  data_of((Handle)stack[3])[n] = 0;
+  torch_delete_list((Handle)stack[0]);
+  for (int k = 1; k < 4; k++) aoti_torch_delete_tensor_object((Handle)stack[k]);
+}
+
+static Error implement(const char *name_space, const char *key, const char *name, Kernel kernel, uint64_t version) {
+  Handle library; /* never freed: a registration lasts as long as the process */
+  Error error = aoti_torch_library_init_impl(name_space, key, __FILE__, __LINE__, &library);
+  return error ? error : torch_library_impl(library, name, kernel, version);
+}
+
+/* Registers both operations; `version` is that of the ABI, as torch encodes its own. Returns 0 if all is well. */
+int register_operations(const char *name_space, uint64_t version) {
+  static const char *const lazy[] = {"Negative", "Conjugate", "ZeroTensor"};
+  Handle library;
+  Error error = aoti_torch_library_init_fragment(name_space, __FILE__, __LINE__, &library);
+  if (!error) error = aoti_torch_library_def(library, "describe(Tensor[] tensors, Tensor(a!) rows) -> ()");
+  if (!error)
+    error = aoti_torch_library_def(
+        library, "read_pointers(Tensor[] tensors, Tensor spec_index, Tensor specs, Tensor(a!) pointers) -> ()");
+  if (!error) error = implement(name_space, "CompositeExplicitAutograd", "describe", describe, version);
+  if (!error) error = implement(name_space, "CompositeExplicitAutograd", "read_pointers", read_pointers, version);
+  for (int k = 0; k < 3 && !error; k++)
+    error = implement(name_space, lazy[k], "read_pointers", refuse_pointers, version);
+  return error;
+}
+
+typedef struct {
+  void (*run)(void *);
+  void *launch;
+} pass_t;
+
+/* Runs passes and then moves counters on, in one call: no signal is handled by Python in between. */
+void run_passes(const pass_t *passes, int64_t n_passes, int64_t *const *counters, int64_t n_counters) {
+  for (int64_t k = 0; k < n_passes; k++) passes[k].run(passes[k].launch);
+  for (int64_t k = 0; k < n_counters; k++) ++*counters[k];
+}

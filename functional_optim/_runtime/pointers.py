@@ -1,0 +1,150 @@
+"""The check of all tensors of a step, and their data pointers, in one operation.
+
+With a C compiler both are one loop of `pointers.c`, an operation that torch dispatches like any other. Without one the
+same comparison runs in Python; no kernel is launched then, so nothing needs the pointers.
+"""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .._compiler.build import BuildError, load_c
+from .internals import is_wrapper_of_a_transformation
+from .spec import TensorSpec
+
+
+NAMESPACE = "functional_optim"
+ABI_VERSION = 2 << 56 | 10 << 48  # torch 2.10, the first with all functions of the C ABI in use
+HEAD = 7  # numbers of a row before sizes and strides; `SIZES` of pointers.c
+SPAN, ITEM = 5, 6
+
+
+class Difference(NamedTuple):
+    """The first tensor that is not as its spec says.
+
+    Args:
+      position: its position among the tensors of the step.
+      outside: whether the spec is right, but the storage has been freed or cut.
+    """
+
+    position: int
+    outside: bool
+
+
+@functools.lru_cache(maxsize=1)
+def library() -> ctypes.CDLL:
+    """The compiled `pointers.c`.
+
+    Raises:
+      BuildError: there is no working compiler.
+    """
+    return load_c(Path(__file__).with_suffix(".c").read_text())
+
+
+@functools.lru_cache(maxsize=1)
+def operations() -> Any:
+    """The operations of `pointers.c`, registered; None where there is no C compiler."""
+    try:
+        own = library()
+        torch_library = ctypes.CDLL(torch._C.__file__)
+        n = ctypes.c_int.in_dll(own, "n_functions").value
+        names: list[bytes] = list((ctypes.c_char_p * n).in_dll(own, "function_names"))
+        functions = [ctypes.cast(getattr(torch_library, name.decode()), ctypes.c_void_p) for name in names]
+        own.resolve((ctypes.c_void_p * len(functions))(*functions))
+        if own.register_operations(NAMESPACE.encode(), ctypes.c_uint64(ABI_VERSION)):
+            return None
+    except (BuildError, OSError, AttributeError):
+        return None
+    for name in ("read_pointers", "describe"):
+        torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *_: None)  # they return nothing
+    return getattr(torch.ops, NAMESPACE)
+
+
+class Pointers:
+    """Memory for the data pointers of a step, for the status of reading them, and for pointers to new tensors.
+
+    Args:
+      n: number of tensors to be read.
+      n_new: number of new tensors.
+    """
+
+    def __init__(self, n: int, n_new: int = 0) -> None:
+        self.n, self.memory = n, (ctypes.c_int64 * (n + 1 + n_new))()
+        self.tensor = torch.frombuffer(self.memory, dtype=torch.int64)
+        self.address = ctypes.addressof(self.memory)
+
+    def content(self) -> bytes:
+        """The pointers that have been read, as bytes."""
+        return ctypes.string_at(self.address, 8 * self.n)
+
+
+class PointerReader:
+    """Compares the tensors of a step with those that it was bound to, and reads their data pointers.
+
+    Args:
+      tensors: the tensors that the step is bound to.
+      specs: their specs.
+
+    Example:
+      >>> x = torch.zeros(2)
+      >>> reader = PointerReader([x], [TensorSpec.of(x)])
+      >>> pointers = Pointers(1)
+      >>> reader.read([torch.ones(2)], pointers), reader.read([torch.ones(3)], pointers)
+      (None, Difference(position=0, outside=False))
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor], specs: Sequence[TensorSpec]) -> None:
+        self.specs = list(specs)
+        self.classes = frozenset(spec.cls for spec in specs)
+        self.plain = all(spec.plain for spec in set(specs))
+        own = operations() if self.plain else None
+        self.operation = None
+        if own is not None and not any(map(is_wrapper_of_a_transformation, tensors)):
+            self.operation = own.read_pointers.default
+            self._describe(own.describe.default, tensors)
+
+    def _describe(self, describe: Any, tensors: Sequence[torch.Tensor]) -> None:
+        """Fills the table of specs, a row for each that differs."""
+        rows = {spec: k for k, spec in enumerate(dict.fromkeys(self.specs))}
+        examples = dict(zip(self.specs, tensors, strict=True))
+        width = HEAD + 2 * max((len(spec.shape) for spec in rows), default=0)
+        self.spec_index = torch.tensor([rows[spec] for spec in self.specs], dtype=torch.int64, device="cpu")
+        self.table = torch.zeros((len(rows), width), dtype=torch.int64, device="cpu")
+        with torch.no_grad():
+            describe([examples[spec] for spec in rows], self.table)
+        for spec, k in rows.items():
+            self.table[k, SPAN], self.table[k, ITEM] = spec.span, spec.dtype.itemsize
+
+    def read(self, tensors: Sequence[Any], pointers: Pointers) -> Difference | None:
+        """Compares tensors, and reads their data pointers where the operation is at hand.
+
+        Args:
+          tensors: the tensors of this step.
+          pointers: memory for as many pointers.
+
+        Returns:
+          The first difference, or None.
+        """
+        if not self.classes.issuperset(map(type, tensors)):
+            return Difference(next(k for k, x in enumerate(tensors) if type(x) not in self.classes), False)
+        if self.operation is None:
+            found = self._compare(tensors)
+            if found is None and self.plain:
+                pointers.memory[: pointers.n] = [x.data_ptr() for x in tensors]
+            return found
+        pointers.memory[pointers.n] = 0  # stays where torch finds another implementation than ours, as for meta tensors
+        self.operation(tensors, self.spec_index, self.table, pointers.tensor)
+        status = pointers.memory[pointers.n]
+        return None if status < 0 else Difference(status >> 1, bool(status & 1))
+
+    def _compare(self, tensors: Sequence[Any]) -> Difference | None:
+        for k, (x, spec) in enumerate(zip(tensors, self.specs, strict=True)):
+            if x.layout is not torch.strided or TensorSpec.of(x) != spec:
+                return Difference(k, False)
+            if spec.plain and x.storage_offset() * x.element_size() + spec.span > x.untyped_storage().nbytes():
+                return Difference(k, True)
+        return None

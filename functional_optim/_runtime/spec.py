@@ -1,0 +1,101 @@
+"""TensorSpec: the description of a tensor that a launch depends on."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)  # the classes whose memory a kernel may be handed
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class TensorSpec(NamedTuple):
+    """Class, dtype, shape, strides and device of a strided tensor.
+
+    Args:
+      cls: the class.
+      dtype: the dtype.
+      shape: the sizes.
+      stride: the strides, in elements.
+      device: the device.
+      lazy: whether the elements are negated or conjugated when they are read, or not stored at all.
+
+    Example:
+      >>> TensorSpec.of(torch.zeros(2)) == TensorSpec.of(torch.ones(2))
+      True
+      >>> TensorSpec.of(torch.zeros(2)) == TensorSpec.of(torch.zeros(3))
+      False
+    """
+
+    cls: type
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    device: torch.device
+    lazy: bool
+
+    @classmethod
+    def of(cls, x: torch.Tensor) -> "TensorSpec":
+        """The spec of a strided tensor."""
+        return cls(type(x), x.dtype, x.shape, x.stride(), x.device, x.is_neg() or x.is_conj() or x._is_zerotensor())
+
+    @property
+    def plain(self) -> bool:
+        """Whether a kernel may be handed the memory of such a tensor."""
+        return self.cls in PLAIN and self.device.type != "meta" and not self.lazy
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.shape.numel()
+
+    @property
+    def span(self) -> int:
+        """Bytes from the first element to the end of the last one."""
+        if not self.numel:
+            return 0
+        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
+        return int((last + 1) * self.dtype.itemsize)
+
+    @property
+    def layout(self) -> tuple[tuple[int, int], ...] | None:
+        """Order of the elements in memory, outermost dimension first; None if there are holes or repetitions.
+
+        Two tensors of one shape and layout can be walked side by side by address. Dimensions of size one do not count.
+        """
+        dims = [(stride, k) for k, (size, stride) in enumerate(zip(self.shape, self.stride, strict=True)) if size != 1]
+        dims.sort(reverse=True)
+        expected = 1
+        for stride, k in reversed(dims):
+            if stride != expected:
+                return None
+            expected *= self.shape[k]
+        return tuple(dims)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether several elements may share one place in memory, as those of an expanded tensor do."""
+        reach = 0  # of the dimensions with smaller strides
+        for stride, size in sorted(zip(self.stride, self.shape, strict=True)):
+            if size > 1:
+                if stride <= reach:
+                    return True
+                reach += (size - 1) * stride
+        return False
+
+
+def walk_together(specs: Sequence[TensorSpec]) -> bool:
+    """Whether strided tensors of one shape can be walked side by side by address."""
+    layouts = {spec.layout for spec in set(specs)}
+    return len(layouts) == 1 and None not in layouts
+
+
+def compute_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """The dtype that elements are computed in: float64 if an array holds it, else float32."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def specs_of(column: Sequence[Any]) -> list[TensorSpec | None]:
+    """The spec of each tensor of a column; None where there is no tensor."""
+    return [None if x is None else TensorSpec.of(x) for x in column]

@@ -1,0 +1,448 @@
+"""BoundStep: programs bound to tensors of certain specs. Bind once, step many.
+
+Everything that specs decide is decided when a step is bound: groups, kernels, launch structures. After that a step
+gathers its tensors, has them compared and their data pointers read in one operation, fills in numbers, and launches.
+"""
+
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+
+from .._compiler.build import BuildError
+from .._compiler.call import Column
+from .._compiler.program import Level
+from .backend import choose_backend, give_up, requested_backend
+from .checks import at
+from .cpu import CpuLaunch, compile_c, usable_threads
+from .cuda import TritonLaunch, compile_triton
+from .evaluate import evaluate
+from .numbers import Number, Table
+from .overlap import SharedMemoryError, find_clash
+from .plan import Columns, Key, Leaf, group_leaves
+from .pointers import Difference, PointerReader, Pointers
+from .spec import TensorSpec
+
+
+REQUIRES_GRAD = attrgetter("requires_grad")
+COMPILE: dict[str, Callable[[Any], Any]] = {"c": compile_c, "triton": compile_triton}
+Specs = Mapping[Key, Sequence[TensorSpec | None]]
+Numbers = Sequence[Sequence[Number]]  # the scalar table of each group
+
+
+class Programs:
+    """The programs of some leaves, which torch operations can compute wherever torch works.
+
+    Args:
+      leaves: the leaves that programs compute.
+      specs: the specs of their tensors, by column.
+    """
+
+    def __init__(self, leaves: Sequence[Leaf], specs: Specs) -> None:
+        self.groups = group_leaves(leaves, specs)
+        self.tables = [Table(group) for group in self.groups]
+        self.gathers = [(gather.key, gather.pick) for group in self.groups for gather in group.gathers]
+
+    def numbers(self, options: Sequence[Mapping[str, Any]], extra: Mapping[str, Any]) -> list[list[Number]]:
+        """The numbers of this step; see `Table.numbers`."""
+        return [table.numbers(options, extra) for table in self.tables]
+
+    def gather(self, columns: Columns) -> list[Any]:
+        """The tensors of all groups: for each group and gather, one per leaf."""
+        tensors: list[Any] = []
+        for key, pick in self.gathers:
+            source: Any = columns if key is None else columns[key]
+            tensors += source if pick is None else pick(source)
+        return tensors
+
+    def split(self, tensors: Sequence[Any]) -> list[list[Column]]:
+        """Gathered tensors as columns of each group."""
+        columns, start = [], 0
+        for group in self.groups:
+            n = len(group.leaves)
+            columns.append([list(tensors[start + k * n : start + (k + 1) * n]) for k in range(len(group.gathers))])
+            start += n * len(group.gathers)
+        return columns
+
+    def evaluate(self, columns: Columns, numbers: Numbers) -> Columns:
+        """New values by the reference, which autograd and transformations follow. Nothing is written.
+
+        Returns:
+          The columns that change, complete.
+        """
+        return self.scatter(columns, evaluate("reference", self.groups, self.split(self.gather(columns)), numbers))
+
+    def scatter(self, columns: Columns, outputs: Sequence[Sequence[Sequence[Any]]]) -> Columns:
+        """The columns that change, with the outputs of all groups in their places."""
+        results: dict[Key, list[Any]] = {}
+        for group, own in zip(self.groups, outputs, strict=True):
+            for k, values in zip(group.outputs, own, strict=True):
+                places = [("updates", i) for i in group.leaves] if k is None else group.gathers[k].places
+                for (key, i), value in zip(places, values, strict=True):
+                    if key not in results:
+                        results[key] = list(columns[key])
+                    results[key][i] = value
+        return dict(results)
+
+
+class Reading(NamedTuple):
+    """The tensors of one step, found to be like those that it is bound to.
+
+    Args:
+      tensors: the gathered tensors, contiguous copies in place of those that a kernel cannot walk.
+      originals: the tensors that were copied, by position.
+      launch: memory with the data pointers, and the launches that read it.
+    """
+
+    tensors: list[torch.Tensor]
+    originals: dict[int, torch.Tensor]
+    launch: "_Launch"
+
+
+class _Launch:
+    """Memory for data pointers, and the launches of C kernels on it. Threads that share a step have one each."""
+
+    def __init__(self, step: "BoundStep", n_threads: int) -> None:
+        self.n_threads, self.pointers = n_threads, Pointers(step.n_gathered, step.n_outputs)
+        self.disjoint = b""  # pointers that were found to share no memory
+        self.status = ctypes.c_int64()
+        self.cpu = {
+            k: CpuLaunch([step.groups[g] for g in own], [step.places[g] for g in own], self.pointers, n_threads)
+            for k, (backend, own) in enumerate(step.parts)
+            if backend == "c"
+        }
+
+    @property
+    def completed(self) -> bool:
+        """Whether everything has been written, which C notes in the call that writes."""
+        return self.status.value != 0
+
+
+class BoundStep(Programs):
+    """Programs bound to tensors of certain specs.
+
+    Args:
+      leaves: the leaves that programs compute.
+      specs: the specs of their tensors, by column.
+      columns: tensors of these specs.
+      paths: the path of each leaf of the tree.
+      in_place: whether results are written to the tensors that are there; otherwise they are new tensors.
+      counters: columns of counters that all leaves share, which a step in place moves on by one.
+    """
+
+    def __init__(
+        self,
+        leaves: Sequence[Leaf],
+        specs: Specs,
+        columns: Columns,
+        paths: Sequence[str],
+        in_place: bool,
+        counters: Sequence[Key] = (),
+    ) -> None:
+        super().__init__(leaves, specs)
+        self.paths, self.in_place, self.requested = paths, in_place, requested_backend()
+        self.specs: list[TensorSpec] = self.gather(dict(specs))
+        self.plain = all(spec.plain for spec in set(self.specs))
+        self.devices = {group.device for group in self.groups}
+        self.spans_devices = len(self.devices) > 1 and any(g.signature.program.spans_tree for g in self.groups)
+        self.parts = self._choose_backends()
+        self.n_gathered = len(self.specs)
+        launched = [g for backend, own in self.parts for g in own if backend in COMPILE]
+        self.allocates = bool(launched) and not in_place
+        self.n_outputs = sum(len(g.leaves) * len(g.outputs) for g in self.groups) if self.allocates else 0
+        self.places = self._kernel_columns()
+        self.triton = {
+            k: TritonLaunch([self.groups[g] for g in own], [self.places[g] for g in own])
+            for k, (backend, own) in enumerate(self.parts)
+            if backend == "triton"
+        }
+        self.copied = self._find_copied(launched)
+        self.written = self._find_written() if in_place else []
+        self.repeated = self._find_repeated() if in_place else None
+        self.counters = self._find_counters(counters) if in_place else []
+        tensors = self.gather(columns)
+        for i in self.copied:
+            tensors[i] = tensors[i].contiguous()
+        seen = list(self.specs)
+        for i in self.copied:
+            seen[i] = TensorSpec.of(tensors[i])
+        self.reader = PointerReader(tensors, seen)
+        self.launches: list[_Launch] = []  # those that no thread uses at the moment
+
+    # -- binding ------------------------------------------------------------------------------------------------------
+
+    def _choose_backends(self) -> list[tuple[str, list[int]]]:
+        """The backends, and the groups that each computes; those on one device run together."""
+        if not self.plain or self.spans_devices:
+            return [("reference", list(range(len(self.groups))))]
+        parts = []
+        for device in dict.fromkeys(group.device for group in self.groups):
+            own = [k for k, group in enumerate(self.groups) if group.device == device]
+            backend, _ = choose_backend(device)
+            if backend in COMPILE:
+                try:
+                    for k in own:
+                        COMPILE[backend](self.groups[k].signature)
+                except BuildError as error:
+                    give_up(backend, str(error))
+                    backend = "foreach"
+            parts.append((backend, own))
+        return parts
+
+    def _kernel_columns(self) -> list[list[int]]:
+        """For each group, the positions among the pointers at which the columns of its kernel begin."""
+        places, start, new = [], 0, self.n_gathered + 1  # one number between them is the status of the reading
+        for group in self.groups:
+            n = len(group.leaves)
+            own = [start + k * n for k in group.inputs]
+            for k in group.outputs:
+                if self.allocates:
+                    own.append(new)
+                    new += n
+                elif k is not None:
+                    own.append(start + k * n)
+            places.append(own)
+            start += n * len(group.gathers)
+        return places
+
+    def _find_copied(self, launched: Sequence[int]) -> list[int]:
+        """Positions of the tensors that kernels are handed copies of."""
+        copied, start = [], 0
+        for g, group in enumerate(self.groups):
+            n, program = len(group.leaves), group.signature.program
+            if g in launched and group.copied:
+                own = {group.updates, *group.inputs[: len(program.arrays)]}
+                for k, output in zip(group.outputs, program.outputs, strict=True):
+                    if k is not None and output.level is Level.ELEMENT:
+                        own.add(k)
+                copied += [start + k * n + i for k in sorted(own) for i in group.copied]
+            start += n * len(group.gathers)
+        return copied
+
+    def _find_written(self) -> list[tuple[int, int]]:
+        """Bounds of the runs of gathered tensors that are written in place."""
+        bounds: list[tuple[int, int]] = []
+        start = 0
+        for group in self.groups:
+            n = len(group.leaves)
+            for k in sorted({k for k in group.outputs if k is not None}):
+                first = start + k * n
+                if bounds and bounds[-1][1] == first:
+                    bounds[-1] = (bounds[-1][0], first + n)
+                else:
+                    bounds.append((first, first + n))
+            start += n * len(group.gathers)
+        return bounds
+
+    def _find_repeated(self) -> int | None:
+        """The position of a tensor that is written and several of whose elements share memory."""
+        bad = {spec for spec in set(self.specs) if spec.repeats}
+        written = (i for start, stop in self.written for i in range(start, stop))
+        return next((i for i in written if self.specs[i] in bad), None) if bad else None
+
+    def _find_counters(self, keys: Sequence[Key]) -> list[int]:
+        """The position of each shared counter among the gathered tensors."""
+        found: dict[Key, int] = {}
+        start = 0
+        for group in self.groups:
+            for k, gather in enumerate(group.gathers):
+                if gather.places[0][0] in keys:
+                    found.setdefault(gather.places[0][0], start + k * len(group.leaves))
+            start += len(group.leaves) * len(group.gathers)
+        return list(found.values())
+
+    def name_of(self, position: int) -> tuple[str, int]:
+        """The name of a gathered tensor's column in messages, and the position of its leaf."""
+        for group in self.groups:
+            n = len(group.leaves)
+            if position < n * len(group.gathers):
+                return group.name_of(position // n), group.leaves[position % n]
+            position -= n * len(group.gathers)
+        raise IndexError(position)
+
+    # -- stepping -----------------------------------------------------------------------------------------------------
+
+    def read(self, columns: Columns) -> Reading | Difference:
+        """The tensors of this step, if they are like those that it is bound to; else the first difference.
+
+        Args:
+          columns: the tensors by column.
+        """
+        tensors = self.gather(columns)
+        originals: dict[int, torch.Tensor] = {}
+        for i in self.copied:
+            x = originals[i] = tensors[i]
+            if not isinstance(x, torch.Tensor) or x.layout is not torch.strided or TensorSpec.of(x) != self.specs[i]:
+                return Difference(i, False)
+            if x.storage_offset() * x.element_size() + self.specs[i].span > x.untyped_storage().nbytes():
+                return Difference(i, True)
+            tensors[i] = x.contiguous()
+        n_threads = usable_threads()
+        launch = self.launches.pop() if self.launches else None
+        if launch is None or launch.n_threads != n_threads:
+            launch = _Launch(self, n_threads)
+        launch.status.value = 0
+        found = self.reader.read(tensors, launch.pointers)
+        if found is not None:
+            self.launches.append(launch)
+            return found
+        return Reading(tensors, originals, launch)
+
+    def requires_grad(self, reading: Reading, numbers: Numbers) -> bool:
+        """Whether autograd has to record the step."""
+        return torch.is_grad_enabled() and (
+            any(map(REQUIRES_GRAD, reading.tensors))
+            or any(isinstance(x, torch.Tensor) and x.requires_grad for table in numbers for x in table)
+        )
+
+    def release(self, reading: Reading) -> None:
+        """Gives back the memory of a reading that is not run."""
+        self.launches.append(reading.launch)
+
+    def run(self, reading: Reading, columns: Columns, numbers: Numbers) -> Columns:
+        """Computes the step. `reading.launch.completed` tells from then on whether everything has been written.
+
+        Args:
+          reading: its tensors.
+          columns: the columns that they were gathered from.
+          numbers: the scalar table of each group.
+
+        Returns:
+          The columns that change, complete; none if the step is in place.
+
+        Raises:
+          SharedMemoryError: tensors that are written share memory. Nothing has been written.
+        """
+        launch, tensors = reading.launch, reading.tensors
+        outputs: list[list[Column]] = self._allocate(reading) if self.allocates else [[] for _ in self.groups]
+        counters = [tensors[i] for i in self.counters]
+        if self.in_place:
+            if self.plain:
+                self._refuse_overlap(reading)
+            written = []
+            for start, stop in self.written:
+                written += tensors[start:stop]
+            # before anything is written, so that no interrupt comes between a write and its version
+            torch.autograd.graph.increment_version([*written, *counters])
+        if len(launch.cpu) == len(self.parts) == 1:
+            counters_at = [launch.pointers.memory[i] for i in self.counters]
+            if not reading.originals:
+                counters_at.append(ctypes.addressof(launch.status))
+            launch.cpu[0](numbers, counters_at)
+        else:
+            self._run_parts(reading, numbers, outputs)
+            for x in counters:
+                x.add_(1)
+        if reading.originals:
+            if self.in_place:
+                self._copy_back(reading)
+            else:
+                self._restore_layout(reading, outputs)
+        launch.status.value = 1
+        self.launches.append(launch)
+        return {} if self.in_place else self.scatter(columns, outputs)
+
+    def _run_parts(self, reading: Reading, numbers: Numbers, outputs: list[list[Column]]) -> None:
+        """Runs the groups of several devices, or of a backend that is not one call."""
+        for part, (backend, own) in enumerate(self.parts):
+            table = [numbers[g] for g in own]
+            if backend == "c":
+                reading.launch.cpu[part](table, [])
+            elif backend == "triton":
+                tensors = [*reading.tensors, reading.launch.pointers.tensor, *_flat(outputs)]
+                self.triton[part](tensors, reading.launch.pointers, table)
+            else:
+                self._evaluate(backend, own, reading.tensors, table, outputs)
+
+    def _evaluate(
+        self,
+        backend: str,
+        own: Sequence[int],
+        tensors: list[torch.Tensor],
+        numbers: Numbers,
+        outputs: list[list[Column]],
+    ) -> None:
+        """Computes groups with torch operations."""
+        columns = self.split(tensors)
+        groups = [self.groups[g] for g in own]
+        results = evaluate(backend, groups, [columns[g] for g in own], numbers)
+        for g, group, columns_of, values in zip(own, groups, [columns[g] for g in own], results, strict=True):
+            if not self.in_place:
+                outputs[g] = values
+                continue
+            for k, column in zip(group.outputs, values, strict=True):
+                assert k is not None  # updates are never written in place
+                for target, x in zip(columns_of[k], column, strict=True):
+                    target.copy_(x)
+
+    def _allocate(self, reading: Reading) -> list[list[Column]]:
+        """New tensors for the outputs of kernels, with their pointers among those of the step."""
+        outputs: list[list[Column]] = []
+        for group, columns in zip(self.groups, self.split(reading.tensors), strict=True):
+            like = columns[group.updates]
+            own: list[Column] = []
+            for output, dtype in zip(group.signature.program.outputs, group.signature.outputs, strict=True):
+                if output.level is Level.LEAF:
+                    own.append([torch.empty((), dtype=dtype, device=group.device) for _ in like])
+                else:
+                    own.append([torch.empty_like(x, dtype=dtype, requires_grad=False) for x in like])
+            outputs.append(own)
+        new = _flat(outputs)
+        memory = reading.launch.pointers.memory
+        memory[self.n_gathered + 1 : self.n_gathered + 1 + len(new)] = [x.data_ptr() for x in new]
+        return outputs
+
+    def _copy_back(self, reading: Reading) -> None:
+        """Writes the copies that kernels have changed to their originals."""
+        for i, x in reading.originals.items():
+            if x is not reading.tensors[i] and any(start <= i < stop for start, stop in self.written):
+                x.copy_(reading.tensors[i])
+
+    def _restore_layout(self, reading: Reading, outputs: list[list[Column]]) -> None:
+        """Gives new tensors of leaves that were copied the layout of the tensors that they follow."""
+        start = 0
+        for group, own in zip(self.groups, outputs, strict=True):
+            n = len(group.leaves)
+            for k, output, column in zip(group.outputs, group.signature.program.outputs, own, strict=True):
+                for i in group.copied if output.level is Level.ELEMENT else ():
+                    like = reading.originals.get(start + (group.updates if k is None else k) * n + i)
+                    if like is not None:
+                        column[i] = torch.empty_like(like, dtype=column[i].dtype, requires_grad=False).copy_(column[i])
+            start += n * len(group.gathers)
+
+    def _refuse_overlap(self, reading: Reading) -> None:
+        """Refuses to write to memory that two tensors share, if pointers are not those of the last time.
+
+        Raises:
+          SharedMemoryError: with the paths of both.
+        """
+        pointers = reading.launch.pointers
+        if self.repeated is not None:
+            label, leaf = self._label(self.repeated), self.name_of(self.repeated)[1]
+            raise SharedMemoryError(label, label, leaf, leaf)
+        content = pointers.content()
+        if content == reading.launch.disjoint and not reading.originals:
+            return
+        addresses = pointers.memory[: self.n_gathered]
+        for i, x in reading.originals.items():
+            addresses[i] = x.data_ptr()
+        written = [False] * self.n_gathered
+        for start, stop in self.written:
+            written[start:stop] = [True] * (stop - start)
+        clash = find_clash(addresses, self.specs, written)
+        if clash is not None:
+            leaves = self.name_of(clash.first)[1], self.name_of(clash.second)[1]
+            raise SharedMemoryError(self._label(clash.first), self._label(clash.second), *leaves)
+        reading.launch.disjoint = content
+
+    def _label(self, position: int) -> str:
+        """A gathered tensor as messages call it."""
+        name, leaf = self.name_of(position)
+        return f"{name}{at(self.paths[leaf])}"
+
+
+def _flat(outputs: Sequence[Sequence[Column]]) -> list[torch.Tensor]:
+    """The tensors of all columns."""
+    return [x for own in outputs for column in own for x in column]

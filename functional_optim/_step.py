@@ -1,0 +1,444 @@
+"""One step of the pure API: trees are read as columns, programs run on them, trees are made of the results.
+
+The first step over trees of some structure binds the transformation to them; later ones find what was bound on the
+transformation itself, and only have their tensors compared.
+"""
+
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ._regions import BoundRegion, Opaque, Region, Variant, cut_into_regions
+from ._runtime.backend import requested_backend
+from ._runtime.checks import at, check_fit, check_leaf, check_number
+from ._runtime.internals import needs_dispatch
+from ._runtime.overlap import SharedMemoryError
+from ._runtime.plan import Columns
+from ._runtime.spec import specs_of
+from ._runtime.step import Numbers
+from ._state import TreeState, get_state, set_states
+from ._transform import GradientTransformation
+from ._tree import MaskedNode, Reader, Tree, View, difference, flatten, paths
+
+
+KEEP = 8  # trees that a transformation is bound to at once
+
+
+class TreeRegion(BoundRegion):
+    """A region over the leaves of a tree, with its state."""
+
+    def __init__(self, region: Region, step: "TreeStep") -> None:
+        super().__init__(region, step.paths, step.present)
+        self.state = TreeState(region, step.read)
+        self.moving = [k for k in self.state.counted if any(region.links[k].seen[i] for i in step.present)]
+
+    def columns(self, columns: Columns, states: Mapping[int, Any]) -> Columns:
+        """All tensors that the programs read: the leaves, the state, and schedules that Python evaluates."""
+        devices: list[torch.device | None] = [None] * len(self.paths)
+        for i in self.present:
+            u = columns["updates"][i]
+            devices[i] = u.device if isinstance(u, torch.Tensor) else None
+        own = {**columns, **self.state.columns(states, devices)}
+        for name, (schedule, counter) in self.region.hosts.items():
+            count = int(states[counter[0]].count)  # type: ignore[index]
+            own[name] = host_column(name, schedule, [count] * len(devices), devices)
+        return own
+
+
+class TreeStep:
+    """A transformation over trees of one structure in which the same leaves are there.
+
+    Args:
+      tx: the transformation.
+      apply: whether to add the updates to the parameters.
+      updates: the updates.
+      params: the parameters, if there are any.
+
+    Raises:
+      ValueError, TypeError: the trees do not fit.
+    """
+
+    def __init__(self, tx: GradientTransformation, apply: bool, updates: Tree, params: Tree | None) -> None:
+        self.tx, self.apply, self.with_params = tx, apply, params is not None
+        leaves, self.spec = flatten(updates if params is None else params)
+        self.read, self.paths = Reader(self.spec), paths(self.spec)
+        columns: Columns = {"updates": self._read("updates", updates)}
+        if params is not None:
+            columns["params"] = self._read("params", params)
+        there = _present(columns)
+        self.present = tuple(i for i, x in enumerate(there) if x)
+        self.absent = tuple(i for i, x in enumerate(there) if not x)
+        self._check_leaves(columns)
+        links = tx._links(View(self.spec, tuple(leaves), tuple(x is not None for x in leaves)), ())
+        self._check_params(links)
+        self.seen, self.asks_leaves = [link.seen for link in links], tx._asks_leaves()
+        stages = cut_into_regions(links, apply, len(self.paths))
+        self.stages = [TreeRegion(stage, self) if isinstance(stage, Region) else stage for stage in stages]
+        # Python code of somebody else runs between the first look at tensors and the last launch
+        self.runs_python = any(isinstance(stage, Opaque) or stage.hosts for stage in stages)
+        self.extras = _extras(stages)
+
+    def _read(self, name: str, tree: Tree) -> list[Any]:
+        try:
+            return self.read(tree)
+        except (ValueError, TypeError):
+            raise ValueError(f"{name} does not have the structure of params: {difference(self.spec, tree)}.") from None
+
+    def _check_leaves(self, columns: Columns) -> None:
+        """Refuses leaves that no rule can work on, or that do not fit each other."""
+        for i in self.present:
+            u = check_leaf("updates", self.paths[i], columns["updates"][i])
+            if "params" in columns:
+                check_fit(
+                    "updates", "parameter", self.paths[i], u, check_leaf("params", self.paths[i], columns["params"][i])
+                )
+
+    def _check_params(self, links: Sequence[Any]) -> None:
+        for link in links:
+            if not self.with_params and link.bound is not None and link.bound.rule.uses_params:
+                raise ValueError(f"{link.bound.rule.name} needs the parameters: call `update(updates, state, params)`.")
+
+    def columns(self, updates: Tree, params: Tree | None) -> Columns | None:
+        """The leaves of trees, if they have the structure that this step is for and the same leaves are there."""
+        if (params is not None) is not self.with_params:
+            return None
+        try:
+            columns: Columns = {"updates": self.read(updates)}
+            if params is not None:
+                columns["params"] = self.read(params)
+        except (ValueError, TypeError):
+            return None
+        there = _present(columns) if self.absent or self.runs_python else ()
+        if there and tuple(i for i, x in enumerate(there) if x) != self.present:
+            return None
+        return columns
+
+    def sees_the_same(self, columns: Columns) -> bool:
+        """Whether masks that are functions choose the leaves that they chose when this step was made."""
+        if not self.asks_leaves:
+            return True
+        leaves = columns["params" if self.with_params else "updates"]
+        view = View(self.spec, tuple(leaves), tuple(x is not None for x in leaves))
+        return [link.seen for link in self.tx._links(view, ())] == self.seen
+
+    def take(
+        self, columns: Columns, state: Any, like: Tree, extra: Mapping[str, Any], donate: bool
+    ) -> tuple[Tree, Any] | None:
+        """Takes the step.
+
+        Args:
+          columns: the leaves.
+          state: the state.
+          like: the tree whose containers results have.
+          extra: the extra arguments.
+          donate: whether to write in place.
+
+        Returns:
+          The new parameters, or updates, and the new state; None if a leaf is there or gone that was not before.
+
+        Raises:
+          ValueError, TypeError, RuntimeError: something does not fit; nothing has been written.
+        """
+        numbers = self._extra_numbers(extra) if extra or self.extras else extra
+        dispatching = needs_dispatch()
+        if donate and dispatching:
+            raise RuntimeError(
+                "donate=True writes in place, which a torch.func transformation or torch.compile cannot follow; "
+                "use donate=False."
+            )
+        before = specs_of(columns["params"]) if self.runs_python and not dispatching and "params" in columns else None
+        new_states: dict[tuple[int | str, ...], Any] = {}
+        for stage in self.stages:
+            if isinstance(stage, Opaque):
+                columns, new_states[stage.link.path] = self._call(stage, columns, state, extra)
+                continue
+            in_place = donate and stage is self.stages[-1]
+            states = stage.state.states(state)
+            own = stage.columns(columns, states)
+            if before is not None and specs_of(columns["params"]) != before:
+                raise RuntimeError(CHANGED)
+            results = self._run(stage, own, states, numbers, in_place, dispatching)
+            if results is None:
+                return None
+            columns = {name: results.get(name, columns[name]) for name in columns}
+            if not in_place:
+                new_states |= stage.state.replaced(states, {**own, **results}, like, stage.moving)
+        tree = like if donate else self.read.rebuild(like, columns["params" if self.apply else "updates"])
+        return tree, set_states(state, new_states)
+
+    def _run(
+        self,
+        stage: TreeRegion,
+        own: Columns,
+        states: Mapping[int, Any],
+        extra: Mapping[str, Any],
+        in_place: bool,
+        dispatching: bool,
+    ) -> Columns | None:
+        """Runs a region; returns the columns that change, or None if other leaves are there than before."""
+        variant = Variant(in_place, requested_backend())
+        found = None if dispatching else stage.find(own, variant)
+        if found is None:
+            if [i for i, x in enumerate(_present(own)) if x] != list(self.present):
+                return None
+            self._check_leaves(own)
+            leaves = stage.leaves(own)
+            if dispatching:
+                programs = stage.programs(own, leaves)
+                return programs.evaluate(own, programs.numbers((), extra))
+            found = stage.bind(own, variant, leaves, [(k, "count") for k in stage.moving])
+        bound, reading = found
+        numbers = bound.numbers((), extra)
+        if bound.requires_grad(reading, numbers):
+            bound.release(reading)
+            if in_place:
+                self._refuse_donation(own)
+            self._warn_of_recording(own, numbers)
+            return bound.evaluate(own, numbers)
+        if in_place:
+            self._check_counters(stage, states)
+        try:
+            results = bound.run(reading, own, numbers)
+        except SharedMemoryError as error:
+            raise error.for_donation() from None
+        if in_place:
+            for k in stage.moving:
+                first = next(i for i in self.present if stage.region.links[k].seen[i])
+                if own[k, "count"][first] is not states[k].count:  # a copy has been moved on
+                    states[k].count.add_(1)
+        return results
+
+    def _call(self, stage: Opaque, columns: Columns, state: Any, extra: Mapping[str, Any]) -> tuple[Columns, Any]:
+        """Calls a transformation that is not made of rules: the columns with its updates, and its new state.
+
+        Raises:
+          TypeError, ValueError: it returned something else than updates and a state.
+        """
+        link = stage.link
+        view = View(self.spec, tuple(columns["updates"]), link.seen)
+        params = view.tree(columns["params"]) if "params" in columns else None
+        tree, new_state = call_opaque(link.tx, view.tree(), get_state(state, link.path), params, extra)
+        updates = updates_of(link, tree, columns["updates"], self.read)
+        for i in self.present:
+            name = f"the update that {link.tx!r:.60} returned"
+            check_fit(name, "parameter", self.paths[i], updates[i], columns.get("params", columns["updates"])[i])
+        return {**columns, "updates": updates}, new_state
+
+    def _extra_numbers(self, extra: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The extra arguments that rules take, as numbers.
+
+        Raises:
+          TypeError: one is missing, or nothing in the chain takes one that is given.
+        """
+        for name, rule in self.extras.needed.items():
+            if name not in extra:
+                raise TypeError(
+                    f"{rule} needs the extra argument `{name}`: call `update(updates, state, params, {name}=...)`."
+                )
+        unknown = [] if self.extras.taken is None else [name for name in extra if name not in self.extras.taken]
+        if unknown:
+            raise TypeError(
+                f"no transformation of the chain takes the extra argument `{unknown[0]}`; "
+                f"they take {', '.join(map(repr, sorted(self.extras.taken or ()))) or 'none'}."
+            )
+        return {name: check_number(f"the extra argument `{name}` is", extra[name]) for name in self.extras.needed}
+
+    def _refuse_donation(self, own: Columns) -> None:
+        path = next(
+            (self.paths[i] for i in self.present for x in (own["params"][i], own["updates"][i]) if x.requires_grad),
+            None,
+        )
+        subject = "a hyper-parameter or a tensor of the state" if path is None else f"params{at(path)} or its update"
+        raise RuntimeError(
+            f"{subject} requires a gradient, and donate=True would write to it while autograd is recording; wrap the "
+            f"step in `torch.no_grad()`, or use donate=False to differentiate through it."
+        )
+
+    def _warn_of_recording(self, own: Columns, numbers: Numbers) -> None:
+        """Warns where autograd records steps for nobody: only parameters require a gradient, those of earlier steps."""
+        if not self.apply:
+            return
+        others = [x for key, column in own.items() if key != "params" for x in column]
+        others += [x for table in numbers for x in table]
+        if any(isinstance(x, torch.Tensor) and x.requires_grad for x in others):
+            return
+        grown = next((i for i in self.present if own["params"][i].grad_fn is not None), None)
+        if grown is not None:
+            warnings.warn(
+                f"params{at(self.paths[grown])} is the result of a step that autograd recorded, and this one is "
+                f"recorded too: the graph grows with every step, and steps are slow. Wrap them in `torch.no_grad()`, "
+                f"or start from `{{k: p.detach() for k, p in params.items()}}`.",
+                stacklevel=6,
+            )
+
+    @staticmethod
+    def _check_counters(stage: TreeRegion, states: Mapping[int, Any]) -> None:
+        """Refuses counters that share memory, which a step in place would count twice."""
+        if len({states[k].count.data_ptr() for k in stage.moving}) < len(stage.moving):
+            names = [stage.region.bounds[k].rule.name for k in stage.moving]
+            raise ValueError(
+                f"two of the counters `count` of {', '.join(names)} share memory, so donate=True would count twice; "
+                f"make the state with `init`, or clone one of them."
+            )
+
+
+CHANGED = (
+    "params changed while the step was computed: a transformation or a schedule that runs in Python made something "
+    "else of a tensor (another shape, dtype, layout, device, or no memory). Change tensors between steps."
+)
+
+
+def host_column(
+    name: str, schedule: Callable[[int], Any], counts: Sequence[int | None], devices: Sequence[torch.device | None]
+) -> list[torch.Tensor | None]:
+    """The value of a schedule that only Python can evaluate, for each leaf.
+
+    Args:
+      name: its name in messages.
+      schedule: the schedule.
+      counts: the count of each leaf.
+      devices: the device of each leaf, None for one that takes no part.
+
+    Raises:
+      ValueError: it returned something else than a number.
+    """
+    values = {
+        count: check_number(f"the schedule of {name} returned", schedule(count))
+        for count in dict.fromkeys(counts)
+        if count is not None
+    }
+    known: dict[Any, torch.Tensor] = {}
+    column: list[torch.Tensor | None] = []
+    for count, device in zip(counts, devices, strict=True):
+        if count is None or device is None:
+            column.append(None)
+            continue
+        if (count, device) not in known:
+            known[count, device] = torch.as_tensor(values[count], dtype=torch.float64, device=device)
+        column.append(known[count, device])
+    return column
+
+
+class Extras:
+    """The extra arguments of a chain: those that rules need, each with a rule, and all that something takes."""
+
+    def __init__(self, needed: dict[str, str], taken: frozenset[str] | None) -> None:
+        self.needed, self.taken = needed, taken
+
+    def __bool__(self) -> bool:
+        return bool(self.needed)
+
+
+def _extras(stages: Sequence[Region | Opaque]) -> Extras:
+    needed: dict[str, str] = {}
+    taken: set[str] | None = set()
+    for stage in stages:
+        if isinstance(stage, Region):
+            for bound in stage.bounds.values():
+                needed |= dict.fromkeys(bound.rule.extras, bound.rule.name)
+        elif taken is not None:
+            own = stage.link.tx._extra_names()
+            taken = None if own is None else taken | own
+    return Extras(needed, None if taken is None else frozenset(taken | set(needed)))
+
+
+def _present(columns: Columns) -> list[bool]:
+    """For each leaf, whether there is an update and a parameter."""
+    params = columns.get("params", columns["updates"])
+    return [u is not None and p is not None for u, p in zip(columns["updates"], params, strict=True)]
+
+
+def call_opaque(
+    tx: GradientTransformation, updates: Tree, state: Any, params: Tree | None, extra: Mapping[str, Any]
+) -> tuple[Tree, Any]:
+    """Calls `update` of a transformation that is not made of rules.
+
+    Raises:
+      TypeError: it returned something else than updates and a state.
+    """
+    result = tx.update(updates, state, params, **extra)
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(f"{tx!r:.60} returned {result!r:.60} from `update`, expected (updates, state).")
+    return result[0], result[1]
+
+
+def updates_of(link: Any, tree: Tree, before: Sequence[Any], read: Reader) -> list[Any]:
+    """The updates that a transformation returned; where it does not see a leaf, the update from before.
+
+    Raises:
+      ValueError: the tree has another structure than the parameters.
+    """
+    try:
+        found = read(tree)
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"the update that {link.tx!r:.60} returned does not have the structure of params: "
+            f"{difference(read.spec, tree)}."
+        ) from None
+    return [
+        x if seen and not isinstance(x, MaskedNode) else u for x, u, seen in zip(found, before, link.seen, strict=True)
+    ]
+
+
+def run(
+    tx: GradientTransformation,
+    apply: bool,
+    updates: Tree,
+    state: Any,
+    params: Tree | None,
+    extra: Mapping[str, Any],
+    donate: bool,
+) -> tuple[Tree, Any]:
+    """Takes a step of a transformation; under `torch.compile` as one call that the compiler does not look into.
+
+    Args:
+      tx: the transformation.
+      apply: whether to add the updates to the parameters.
+      updates: the updates.
+      state: its state.
+      params: the parameters.
+      extra: extra arguments of `update`.
+      donate: whether to write in place.
+
+    Returns:
+      The new parameters if `apply`, else the new updates; and the new state.
+    """
+    if "torch._dynamo" not in sys.modules:  # importing it takes seconds, and without it nothing is compiled
+        return _run(tx, apply, updates, state, params, extra, donate)
+    if not _opaque:
+        reason = "functional_optim runs kernels of its own, so a step is a graph break; optimizers of adapters are none"
+        _opaque.append(torch.compiler.disable(_run, reason=reason))  # type: ignore[no-untyped-call]
+    return _opaque[0](tx, apply, updates, state, params, extra, donate)
+
+
+_opaque: list[Callable[..., tuple[Tree, Any]]] = []  # the compiler would look through a functools.cache
+
+
+def _run(
+    tx: GradientTransformation,
+    apply: bool,
+    updates: Tree,
+    state: Any,
+    params: Tree | None,
+    extra: Mapping[str, Any],
+    donate: bool,
+) -> tuple[Tree, Any]:
+    like = updates if params is None else params
+    bound = tx._bound_steps
+    for step in bound:
+        columns = step.columns(updates, params) if step.apply is apply else None
+        if columns is not None and step.sees_the_same(columns):
+            done = step.take(columns, state, like, extra, donate)
+            if done is not None:
+                return done
+    step = TreeStep(tx, apply, updates, params)
+    columns = step.columns(updates, params)
+    assert columns is not None
+    done = step.take(columns, state, like, extra, donate)
+    assert done is not None
+    if not needs_dispatch():
+        tx._bound_steps = [step, *bound[: KEEP - 1]]
+    return done

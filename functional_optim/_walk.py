@@ -1,0 +1,60 @@
+"""Looking into chains: their innermost transformations, by path, and chains with others in their places."""
+
+from collections.abc import Callable
+
+from ._chain import Chain
+from ._rule import RuleTransformation
+from ._transform import GradientTransformation, Path
+
+
+def parts(tx: GradientTransformation) -> dict[Path, GradientTransformation]:
+    """The innermost transformations of a transformation, by path: rules, and opaque ones.
+
+    Example:
+      >>> import functional_optim as fo
+      >>> parts(fo.sgd(0.1))
+      {(1,): scale_by_learning_rate(learning_rate=0.1)}
+    """
+    found: dict[Path, GradientTransformation] = {}
+
+    def keep(path: Path, inner: GradientTransformation) -> GradientTransformation:
+        found[path] = inner
+        return inner
+
+    tx._rewrite(keep, ())
+    return found
+
+
+def rules(tx: GradientTransformation) -> dict[Path, RuleTransformation]:
+    """Those of the `parts` of a transformation that are made of rules.
+
+    Example:
+      >>> import functional_optim as fo
+      >>> list(rules(fo.adamw(1e-3)).values())
+      [scale_by_adam(), add_decayed_weights(weight_decay=0.0001), scale_by_learning_rate(learning_rate=0.001)]
+    """
+    return {path: part for path, part in parts(tx).items() if isinstance(part, RuleTransformation)}
+
+
+def rewrite(
+    tx: GradientTransformation, fn: Callable[[Path, RuleTransformation], GradientTransformation]
+) -> GradientTransformation:
+    """The same transformation with its rules replaced by `fn` of their paths and themselves.
+
+    Example:
+      >>> import functional_optim as fo
+      >>> rewrite(fo.sgd(0.1), lambda path, rule: rule.replace(learning_rate=0.5))
+      chain(chain(), scale_by_learning_rate(learning_rate=0.5))
+    """
+    return tx._rewrite(lambda path, inner: fn(path, inner) if isinstance(inner, RuleTransformation) else inner, ())
+
+
+def members(tx: GradientTransformation) -> tuple[GradientTransformation, ...]:
+    """The members of a chain; another transformation is the only member of its own.
+
+    Example:
+      >>> import functional_optim as fo
+      >>> members(fo.scale(2.0))
+      (scale(step_size=2.0),)
+    """
+    return tx.members if isinstance(tx, Chain) else (tx,)
