@@ -18,7 +18,7 @@ BACKENDS = ["reference", "foreach", "c"]
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CHAINS)
-def test_pure_steps_leave_what_they_are_given(name: str, backend: str) -> None:
+def test_pure_step_leaves_its_arguments_unchanged(name: str, backend: str) -> None:
     tx, params = CHAINS[name], mixed_tree()
     with fo.use_backend(backend):
         params, state = train(tx, params, [like(params, 1)])
@@ -100,7 +100,7 @@ def test_donated_states_are_the_same_objects(name: str, backend: str) -> None:
     assert all(x._version > v for x, v in zip(before, versions, strict=True))
 
 
-def test_what_comes_before_a_barrier_is_returned_anew() -> None:
+def test_donated_state_before_an_opaque_transformation_is_new() -> None:
     tx, params = CHAINS["barrier between"], make_tree(0)
     params, state = train(tx, params, [like(params, 1)])
     trace, _, adam, _ = state

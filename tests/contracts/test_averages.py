@@ -135,14 +135,14 @@ def test_an_average_of_parameters_that_require_gradients() -> None:
     assert not average["w"].requires_grad
 
 
-def test_no_average() -> None:
+def test_eval_params_refuses_a_state_without_average() -> None:
     params = make_tree(0)
 
     with pytest.raises(ValueError, match="no average of parameters"):
         fo.eval_params(fo.adam(1e-2).init(params), params)
 
 
-def test_two_averages() -> None:
+def test_eval_params_refuses_two_averages_of_one_parameter() -> None:
     params = make_tree(0)
     tx = fo.chain(fo.params_ema(0.9), fo.params_ema(0.99))
 

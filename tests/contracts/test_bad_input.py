@@ -340,7 +340,7 @@ def arrange(step: Step, used: bool) -> tuple[Any, Any, Any]:
 @pytest.mark.parametrize("donate", [False, True])
 @pytest.mark.parametrize("used", [False, True])
 @pytest.mark.parametrize("name", STEPS)
-def test_a_bad_step(name: str, used: bool, donate: bool) -> None:
+def test_apply_gradients_refuses_bad_input(name: str, used: bool, donate: bool) -> None:
     step = STEPS[name]
     params, grads, state = arrange(step, used)
     before = Snapshot(params, grads, state)
@@ -352,7 +352,7 @@ def test_a_bad_step(name: str, used: bool, donate: bool) -> None:
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_a_bad_update(name: str) -> None:
+def test_update_refuses_bad_input(name: str) -> None:
     step = STEPS[name]
     params, grads, state = arrange(step, used=False)
     before = Snapshot(params, grads, state)
@@ -367,7 +367,7 @@ def test_a_bad_update(name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["shapes differ", "sparse gradient", "state of other shapes", "a counter that is no tensor"]
 )
-def test_a_bad_step_on_every_backend(name: str, backend: str) -> None:
+def test_each_backend_refuses_bad_input(name: str, backend: str) -> None:
     step = STEPS[name]
     params, grads, state = arrange(step, used=True)
     before = Snapshot(params, grads, state)
@@ -378,7 +378,7 @@ def test_a_bad_step_on_every_backend(name: str, backend: str) -> None:
     before.check()
 
 
-def test_the_next_step_after_a_bad_one() -> None:
+def test_step_after_a_refused_step() -> None:
     """An error leaves nothing behind in what the transformation remembers."""
     tx, params = fo.adam(0.1), make_tree(0)
     grads = [like(params, seed) for seed in range(3)]
@@ -419,7 +419,7 @@ INIT: dict[str, tuple[Any, type[Exception], str]] = {
 
 @pytest.mark.parametrize("name", INIT)
 @pytest.mark.parametrize("call", ["init", "explain"])
-def test_bad_parameters(name: str, call: str) -> None:
+def test_init_and_explain_refuse_bad_params(name: str, call: str) -> None:
     params, error, message = INIT[name]
     tx = fo.chain(fo.scale_by_adam(), fo.scale(-0.1))
 
@@ -435,7 +435,7 @@ NEED_PARAMS = {
 
 
 @pytest.mark.parametrize("rule", NEED_PARAMS)
-def test_missing_parameters(rule: str) -> None:
+def test_update_refuses_missing_params(rule: str) -> None:
     tx, params = NEED_PARAMS[rule], make_tree(0)
     grads, state = like(params, 1), tx.init(params)
     before = Snapshot(params, grads, state)
@@ -592,7 +592,7 @@ def test_an_unknown_backend_changes_nothing() -> None:
 # --- masks and labels
 
 
-def test_a_mask_that_matches_nothing() -> None:
+def test_mask_without_a_match_warns() -> None:
     params = {"layer": {"weight": zeros(2), "bias": zeros(2)}}
     tx = fo.chain(fo.masked(fo.trace(0.9), re.compile("wieght")), fo.scale(-1.0))
 
@@ -604,7 +604,7 @@ def test_a_mask_that_matches_nothing() -> None:
     torch.testing.assert_close(new, {"layer": {"weight": -torch.ones(2), "bias": -torch.ones(2)}})
 
 
-def test_a_pattern_of_labels_that_is_found_nowhere() -> None:
+def test_label_pattern_without_a_match_warns() -> None:
     params = {"weight": zeros(2), "bias": zeros(2)}
     labels = {re.compile("wieght"): "a", re.compile("e"): "a", re.compile(""): "b"}
     tx = fo.partition({"a": fo.sgd(0.1), "b": fo.scale(-1.0)}, labels)
@@ -633,7 +633,7 @@ def test_a_module_instead_of_its_parameters() -> None:
         fo.sgd(0.1).init(module.parameters())
 
 
-def test_a_mask_over_nothing_is_no_mistake() -> None:
+def test_mask_over_an_empty_tree_does_not_warn() -> None:
     """A label that no leaf has, and a tree without leaves, leave a mask within nothing to match."""
     tx = fo.partition({"a": fo.masked(fo.trace(0.9), re.compile("x")), "b": fo.identity()}, "b")
 
@@ -874,7 +874,7 @@ def test_aliased_memory_without_donation(name: str) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-def test_aliases_that_appear_later() -> None:
+def test_donation_refuses_aliases_in_later_steps() -> None:
     """The check is made again whenever the memory is not that of the last step."""
     tx, params = fo.sgd(0.1, momentum=0.9), {"a": torch.ones(3), "b": torch.ones(3)}
     params, state = train(tx, params, [like(params, seed) for seed in range(3)], donate=True)
@@ -904,7 +904,7 @@ def test_aliased_memory_of_a_class_of_its_own() -> None:
     before.check()
 
 
-def test_a_counter_of_two_members() -> None:
+def test_donation_refuses_a_step_counter_shared_by_two_states() -> None:
     """One tensor that two members count with would count twice."""
     tx, params = fo.chain(fo.scale_by_adam(), fo.scale_by_schedule(lambda count: count + 1.0)), {"w": torch.ones(3)}
     adam, schedule = tx.init(params)
@@ -1017,7 +1017,7 @@ UPDATES: dict[str, tuple[Any, type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("name", UPDATES)
-def test_updates_that_do_not_fit(name: str) -> None:
+def test_apply_updates_refuses_mismatched_updates(name: str) -> None:
     updates, error, message = UPDATES[name]
     params = make_tree(0)
     before = Snapshot(params, updates)
@@ -1028,14 +1028,14 @@ def test_updates_that_do_not_fit(name: str) -> None:
     before.check()
 
 
-def test_averages_of_another_tree() -> None:
+def test_eval_params_refuses_params_of_another_structure() -> None:
     state = fo.params_ema(0.9).init({"x": zeros(2)})
 
     with pytest.raises(ValueError, match=r"structure|lacks|mismatch"):
         fo.eval_params(state, {"y": zeros(2)})
 
 
-def test_a_foreign_optimizer_with_bad_input() -> None:
+def test_opaque_transformation_refuses_bad_input() -> None:
     params = make_tree(0)
 
     with pytest.raises(ValueError, match=r"updates at 'bias' has shape \(4,\)"):

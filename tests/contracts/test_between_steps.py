@@ -174,7 +174,7 @@ def trace_of(state: Any) -> Any:
     return next(iter(state.values())).trace
 
 
-def test_a_stored_tensor_that_was_swapped_is_still_seen_to_be_written_to() -> None:
+def test_version_of_a_swapped_state_tensor_is_bumped() -> None:
     tx, params, grads, state = small_leaves()
     m = trace_of(state)["7"]
     torch.utils.swap_tensors(m, torch.zeros(3, 3))
@@ -189,7 +189,7 @@ def test_a_stored_tensor_that_was_swapped_is_still_seen_to_be_written_to() -> No
         fo.apply_gradients(tx, params, grads, state, donate=True)
 
 
-def test_nothing_keeps_a_state_alive() -> None:
+def test_state_is_freed_with_its_last_reference() -> None:
     *_, state = small_leaves()
     references = [weakref.ref(x) for x in (*trace_of(state).values(), trace_of(state)["0"]._base)]
 
@@ -199,7 +199,7 @@ def test_nothing_keeps_a_state_alive() -> None:
     assert [r() for r in references] == [None] * len(references)
 
 
-def test_a_large_tensor_among_small_ones_is_looked_at() -> None:
+def test_large_state_tensor_moved_between_steps_is_read_anew() -> None:
     """Its memory is its own, so another tensor may get it when it is given up, as by moving it away and back."""
     tx = momentum_as("large among small")
     params = {**{str(k): torch.ones(3) for k in range(30)}, "large": torch.ones(100_000)}
@@ -220,7 +220,7 @@ def test_a_large_tensor_among_small_ones_is_looked_at() -> None:
 
 
 @pytest.mark.parametrize("what", ["parameter", "momentum"])
-def test_a_tensor_that_has_left_a_function_transformation(what: str) -> None:
+def test_tensor_that_escaped_vmap_is_refused(what: str) -> None:
     tx, params, grads, state = small_leaves(12)
     found: list[torch.Tensor] = []
     torch.vmap(lambda x: (found.append(x), x * 1)[1])(torch.ones(2, 3, 3))
@@ -233,7 +233,7 @@ def test_a_tensor_that_has_left_a_function_transformation(what: str) -> None:
 
 @pytest.mark.parametrize("donate", [False, True])
 @pytest.mark.parametrize("what", ["params", "updates", "momentum"])
-def test_a_storage_that_has_been_freed(what: str, donate: bool) -> None:
+def test_freed_storage_is_refused(what: str, donate: bool) -> None:
     tx, params, grads, state = small_leaves()
     x = {"params": params, "updates": grads, "momentum": trace_of(state)}[what]["3"]
     x.data = torch.ones(3, 3)
@@ -246,7 +246,7 @@ def test_a_storage_that_has_been_freed(what: str, donate: bool) -> None:
 
 
 @pytest.mark.parametrize("repeated", [False, True])
-def test_a_gradient_that_is_negated_lazily(repeated: bool) -> None:
+def test_gradient_with_negative_bit(repeated: bool) -> None:
     """Such as the imaginary part of a conjugate: a view of memory with a sign still to be applied."""
     params, tx = {"v": torch.zeros(2), "w": torch.zeros(2)}, fo.chain(fo.identity(), fo.sgd(1.0))
     state, g = tx.init(params), torch.tensor([1.0, 2.0])

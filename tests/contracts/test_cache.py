@@ -122,7 +122,7 @@ def mode(path: Path) -> int:
 # --- what is in the cache, and where
 
 
-def test_cold_and_warm(cache: Path, compiler: Compiler) -> None:
+def test_warm_cache_calls_no_compiler(cache: Path, compiler: Compiler) -> None:
     step()
     cold = len(compiler.calls)
     restart()
@@ -133,7 +133,7 @@ def test_cold_and_warm(cache: Path, compiler: Compiler) -> None:
     assert len(compiler.calls) == cold
 
 
-def test_a_kernel_and_its_source_are_all_there_is(cache: Path) -> None:
+def test_cache_holds_a_kernel_and_its_source_only(cache: Path) -> None:
     step()
 
     stem = only(cache, ".so").stem
@@ -178,7 +178,7 @@ def test_where_the_cache_is(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     assert only(tmp_path / expected, ".so").is_file()
 
 
-def test_a_number_makes_no_kernel(cache: Path, compiler: Compiler) -> None:
+def test_hyper_parameter_values_share_a_kernel(cache: Path, compiler: Compiler) -> None:
     for tx in (fo.sgd(0.5), fo.sgd(torch.tensor(0.5)), fo.sgd(fo.constant_schedule(0.5))):
         step(tx)
     for rate in (0.1, 0.2, 0.3):
@@ -202,7 +202,7 @@ def not_private(folder: Path) -> None:
     assert fo.explain(fo.sgd(0.5), {"w": torch.zeros(5)}).backends == ("c",)
 
 
-def test_a_folder_of_somebody_else(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_folder_of_another_user(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.mkdir(0o700)
     uid = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: uid + 1)
@@ -212,7 +212,7 @@ def test_a_folder_of_somebody_else(cache: Path, monkeypatch: pytest.MonkeyPatch)
     assert names(cache) == set()
 
 
-def test_a_folder_that_is_a_link(cache: Path, tmp_path: Path) -> None:
+def test_cache_folder_that_is_a_symlink(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir(0o700)
     cache.symlink_to(tmp_path / "elsewhere")
 
@@ -221,7 +221,7 @@ def test_a_folder_that_is_a_link(cache: Path, tmp_path: Path) -> None:
     assert names(tmp_path / "elsewhere") == set()
 
 
-def test_a_link_to_nowhere(cache: Path, tmp_path: Path) -> None:
+def test_cache_folder_that_is_a_dangling_symlink(cache: Path, tmp_path: Path) -> None:
     cache.symlink_to(tmp_path / "nowhere")
 
     not_private(cache)
@@ -229,7 +229,7 @@ def test_a_link_to_nowhere(cache: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_a_folder_that_is_a_file(cache: Path) -> None:
+def test_cache_folder_that_is_a_file(cache: Path) -> None:
     cache.write_text("a file")
 
     not_private(cache)
@@ -237,7 +237,7 @@ def test_a_folder_that_is_a_file(cache: Path) -> None:
     assert cache.read_text() == "a file"
 
 
-def test_a_folder_under_a_file(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_folder_under_a_file(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.write_text("a file")
     monkeypatch.setenv("FUNCTIONAL_OPTIM_CACHE", str(cache / "folder"))
 
@@ -251,7 +251,7 @@ def test_a_home_that_cannot_be_written_to(monkeypatch: pytest.MonkeyPatch) -> No
     not_private(Path("/dev/null/.cache/functional_optim"))
 
 
-def test_no_folder_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_writable_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUNCTIONAL_OPTIM_CACHE", "/dev/null/cache")
     monkeypatch.setattr(tempfile, "tempdir", "/dev/null/tmp")
 
@@ -261,7 +261,7 @@ def test_no_folder_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "/dev/null/cache" in found[0]
 
 
-def test_a_folder_that_is_open_to_others(cache: Path) -> None:
+def test_cache_folder_open_to_other_users(cache: Path) -> None:
     """It is closed, or not used."""
     cache.mkdir()
     cache.chmod(0o777)
@@ -369,7 +369,7 @@ def test_a_broken_source_of_triton_is_written_again(cache: Path) -> None:
     assert build.load_triton("x = 1\n").x == 1
 
 
-def test_a_folder_that_disappears(cache: Path, compiler: Compiler) -> None:
+def test_cache_folder_removed_between_steps(cache: Path, compiler: Compiler) -> None:
     step(SAME_STEPS[0])
     shutil.rmtree(cache)
 

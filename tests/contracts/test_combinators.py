@@ -165,18 +165,18 @@ NO_TRANSFORMATIONS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", NO_TRANSFORMATIONS)
-def test_a_transformation_that_was_not_called(name: str) -> None:
+def test_combinators_refuse_a_factory_that_was_not_called(name: str) -> None:
     with pytest.raises(TypeError, match=r"expected a gradient transformation.*did you forget to call it"):
         NO_TRANSFORMATIONS[name]()
 
 
 @pytest.mark.parametrize("x", [3, None, [fo.scale(1.0)], (fo.scale(1.0), fo.scale(2.0)), "adam"])
-def test_what_is_no_transformation(x: Any) -> None:
+def test_chain_refuses_other_objects(x: Any) -> None:
     with pytest.raises(TypeError, match=rf"expected a gradient transformation.*got {re.escape(repr(x)[:20])}"):
         fo.chain(x)
 
 
-def test_a_name_twice() -> None:
+def test_named_chain_refuses_a_duplicate_name() -> None:
     with pytest.raises(ValueError, match="the name 'a' twice"):
         fo.named_chain(("a", fo.scale(1.0)), ("b", fo.scale(1.0)), ("a", fo.scale(1.0)))
 
@@ -472,7 +472,7 @@ def test_scopes_against_optax(name: str, backend: str) -> None:
     torch.testing.assert_close(actual, expected, **DOUBLE)
 
 
-def test_what_is_masked_has_no_state() -> None:
+def test_masked_leaves_have_no_state() -> None:
     params = make_tree(0)
     tx = fo.masked(fo.masked(fo.scale_by_adam(), "weight|scale"), "weight|bias")
 

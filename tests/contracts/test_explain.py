@@ -22,7 +22,7 @@ def backends(params: Any = None) -> tuple[str, ...]:
     return fo.explain(fo.sgd(0.1), {"w": torch.zeros(2)} if params is None else params).backends
 
 
-def test_choices_nest() -> None:
+def test_use_backend_nests() -> None:
     assert backends() == ("c",)
     with fo.use_backend("foreach"):
         assert backends() == ("foreach",)
@@ -35,7 +35,7 @@ def test_choices_nest() -> None:
     assert backends() == ("c",)
 
 
-def test_each_thread_has_its_own_choice() -> None:
+def test_use_backend_is_per_thread() -> None:
     meet = threading.Barrier(2, timeout=60)
 
     def work(name: str) -> tuple[str, ...]:

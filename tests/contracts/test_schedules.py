@@ -145,14 +145,14 @@ def expected(row: int) -> torch.Tensor:
     ids=["int", "float", "int64", "int32"],
 )
 @rows
-def test_values(row: int, count: Callable[[int], Any]) -> None:
+def test_schedule_values_at_one_count(row: int, count: Callable[[int], Any]) -> None:
     case = CASES[row]
     actual = torch.stack([case.ours(count(t)) for t in case.counts])
     torch.testing.assert_close(actual, expected(row), **CLOSE)
 
 
 @rows
-def test_values_of_many_counts_at_once(row: int) -> None:
+def test_schedule_values_at_a_tensor_of_counts(row: int) -> None:
     case = CASES[row]
     actual = case.ours(torch.tensor(case.counts))
     torch.testing.assert_close(actual, expected(row), **CLOSE)
@@ -169,7 +169,7 @@ def in_kernel(tx: fo.GradientTransformation, counts: Sequence[int], backend: str
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @rows
-def test_values_in_kernels(row: int, backend: str) -> None:
+def test_schedule_values_in_kernels(row: int, backend: str) -> None:
     case = CASES[row]
     places = INTERPRETED if backend == "triton" else range(len(case.counts))
     actual = in_kernel(fo.scale_by_schedule(case.ours), [case.counts[k] for k in places], backend)

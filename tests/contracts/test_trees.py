@@ -116,7 +116,7 @@ def test_leaves_train_as_in_torch(name: str, donate: bool) -> None:
 
 @pytest.mark.parametrize(("name", "donate"), STEPPED)
 @torch.no_grad()
-def test_containers_come_back(name: str, donate: bool) -> None:
+def test_containers_of_params_and_state_are_kept(name: str, donate: bool) -> None:
     params = TREES[name](maker(0))
     expected = skeleton(params)
     tx = fo.chain(fo.scale_by_adam(), fo.scale(-0.1))
@@ -137,7 +137,7 @@ def test_containers_come_back(name: str, donate: bool) -> None:
     assert [skeleton(t) for t in trees] == [expected] * len(trees)
 
 
-def test_parameters_become_tensors() -> None:
+def test_new_params_of_a_module_are_plain_tensors() -> None:
     params = dict(Model(maker(0)).named_parameters())
     tx = fo.sgd(0.1)
 
@@ -158,7 +158,7 @@ ALIKE: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
 
 @pytest.mark.parametrize("second", ALIKE)
 @pytest.mark.parametrize("first", ALIKE)
-def test_trees_that_differ_only_in_their_containers(first: str, second: str) -> None:
+def test_one_transformation_for_trees_in_other_containers(first: str, second: str) -> None:
     """What a transformation remembers of one tree does not show in another."""
     tx = fo.chain(fo.trace(0.9), fo.scale(-1.0))
     zeros = ALIKE[first](torch.zeros(2), torch.zeros(2))
@@ -247,7 +247,7 @@ STATEFUL = {
 
 @pytest.mark.parametrize("donate", [False, True])
 @pytest.mark.parametrize("name", STATEFUL)
-def test_without_any_gradient_nothing_moves(name: str, donate: bool) -> None:
+def test_params_and_state_are_unchanged_without_gradients(name: str, donate: bool) -> None:
     tx, params = STATEFUL[name], make_tree(0)
     params, state = train(tx, params, [like(params, 1)])
     before = Snapshot(params, state)
@@ -300,7 +300,7 @@ def test_a_gradient_of_no_parameter_changes_nothing() -> None:
     assert_same_bits(one, other)
 
 
-def test_a_tree_of_nothing() -> None:
+def test_empty_tree_steps_without_counting() -> None:
     tx = fo.adamw(1e-2)
 
     for empty in ({}, [], {"absent": None}, ((), {})):

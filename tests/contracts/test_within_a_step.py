@@ -78,7 +78,7 @@ FORMS = {"optimizer": as_optimizer, "function": as_function}
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", CHAINS)
-def test_parameters_that_are_moved(name: str, form: str) -> None:
+def test_params_moved_by_a_callback_are_written_where_they_are(name: str, form: str) -> None:
     """As if they had been brought back from somewhere else."""
     ours, still = ([torch.full((N,), 1.0 + k).requires_grad_() for k in range(3)] for _ in range(2))
     step = FORMS[form](CHAINS[name], ours, lambda: [moved(p) for p in ours])
@@ -93,7 +93,7 @@ def test_parameters_that_are_moved(name: str, form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", CHAINS)
-def test_parameters_that_become_others(name: str, form: str) -> None:
+def test_params_transposed_by_a_callback_are_refused(name: str, form: str) -> None:
     params = [torch.full((30, 20), 1.0 + k).requires_grad_() for k in range(3)]
     act: list[Callable[[], object]] = [nothing]
     step = FORMS[form](CHAINS[name], params, lambda: act[0]())
@@ -109,7 +109,7 @@ def test_parameters_that_become_others(name: str, form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_lazy_copy_is_left_alone(form: str) -> None:
+def test_lazy_clone_made_by_a_callback_is_not_written(form: str) -> None:
     params = [torch.full((N,), 1.0).requires_grad_()]
     kept: list[torch.Tensor] = []
     step = FORMS[form](by_a_transformation, params, lambda: kept.append(torch._lazy_clone(params[0].detach())))
@@ -123,7 +123,7 @@ def test_a_lazy_copy_is_left_alone(form: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
 @pytest.mark.parametrize("what", ["parameter", "state"])
-def test_real_and_complex_tensors_that_are_moved(what: str, dtype: torch.dtype) -> None:
+def test_real_and_complex_tensors_moved_by_a_schedule(what: str, dtype: torch.dtype) -> None:
     p, still = (torch.nn.Parameter(torch.ones(N, dtype=dtype)) for _ in range(2))
     opts: list[Any] = []
 

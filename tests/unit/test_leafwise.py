@@ -109,7 +109,7 @@ IN_PLACE: dict[str, Callable[[Leaves], object]] = {
 
 
 @pytest.mark.parametrize("change", IN_PLACE)
-def test_lists_that_change_in_place(change: str) -> None:
+def test_leaf_lists_changed_in_place_are_read_anew(change: str) -> None:
     """Steps that are taken from memory notice it."""
     templates = [named(fo.sgd(Option("lr"), momentum=decay)) for decay in (0.5, 0.9)]
     options, results = [{"lr": 0.1}, {"lr": 0.3}], []
@@ -189,7 +189,7 @@ def test_the_first_step_is_each_leafs_own(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_guarded_step_is_taken_whole_or_not_at_all(backend: str) -> None:
+def test_guarded_step_with_an_infinite_gradient_changes_nothing(backend: str) -> None:
     template = named(fo.chain(later_ones_count_half(), fo.clip_by_global_norm(10.0), fo.adam(0.1)))
     leaves, other = make_leaves(), make_leaves()
     run, plain = Leafwise(), Leafwise()
@@ -216,7 +216,7 @@ def test_a_guarded_step_is_taken_whole_or_not_at_all(backend: str) -> None:
         assert all(torch.equal(s[k], t[k]) for k in s)
 
 
-def test_numbers_never_compile_again() -> None:
+def test_option_values_share_a_program() -> None:
     template = named(fo.adamw(Option("lr"), b1=Option("betas", 0), b2=Option("betas", 1), weight_decay=Option("decay")))
     leaves, run = make_leaves(), Leafwise()
     for k in range(4):
@@ -258,9 +258,7 @@ def fill_a_view(state: dict[str, Any]) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize(("size", "n"), [(4, 3), (4, 30), (200, 3)])
 @pytest.mark.parametrize("change", [fill, replace, set_data, swap, set_memory, fill_a_view], ids=lambda f: f.__name__)
-def test_what_is_done_to_a_state_between_steps_counts(
-    change: Callable[[dict[str, Any]], None], size: int, n: int
-) -> None:
+def test_state_changed_between_steps_is_read_anew(change: Callable[[dict[str, Any]], None], size: int, n: int) -> None:
     template = named(fo.adam(0.1))
     leaves, run = make_leaves(shapes=((size, size),) * n), Leafwise()
     for k in range(3):
@@ -287,7 +285,7 @@ def put_a_view(state: dict[str, Any]) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("n", [2, 30])
 @pytest.mark.parametrize("change", [turn, put_a_view], ids=lambda f: f.__name__)
-def test_a_state_turned_round_is_refused(change: Callable[[dict[str, Any]], None], n: int) -> None:
+def test_transposed_state_is_refused(change: Callable[[dict[str, Any]], None], n: int) -> None:
     template = named(fo.adam(0.1))
     leaves, run = make_leaves(shapes=((4, 3),) * n), Leafwise()
     for k in range(3):

@@ -170,7 +170,7 @@ CHANGES: dict[str, Callable[[Pair], object]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("maker", MAKERS)
-def test_what_happens_between_steps(maker: str, change: str) -> None:
+def test_step_after_a_change_of_params_grads_state_or_options(maker: str, change: str) -> None:
     pair = Pair(maker)
     for _ in range(5):
         pair.draw()
@@ -200,7 +200,7 @@ ERRORS: dict[str, Callable[[Pair], object]] = {
 
 @pytest.mark.parametrize("change", ERRORS)
 @pytest.mark.parametrize("maker", ["AdamW", "groups", "two programs"])
-def test_what_is_refused_between_steps(maker: str, change: str) -> None:
+def test_step_refuses_a_bad_change_of_params_grads_state_or_options(maker: str, change: str) -> None:
     if maker == "two programs" and "rate" in change:
         pytest.skip("its learning rate is no option of all groups")
     pair = Pair(maker)
@@ -246,7 +246,7 @@ def test_gradients_that_are_missing_by_turns(maker: str) -> None:
 @pytest.mark.parametrize("steps", [1, 2, 4])
 @pytest.mark.parametrize("removed", ["all", "one"])
 @pytest.mark.parametrize("maker", [name for name in MAKERS if name != "no state"])
-def test_states_that_are_removed_do_not_come_back(maker: str, removed: str, steps: int) -> None:
+def test_removed_state_starts_anew(maker: str, removed: str, steps: int) -> None:
     """Not even right after the step that made them."""
     pair = Pair(maker)
     for _ in range(steps):
@@ -267,7 +267,7 @@ def test_states_that_are_removed_do_not_come_back(maker: str, removed: str, step
     assert counts[fresh] is None or counts[fresh] == 3
 
 
-def test_a_default_device_has_no_say() -> None:
+def test_step_under_a_default_device() -> None:
     pair = Pair("AdamW")
     with torch.device("cpu"):
         for _ in range(5):
@@ -282,7 +282,7 @@ class Listening(torch.overrides.TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_mode_has_its_say_about_gradients() -> None:
+def test_torch_function_mode_replaces_gradients() -> None:
     pair = Pair("SGD")
     for _ in range(4):
         pair.draw()
@@ -296,7 +296,7 @@ def test_a_mode_has_its_say_about_gradients() -> None:
     torch.testing.assert_close(pair.params[0][0].detach(), before - 0.1 * (0.9 * momentum + 1), rtol=1e-6, atol=1e-7)
 
 
-def test_gradients_are_not_kept() -> None:
+def test_replaced_gradients_and_state_are_freed() -> None:
     pair = Pair("AdamW")
     for _ in range(4):
         pair.draw()

@@ -121,7 +121,7 @@ def test_a_pre_hook_changes_options_and_gradients_of_its_step(opt: torch.optim.O
     handle.remove()
 
 
-def test_no_post_hook_after_a_step_that_fails(opt: torch.optim.Optimizer) -> None:
+def test_failed_step_calls_no_post_hook(opt: torch.optim.Optimizer) -> None:
     log: list[int] = []
     opt.register_step_post_hook(lambda *args: log.append(1))
 
@@ -229,7 +229,7 @@ def test_gradients_are_removed_or_zeroed(opt: torch.optim.Optimizer) -> None:
     assert all(p.grad is None for p in params_of(opt))
 
 
-def test_what_is_printed_has_the_options_and_no_addresses(opt: torch.optim.Optimizer) -> None:
+def test_repr_has_options_and_no_addresses(opt: torch.optim.Optimizer) -> None:
     text = repr(opt)
     assert text.startswith(type(opt).__name__)
     assert "Parameter Group 0" in text

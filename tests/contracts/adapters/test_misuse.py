@@ -41,7 +41,7 @@ MAKERS: dict[str, Callable[[list[Any]], torch.optim.Optimizer]] = {
 
 @pytest.mark.parametrize("kind", ["one gradient for two", "a class of its own"])
 @pytest.mark.parametrize("maker", MAKERS)
-def test_tensors_that_the_fast_check_cannot_take(maker: str, kind: str) -> None:
+def test_shared_gradients_and_parameter_subclasses_step(maker: str, kind: str) -> None:
     """The slow check leaves out the addresses; several steps, because the first ones look at every tensor anew."""
     ours, plain = parameters(), parameters()
     if kind == "a class of its own":
@@ -127,7 +127,7 @@ def test_a_learning_rate_that_is_no_number(rate: Any) -> None:
     assert not opt.state
 
 
-def test_keys_that_look_alike_in_a_file(tmp_path: Path) -> None:
+def test_safetensors_keys_that_look_alike(tmp_path: Path) -> None:
     state = {"b.c": torch.ones(2), "b": {"c": torch.zeros(2)}, 1: torch.full((2,), 2.0), "1": torch.full((2,), 3.0)}
     save_safetensors(state, tmp_path / "state.safetensors")  # type: ignore[arg-type]
     loaded: Any = load_safetensors(tmp_path / "state.safetensors")
@@ -178,7 +178,7 @@ def test_options_that_no_kernel_can_take(key: str, value: Any, message: str) -> 
     assert not opt.state
 
 
-def test_a_switch_that_is_a_list() -> None:
+def test_static_option_that_is_a_list_is_refused() -> None:
     [p] = parameters(1)
     opt = TransformOptimizer([p], fo.sgd(0.1, momentum=0.9))
     opt.param_groups[0]["nesterov"] = [1]
@@ -196,7 +196,7 @@ def test_arguments_of_a_step_that_nothing_takes() -> None:
     opt.step(lambda: torch.tensor(1.0))  # a closure's loss is offered, and may be left
 
 
-def test_averages_within_averages() -> None:
+def test_averaged_params_refuses_to_nest() -> None:
     [p] = parameters(1)
     opt = TransformOptimizer([p], fo.chain(fo.sgd(0.1), fo.params_ema(0.5)))
     p.grad = torch.ones_like(p)
@@ -215,7 +215,7 @@ class Mine(TransformOptimizer.factory(fo.lion)):  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))])
-def test_copies_are_of_the_same_class(copied: Callable[[Any], Any]) -> None:
+def test_optimizer_copies_have_its_class(copied: Callable[[Any], Any]) -> None:
     [p] = parameters(1)
     for cls in (Mine, TransformOptimizer.factory(fo.lion)):
         opt = cls([p], lr=0.1)
@@ -281,7 +281,7 @@ class MainGrad(torch.Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
-def test_a_class_that_has_its_gradients_elsewhere() -> None:
+def test_parameter_class_with_its_own_grad_attribute() -> None:
     p = torch.ones(3).as_subclass(MainGrad).requires_grad_()
     p.__dict__["main_grad"] = torch.ones(3)
 
@@ -293,7 +293,7 @@ def test_a_class_that_has_its_gradients_elsewhere() -> None:
 @pytest.mark.parametrize("steps", [0, 4])
 @pytest.mark.parametrize("what", ["parameter", "gradient"])
 @pytest.mark.parametrize("offset", [0, 8])
-def test_memory_that_has_been_freed(offset: int, what: str, steps: int) -> None:
+def test_freed_storage_of_params_or_gradients_is_refused(offset: int, what: str, steps: int) -> None:
     flat = {"parameter": torch.ones(16), "gradient": torch.ones(16)}
     p = torch.nn.Parameter(flat["parameter"][offset : offset + 8])
     p.grad = flat["gradient"][offset : offset + 8]
@@ -322,7 +322,7 @@ def test_a_gradient_that_is_zero_and_has_no_memory(steps: int) -> None:
     assert p.detach().tolist() == [0.5, 0.5, 0.5]
 
 
-def test_options_that_change_while_other_parameters_take_part() -> None:
+def test_options_changed_while_other_params_have_gradients() -> None:
     """What is remembered of the options belongs to the parameters that took part then."""
     ours, theirs = [[torch.nn.Parameter(torch.ones(16)) for _ in range(4)] for _ in range(2)]
     opts = [

@@ -68,7 +68,7 @@ CASES = {
 }
 
 
-def test_the_table_is_what_it_was_thought_to_be() -> None:
+def test_optim_db_has_every_class_and_flag() -> None:
     """Every class is there, with several configurations and with every flag."""
     assert INFOS.keys() == OURS.keys()
     assert len(list(inputs())) >= 25

@@ -83,7 +83,7 @@ def by_hand(name: str, batches: list[Any]) -> tuple[list[torch.Tensor], Any]:
 
 
 @NAME
-def test_same_as_without_it(name: str, accelerator: Callable[..., Any]) -> None:
+def test_training_with_accelerate_has_the_same_bits(name: str, accelerator: Callable[..., Any]) -> None:
     run = Run(accelerator(), name)
     run.fit(make_batches(STEPS))
     expected, optimizer = by_hand(name, make_batches(STEPS))

@@ -71,7 +71,7 @@ def copy_of(model: torch.nn.Module) -> torch.nn.Module:
 
 @LAYOUT
 @NAME
-def test_resume(name: str, layout: str) -> None:
+def test_resume_from_memory(name: str, layout: str) -> None:
     if (name, layout) == ("SGD", "full"):
         pytest.skip("the library needs a tensor to find the device by, and torch.optim.SGD has none either")
     batches = make_batches(6)
@@ -129,7 +129,7 @@ def test_layouts_are_those_of_torch() -> None:
 
 @pytest.mark.parametrize("layout", ["nested", "flattened"])
 @pytest.mark.parametrize("name", ["AdamW in groups", "clip and average", "schedule"])
-def test_files(name: str, layout: str, tmp_path: Path) -> None:
+def test_resume_from_files(name: str, layout: str, tmp_path: Path) -> None:
     batches = make_batches(6)
     expected, _ = train(name, batches)
     options = OPTIONS[layout]

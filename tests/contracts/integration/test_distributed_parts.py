@@ -61,7 +61,9 @@ CHANGES: dict[str, Callable[[torch.optim.Optimizer, list[Any], DeviceMesh], obje
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("distributed", ["all", "some"])
 @pytest.mark.parametrize("maker", MAKERS)
-def test_steps_from_memory(mesh: DeviceMesh, maker: str, distributed: str, change: str) -> None:
+def test_step_after_a_change_of_dtensor_params_grads_or_state(
+    mesh: DeviceMesh, maker: str, distributed: str, change: str
+) -> None:
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(4, generator=generator) for _ in range(N)]
     both = []

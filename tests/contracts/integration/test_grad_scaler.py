@@ -140,7 +140,7 @@ def test_kernel_does_not_write_gradients(name: str, overflow: bool) -> None:
     torch.testing.assert_close(seen[1], seen[0], **EXACT)
 
 
-def test_attributes_are_gone_after_the_step() -> None:
+def test_scaler_attributes_are_removed_after_the_step() -> None:
     """A step without a scaler after one with it is an ordinary one."""
     optimizer, plain = (OPTIMIZERS["AdamW"](make_params(shapes=SMALL), fused) for fused in (True, False))
     first, second = make_grads(params_of(plain), 2)
@@ -173,7 +173,7 @@ def test_with_autocast(fused: bool) -> None:
 
 @PATHS
 @pytest.mark.parametrize("position", [0, 1, 2])
-def test_what_is_not_made_of_rules_sees_no_scale(position: int, fused: bool) -> None:
+def test_opaque_transformation_sees_unscaled_gradients(position: int, fused: bool) -> None:
     members = [fo.trace(0.9), fo.sgd(0.1, momentum=0.5)]
     names = [f"p{k}" for k in range(len(make_params(shapes=SMALL)))]
 

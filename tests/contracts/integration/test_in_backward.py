@@ -29,7 +29,7 @@ def backward_only(model: torch.nn.Module, steps: int) -> None:
 
 
 @pytest.mark.parametrize("cls", [adapters.AdamW, adapters.SGD, adapters.Lion, adapters.LAMB])
-def test_same_as_a_step_after_it(cls: type[torch.optim.Optimizer]) -> None:
+def test_step_in_backward_is_a_step_after_it(cls: type[torch.optim.Optimizer]) -> None:
     model, expected = make_model(), make_model()
     in_backward(cls, model.parameters())
     backward_only(model, 4)
@@ -38,7 +38,7 @@ def test_same_as_a_step_after_it(cls: type[torch.optim.Optimizer]) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_chain() -> None:
+def test_chain_in_backward() -> None:
     def tx(learning_rate: float) -> fo.GradientTransformation:
         return fo.chain(fo.clip_by_block_rms(1.0), fo.adamw(learning_rate), fo.params_ema(0.9))
 
@@ -49,7 +49,7 @@ def test_chain() -> None:
     torch.testing.assert_close(list(model.parameters()), list(expected.parameters()), **EXACT)
 
 
-def test_state_of_all_of_them() -> None:
+def test_state_dict_of_optimizers_in_backward() -> None:
     """The checkpoint code takes the list of optimizers."""
     model, resumed = make_model(), make_model()
     in_backward(adapters.AdamW, model.parameters())
@@ -65,7 +65,7 @@ def test_state_of_all_of_them() -> None:
     torch.testing.assert_close(list(resumed.parameters()), list(model.parameters()), **EXACT)
 
 
-def test_chain_that_needs_all_gradients() -> None:
+def test_global_norm_in_backward_is_refused() -> None:
     def tx(learning_rate: float) -> fo.GradientTransformation:
         return fo.chain(fo.clip_by_global_norm(1.0), fo.sgd(learning_rate))
 

@@ -124,7 +124,7 @@ def by_hand(name: str, clip: float | None = None) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
 @NAME
-def test_same_as_without_it(name: str, manual: bool, library: Any, tmp_path: Path) -> None:
+def test_training_with_lightning_has_the_same_bits(name: str, manual: bool, library: Any, tmp_path: Path) -> None:
     """Automatic optimization gives the step a closure, manual none."""
     module = make_module(library, name, manual)
     train(library, module, tmp_path, STEPS)

@@ -90,7 +90,7 @@ def test_averaged_params() -> None:
     assert ([id(p) for p in model.parameters()], [p.data_ptr() for p in model.parameters()]) == identities
 
 
-def test_same_as_torchs_averages() -> None:
+def test_averaged_params_are_those_of_averaged_model() -> None:
     model = make_model()
     optimizer = adapters.TransformOptimizer(model.parameters(), tx())
     averaged = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(DECAY))
@@ -104,7 +104,7 @@ def test_same_as_torchs_averages() -> None:
         )
 
 
-def test_restored_after_an_exception() -> None:
+def test_params_are_restored_after_an_exception_in_averaged_params() -> None:
     model, optimizer, _ = train()
     before = values(list(model.parameters()))
     with pytest.raises(ZeroDivisionError), optimizer.averaged_params():
@@ -112,7 +112,7 @@ def test_restored_after_an_exception() -> None:
     torch.testing.assert_close(values(list(model.parameters())), before, **EXACT)
 
 
-def test_step_inside_is_refused() -> None:
+def test_step_in_averaged_params_is_refused() -> None:
     model, optimizer, _ = train()
     state = values([*optimizer.state.values()])
     with optimizer.averaged_params(), pytest.raises(RuntimeError, match="inside `averaged_params"):
@@ -121,7 +121,7 @@ def test_step_inside_is_refused() -> None:
     fit(model, optimizer, make_batches(1))  # and afterwards it steps again
 
 
-def test_training_goes_on_as_if_nothing_had_been() -> None:
+def test_training_after_averaged_params_has_the_same_bits() -> None:
     model, optimizer, _ = train()
     other, other_optimizer, _ = train()
     with optimizer.averaged_params(), torch.no_grad():
@@ -131,7 +131,7 @@ def test_training_goes_on_as_if_nothing_had_been() -> None:
     torch.testing.assert_close(values(list(model.parameters())), values(list(other.parameters())), **EXACT)
 
 
-def test_state_dict_inside() -> None:
+def test_state_dict_in_averaged_params_is_whole() -> None:
     """Saved in there, a state is whole; the weights of the model are the averages, which is what one ships."""
     model, optimizer, averages = train()
     with optimizer.averaged_params():
@@ -147,7 +147,7 @@ def test_state_dict_inside() -> None:
     torch.testing.assert_close(values(list(resumed.parameters())), values(list(model.parameters())), **EXACT)
 
 
-def test_there_is_no_average() -> None:
+def test_averaged_params_without_an_average_is_refused() -> None:
     without = adapters.TransformOptimizer(make_model().parameters(), fo.adamw(0.05))
     before_a_step = adapters.TransformOptimizer(make_model().parameters(), tx())
     for optimizer in (without, before_a_step):

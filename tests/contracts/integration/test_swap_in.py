@@ -86,7 +86,7 @@ def test_options_that_are_swapped_in(name: str) -> None:
     torch.testing.assert_close(values(list(params.values())), values(list(model.parameters())), **EXACT)
 
 
-def test_restored_after_an_exception() -> None:
+def test_params_and_state_are_restored_after_an_exception() -> None:
     model, optimizer = trained("AdamW")
     state = optimizer.state
     with (

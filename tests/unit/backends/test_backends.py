@@ -203,7 +203,7 @@ drawn = pytest.mark.filterwarnings("ignore:the mask:UserWarning")  # some match 
 @pytest.mark.parametrize("backend", OTHERS)
 @given(run=RUNS)
 @DRAWN
-def test_drawn_chains(backend: str, run: Run) -> None:
+def test_drawn_chains_agree_with_the_reference(backend: str, run: Run) -> None:
     assert_alike(steps_of(run, backend), steps_of(run, "reference"))
 
 

@@ -517,7 +517,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:Conver
 @ON_EVERY_BACKEND
 @DTYPES
 @pytest.mark.parametrize("name", CASES)
-def test_elements(backend: str, dtype: torch.dtype, name: str) -> None:
+def test_operations_on_elements(backend: str, dtype: torch.dtype, name: str) -> None:
     assert_within(
         actual(backend, dtype, "elements", name),
         expected(backend, dtype, "elements", name),
@@ -541,7 +541,9 @@ def test_uniform_values_are_computed_in_double_precision(backend: str, name: str
 @ON_EVERY_BACKEND
 @DTYPES
 @pytest.mark.parametrize(("pattern", "name"), [(side, name) for side in SIDES for name in PATTERNS[side].cases])
-def test_an_element_meets_a_uniform_value(backend: str, dtype: torch.dtype, pattern: str, name: str) -> None:
+def test_operations_on_an_element_and_a_uniform_value(
+    backend: str, dtype: torch.dtype, pattern: str, name: str
+) -> None:
     assert_within(
         actual(backend, dtype, pattern, name),
         expected(backend, dtype, pattern, name),

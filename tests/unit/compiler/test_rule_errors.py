@@ -300,7 +300,7 @@ def test_a_helper_of_a_rule_is_named_by_its_own_line() -> None:
         tx.update(VECTOR, tx.init(VECTOR))
 
 
-def test_a_value_of_another_trace() -> None:
+def test_value_of_another_trace_is_refused() -> None:
     kept: list[Any] = []
 
     @fo.elementwise
@@ -371,7 +371,7 @@ def test_a_declaration_that_does_not_fit(name: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["0, 1", "[0; 1)", "[0, 1", "", "[a, b]"])
-def test_a_range_that_is_none(text: str) -> None:
+def test_malformed_range_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=re.escape(repr(text)) if text != "[a, b]" else "'a'|\\[a, b\\]"):
         fo.elementwise(good, state=MU, ranges={"decay": text})
 
