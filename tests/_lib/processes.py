@@ -1,4 +1,4 @@
-"""Checks that several processes make together; `contracts/integration/test_processes.py` starts them.
+"""Checks that several processes make together; `contracts/integration/test_fsdp_ddp_zero.py` starts them.
 
 A check is a function of its process's rank and of a folder. All processes go through the same checks in the same
 order, with one process group.

@@ -126,6 +126,7 @@ def test_many_donated_steps_are_many_pure_steps(backend: str) -> None:
     assert_same_bits(actual, expected)
 
 
+@pytest.mark.triton
 @ignore_interpreter
 def test_donated_steps_in_the_interpreter_of_triton() -> None:
     params = make_tree(0, torch.float32)

@@ -26,6 +26,7 @@ from functional_optim._compiler import build
 
 COMPILER = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
 pytestmark = [
+    pytest.mark.slow,  # kernels are compiled anew
     pytest.mark.skipif(COMPILER is None, reason="no C compiler"),
     pytest.mark.skipif(sys.platform == "win32", reason="folders have no modes"),
 ]

@@ -85,6 +85,7 @@ for backend in ("reference", "foreach", "c", "triton"):
 """
 
 
+@pytest.mark.slow
 def test_with_nothing_but_torch() -> None:
     """No Triton, no NumPy, nothing that only examples and tests need, and no compiler."""
     out = python(WITHOUT, PATH="", HOME="/dev/null")
@@ -105,6 +106,7 @@ print(*sorted({"torch._dynamo", "torch._inductor", "torch.onnx"} & (set(sys.modu
 """
 
 
+@pytest.mark.slow
 def test_what_importing_imports() -> None:
     packages, heavy = python(IMPORTED).split("\n")[:2]
 
@@ -114,12 +116,14 @@ def test_what_importing_imports() -> None:
     assert heavy == ""
 
 
+@pytest.mark.slow
 def test_importing_touches_no_disk(tmp_path: Path) -> None:
     python("import functional_optim", HOME=str(tmp_path), FUNCTIONAL_OPTIM_CACHE=str(tmp_path / "cache"))
 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_adapters_are_imported_by_their_own_name() -> None:
     code = """
 try:
@@ -305,6 +309,7 @@ print(os.waitpid(child, 0)[1])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
 @pytest.mark.parametrize("size", [2, 100])
 def test_a_forked_child_does_not_wait_for_threads_of_its_parent(size: int, tmp_path: Path) -> None:

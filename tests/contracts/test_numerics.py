@@ -289,6 +289,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.slow
 @backends
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -307,6 +308,7 @@ MIXED = [
 mixed = pytest.mark.parametrize(("params", "grads"), MIXED, ids=[f"{p}-{g}".replace("torch.", "") for p, g in MIXED])
 
 
+@pytest.mark.slow
 @backends
 @mixed
 @pytest.mark.parametrize("apply", [True, False], ids=["params", "updates"])

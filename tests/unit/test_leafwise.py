@@ -9,12 +9,12 @@ import torch
 
 import functional_optim as fo
 from _lib.chains import halving
+from _lib.marks import INTERPRETER
 from functional_optim import leafwise
 from functional_optim.leafwise import Leafwise, Leaves, Option, Template
 
 
-# of Triton's interpreter, which computes with NumPy
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:Conversion of an array:DeprecationWarning")
+pytestmark = INTERPRETER
 
 BACKENDS = ("reference", "foreach", "c", "triton")
 SHAPES = ((4, 3), (5,), (), (2, 0), (3, 2, 2))

@@ -413,6 +413,7 @@ def _child(opt: torch.optim.Optimizer, queue: Any) -> None:
     queue.put([p.detach().tolist() for p in params_of(opt)])
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_an_optimizer_goes_to_another_process_and_steps_there() -> None:
     params = make_params(shapes=SHAPES[:2])

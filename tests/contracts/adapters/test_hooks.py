@@ -266,6 +266,7 @@ SCHEDULERS: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("name", MAKERS)
 def test_an_optimizer_is_freed_without_the_garbage_collector(name: str, scheduler: str) -> None:

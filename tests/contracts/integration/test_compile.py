@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import functional_optim as fo
 from _lib.compare import EXACT
@@ -21,6 +20,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 STEPS = 6
+
+
+def graph_counter() -> Any:
+    """Dynamo's own backend that counts graphs and runs them in eager mode; it takes seconds to import."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    return CompileCounterWithBackend("eager")
 
 
 def chain(params: Any, lr: Any) -> Any:
@@ -120,7 +126,7 @@ def test_no_recompilation(name: str, tensor_lr: bool) -> None:
     """At most one graph while states are made, one after, and for a float one in which it is an input."""
     optimizer = OPTIMIZERS[name](make_params(shapes=SMALL), make_lr(tensor_lr))
     grads = make_grads(params_of(optimizer), 10)
-    counter = CompileCounterWithBackend("eager")
+    counter = graph_counter()
     step = torch.compile(optimizer.step, backend=counter, fullgraph=True)
     run(optimizer, step, grads[:3])
     assert 1 <= counter.frame_count <= 2 + (not tensor_lr)
@@ -138,7 +144,7 @@ def test_no_recompilation_under_a_scheduler() -> None:
     optimizer = adapters.AdamW(make_params(shapes=SMALL), lr=make_lr(True), betas=(0.9, 0.99))
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 10)
     grads = make_grads(params_of(optimizer), 8)
-    counter = CompileCounterWithBackend("eager")
+    counter = graph_counter()
     compiled = torch.compile(optimizer.step, backend=counter)
 
     def step() -> None:
@@ -165,7 +171,7 @@ def test_number_of_graphs_does_not_grow_with_groups() -> None:
     optimizer = adapters.AdamW([{"params": [p], "lr": 0.01 * (k + 1)} for k, p in enumerate(params)])
     for p in params:
         p.grad = torch.ones_like(p)
-    counter = CompileCounterWithBackend("eager")
+    counter = graph_counter()
     step = torch.compile(optimizer.step, backend=counter, fullgraph=True)
     for _ in range(4):
         step()

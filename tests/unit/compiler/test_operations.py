@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import functional_optim as fo
+from _lib.marks import INTERPRETER
 from functional_optim._compiler import trace
 from functional_optim._compiler.build import find_compiler
 from functional_optim._compiler.c.emit import HEADER
@@ -509,9 +510,7 @@ def allowed(backend: str, kind: str, dtype: torch.dtype) -> int:
 
 ON_EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 DTYPES = pytest.mark.parametrize("dtype", [F32, F64], ids=["float32", "float64"])
-# Triton's interpreter runs programs on NumPy, which warns where torch is silent, of overflow and of what is not a
-# number; and it counts loops in a way that NumPy wants to forbid
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:Conversion of an array:DeprecationWarning")
+pytestmark = INTERPRETER
 
 
 @ON_EVERY_BACKEND

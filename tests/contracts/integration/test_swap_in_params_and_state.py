@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim import swap_in_optimizer_params_and_state
 from torch.utils import _pytree as pytree
 
@@ -101,6 +99,9 @@ def test_params_and_state_are_restored_after_an_exception() -> None:
 @NAME
 def test_trace_of_a_step(name: str) -> None:
     """Traced with fake tensors, as torch's documentation has it; the graph then runs on real ones."""
+    from torch._subclasses import FakeTensorMode  # each takes a second to import
+    from torch.fx.experimental.proxy_tensor import make_fx
+
     model, optimizer = trained(name)
     live = values(list(model.parameters())), values(list(optimizer.state.values()))
     real = {n: p.detach() for n, p in with_grads(model).items()}

@@ -10,13 +10,12 @@ import torch
 import functional_optim as fo
 from _lib.backends import STEPS, only
 from _lib.chains import nested
+from _lib.marks import INTERPRETER
 from _lib.trees import F64
 from functional_optim.kernels import BACKENDS, launch
 
 
-# Triton's interpreter runs programs on NumPy, which warns where torch is silent, of overflow and of what is not a
-# number; and it counts loops in a way that NumPy wants to forbid
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:Conversion of an array:DeprecationWarning")
+pytestmark = INTERPRETER
 
 
 @fo.elementwise(state={"norm": fo.slot(0.0, per="leaf"), "mu": fo.zeros})

@@ -226,6 +226,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_pickles_and_checkpoints_in_another_process(python: Any, tmp_path: Path) -> None:
     """Hashes of text and of types differ between processes, so nothing of them may travel."""
     txs = {k: tx for k, tx in VALUES.items() if "halving" not in repr(tx)}

@@ -16,13 +16,12 @@ from hypothesis import (
 import functional_optim as fo
 from _lib.backends import OTHERS, STEPS, only
 from _lib.compare import assert_alike
+from _lib.marks import INTERPRETER
 from _lib.trees import BF16, F16, F32, F64, tensors
 from functional_optim.kernels import BACKENDS
 
 
-# Triton's interpreter runs programs on NumPy, which warns where torch is silent, of overflow and of what is not a
-# number; and it counts loops in a way that NumPy wants to forbid
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:Conversion of an array:DeprecationWarning")
+pytestmark = INTERPRETER
 
 
 Params = dict[str, torch.Tensor]
@@ -199,6 +198,7 @@ DRAWN = settings(derandomize=True, deadline=None, max_examples=25, database=None
 drawn = pytest.mark.filterwarnings("ignore:the mask:UserWarning")  # some match no leaf
 
 
+@pytest.mark.slow
 @drawn
 @pytest.mark.parametrize("backend", OTHERS)
 @given(run=RUNS)
@@ -231,6 +231,7 @@ def one_by_one(
     return (fused, state), (g, tuple(states))
 
 
+@pytest.mark.slow
 @drawn
 @given(
     st.lists(st.one_of(links, wrapped(REDUCING)), min_size=2, max_size=4),

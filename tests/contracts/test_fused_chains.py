@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import functional_optim as fo
+from _lib.marks import INTERPRETER
 
 
 BACKENDS = ("reference", "foreach", "c", "triton")
 
-# of Triton's interpreter, which computes with NumPy
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:Conversion of an array:DeprecationWarning")
+pytestmark = INTERPRETER
 
 
 @fo.elementwise(state={"total": fo.slot(0.0)})

@@ -106,6 +106,7 @@ def child() -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_elements_far_from_the_start(child: subprocess.CompletedProcess[str], name: str) -> None:
     assert f"right {name}\n" in child.stdout, f"exit status {child.returncode}\n{child.stdout}\n{child.stderr[-2000:]}"
