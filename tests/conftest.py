@@ -1,15 +1,27 @@
-"""Set up before anything imports Triton or JAX."""
+"""Environment, threads and marks of all tests; the environment is set before Triton, JAX or torch is imported."""
 
 import os
 
 
 os.environ["TRITON_INTERPRET"] = "1"  # kernels for a GPU, run by Triton's interpreter
+os.environ["JAX_ENABLE_X64"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave the cores to other workers
 
-import jax
+import pytest
 import torch
+from hypothesis import settings
 
 
+collect_ignore = ["_lib"]  # no doctests, and much to import
+
+torch.set_num_threads(1)  # a core for each worker; tests of kernels set their own
+settings.register_profile("tests", deadline=None, derandomize=True, database=None)
+settings.load_profile("tests")
 
 
-jax.config.update("jax_enable_x64", True)
-torch.set_num_threads(2)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the cases that run in Triton's interpreter, by the backend that is their parameter."""
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        if callspec and any(isinstance(x, str) and x == "triton" for x in callspec.params.values()):
+            item.add_marker("triton")

@@ -1,0 +1,217 @@
+"""`torch.compile(optimizer.step)`: one graph, none made anew while a schedule runs, the numbers of eager mode."""
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+import functional_optim as fo
+from _lib.compare import EXACT
+from _lib.optimizers import SMALL, make_grads, make_params, params_of
+from _lib.training import values
+from functional_optim import adapters
+
+
+pytestmark = [
+    pytest.mark.integration,
+    # the compiler's own
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+STEPS = 6
+
+
+def graph_counter() -> Any:
+    """Dynamo's own backend that counts graphs and runs them in eager mode; it takes seconds to import."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    return CompileCounterWithBackend("eager")
+
+
+def chain(params: Any, lr: Any) -> Any:
+    tx = fo.chain(fo.clip_by_global_norm(0.5), fo.adamw(lr, weight_decay=0.1), fo.params_ema(0.9))
+    return adapters.TransformOptimizer(params, tx)
+
+
+def schedule(params: Any, lr: Any) -> Any:
+    optimizer = adapters.TransformOptimizer(params, fo.lion(fo.linear_schedule(0.1, 0.0, 10)))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return optimizer
+
+
+OPTIMIZERS: dict[str, Callable[[Any, Any], Any]] = {
+    "SGD": lambda p, lr: adapters.SGD(p, lr=lr),
+    "SGD with dampened momentum": lambda p, lr: adapters.SGD(p, lr=lr, momentum=0.9, dampening=0.5),
+    "AdamW": lambda p, lr: adapters.AdamW(p, lr=lr, weight_decay=0.1),
+    "LAMB": lambda p, lr: adapters.LAMB(p, lr=lr),
+    "chain": chain,
+    "schedule": schedule,
+}
+NAME = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def make_lr(tensor: bool) -> Any:
+    return torch.tensor(0.05, dtype=torch.float64) if tensor else 0.05
+
+
+def set_lr(optimizer: Any, factor: float) -> None:
+    """What a scheduler does: a tensor is written to, a float replaced."""
+    for group in optimizer.param_groups:
+        lr = group["lr"]
+        if isinstance(lr, torch.Tensor):
+            lr.fill_(0.05 * factor)
+        else:
+            group["lr"] = 0.05 * factor
+
+
+def run(optimizer: Any, step: Callable[[], Any], grads: Sequence[Sequence[torch.Tensor]], vary: bool = True) -> Any:
+    """Trains under a learning rate that differs at every step.
+
+    Returns:
+      The parameters and their states.
+    """
+    for k, each in enumerate(grads):
+        if vary:
+            set_lr(optimizer, 0.9**k)
+        for p, g in zip(params_of(optimizer), each, strict=True):
+            p.grad = g.clone()
+        step()
+    return values([(p.detach(), optimizer.state.get(p, {})) for p in params_of(optimizer)])
+
+
+def eager(name: str, tensor_lr: bool, grads: Any, vary: bool = True) -> Any:
+    optimizer = OPTIMIZERS[name](make_params(shapes=SMALL), make_lr(tensor_lr))
+    return run(optimizer, optimizer.step, grads, vary)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("tensor_lr", [False, True], ids=["float", "tensor"])
+@NAME
+def test_same_as_eager_mode(name: str, tensor_lr: bool, backend: str) -> None:
+    """The whole step is one graph, and its kernels are those of eager mode."""
+    optimizer = OPTIMIZERS[name](make_params(shapes=SMALL), make_lr(tensor_lr))
+    grads = make_grads(params_of(optimizer), STEPS)
+    actual = run(optimizer, torch.compile(optimizer.step, backend=backend, fullgraph=True), grads)
+    torch.testing.assert_close(actual, eager(name, tensor_lr, grads), **EXACT)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("before", ["nothing", "a step", "a file"])
+def test_inductor_where_shapes_are_not_known(before: str) -> None:
+    """The second optimizer has other shapes, so that they become symbols; small state lies side by side in memory."""
+    for n in (4, 5):
+        optimizer, twin = (adapters.AdamW([torch.ones(8, n), torch.ones(n)], lr=0.05) for _ in range(2))
+        grads = make_grads(params_of(optimizer), STEPS)
+        for o in (optimizer, twin):
+            if before != "nothing":
+                run(o, o.step, grads[:1])
+            if before == "a file":
+                o.load_state_dict(o.state_dict())
+        actual = run(optimizer, torch.compile(optimizer.step), grads)
+        torch.testing.assert_close(actual, run(twin, twin.step, grads), **EXACT)
+
+
+@pytest.mark.parametrize("tensor_lr", [False, True], ids=["float", "tensor"])
+@NAME
+def test_no_recompilation(name: str, tensor_lr: bool) -> None:
+    """At most one graph while states are made, one after, and for a float one in which it is an input."""
+    optimizer = OPTIMIZERS[name](make_params(shapes=SMALL), make_lr(tensor_lr))
+    grads = make_grads(params_of(optimizer), 10)
+    counter = graph_counter()
+    step = torch.compile(optimizer.step, backend=counter, fullgraph=True)
+    run(optimizer, step, grads[:3])
+    assert 1 <= counter.frame_count <= 2 + (not tensor_lr)
+    settled = counter.frame_count
+    for k, each in enumerate(grads[3:]):
+        set_lr(optimizer, 0.5**k)
+        for p, g in zip(params_of(optimizer), each, strict=True):
+            p.grad = g.clone()
+        step()
+    assert counter.frame_count == settled
+
+
+def test_no_recompilation_under_a_scheduler() -> None:
+    """The scheduler is attached first: it looks for a method to count the calls of."""
+    optimizer = adapters.AdamW(make_params(shapes=SMALL), lr=make_lr(True), betas=(0.9, 0.99))
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 10)
+    grads = make_grads(params_of(optimizer), 8)
+    counter = graph_counter()
+    compiled = torch.compile(optimizer.step, backend=counter)
+
+    def step() -> None:
+        compiled()
+        scheduler.step()
+
+    run(optimizer, step, grads[:3], vary=False)
+    settled = counter.frame_count
+    actual = run(optimizer, step, grads[3:], vary=False)
+    assert counter.frame_count == settled
+
+    other = adapters.AdamW(make_params(shapes=SMALL), lr=make_lr(True), betas=(0.9, 0.99))
+    other_scheduler = torch.optim.lr_scheduler.LinearLR(other, 1.0, 0.1, 10)
+
+    def other_step() -> None:
+        other.step()
+        other_scheduler.step()
+
+    torch.testing.assert_close(actual, run(other, other_step, grads, vary=False), **EXACT)
+
+
+def test_number_of_graphs_does_not_grow_with_groups() -> None:
+    params = [torch.nn.Parameter(torch.ones(16, dtype=torch.float64)) for _ in range(20)]
+    optimizer = adapters.AdamW([{"params": [p], "lr": 0.01 * (k + 1)} for k, p in enumerate(params)])
+    for p in params:
+        p.grad = torch.ones_like(p)
+    counter = graph_counter()
+    step = torch.compile(optimizer.step, backend=counter, fullgraph=True)
+    for _ in range(4):
+        step()
+    assert counter.frame_count <= 2
+
+
+def test_state_dict_and_loading_around_it() -> None:
+    """A compiled step goes on after its optimizer has loaded another state."""
+    params = make_params(shapes=SMALL)
+    optimizer = adapters.AdamW(params, lr=0.05)
+    grads = make_grads(params, STEPS)
+    step = torch.compile(optimizer.step, backend="eager")
+    run(optimizer, step, grads[:3], vary=False)
+    saved = values(optimizer.state_dict())
+    weights = values(params)
+    expected = run(optimizer, step, grads[3:], vary=False)
+    with torch.no_grad():
+        for p, old in zip(params, weights, strict=True):
+            p.copy_(old)
+    optimizer.load_state_dict(saved)
+    torch.testing.assert_close(run(optimizer, step, grads[3:], vary=False), expected, **EXACT)
+
+
+def test_loop_with_the_model() -> None:
+    """Model, loss and step in one compiled function."""
+
+    def train(compile_it: bool) -> list[torch.Tensor]:
+        weight = torch.nn.Parameter(torch.eye(16, dtype=torch.float64))
+        optimizer = adapters.SGD([weight], lr=0.1, momentum=0.9)
+        x = torch.randn(8, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+        def step() -> None:
+            optimizer.zero_grad()
+            (x @ weight).square().mean().backward()
+            optimizer.step()
+
+        chosen = torch.compile(step, backend="aot_eager") if compile_it else step
+        for _ in range(4):
+            chosen()
+        return values([weight])  # type: ignore[no-any-return]
+
+    # the products of the backward pass may be traced to others, some units of 2**-53 from these
+    torch.testing.assert_close(train(True), train(False), rtol=1e-13, atol=1e-15)

@@ -1,0 +1,181 @@
+"""Who computes a step, and what `explain` says of it."""
+
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+import functional_optim as fo
+from _lib.chains import CHAINS, Halve, is_matrix
+from _lib.compare import Snapshot
+from _lib.training import train
+from _lib.trees import leaves, make_tree, mixed_tree
+
+
+# --- choice of the backend
+
+
+def backends(params: Any = None) -> tuple[str, ...]:
+    return fo.explain(fo.sgd(0.1), {"w": torch.zeros(2)} if params is None else params).backends
+
+
+def test_use_backend_nests() -> None:
+    assert backends() == ("c",)
+    with fo.use_backend("foreach"):
+        assert backends() == ("foreach",)
+        with fo.use_backend("reference"):
+            assert backends() == ("reference",)
+        assert backends() == ("foreach",)
+        with pytest.raises(ValueError, match="unknown backend"), fo.use_backend("triton"), fo.use_backend("cuda"):
+            pass
+        assert backends() == ("foreach",)
+    assert backends() == ("c",)
+
+
+def test_use_backend_is_per_thread() -> None:
+    meet = threading.Barrier(2, timeout=60)
+
+    def work(name: str) -> tuple[str, ...]:
+        with fo.use_backend(name):
+            meet.wait()
+            found = backends()
+            meet.wait()
+        return found
+
+    with ThreadPoolExecutor(2) as pool, fo.use_backend("triton"):
+        found = list(pool.map(work, ("foreach", "reference")))
+        assert backends() == ("triton",)
+
+    assert found == [("foreach",), ("reference",)]
+
+
+# --- explain
+
+
+RECIPE = fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(1e-3), fo.params_ema(0.99))
+
+TEXT = """\
+3,000 parameters in 2 tensors, computed by c
+  2 launches in 2 passes over memory
+  40 bytes per element: 24 read, 16 written
+  12 bytes of state per parameter
+kernel over 2 tensors, 3,000 elements, 1 row of scalars: 2 passes, 24 + 16 bytes
+  reads updates, params, scale_by_adam.mu, scale_by_adam.nu, params_ema.ema; \
+writes params, scale_by_adam.mu, scale_by_adam.nu, params_ema.ema"""
+
+
+def test_the_text_of_explain() -> None:
+    assert str(fo.explain(RECIPE, {"w": torch.zeros(50, 50), "b": torch.zeros(500)})) == TEXT
+
+
+F, D, B = torch.float32, torch.float64, torch.bfloat16
+# passes, launches, bytes read per element, bytes written; counted by hand from the formulas
+COUNTS: dict[str, tuple[Any, torch.dtype, tuple[int, int, int, int]]] = {
+    "sgd": (fo.sgd(0.1), F, (1, 1, 8, 4)),  # u, p -> p
+    "momentum": (fo.sgd(0.1, 0.9), F, (1, 1, 12, 8)),  # u, p, m -> p, m
+    "adam": (fo.adam(0.1), F, (1, 1, 16, 12)),  # u, p, m, v -> p, m, v
+    "adam in double": (fo.adam(0.1), D, (1, 1, 32, 24)),
+    "adam in half": (fo.adam(0.1), B, (1, 1, 8, 6)),
+    "adam with half a moment": (fo.adam(0.1, mu_dtype=B), F, (1, 1, 14, 10)),
+    "adamw and average": (fo.chain(fo.adamw(0.1), fo.params_ema(0.9)), F, (1, 1, 20, 16)),
+    "clip and adamw": (fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(0.1)), F, (2, 2, 20, 12)),  # u, and all of adamw
+    "clip, adamw and average": (RECIPE, F, (2, 2, 24, 16)),
+    "empty": (fo.identity(), F, (1, 1, 8, 4)),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_the_counts_of_explain(name: str) -> None:
+    tx, dtype, (passes, launches, read, written) = COUNTS[name]
+
+    e = fo.explain(tx, {"w": torch.zeros(50, 50, dtype=dtype), "b": torch.zeros(500, dtype=dtype)})
+
+    assert (e.passes, e.launches, e.bytes_read, e.bytes_written) == (passes, launches, read, written)
+    assert (e.bytes_per_element, e.parameters, e.leaves, e.notes) == (read + written, 3000, 2, ())
+
+
+@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("make", [make_tree, lambda seed: mixed_tree()], ids=["double", "mixed"])
+def test_the_state_bytes_of_explain(name: str, make: Any) -> None:
+    tx, params = CHAINS[name], make(0)
+    state = [x for x in leaves(tx.init(params)) if isinstance(x, torch.Tensor)]
+
+    e = fo.explain(tx, params)
+
+    assert e.state_bytes == sum(x.nbytes for x in state) / sum(p.numel() for p in params.values())
+
+
+class Own(torch.Tensor):
+    """A class of tensors of which a kernel knows nothing."""
+
+
+NOTES: dict[str, tuple[Any, Any, str]] = {
+    "opaque": (fo.chain(fo.trace(0.9), Halve(), fo.scale(-1.0)), make_tree(0), r"Halve.* is not made of rules"),
+    "opaque in a mask": (
+        fo.masked(fo.chain(Halve(), fo.scale(-1.0)), is_matrix),
+        make_tree(0),
+        r"Halve.* is not made of",
+    ),
+    "host schedule": (CHAINS["host schedule"], make_tree(0), r"learning_rate cannot be traced.*every step"),
+    "columns": (fo.sgd(0.1), {"w": torch.zeros(4, 6)[:, ::2]}, r"not laid out densely.*: w$"),
+    "expanded": (fo.sgd(0.1), {"w": torch.zeros(1, 3).expand(4, 3)}, r"not laid out densely.*: w$"),
+    "meta": (fo.sgd(0.1), {"w": torch.zeros(4, device="meta")}, r"on meta.*the reference"),
+    "subclass": (
+        fo.sgd(0.1),
+        {"w": torch.zeros(4).as_subclass(Own)},
+        r"a class of their own",
+    ),
+    "gradients wanted": (fo.sgd(0.1), {"w": torch.zeros(4, requires_grad=True)}, r"requires a gradient"),
+}
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_the_notes_of_explain(name: str) -> None:
+    tx, params, note = NOTES[name]
+
+    e = fo.explain(tx, params)
+
+    assert any(re.search(note, n) for n in e.notes), e.notes
+    assert all(f"note: {n}" in str(e) for n in e.notes)
+
+
+def test_the_kernels_of_explain() -> None:
+    tx = fo.partition({"a": fo.adam(0.1), "b": fo.sgd(0.1), "c": fo.sgd(0.2)}, {"u": "a", "v": "b", "w": "c"})
+    params = {"u": torch.zeros(10), "v": torch.zeros(20), "w": torch.zeros(30)}
+
+    e = fo.explain(tx, params)
+
+    found = {k.leaves: (k.elements, k.rows, k.passes, k.bytes_read, k.bytes_written, k.backend) for k in e.kernels}
+    assert found == {("u",): (10, 1, 1, 16, 12, "c"), ("v", "w"): (50, 2, 1, 8, 4, "c")}
+    assert (e.passes, e.launches) == (1, 2)
+    # averaged over elements: 10 of 28 bytes, 50 of 12
+    assert e.bytes_per_element == pytest.approx((10 * 28 + 50 * 12) / 60)
+    assert all("pass_0" in k.source and "updates" in k.program for k in e.kernels)
+
+
+def test_explain_touches_nothing() -> None:
+    params = mixed_tree()
+    before = Snapshot(params)
+
+    fo.explain(RECIPE, params)
+
+    before.check()
+
+
+def test_explain_of_a_model_that_has_no_memory() -> None:
+    """A model may be planned before it is allocated."""
+    e = fo.explain(RECIPE, {"w": torch.empty(50_000, 50_000, device="meta")})
+
+    assert (e.parameters, e.backends, e.bytes_per_element) == (2_500_000_000, ("reference",), 40)
+
+
+def test_a_step_of_a_model_that_has_no_memory() -> None:
+    params = {"w": torch.empty(5, 7, device="meta", dtype=torch.bfloat16)}
+
+    new, (_, adam, *_) = train(RECIPE, params, [params, params])
+
+    assert (new["w"].device.type, new["w"].shape, new["w"].dtype) == ("meta", (5, 7), torch.bfloat16)
+    assert adam[0].mu["w"].device.type == "meta"

@@ -1,0 +1,141 @@
+"""What could go wrong where rules become one program: names, scopes, slots, numbers that only look fixed."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+import functional_optim as fo
+from _lib.marks import INTERPRETER
+
+
+BACKENDS = ("reference", "foreach", "c", "triton")
+
+pytestmark = INTERPRETER
+
+
+@fo.elementwise(state={"total": fo.slot(0.0)})
+def aa(u: Any, total: Any, *, weight: float = 1.0) -> tuple[Any, Any]:
+    """A sum of updates."""
+    total = total + weight * u
+    return total, total
+
+
+@fo.elementwise(state={"total": fo.slot(0.0)})
+def aa_2(u: Any, total: Any) -> tuple[Any, Any]:
+    """A sum of halves of updates, under the name that a second `aa` would have."""
+    total = total + 0.5 * u
+    return total, total
+
+
+def by_itself(txs: list[fo.GradientTransformation], steps: int) -> tuple[torch.Tensor, list[Any]]:
+    """The last update of transformations called one after another."""
+    states = [tx.init(torch.zeros(3, dtype=torch.float64)) for tx in txs]
+    u = torch.zeros(3)
+    for step in range(steps):
+        u = torch.arange(1.0, 4.0, dtype=torch.float64) * (step + 1)
+        for k, tx in enumerate(txs):
+            u, states[k] = tx.update(u, states[k], torch.zeros(3, dtype=torch.float64))
+    return u, states
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rules_of_one_name_and_one_that_looks_like_a_second_keep_their_own_slots(backend: str) -> None:
+    txs = [aa(), aa_2(), aa(weight=0.25), aa_2()]
+    expected, states = by_itself(txs, 5)
+    tx = fo.chain(*txs)
+    state = tx.init(torch.zeros(3, dtype=torch.float64))
+    with fo.use_backend(backend):
+        for step in range(5):
+            u, state = tx.update(torch.arange(1.0, 4.0, dtype=torch.float64) * (step + 1), state)
+    assert torch.equal(u, expected)
+    for own, other in zip(state, states, strict=True):
+        assert torch.equal(own.total, other.total)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_norms_of_the_same_values_over_different_leaves_are_different_norms(backend: str) -> None:
+    a, b = (fo.masked(fo.clip_by_global_norm(1.0), re.compile(name)) for name in ("w", "b"))
+    tx = fo.chain(a, b)
+    grads = {"w": torch.tensor([3.0, 4.0], dtype=torch.float64), "b": torch.tensor([6.0, 8.0], dtype=torch.float64)}
+    with fo.use_backend(backend):
+        updates, _ = tx.update(grads, tx.init(grads))
+    # each is divided by its own norm: 5 and 10
+    for u in updates.values():
+        torch.testing.assert_close(u, torch.tensor([0.6, 0.8], dtype=torch.float64), rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_norms_of_one_value_in_one_rule(backend: str) -> None:
+    tx = twice()
+    u = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    with fo.use_backend(backend):
+        updates, _ = tx.update({"a": u, "b": u.clone()}, tx.init({"a": u, "b": u}))
+    torch.testing.assert_close(updates["a"], u / torch.tensor(50.0, dtype=torch.float64), rtol=1e-14, atol=0)
+
+
+@fo.elementwise
+def twice(u: Any) -> Any:
+    """Divides by a norm, and again by the same one."""
+    return u / fo.tree_norm(u) / fo.tree_norm(u)
+
+
+@fo.elementwise(state={"last": fo.slot(0.0)})
+def remembers(u: Any, last: Any) -> tuple[Any, Any]:
+    """Writes a slot that it never reads."""
+    return u, 2.0 * u
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_slot_that_is_written_and_never_read_may_lie_in_another_order(backend: str) -> None:
+    tx = fo.chain(remembers(), fo.scale(-1.0))
+    params = torch.zeros(4, 3)
+    grads = torch.arange(12.0).reshape(4, 3)
+    state = tx.init(params)
+    last = torch.zeros(3, 4).t()
+    state = (state[0]._replace(last=last), state[1])
+    with fo.use_backend(backend):
+        params, state = fo.apply_gradients(tx, params, grads, state, donate=True)
+    assert state[0].last is last
+    assert torch.equal(last, 2 * grads)
+    assert torch.equal(params, -grads)
+
+
+def test_a_python_function_is_called_at_every_step_even_if_it_looks_constant() -> None:
+    rates = [0.5, 0.25, 0.125]
+    tx = fo.scale_by_schedule(lambda count: rates[0])
+    state = tx.init(torch.zeros(1))
+    found = []
+    while rates:
+        u, state = tx.update(torch.ones(1), state)
+        found.append(u.item())
+        rates.pop(0)
+    assert found == [0.5, 0.25, 0.125]
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_default_device_does_not_reach_into_a_step(donate: bool) -> None:
+    tx = fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(0.1))
+    params = {"w": torch.ones(3)}
+    state = tx.init(params)
+    with torch.device("meta"):
+        params, state = fo.apply_gradients(tx, params, {"w": torch.full_like(params["w"], 2.0)}, state, donate=donate)
+    assert params["w"].device.type == "cpu"
+    # one step of Adam is as long as the learning rate, and decay takes 1e-4 of that
+    torch.testing.assert_close(params["w"], torch.full((3,), 0.9 - 1e-5), rtol=1e-6, atol=0)
+
+
+@fo.elementwise
+def moves_to(u: Any, p: Any, *, target: float) -> Any:
+    """Computes the new parameter itself."""
+    return (target + 0 * u) - p
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_parameter_that_a_rule_computes_whole_is_rounded_once(backend: str) -> None:
+    p = torch.tensor([1e8, -3e7, 0.1])
+    tx = moves_to(target=0.1)
+    with fo.use_backend(backend):
+        new, _ = fo.apply_gradients(tx, p, torch.zeros(3), tx.init(p))
+    assert torch.equal(new, torch.full((3,), 0.1))  # p + (0.1 - p) would be 0, 0 and 0.1

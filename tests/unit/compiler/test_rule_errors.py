@@ -1,0 +1,397 @@
+"""Rules that cannot become kernels: each is refused with a message that names the rule, its line and a way out."""
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import functional_optim as fo
+
+
+VECTOR = torch.arange(3.0)
+
+
+# -- found while tracing --------------------------------------------------------------------------------------------
+# the line at fault is marked; where none is, the message names the line of `def`
+
+
+def branches(u: Any) -> Any:
+    if u > 0:  # at fault
+        return u
+    return -u
+
+
+def chooses(u: Any) -> Any:
+    return u if u.abs() < 1 else u / 2  # at fault
+
+
+def joins_conditions(u: Any, p: Any) -> Any:
+    return torch.where(u > 0 and p > 0, u, p)  # at fault
+
+
+def compares_a_schedule(u: Any, *, step: Any) -> Any:
+    return u if step > 10 else 2 * u  # at fault
+
+
+def iterates(u: Any) -> Any:
+    return sum(x for x in u)  # at fault
+
+
+def unpacks(u: Any) -> Any:
+    first, _ = u  # at fault
+    return first
+
+
+def takes_a_float(u: Any) -> Any:
+    return u * float(u)  # at fault
+
+
+def takes_an_int(u: Any, *, step: Any) -> Any:
+    return u * int(step)  # at fault
+
+
+def takes_a_root_in_python(u: Any, *, k: float = 2.0) -> Any:
+    return u * math.sqrt(k)  # at fault
+
+
+def takes_an_item(u: Any) -> Any:
+    return u * u.item()  # at fault
+
+
+def looks_at_the_shape(u: Any) -> Any:
+    return u / u.shape[0]  # at fault
+
+
+def looks_at_the_dtype(u: Any) -> Any:
+    return u.to(u.dtype)  # at fault
+
+
+def looks_at_the_device(u: Any) -> Any:
+    return torch.zeros(3, device=u.device)  # at fault
+
+
+def counts_elements(u: Any) -> Any:
+    return u / u.numel()  # at fault
+
+
+def sorts(u: Any) -> Any:
+    return torch.sort(u)  # at fault
+
+
+def draws(u: Any) -> Any:
+    return u + torch.randn_like(u)  # at fault
+
+
+def calls_a_method(u: Any) -> Any:
+    return u.cumsum(0)  # at fault
+
+
+def multiplies_matrices(u: Any, p: Any) -> Any:
+    return u @ p  # at fault
+
+
+def is_exclusive(u: Any) -> Any:
+    return torch.where((u > 0) ^ (u > 1), u, 0)  # at fault
+
+
+def indexes(u: Any) -> Any:
+    return u[0]  # at fault
+
+
+def transposes(u: Any) -> Any:
+    return 2 * u.T  # at fault
+
+
+def stacks(u: Any, p: Any) -> Any:
+    return torch.stack([u, p])  # at fault
+
+
+def writes_in_place(u: Any) -> Any:
+    u.mul_(2.0)  # at fault
+    return u
+
+
+def writes_in_place_by_function(u: Any, p: Any) -> Any:
+    torch.relu_(u)  # at fault
+    return u
+
+
+def writes_an_element(u: Any) -> Any:
+    u[0] = 1.0  # at fault
+    return u
+
+
+def sums_a_dimension(u: Any) -> Any:
+    return u / u.sum(dim=0)  # at fault
+
+
+def takes_an_unknown_norm(u: Any) -> Any:
+    return u / torch.linalg.vector_norm(u, 3)  # at fault
+
+
+def multiplies_in_place(u: Any) -> Any:
+    return u.mul_(2.0)  # at fault
+
+
+def takes_the_norm_of_a_dimension(u: Any) -> Any:
+    return u / torch.norm(u, dim=0)  # at fault
+
+
+def casts_to_whole_numbers(u: Any) -> Any:
+    return u.to(torch.int32)  # at fault
+
+
+def replaces_infinity_by_the_largest_number(u: Any) -> Any:
+    return torch.nan_to_num(u)  # at fault
+
+
+def reduces_a_dimension(u: Any) -> Any:
+    return u / torch.max(u, 0)  # at fault
+
+
+def keeps_in_a_set(u: Any) -> Any:
+    return u if u in {u} else 2 * u  # at fault
+
+
+def captures_a_vector(u: Any) -> Any:
+    return u + VECTOR  # at fault
+
+
+def captures_a_vector_first(u: Any) -> Any:
+    return VECTOR * u  # at fault
+
+
+def adds_a_list(u: Any) -> Any:
+    return u * [1.0]  # at fault
+
+
+def sums_a_uniform_value(u: Any, *, k: float = 2.0) -> Any:
+    return u / fo.leaf_sum(k * k)  # at fault
+
+
+def sums_a_step(u: Any, *, step: Any) -> Any:
+    return u / torch.mean(step)  # at fault
+
+
+def sums_a_norm_over_the_tree(u: Any) -> Any:
+    return u / fo.tree_sum(fo.leaf_norm(u))  # at fault
+
+
+def forgets_a_slot(u: Any, mu: Any) -> Any:
+    return u + mu
+
+
+def returns_too_much(u: Any, mu: Any) -> Any:
+    return u, mu, u
+
+
+def returns_nothing(u: Any) -> Any:
+    u = 2 * u
+
+
+def returns_a_string(u: Any, mu: Any) -> Any:
+    return u, "mu"
+
+
+def returns_a_vector(u: Any) -> Any:
+    return VECTOR
+
+
+def stores_elements_as_one_number(u: Any, best: Any) -> Any:
+    return u, torch.maximum(best, u)
+
+
+class Faulty(NamedTuple):
+    """A rule that is refused when it is first used.
+
+    Args:
+      rule: the formula.
+      message: a part of the message, besides the name and the line.
+      slots: its slots of state.
+    """
+
+    rule: Callable[..., Any]
+    message: str
+    slots: Mapping[str, Any] = MappingProxyType({})
+
+
+MU, BEST = {"mu": fo.zeros}, {"best": fo.slot(per="leaf")}
+KNOWN_WHEN_RUN = "only known when the kernel runs. Use `torch.where"
+FAULTY = [
+    Faulty(branches, KNOWN_WHEN_RUN),
+    Faulty(chooses, KNOWN_WHEN_RUN),
+    Faulty(joins_conditions, KNOWN_WHEN_RUN),
+    Faulty(compares_a_schedule, KNOWN_WHEN_RUN),
+    Faulty(iterates, "iterates"),
+    Faulty(unpacks, "iterates"),
+    Faulty(takes_a_float, "takes the number behind a traced value"),
+    Faulty(takes_an_int, "takes the number behind a traced value"),
+    Faulty(takes_a_root_in_python, "takes the number behind a traced value"),
+    Faulty(takes_an_item, "`item`, which has no row"),
+    Faulty(looks_at_the_shape, "reads `.shape`"),
+    Faulty(looks_at_the_dtype, "reads `.dtype`"),
+    Faulty(looks_at_the_device, "reads `.device`"),
+    Faulty(counts_elements, "`numel`, which has no row"),
+    Faulty(sorts, "`sort`, which has no row in the operation table. A rule can use: abs,"),
+    Faulty(draws, "`randn_like`, which has no row"),
+    Faulty(calls_a_method, "`cumsum`, which has no row"),
+    Faulty(multiplies_matrices, ""),
+    Faulty(is_exclusive, ""),
+    Faulty(indexes, ""),
+    Faulty(transposes, "`T`"),
+    Faulty(stacks, "`stack`, which has no row"),
+    Faulty(writes_in_place, "mul_"),
+    Faulty(writes_in_place_by_function, "relu_"),
+    Faulty(writes_an_element, ""),
+    Faulty(sums_a_dimension, "`sum` in a form that has no kernel"),
+    Faulty(takes_an_unknown_norm, "of order 1, 2 or inf"),
+    Faulty(multiplies_in_place, "`mul_`, which writes in place"),
+    Faulty(takes_the_norm_of_a_dimension, "`norm` in a form that has no kernel"),
+    Faulty(casts_to_whole_numbers, "torch.int32 is not a floating dtype"),
+    Faulty(replaces_infinity_by_the_largest_number, "give `posinf` and `neginf`"),
+    Faulty(reduces_a_dimension, "`max` in a form that has no kernel"),
+    Faulty(keeps_in_a_set, "only known when the kernel runs"),
+    Faulty(captures_a_vector, "a tensor of shape (3,)"),
+    Faulty(captures_a_vector_first, "a tensor of shape (3,)"),
+    Faulty(adds_a_list, "uses [1.0] as a number"),
+    Faulty(sums_a_uniform_value, "the same for every element"),
+    Faulty(sums_a_step, "the same for every element"),
+    Faulty(sums_a_norm_over_the_tree, "the same for every element"),
+    Faulty(forgets_a_slot, "returned 1 results, expected 2: (u, mu)", MU),
+    Faulty(returns_too_much, "returned 3 results, expected 2: (u, mu)", MU),
+    Faulty(returns_nothing, "returned NoneType for `u`"),
+    Faulty(returns_a_string, "returned str for `mu`", MU),
+    Faulty(returns_a_vector, "returned Tensor for `u`"),
+    Faulty(stores_elements_as_one_number, "differs per element, but its slot holds one number per leaf", BEST),
+]
+
+
+@pytest.mark.parametrize("faulty", FAULTY, ids=lambda x: x.rule.__name__)
+def test_a_rule_that_cannot_become_a_kernel(faulty: Faulty) -> None:
+    lines, first = inspect.getsourcelines(faulty.rule)
+    at_fault = first + next((k for k, line in enumerate(lines) if "# at fault" in line), 0)
+    tx = fo.elementwise(faulty.rule, state=faulty.slots)()
+    params = torch.ones(3)
+    state = tx.init(params)
+
+    with pytest.raises(fo.RuleError) as caught:
+        tx.update(params, state, params)
+
+    assert faulty.message in str(caught.value)
+    assert faulty.rule.__name__ in str(caught.value)
+    assert f"{__file__}:{at_fault}" in str(caught.value)
+
+
+def test_a_helper_of_a_rule_is_named_by_its_own_line() -> None:
+    def helper(x: Any) -> Any:
+        return torch.sort(x)
+
+    @fo.elementwise
+    def helped(u: Any) -> Any:
+        return helper(u)
+
+    tx = helped()
+    with pytest.raises(fo.RuleError, match=re.escape("`helper` (")):
+        tx.update(VECTOR, tx.init(VECTOR))
+
+
+def test_value_of_another_trace_is_refused() -> None:
+    kept: list[Any] = []
+
+    @fo.elementwise
+    def keeps(u: Any) -> Any:
+        kept.append(u)
+        return u + kept[0]
+
+    tx, other = keeps(), fo.chain(keeps(), fo.scale(2.0))
+    tx.update(VECTOR, tx.init(VECTOR))
+    with pytest.raises(fo.RuleError, match=r"`keeps` .* a value of another trace"):
+        other.update(VECTOR, other.init(VECTOR))
+
+
+def test_nothing_changes_when_a_rule_is_refused() -> None:
+    tx = fo.chain(fo.trace(0.9), fo.elementwise(branches)())
+    params, grads = [torch.ones(3)], [torch.ones(3)]
+    state = tx.init(params)
+    with pytest.raises(fo.RuleError):
+        fo.apply_gradients(tx, params, grads, state, donate=True)
+    torch.testing.assert_close((params, state[0].trace), (grads, [torch.zeros(3)]), rtol=0, atol=0)
+
+
+# -- found where a rule is defined --------------------------------------------------------------------------------
+
+
+def good(u: Any, p: Any, mu: Any, *, step: Any, decay: float = 0.9, mu_dtype: Any = None, flag: bool = False) -> Any:
+    return decay * mu + u, mu
+
+
+class Declared(NamedTuple):
+    """What `elementwise` is told, and a part of the message that refuses it."""
+
+    rule: Callable[..., Any]
+    arguments: dict[str, Any]
+    message: str
+
+
+DECLARED = {
+    "a slot that is no argument": Declared(good, {"state": {}}, r"good takes \(u, p, mu, .*\), expected \(u, p, \*"),
+    "an argument that is no slot": Declared(
+        good, {"state": {"mu": fo.zeros, "nu": fo.zeros}}, r"good takes .* expected \(u, p, mu, nu, \*"
+    ),
+    "slots in another order": Declared(
+        lambda u, b, a: u, {"state": {"a": fo.zeros, "b": fo.zeros}}, r"takes \(u, b, a\), expected \(u, a, b,"
+    ),
+    "no update": Declared(lambda p: p, {}, r"takes \(p\), expected \(u,"),
+    "hyper-parameters by position": Declared(lambda u, k=1.0: u, {}, r"takes \(u, k\), expected \(u,"),
+    "any arguments": Declared(lambda *args: args[0], {}, "takes"),
+    "any keywords": Declared(lambda u, **kwargs: u, {}, "takes"),
+    "unknown static": Declared(good, {"state": MU, "static": ("flags",)}, r"`static` of good names \['flags'\]"),
+    "unknown extra": Declared(good, {"state": MU, "extra": ("value",)}, r"`extra` of good names \['value'\]"),
+    "unknown ranges": Declared(good, {"state": MU, "ranges": {"b1": "[0, 1)"}}, r"`ranges` of good names \['b1'\]"),
+    "a static step": Declared(good, {"state": MU, "static": ("step",)}, r"`static` of good names \['step'\]"),
+    "an unknown dtype": Declared(
+        good, {"state": {"mu": fo.slot(dtype="nu_dtype")}}, "the slot `mu` of good takes its dtype from `nu_dtype`"
+    ),
+    "an unknown start": Declared(
+        good, {"state": {"mu": fo.slot("start")}}, "the slot `mu` of good takes its .* from `start`"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_a_declaration_that_does_not_fit(name: str) -> None:
+    rule, arguments, message = DECLARED[name]
+    with pytest.raises(TypeError, match=message):
+        fo.elementwise(rule, **arguments)
+
+
+@pytest.mark.parametrize("text", ["0, 1", "[0; 1)", "[0, 1", "", "[a, b]"])
+def test_malformed_range_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(repr(text)) if text != "[a, b]" else "'a'|\\[a, b\\]"):
+        fo.elementwise(good, state=MU, ranges={"decay": text})
+
+
+def test_a_number_per_leaf_cannot_start_as_a_tensor() -> None:
+    with pytest.raises(ValueError, match="starts from a number, got start='first_update'"):
+        fo.slot("first_update", per="leaf")
+
+
+def test_a_slot_is_per_element_or_per_leaf() -> None:
+    with pytest.raises(ValueError, match="got 'row'"):
+        fo.slot(per="row")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("function", [fo.tree_sum, fo.tree_amax, fo.tree_norm], ids=lambda f: f.__name__)
+def test_a_tree_function_outside_a_rule(function: Callable[[torch.Tensor], Any]) -> None:
+    with pytest.raises(TypeError, match=f"`{function.__name__}` .* only be called inside a rule"):
+        function(VECTOR)
+
+
+def test_a_leaf_function_outside_a_rule_is_what_it_says() -> None:
+    actual = torch.stack([f(VECTOR) for f in (fo.leaf_sum, fo.leaf_mean, fo.leaf_norm, fo.leaf_amax)])
+    torch.testing.assert_close(actual, torch.tensor([3.0, 1.0, math.sqrt(5), 2.0]), rtol=2**-23, atol=0)
