@@ -169,8 +169,8 @@ class ChainOptimizer(Optimizer):
             owners = [g for g, size in enumerate(sizes) for _ in range(size)]
             self._check_names(sizes)
             known = Params(names_of(self.param_groups), params, [kinds[g] for g in owners], owners)
-            own.params, own.sizes, own.used, own.steps, own.known = known, sizes, (templates, kinds), [], ([], [])
-            own.states = []
+            own.params, own.sizes, own.used = known, sizes, (templates, kinds)
+            own.steps, own.states = [], []
         return templates, known
 
     def _check_names(self, sizes: Sequence[int]) -> None:
@@ -215,14 +215,20 @@ class ChainOptimizer(Optimizer):
             own.known = list(state), list(state.values())
         return own.states
 
-    def _adopt(self, params: Sequence[torch.Tensor], grads: Sequence[Any], journal: Journal) -> None:
-        """Takes up states that have been made."""
+    def _adopt(
+        self,
+        params: Sequence[torch.Tensor],
+        grads: Sequence[Any],
+        states: Sequence[dict[str, Any]],
+        journal: Journal,
+    ) -> None:
+        """Takes up states that have been made; where some parameters have one, the others get an empty one."""
         own = self._bindings
-        everyone = self.EMPTY and (bool(self.state) or any(own.states))
-        for p, g, state in zip(params, grads, own.states, strict=True):
+        everyone = self.EMPTY and (bool(self.state) or any(states))
+        for p, g, state in zip(params, grads, states, strict=True):
             if (state or (everyone and g is not None)) and p not in self.state:
                 journal.set(self.state, p, state)
-        own.known = ([], [])
+                own.states = []  # to be gathered anew
 
     # -- stepping -----------------------------------------------------------------------------------------------------
 
@@ -276,16 +282,21 @@ class ChainOptimizer(Optimizer):
             while True:
                 step = self._find_step(templates, grads, guarded, exact)
                 columns, new = step.columns(states), before
+                if columns is None and not exact:
+                    exact = True  # before state is made for parameters whose gradients are gone
+                    continue
                 if columns is None:
                     dry = self._is_dry(params, grads)
                     made = step.make_state(states, self.param_groups, journal)
                     new = before | {id(params[i]) for i in made}
-                    self._adopt(params, grads, journal)
+                    self._adopt(params, grads, states, journal)
                     if dry:
                         own.new = new
                         return
                     columns = step.columns(states)
                     assert columns is not None, "the state that was missing has been made"
+                elif self.EMPTY and 0 < len(self.state) < len(params):
+                    self._adopt(params, grads, states, journal)
                 first = frozenset(i for i in step.present if id(params[i]) in new) if new else frozenset()
                 own.new = new - {id(params[i]) for i in first}
                 outcome = step.take(params, columns, grads, states, self.param_groups, extra, first, journal)
@@ -306,7 +317,7 @@ class ChainOptimizer(Optimizer):
         """Takes back what a step has made that was not taken."""
         journal.undo()
         own = self._bindings
-        own.new, own.known, own.states = new, ([], []), []
+        own.new, own.states = new, []
 
     def _is_dry(self, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]) -> bool:
         """Whether a step is taken for the sake of the state that it makes, as torch's checkpoints do.
@@ -362,7 +373,7 @@ class ChainOptimizer(Optimizer):
         if step.columns(states) is None:
             made = step.make_state(states, self.param_groups, journal)
             self._bindings.new = self._bindings.new | {id(own.params[i]) for i in made}
-            self._adopt(own.params, own_grads, journal)
+            self._adopt(own.params, own_grads, states, journal)
         for p in group["params"]:
             if p.grad is not None:
                 params.append(p)
