@@ -171,8 +171,13 @@ def _slots(optimizer: "ChainOptimizer", groups: list[dict[str, Any]], names: lis
 
 
 def _template(optimizer: "ChainOptimizer", g: int, group: dict[str, Any]) -> leafwise.Template:
-    """The chain of a group, for which its options are found to be numbers where it takes numbers."""
+    """The chain of a group, whose options are found to be numbers or flags where they have to be."""
     try:
+        for flag, default in optimizer.defaults.items():
+            if default is None or isinstance(default, bool):
+                value = group.get(flag)
+                if not (value is None or isinstance(value, (bool, int))):
+                    raise ValueError(f"{flag!r} is {_show(value)}, expected True, False or None.")
         template = optimizer._template_of(group)
         for rule in leafwise.rules(template.tx).values():
             for option in rule.bound.values.values():

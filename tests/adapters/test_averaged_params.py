@@ -73,6 +73,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
 @pytest.mark.parametrize("which", ["first", "last", "all"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_parameters_come_back_whatever_the_block_made_of_them(change: str, which: str) -> None:
+    OTHER.zero_()
     opt, twin = averaging(), averaging()
     params = members(opt)
     addresses = [p.data_ptr() for p in params]

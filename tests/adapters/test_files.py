@@ -20,7 +20,8 @@ from hypothesis import (
 from support import assert_same_bits
 from twins import OURS, content, make_params, train
 
-from functional_optim.adapters import AdamW, load_safetensors, save_safetensors
+import functional_optim as fo
+from functional_optim.adapters import SGD, AdamW, TransformOptimizer, load_safetensors, save_safetensors
 
 
 DTYPES = (
@@ -247,13 +248,18 @@ edits = st.one_of(
 )
 
 
+CHANGED: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    **{name: (lambda params, cls=cls: cls(params, lr=0.01)) for name, cls in OURS.items()},
+    "SGD": lambda params: SGD(params, lr=0.01, momentum=0.9),
+    "chain": lambda params: TransformOptimizer(params, fo.chain(fo.adamw(0.01), fo.params_ema(0.9))),
+}
+
+
 @settings(deadline=None, max_examples=100)
-@given(name=st.sampled_from(sorted(OURS)), data=st.data())
+@given(name=st.sampled_from(sorted(CHANGED)), data=st.data())
 def test_a_state_that_was_changed_loads_or_is_refused_and_changes_nothing(name: str, data: st.DataObject) -> None:
     """And the optimizer steps on in either case."""
-    shapes = ((4, 8), (16,))
-    kwargs = {"momentum": 0.9} if name == "SGD" else {}
-    opt, other = (OURS[name](make_params(shapes=shapes), lr=0.01, **kwargs) for _ in range(2))
+    opt, other = (CHANGED[name](make_params(shapes=((4, 8), (16,)))) for _ in range(2))
     train([opt, other], range(2))
     saved = copy.deepcopy(opt.state_dict())
     places = [saved, saved["state"], *saved["state"].values(), *saved["param_groups"]]

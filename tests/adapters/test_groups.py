@@ -123,19 +123,24 @@ def test_a_chain_in_a_file_does_not_become_that_of_the_groups() -> None:
     assert opt.param_groups[0]["chain"] == tag
 
 
+def nothing(params: Any) -> tuple[()]:
+    return ()
+
+
+def one(updates: Any, state: Any, params: Any = None) -> Any:
+    return updates, state
+
+
+def other(updates: Any, state: Any, params: Any = None, more: Any = None) -> Any:
+    return updates, state
+
+
 def test_a_chain_is_known_by_no_name_of_a_function_and_no_address() -> None:
     """So that a file loads where a function has been renamed, and in another process."""
-
-    def opaque(update: Any) -> fo.GradientTransformation:
-        return fo.GradientTransformation(lambda params: (), update)
-
-    def one(updates: Any, state: Any, params: Any = None) -> Any:
-        return updates, state
-
-    def other(updates: Any, state: Any, params: Any = None, more: Any = None) -> Any:
-        return updates, state
-
-    chains = [fo.chain(opaque(f), fo.sgd(0.1)) for f in (one, other, functools.partial(other, more=3))]
+    chains = [
+        fo.chain(fo.GradientTransformation(nothing, update), fo.sgd(0.1))
+        for update in (one, other, functools.partial(other, more=3))
+    ]
     tags = {TransformOptimizer(parameters(), tx).param_groups[0]["chain"] for tx in chains}
     assert len(tags) == 1
     assert "0x" not in tags.pop()

@@ -661,6 +661,8 @@ MISFITS: dict[str, tuple[Callable[[Any], dict[str, Any]], str]] = {
         edited(lambda d: d["param_groups"][0].update(weight_decay=None)),
         "'weight_decay' is NoneType",
     ),
+    "a tensor for a flag": (edited(lambda d: d["param_groups"][0].update(fused=torch.ones(2))), "'fused' is Tensor"),
+    "text for a flag": (edited(lambda d: d["param_groups"][0].update(maximize="no")), "'maximize' is str 'no'"),
     "one beta": (edited(lambda d: d["param_groups"][0].update(betas=(0.9,))), "'betas' is"),
     "text for a counter": (edited(lambda d: d["state"][0].update(step="3")), "the saved 'step' .* is str '3'"),
     "a list for a counter": (edited(lambda d: d["state"][0].update(step=[3])), "the saved 'step' .* is list"),
