@@ -3,7 +3,7 @@
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import chain
 from operator import is_
 from typing import Any, ClassVar
@@ -12,8 +12,8 @@ import torch
 from torch.optim import Optimizer
 
 from functional_optim._params import GRAD, Journal, Params, ParamStep, Template, tensor_of
-from functional_optim._walk import rules
 
+from ._averages import averaged
 from ._compiled import LIVE
 from ._loading import load
 from ._naming import names_of
@@ -418,12 +418,28 @@ class ChainOptimizer(Optimizer):
         self.__dict__.pop("_bound", None)
         super().__setstate__(state)
 
-    @contextlib.contextmanager
-    def averaged_params(self) -> Iterator[None]:
+    def averaged_params(
+        self, model: torch.nn.Module | Iterable[torch.nn.Module] | None = None
+    ) -> contextlib.AbstractContextManager[None]:
         """Swaps in the averages that `params_ema` keeps, for evaluation, and the parameters back at the end.
+
+        Parameters are put back in any case: after an exception or an interrupt, and where the block has replaced
+        `.data` of a parameter.
+
+        FSDP2 keeps a whole copy of some parameters after a forward pass (of its root module, and of modules with
+        `reshard_after_forward=False`), and the next pass reads that copy. So with FSDP2 pass the model, or evaluation
+        sees the plain parameters, and the next training step the averages.
+
+        Args:
+          model: the module, or modules, whose whole copies are freed on the way in and out, in all processes alike.
+
+        Returns:
+          The context manager.
 
         Raises:
           ValueError: the chain has no `params_ema`, or no step has been taken.
+          RuntimeError: it is inside another one.
+          TypeError: `model` is no module.
 
         Example:
           >>> import torch
@@ -439,29 +455,4 @@ class ChainOptimizer(Optimizer):
           >>> p.item()
           0.0
         """
-        pairs = []
-        for group in self.param_groups:
-            template = self._template_of(group)
-            own = rules(template.tx)
-            averages = [k for (path, _), k in template.keys.items() if own[path].bound.rule.name == "params_ema"]
-            for p in group["params"]:
-                found = [self.state[p][key] for key in averages if p in self.state and key in self.state[p]]
-                pairs += [(p, average) for average in found[-1:]]
-        if not pairs:
-            raise ValueError(
-                "there are no averaged parameters: put `params_ema(decay)` at the end of the chain, and take a step."
-            )
-        if "_averaged" in self.__dict__:
-            raise RuntimeError("averaged_params() was called inside itself, where parameters are averages already.")
-        before = [p.detach().clone() for p, _ in pairs]
-        self.__dict__["_averaged"] = True
-        try:
-            with torch.no_grad():
-                for p, average in pairs:
-                    p.copy_(average)
-            yield
-        finally:
-            with torch.no_grad():
-                for (p, _), old in zip(pairs, before, strict=True):
-                    p.copy_(old)
-            del self.__dict__["_averaged"]
+        return averaged(self, model)

@@ -332,7 +332,9 @@ def host_column(
     return column
 
 
-OFFERED = frozenset({"value", "grad", "value_fn"})  # names that training loops pass to any transformation, as with optax
+OFFERED = frozenset(
+    {"value", "grad", "value_fn"}
+)  # names that training loops pass to any transformation, as with optax
 
 
 class Extras:
@@ -444,7 +446,7 @@ def _run(
     for step in bound:
         columns = step.columns(updates, params, donate) if step.apply is apply else None
         if columns is not None and step.sees_the_same(columns):
-            done = step.take(columns, state, like, extra, donate)
+            done: tuple[Tree, Any] | None = step.take(columns, state, like, extra, donate)
             if done is not None:
                 return done
     step = TreeStep(tx, apply, updates, params)

@@ -167,6 +167,115 @@ def fsdp2_average(rank: int, folder: Path) -> None:
     torch.testing.assert_close(wholes(model), wholes(alone), **EXACT)
 
 
+def unsharded_root() -> torch.nn.Module:
+    """A model whose first layer stays whole after a forward pass because it is the root's, FSDP2's default there."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = make_model()
+    mesh = dist.init_device_mesh("cpu", (WORLD,))
+    fully_shard(model[2], mesh=mesh)  # type: ignore[index]
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def unsharded_layers() -> torch.nn.Module:
+    """A model whose layers stay whole after a forward pass because that has been asked for."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = make_model()
+    mesh = dist.init_device_mesh("cpu", (WORLD,))
+    for layer in (model[0], model[2]):  # type: ignore[index]
+        fully_shard(layer, mesh=mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def fsdp2_average_of_whole_copies(rank: int, folder: Path) -> None:
+    """Evaluation reads the averages, and training the parameters, where FSDP2 keeps whole copies of either."""
+    make = EXACT_OPTIMIZERS["schedule and average"]
+    batches = make_batches(2 * STEPS)
+    for build in (unsharded_root, unsharded_layers):
+        for several in (False, True):
+            model, alone = build(), make_model()
+            optimizer, other = make(model.parameters()), make(alone.parameters())
+            for batch in batches:
+                seen = []
+                for m, o in ((model, optimizer), (alone, other)):
+                    fit(m, o, [batch])
+                    with torch.no_grad():
+                        plain = m(batch[0])
+                        with o.averaged_params([m, torch.nn.Linear(1, 1)] if several else m):
+                            seen.append((plain, m(batch[0]), m(batch[0])))
+                        try:
+                            with o.averaged_params(m):
+                                m(batch[0])
+                                raise KeyboardInterrupt
+                        except KeyboardInterrupt:
+                            pass
+                torch.testing.assert_close(seen[0], seen[1], **SUMS)
+                assert not torch.equal(seen[0][0], seen[0][1])
+            torch.testing.assert_close(wholes(model), wholes(alone), **SUMS)
+
+
+def loaded_for_parts(rank: int, folder: Path) -> None:
+    """Whole tensors, and parts in other places, are placed as the parameters are, and training goes on."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    def as_they_are(x: torch.Tensor, p: Any) -> torch.Tensor:
+        return x
+
+    def replicated(x: torch.Tensor, p: Any) -> torch.Tensor:
+        return distribute_tensor(x, p.device_mesh, [Replicate()])
+
+    def by_columns(x: torch.Tensor, p: Any) -> torch.Tensor:
+        return distribute_tensor(x, p.device_mesh, [Shard(x.ndim - 1)])
+
+    def of_another_mesh(x: torch.Tensor, p: Any) -> torch.Tensor:
+        return distribute_tensor(x, dist.init_device_mesh("cpu", (WORLD, 1)), [Shard(0), Replicate()])
+
+    makes = {
+        "AdamW": EXACT_OPTIMIZERS["AdamW"],
+        "Lion": EXACT_OPTIMIZERS["Lion"],
+        "chain": EXACT_OPTIMIZERS["schedule and average"],
+    }
+    batches = make_batches(2 * STEPS)
+    for build in (make_model, uneven_model):
+        for name, make in makes.items():
+            alone = build()
+            other = make(alone.parameters())
+            fit(alone, other, batches[:STEPS])
+            saved = values(other.state_dict())
+            weights = {k: v.clone() for k, v in alone.state_dict().items()}
+            fit(alone, other, batches[STEPS:])
+            for place in (as_they_are, replicated, by_columns, of_another_mesh):
+                model = build()
+                model.load_state_dict(weights)
+                model = sharded(model)
+                optimizer = make(model.parameters())
+                params = list(model.parameters())
+                state = {
+                    k: {key: place(x, params[k]) if x.ndim else x for key, x in slots.items()}
+                    for k, slots in saved["state"].items()
+                }
+                optimizer.load_state_dict({**saved, "state": state})
+                for p in params:
+                    for key, x in optimizer.state[p].items():
+                        assert isinstance(x, DTensor) == (key != "step"), (name, key)
+                        assert key == "step" or x.placements == p.placements, (name, key)  # type: ignore[attr-defined]
+                fit(model, optimizer, batches[STEPS:])
+                torch.testing.assert_close(
+                    wholes(model), wholes(alone), **EXACT, msg=lambda m, name=name: f"{name}, {place.__name__}: {m}"
+                )
+            # and parts are put together for parameters that are whole
+            model = sharded(build())
+            optimizer = make(model.parameters())
+            fit(model, optimizer, batches[:STEPS])
+            whole_optimizer = make(build().parameters())
+            whole_optimizer.load_state_dict(optimizer.state_dict())
+            states = [list(o.state.values()) for o in (whole_optimizer, optimizer)]
+            torch.testing.assert_close(states[0], [{k: whole(x) for k, x in s.items()} for s in states[1]], **EXACT)
+
+
 def fsdp2_checkpoint(rank: int, folder: Path) -> None:
     """The whole state, and the parts in a folder, come back; training goes on as if it had not been interrupted."""
     import torch.distributed.checkpoint as dcp
@@ -302,6 +411,8 @@ CHECKS = {
         fsdp2_versions,
         fsdp2_clip_threshold,
         fsdp2_average,
+        fsdp2_average_of_whole_copies,
+        loaded_for_parts,
         fsdp2_checkpoint,
         ddp,
         ddp_same_everywhere,
