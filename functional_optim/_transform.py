@@ -1,7 +1,7 @@
 """The protocol: what a gradient transformation is."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from ._compiler.rule import (
@@ -72,6 +72,10 @@ class GradientTransformation:
         if self._extras is not None:
             extra = {k: v for k, v in extra.items() if k in self._extras}
         return self._functions[1](updates, state, params, **extra)
+
+    def __iter__(self) -> Iterator[Callable[..., Any]]:
+        """The two functions, for `init, update = tx`."""
+        return iter((self.init, self.update))
 
     def __eq__(self, other: object) -> bool:
         return type(other) is GradientTransformation and other._functions == self._functions

@@ -14,8 +14,8 @@ import torch
 from parity import BACKENDS, Tree, double, normal, to_tensor, use
 
 import functional_optim as fo
-import functional_optim._schedules
 from functional_optim._compiler import build
+from functional_optim._schedules.schedule import ScheduleFactory
 from functional_optim.kernels import launch
 
 
@@ -184,9 +184,9 @@ def test_every_schedule_is_traced(case: Case) -> None:
 
 
 def test_every_schedule_has_a_row() -> None:
-    module = functional_optim._schedules
-    public = {name for name, x in vars(module).items() if isinstance(x, functional_optim._schedules.ScheduleFactory)}
-    assert {case.id.partition("-")[0] for case in CASES} == public
+
+    public = {name for name, x in vars(fo).items() if isinstance(x, ScheduleFactory)}
+    assert {case.id.partition("-")[0] for case in CASES} == public | {"sgdr_schedule"}
 
 
 # ---- specifications
@@ -238,7 +238,7 @@ BAD = [
     (lambda: fo.piecewise_interpolate_schedule("cubic", 1.0), "`interpolate_type` .* got 'cubic'"),
     (lambda: fo.linear_onecycle_schedule(0, 1.0), "`transition_steps` of linear_onecycle_schedule .* got 0"),
     (lambda: fo.cosine_onecycle_schedule(0, 1.0), "`transition_steps` of cosine_onecycle_schedule .* got 0"),
-    (lambda: fo.join_schedules([fo.constant_schedule(1.0)] * 2, [3, 4]), "2 schedules need 1 boundaries, got 2"),
+    (lambda: fo.join_schedules([fo.constant_schedule(1.0)] * 2, [3, 4]), "one boundary fewer .* got 2 schedules and 2"),
     (
         lambda: fo.sgdr_schedule([{"init_value": 0.0, "peak_value": 1.0, "warmup_steps": 2, "decay_steps": -4}]),
         "`decay_steps` of warmup_cosine.* got -4",
