@@ -7,7 +7,6 @@ works in its place; `traced.py` says which functions can be traced, the others a
 
 import functools
 import inspect
-import numbers
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -156,11 +155,10 @@ class ScheduleFactory:
         parameters = list(inspect.signature(formula).parameters.values())[1:]
         self.__signature__ = inspect.Signature(parameters, return_annotation=Schedule)
         names = [p.name for p in parameters]
-        named = {*ranges, *(name for v in ranges.values() if isinstance(v, str) for name in _NAME.findall(v))}
-        if not named <= {*names, *_NUMBERS}:
+        unknown = sorted({*ranges}.union(*map(_names, ranges.values())).difference(names))
+        if unknown:
             raise TypeError(
-                f"ranges of {self.__name__} name {sorted(named - {*names, *_NUMBERS})}, which are not among its "
-                f"arguments: {', '.join(names)}."
+                f"ranges of {self.__name__} name {unknown}, which are not among its arguments: {', '.join(names)}."
             )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Schedule:
@@ -196,14 +194,17 @@ class ScheduleFactory:
         elif isinstance(allowed, tuple):
             if value not in allowed:
                 raise ValueError(f"{what} must be one of {list(allowed)}, got {value!r}{place}.")
-        elif isinstance(value, torch.Tensor) and value.ndim:
-            raise ValueError(f"{what} must be a number, got a tensor of shape {tuple(value.shape)}{place}.")
-        elif not isinstance(value, (numbers.Real, torch.Tensor)):
+        elif isinstance(value, torch.Tensor):
+            if value.ndim:
+                raise ValueError(f"{what} must be a number, got a tensor of shape {tuple(value.shape)}{place}.")
+        elif not isinstance(value, (int, float)):
             raise TypeError(f"{what} must be a number, got {value!r:.60}{place}.")
         else:
-            # a bound may be another argument
-            text = _NAME.sub(lambda m: m[0] if m[0] in _NUMBERS else repr(float(arguments[m[0]])), allowed)
-            if float(value) not in Range.parse(text):
+            bounds = {name: arguments[name] for name in _names(allowed)}
+            if not all(isinstance(x, (int, float)) for x in bounds.values()):
+                return  # a tensor may hold another number at every step
+            text = _NAME.sub(lambda m: repr(bounds[m[0]]) if m[0] in bounds else m[0], allowed)
+            if value not in Range.parse(text):
                 here = f", here {text}" if text != allowed else ""
                 raise ValueError(f"{what} must be in {allowed}{here}, got {value!r}{place}.")
 
@@ -214,8 +215,12 @@ class ScheduleFactory:
         return self.__qualname__
 
 
-_NAME = re.compile(r"[A-Za-z_]\w*")
-_NUMBERS = frozenset({"inf"})
+_NAME = re.compile(r"(?<![\w.])[A-Za-z_]\w*")  # not the e of 1e-3
+
+
+def _names(allowed: str | Sequence[Any]) -> set[str]:
+    """The arguments that are bounds of an interval."""
+    return set(_NAME.findall(allowed)) - {"inf"} if isinstance(allowed, str) else set()
 
 
 def schedule(**ranges: str | Sequence[Any]) -> Callable[[Callable[..., Any]], ScheduleFactory]:
