@@ -13,6 +13,7 @@ import torch
 from parity import BACKENDS, use
 
 import functional_optim as fo
+from functional_optim.adapters import TransformOptimizer
 
 
 NUMBERS: dict[str, Callable[[float], Any]] = {
@@ -60,6 +61,14 @@ def test_steps_with_a_number_of_any_library(kind: str, backend: str) -> None:
     with use(backend):
         after, _ = fo.apply_gradients(tx, params, torch.ones(3), tx.init(params))
     torch.testing.assert_close(after, torch.full((3,), 0.5), rtol=0, atol=0)
+
+
+@numbers
+def test_a_group_with_a_number_of_any_library(kind: str) -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    TransformOptimizer([{"params": [p], "lr": NUMBERS[kind](0.5)}], fo.sgd(0.25)).step()
+    torch.testing.assert_close(p.detach(), torch.full((3,), 0.5), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("integer", [np.int8, np.int64, np.uint16, jnp.int32, np.array])
