@@ -30,10 +30,10 @@ PARTS = ("first", "compile", "rest", "second")
 def child(tensors: int) -> dict[str, float]:
     """Makes two steps in this process; returns seconds."""
     import torch
+    from functional_optim.kernels import launch
 
     import functional_optim as fo
     from functional_optim._compiler import build
-    from functional_optim.kernels import launch
 
     compiling = 0.0
 

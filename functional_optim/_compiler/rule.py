@@ -3,6 +3,7 @@
 import collections
 import functools
 import math
+import numbers
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -168,17 +169,21 @@ class Rule:
         """Whether the first step differs from others: to the formula, or because a slot starts from its update."""
         return self.takes_first or any(s.start == "first_update" for s in self.slots.values())
 
-    def check(self, hyper: str, value: Any) -> None:
+    def check(self, hyper: str, value: Any) -> Any:
         """Refuses a value of the wrong kind, or outside its range.
+
+        Returns:
+          The value; a number of NumPy or JAX as Python's.
 
         Raises:
           TypeError, ValueError: with the name, the value and what was expected.
         """
+        value = plain_number(value)
         allowed = self.ranges.get(hyper)
         if isinstance(allowed, tuple):
             if value not in allowed:
                 raise ValueError(f"`{hyper}` of {self.name} must be one of {list(allowed)}, got {value!r}.")
-            return
+            return value
         if isinstance(value, torch.Tensor) and value.ndim:
             raise ValueError(
                 f"`{hyper}` of {self.name} must be a number, a 0-d tensor or a schedule, "
@@ -187,7 +192,7 @@ class Rule:
         text = isinstance(value, (str, bytes)) and not isinstance(self.hypers.get(hyper), (str, bytes))
         known = is_static(value) or isinstance(value, (torch.Tensor, Option)) or callable(value)
         if hyper in self.static or (known and not text):
-            return
+            return value
         if not isinstance(value, (int, float)):
             raise TypeError(
                 f"`{hyper}` of {self.name} must be a number, a 0-d tensor or a schedule, got {value!r:.60}."
@@ -196,6 +201,7 @@ class Rule:
             raise ValueError(f"`{hyper}` of {self.name} must be in {allowed.text}, got {value!r}.")
         if math.isnan(value):
             raise ValueError(f"`{hyper}` of {self.name} must be a number, got nan.")
+        return value
 
 
 @functools.cache
@@ -226,8 +232,7 @@ class Bound:
     values: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        for name, value in self.values.items():
-            self.rule.check(name, value)
+        object.__setattr__(self, "values", {k: self.rule.check(k, v) for k, v in self.values.items()})
 
     @cached_property
     def counted(self) -> bool:
@@ -265,3 +270,17 @@ class Bound:
 def is_static(value: Any) -> bool:
     """Whether a hyper-parameter's value can only be a switch."""
     return value is None or isinstance(value, (bool, str, bytes, torch.dtype, tuple))
+
+
+def plain_number(value: Any) -> Any:
+    """A real number that is not of Python's own types, such as a scalar of NumPy or JAX, as one that is.
+
+    Anything else is returned as it is.
+    """
+    if isinstance(value, torch.Tensor):
+        return value
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, (int, float)) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)

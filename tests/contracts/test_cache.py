@@ -20,8 +20,8 @@ import pytest
 import torch
 
 import functional_optim as fo
-from functional_optim._runtime import backend as _backend
 from functional_optim._compiler import build
+from functional_optim._runtime import backend as _backend
 
 
 COMPILER = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from functional_optim.leafwise import Leafwise, Leaves, Option, Template
 
 import functional_optim as fo
 from _lib.chains import halving
 from _lib.marks import INTERPRETER
 from functional_optim import leafwise
-from functional_optim.leafwise import Leafwise, Leaves, Option, Template
 
 
 pytestmark = INTERPRETER

@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from _lib.compare import assert_same_bits
 from torch import nn
-from _lib.optimizers import content, params_of as members, train
 
 import functional_optim as fo
+from _lib.compare import assert_same_bits
+from _lib.optimizers import (
+    content,
+    params_of as members,
+    train,
+)
 from functional_optim.adapters import TransformOptimizer, _averages
 
 

@@ -17,10 +17,10 @@ from hypothesis import (
     settings,
     strategies as st,
 )
-from _lib.compare import assert_same_bits
-from _lib.optimizers import OURS, content, make_params, train
 
 import functional_optim as fo
+from _lib.compare import assert_same_bits
+from _lib.optimizers import OURS, content, make_params, train
 from functional_optim.adapters import SGD, AdamW, TransformOptimizer, load_safetensors, save_safetensors
 
 

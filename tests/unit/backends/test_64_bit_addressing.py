@@ -15,10 +15,10 @@ from unittest import mock
 
 import pytest
 import torch
-
-import functional_optim as fo
 from functional_optim.kernels import BACKENDS, Call, Column, LeafTable, launch
 from functional_optim.kernels.launch import CHUNK, TRITON_BLOCK, Chunks, cut
+
+import functional_optim as fo
 
 
 N = 1500  # elements that there are

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy
 import pytest
 import torch
+from functional_optim.kernels import BACKENDS, Call, Column, LeafTable
 
 import functional_optim as fo
 from _lib.marks import INTERPRETER
@@ -24,7 +25,6 @@ from functional_optim._compiler.build import find_compiler
 from functional_optim._compiler.c.emit import HEADER
 from functional_optim._compiler.ops import OPS
 from functional_optim._compiler.passes import Signature
-from functional_optim.kernels import BACKENDS, Call, Column, LeafTable
 
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16

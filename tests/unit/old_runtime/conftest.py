@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 import pytest
+from functional_optim.kernels import native
 
 from functional_optim._compiler.build import BuildError, load_c
-from functional_optim.kernels import native
 
 
 @pytest.fixture

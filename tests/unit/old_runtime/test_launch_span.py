@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+from functional_optim.kernels import launch
 
 import functional_optim as fo
-from functional_optim.kernels import launch
 
 
 def test_parts_of_a_tree_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from functional_optim.kernels import native
 
 import functional_optim as fo
 from functional_optim.adapters import SGD, AdamW, TransformOptimizer
-from functional_optim.kernels import native
 
 
 def parameters(n: int = 2, size: int = 16) -> list[torch.nn.Parameter]:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from functional_optim.leafwise.recall import Recall
 
 import functional_optim as fo
 from functional_optim.adapters import SGD, AdamW, TransformOptimizer
-from functional_optim.leafwise.recall import Recall
 
 
 N = 40

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from functional_optim.leafwise.recall import Recall
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import functional_optim as fo
 from functional_optim.adapters import AdamW, TransformOptimizer
-from functional_optim.leafwise.recall import Recall
 
 
 N = 12
