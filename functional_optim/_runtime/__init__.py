@@ -1,0 +1,1 @@
+"""Tensors and launches: it knows programs, and nothing of trees or optimizers."""

@@ -1,0 +1,335 @@
+"""DTensors and processes: local tensors, placements, and reductions over processes.
+
+Modules of torch.distributed are named here only, and looked up in `sys.modules`: without them there is no DTensor, and
+importing them takes long.
+
+Collectives come in the same order in all processes, because the layout of the whole parameters alone decides it:
+
+1. A reduction over leaves is a vector with one entry per leaf *of the optimizer*, in order. A leaf without a gradient,
+   or with an empty part, keeps its entry, which is then the identity of the reduction (0 for a sum, -inf for a
+   maximum); a process without any gradient takes part too. `Join` does one all-reduce per distinct `MeshShard` and
+   mesh dimension.
+2. A reduction over the tree is a vector with one entry per distinct `MeshShard` of the leaves, and one for those that
+   have none. `Join` completes it as in 1; the entries are then reduced to one number, which `GroupShard.combine`
+   completes if the optimizer was given a process group.
+3. Both happen once per reduction of a program, in its order, for all dtypes and kernels together: the dtype of a
+   gradient that is missing is not known.
+4. `placed_like` may be a collective. It is called for the leaves in order.
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+
+def is_dtensor(x: object) -> "TypeGuard[DTensor]":
+    """Whether an object is a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def is_fsdp1(p: torch.Tensor) -> bool:
+    """Whether a parameter is a part of a flat parameter of `FullyShardedDataParallel`.
+
+    Its shape, and norms over it, are those of the part in this process, and nothing public says which one it is.
+    """
+    module = sys.modules.get("torch.distributed.fsdp")
+    if module is None:
+        return False
+    # with `use_orig_params=True` parameters are plain, but for this private mark; without the mark the answer is False
+    return isinstance(p, module.FlatParameter) or getattr(p, "_fsdp_flattened", False)
+
+
+def local_tensor(x: torch.Tensor) -> torch.Tensor:
+    """The plain tensor that holds this process's elements of a tensor.
+
+    Args:
+      x: a tensor.
+
+    Returns:
+      The local tensor of a DTensor, with any communication finished; any other tensor itself. An empty tensor in a
+      process outside of the mesh.
+
+    Example:
+      >>> x = torch.zeros(2)
+      >>> local_tensor(x) is x
+      True
+    """
+    if not is_dtensor(x):
+        return x
+    # private; `to_local` makes a view of each parameter, a microsecond apiece, and has autograd record it
+    local: torch.Tensor = x._local_tensor
+    if type(local) is torch.Tensor:
+        return local
+    wait = getattr(local, "wait", None)  # of a tensor whose collective may still run
+    return local if wait is None else wait()
+
+
+def real_view(x: torch.Tensor) -> torch.Tensor:
+    """Complex numbers as pairs of real ones, in a last dimension of 2; a real tensor itself.
+
+    Example:
+      >>> real_view(torch.zeros(3, dtype=torch.complex64)).shape
+      torch.Size([3, 2])
+    """
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
+def same_placement(x: torch.Tensor, p: torch.Tensor) -> bool:
+    """Whether the local tensors of two tensors hold the same elements: both plain, or one shape, mesh and placements.
+
+    Shapes of plain tensors are not compared.
+    """
+    if not is_dtensor(p):
+        return not is_dtensor(x)
+    return (
+        is_dtensor(x)
+        and bool(x.placements == p.placements)
+        and bool(x.device_mesh == p.device_mesh)
+        and x.shape == p.shape
+    )
+
+
+def placed_like(x: torch.Tensor, p: torch.Tensor, name: str) -> torch.Tensor:
+    """A gradient, or a state of its parameter's shape, with the mesh and placements of its parameter.
+
+    A collective over the mesh, unless the placements are the same already: `Partial` values are summed, shards are
+    gathered or cut. dtype and device stay.
+
+    Args:
+      x: the gradient or state.
+      p: the parameter.
+      name: the name of `x` in messages.
+
+    Returns:
+      `x` itself, or a DTensor with the same values.
+
+    Raises:
+      TypeError: one is a DTensor and the other is not.
+      ValueError: shapes or meshes differ, or `p` is placed as `Partial`.
+
+    Example:
+      >>> g = torch.ones(2)
+      >>> placed_like(g, torch.zeros(2), "the gradient of 'w'") is g
+      True
+    """
+    if same_placement(x, p):
+        return x
+    if not is_dtensor(p):
+        raise TypeError(
+            f"{name} is a DTensor, but its parameter is a plain tensor of shape {tuple(p.shape)}; use its "
+            f"`full_tensor()`, or distribute the parameter."
+        )
+    if not is_dtensor(x):
+        raise TypeError(
+            f"{name} is a plain tensor of shape {tuple(x.shape)}, but its parameter is a DTensor of shape "
+            f"{tuple(p.shape)} with placements {p.placements}; pass "
+            f"`torch.distributed.tensor.distribute_tensor(x, p.device_mesh, p.placements)`."
+        )
+    if x.shape != p.shape:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, but its parameter has shape {tuple(p.shape)}.")
+    if x.device_mesh != p.device_mesh:
+        raise ValueError(
+            f"{name} is on {x.device_mesh}, but its parameter is on {p.device_mesh}; "
+            f"torch redistributes within one mesh only."
+        )
+    _refuse_partial(p, f"the parameter of {name}")
+    return x.redistribute(p.device_mesh, p.placements)
+
+
+def as_dtensor_like(local: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """A DTensor with the shape, mesh and placements of another, around a local tensor; no collective.
+
+    With it transformations that are no rules get DTensors in `update` as they do in `init`, so that a norm in them is
+    that of the whole tensor; `local_tensor` takes their results apart again.
+
+    Args:
+      local: a tensor with the shape of `local_tensor(p)`, of any dtype.
+      p: a parameter.
+
+    Returns:
+      A DTensor that shares memory with `local`, or has a copy where parameters are offloaded from the mesh's device;
+      `local` itself, if `p` is a plain tensor.
+
+    Example:
+      >>> x = torch.ones(2)
+      >>> as_dtensor_like(x, torch.zeros(2)) is x
+      True
+    """
+    if not is_dtensor(p):
+        return local
+    if local.device.type != p.device_mesh.device_type:  # offloaded; `from_local` would move it to the mesh's device
+        made = torch.empty_like(p, dtype=local.dtype)
+        local_tensor(made).copy_(local)
+        return made
+    return type(p).from_local(
+        local,
+        p.device_mesh,
+        p.placements,
+        run_check=False,
+        shape=p.shape,
+        stride=p.stride(),
+    )
+
+
+@dataclass(frozen=True)
+class MeshShard:
+    """Dimensions of a device mesh over which a tensor is in parts; a reduction of parts is completed over them.
+
+    Equal values mean the same processes, so it is a key for what is communicated together.
+
+    Args:
+      mesh: the `DeviceMesh`.
+      dims: the dimensions, in order.
+    """
+
+    mesh: "DeviceMesh"
+    dims: tuple[int, ...]
+
+    def combine(self, partials: torch.Tensor, kind: str) -> None:
+        """Reduces numbers over the processes of the dimensions, in place; a process outside of the mesh does nothing.
+
+        Args:
+          partials: contiguous floating-point numbers, as many in each process.
+          kind: "sum" or "amax", which is NaN where one is.
+        """
+        if self.mesh.get_coordinate() is not None:
+            _all_reduce(partials, kind, [self.mesh.get_group(dim) for dim in self.dims])
+
+
+@dataclass(frozen=True)
+class GroupShard:
+    """Processes that hold different parameters of one model: pipeline stages, parts of ZeRO or FSDP1.
+
+    It completes a reduction over the tree, so that a norm is that of the whole model. Each parameter is counted once
+    per process that has it: a sum is right where it is in one process of the group only, or in parts. It is no help
+    for a reduction over one parameter.
+
+    Args:
+      group: a `ProcessGroup`; `torch.distributed.group.WORLD` for all processes. It cannot be pickled or copied.
+    """
+
+    group: "ProcessGroup"
+
+    def combine(self, partials: torch.Tensor, kind: str) -> None:
+        """Reduces numbers over the group, in place; a process outside of it does nothing.
+
+        Args:
+          partials: contiguous floating-point numbers, as many in each process.
+          kind: "sum" or "amax", which is NaN where one is.
+        """
+        if torch.distributed.get_rank(self.group) >= 0:
+            _all_reduce(partials, kind, [self.group])
+
+
+def _all_reduce(partials: torch.Tensor, kind: str, groups: "Iterable[ProcessGroup]") -> None:
+    op = {"sum": torch.distributed.ReduceOp.SUM, "amax": torch.distributed.ReduceOp.MAX}[kind]
+    if kind == "sum":
+        for group in groups:
+            torch.distributed.all_reduce(partials, op, group)
+        return
+    # gloo's maximum keeps a NaN of the first process only, so the NaNs travel as flags
+    nan = partials.isnan()
+    both = torch.stack([partials.masked_fill(nan, -torch.inf), nan.to(partials.dtype)])
+    for group in groups:
+        torch.distributed.all_reduce(both, op, group)
+    partials.copy_(both[0].masked_fill_(both[1] > 0, torch.nan))
+
+
+def mesh_shard(p: torch.Tensor) -> MeshShard | None:
+    """The mesh dimensions over which a parameter is in parts, or None where each process has all of it.
+
+    Raises:
+      ValueError: `p` is placed as `Partial`.
+    """
+    if not is_dtensor(p):
+        return None
+    _refuse_partial(p, f"a parameter of shape {tuple(p.shape)}")
+    mesh, placements = p.device_mesh, p.placements
+    dims = tuple(k for k, place in enumerate(placements) if not place.is_replicate() and mesh.size(k) > 1)
+    return MeshShard(mesh, dims) if dims else None
+
+
+def _refuse_partial(p: "DTensor", name: str) -> None:
+    if any(place.is_partial() for place in p.placements):
+        raise ValueError(
+            f"{name} has placements {p.placements}, so that no process knows its elements; redistribute it to Shard or "
+            f"Replicate before it is optimized."
+        )
+
+
+class Join:
+    """Completes the entries of a vector whose leaves are in parts; see the order of collectives above.
+
+    Args:
+      shards: the `MeshShard` of each entry, or None for an entry that is complete. The same in all processes.
+      device: the device of the vectors.
+
+    Example:
+      >>> values = torch.tensor([1.0, 2.0])
+      >>> Join([None, None], values.device)(values, "sum")
+      >>> values
+      tensor([1., 2.])
+    """
+
+    def __init__(self, shards: Sequence[MeshShard | None], device: torch.device) -> None:
+        entries: dict[MeshShard, list[int]] = {}
+        for k, shard in enumerate(shards):
+            if shard is not None:
+                entries.setdefault(shard, []).append(k)
+        self._parts = [(shard, torch.tensor(ks, device=device)) for shard, ks in entries.items()]
+
+    def __call__(self, values: torch.Tensor, kind: str) -> None:
+        """Reduces each entry over the processes that hold parts of its leaf, in place.
+
+        Args:
+          values: floating-point numbers, one per entry; the identity of the reduction where nothing is here.
+          kind: as for `MeshShard.combine`.
+        """
+        for shard, entries in self._parts:
+            part = values[entries]
+            shard.combine(part, kind)
+            values[entries] = part
+
+
+@contextlib.contextmanager
+def gathered_anew(params: Iterable[torch.Tensor]) -> Iterator[None]:
+    """FSDP2 modules gather their parameters anew in the first forward pass inside the block, and in that after it.
+
+    A module may keep gathered parameters after a forward pass (the root does), and would neither see values that are
+    written to its sharded parameters nor see them put back. Forward passes are calls of modules; other methods, also
+    those registered with `register_fsdp_forward_method`, keep what is gathered.
+
+    Args:
+      params: the parameters that are written to.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not any(map(is_dtensor, params)):
+        yield
+        return
+    fresh: set[torch.nn.Module] = set()
+
+    def reshard(module: torch.nn.Module, args: Any) -> None:
+        if isinstance(module, fsdp.FSDPModule) and module not in fresh:
+            for each in module.modules():  # before the root's own hook: during its forward pass nothing is resharded
+                if isinstance(each, fsdp.FSDPModule) and each not in fresh:
+                    each.reshard()
+                    fresh.add(each)
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(reshard)
+    try:
+        yield
+    finally:
+        hook.remove()
+        for module in fresh:
+            module.reshard()  # type: ignore[operator]
