@@ -12,7 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    FullyShardedDataParallel,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from training import EXACT
 
@@ -236,6 +241,30 @@ def fsdp2_sees_what_is_written(rank: int, folder: Path) -> None:
     assert not torch.nn.modules.module._global_forward_pre_hooks
 
 
+class Doubling(torch.nn.Linear):
+    def twice(self, x: torch.Tensor) -> torch.Tensor:
+        return 2.0 * torch.nn.functional.linear(x, self.weight, self.bias)
+
+
+def fsdp2_methods_see_what_is_written(rank: int, folder: Path) -> None:
+    """Methods other than `forward`, of modules that are named; and of a model that only holds FSDP2 modules."""
+    x = numbers((2, 4))
+    layer: Any = fully_shard(Doubling(4, 4).double(), reshard_after_forward=False)
+    register_fsdp_forward_method(layer, "twice")
+    holder = torch.nn.Sequential(layer)
+    with torch.no_grad():
+        before = layer.twice(x)
+        with shard.gathered_anew(layer.parameters(), [holder]):
+            for p in holder.parameters():
+                shard.local_tensor(p).mul_(2.0)
+            torch.testing.assert_close(layer.twice(x), 2.0 * before, **EXACT)
+            for p in layer.parameters():
+                assert not shard.is_dtensor(p)  # gathered still
+        for p in layer.parameters():
+            shard.local_tensor(p).div_(2.0)
+        torch.testing.assert_close(layer.twice(x), before, **EXACT)
+
+
 def fsdp1_is_told(rank: int, folder: Path) -> None:
     for original in (False, True):
         model = FullyShardedDataParallel(layers(), device_id=torch.device("cpu"), use_orig_params=original)
@@ -260,6 +289,7 @@ CHECKS = {
         local_results_become_dtensors,
         parts_that_are_on_their_way,
         fsdp2_sees_what_is_written,
+        fsdp2_methods_see_what_is_written,
         fsdp1_is_told,
     )
 }

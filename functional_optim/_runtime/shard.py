@@ -303,15 +303,16 @@ class Join:
 
 
 @contextlib.contextmanager
-def gathered_anew(params: Iterable[torch.Tensor]) -> Iterator[None]:
+def gathered_anew(params: Iterable[torch.Tensor], models: Iterable[torch.nn.Module] = ()) -> Iterator[None]:
     """FSDP2 modules gather their parameters anew in the first forward pass inside the block, and in that after it.
 
     A module may keep gathered parameters after a forward pass (the root does), and would neither see values that are
-    written to its sharded parameters nor see them put back. Forward passes are calls of modules; other methods, also
-    those registered with `register_fsdp_forward_method`, keep what is gathered.
+    written to its sharded parameters nor see them put back. Modules are found when they are called; other methods, also
+    those registered with `register_fsdp_forward_method`, see what was gathered before, but for the modules of `models`.
 
     Args:
       params: the parameters that are written to.
+      models: modules that gather anew however they are used.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None or not any(map(is_dtensor, params)):
@@ -319,13 +320,16 @@ def gathered_anew(params: Iterable[torch.Tensor]) -> Iterator[None]:
         return
     fresh: set[torch.nn.Module] = set()
 
-    def reshard(module: torch.nn.Module, args: Any) -> None:
+    def reshard(module: torch.nn.Module, args: Any = ()) -> None:
         if isinstance(module, fsdp.FSDPModule) and module not in fresh:
             for each in module.modules():  # before the root's own hook: during its forward pass nothing is resharded
                 if isinstance(each, fsdp.FSDPModule) and each not in fresh:
                     each.reshard()
                     fresh.add(each)
 
+    for model in models:
+        for module in model.modules():
+            reshard(module)
     hook = torch.nn.modules.module.register_module_forward_pre_hook(reshard)
     try:
         yield
