@@ -1,12 +1,5 @@
-"""Checks that several processes make together; `contracts/integration/test_fsdp_ddp_zero.py` starts them.
+"""What two processes check together; `integration/test_processes.py` reads what they found."""
 
-A check is a function of its process's rank and of a folder. All processes go through the same checks in the same
-order, with one process group.
-"""
-
-import datetime
-import traceback
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -420,33 +413,3 @@ CHECKS = {
         fsdp1,
     )
 }
-
-
-def run(rank: int, names: list[str], folder: Path) -> None:
-    """Goes through checks up to the first that fails, and writes what each found to a file.
-
-    After a failure processes may be at different places, so that what follows would tell nothing.
-    """
-    torch.set_num_threads(1)  # sums are split up in the same way in all processes
-    warnings.simplefilter("error")
-    # torch's own: what gloo cannot do, and what it compiles and stores in deprecated ways
-    for message in ("`torch.jit", "TypedStorage is deprecated", "FSDP will not all-gather", ".*barrier"):
-        warnings.filterwarnings("ignore", message)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'rendezvous'}",
-        rank=rank,
-        world_size=WORLD,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    for name in names:
-        place = folder / name
-        place.mkdir(exist_ok=True)
-        try:
-            CHECKS[name](rank, place)
-        except BaseException:
-            (place / f"found_{rank}.txt").write_text(traceback.format_exc())
-            raise
-        (place / f"found_{rank}.txt").write_text("")
-    dist.barrier()
-    dist.destroy_process_group()
