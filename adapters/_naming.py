@@ -118,10 +118,14 @@ class Naming:
 
     def check(self, options: Mapping[str, Any]) -> None:
         """Refuses an option that is out of the range of its hyper-parameter."""
-        for name, (path, hyper) in (*self.scalars.items(), *self.switches.items()):
-            value = options.get(name)
-            if name in options and not (isinstance(value, torch.Tensor) and value.numel() == 1):
-                self.rules[path].bound.rule.check(hyper, value)
+        values = {path: dict(rule.bound.values) for path, rule in self.rules.items()}
+        named = [(k, *place) for k, place in (*self.scalars.items(), *self.switches.items()) if k in options]
+        for name, path, hyper in named:
+            values[path][hyper] = options[name]
+        for name, path, hyper in named:
+            value = options[name]
+            if not (isinstance(value, torch.Tensor) and value.numel() == 1):
+                self.rules[path].bound.rule.check(hyper, value, values[path])
 
     def template(self, switches: Sequence[Any], maximize: bool, names: Mapping[str, str]) -> Template:
         """The chain with options for numbers, and with these values of its switches."""

@@ -14,7 +14,7 @@ import torch
 from parity import ATOL, BACKENDS, RTOL, STEPS, double, parameters, run_optax_updates, run_updates
 
 import functional_optim as fo
-import functional_optim.transforms
+import functional_optim._transforms
 
 
 class Case(NamedTuple):
@@ -218,7 +218,7 @@ def test_updates_and_states_are_those_of_optax(row: int, backend: str) -> None:
 
 
 def test_every_transformation_has_a_row() -> None:
-    package = functional_optim.transforms
+    package = functional_optim._transforms
     modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
     public = {
         name

@@ -11,7 +11,9 @@ RANGES = {"b1": "[0, 1)", "b2": "[0, 1)", "eps": "[0, inf)", "eps_root": "[0, in
 
 
 @elementwise(
-    state={"mu": slot(0.0, dtype="mu_dtype"), "nu": slot(0.0, dtype="nu_dtype")}, static=("nesterov",), ranges=RANGES
+    state={"mu": slot(0.0, dtype="mu_dtype"), "nu": slot(0.0, dtype="nu_dtype", square=True)},
+    static=("nesterov",),
+    ranges=RANGES,
 )
 def scale_by_adam(
     u: Leaf,
@@ -41,7 +43,7 @@ def scale_by_adam(
       eps_root: term inside the root, for gradients through the update at 0.
       mu_dtype: how the first moment is stored; by default as the parameter.
       nesterov: whether the numerator looks one step ahead, as in NAdam.
-      nu_dtype: how the second moment is stored; by default as the parameter.
+      nu_dtype: how the second moment is stored; by default as the parameter, or as float32 for one in float16.
 
     Returns:
       The transformation. Its state is `(count, mu, nu)`.
@@ -69,7 +71,7 @@ def scale_by_adam(
 
 
 @elementwise(
-    state={"mu": slot(0.0, dtype="mu_dtype"), "nu": slot(0.0), "nu_max": slot(0.0)},
+    state={"mu": slot(0.0, dtype="mu_dtype"), "nu": slot(0.0, square=True), "nu_max": slot(0.0, square=True)},
     static=("bias_correction_mu", "bias_correction_nu"),
     ranges=RANGES,
 )

@@ -38,7 +38,11 @@ def trace(
     return (u + decay * trace if nesterov else trace), trace
 
 
-@elementwise(state={"ema": slot(0.0, dtype="accumulator_dtype")}, static=("debias",), ranges={"decay": "[0, 1]"})
+@elementwise(
+    state={"ema": slot(0.0, dtype="accumulator_dtype")},
+    static=("debias",),
+    ranges={"decay": "[0, 1]", "decay if debias": "[0, 1)"},  # with 1, the correction would be 0 / 0
+)
 def ema(
     u: Leaf,
     ema: Leaf,
@@ -53,7 +57,7 @@ def ema(
     $$m_t = \beta m_{t-1} + (1 - \beta) g_t, \quad u_t = m_t / (1 - \beta^t)$$
 
     Args:
-      decay: $\beta$.
+      decay: $\beta$; less than 1 with `debias`.
       debias: whether the average is corrected for its start at 0, as here.
       accumulator_dtype: how the average is stored; by default as the parameter.
 

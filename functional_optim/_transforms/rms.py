@@ -7,7 +7,12 @@ from .._rule import elementwise
 from ._moments import unbiased
 
 
-RANGES = {"decay": "[0, 1]", "eps": "[0, inf)", "initial_scale": "[0, inf)"}
+RANGES = {
+    "decay": "[0, 1]",
+    "decay if bias_correction": "[0, 1)",  # with 1, the correction would be 0 / 0
+    "eps": "[0, inf)",
+    "initial_scale": "[0, inf)",
+}
 STATIC = ("eps_in_sqrt", "bias_correction")
 
 
@@ -15,7 +20,7 @@ def _over_root(u: Leaf, square: Leaf, eps: Scalar, eps_in_sqrt: bool) -> Leaf:
     return u * torch.rsqrt(square + eps) if eps_in_sqrt else u / (torch.sqrt(square) + eps)
 
 
-@elementwise(state={"nu": slot("initial_scale")}, static=STATIC, ranges=RANGES)
+@elementwise(state={"nu": slot("initial_scale", square=True)}, static=STATIC, ranges=RANGES)
 def scale_by_rms(
     u: Leaf,
     nu: Leaf,
@@ -36,7 +41,7 @@ def scale_by_rms(
       eps: term in the denominator.
       initial_scale: the first value of the mean of squares.
       eps_in_sqrt: whether `eps` stands inside the root, as here, or outside.
-      bias_correction: whether the mean is divided by $1 - \beta^t$.
+      bias_correction: whether the mean is divided by $1 - \beta^t$; `decay` is then less than 1.
 
     Returns:
       The transformation. Its state is `(count, nu)`.
@@ -57,7 +62,7 @@ def scale_by_rms(
     return _over_root(u, nu_hat, eps, eps_in_sqrt), nu
 
 
-@elementwise(state={"mu": slot(0.0), "nu": slot("initial_scale")}, static=STATIC, ranges=RANGES)
+@elementwise(state={"mu": slot(0.0), "nu": slot("initial_scale", square=True)}, static=STATIC, ranges=RANGES)
 def scale_by_stddev(
     u: Leaf,
     mu: Leaf,
@@ -72,14 +77,16 @@ def scale_by_stddev(
 ) -> tuple[Leaf, Leaf, Leaf]:
     r"""Centred RMSProp: divides by the root of a variance.
 
-    $$u_t = g_t / \sqrt{v_t - m_t^2 + \epsilon}$$
+    $$u_t = g_t / \sqrt{\max(v_t - m_t^2, 0) + \epsilon}$$
+
+    The variance is a difference, of which rounding leaves little where updates hardly vary; less than 0 counts as 0.
 
     Args:
       decay: decay of the means of updates and of their squares.
       eps: term in the denominator.
       initial_scale: the first value of the mean of squares.
       eps_in_sqrt: whether `eps` stands inside the root, as here, or outside.
-      bias_correction: whether both means are divided by $1 - \beta^t$.
+      bias_correction: whether both means are divided by $1 - \beta^t$; `decay` is then less than 1.
 
     Returns:
       The transformation. Its state is `(count, mu, nu)`.
@@ -99,4 +106,5 @@ def scale_by_stddev(
     nu = decay * nu + (1 - decay) * u * u
     mu_hat = unbiased(mu, decay, step) if bias_correction else mu
     nu_hat = unbiased(nu, decay, step) if bias_correction else nu
-    return _over_root(u, nu_hat - mu_hat * mu_hat, eps, eps_in_sqrt), mu, nu
+    variance = torch.clamp(nu_hat - mu_hat * mu_hat, min=0.0)  # rounding may leave less than 0
+    return _over_root(u, variance, eps, eps_in_sqrt), mu, nu

@@ -96,8 +96,9 @@ def scale_by_trust_ratio(
     """
     param_norm = torch.maximum(leaf_norm(p), min_norm)
     update_norm = torch.maximum(leaf_norm(u), min_norm)
-    ratio = trust_coefficient * param_norm / (update_norm + eps)
-    return u * torch.where((param_norm == 0) | (update_norm == 0), 1.0, ratio)
+    vanishes = update_norm == 0
+    ratio = trust_coefficient * param_norm / (torch.where(vanishes, 1.0, update_norm) + eps)
+    return u * torch.where(vanishes | (param_norm == 0), 1.0, ratio)
 
 
 @elementwise
