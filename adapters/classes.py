@@ -12,9 +12,13 @@ from typing import Any, ClassVar
 import torch
 
 import functional_optim as fo
+from functional_optim._transforms.adam import adam_step, amsgrad_step
+from functional_optim._transforms.decay import decay_then_add, l2_penalty
+from functional_optim._transforms.momentum import momentum
+from functional_optim._transforms.rms import centered_rmsprop_ratio, rmsprop_ratio
+from functional_optim._transforms.scaling import descend
 from functional_optim.leafwise import Option, Template
 
-from . import rules
 from ._naming import template
 from .optimizer import ChainOptimizer
 
@@ -30,7 +34,7 @@ def _nonzero(x: Any) -> bool:
 
 def _before(maximize: bool, l2: bool) -> list[fo.GradientTransformation]:
     """What torch does to every gradient first."""
-    return [*([rules.negate()] if maximize else []), *([rules.l2_penalty(DECAY)] if l2 else [])]
+    return [*([fo.scale(-1.0)] if maximize else []), *([l2_penalty(DECAY)] if l2 else [])]
 
 
 class SGD(ChainOptimizer, torch.optim.SGD):
@@ -53,9 +57,9 @@ class SGD(ChainOptimizer, torch.optim.SGD):
         return bool(group["maximize"]), decay, momentum, bool(group["nesterov"])
 
     def _template(self, switches: tuple[Any, ...]) -> Template:
-        maximize, decay, momentum, nesterov = switches
-        parts = [rules.momentum(MOMENTUM, Option("dampening"), nesterov)] if momentum else []
-        return template(fo.chain(*_before(maximize, decay), *parts, rules.descend(LR)), self.SLOTS)
+        maximize, decay, moves, nesterov = switches
+        parts = [momentum(MOMENTUM, Option("dampening"), nesterov)] if moves else []
+        return template(fo.chain(*_before(maximize, decay), *parts, descend(LR)), self.SLOTS)
 
     def _dense(self, grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
         return [g.to_dense() if g is not None and g.layout is not torch.strided else g for g in grads]
@@ -82,8 +86,8 @@ class Adam(ChainOptimizer, torch.optim.Adam):  # type: ignore[misc]
 
     def _template(self, switches: tuple[Any, ...]) -> Template:
         maximize, l2, decoupled, amsgrad = switches
-        step = (rules.amsgrad_step if amsgrad else rules.adam_step)(LR, B1, B2, EPS)
-        last = [rules.decay_then_add(LR, DECAY)] if decoupled else []
+        step = (amsgrad_step if amsgrad else adam_step)(LR, B1, B2, EPS)
+        last = [decay_then_add(LR, DECAY)] if decoupled else []
         return template(fo.chain(*_before(maximize, l2), step, *last), self.SLOTS)
 
     def _dense(self, grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
@@ -124,10 +128,10 @@ class RMSprop(ChainOptimizer, torch.optim.RMSprop):  # type: ignore[misc]
         return bool(group["maximize"]), decay, momentum, bool(group["centered"])
 
     def _template(self, switches: tuple[Any, ...]) -> Template:
-        maximize, decay, momentum, centered = switches
-        ratio = (rules.centered_rmsprop_ratio if centered else rules.rmsprop_ratio)(Option("alpha"), EPS)
-        parts = [fo.trace(MOMENTUM)] if momentum else []
-        return template(fo.chain(*_before(maximize, decay), ratio, *parts, rules.descend(LR)), self.SLOTS)
+        maximize, decay, moves, centered = switches
+        ratio = (centered_rmsprop_ratio if centered else rmsprop_ratio)(Option("alpha"), EPS)
+        parts = [fo.trace(MOMENTUM)] if moves else []
+        return template(fo.chain(*_before(maximize, decay), ratio, *parts, descend(LR)), self.SLOTS)
 
 
 def _check(lr: Any, betas: tuple[Any, Any], weight_decay: float, eps: float = 0.0) -> None:

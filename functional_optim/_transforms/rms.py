@@ -4,7 +4,7 @@ import torch
 
 from .._compiler.rule import Leaf, Scalar, slot
 from .._rule import elementwise
-from ._moments import unbiased
+from ._moments import mean, mean_square, torch_mean, torch_mean_square, torch_variance, unbiased, variance
 
 
 RANGES = {
@@ -57,7 +57,7 @@ def scale_by_rms(
 
     Source: Tieleman & Hinton 2012, lecture 6.5 of "Neural Networks for Machine Learning".
     """
-    nu = decay * nu + (1 - decay) * u * u
+    nu = mean_square(nu, u, decay)
     nu_hat = unbiased(nu, decay, step) if bias_correction else nu
     return _over_root(u, nu_hat, eps, eps_in_sqrt), nu
 
@@ -102,9 +102,54 @@ def scale_by_stddev(
 
     Source: Graves 2013, arXiv:1308.0850, equations 38 to 45.
     """
-    mu = decay * mu + (1 - decay) * u
-    nu = decay * nu + (1 - decay) * u * u
+    mu, nu = mean(mu, u, decay), mean_square(nu, u, decay)
     mu_hat = unbiased(mu, decay, step) if bias_correction else mu
     nu_hat = unbiased(nu, decay, step) if bias_correction else nu
-    variance = torch.clamp(nu_hat - mu_hat * mu_hat, min=0.0)  # rounding may leave less than 0
-    return _over_root(u, variance, eps, eps_in_sqrt), mu, nu
+    return _over_root(u, variance(nu_hat, mu_hat), eps, eps_in_sqrt), mu, nu
+
+
+@elementwise(state={"square_avg": slot(0.0)})
+def rmsprop_ratio(u: Leaf, square_avg: Leaf, *, step: Scalar, alpha: Scalar, eps: Scalar) -> tuple[Leaf, Leaf]:
+    r"""torch's RMSprop before its learning rate, $u_t = g_t / (\sqrt{v_t} + \epsilon)$.
+
+    Args:
+      alpha: decay of the mean of squares.
+      eps: $\epsilon$.
+
+    Returns:
+      The transformation. It counts steps, as torch does, though nothing depends on them.
+
+    Example:
+      >>> tx = rmsprop_ratio(0.75, 0.0)
+      >>> tx.update(torch.ones(1), tx.init(torch.zeros(1)))[0]
+      tensor([2.])
+
+    Source: Tieleman & Hinton 2012, lecture 6.5 of "Neural Networks for Machine Learning".
+    """
+    square_avg = torch_mean_square(square_avg, u, alpha)
+    return _over_root(u, square_avg, eps, eps_in_sqrt=False), square_avg
+
+
+@elementwise(state={"square_avg": slot(0.0), "grad_avg": slot(0.0)})
+def centered_rmsprop_ratio(
+    u: Leaf, square_avg: Leaf, grad_avg: Leaf, *, step: Scalar, alpha: Scalar, eps: Scalar
+) -> tuple[Leaf, Leaf, Leaf]:
+    r"""torch's centred RMSprop before its learning rate, $u_t = g_t / (\sqrt{v_t - \bar g_t^2} + \epsilon)$.
+
+    Args:
+      alpha: decay of both means.
+      eps: $\epsilon$.
+
+    Returns:
+      The transformation.
+
+    Example:
+      >>> tx = centered_rmsprop_ratio(0.5, 0.0)
+      >>> tx.update(torch.ones(1), tx.init(torch.zeros(1)))[0]
+      tensor([2.])
+
+    Source: Graves 2013, arXiv:1308.0850, equations 38 to 45.
+    """
+    square_avg, grad_avg = torch_mean_square(square_avg, u, alpha), torch_mean(grad_avg, u, alpha)
+    centered = torch_variance(square_avg, grad_avg)
+    return _over_root(u, centered, eps, eps_in_sqrt=False), square_avg, grad_avg
