@@ -122,11 +122,15 @@ class Naming:
 
     def check(self, options: Mapping[str, Any]) -> None:
         """Refuses an option that is out of the range of its hyper-parameter."""
-        for name, (path, hyper) in (*self.scalars.items(), *self.switches.items()):
-            value: Any = options.get(name)
-            if name in options and not (isinstance(value, torch.Tensor) and value.numel() == 1):
+        values = {path: dict(rule.bound.values) for path, rule in self.rules.items()}
+        named = [(k, *place) for k, place in (*self.scalars.items(), *self.switches.items()) if k in options]
+        for name, path, hyper in named:
+            values[path][hyper] = options[name]
+        for name, path, hyper in named:
+            value: Any = options[name]
+            if not (isinstance(value, torch.Tensor) and value.numel() == 1):
                 number = is_number(value) and not isinstance(value, (int, torch.Tensor))
-                self.rules[path].bound.rule.check(hyper, float(value) if number else value)
+                self.rules[path].bound.rule.check(hyper, float(value) if number else value, values[path])
 
     def check_names(self, options: Mapping[str, Any]) -> None:
         """Refuses a name that stands for a hyper-parameter of this chain, which is another option here."""

@@ -16,8 +16,12 @@ import torch
 import functional_optim as fo
 from functional_optim._compiler.rule import Option
 from functional_optim._params import Template
+from functional_optim._transforms.adam import adam_step, amsgrad_step
+from functional_optim._transforms.decay import decay_then_add, l2_penalty
+from functional_optim._transforms.momentum import momentum
+from functional_optim._transforms.rms import centered_rmsprop_ratio, rmsprop_ratio
+from functional_optim._transforms.scaling import descend
 
-from . import rules
 from ._groups import copied
 from ._naming import template
 from .optimizer import ChainOptimizer
@@ -34,7 +38,7 @@ def _nonzero(x: Any) -> bool:
 
 def _before(maximize: bool, l2: bool) -> list[fo.GradientTransformation]:
     """What torch does to every gradient first."""
-    return [*([rules.negate()] if maximize else []), *([rules.l2_penalty(DECAY)] if l2 else [])]
+    return [*([fo.scale(-1.0)] if maximize else []), *([l2_penalty(DECAY)] if l2 else [])]
 
 
 class _Own(ChainOptimizer):
@@ -69,9 +73,9 @@ class SGD(_Own, torch.optim.SGD):
         return bool(group["maximize"]), decay, momentum, bool(group["nesterov"])
 
     def _template(self, switches: tuple[Any, ...]) -> Template:
-        maximize, decay, momentum, nesterov = switches
-        parts = [rules.momentum(MOMENTUM, Option("dampening"), nesterov)] if momentum else []
-        return template(fo.chain(*_before(maximize, decay), *parts, rules.descend(LR)), self.SLOTS)
+        maximize, decay, moves, nesterov = switches
+        parts = [momentum(MOMENTUM, Option("dampening"), nesterov)] if moves else []
+        return template(fo.chain(*_before(maximize, decay), *parts, descend(LR)), self.SLOTS)
 
     def _dense(self, grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
         return [g.to_dense() if g is not None and g.layout is not torch.strided else g for g in grads]
@@ -98,8 +102,8 @@ class Adam(_Own, torch.optim.Adam):  # type: ignore[misc]
 
     def _template(self, switches: tuple[Any, ...]) -> Template:
         maximize, l2, decoupled, amsgrad = switches
-        step = (rules.amsgrad_step if amsgrad else rules.adam_step)(LR, B1, B2, EPS)
-        last = [rules.decay_then_add(LR, DECAY)] if decoupled else []
+        step = (amsgrad_step if amsgrad else adam_step)(LR, B1, B2, EPS)
+        last = [decay_then_add(LR, DECAY)] if decoupled else []
         return template(fo.chain(*_before(maximize, l2), step, *last), self.SLOTS)
 
     def _dense(self, grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
@@ -140,10 +144,10 @@ class RMSprop(_Own, torch.optim.RMSprop):  # type: ignore[misc]
         return bool(group["maximize"]), decay, momentum, bool(group["centered"])
 
     def _template(self, switches: tuple[Any, ...]) -> Template:
-        maximize, decay, momentum, centered = switches
-        ratio = (rules.centered_rmsprop_ratio if centered else rules.rmsprop_ratio)(Option("alpha"), EPS)
-        parts = [fo.trace(MOMENTUM)] if momentum else []
-        return template(fo.chain(*_before(maximize, decay), ratio, *parts, rules.descend(LR)), self.SLOTS)
+        maximize, decay, moves, centered = switches
+        ratio = (centered_rmsprop_ratio if centered else rmsprop_ratio)(Option("alpha"), EPS)
+        parts = [fo.trace(MOMENTUM)] if moves else []
+        return template(fo.chain(*_before(maximize, decay), ratio, *parts, descend(LR)), self.SLOTS)
 
 
 def _check(lr: Any, betas: Any, weight_decay: Any, eps: Any = 0.0) -> None:

@@ -155,7 +155,8 @@ def fuse(
       counting: the counter of each leaf; None where transformations count for all leaves.
 
     Returns:
-      The program and where its inputs come from. It writes `updates`, or `params` if `apply`, and every slot.
+      The program and where its inputs come from. It writes `updates`, or `params` if `apply`, and every slot that
+      changes.
 
     Raises:
       RuleError: a rule does what a kernel cannot.
@@ -190,7 +191,7 @@ class _Fusion:
             names.append(name)
             t.scope = f"{rule.name}@{part.scope}"
             u, after = self.call(part, name, u, params)
-            outputs.update(after)
+            outputs.update({k: x for k, x in after.items() if not self.unchanged(k, x)})
         final = {"params": params + u} if apply else {"updates": u}
         if counting is not None and counting.advance:
             outputs["step"] = t.op("add", self.counter("step"), 1.0)
@@ -212,6 +213,10 @@ class _Fusion:
         self.per_leaf.add(name)
         self.stored[name] = self.t.input("leaf", name)
         return self.stored[name]
+
+    def unchanged(self, name: str, x: Any) -> bool:
+        """Whether the new value of a slot is the one before, so that there is nothing to write."""
+        return isinstance(x, Symbol) and x.index == self.stored[name].index
 
     def counter(self, name: str) -> Symbol:
         """The number of steps taken so far."""

@@ -63,10 +63,13 @@ class Slot:
     start: float | str
     dtype: torch.dtype | str | None
     per_leaf: bool
+    square: bool = False
 
     def make(self, p: torch.Tensor, hypers: Mapping[str, Any]) -> torch.Tensor:
         """The slot's first value for one leaf."""
         dtype = hypers[self.dtype] if isinstance(self.dtype, str) else self.dtype
+        if dtype is None and self.square and p.dtype is torch.float16:
+            dtype = torch.float32
         if self.start == "param":
             return p.detach().to(dtype or p.dtype, copy=True)
         start = float(hypers.get(self.start, 0.0)) if isinstance(self.start, str) else self.start
@@ -81,6 +84,7 @@ def slot(
     *,
     dtype: torch.dtype | str | None = None,
     per: Literal["element", "leaf"] = "element",
+    square: bool = False,
 ) -> Slot:
     """Declares a slot of state.
 
@@ -90,6 +94,8 @@ def slot(
       dtype: how it is stored: a dtype, or the name of the hyper-parameter that holds one. By default as the
         parameter is, or as float32 (float64 for float64 parameters) where there is one number per leaf.
       per: one number per element of a leaf, or one per leaf.
+      square: whether it holds squares, of which float16 has too few: the square of 1e-4 is 0. Then it is stored as
+        float32 where the parameter is float16, unless `dtype` says otherwise.
 
     Returns:
       The declaration.
@@ -105,7 +111,7 @@ def slot(
         raise ValueError(f'`per` must be "element" or "leaf", got {per!r}.')
     if per == "leaf" and start in ("param", "first_update"):
         raise ValueError(f"a slot with one number per leaf starts from a number, got start={start!r}.")
-    return Slot(start, dtype, per == "leaf")
+    return Slot(start, dtype, per == "leaf", square)
 
 
 zeros = slot(0.0)
@@ -143,7 +149,8 @@ class Rule:
       hypers: hyper-parameters and their defaults, in order; `inspect.Parameter.empty` if there is none.
       extras: names of extra arguments of `update` that it needs.
       static: hyper-parameters that Python sees while the formula is traced.
-      ranges: intervals that hyper-parameters must lie in, or the values that they may have.
+      ranges: intervals that hyper-parameters must lie in, or the values that they may have; one that holds only with
+        a switch has a key such as `"decay if debias"`.
       uses_params: whether the formula takes `p`.
       uses_step: whether the formula takes `step`.
       takes_first: whether it takes `first`.
@@ -169,8 +176,13 @@ class Rule:
         """Whether the first step differs from others: to the formula, or because a slot starts from its update."""
         return self.takes_first or any(s.start == "first_update" for s in self.slots.values())
 
-    def check(self, hyper: str, value: Any) -> Any:
+    def check(self, hyper: str, value: Any, values: Mapping[str, Any]) -> Any:
         """Refuses a value of the wrong kind, or outside its range.
+
+        Args:
+          hyper: the hyper-parameter.
+          value: its value.
+          values: all of them, since a range may depend on a switch.
 
         Returns:
           The value; a number of NumPy or JAX as Python's.
@@ -197,8 +209,12 @@ class Rule:
             raise TypeError(
                 f"`{hyper}` of {self.name} must be a number, a 0-d tensor or a schedule, got {value!r:.60}."
             )
-        if allowed is not None and value not in allowed:
-            raise ValueError(f"`{hyper}` of {self.name} must be in {allowed.text}, got {value!r}.")
+        for key, interval in self.ranges.items():
+            name, _, switch = key.partition(" if ")
+            if name == hyper and (not switch or values[switch]) and value not in interval:
+                assert isinstance(interval, Range)
+                condition = f" if `{switch}` is {values[switch]!r}" if switch else ""
+                raise ValueError(f"`{hyper}` of {self.name} must be in {interval.text}{condition}, got {value!r}.")
         if math.isnan(value):
             raise ValueError(f"`{hyper}` of {self.name} must be a number, got nan.")
         return value
@@ -232,7 +248,7 @@ class Bound:
     values: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "values", {k: self.rule.check(k, v) for k, v in self.values.items()})
+        object.__setattr__(self, "values", {k: self.rule.check(k, v, self.values) for k, v in self.values.items()})
 
     @cached_property
     def counted(self) -> bool:

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from _lib.shard_checks import PLACED, distributed, meshes, numbers, placements
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
-from _lib.compare import EXACT
-from _lib.training import fit, make_batches, make_model
 
 import functional_optim as fo
+from _lib.compare import EXACT
+from _lib.shard_checks import PLACED, distributed, meshes, numbers, placements
+from _lib.training import fit, make_batches, make_model
 from functional_optim import adapters
 
 

@@ -19,8 +19,8 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
-from _lib.compare import EXACT
 
+from _lib.compare import EXACT
 from functional_optim._compiler.ops import REDUCTIONS
 from functional_optim._runtime import shard
 

@@ -1,6 +1,7 @@
 """Promises about DTensors on two and four processes; what they check is in `dtensor_contract_checks.py`."""
 
 import pytest
+
 from _lib.dtensor_checks import CHECKS
 from _lib.processes import MARKS, results
 

@@ -1,6 +1,7 @@
 """FSDP2, DDP, ZeRO and FSDP1 on two processes; the checks are in `_lib/processes.py`."""
 
 import pytest
+
 from _lib.process_checks import CHECKS, WORLD
 from _lib.processes import MARKS, results
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from _lib.processes import MARKS, results
-from _lib.shard_checks import CHECKS
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
+from _lib.processes import MARKS, results
+from _lib.shard_checks import CHECKS
 from functional_optim._runtime import shard
 
 
