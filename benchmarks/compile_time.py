@@ -32,7 +32,7 @@ def child(tensors: int) -> dict[str, float]:
     import torch
 
     import functional_optim as fo
-    from functional_optim._compiler import build
+    from functional_optim._compiler.c import build
     from functional_optim.kernels import launch
 
     compiling = 0.0

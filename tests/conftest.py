@@ -10,7 +10,7 @@ import jax
 import pytest
 import torch
 
-from functional_optim._compiler.build import BuildError, load_c
+from functional_optim._compiler.c.build import BuildError, load_c
 from functional_optim.kernels import native
 
 

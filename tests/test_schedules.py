@@ -15,7 +15,7 @@ from parity import BACKENDS, Tree, double, normal, to_tensor, use
 
 import functional_optim as fo
 import functional_optim._schedules
-from functional_optim._compiler import build
+from functional_optim._compiler.c import build
 from functional_optim.kernels import launch
 
 

@@ -6,7 +6,7 @@ Program            program.py: values, levels, stages; print it
   |  plan.py       passes over memory, split at reductions
 Pass
   |  emit_c.py, emit_triton.py     text, one statement per value
-  |  build.py      text -> kernel, cached on disk
+  |  cache.py, c/build.py, triton/build.py   text -> kernel, cached on disk
 kernel
   |  launch.py     tables of addresses and numbers
 new values         reference.py and foreach.py get here from the Program, without a compiler
@@ -19,7 +19,7 @@ and of scan.py; native.py puts it to use, interior.py finds out what it must kno
 
 from collections.abc import Callable, Sequence
 
-from .._compiler.build import BuildError as BuildError
+from .._compiler.cache import BuildError as BuildError
 from .._compiler.foreach import run_foreach
 from .._compiler.reference import run_reference
 from .call import (

@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._compiler.build import SERIAL, BuildError, load_c, load_triton, parallel_address
+from .._compiler.c.build import BuildError, load_c
 from .._compiler.c.emit import emit_c
+from .._compiler.c.threads import SERIAL, parallel_address
 from .._compiler.ops import REDUCTIONS
 from .._compiler.passes import Signature, plan
 from .._compiler.program import Level
+from .._compiler.triton.build import load_triton
 from .._compiler.triton.emit import emit_triton
 from ..kernels import native
 from .call import Call, Column, LeafTable
@@ -40,7 +42,7 @@ class _Launch(ctypes.Structure):
         ("columns", ctypes.c_void_p),
         ("scalars", ctypes.c_char_p),
         ("partials", ctypes.c_void_p),
-        ("parallel", ctypes.c_void_p),
+        ("parallel_for", ctypes.c_void_p),
         ("n_threads", ctypes.c_int64),
         ("runs", ctypes.c_char_p),
         ("n_runs", ctypes.c_int64),
@@ -142,10 +144,7 @@ def compile_triton(signature: Signature) -> tuple[Any, ...]:
     Raises:
       BuildError: there is no Triton.
     """
-    try:
-        module = load_triton(emit_triton(signature))
-    except ImportError as error:
-        raise BuildError(f"Triton cannot be imported: {error}") from None
+    module = load_triton(emit_triton(signature))
     with contextlib.suppress(BuildError, AttributeError):  # without them a step takes longer, and that is all
         native.use(load_c(native.SOURCE))
     return tuple(getattr(module, f"pass_{k}") for k in range(len(plan(signature))))
@@ -271,7 +270,7 @@ def run_c(calls: Sequence[Call]) -> list[list[Column]]:
         fixed = _fixed(call.leaves, CHUNK, min(torch.get_num_threads(), len(table.chunks.leaf)) if wake else 1)
         launch = _Launch.from_buffer_copy(fixed)
         launch.n_rows, launch.n_partials, launch.first_partial = len(call.scalars), total, first
-        launch.parallel = parallel
+        launch.parallel_for = parallel
         launch.columns, launch.partials = ctypes.addressof(places), ctypes.addressof(partials)
         launch.scalars = struct.pack(f"{len(numbers)}d", *numbers)
         keep.append((columns, places, partials, fixed))

@@ -25,7 +25,7 @@ typedef struct {
     int64_t body, object, keys, version, number;
 } torch_t;
 
-typedef void (*parallel_t)(void (*)(void *), void *, unsigned, unsigned);
+typedef int32_t (*parallel_t)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void *), void *);
 enum { AHEAD = 12 }; /* how many objects early something is asked for */
 enum { PART = 64 };  /* how many tensors of each list a thread takes at once */
 
@@ -211,7 +211,7 @@ static int look_up(search_t *s) {
     return 1;
 }
 
-static void search(void *data) {
+static void search(int64_t begin, int64_t end_of_range, void *data) {
     search_t *s = data;
     if (s->caller == &here && !look_up(s)) __atomic_store_n(&s->differs, 1, __ATOMIC_RELAXED);
     while (!__atomic_load_n(&s->differs, __ATOMIC_RELAXED)) {
@@ -253,8 +253,7 @@ int scan(const torch_t *t, const column_t *columns, int64_t n_columns, parallel_
     for (int64_t k = 0; k < n_columns; k++)
         if (columns[k].n > s.n) s.n = columns[k].n;
     s.n_parts = (s.n + PART - 1) / PART;
-    if (n_threads > 1) parallel(search, &s, (unsigned)n_threads, 0);
-    else search(&s);
+    if (n_threads < 2 || parallel(0, n_threads, 1, search, &s)) search(0, 1, &s);
     const int running = t->pause(); /* until gradients, which new objects are made for, are held by these */
     for (int64_t k = 0; k < n_columns && !s.differs; k++)
         if (columns[k].from && !columns[k].key) s.differs = !fill(t, columns + k);

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._compiler.build import SERIAL, parallel_address
+from .._compiler.c.threads import SERIAL, parallel_address
 from .layout import span
 from .native import FIELDS, loaded
 
