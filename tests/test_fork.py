@@ -36,7 +36,8 @@ def load(k):
         return load_c(f"int x = {k};").x is not None
     return load_triton(f"import triton, triton.language as tl\\nx = {k}\\n").x == k
 
-thread = threading.Thread(target=load, args=(1,))
+loaded = []
+thread = threading.Thread(target=lambda: loaded.append(load(1)))
 load(0)
 if owner:
     stop_within(sys.modules[owner], name)
@@ -51,6 +52,7 @@ status = os.waitpid(child, 0)[1]
 go.set()
 if owner:
     thread.join()
+    assert loaded == [True]
 assert load(0) and load(1) and load(2) and load(3)
 print(status)
 """
