@@ -19,8 +19,8 @@ Elementwise = Callable[[Value, list[Column], torch.dtype], Column]
 def each_leaf(value: Value, operands: list[Column], dtype: torch.dtype) -> Column:
     """Applies an operation leaf by leaf."""
     if value.op == "real":
-        return list(x.to(dtype) for x in operands[0])
-    return list(OPS[value.op].eager(*xs) for xs in zip(*operands, strict=True))
+        return [x.to(dtype) for x in operands[0]]
+    return [OPS[value.op].eager(*xs) for xs in zip(*operands, strict=True)]
 
 
 def each_distinct(fn: Callable[..., torch.Tensor], *columns: Column) -> Column:
@@ -88,7 +88,7 @@ class _Machine:
         """The part of each leaf in a reduction; what is spread over processes is one part, and known to all."""
         eager, shard = REDUCTIONS[value.reduction].eager, self.call.shard
         column = self.wide.get(value.args[0]) or self.env[value.args[0]]
-        parts = list(eager(x.double()) for x in column)
+        parts = [eager(x.double()) for x in column]
         if shard is None:
             return parts
         joined = torch.stack(parts)
@@ -108,7 +108,7 @@ class _Machine:
             if i in program.narrow or i not in signature.wide:
                 exact = i in signature.rounded
                 column = self.elements(i, torch.float64 if exact else self.compute, False)
-                self.env[i] = list(x.to(self.compute) for x in column) if exact else column
+                self.env[i] = [x.to(self.compute) for x in column] if exact else column
             if i in signature.wide:
                 self.wide[i] = self.elements(i, torch.float64, True)
 
@@ -117,7 +117,7 @@ class _Machine:
         value = self.program.values[i]
         operands = [self.operand(a, value.level, dtype, wide) for a in value.args]
         if value.op == "spread":
-            return list(x.expand(t.shape) for x, t in zip(operands[0], self.like, strict=True))
+            return [x.expand(t.shape) for x, t in zip(operands[0], self.like, strict=True)]
         return self.elementwise(value, operands, dtype)
 
     def value(self, value: Value, partials: dict[str, Column]) -> Column:
@@ -127,13 +127,13 @@ class _Machine:
                 return list([torch.tensor(value.const, dtype=torch.float64, device=device)] * n_rows)
             case "scalar":
                 k = self.program.scalars.index(value.name)
-                return list(_number(row[k], device) for row in self.call.scalars)
+                return [_number(row[k], device) for row in self.call.scalars]
             case "size":
-                return list(torch.tensor(n, dtype=torch.float64, device=device) for n in self.call.leaves.wholes)
+                return [torch.tensor(n, dtype=torch.float64, device=device) for n in self.call.leaves.wholes]
             case "leaf":
                 return each_distinct(torch.Tensor.double, self.inputs[value.name])
             case "array":
-                return list(x.to(self.compute) for x in self.inputs[value.name])
+                return [x.to(self.compute) for x in self.inputs[value.name]]
         if value.op.startswith("tree_"):
             parts = [x.to(device) for x in partials[value.name]]
             return list([REDUCTIONS[value.reduction].eager(torch.stack(parts))] * n_rows)
@@ -153,7 +153,7 @@ class _Machine:
             if value.uniform:  # one per leaf, and often used
                 self.cast[i, dtype] = column
         if value.level is Level.ROW and level is not Level.ROW:
-            return list(column[r] for r in self.call.leaves.rows)
+            return [column[r] for r in self.call.leaves.rows]
         return column
 
     def outputs(self) -> list[Column]:
@@ -161,15 +161,15 @@ class _Machine:
         for output, dtype in zip(self.program.outputs, self.call.signature.outputs, strict=True):
             column = self.operand(output.value, output.level, self.compute)
             if output.level is Level.ELEMENT:
-                column = list(
+                column = [
                     x.to(dtype) if x.shape == t.shape else x.to(dtype).expand(t.shape).clone()
                     for x, t in zip(column, self.like, strict=True)
-                )
+                ]
             else:
                 column = [x.to(dtype, copy=True) for x in column]  # each leaf's own, though several may have one value
             # an output that is an input unchanged must still be a tensor of its own
             source = self.program.values[output.value]
             if source.op in ("array", "leaf"):
-                column = list(x.clone() if x is y else x for x, y in zip(column, self.inputs[source.name], strict=True))
+                column = [x.clone() if x is y else x for x, y in zip(column, self.inputs[source.name], strict=True)]
             columns.append(column)
         return columns

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._compiler.build import BuildError, load_c
+from .._compiler.c.build import BuildError, load_c
 from .internals import is_wrapper_of_a_transformation
 from .spec import TensorSpec
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._compiler.build import BuildError
+from .._compiler.cache import BuildError
 from .._compiler.call import Column
 from .._compiler.program import Level
 from .backend import choose_backend, give_up, requested_backend

@@ -485,7 +485,7 @@ def test_counters_of_any_kind_load(cls: Any, kind: str) -> None:
     assert [s["step"].item() for s in opt.state.values()] == [30.0] * 3
     assert [s["step"].shape for s in opt.state.values()] == [()] * 3
     # float32 and float64 counters are 30 exactly, so the numbers are the same bits
-    for p, q in zip(members(opt), members(twin), strict=True):
+    for p, q in zip(params_of(opt), params_of(twin), strict=True):
         assert torch.equal(p, q)
 
 
@@ -528,7 +528,7 @@ def test_slots_that_are_none_start_anew(key: str) -> None:
     assert all(opts[0].state.values())  # no empty ones
     train(opts, range(3, 23))
 
-    assert_same_bits(*[[p.detach() for p in members(opt)] for opt in opts])
+    assert_same_bits(*[[p.detach() for p in params_of(opt)] for opt in opts])
 
 
 def test_a_number_per_leaf_loads_from_a_number_and_from_one_element() -> None:

@@ -181,7 +181,7 @@ LARGE = {"c": 2 * SHORT + 5, "triton": 2 * 4096 + 5}
 @pytest.mark.parametrize("name", KINDS)
 def test_rules_of_all_kinds(name: str, backend: str, donate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over three steps, in float64."""
-    monkeypatch.setattr(launch, "CHUNK", SHORT)
+    monkeypatch.setattr(cpu, "CHUNK", SHORT)
     kind = KINDS[name]
     generator = torch.Generator().manual_seed(0)
     leaves = [torch.randn(n, generator=generator, dtype=F64) for n in (1, 1025, LARGE.get(backend, 40))]

@@ -391,7 +391,7 @@ C_TYPES = {"float": 4, "double": 8, "uint16_t": 2}
 def count(source: str) -> Counted:
     """Counts loads `a3[i]` and stores `o1[i]` of each pass, by the types of the arrays."""
     read = written = 0
-    works = re.findall(r"^static void work_\d+\(void \*data\) \{\n(.*?)^\}", source, re.DOTALL | re.MULTILINE)
+    works = re.findall(r"^static void work_\d+\([^)]*\) \{\n(.*?)^\}", source, re.DOTALL | re.MULTILINE)
     for work in works:
         arrays = {
             name: C_TYPES[ctype] for ctype, name in re.findall(r"(?:const )?(\w+) \*([ao]\d+) = l->columns", work)
