@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import optree
 import pytest
 import torch
-from test_transforms import CASES, IDS
 
 import functional_optim as fo
 from _lib.records import BACKENDS, tree_of, use
+from _lib.transforms import CASES, IDS
 from _lib.trees import Tree
 from functional_optim.adapters import TransformOptimizer
 

@@ -1,0 +1,189 @@
+"""The table of transformations: a row for each, beside optax."""
+
+from itertools import product
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import torch
+
+import functional_optim as fo
+from _lib.records import double
+
+
+class Case(NamedTuple):
+    """A transformation and its counterpart.
+
+    Args:
+      id: its name, and what is special about this row.
+      ours: the transformation.
+      theirs: optax's.
+      gradients: which ones; see `_lib.records.gradients`.
+    """
+
+    id: str
+    ours: Any
+    theirs: Any
+    gradients: str = "normal"
+
+
+class ParamsEmaState(NamedTuple):
+    ema: Any
+
+
+def params_ema(decay: float) -> optax.GradientTransformation:
+    """The average of updated parameters, which optax has no transformation for, written out."""
+
+    def update(updates: Any, state: ParamsEmaState, params: Any) -> tuple[Any, ParamsEmaState]:
+        ema = jax.tree.map(lambda e, p, u: decay * e + (1 - decay) * (p + u), state.ema, params, updates)
+        return updates, ParamsEmaState(ema)
+
+    return optax.GradientTransformation(ParamsEmaState, update)
+
+
+MASK = {"layers": [True, (False,)], "scale": False}
+SWITCHES = (True, False)
+
+CASES = [
+    Case("scale", fo.scale(-0.3), optax.scale(-0.3)),
+    Case("scale_by_learning_rate", fo.scale_by_learning_rate(0.3), optax.scale_by_learning_rate(0.3)),
+    Case(
+        "scale_by_learning_rate-ascent",
+        fo.scale_by_learning_rate(0.3, flip_sign=False),
+        optax.scale_by_learning_rate(0.3, flip_sign=False),
+    ),
+    Case(
+        "scale_by_learning_rate-schedule",
+        fo.scale_by_learning_rate(fo.linear_schedule(1.0, 0.1, 20)),
+        optax.scale_by_learning_rate(double(optax.linear_schedule(1.0, 0.1, 20))),
+    ),
+    # optax returns the identity here, which makes descent ascent; this package negates
+    Case("scale_by_learning_rate-none", fo.scale_by_learning_rate(None), optax.scale(-1.0)),
+    Case("scale_by_learning_rate-none_ascent", fo.scale_by_learning_rate(None, flip_sign=False), optax.identity()),
+    Case(
+        "scale_by_schedule",
+        fo.scale_by_schedule(fo.exponential_decay(1.0, 7, 0.5)),
+        optax.scale_by_schedule(double(optax.exponential_decay(1.0, 7, 0.5))),
+    ),
+    Case(
+        "scale_by_schedule-function",
+        fo.scale_by_schedule(lambda count: 1 / (1 + count)),
+        optax.scale_by_schedule(double(lambda count: 1 / (1 + count))),
+    ),
+    Case("scale_by_sign", fo.scale_by_sign(), optax.scale_by_sign(), "with_zeros"),
+    Case("set_to_zero", fo.set_to_zero(), optax.set_to_zero()),
+    *(Case(f"trace-nesterov={n}", fo.trace(0.9, nesterov=n), optax.trace(0.9, nesterov=n)) for n in SWITCHES),
+    # a narrow accumulator times a number of strong float64 is a float64, as here: one rounding, when it is stored
+    Case(
+        "trace-float32",
+        fo.trace(0.9, accumulator_dtype=torch.float32),
+        optax.trace(jnp.float64(0.9), accumulator_dtype=jnp.float32),
+    ),
+    *(Case(f"ema-debias={d}", fo.ema(0.9, debias=d), optax.ema(0.9, debias=d)) for d in SWITCHES),
+    Case(
+        "ema-float32",
+        fo.ema(0.9, accumulator_dtype=torch.float32),
+        optax.ema(jnp.float64(0.9), accumulator_dtype=jnp.float32),
+    ),
+    *(
+        Case(
+            f"scale_by_adam-nesterov={n}-eps_root={e}",
+            fo.scale_by_adam(eps_root=e, nesterov=n),
+            optax.scale_by_adam(eps_root=e, nesterov=n),
+        )
+        for n, e in product(SWITCHES, (0.0, 1e-3))
+    ),
+    Case("scale_by_adam-decays", fo.scale_by_adam(0.5, 0.75, eps=1e-2), optax.scale_by_adam(0.5, 0.75, eps=1e-2)),
+    Case("scale_by_adam-no_momentum", fo.scale_by_adam(b1=0.0), optax.scale_by_adam(b1=0.0)),
+    Case(
+        "scale_by_adam-mu_dtype",
+        fo.scale_by_adam(mu_dtype=torch.float32),
+        optax.scale_by_adam(jnp.float64(0.9), mu_dtype=jnp.float32),
+    ),
+    *(
+        Case(
+            f"scale_by_amsgrad-mu={m}-nu={n}",
+            fo.scale_by_amsgrad(b2=0.5, eps_root=e, bias_correction_mu=m, bias_correction_nu=n),
+            optax.scale_by_amsgrad(b2=0.5, eps_root=e, bias_correction_mu=m, bias_correction_nu=n),
+        )
+        for (m, n), e in zip(product(SWITCHES, SWITCHES), (0.0, 1e-3, 0.0, 1e-3), strict=True)
+    ),
+    *(
+        Case(
+            f"scale_by_rms-eps_in_sqrt={e}-bias_correction={b}-initial_scale={s}",
+            fo.scale_by_rms(eps_in_sqrt=e, bias_correction=b, initial_scale=s),
+            optax.scale_by_rms(eps_in_sqrt=e, bias_correction=b, initial_scale=s),
+        )
+        for e, b, s in product(SWITCHES, SWITCHES, (0.0, 0.5))
+    ),
+    # A variance is a difference: with nu / v as the factor by which rounding errors grow, v must not be much smaller
+    # than nu. Uncorrected means of weight W = 1 - decay**t have v >= (1 - W) nu, a factor of 14 at the last step.
+    # Corrected means weigh 1, so v is 0 at the first step and whatever rounding leaves: decay 1/2 and gradients of
+    # few bits make that step exact. From then on the last two gradients have opposite signs and weigh at least 1/3
+    # and 1/2, so v >= (1/3)(2/3)(1/2 + 1/2)**2 of nu <= 4, a factor of 18.
+    *(
+        Case(
+            f"scale_by_stddev-eps_in_sqrt={e}-bias_correction={b}-initial_scale={s}",
+            fo.scale_by_stddev(0.5 if b else 0.9, eps_in_sqrt=e, bias_correction=b, initial_scale=s),
+            optax.scale_by_stddev(0.5 if b else 0.9, eps_in_sqrt=e, bias_correction=b, initial_scale=s),
+            "alternating" if b else "normal",
+        )
+        for e, b, s in product(SWITCHES, SWITCHES, (0.0, 0.5))
+    ),
+    *(
+        Case(
+            f"scale_by_lion-{m}",
+            fo.scale_by_lion(mode=m, smooth_beta=2.0),
+            optax.scale_by_lion(mode=m, smooth_beta=2.0),
+        )
+        for m in ("hard", "smooth", "refined")
+    ),
+    Case("scale_by_lion-decays", fo.scale_by_lion(0.5, 0.75), optax.scale_by_lion(0.5, 0.75)),
+    Case(
+        "scale_by_lion-mu_dtype",
+        fo.scale_by_lion(mu_dtype=torch.float32),
+        optax.scale_by_lion(jnp.float64(0.9), jnp.float64(0.99), mu_dtype=jnp.float32),
+    ),
+    Case("scale_by_trust_ratio", fo.scale_by_trust_ratio(), optax.scale_by_trust_ratio(), "with_zeros"),
+    # norms of the three leaves are near 19, 2 and 1, so that the floor lifts some and not others
+    Case(
+        "scale_by_trust_ratio-min_norm",
+        fo.scale_by_trust_ratio(2.0, 0.1, 1e-2),
+        optax.scale_by_trust_ratio(2.0, 0.1, 1e-2),
+        "with_zeros",
+    ),
+    Case("add_decayed_weights", fo.add_decayed_weights(0.1), optax.add_decayed_weights(0.1)),
+    Case("add_decayed_weights-mask", fo.add_decayed_weights(0.1, MASK), optax.add_decayed_weights(0.1, MASK)),
+    Case(
+        "add_decayed_weights-mask_prefix",
+        fo.add_decayed_weights(0.1, {"layers": True, "scale": False}),
+        optax.add_decayed_weights(0.1, {"layers": True, "scale": False}),
+    ),
+    Case(
+        "add_decayed_weights-mask_function",
+        fo.add_decayed_weights(0.1, lambda params: jax.tree.map(lambda p: p.ndim > 1, params)),
+        optax.add_decayed_weights(0.1, lambda params: jax.tree.map(lambda p: p.ndim > 1, params)),
+    ),
+    Case(
+        "add_decayed_weights-schedule",
+        fo.add_decayed_weights(fo.cosine_decay_schedule(0.3, 20)),
+        optax.add_decayed_weights(double(optax.cosine_decay_schedule(0.3, 20))),
+    ),
+    Case(
+        "add_decayed_weights-schedule_mask",
+        fo.add_decayed_weights(fo.cosine_decay_schedule(0.3, 20), MASK),
+        optax.add_decayed_weights(double(optax.cosine_decay_schedule(0.3, 20)), MASK),
+    ),
+    Case("clip", fo.clip(0.7), optax.clip(0.7)),
+    # the norm of 383 normal deviates is 19.5 +- 0.7, so that one bound is met always, one never, one half the time
+    *(
+        Case(f"clip_by_global_norm-{c}", fo.clip_by_global_norm(c), optax.clip_by_global_norm(c))
+        for c in (1.0, 19.5, 100.0)
+    ),
+    Case("clip_by_block_rms", fo.clip_by_block_rms(1.0), optax.clip_by_block_rms(1.0)),
+    Case("zero_nans", fo.zero_nans(), optax.zero_nans(), "with_nans"),
+    Case("zero_nans-none_found", fo.zero_nans(), optax.zero_nans()),
+    Case("params_ema", fo.params_ema(0.9), params_ema(0.9)),
+]
+IDS = [case.id for case in CASES]
