@@ -103,7 +103,7 @@ def test_each_difference_is_found(form: str, name: str, position: int) -> None:
 
     assert found is not None
     assert found.outside is outside
-    # torch chooses the implementation for all tensors of a call, so the operation cannot say which one is without memory
+    # torch chooses the implementation for all tensors of a call, so the operation cannot say which lacks memory
     if form == "Python" or name not in ("device", "zero without memory"):
         assert found.position == position
 
@@ -273,9 +273,15 @@ def test_drawn_tensors(form: str, data: st.DataObject) -> None:
     for x in bound:
         kind = data.draw(st.sampled_from(["same", "same", "alike", "freed", "other"]))
         alike = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
-        now.append({"same": x, "alike": alike, "freed": freed(alike.clone())}.get(kind, None))
-        if kind == "other":
-            now[-1] = data.draw(tensors())
+        match kind:
+            case "same":
+                now.append(x)
+            case "alike":
+                now.append(alike)
+            case "freed":
+                now.append(freed(alike))
+            case _:
+                now.append(data.draw(tensors()))
     answer, difference = read(bound, now), expected(bound, now)
     if form == "C" and difference and any(x.is_meta for x in now) and all(type(x) in PLAIN for x in now):
         assert answer.difference is not None
