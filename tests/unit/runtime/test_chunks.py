@@ -1,5 +1,6 @@
 """Chunks of leaves: each element is in one of them, in order; and partial results of leaves and of the tree."""
 
+import itertools
 from unittest import mock
 
 import pytest
@@ -50,8 +51,8 @@ def test_runs_of_threads_cover_all_chunks(sizes: list[int], chunk: int, n_thread
     chunks, total = cut(sizes, chunk), sum(sizes)
     with mock.patch.object(cpu, "CHUNK", chunk):
         runs = _runs(chunks, total, n_threads)
-    taken = [list(range(*bounds)) for bounds in zip(runs, runs[1:], strict=False)]
-    assert sum(taken, []) == list(range(len(chunks.leaf)))
+    taken = [list(range(*bounds)) for bounds in itertools.pairwise(runs)]
+    assert list(itertools.chain(*taken)) == list(range(len(chunks.leaf)))
     assert all(taken)
     for own in taken:
         assert len(own) == 1 or sum(chunks.stop[k] - chunks.start[k] for k in own) <= chunk
