@@ -1,15 +1,20 @@
-"""Loading the state of an optimizer: matching parameters, refusing what does not fit, casting."""
+"""Loading the state of an optimizer: matching parameters, refusing what does not fit, casting, distributing."""
 
+import numbers
+import sys
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Mapping, Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from functional_optim._params import slots_of, view_of
+from functional_optim import _walk
+from functional_optim._compiler.rule import Option
+from functional_optim._params import Template, slots_of, view_of
 
-from ._naming import names_of, outside
+from ._naming import names_of
 
 
 if TYPE_CHECKING:
@@ -18,47 +23,95 @@ if TYPE_CHECKING:
 
 def load(optimizer: "ChainOptimizer", state_dict: dict[str, Any], by_name: bool, strict: bool) -> None:
     """Loads a state; see `ChainOptimizer.load_state_dict`."""
+    if not (strict or by_name):
+        raise ValueError("strict=False is about names that are missing, so it needs by_name=True.")
     state_dict = state_dict.copy()
     for before in optimizer._optimizer_load_state_dict_pre_hooks.values():
         changed = before(optimizer, state_dict)
         if changed is not None:
             state_dict = changed
+    states, saved = _parts(state_dict)
+    live = optimizer.param_groups
+    if by_name:
+        id_map, saved = _match_names(live, saved, strict)
+    else:
+        id_map = _match_positions(live, saved)
+    groups = [_group(optimizer, old, new) for old, new in zip(live, saved, strict=True)]
+    names = names_of(groups)
+    slots = _slots(optimizer, groups, names)
+    given = {id_map[k]: v for k, v in states.items() if k in id_map}
+    state: defaultdict[Any, Any] = defaultdict(dict)
+    unknown: list[str] = []
+    for p, name, own in zip((p for group in groups for p in group["params"]), names, slots, strict=True):
+        if p in given:
+            made = _state(given[p], p, name, own, unknown)
+            if made or optimizer.EMPTY:
+                state[p] = made
+    for k, v in states.items():  # what belongs to no parameter is kept, as torch keeps it
+        if k not in id_map and not by_name:
+            state[k] = deepcopy(v)
+    held = {key: optimizer.__dict__[key] for key in ("state", "param_groups")}
+    try:
+        optimizer.__setstate__({"state": state, "param_groups": groups})
+    except BaseException:
+        optimizer.__dict__.update(held)
+        raise
+    if unknown and "chain" in optimizer.defaults:
+        more = f", and {len(unknown) - 1} more are like it" if len(unknown) > 1 else ""
+        warnings.warn(
+            f"the saved state of {unknown[0]}, which the chain does not know{more}; it is kept.", stacklevel=3
+        )
+    for after in optimizer._optimizer_load_state_dict_post_hooks.values():
+        after(optimizer)
+
+
+def _parts(state_dict: Mapping[str, Any]) -> tuple[Mapping[Any, Any], list[dict[str, Any]]]:
+    """The states and a copy of the groups of a state dict, which are found to be of the right form."""
     lacking = [key for key in ("state", "param_groups") if key not in state_dict]
     if lacking:
         raise KeyError(
             f"the state dict lacks {' and '.join(map(repr, lacking))}; it has "
             f"{', '.join(map(repr, list(state_dict)[:5])) or 'nothing'}, so no optimizer's `state_dict()` made it."
         )
-    if not (strict or by_name):
-        raise ValueError("strict=False is about names that are missing, so it needs by_name=True.")
-    live, saved = optimizer.param_groups, deepcopy(state_dict["param_groups"])
-    if by_name:
-        id_map, saved = _match_names(live, saved, strict)
-    else:
-        id_map = _match_positions(live, saved)
-    groups = []
-    for old, new in zip(live, saved, strict=True):
-        if "chain" in old and new.get("chain", old["chain"]) != old["chain"]:
-            raise ValueError(f"the state was saved by the chain {new['chain']!r}, but this one is {old['chain']!r}.")
-        # a file written before an option was there leaves it as it is
-        groups.append({**{k: old[k] for k in optimizer.defaults if k in old and k not in new}, **new})
-        groups[-1]["params"] = old["params"]
-        if "param_names" in old and "param_names" not in new:
-            groups[-1]["param_names"] = old["param_names"]
-    saved_state = {id_map[k]: v for k, v in state_dict["state"].items() if k in id_map}
-    state: defaultdict[Any, Any] = defaultdict(dict)
-    names = names_of(groups)
-    slots = _slots(optimizer, groups, names)
-    owners = [(p, group) for group in groups for p in group["params"]]
-    for (p, group), name, own in zip(owners, names, slots, strict=True):
-        if p in saved_state:
-            state[p] = _state(saved_state[p], p, name, own, group)
-    for k, v in state_dict["state"].items():  # what belongs to no parameter is kept, as torch keeps it
-        if k not in id_map and not by_name:
-            state[k] = v
-    optimizer.__setstate__({"state": state, "param_groups": groups})
-    for after in optimizer._optimizer_load_state_dict_post_hooks.values():
-        after(optimizer)
+    states, groups = state_dict["state"], state_dict["param_groups"]
+    if not isinstance(states, Mapping):
+        raise ValueError(f"'state' of the state dict is {_show(states)}, expected a dict.")
+    if not isinstance(groups, Sequence) or isinstance(groups, str):
+        raise ValueError(f"'param_groups' of the state dict is {_show(groups)}, expected a list.")
+    for g, group in enumerate(groups):
+        where = f"param_groups[{g}] of the state dict"
+        if not isinstance(group, dict) or not isinstance(group.get("params"), (list, tuple)):
+            raise ValueError(f"{where} is {_show(group)}, expected a dict with a list of numbers at 'params'.")
+        if not all(isinstance(key, Hashable) for key in group["params"]):
+            raise ValueError(f"'params' of {where} holds something that is no number of a parameter.")
+        names = group.get("param_names")
+        if names is not None and (
+            not isinstance(names, (list, tuple))
+            or len(names) != len(group["params"])
+            or not all(isinstance(name, str) for name in names)
+        ):
+            raise ValueError(f"'param_names' of {where} is {_show(names)}, expected a name for each parameter.")
+    own = deepcopy(list(groups))
+    return states, [{k: v for k, v in group.items() if not (k == "param_names" and v is None)} for group in own]
+
+
+def _group(optimizer: "ChainOptimizer", old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A parameter group with the options of a file; parameters, names and the chain are those that it has.
+
+    Names of a file are taken over where there are none and no mask can ask for them, as torch does.
+    """
+    chain = optimizer.defaults.get("chain")
+    if chain is not None and new.get("chain", chain) != chain:
+        raise ValueError(f"the state was saved by the chain {new['chain']!r}, but this one is {chain!r}.")
+    # a file written before an option was there leaves it as it is
+    group = {**{k: old[k] for k in optimizer.defaults if k in old and k not in new}, **new, "params": old["params"]}
+    names = old.get("param_names") or (new.get("param_names") if chain is None else None)
+    group.pop("param_names", None)
+    if names is not None:
+        group["param_names"] = names
+    if chain is not None:
+        group["chain"] = chain
+    return group
 
 
 def _match_positions(live: list[dict[str, Any]], saved: list[dict[str, Any]]) -> dict[Any, Any]:
@@ -78,9 +131,8 @@ def _match_names(
     for what, groups in (("this optimizer", live), ("the state dict", saved)):
         if any("param_names" not in g and g["params"] for g in groups):
             raise ValueError(f"by_name=True needs names, but {what} has none: pass `model.named_parameters()`.")
-    for what, groups in (("this optimizer", live), ("the state dict", saved)):
-        names = [name for group in groups for name in group.get("param_names", ())]
-        repeated = next((name for name in names if names.count(name) > 1), None)
+        counts = Counter(name for group in groups for name in group.get("param_names", ()))
+        repeated = next((name for name, count in counts.items() if count > 1), None)
         if repeated is not None:
             raise ValueError(f"by_name=True needs names that differ, but {what} has {repeated!r} twice.")
     where = {
@@ -96,21 +148,20 @@ def _match_names(
         )
     id_map, options = {}, []
     for group in live:
-        sources: list[Any] = []
+        sources: dict[int, Any] = {}
         for name, p in zip(group.get("param_names", ()), group["params"], strict=True):
             if name in where:
                 key, source = where[name]
                 id_map[key] = p
-                if not any(source is s for s in sources):
-                    sources.append(source)
-        chosen = sources[0] if len(sources) == 1 else group
+                sources[id(source)] = source
+        chosen = next(iter(sources.values())) if len(sources) == 1 else group
         options.append({k: v for k, v in chosen.items() if k not in ("params", "param_names")})
     return id_map, options
 
 
 def _slots(optimizer: "ChainOptimizer", groups: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
     """What the chains of groups keep for each parameter, by key: a declaration and hyper-parameters."""
-    templates = [t for group in groups for t in [optimizer._template_of(group)] * len(group["params"])]
+    templates = [t for g, group in enumerate(groups) for t in [_template(optimizer, g, group)] * len(group["params"])]
     view = view_of(names, [p for group in groups for p in group["params"]])
     slots: list[dict[str, Any]] = [{} for _ in templates]
     for template in {id(t): t for t in templates}.values():
@@ -120,69 +171,143 @@ def _slots(optimizer: "ChainOptimizer", groups: list[dict[str, Any]], names: lis
     return slots
 
 
-def _state(saved: Any, p: torch.Tensor, name: str, slots: dict[str, Any], group: dict[str, Any]) -> Any:
-    """The state of one parameter, copied and cast."""
-    if not isinstance(saved, dict):
-        return saved
-    saved = {k: v for k, v in saved.items() if not (v is None and k in slots)}
+def _template(optimizer: "ChainOptimizer", g: int, group: dict[str, Any]) -> Template:
+    """The chain of a group, whose options are found to be numbers or flags where they have to be."""
+    try:
+        for flag, default in optimizer.defaults.items():
+            if default is None or isinstance(default, bool):
+                value = group.get(flag)
+                if not (value is None or isinstance(value, (bool, int))):
+                    raise ValueError(f"{flag!r} is {_show(value)}, expected True, False or None.")
+        template = optimizer._template_of(group)
+        for rule in _walk.rules(template.tx).values():
+            for option in rule.bound.values.values():
+                if isinstance(option, Option):
+                    value = option.look_up(group)
+                    one = isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex()
+                    if not (one or isinstance(value, numbers.Real)):
+                        raise ValueError(f"{option.name!r} is {_show(value)}, expected a number.")
+    except (TypeError, ValueError, LookupError, RuntimeError) as error:
+        raise ValueError(f"the options of param_groups[{g}] of the state dict do not fit: {error}") from error
+    return template
+
+
+def _state(saved: Any, p: torch.Tensor, name: str, slots: Mapping[str, Any], unknown: list[str]) -> dict[Any, Any]:
+    """The state of one parameter, copied and cast; what the chain does not know is added to `unknown`."""
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"the saved state of {name!r} is {_show(saved)}, expected a dict.")
     tensors = [k for k in slots if k != "step"]
-    lacking = [k for k in slots if k not in saved]
     if saved and tensors and not any(k in saved for k in tensors):
         raise ValueError(
             f"the saved state of {name!r} has {', '.join(map(repr, saved))}, expected "
             f"{', '.join(map(repr, tensors))}: another chain or other options made it."
         )
+    lacking = [k for k in slots if k not in saved]
     if saved and lacking:
         raise ValueError(
             f"the saved state of {name!r} lacks {', '.join(map(repr, lacking))}; it has "
             f"{', '.join(map(repr, saved))}, so another chain or other options made it."
         )
-    unknown = [k for k in saved if k not in slots and k != "step" and not str(k).startswith("transformation_")]
-    if unknown and "chain" in group:
-        warnings.warn(
-            f"the saved state of {name!r} has {', '.join(map(repr, unknown))}, which the chain does not know; "
-            f"it is kept.",
-            stacklevel=outside(),
-        )
-    return {k: _cast(k, v, p, name, slots.get(k)) for k, v in saved.items()}
+    others = [k for k in saved if k not in slots and k != "step" and not str(k).startswith("transformation_")]
+    if others:
+        unknown.append(f"{name!r} has {', '.join(map(repr, others))}")
+    made = {}
+    for k, v in saved.items():
+        if k == "step":
+            made[k] = _counter(0 if v is None else v, p, name)
+        elif k not in slots:
+            made[k] = _copy(v, p)
+        elif v is not None:  # a slot that is None starts anew, as in torch
+            made[k] = _slot(k, v, p, name, *slots[k])
+    return made
 
 
-def _cast(key: Any, value: Any, p: torch.Tensor, name: str, slot: Any) -> Any:
-    """A copy of a saved value, on the parameter's device and in the dtype that the chain declares."""
-    if key == "step" and isinstance(value, (int, float)):
-        return torch.tensor(float(value), dtype=torch.float32, device=p.device)
-    if key == "step" and isinstance(value, torch.Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"the saved 'step' of {name!r} has shape {tuple(value.shape)}, expected one number.")
-        dtype = torch.float64 if value.dtype is torch.float64 else torch.float32  # half types stop counting at 256
-        return value.detach().to(dtype=dtype, device=p.device, copy=True).reshape(())
+def _counter(value: Any, p: torch.Tensor, name: str) -> torch.Tensor:
+    """A counter of steps, in torch's dtype for it; half types stop counting at 256."""
+    usual = torch.float64 if torch.get_default_dtype() is torch.float64 else torch.float32
     if isinstance(value, torch.Tensor):
-        dtype = value.dtype
-        if slot is not None:
-            declared, hypers = slot
-            shape = torch.Size(()) if declared.per_leaf else p.shape
-            if value.shape != shape:
-                raise ValueError(
-                    f"the saved {key!r} of {name!r} has shape {tuple(value.shape)}, but the parameter has "
-                    f"{tuple(p.shape)}."
-                )
-            if value.layout is not torch.strided:
-                raise ValueError(f"the saved {key!r} of {name!r} is sparse ({value.layout}), expected a dense tensor.")
-            if value.is_complex() != (p.is_complex() and not declared.per_leaf) or not (
-                value.is_floating_point() or value.is_complex()
-            ):
-                raise ValueError(
-                    f"the saved {key!r} of {name!r} has dtype {value.dtype}, but the parameter has {p.dtype}."
-                )
-            chosen = hypers.get(declared.dtype) if isinstance(declared.dtype, str) else declared.dtype
-            dtype = chosen or (value.dtype if declared.per_leaf else p.dtype)
-        return value.detach().to(dtype=dtype, device=p.device, copy=True)
-    if slot is not None:
-        if not (slot[0].per_leaf and isinstance(value, (int, float))):
+        if value.numel() != 1 or value.is_complex() or value.layout is not torch.strided:
             raise ValueError(
-                f"the saved {key!r} of {name!r} is {type(value).__name__} {value!r:.60}, expected a tensor."
+                f"the saved 'step' of {name!r} has shape {tuple(value.shape)} and dtype {value.dtype}, expected one "
+                f"number."
             )
-        return torch.tensor(float(value), dtype=torch.float32, device=p.device)
+        one = place_like(value.detach(), None).reshape(())
+        dtype = one.dtype if one.dtype in (torch.float32, torch.float64) else usual
+        return one.to(dtype=dtype, device=p.device, copy=True)
+    if not isinstance(value, numbers.Real):
+        raise ValueError(f"the saved 'step' of {name!r} is {_show(value)}, expected one number.")
+    return torch.tensor(float(value), dtype=usual, device=p.device)
+
+
+def _slot(key: str, value: Any, p: torch.Tensor, name: str, declared: Any, hypers: Mapping[str, Any]) -> torch.Tensor:
+    """A slot, in the dtype that the chain declares, on the device of its parameter and distributed as that is."""
+    dtype = hypers.get(declared.dtype) if isinstance(declared.dtype, str) else declared.dtype
+    if not isinstance(value, torch.Tensor):
+        if not (declared.per_leaf and isinstance(value, numbers.Real)):
+            raise ValueError(f"the saved {key!r} of {name!r} is {_show(value)}, expected a tensor.")
+        wide = torch.float64 if p.dtype is torch.float64 else torch.float32
+        return torch.tensor(float(value), dtype=dtype or wide, device=p.device)
+    if value.layout is not torch.strided:
+        raise ValueError(f"the saved {key!r} of {name!r} is sparse ({value.layout}), expected a dense tensor.")
+    fits = value.numel() == 1 if declared.per_leaf else value.shape == p.shape
+    if not fits:
+        raise ValueError(
+            f"the saved {key!r} of {name!r} has shape {tuple(value.shape)}, but "
+            f"{'it is one number' if declared.per_leaf else f'the parameter has {tuple(p.shape)}'}."
+        )
+    if value.is_complex() != (p.is_complex() and not declared.per_leaf) or not (
+        value.is_floating_point() or value.is_complex()
+    ):
+        raise ValueError(f"the saved {key!r} of {name!r} has dtype {value.dtype}, but the parameter has {p.dtype}.")
+    if declared.per_leaf:
+        one = place_like(value.detach(), None).reshape(())
+        return one.to(dtype=dtype or one.dtype, device=p.device, copy=True)
+    return place_like(value.detach(), p).to(dtype=dtype or p.dtype, device=p.device, copy=True)
+
+
+def _copy(value: Any, p: torch.Tensor) -> Any:
+    """A copy of what no rule knows; a tensor goes where the parameter is."""
+    if isinstance(value, torch.Tensor):
+        placed = place_like(value.detach(), p) if value.shape == p.shape else value.detach()
+        return placed.to(device=p.device, copy=True)
     if isinstance(value, dict):
-        return {k: _cast(k, v, p, name, None) for k, v in value.items()}
+        return {k: _copy(v, p) for k, v in value.items()}
     return deepcopy(value)
+
+
+def place_like(value: torch.Tensor, param: torch.Tensor | None) -> torch.Tensor:
+    """A tensor distributed over processes as a parameter is.
+
+    Args:
+      value: a DTensor, or a whole tensor that is the same in all processes.
+      param: a tensor of that shape, plain or a DTensor; None asks for a whole, plain tensor.
+
+    Returns:
+      The elements as a plain tensor, or as a DTensor with the mesh and placements of `param`. Parts are exchanged
+      only if `value` is a DTensor of another mesh or other placements, and then all processes must call this.
+    """
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None:
+        return value
+    here, there = _distribution(value), _distribution(param)
+    if here == there:
+        return value
+    placed: Any = value
+    if here is not None and (there is None or here[0] != there[0]):
+        placed = placed.full_tensor()
+        here = None
+    if there is None:
+        return placed  # type: ignore[no-any-return]
+    mesh, placements = there
+    if here is None:
+        placed = module.DTensor.from_local(placed, mesh, [module.Replicate()] * mesh.ndim, run_check=False)
+    return placed.redistribute(mesh, placements)  # type: ignore[no-any-return]
+
+
+def _distribution(x: Any) -> tuple[Any, Any] | None:
+    """The mesh and placements of a DTensor."""
+    return (x.device_mesh, x.placements) if hasattr(x, "device_mesh") else None
+
+
+def _show(x: Any) -> str:
+    return f"{type(x).__name__} {x!r:.60}"

@@ -1,7 +1,6 @@
 """Names: of options, of slots of state, and of parameters."""
 
-import os
-import sys
+import numbers
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -9,13 +8,24 @@ from typing import Any
 import torch
 
 import functional_optim as fo
+from functional_optim import _walk
 from functional_optim._compiler.rule import Option
 from functional_optim._params import Template
 from functional_optim._transform import Path
-from functional_optim._walk import members, rewrite, rules
 
 
-RESERVED = frozenset({"params", "param_names", "chain", "maximize", "fused", "differentiable", "foreach", "capturable"})
+# what schedulers and torch itself keep in a group
+KNOWN = frozenset(
+    {"params", "param_names", "initial_lr", "min_lr", "max_lr", "swa_lr", "base_momentum", "max_momentum"}
+)
+RESERVED = KNOWN | {"chain", "maximize", "fused", "differentiable", "foreach", "capturable"}
+# what torch's classes, and optax, call hyper-parameters of rules that have another name for them
+SYNONYMS: Mapping[str, frozenset[tuple[str | None, str]]] = {  # by rule, or for any, and hyper-parameter
+    "momentum": frozenset({("trace", "decay")}),
+    "alpha": frozenset({("scale_by_rms", "decay"), ("scale_by_stddev", "decay")}),
+    "betas": frozenset({(None, "b1"), (None, "b2")}),
+    "learning_rate": frozenset({(None, "learning_rate")}),
+}
 
 
 def unique(names: Sequence[str], owners: Sequence[tuple[Path, str]], taken: frozenset[str]) -> list[str]:
@@ -29,7 +39,7 @@ def unique(names: Sequence[str], owners: Sequence[tuple[Path, str]], taken: froz
     Returns:
       The names.
     """
-    chosen: list[str] = []
+    chosen: dict[str, None] = {}
     counts = Counter(names)
     for name, (path, rule) in zip(names, owners, strict=True):
         labels = "_".join(str(k) for k in path if isinstance(k, str))
@@ -37,9 +47,9 @@ def unique(names: Sequence[str], owners: Sequence[tuple[Path, str]], taken: froz
         labelled = [f"{labels}_{name}"] if labels else []
         for candidate in (*plain, *labelled, *_numbered(f"{rule}_{name}")):
             if candidate not in taken and candidate not in chosen:
-                chosen.append(candidate)
+                chosen[candidate] = None
                 break
-    return chosen
+    return list(chosen)
 
 
 def _numbered(name: str) -> Iterator[str]:
@@ -47,19 +57,11 @@ def _numbered(name: str) -> Iterator[str]:
     yield from (f"{name}_{k}" for k in range(2, 1000))
 
 
-def outside() -> int:
-    """The `stacklevel` of a warning that is about the line which called torch or this package."""
-    files = (fo.__file__, torch.__file__, __file__)
-    own = tuple(os.path.dirname(os.path.realpath(file or "")) for file in files)
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and os.path.realpath(frame.f_code.co_filename).startswith(own):
-        level, frame = level + 1, frame.f_back
-    return level
-
-
 def template(tx: fo.GradientTransformation, names: Mapping[str, str]) -> Template:
     """A transformation with a key for each slot of its state; `names` says what some slots are called."""
-    slots = [(path, slot, rule.bound.rule.name) for path, rule in rules(tx).items() for slot in rule.bound.rule.slots]
+    slots = [
+        (path, slot, rule.bound.rule.name) for path, rule in _walk.rules(tx).items() for slot in rule.bound.rule.slots
+    ]
     keys = unique(
         [names.get(slot, slot) for _, slot, _ in slots], [(p, rule) for p, _, rule in slots], frozenset({"step"})
     )
@@ -69,18 +71,24 @@ def template(tx: fo.GradientTransformation, names: Mapping[str, str]) -> Templat
 class Naming:
     """The options of a chain.
 
-    Every hyper-parameter that is not a schedule is one: `learning_rate` as `lr`, others by their own names. A chain
-    whose learning rate is a schedule, or that has none, or several, has an `lr` of 1.0 all the same, which multiplies
-    its updates; so a scheduler works on every chain.
+    Every hyper-parameter that is not a schedule is one: `learning_rate` as `lr`, others by their own names. Where no
+    rule has a `learning_rate`, a hyper-parameter called `lr` is the learning rate. A chain whose learning rate is a
+    schedule, or that has none, or several, has an `lr` of 1.0 all the same, which multiplies its updates; so a
+    scheduler works on every chain.
 
     Args:
       tx: the chain.
     """
 
     def __init__(self, tx: fo.GradientTransformation) -> None:
-        own = rules(tx)
-        rates = [path for path, rule in own.items() if "learning_rate" in rule.bound.values]
-        fixed = [path for path in rates if not own[path].bound.is_schedule("learning_rate")]
+        rules = _walk.rules(tx)
+        rate = "learning_rate" if any("learning_rate" in rule.bound.values for rule in rules.values()) else "lr"
+        rates = [
+            path
+            for path, rule in rules.items()
+            if rate in rule.bound.values and (rate == "learning_rate" or _varies(rule.bound, rate))
+        ]
+        fixed = [path for path in rates if not rules[path].bound.is_schedule(rate)]
         self.factor: Path | None = None  # where the factor goes; () is the end of the chain
         if len(rates) == 1 and not fixed:
             self.factor = rates[0]
@@ -89,13 +97,15 @@ class Naming:
         self.tx = tx
         entries = [
             (path, hyper, rule)
-            for path, rule in own.items()
+            for path, rule in rules.items()
             for hyper in rule.bound.values
             if not rule.bound.is_schedule(hyper)
         ]
-        wanted = ["lr" if hyper == "learning_rate" else hyper for _, hyper, _ in entries]
-        taken = RESERVED | ({"lr"} if self.factor is not None else frozenset())
-        names = unique(wanted, [(path, rule.bound.rule.name) for path, _, rule in entries], taken)
+        is_lr = [self.factor is None and (path, hyper) == (rates[0], rate) for path, hyper, _ in entries]
+        others = [entry for entry, own in zip(entries, is_lr, strict=True) if not own]
+        wanted = ["lr" if hyper == "learning_rate" else hyper for _, hyper, _ in others]
+        chosen = iter(unique(wanted, [(path, rule.bound.rule.name) for path, _, rule in others], RESERVED | {"lr"}))
+        names = ["lr" if own else next(chosen) for own in is_lr]
         self.scalars: dict[str, tuple[Path, str]] = {}
         self.switches: dict[str, tuple[Path, str]] = {}
         self.defaults: dict[str, Any] = {} if self.factor is None else {"lr": 1.0}
@@ -105,21 +115,39 @@ class Naming:
                 value = 1.0
             if value is None or isinstance(value, torch.dtype):
                 continue  # how state is stored is no option
-            scalar = (
-                hyper not in rule.bound.rule.static
-                and isinstance(value, (int, float, torch.Tensor))
-                and not isinstance(value, bool)
-            )
+            scalar = hyper not in rule.bound.rule.static and is_number(value)
             (self.scalars if scalar else self.switches)[name] = (path, hyper)
             self.defaults[name] = value
-        self.rules = own
+        self.rules = rules
 
     def check(self, options: Mapping[str, Any]) -> None:
         """Refuses an option that is out of the range of its hyper-parameter."""
-        for name, (path, hyper) in (*self.scalars.items(), *self.switches.items()):
-            value = options.get(name)
-            if name in options and not (isinstance(value, torch.Tensor) and value.numel() == 1):
-                self.rules[path].bound.rule.check(hyper, value)
+        values = {path: dict(rule.bound.values) for path, rule in self.rules.items()}
+        named = [(k, *place) for k, place in (*self.scalars.items(), *self.switches.items()) if k in options]
+        for name, path, hyper in named:
+            values[path][hyper] = options[name]
+        for name, path, hyper in named:
+            value: Any = options[name]
+            if not (isinstance(value, torch.Tensor) and value.numel() == 1):
+                number = is_number(value) and not isinstance(value, (int, torch.Tensor))
+                self.rules[path].bound.rule.check(hyper, float(value) if number else value, values[path])
+
+    def check_names(self, options: Mapping[str, Any]) -> None:
+        """Refuses a name that stands for a hyper-parameter of this chain, which is another option here."""
+        for name in options:
+            if name in self.defaults or name in RESERVED:
+                continue
+            known = SYNONYMS.get(name, frozenset())
+            meant = [
+                option
+                for option, (path, hyper) in (*self.scalars.items(), *self.switches.items())
+                if hyper == name or {(self.rules[path].bound.rule.name, hyper), (None, hyper)} & known
+            ]
+            if meant:
+                raise ValueError(
+                    f"{name!r} is no option of this chain and would do nothing; its parameter groups call it "
+                    f"{' or '.join(map(repr, meant))}."
+                )
 
     def template(self, switches: Sequence[Any], maximize: bool, names: Mapping[str, str]) -> Template:
         """The chain with options for numbers, and with these values of its switches."""
@@ -128,22 +156,32 @@ class Naming:
             values.setdefault(path, {})[hyper] = Option(name)
         for (path, hyper), value in zip(self.switches.values(), switches, strict=True):
             values.setdefault(path, {})[hyper] = value
-        tx = rewrite(self.tx, lambda path, rule: rule.replace(**values.get(path, {})))
+        tx = _walk.rewrite(self.tx, lambda path, rule: rule.replace(**values.get(path, {})))
         if self.factor == ():
             tx = _before_averages(tx, fo.scale(Option("lr")))
         elif self.factor is not None:
             factor = fo.scale(Option("lr"))
-            tx = rewrite(tx, lambda path, rule: fo.chain(rule, factor) if path == self.factor else rule)
+            tx = _walk.rewrite(tx, lambda path, rule: fo.chain(rule, factor) if path == self.factor else rule)
         return template(fo.chain(fo.scale(-1.0), tx) if maximize else tx, names)
+
+
+def is_number(x: Any) -> bool:
+    """Whether an option is a number that a kernel can be given, as opposed to a switch."""
+    return isinstance(x, (numbers.Real, torch.Tensor)) and not isinstance(x, bool)
+
+
+def _varies(bound: Any, hyper: str) -> bool:
+    """Whether a hyper-parameter is a number or a schedule."""
+    return bool(bound.is_scalar(hyper) or bound.is_schedule(hyper))
 
 
 def _before_averages(tx: fo.GradientTransformation, last: fo.GradientTransformation) -> fo.GradientTransformation:
     """A chain with one more member, before those at its end that average the updated parameters."""
-    own = members(tx)
-    end = len(own)
-    while end and any(rule.bound.rule.name == "params_ema" for rule in rules(own[end - 1]).values()):
+    members = _walk.members(tx)
+    end = len(members)
+    while end and any(rule.bound.rule.name == "params_ema" for rule in _walk.rules(members[end - 1]).values()):
         end -= 1
-    return fo.chain(*own[:end], last, *own[end:])
+    return fo.chain(*members[:end], last, *members[end:])
 
 
 def names_of(groups: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -6,6 +6,8 @@ kernel, and it reads counters and numbers where they are. `fused=True` leaves wh
 kernel, and `differentiable=True` records the step, as in torch.
 """
 
+import numbers
+import warnings
 from collections.abc import Hashable, Mapping
 from typing import Any, ClassVar
 
@@ -14,8 +16,13 @@ import torch
 import functional_optim as fo
 from functional_optim._compiler.rule import Option
 from functional_optim._params import Template
+from functional_optim._transforms.adam import adam_step, amsgrad_step
+from functional_optim._transforms.decay import decay_then_add, l2_penalty
+from functional_optim._transforms.momentum import momentum
+from functional_optim._transforms.rms import centered_rmsprop_ratio, rmsprop_ratio
+from functional_optim._transforms.scaling import descend
 
-from . import rules
+from ._groups import copied
 from ._naming import template
 from .optimizer import ChainOptimizer
 
@@ -31,10 +38,22 @@ def _nonzero(x: Any) -> bool:
 
 def _before(maximize: bool, l2: bool) -> list[fo.GradientTransformation]:
     """What torch does to every gradient first."""
-    return [*([rules.negate()] if maximize else []), *([rules.l2_penalty(DECAY)] if l2 else [])]
+    return [*([fo.scale(-1.0)] if maximize else []), *([l2_penalty(DECAY)] if l2 else [])]
 
 
-class SGD(ChainOptimizer, torch.optim.SGD):
+class _Own(ChainOptimizer):
+    """Classes under a name of their own, whose chain is no argument."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a parameter group; see `torch.optim.Optimizer.add_param_group`."""
+        if isinstance(param_group, dict):
+            param_group, messages = copied(param_group)
+            for message in messages:
+                warnings.warn(message, stacklevel=2)
+        super().add_param_group(param_group)
+
+
+class SGD(_Own, torch.optim.SGD):
     """`torch.optim.SGD` from a chain; arguments, defaults and state are the same.
 
     Sparse gradients are made dense.
@@ -54,15 +73,15 @@ class SGD(ChainOptimizer, torch.optim.SGD):
         return bool(group["maximize"]), decay, momentum, bool(group["nesterov"])
 
     def _template(self, switches: tuple[Any, ...]) -> Template:
-        maximize, decay, momentum, nesterov = switches
-        parts = [rules.momentum(MOMENTUM, Option("dampening"), nesterov)] if momentum else []
-        return template(fo.chain(*_before(maximize, decay), *parts, rules.descend(LR)), self.SLOTS)
+        maximize, decay, moves, nesterov = switches
+        parts = [momentum(MOMENTUM, Option("dampening"), nesterov)] if moves else []
+        return template(fo.chain(*_before(maximize, decay), *parts, descend(LR)), self.SLOTS)
 
     def _dense(self, grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
         return [g.to_dense() if g is not None and g.layout is not torch.strided else g for g in grads]
 
 
-class Adam(ChainOptimizer, torch.optim.Adam):  # type: ignore[misc]
+class Adam(_Own, torch.optim.Adam):  # type: ignore[misc]
     """`torch.optim.Adam` from a chain; arguments, defaults and state are the same.
 
     Example:
@@ -83,8 +102,8 @@ class Adam(ChainOptimizer, torch.optim.Adam):  # type: ignore[misc]
 
     def _template(self, switches: tuple[Any, ...]) -> Template:
         maximize, l2, decoupled, amsgrad = switches
-        step = (rules.amsgrad_step if amsgrad else rules.adam_step)(LR, B1, B2, EPS)
-        last = [rules.decay_then_add(LR, DECAY)] if decoupled else []
+        step = (amsgrad_step if amsgrad else adam_step)(LR, B1, B2, EPS)
+        last = [decay_then_add(LR, DECAY)] if decoupled else []
         return template(fo.chain(*_before(maximize, l2), step, *last), self.SLOTS)
 
     def _dense(self, grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
@@ -105,7 +124,7 @@ class AdamW(Adam, torch.optim.AdamW):  # type: ignore[misc]
     """
 
 
-class RMSprop(ChainOptimizer, torch.optim.RMSprop):  # type: ignore[misc]
+class RMSprop(_Own, torch.optim.RMSprop):  # type: ignore[misc]
     """`torch.optim.RMSprop` from a chain; arguments, defaults and state are the same.
 
     Example:
@@ -125,16 +144,22 @@ class RMSprop(ChainOptimizer, torch.optim.RMSprop):  # type: ignore[misc]
         return bool(group["maximize"]), decay, momentum, bool(group["centered"])
 
     def _template(self, switches: tuple[Any, ...]) -> Template:
-        maximize, decay, momentum, centered = switches
-        ratio = (rules.centered_rmsprop_ratio if centered else rules.rmsprop_ratio)(Option("alpha"), EPS)
-        parts = [fo.trace(MOMENTUM)] if momentum else []
-        return template(fo.chain(*_before(maximize, decay), ratio, *parts, rules.descend(LR)), self.SLOTS)
+        maximize, decay, moves, centered = switches
+        ratio = (centered_rmsprop_ratio if centered else rmsprop_ratio)(Option("alpha"), EPS)
+        parts = [fo.trace(MOMENTUM)] if moves else []
+        return template(fo.chain(*_before(maximize, decay), ratio, *parts, descend(LR)), self.SLOTS)
 
 
-def _check(lr: Any, betas: tuple[Any, Any], weight_decay: float, eps: float = 0.0) -> None:
+def _check(lr: Any, betas: Any, weight_decay: Any, eps: Any = 0.0) -> None:
     """The checks of torch's classes, in their words."""
     if isinstance(lr, torch.Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"`betas` is {betas!r:.60}, expected a pair of numbers.")
+    named = {"lr": lr, "betas[0]": betas[0], "betas[1]": betas[1], "eps": eps, "weight_decay": weight_decay}
+    for name, value in named.items():
+        if not isinstance(value, (numbers.Real, torch.Tensor)):
+            raise TypeError(f"`{name}` is {type(value).__name__} {value!r:.60}, expected a number.")
     for name, value in (("learning rate", lr), ("epsilon value", eps), ("weight_decay value", weight_decay)):
         if not value >= 0.0:
             raise ValueError(f"Invalid {name}: {value}")
@@ -143,7 +168,7 @@ def _check(lr: Any, betas: tuple[Any, Any], weight_decay: float, eps: float = 0.
             raise ValueError(f"Invalid beta parameter at index {k}: {beta}")
 
 
-class _Betas(ChainOptimizer):
+class _Betas(_Own):
     """What the classes that torch lacks have in common."""
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:

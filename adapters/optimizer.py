@@ -3,7 +3,7 @@
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import chain
 from operator import is_
 from typing import Any, ClassVar
@@ -12,8 +12,8 @@ import torch
 from torch.optim import Optimizer
 
 from functional_optim._params import GRAD, Journal, Params, ParamStep, Template, tensor_of
-from functional_optim._walk import rules
 
+from ._averages import averaged
 from ._compiled import LIVE
 from ._loading import load
 from ._naming import names_of
@@ -169,8 +169,8 @@ class ChainOptimizer(Optimizer):
             owners = [g for g, size in enumerate(sizes) for _ in range(size)]
             self._check_names(sizes)
             known = Params(names_of(self.param_groups), params, [kinds[g] for g in owners], owners)
-            own.params, own.sizes, own.used, own.steps, own.known = known, sizes, (templates, kinds), [], ([], [])
-            own.states = []
+            own.params, own.sizes, own.used = known, sizes, (templates, kinds)
+            own.steps, own.states = [], []
         return templates, known
 
     def _check_names(self, sizes: Sequence[int]) -> None:
@@ -215,14 +215,20 @@ class ChainOptimizer(Optimizer):
             own.known = list(state), list(state.values())
         return own.states
 
-    def _adopt(self, params: Sequence[torch.Tensor], grads: Sequence[Any], journal: Journal) -> None:
-        """Takes up states that have been made."""
+    def _adopt(
+        self,
+        params: Sequence[torch.Tensor],
+        grads: Sequence[Any],
+        states: Sequence[dict[str, Any]],
+        journal: Journal,
+    ) -> None:
+        """Takes up states that have been made; where some parameters have one, the others get an empty one."""
         own = self._bindings
-        everyone = self.EMPTY and (bool(self.state) or any(own.states))
-        for p, g, state in zip(params, grads, own.states, strict=True):
+        everyone = self.EMPTY and (bool(self.state) or any(states))
+        for p, g, state in zip(params, grads, states, strict=True):
             if (state or (everyone and g is not None)) and p not in self.state:
                 journal.set(self.state, p, state)
-        own.known = ([], [])
+                own.states = []  # to be gathered anew
 
     # -- stepping -----------------------------------------------------------------------------------------------------
 
@@ -276,16 +282,21 @@ class ChainOptimizer(Optimizer):
             while True:
                 step = self._find_step(templates, grads, guarded, exact)
                 columns, new = step.columns(states), before
+                if columns is None and not exact:
+                    exact = True  # before state is made for parameters whose gradients are gone
+                    continue
                 if columns is None:
                     dry = self._is_dry(params, grads)
                     made = step.make_state(states, self.param_groups, journal)
                     new = before | {id(params[i]) for i in made}
-                    self._adopt(params, grads, journal)
+                    self._adopt(params, grads, states, journal)
                     if dry:
                         own.new = new
                         return
                     columns = step.columns(states)
                     assert columns is not None, "the state that was missing has been made"
+                elif self.EMPTY and 0 < len(self.state) < len(params):
+                    self._adopt(params, grads, states, journal)
                 first = frozenset(i for i in step.present if id(params[i]) in new) if new else frozenset()
                 own.new = new - {id(params[i]) for i in first}
                 outcome = step.take(params, columns, grads, states, self.param_groups, extra, first, journal)
@@ -306,7 +317,7 @@ class ChainOptimizer(Optimizer):
         """Takes back what a step has made that was not taken."""
         journal.undo()
         own = self._bindings
-        own.new, own.known, own.states = new, ([], []), []
+        own.new, own.states = new, []
 
     def _is_dry(self, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]) -> bool:
         """Whether a step is taken for the sake of the state that it makes, as torch's checkpoints do.
@@ -362,7 +373,7 @@ class ChainOptimizer(Optimizer):
         if step.columns(states) is None:
             made = step.make_state(states, self.param_groups, journal)
             self._bindings.new = self._bindings.new | {id(own.params[i]) for i in made}
-            self._adopt(own.params, own_grads, journal)
+            self._adopt(own.params, own_grads, states, journal)
         for p in group["params"]:
             if p.grad is not None:
                 params.append(p)
@@ -407,12 +418,28 @@ class ChainOptimizer(Optimizer):
         self.__dict__.pop("_bound", None)
         super().__setstate__(state)
 
-    @contextlib.contextmanager
-    def averaged_params(self) -> Iterator[None]:
+    def averaged_params(
+        self, model: torch.nn.Module | Iterable[torch.nn.Module] | None = None
+    ) -> contextlib.AbstractContextManager[None]:
         """Swaps in the averages that `params_ema` keeps, for evaluation, and the parameters back at the end.
+
+        Parameters are put back in any case: after an exception or an interrupt, and where the block has replaced
+        `.data` of a parameter.
+
+        FSDP2 keeps a whole copy of some parameters after a forward pass (of its root module, and of modules with
+        `reshard_after_forward=False`), and the next pass reads that copy. So with FSDP2 pass the model, or evaluation
+        sees the plain parameters, and the next training step the averages.
+
+        Args:
+          model: the module, or modules, whose whole copies are freed on the way in and out, in all processes alike.
+
+        Returns:
+          The context manager.
 
         Raises:
           ValueError: the chain has no `params_ema`, or no step has been taken.
+          RuntimeError: it is inside another one.
+          TypeError: `model` is no module.
 
         Example:
           >>> import torch
@@ -428,29 +455,4 @@ class ChainOptimizer(Optimizer):
           >>> p.item()
           0.0
         """
-        pairs = []
-        for group in self.param_groups:
-            template = self._template_of(group)
-            own = rules(template.tx)
-            averages = [k for (path, _), k in template.keys.items() if own[path].bound.rule.name == "params_ema"]
-            for p in group["params"]:
-                found = [self.state[p][key] for key in averages if p in self.state and key in self.state[p]]
-                pairs += [(p, average) for average in found[-1:]]
-        if not pairs:
-            raise ValueError(
-                "there are no averaged parameters: put `params_ema(decay)` at the end of the chain, and take a step."
-            )
-        if "_averaged" in self.__dict__:
-            raise RuntimeError("averaged_params() was called inside itself, where parameters are averages already.")
-        before = [p.detach().clone() for p, _ in pairs]
-        self.__dict__["_averaged"] = True
-        try:
-            with torch.no_grad():
-                for p, average in pairs:
-                    p.copy_(average)
-            yield
-        finally:
-            with torch.no_grad():
-                for (p, _), old in zip(pairs, before, strict=True):
-                    p.copy_(old)
-            del self.__dict__["_averaged"]
+        return averaged(self, model)

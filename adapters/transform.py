@@ -8,23 +8,22 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import functional_optim as fo
+from functional_optim import _walk
 from functional_optim._params import Template
-from functional_optim._walk import parts, rules
 
-from ._naming import Naming, outside
+from ._groups import copied
+from ._naming import KNOWN, Naming, is_number
 from .optimizer import ChainOptimizer
 
 
-# what schedulers and torch itself keep in a group
-KNOWN = frozenset(
-    {"params", "param_names", "initial_lr", "min_lr", "max_lr", "swa_lr", "base_momentum", "max_momentum"}
-)
+FLAGS: Mapping[str, bool | None] = {"maximize": False, "fused": None, "differentiable": False}
 
 
 class TransformOptimizer(ChainOptimizer):
     """A chain as an optimizer of torch: parameter groups, hooks, schedulers, checkpoints.
 
-    The hyper-parameters of the chain are options of the parameter groups, by name, and the learning rate is `lr`;
+    The hyper-parameters of the chain are options of the parameter groups, by name, and the learning rate, which a rule
+    calls `learning_rate` or else `lr`, is `lr`;
     where two have one name, the name of the transformation comes first, as in `params_ema_decay`. Groups override
     them, schedulers and users change them, and the next step obeys. A schedule inside the chain stays there and
     follows each parameter's own count of steps; `lr` is then a factor, 1.0 at first, that multiplies the updates, and
@@ -42,7 +41,8 @@ class TransformOptimizer(ChainOptimizer):
       differentiable: whether autograd records the step.
 
     Raises:
-      ValueError, TypeError: an option is out of its range, or `tx` is no transformation.
+      ValueError: an option is out of its range, or is called otherwise in this chain.
+      TypeError: `tx` is no transformation, or there is an argument that is not listed here.
 
     Example:
       >>> import torch
@@ -57,6 +57,7 @@ class TransformOptimizer(ChainOptimizer):
     """
 
     EMPTY = True  # torch's checkpoints ask for a state of all parameters that have gradients
+    _held: list[str] | None = None  # warnings that the constructor is about to give
 
     def __init__(
         self,
@@ -66,7 +67,23 @@ class TransformOptimizer(ChainOptimizer):
         maximize: bool = False,
         fused: bool | None = None,
         differentiable: bool = False,
+        **unknown: Any,
     ) -> None:
+        if unknown:
+            name, value = next(iter(unknown.items()))
+            raise TypeError(
+                f"TransformOptimizer got the unexpected argument {name!r}; numbers are given to the chain, or to a "
+                f"parameter group, as in [{{'params': params, {name!r}: {value!r:.40}}}]. A class that takes the "
+                f"arguments of a function which makes chains is `TransformOptimizer.factory(fo.adamw)`."
+            )
+        self._build(params, tx, maximize, fused, differentiable)
+
+    def _build(
+        self, params: Any, tx: fo.GradientTransformation, maximize: bool, fused: bool | None, differentiable: bool
+    ) -> None:
+        """Constructs the optimizer; what is warned of is about the line that called the caller."""
+        if fused and differentiable:
+            raise RuntimeError("`fused` does not support `differentiable`")
         self._tx = fo.chain(tx) if not isinstance(tx, fo.GradientTransformation) else tx
         naming = Naming(self._tx)
         naming.check(naming.defaults)
@@ -78,33 +95,57 @@ class TransformOptimizer(ChainOptimizer):
             "differentiable": differentiable,
             "chain": describe(self._tx),
         }
-        super().__init__(params, defaults)
+        held = self._held = []
+        try:
+            super().__init__(params, defaults)
+        finally:
+            del self._held
+        for message in held:
+            warnings.warn(message, stacklevel=3)
         if fused:
-            if differentiable:
-                raise RuntimeError("`fused` does not support `differentiable`")
             self._offer_scaling()
 
     def _offer_scaling(self) -> None:
         """Has `GradScaler` leave unscaling to the kernel, if no transformation would see scaled gradients."""
-        if len(rules(self._tx)) == len(parts(self._tx)):
+        if len(_walk.rules(self._tx)) == len(_walk.parts(self._tx)):
             self._step_supports_amp_scaling = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group; see `torch.optim.Optimizer.add_param_group`.
 
         Raises:
-          ValueError, TypeError: an option is out of its range.
+          ValueError: an option is out of its range, or is called otherwise in this chain.
+          TypeError: an option is no number where it has to be one.
         """
         if isinstance(param_group, dict):
+            param_group, messages = copied(param_group)
+            for message in messages:
+                self._warn(message)
             self._naming.check(param_group)
-            unknown = sorted(set(param_group) - set(self.defaults) - KNOWN)
-            if unknown:
-                warnings.warn(
+            self._naming.check_names(param_group)
+            own = self.defaults["chain"]
+            given = param_group.pop("chain", own)
+            known = self.defaults.keys() | KNOWN
+            # wrappers that construct an optimizer from its arguments keep these in groups
+            unknown = sorted(k for k, x in param_group.items() if k not in known and x is not self._tx)
+            if given != own:
+                self._warn(
+                    f"a parameter group is of an optimizer with the chain {given!r:.200}, but this chain is "
+                    f"{own!r:.200}; options of both, such as 'lr', are taken over, and others do nothing."
+                )
+            elif unknown:
+                self._warn(
                     f"no transformation of the chain knows {', '.join(map(repr, unknown))} in a parameter group; "
-                    f"there are {', '.join(map(repr, self.defaults))}.",
-                    stacklevel=outside(),
+                    f"there are {', '.join(map(repr, self.defaults))}."
                 )
         super().add_param_group(param_group)
+
+    def _warn(self, message: str) -> None:
+        """Warns of what a caller of `add_param_group` gave; of the constructor's, when it is done."""
+        if self._held is None:
+            warnings.warn(message, stacklevel=3)
+        else:
+            self._held.append(message)
 
     def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
         return (bool(group["maximize"]), *[group[name] for name in self._naming.switches])
@@ -149,12 +190,20 @@ def _class_of(tx_function: Callable[..., fo.GradientTransformation]) -> type[Tra
     """The class of `TransformOptimizer.factory`."""
 
     def __init__(self: TransformOptimizer, params: Any, *args: Any, **arguments: Any) -> None:
-        own = {name: arguments.pop(name) for name in ("maximize", "fused", "differentiable") if name in arguments}
+        own = {flag: arguments.pop(flag) for flag in FLAGS if flag in arguments}
+        by_torch = "lr" in arguments
         if "lr" in arguments and "lr" not in inspect.signature(tx_function).parameters:
             if "learning_rate" in arguments:
                 raise TypeError("`lr` and `learning_rate` are one argument; pass one of them.")
             arguments["learning_rate"] = arguments.pop("lr")
-        TransformOptimizer.__init__(self, params, tx_function(*args, **arguments), **own)
+        rate = arguments.get("lr", arguments.get("learning_rate")) if by_torch else None
+        self._build(params, tx_function(*args, **arguments), **{**FLAGS, **own})
+        if is_number(rate) and self._naming.factor is not None:
+            warnings.warn(
+                f"`lr` went to {name}, but the chain that it made has no learning rate, or several, so `lr` of the "
+                f"parameter groups is a factor, 1.0 at first, which multiplies the updates.",
+                stacklevel=2,
+            )
 
     def __reduce__(self: TransformOptimizer) -> tuple[Any, ...]:
         if type(self) is _class_of(tx_function):
@@ -174,5 +223,6 @@ def _blank(tx_function: Callable[..., fo.GradientTransformation]) -> TransformOp
 
 def describe(tx: fo.GradientTransformation) -> str:
     """The names of a chain's transformations, which a checkpoint is known by."""
-    own = rules(tx)
-    return " > ".join(own[k].bound.rule.name if k in own else f"{x!r:.80}" for k, x in parts(tx).items())
+    rules = _walk.rules(tx)
+    # the functions of others may be renamed, and their `repr` may hold addresses
+    return " > ".join(rules[k].bound.rule.name if k in rules else type(x).__name__ for k, x in _walk.parts(tx).items())

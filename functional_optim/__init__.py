@@ -49,21 +49,31 @@ from ._optimizers import (
 )
 from ._rule import elementwise as elementwise
 from ._runtime.backend import use_backend as use_backend
-from ._schedules import (
-    Schedule as Schedule,
-    constant_schedule as constant_schedule,
-    cosine_decay_schedule as cosine_decay_schedule,
-    cosine_onecycle_schedule as cosine_onecycle_schedule,
-    exponential_decay as exponential_decay,
-    inverse_sqrt_schedule as inverse_sqrt_schedule,
+from ._schedules.cosine import cosine_decay_schedule as cosine_decay_schedule
+from ._schedules.exponential import exponential_decay as exponential_decay
+from ._schedules.join import (
     join_schedules as join_schedules,
+    sgdr_schedule as sgdr_schedule,
+)
+from ._schedules.onecycle import (
+    cosine_onecycle_schedule as cosine_onecycle_schedule,
     linear_onecycle_schedule as linear_onecycle_schedule,
-    linear_schedule as linear_schedule,
+)
+from ._schedules.piecewise import (
     piecewise_constant_schedule as piecewise_constant_schedule,
     piecewise_interpolate_schedule as piecewise_interpolate_schedule,
+)
+from ._schedules.polynomial import (
+    constant_schedule as constant_schedule,
+    linear_schedule as linear_schedule,
     polynomial_schedule as polynomial_schedule,
+)
+from ._schedules.schedule import (
+    Schedule as Schedule,
     schedule as schedule,
-    sgdr_schedule as sgdr_schedule,
+)
+from ._schedules.warmup import (
+    inverse_sqrt_schedule as inverse_sqrt_schedule,
     warmup_constant_schedule as warmup_constant_schedule,
     warmup_cosine_decay_schedule as warmup_cosine_decay_schedule,
     warmup_exponential_decay_schedule as warmup_exponential_decay_schedule,

@@ -133,7 +133,7 @@ def explain(tx: GradientTransformation, params: Tree) -> Explanation:
     tree = view.spec.unflatten(shadow)
     state = tx.init(tree)
     step = TreeStep(tx, True, tree, tree)
-    columns = step.columns(tree, tree)
+    columns = step.columns(tree, tree, False)
     assert columns is not None
     kernels: list[Kernel] = []
     notes: list[str] = []

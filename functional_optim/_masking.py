@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ._rule import Fusible
+from ._compiler.rule import Option
+from ._rule import Fusible, RuleTransformation
 from ._transform import EmptyState, GradientTransformation, Link, as_transformation, joined_names
 from ._tree import MaskedNode, View, broadcast_prefix, leaves_like, paths, show, tree_map
 
@@ -87,11 +88,11 @@ class Masked(Fusible):
         self.inner, self.mask = inner, copied(mask)
 
     def _narrow(self, view: View) -> View:
-        mask = resolve(self.mask, view, f"the mask of {self.inner!r:.60}")
+        mask = resolve(self.mask, view, f"the mask of {_called(self.inner)}")
         bad = next((k for k, m in enumerate(mask) if view.seen[k] and not _is_truth(m)), None)
         if bad is not None:
             raise ValueError(
-                f"the mask of {self.inner!r:.60} is {mask[bad]!r:.40} at {paths(view.spec)[bad]!r}, "
+                f"the mask of {_called(self.inner)} is {mask[bad]!r:.40} at {paths(view.spec)[bad]!r}, "
                 f"expected True or False."
             )
         return view.narrow([bool(m) for m in mask])
@@ -108,7 +109,7 @@ class Masked(Fusible):
 
     def _check(self, view: View, narrow: View) -> None:
         if any(view.seen) and not any(narrow.seen):
-            _warn(f"the mask {self.mask!r:.80} of {self.inner!r:.60} matches no parameter", view)
+            _warn(f"the mask {_cut(show(self.mask), 80)} of {_called(self.inner)} matches no parameter", view)
 
     def _rewrite(self, fn: Any, path: tuple[int | str, ...]) -> GradientTransformation:
         return Masked(self.inner._rewrite(fn, (*path, 0)), self.mask)
@@ -135,6 +136,20 @@ class Masked(Fusible):
 def _warn(what: str, view: View) -> None:
     names = [p for p, s in zip(paths(view.spec), view.seen, strict=True) if s]
     warnings.warn(f"{what}; there are {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}.", stacklevel=2)
+
+
+def _called(tx: GradientTransformation) -> str:
+    """A transformation in a message; without numbers where an adapter looks them up, which nobody has written so."""
+    parts: dict[Any, GradientTransformation] = {}
+    tx._rewrite(parts.setdefault, ())
+    rules = [x.bound for x in parts.values() if isinstance(x, RuleTransformation)]
+    if any(isinstance(value, Option) for bound in rules for value in bound.values.values()):
+        return _cut(", ".join(f"{bound.rule.name}(...)" for bound in rules), 80)
+    return _cut(repr(tx), 80)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[:length]} ..."
 
 
 def _is_truth(x: Any) -> bool:

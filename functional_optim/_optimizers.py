@@ -62,7 +62,7 @@ def adam(
       eps_root: term inside the root.
       mu_dtype: how the first moment is stored; by default as the parameter.
       nesterov: whether the numerator looks one step ahead.
-      nu_dtype: how the second moment is stored; by default as the parameter.
+      nu_dtype: how the second moment is stored; by default as the parameter, or as float32 for one in float16.
 
     Returns:
       The optimizer.

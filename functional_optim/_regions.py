@@ -65,12 +65,15 @@ class Region:
         self.bounds: dict[int, Bound] = {k: link.bound for k, link in links.items() if link.bound is not None}
         positions, seen = tuple(links), [link.seen for link in links.values()]
         columns = list(zip(*seen, strict=True)) if seen else [()] * n_leaves
-        kinds = [tuple(itertools.compress(positions, column)) for column in columns]
+        none: list[Counting | None] = [None] * n_leaves
         # leaves of a kind share a program: the same rules see them, and they count alike
-        self.kinds = list(zip(kinds, counting or [None] * n_leaves, strict=True))
+        self.kinds: list[Kind] = [
+            (tuple(itertools.compress(positions, column)), count)
+            for column, count in zip(columns, none if counting is None else counting, strict=True)
+        ]
         parts = {kind: tuple(Part(k, scopes[k], self.bounds[k]) for k in kind[0]) for kind in dict.fromkeys(self.kinds)}
-        own = None if counting is None else {kind: kind[1] or Counting() for kind in parts}
-        self.recipes: dict[object, Recipe] = fuse_all(parts, apply, own)
+        own = None if counting is None else {kind: count for kind in parts if (count := kind[1]) is not None}
+        self.recipes: dict[Kind, Recipe] = fuse_all(parts, apply, own)
         self.hosts = {name: host for recipe in self.recipes.values() for name, host in recipe.hosts.items()}
         self.extras = {
             source.name for recipe in self.recipes.values() for source in recipe.scalars if source.kind == "extra"

@@ -160,7 +160,7 @@ def elementwise(
       static: hyper-parameters that are switches, for Python's `if`; each value makes a kernel of its own. Those
         whose value is None, a bool, a string or a dtype need not be named.
       ranges: intervals that hyper-parameters must lie in, such as `{"b1": "[0, 1)"}`, or the values that they may
-        have, such as `{"mode": ("hard", "smooth")}`.
+        have, such as `{"mode": ("hard", "smooth")}`. `{"decay if debias": "[0, 1)"}` holds where a switch is on.
       final: whether it needs updates as they will be added to the parameters; `chain` warns if more comes behind it.
 
     Returns:
@@ -209,7 +209,8 @@ def _make(
             f"`p` if it wants the parameter, the slots of state in order, and the rest keyword-only."
         )
     hypers = {k: v for k, v in keywords.items() if k not in ("step", "first", *extra)}
-    for what, names in (("extra", extra), ("static", static), ("ranges", ranges)):
+    ranged = [name for key in ranges for name in key.split(" if ", 1)]
+    for what, names in (("extra", extra), ("static", static), ("ranges", ranged)):
         unknown = [k for k in names if k not in (keywords if what == "extra" else hypers)]
         if unknown:
             raise TypeError(f"`{what}` of {name} names {unknown}, which are not among its keyword-only arguments.")

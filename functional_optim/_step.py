@@ -43,7 +43,8 @@ class TreeRegion(BoundRegion):
             devices[i] = u.device if isinstance(u, torch.Tensor) else None
         own = {**columns, **self.state.columns(states, devices)}
         for name, (schedule, counter) in self.region.hosts.items():
-            count = int(states[counter[0]].count)  # type: ignore[index]
+            count = states[counter[0]].count  # type: ignore[index]
+            count = 0 if count.is_meta else int(count)
             own[name] = host_column(name, schedule, [count] * len(devices), devices)
         return own
 
@@ -101,9 +102,13 @@ class TreeStep:
             if not self.with_params and link.bound is not None and link.bound.rule.uses_params:
                 raise ValueError(f"{link.bound.rule.name} needs the parameters: call `update(updates, state, params)`.")
 
-    def columns(self, updates: Tree, params: Tree | None) -> Columns | None:
+    def columns(self, updates: Tree, params: Tree | None, donate: bool) -> Columns | None:
         """The leaves of trees, if they have the structure that this step is for and the same leaves are there."""
         if (params is not None) is not self.with_params:
+            return None
+        like = updates if params is None else params
+        # a donated step returns its very arguments; any other returns trees whose containers are those it was given
+        if not (donate or self.read.is_plain(like)) and flatten(like)[1] != self.spec:
             return None
         try:
             columns: Columns = {"updates": self.read(updates)}
@@ -169,6 +174,11 @@ class TreeStep:
         tree = like if donate else self.read.rebuild(like, columns["params" if self.apply else "updates"])
         return tree, set_states(state, new_states)
 
+    def _has_containers(self, columns: Columns) -> bool:
+        """Whether there is a container in the place of a leaf, so that a tree has another structure."""
+        trees = [columns[name] for name in ("updates", "params") if name in columns]
+        return any(not isinstance(tree[i], torch.Tensor) for tree in trees for i in self.present)
+
     def _run(
         self,
         stage: TreeRegion,
@@ -182,7 +192,7 @@ class TreeStep:
         variant = Variant(in_place, requested_backend())
         found = None if dispatching else stage.find(own, variant)
         if found is None:
-            if [i for i, x in enumerate(_present(own)) if x] != list(self.present):
+            if [i for i, x in enumerate(_present(own)) if x] != list(self.present) or self._has_containers(own):
                 return None
             self._check_leaves(own)
             leaves = stage.leaves(own)
@@ -322,6 +332,11 @@ def host_column(
     return column
 
 
+OFFERED = frozenset(
+    {"value", "grad", "value_fn"}
+)  # names that training loops pass to any transformation, as with optax
+
+
 class Extras:
     """The extra arguments of a chain: those that rules need, each with a rule, and all that something takes."""
 
@@ -342,7 +357,7 @@ def _extras(stages: Sequence[Region | Opaque]) -> Extras:
         elif taken is not None:
             own = stage.link.tx._extra_names()
             taken = None if own is None else taken | own
-    return Extras(needed, None if taken is None else frozenset(taken | set(needed)))
+    return Extras(needed, None if taken is None else frozenset(taken | set(needed)) | OFFERED)
 
 
 def _present(columns: Columns) -> list[bool]:
@@ -429,13 +444,13 @@ def _run(
     like = updates if params is None else params
     bound = tx._bound_steps
     for step in bound:
-        columns = step.columns(updates, params) if step.apply is apply else None
+        columns = step.columns(updates, params, donate) if step.apply is apply else None
         if columns is not None and step.sees_the_same(columns):
-            done = step.take(columns, state, like, extra, donate)
+            done: tuple[Tree, Any] | None = step.take(columns, state, like, extra, donate)
             if done is not None:
                 return done
     step = TreeStep(tx, apply, updates, params)
-    columns = step.columns(updates, params)
+    columns = step.columns(updates, params, donate)
     assert columns is not None
     done = step.take(columns, state, like, extra, donate)
     assert done is not None

@@ -18,7 +18,7 @@ and fused. `Transformation` lists these questions. All are asked about a `View`,
 
 import abc
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from ._compiler.rule import (
@@ -134,6 +134,10 @@ class GradientTransformation(Transformation):
         if self._extras is not None:
             extra = {k: v for k, v in extra.items() if k in self._extras}
         return self._functions[1](updates, state, params, **extra)
+
+    def __iter__(self) -> Iterator[Callable[..., Any]]:
+        """The two functions, for `init, update = tx`."""
+        return iter((self.init, self.update))
 
     def __eq__(self, other: object) -> bool:
         return type(other) is GradientTransformation and other._functions == self._functions

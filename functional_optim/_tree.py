@@ -72,10 +72,14 @@ class Reader:
           >>> Reader(flatten({"b": 0, "a": 0})[1]).rebuild({"b": 0, "a": 0}, [1, 2])
           {'b': 2, 'a': 1}
         """
-        if self.keys is not None and type(like) is dict:
-            found = dict(zip(self.keys, leaves, strict=True))
+        if self.is_plain(like):
+            found = dict(zip(self.keys or (), leaves, strict=True))
             return {key: found[key] for key in like}
         return flatten(like)[1].unflatten(leaves)
+
+    def is_plain(self, tree: Tree) -> bool:
+        """Whether a tree is a plain dict of leaves, as the structure is."""
+        return self.keys is not None and type(tree) is dict
 
 
 def one_level(x: Any) -> tuple[list[Any], Spec, list[str]] | None:

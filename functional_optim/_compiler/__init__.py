@@ -6,8 +6,9 @@ Program                     program.py: values, levels, stages; print it
   |  passes.py              passes over memory, split at reductions
 Pass
   |  c/emit.py, triton/emit.py      text, one statement per value
-  |  build.py               text -> kernel, cached on disk
+  |  c/build.py, triton/build.py    text -> kernel; cache.py keeps it, on disk and in memory
 kernel
 
-`reference.py` and `foreach.py` evaluate a program with torch operations, without a compiler.
+`c/kernel.h` is the start of every C text; `c/threads.py` finds torch's threads. `reference.py` and `foreach.py`
+evaluate a program with torch operations, without a compiler.
 """

@@ -10,7 +10,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
-from .._schedules import Schedule
+from .._schedules.schedule import Schedule
+from .._schedules.traced import traced_key
 from .program import Level, Program
 from .rule import Bound, Option, Rule
 from .trace import RuleError, Symbol, Tracer
@@ -154,7 +155,8 @@ def fuse(
       counting: the counter of each leaf; None where transformations count for all leaves.
 
     Returns:
-      The program and where its inputs come from. It writes `updates`, or `params` if `apply`, and every slot.
+      The program and where its inputs come from. It writes `updates`, or `params` if `apply`, and every slot that
+      changes.
 
     Raises:
       RuleError: a rule does what a kernel cannot.
@@ -189,7 +191,7 @@ class _Fusion:
             names.append(name)
             t.scope = f"{rule.name}@{part.scope}"
             u, after = self.call(part, name, u, params)
-            outputs.update(after)
+            outputs.update({k: x for k, x in after.items() if not self.unchanged(k, x)})
         final = {"params": params + u} if apply else {"updates": u}
         if counting is not None and counting.advance:
             outputs["step"] = t.op("add", self.counter("step"), 1.0)
@@ -211,6 +213,10 @@ class _Fusion:
         self.per_leaf.add(name)
         self.stored[name] = self.t.input("leaf", name)
         return self.stored[name]
+
+    def unchanged(self, name: str, x: Any) -> bool:
+        """Whether the new value of a slot is the one before, so that there is nothing to write."""
+        return isinstance(x, Symbol) and x.index == self.stored[name].index
 
     def counter(self, name: str) -> Symbol:
         """The number of steps taken so far."""
@@ -260,13 +266,8 @@ class _Fusion:
 
     def schedule(self, schedule: Callable[[Any], Any], count: Symbol, position: int, name: str) -> Any:
         """Traces a schedule; one that cannot be traced becomes a number that Python computes at every step."""
-        t = self.t
-
-        def number(label: str, value: float) -> Symbol:
-            return self.scalar(f"{name}.{label}", Source("value", position, f"{name}.{label}", value))
-
         x = None
-        for form in ([schedule.replace_numbers(number)] if isinstance(schedule, Schedule) else []) + [schedule]:
+        for form in self.forms(schedule, position, name):
             try:
                 x = form(count)
                 break
@@ -274,13 +275,28 @@ class _Fusion:
                 continue
         if isinstance(x, torch.Tensor) and x.ndim:
             raise ValueError(f"the schedule of {name} returned a tensor of shape {tuple(x.shape)}, expected a number.")
-        if isinstance(x, Symbol) and t.values[x.index].uniform:
+        if isinstance(x, Symbol) and self.t.values[x.index].uniform:
             return x
-        if isinstance(schedule, Schedule) and isinstance(x, (int, float, torch.Tensor)):
-            return t.symbol(x)
-        # what does not depend on the step while it is traced may yet be another number at the next one
+        if isinstance(schedule, Schedule) and isinstance(x, (int, float)):
+            return self.t.symbol(x)
         self.hosts[name] = Host(schedule, (position, "count") if self.counting is None else "step")
-        return t.input("leaf", name)
+        return self.t.input("leaf", name)
+
+    def forms(self, schedule: Callable[[Any], Any], position: int, name: str) -> list[Callable[[Any], Any]]:
+        """The functions that may be traced in place of a schedule, the best one first."""
+        if traced_key(schedule) is None:
+            return []
+        if not isinstance(schedule, Schedule):
+            return [schedule]
+        values = []
+
+        def number(label: str, value: Any) -> Symbol:
+            values.append(value)
+            return self.scalar(f"{name}.{label}", Source("value", position, f"{name}.{label}", value))
+
+        read = schedule.replace_numbers(number)
+        # Python may branch on a number, but not on a tensor, which may hold another one at the next step
+        return [read] if any(isinstance(x, torch.Tensor) for x in values) else [read, schedule]
 
 
 def _results(rule: Rule, result: Any) -> list[Any]:

@@ -36,6 +36,12 @@ class Op(NamedTuple):
     logical: bool | str = False
 
 
+def _sqrt(x: torch.Tensor) -> torch.Tensor:
+    # roots in rules are of squares, where the derivative at 0 is that of a norm in torch: 0, not 0 / 0
+    zero = x == 0
+    return torch.where(zero, 0 * x, torch.sqrt(torch.where(zero, 1, x)))
+
+
 def _cbrt(x: torch.Tensor) -> torch.Tensor:
     return torch.sign(x) * torch.pow(torch.abs(x), 1 / 3)
 
@@ -60,7 +66,7 @@ _TRITON_CBRT = (
 OPS: dict[str, Op] = {
     "neg": Op("-{0}", "{0} * -1.0", torch.neg, "neg"),
     "abs": Op("fabs{f}({0})", "tl.abs({0})", torch.abs, "abs"),
-    "sqrt": Op("sqrt{f}({0})", "_sqrt({0})", torch.sqrt, "sqrt"),
+    "sqrt": Op("sqrt{f}({0})", "_sqrt({0})", _sqrt, "sqrt"),
     "rsqrt": Op("1 / sqrt{f}({0})", "_div(1.0, _sqrt({0}))", torch.rsqrt, "rsqrt"),
     "cbrt": Op("cbrt{f}({0})", _TRITON_CBRT, _cbrt),
     "exp": Op("exp{f}({0})", "tl.exp({0})", torch.exp, "exp"),

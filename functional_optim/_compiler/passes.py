@@ -9,6 +9,7 @@ counting bytes.
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -31,10 +32,20 @@ class Signature:
     outputs: tuple[torch.dtype, ...]
     compute: torch.dtype
 
-    @functools.cached_property
+    @cached_property
     def dtypes(self) -> Mapping[str, torch.dtype]:
         """Storage dtype of each input."""
         return dict(zip((*self.program.arrays, *self.program.leaves), self.inputs, strict=True))
+
+    @cached_property
+    def wide(self) -> frozenset[int]:
+        """Elements that are computed in a wider dtype than the others; see `program`."""
+        return self.program.wide if self.compute is torch.float32 else frozenset()
+
+    @cached_property
+    def rounded(self) -> frozenset[int]:
+        """Elements that are computed in a wider dtype and rounded."""
+        return self.program.rounded if self.compute is torch.float32 else frozenset()
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,7 @@ class Pass:
       inputs: array values to load, by index.
       reloads: values to load from where an earlier pass stored them: (value, index of the output).
       body: values to compute per element, in order.
+      wide: values to compute per element in double precision, in order; they may need those of the body.
       reductions: reductions to accumulate, by index.
       stores: indices of the outputs to write.
     """
@@ -54,6 +66,7 @@ class Pass:
     inputs: tuple[int, ...]
     reloads: tuple[tuple[int, int], ...]
     body: tuple[int, ...]
+    wide: tuple[int, ...]
     reductions: tuple[int, ...]
     stores: tuple[int, ...]
 
@@ -73,10 +86,10 @@ def plan(signature: Signature) -> tuple[Pass, ...]:
     }
     # what a narrower store has rounded is not what a later pass wants to read
     exact = frozenset(k for k, dtype in enumerate(signature.outputs) if dtype == signature.compute)
-    late = _schedule(program, {}, exact)
+    late = _schedule(signature, {}, exact)
     if not early:
         return late
-    eager = _schedule(program, early, exact)
+    eager = _schedule(signature, early, exact)
     return min(late, eager, key=lambda passes: sum(_bytes(signature, passes)))
 
 
@@ -102,7 +115,7 @@ def _bytes(signature: Signature, passes: Iterable[Pass]) -> tuple[int, int]:
     return read, written
 
 
-def _schedule(program: Program, early: Mapping[int, int], exact: frozenset[int]) -> tuple[Pass, ...]:
+def _schedule(signature: Signature, early: Mapping[int, int], exact: frozenset[int]) -> tuple[Pass, ...]:
     """Lays out the passes with the outputs in `early` (value -> output) stored as soon as they are known.
 
     Those in `exact` may be loaded again.
@@ -110,28 +123,32 @@ def _schedule(program: Program, early: Mapping[int, int], exact: frozenset[int])
     A store may overwrite the input of the same name, so an early store is given up if a later pass still needs
     that input.
     """
+    program, wide = signature.program, signature.wide
     values, outputs, last = program.values, program.outputs, program.stages - 1
     stored_in = {k: (values[o.value].stage if early.get(o.value) == k else last) for k, o in enumerate(outputs)}
     passes = []
     for stage in range(last + 1):
         reductions = [i for i in program.reductions if values[i].stage == stage + 1]
         stores = [k for k in stored_in if stored_in[k] == stage]
-        stack = [values[i].args[0] for i in reductions] + [outputs[k].value for k in stores]
+        stack = [(values[i].args[0], values[i].args[0] in wide) for i in reductions]
+        stack += [(outputs[k].value, False) for k in stores]
         seen: set[int] = set()
+        widened: set[int] = set()
         reloads: dict[int, int] = {}
         while stack:
-            i = stack.pop()
-            if i in seen:
+            i, as_wide = stack.pop()
+            done = widened if as_wide else seen
+            if i in done:
                 continue
-            seen.add(i)
-            if early.get(i) in exact and stored_in[early[i]] < stage:
+            done.add(i)
+            if not as_wide and early.get(i) in exact and stored_in[early[i]] < stage:
                 reloads[i] = early[i]
             elif not values[i].reduction:
-                stack.extend(values[i].args)
+                stack.extend((a, as_wide and a in wide) for a in values[i].args)
         lost = {outputs[k].name: outputs[k].value for k in stored_in if stored_in[k] < stage}
         hazards = {lost[values[i].name] for i in seen if values[i].op == "array" and values[i].name in lost}
         if hazards:
-            return _schedule(program, {v: k for v, k in early.items() if v not in hazards}, exact)
+            return _schedule(signature, {v: k for v, k in early.items() if v not in hazards}, exact)
         order = sorted(seen - set(reloads))
         passes.append(
             Pass(
@@ -139,6 +156,7 @@ def _schedule(program: Program, early: Mapping[int, int], exact: frozenset[int])
                 inputs=tuple(i for i in order if values[i].op == "array"),
                 reloads=tuple(sorted(reloads.items())),
                 body=tuple(i for i in order if not values[i].uniform and values[i].op != "array"),
+                wide=tuple(sorted(widened)),
                 reductions=tuple(reductions),
                 stores=tuple(stores),
             )

@@ -15,8 +15,14 @@ precision, once, before the loop over elements.
 
 A value also has a stage: 0 if it can be computed in a first pass over memory, and one more behind each reduction
 that it depends on.
+
+ELEMENT values have the dtype of the leaf, but for those around a reduction, where numbers may lie far outside of it.
+Values that are reduced, and values that nothing else needs, are *wide*: they stay in double precision, so that the
+square of a float32 neither overflows nor vanishes. An operation of an element with a number that follows from a
+reduction, such as a ratio of norms, is computed in double precision and *rounded* to the dtype of the leaf.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
@@ -113,6 +119,8 @@ class Program:
         lines = []
         for i, value in enumerate(self.values):
             notes = [] if value.level is Level.ELEMENT or value.op in INPUTS else [value.level.name.lower()]
+            notes += ["rounded"] if i in self.rounded else []
+            notes += [] if i not in self.wide else ["also wide"] if i in self.narrow else ["wide"]
             notes += [f"stage {value.stage}"] if value.stage else []
             lines.append(f"%{i} = {value}{'  # ' + ', '.join(notes) if notes else ''}")
         return "\n".join(lines + [f"{o.name} <- %{o.value}" for o in self.outputs])
@@ -136,6 +144,37 @@ class Program:
     def reductions(self) -> tuple[int, ...]:
         """Indices of the reductions."""
         return tuple(i for i, v in enumerate(self.values) if v.reduction)
+
+    @cached_property
+    def narrow(self) -> frozenset[int]:
+        """Computed elements that outputs need, in the dtype of the leaf."""
+        return self._elements(o.value for o in self.outputs)
+
+    @cached_property
+    def wide(self) -> frozenset[int]:
+        """Computed elements that are reduced, and those that nothing else needs, in double precision."""
+        return self._elements((self.values[i].args[0] for i in self.reductions), self.narrow)
+
+    @cached_property
+    def rounded(self) -> frozenset[int]:
+        """Narrow elements that are computed in double precision, from a number that follows from a reduction."""
+        return frozenset(
+            i
+            for i in self.narrow
+            if not self.values[i].boolean
+            and any(self.values[a].uniform and self.values[a].stage for a in self.values[i].args)
+        )
+
+    def _elements(self, roots: Iterable[int], known: frozenset[int] = frozenset()) -> frozenset[int]:
+        """Computed elements among some values, and those that they need and that are not known."""
+        found: set[int] = set()
+        stack = list(roots)
+        while stack:
+            i = stack.pop()
+            if i not in found and not self.values[i].uniform and self.values[i].op != "array":
+                found.add(i)
+                stack.extend(a for a in self.values[i].args if a not in known)
+        return frozenset(found)
 
     @cached_property
     def spans_tree(self) -> bool:

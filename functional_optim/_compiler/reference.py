@@ -74,7 +74,8 @@ class _Machine:
         names = (*self.program.arrays, *self.program.leaves)
         self.inputs = dict(zip(names, call.inputs, strict=True))
         self.env: dict[int, Column] = {}
-        self.cast: dict[int, Column] = {}
+        self.wide: dict[int, Column] = {}
+        self.cast: dict[tuple[int, torch.dtype], Column] = {}
 
     def contribute(self, stage: int, partials: dict[str, Column]) -> None:
         """Adds this call's part of the tree reductions that end before `stage`."""
@@ -86,7 +87,8 @@ class _Machine:
     def reduce(self, value: Value) -> Column:
         """The part of each leaf in a reduction; what is spread over processes is one part, and known to all."""
         eager, shard = REDUCTIONS[value.reduction].eager, self.call.shard
-        parts = [eager(x.double()) for x in self.env[value.args[0]]]
+        column = self.wide.get(value.args[0]) or self.env[value.args[0]]
+        parts = [eager(x.double()) for x in column]
         if shard is None:
             return parts
         joined = torch.stack(parts)
@@ -96,15 +98,33 @@ class _Machine:
         return list(joined.unbind())
 
     def evaluate(self, stage: int, partials: dict[str, Column]) -> None:
-        for i, value in enumerate(self.program.values):
-            if value.stage == stage:
+        signature, program = self.call.signature, self.program
+        for i, value in enumerate(program.values):
+            if value.stage != stage:
+                continue
+            if value.uniform or value.op == "array":
                 self.env[i] = self.value(value, partials)
+                continue
+            if i in program.narrow or i not in signature.wide:
+                exact = i in signature.rounded
+                column = self.elements(i, torch.float64 if exact else self.compute, False)
+                self.env[i] = [x.to(self.compute) for x in column] if exact else column
+            if i in signature.wide:
+                self.wide[i] = self.elements(i, torch.float64, True)
+
+    def elements(self, i: int, dtype: torch.dtype, wide: bool) -> Column:
+        """One value per element, computed in `dtype`."""
+        value = self.program.values[i]
+        operands = [self.operand(a, value.level, dtype, wide) for a in value.args]
+        if value.op == "spread":
+            return [x.expand(t.shape) for x, t in zip(operands[0], self.like, strict=True)]
+        return self.elementwise(value, operands, dtype)
 
     def value(self, value: Value, partials: dict[str, Column]) -> Column:
         device, n_rows = self.like[0].device, len(self.call.scalars)
         match value.op:
             case "const":
-                return [torch.tensor(value.const, dtype=torch.float64, device=device)] * n_rows
+                return list([torch.tensor(value.const, dtype=torch.float64, device=device)] * n_rows)
             case "scalar":
                 k = self.program.scalars.index(value.name)
                 return [_number(row[k], device) for row in self.call.scalars]
@@ -116,24 +136,22 @@ class _Machine:
                 return [x.to(self.compute) for x in self.inputs[value.name]]
         if value.op.startswith("tree_"):
             parts = [x.to(device) for x in partials[value.name]]
-            return [REDUCTIONS[value.reduction].eager(torch.stack(parts))] * n_rows
+            return list([REDUCTIONS[value.reduction].eager(torch.stack(parts))] * n_rows)
         if value.reduction:
             return self.reduce(value)
-        operands = [self.operand(a, value.level) for a in value.args]
-        if value.op == "spread":
-            return [x.expand(t.shape) for x, t in zip(operands[0], self.like, strict=True)]
-        if value.uniform:
-            fn = torch.Tensor.double if value.op == "real" else OPS[value.op].eager
-            return each_distinct(fn, *operands)
-        return self.elementwise(value, operands, self.compute)
+        fn = torch.Tensor.double if value.op == "real" else OPS[value.op].eager
+        return each_distinct(fn, *[self.operand(a, value.level, torch.float64) for a in value.args])
 
-    def operand(self, i: int, level: Level) -> Column:
-        """Spreads a value over the leaves; in elementwise operations a uniform one takes the dtype computed in."""
-        value, column = self.program.values[i], self.env[i]
-        if level is Level.ELEMENT and value.uniform and not value.boolean:
-            if i not in self.cast:
-                self.cast[i] = each_distinct(lambda x: x.to(self.compute), column)
-            column = self.cast[i]
+    def operand(self, i: int, level: Level, dtype: torch.dtype, wide: bool = False) -> Column:
+        """Spreads a value over the leaves; in elementwise operations it takes the dtype computed in."""
+        value = self.program.values[i]
+        if wide and i in self.wide:
+            return self.wide[i]
+        column = self.env[i]
+        if level is Level.ELEMENT and not value.boolean:
+            column = self.cast.get((i, dtype)) or each_distinct(lambda x: x.to(dtype), column)
+            if value.uniform:  # one per leaf, and often used
+                self.cast[i, dtype] = column
         if value.level is Level.ROW and level is not Level.ROW:
             return [column[r] for r in self.call.leaves.rows]
         return column
@@ -141,7 +159,7 @@ class _Machine:
     def outputs(self) -> list[Column]:
         columns = []
         for output, dtype in zip(self.program.outputs, self.call.signature.outputs, strict=True):
-            column = self.operand(output.value, output.level)
+            column = self.operand(output.value, output.level, self.compute)
             if output.level is Level.ELEMENT:
                 column = [
                     x.to(dtype) if x.shape == t.shape else x.to(dtype).expand(t.shape).clone()

@@ -3,6 +3,7 @@
 import collections
 import functools
 import math
+import numbers
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -62,10 +63,13 @@ class Slot:
     start: float | str
     dtype: torch.dtype | str | None
     per_leaf: bool
+    square: bool = False
 
     def make(self, p: torch.Tensor, hypers: Mapping[str, Any]) -> torch.Tensor:
         """The slot's first value for one leaf."""
         dtype = hypers[self.dtype] if isinstance(self.dtype, str) else self.dtype
+        if dtype is None and self.square and p.dtype is torch.float16:
+            dtype = torch.float32
         if self.start == "param":
             return p.detach().to(dtype or p.dtype, copy=True)
         start = float(hypers.get(self.start, 0.0)) if isinstance(self.start, str) else self.start
@@ -80,6 +84,7 @@ def slot(
     *,
     dtype: torch.dtype | str | None = None,
     per: Literal["element", "leaf"] = "element",
+    square: bool = False,
 ) -> Slot:
     """Declares a slot of state.
 
@@ -89,6 +94,8 @@ def slot(
       dtype: how it is stored: a dtype, or the name of the hyper-parameter that holds one. By default as the
         parameter is, or as float32 (float64 for float64 parameters) where there is one number per leaf.
       per: one number per element of a leaf, or one per leaf.
+      square: whether it holds squares, of which float16 has too few: the square of 1e-4 is 0. Then it is stored as
+        float32 where the parameter is float16, unless `dtype` says otherwise.
 
     Returns:
       The declaration.
@@ -104,7 +111,7 @@ def slot(
         raise ValueError(f'`per` must be "element" or "leaf", got {per!r}.')
     if per == "leaf" and start in ("param", "first_update"):
         raise ValueError(f"a slot with one number per leaf starts from a number, got start={start!r}.")
-    return Slot(start, dtype, per == "leaf")
+    return Slot(start, dtype, per == "leaf", square)
 
 
 zeros = slot(0.0)
@@ -142,7 +149,8 @@ class Rule:
       hypers: hyper-parameters and their defaults, in order; `inspect.Parameter.empty` if there is none.
       extras: names of extra arguments of `update` that it needs.
       static: hyper-parameters that Python sees while the formula is traced.
-      ranges: intervals that hyper-parameters must lie in, or the values that they may have.
+      ranges: intervals that hyper-parameters must lie in, or the values that they may have; one that holds only with
+        a switch has a key such as `"decay if debias"`.
       uses_params: whether the formula takes `p`.
       uses_step: whether the formula takes `step`.
       takes_first: whether it takes `first`.
@@ -168,17 +176,26 @@ class Rule:
         """Whether the first step differs from others: to the formula, or because a slot starts from its update."""
         return self.takes_first or any(s.start == "first_update" for s in self.slots.values())
 
-    def check(self, hyper: str, value: Any) -> None:
+    def check(self, hyper: str, value: Any, values: Mapping[str, Any]) -> Any:
         """Refuses a value of the wrong kind, or outside its range.
+
+        Args:
+          hyper: the hyper-parameter.
+          value: its value.
+          values: all of them, since a range may depend on a switch.
+
+        Returns:
+          The value; a number of NumPy or JAX as Python's.
 
         Raises:
           TypeError, ValueError: with the name, the value and what was expected.
         """
+        value = plain_number(value)
         allowed = self.ranges.get(hyper)
         if isinstance(allowed, tuple):
             if value not in allowed:
                 raise ValueError(f"`{hyper}` of {self.name} must be one of {list(allowed)}, got {value!r}.")
-            return
+            return value
         if isinstance(value, torch.Tensor) and value.ndim:
             raise ValueError(
                 f"`{hyper}` of {self.name} must be a number, a 0-d tensor or a schedule, "
@@ -187,15 +204,20 @@ class Rule:
         text = isinstance(value, (str, bytes)) and not isinstance(self.hypers.get(hyper), (str, bytes))
         known = is_static(value) or isinstance(value, (torch.Tensor, Option)) or callable(value)
         if hyper in self.static or (known and not text):
-            return
+            return value
         if not isinstance(value, (int, float)):
             raise TypeError(
                 f"`{hyper}` of {self.name} must be a number, a 0-d tensor or a schedule, got {value!r:.60}."
             )
-        if allowed is not None and value not in allowed:
-            raise ValueError(f"`{hyper}` of {self.name} must be in {allowed.text}, got {value!r}.")
+        for key, interval in self.ranges.items():
+            name, _, switch = key.partition(" if ")
+            if name == hyper and (not switch or values[switch]) and value not in interval:
+                assert isinstance(interval, Range)
+                condition = f" if `{switch}` is {values[switch]!r}" if switch else ""
+                raise ValueError(f"`{hyper}` of {self.name} must be in {interval.text}{condition}, got {value!r}.")
         if math.isnan(value):
             raise ValueError(f"`{hyper}` of {self.name} must be a number, got nan.")
+        return value
 
 
 @functools.cache
@@ -226,8 +248,7 @@ class Bound:
     values: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        for name, value in self.values.items():
-            self.rule.check(name, value)
+        object.__setattr__(self, "values", {k: self.rule.check(k, v, self.values) for k, v in self.values.items()})
 
     @cached_property
     def counted(self) -> bool:
@@ -265,3 +286,17 @@ class Bound:
 def is_static(value: Any) -> bool:
     """Whether a hyper-parameter's value can only be a switch."""
     return value is None or isinstance(value, (bool, str, bytes, torch.dtype, tuple))
+
+
+def plain_number(value: Any) -> Any:
+    """A real number that is not of Python's own types, such as a scalar of NumPy or JAX, as one that is.
+
+    Anything else is returned as it is.
+    """
+    if isinstance(value, torch.Tensor):
+        return value
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, (int, float)) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)

@@ -188,6 +188,8 @@ class Tracer:
         arity = 1 + max(int(d) for d in "0123" if f"{{{d}}}" in row.c)
         if len(args) != arity:
             raise TypeError(f"it takes {arity} operands, got {len(args)}.")
+        if op == "mul":
+            args = self.gather_factors(*args)
         if op in ("add", "mul") and all(isinstance(a, Symbol) and self.values[a.index].boolean for a in args):
             return self.op("logical_or" if op == "add" else "logical_and", *args)  # as torch does with bools
         symbols = []
@@ -210,6 +212,23 @@ class Tracer:
                 boolean=row.boolean,
             )
         )
+
+    def gather_factors(self, x: Any, y: Any) -> tuple[Any, Any]:
+        """Operands of a product with numbers that follow from reductions multiplied first: (x * a) * b as x * (a * b).
+
+        Otherwise each clip of a chain would compute the products of all before it, in every pass.
+        """
+        for product, factor in ((x, y), (y, x)):
+            if self.follows(factor) and isinstance(product, Symbol) and self.values[product.index].op == "mul":
+                operands = [Symbol(self, a) for a in self.values[product.index].args]
+                for inner, other in (operands, operands[::-1]):
+                    if self.follows(other) and not self.values[inner.index].uniform:
+                        return inner, self.op("mul", other, factor)
+        return x, y
+
+    def follows(self, x: Any) -> bool:
+        """Whether a value is a number that follows from a reduction."""
+        return isinstance(x, Symbol) and self.values[x.index].uniform and self.values[x.index].stage > 0
 
     def spread(self, x: Any) -> Symbol:
         """Makes a value one per element, so that what follows may reduce it."""

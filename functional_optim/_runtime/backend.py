@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .._compiler.build import find_compiler
+from .._compiler.c.build import find_compiler
 
 
 BACKENDS = ("reference", "foreach", "c", "triton")

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from .._compiler.build import SERIAL, BuildError, load_c, parallel_address
+from .._compiler.c.build import BuildError, load_c
 from .._compiler.c.emit import emit_c
+from .._compiler.c.threads import SERIAL, parallel_address
 from .._compiler.passes import Signature, plan
 from .chunks import Chunks, cut, join_shards, partial_buffers
 from .numbers import Number
@@ -31,7 +32,7 @@ class _Struct(ctypes.Structure):
         ("columns", ctypes.c_void_p),
         ("scalars", ctypes.c_void_p),
         ("partials", ctypes.c_void_p),
-        ("parallel", ctypes.c_void_p),
+        ("parallel_for", ctypes.c_void_p),
         ("n_threads", ctypes.c_int64),
         ("runs", ctypes.c_void_p),
         ("n_runs", ctypes.c_int64),
@@ -116,7 +117,7 @@ class CpuLaunch:
             own_threads = min(n_threads, len(chunks.leaf)) if n_elements > SERIAL else 1
             runs = _runs(chunks, n_elements, own_threads)
             s = _Struct(n_leaves=len(group.leaves), n_rows=len(group.sources), n_partials=total, first_partial=first)
-            s.n_threads, s.n_runs, s.parallel = own_threads, len(runs) - 1, parallel_address()
+            s.n_threads, s.n_runs, s.parallel_for = own_threads, len(runs) - 1, parallel_address()
             s.chunk_leaf, s.chunk_start, s.chunk_stop, s.leaf_chunk = map(self._integers, chunks)
             s.leaf_size, s.leaf_row = self._integers(group.table.wholes), self._integers(group.table.rows)
             s.runs, s.columns = self._integers(runs), self._integers([pointers.address + 8 * place for place in at])

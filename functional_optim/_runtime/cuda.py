@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._compiler.build import BuildError, load_triton
 from .._compiler.passes import Signature, plan
 from .._compiler.program import Level
+from .._compiler.triton.build import load_triton
 from .._compiler.triton.emit import emit_triton
 from .chunks import Chunks, cut, join_shards, partial_buffers
 from .numbers import Number
@@ -28,10 +28,7 @@ def compile_triton(signature: Signature) -> tuple[Any, ...]:
     Raises:
       BuildError: there is no Triton.
     """
-    try:
-        module = load_triton(emit_triton(signature))
-    except ImportError as error:
-        raise BuildError(f"Triton cannot be imported: {error}") from None
+    module = load_triton(emit_triton(signature))
     return tuple(getattr(module, f"pass_{k}") for k in range(len(plan(signature))))
 
 

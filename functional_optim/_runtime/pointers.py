@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._compiler.build import BuildError, load_c
+from .._compiler.c.build import BuildError, load_c
 from .internals import is_wrapper_of_a_transformation
 from .spec import TensorSpec
 
@@ -101,6 +101,7 @@ class PointerReader:
         self.specs = list(specs)
         self.classes = frozenset(spec.cls for spec in specs)
         self.plain = all(spec.plain for spec in set(specs))
+        self.stored = all(spec.device.type != "meta" and not spec.lazy for spec in set(specs))
         own = operations() if self.plain else None
         self.operation = None
         if own is not None and not any(map(is_wrapper_of_a_transformation, tensors)):
@@ -133,8 +134,8 @@ class PointerReader:
             return Difference(next(k for k, x in enumerate(tensors) if type(x) not in self.classes), False)
         if self.operation is None:
             found = self._compare(tensors)
-            if found is None and self.plain:
-                pointers.memory[: pointers.n] = [x.data_ptr() for x in tensors]
+            if found is None and self.stored:
+                pointers.memory[: pointers.n] = list(map(_data_ptr, tensors))
             return found
         pointers.memory[pointers.n] = 0  # stays where torch finds another implementation than ours, as for meta tensors
         self.operation(tensors, self.spec_index, self.table, pointers.tensor)
@@ -148,3 +149,11 @@ class PointerReader:
             if spec.plain and x.storage_offset() * x.element_size() + spec.span > x.untyped_storage().nbytes():
                 return Difference(k, True)
         return None
+
+
+def _data_ptr(x: torch.Tensor) -> int:
+    """The data pointer of a tensor; 0 for a wrapper, which has none."""
+    try:
+        return x.data_ptr()
+    except RuntimeError:
+        return 0

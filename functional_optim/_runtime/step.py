@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._compiler.build import BuildError
+from .._compiler.cache import BuildError
 from .._compiler.call import Column
 from .._compiler.program import Level
 from .backend import choose_backend, give_up, requested_backend
@@ -319,8 +319,7 @@ class BoundStep(Programs):
         outputs: list[list[Column]] = self._allocate(reading) if self.allocates else [[] for _ in self.groups]
         counters = [tensors[i] for i in self.counters]
         if self.in_place:
-            if self.plain:
-                self._refuse_overlap(reading)
+            self._refuse_overlap(reading)
             written = []
             for start, stop in self.written:
                 written += tensors[start:stop]
@@ -431,6 +430,8 @@ class BoundStep(Programs):
         written = [False] * self.n_gathered
         for start, stop in self.written:
             written[start:stop] = [True] * (stop - start)
+        if not all(address or not spec.span for address, spec in zip(addresses, self.specs, strict=True)):
+            return  # tensors on meta, or wrappers without memory of their own
         clash = find_clash(addresses, self.specs, written)
         if clash is not None:
             leaves = self.name_of(clash.first)[1], self.name_of(clash.second)[1]

@@ -1,6 +1,38 @@
-"""What the rules with moments share."""
+r"""What the rules with moments share: means of updates and of their squares, and corrections for their start at 0.
+
+torch rounds in an order of its own: the compiler of its fused CPU kernels contracts `a + b * c` to one fused
+multiply-add. Formulas that stand for a class of torch.optim have the bits of that. In the last, incomplete vector of a
+tensor torch's compiler contracts the other product of `a * b + c * d`; these formulas do not.
+"""
+
+import torch
 
 from .._compiler.rule import Leaf, Scalar
+
+
+def mean(moment: Leaf, u: Leaf, decay: Scalar) -> Leaf:
+    r"""The first moment, $\beta m_{t-1} + (1 - \beta) g_t$."""
+    return decay * moment + (1 - decay) * u
+
+
+def mean_square(moment: Leaf, u: Leaf, decay: Scalar) -> Leaf:
+    r"""The second moment, $\beta v_{t-1} + (1 - \beta) g_t^2$."""
+    return decay * moment + (1 - decay) * u * u
+
+
+def torch_mean(moment: Leaf, u: Leaf, decay: Scalar) -> Leaf:
+    """The first moment, rounded as in torch."""
+    return torch.lerp(moment, u, 1 - decay)
+
+
+def torch_mean_square(moment: Leaf, u: Leaf, decay: Scalar) -> Leaf:
+    """The second moment, rounded as in torch."""
+    return torch.addcmul(moment * decay, u, u, value=1 - decay)
+
+
+def weight(decay: Scalar, step: Scalar) -> Leaf:
+    r"""The weight of all updates so far in a moment that started at 0, $1 - \beta^t$."""
+    return 1 - decay**step
 
 
 def unbiased(moment: Leaf, decay: Scalar, step: Scalar) -> Leaf:
@@ -9,4 +41,14 @@ def unbiased(moment: Leaf, decay: Scalar, step: Scalar) -> Leaf:
     The reciprocal is the same for all elements and computed once; a division per element would cost more than the
     rest of the update.
     """
-    return moment * (1 / (1 - decay**step))
+    return moment * (1 / weight(decay, step))
+
+
+def variance(square: Leaf, first: Leaf) -> Leaf:
+    """The second moment less the square of the first; rounding may leave less than 0, which counts as 0."""
+    return torch.clamp(square - first * first, min=0.0)
+
+
+def torch_variance(square: Leaf, first: Leaf) -> Leaf:
+    """The same, rounded as in torch, which leaves NaN where this is 0."""
+    return torch.clamp(torch.addcmul(square, first, first, value=-1), min=0.0)

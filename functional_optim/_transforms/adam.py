@@ -4,14 +4,16 @@ import torch
 
 from .._compiler.rule import Leaf, OptionalDtype, Scalar, slot
 from .._rule import elementwise
-from ._moments import unbiased
+from ._moments import mean, mean_square, torch_mean, torch_mean_square, unbiased, weight
 
 
 RANGES = {"b1": "[0, 1)", "b2": "[0, 1)", "eps": "[0, inf)", "eps_root": "[0, inf)"}
 
 
 @elementwise(
-    state={"mu": slot(0.0, dtype="mu_dtype"), "nu": slot(0.0, dtype="nu_dtype")}, static=("nesterov",), ranges=RANGES
+    state={"mu": slot(0.0, dtype="mu_dtype"), "nu": slot(0.0, dtype="nu_dtype", square=True)},
+    static=("nesterov",),
+    ranges=RANGES,
 )
 def scale_by_adam(
     u: Leaf,
@@ -41,7 +43,7 @@ def scale_by_adam(
       eps_root: term inside the root, for gradients through the update at 0.
       mu_dtype: how the first moment is stored; by default as the parameter.
       nesterov: whether the numerator looks one step ahead, as in NAdam.
-      nu_dtype: how the second moment is stored; by default as the parameter.
+      nu_dtype: how the second moment is stored; by default as the parameter, or as float32 for one in float16.
 
     Returns:
       The transformation. Its state is `(count, mu, nu)`.
@@ -58,8 +60,7 @@ def scale_by_adam(
 
     Source: Kingma & Ba 2015, arXiv:1412.6980, algorithm 1; Dozat 2016 for `nesterov`.
     """
-    mu = b1 * mu + (1 - b1) * u
-    nu = b2 * nu + (1 - b2) * u * u
+    mu, nu = mean(mu, u, b1), mean_square(nu, u, b2)
     if nesterov:
         mu_hat = unbiased(b1 * mu, b1, step + 1) + unbiased((1 - b1) * u, b1, step)
     else:
@@ -69,7 +70,7 @@ def scale_by_adam(
 
 
 @elementwise(
-    state={"mu": slot(0.0, dtype="mu_dtype"), "nu": slot(0.0), "nu_max": slot(0.0)},
+    state={"mu": slot(0.0, dtype="mu_dtype"), "nu": slot(0.0, square=True), "nu_max": slot(0.0, square=True)},
     static=("bias_correction_mu", "bias_correction_nu"),
     ranges=RANGES,
 )
@@ -118,9 +119,86 @@ def scale_by_amsgrad(
 
     Source: Reddi et al. 2018, arXiv:1904.09237, algorithm 2.
     """
-    mu = b1 * mu + (1 - b1) * u
-    nu = b2 * nu + (1 - b2) * u * u
+    mu, nu = mean(mu, u, b1), mean_square(nu, u, b2)
     mu_hat = unbiased(mu, b1, step) if bias_correction_mu else mu
     nu_hat = unbiased(nu, b2, step) if bias_correction_nu else nu
     nu_max = torch.maximum(nu_max, nu_hat)
     return mu_hat / (torch.sqrt(nu_max + eps_root) + eps), mu, nu, nu_max
+
+
+def _torch_step(mu: Leaf, nu: Leaf, step: Scalar, learning_rate: Scalar, b1: Scalar, b2: Scalar, eps: Scalar) -> Leaf:
+    # torch multiplies the learning rate in before it divides, so the step cannot be had by scaling an update afterwards
+    root = torch.sqrt(nu) / torch.sqrt(weight(b2, step)) + eps
+    return (-(learning_rate / weight(b1, step)) * mu) / root
+
+
+@elementwise(state={"exp_avg": slot(0.0), "exp_avg_sq": slot(0.0)})
+def adam_step(
+    u: Leaf,
+    exp_avg: Leaf,
+    exp_avg_sq: Leaf,
+    *,
+    step: Scalar,
+    learning_rate: Scalar,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+) -> tuple[Leaf, Leaf, Leaf]:
+    r"""A step of Adam, rounded as in torch.
+
+    $$u_t = -\frac{\eta}{1 - \beta_1^t} m_t / (\sqrt{v_t} / \sqrt{1 - \beta_2^t} + \epsilon)$$
+
+    Args:
+      learning_rate: $\eta$.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: $\epsilon$.
+
+    Returns:
+      The transformation.
+
+    Example:
+      >>> tx = adam_step(0.1)
+      >>> tx.update(torch.ones(1), tx.init(torch.zeros(1)))[0]
+      tensor([-0.1000])
+
+    Source: Kingma & Ba 2015, arXiv:1412.6980, algorithm 1.
+    """
+    exp_avg, exp_avg_sq = torch_mean(exp_avg, u, b1), torch_mean_square(exp_avg_sq, u, b2)
+    return _torch_step(exp_avg, exp_avg_sq, step, learning_rate, b1, b2, eps), exp_avg, exp_avg_sq
+
+
+@elementwise(state={"exp_avg": slot(0.0), "exp_avg_sq": slot(0.0), "max_exp_avg_sq": slot(0.0)})
+def amsgrad_step(
+    u: Leaf,
+    exp_avg: Leaf,
+    exp_avg_sq: Leaf,
+    max_exp_avg_sq: Leaf,
+    *,
+    step: Scalar,
+    learning_rate: Scalar,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+) -> tuple[Leaf, Leaf, Leaf, Leaf]:
+    r"""A step of AMSGrad as torch has it: Adam with the largest second moment so far, before its correction.
+
+    Args:
+      learning_rate: $\eta$.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: $\epsilon$.
+
+    Returns:
+      The transformation.
+
+    Example:
+      >>> tx = amsgrad_step(0.1)
+      >>> tx.update(torch.ones(1), tx.init(torch.zeros(1)))[0]
+      tensor([-0.1000])
+
+    Source: Reddi et al. 2018, arXiv:1904.09237, algorithm 2.
+    """
+    exp_avg, exp_avg_sq = torch_mean(exp_avg, u, b1), torch_mean_square(exp_avg_sq, u, b2)
+    largest = torch.maximum(max_exp_avg_sq, exp_avg_sq)
+    return _torch_step(exp_avg, largest, step, learning_rate, b1, b2, eps), exp_avg, exp_avg_sq, largest

@@ -7,6 +7,12 @@ from .._compiler.rule import Leaf, Scalar, slot
 from .._rule import elementwise
 
 
+def _shorten(u: Leaf, size: Leaf, limit: Scalar) -> Leaf:
+    """Updates of some size made no larger than a limit; NaN in the size reaches them all."""
+    within = size <= limit
+    return u * torch.where(within, 1.0, limit / torch.where(within, 1.0, size))  # a division by 0 has no derivative
+
+
 @elementwise(ranges={"max_delta": "[0, inf]"})
 def clip(u: Leaf, *, max_delta: Scalar) -> Leaf:
     r"""Keeps each element between two bounds, $u_t = \min(\max(g_t, -\delta), \delta)$.
@@ -34,8 +40,8 @@ def clip_by_global_norm(u: Leaf, *, max_norm: Scalar) -> Leaf:
 
     $$u_t = g_t \min(1, c / \lVert g_t \rVert), \quad \lVert \cdot \rVert \text{ over all leaves}$$
 
-    The norm spans the leaves that this transformation sees: a mask or a partition narrows it. Squares are summed in
-    double precision, so half types do not overflow.
+    The norm spans the leaves that this transformation sees: a mask or a partition narrows it. Squares are computed
+    and summed in double precision.
 
     Args:
       max_norm: c.
@@ -53,8 +59,7 @@ def clip_by_global_norm(u: Leaf, *, max_norm: Scalar) -> Leaf:
 
     Source: Pascanu et al. 2013, arXiv:1211.5063, algorithm 1.
     """
-    norm = tree_norm(u)
-    return u * torch.where(norm < max_norm, 1.0, max_norm / norm)
+    return _shorten(u, tree_norm(u), max_norm)
 
 
 @elementwise(ranges={"threshold": "(0, inf]"})
@@ -79,7 +84,7 @@ def clip_by_block_rms(u: Leaf, *, threshold: Scalar) -> Leaf:
 
     Source: Shazeer & Stern 2018, arXiv:1804.04235, section 6.
     """
-    return u / torch.clamp(torch.sqrt(leaf_mean(u * u)) / threshold, min=1.0)
+    return _shorten(u, torch.sqrt(leaf_mean(u * u)), threshold)
 
 
 @elementwise(state={"found_nan": slot(0.0, per="leaf")})
@@ -95,4 +100,4 @@ def zero_nans(u: Leaf, found_nan: Leaf) -> tuple[Leaf, Leaf]:
       >>> updates, state.found_nan
       (tensor([1., 0.]), tensor(1.))
     """
-    return torch.where(torch.isnan(u), 0.0, u), leaf_amax(torch.isnan(u))
+    return torch.where(torch.isnan(u), 0.0, u), torch.clamp(leaf_amax(torch.isnan(u)), min=0.0)  # of no element, too

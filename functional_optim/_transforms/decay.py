@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from .._compiler.rule import Leaf, Scalar
 from .._masking import masked
 from .._rule import elementwise
@@ -26,7 +28,6 @@ def add_decayed_weights(weight_decay: Scalar = 0.0, mask: Any = None) -> Gradien
       The transformation. It needs the parameters.
 
     Example:
-      >>> import torch
       >>> tx = add_decayed_weights(0.1)
       >>> params = torch.ones(1)
       >>> tx.update(torch.zeros(1), tx.init(params), params)[0]
@@ -36,3 +37,44 @@ def add_decayed_weights(weight_decay: Scalar = 0.0, mask: Any = None) -> Gradien
     """
     tx: GradientTransformation = _add_decayed_weights(weight_decay)
     return tx if mask is None else masked(tx, mask)
+
+
+@elementwise
+def l2_penalty(u: Leaf, p: Leaf, *, weight_decay: Scalar) -> Leaf:
+    r"""Adds the gradient of a penalty, $u_t = g_t + \lambda \theta_{t-1}$, with one rounding.
+
+    Args:
+      weight_decay: $\lambda$.
+
+    Returns:
+      The transformation.
+
+    Example:
+      >>> tx = l2_penalty(0.5)
+      >>> params = torch.ones(1)
+      >>> tx.update(torch.ones(1), tx.init(params), params)[0]
+      tensor([1.5000])
+    """
+    return torch.addcmul(u, p, weight_decay)
+
+
+@elementwise
+def decay_then_add(u: Leaf, p: Leaf, *, learning_rate: Scalar, weight_decay: Scalar) -> Leaf:
+    r"""Shrinks the parameter before it is updated, $\theta_t = (1 - \eta\lambda)\, \theta_{t-1} + u_t$.
+
+    Args:
+      learning_rate: $\eta$.
+      weight_decay: $\lambda$.
+
+    Returns:
+      The transformation; its update is the difference of the parameters.
+
+    Example:
+      >>> tx = decay_then_add(0.1, 0.5)
+      >>> params = torch.ones(1)
+      >>> tx.update(torch.zeros(1), tx.init(params), params)[0]
+      tensor([-0.0500])
+
+    Source: Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2, line 12.
+    """
+    return (p * (1 - learning_rate * weight_decay) + u) - p

@@ -1,8 +1,10 @@
 """Momentum: sums and means of past updates."""
 
+import torch
+
 from .._compiler.rule import Leaf, OptionalDtype, Scalar, slot
 from .._rule import elementwise
-from ._moments import unbiased
+from ._moments import mean, unbiased
 
 
 @elementwise(state={"trace": slot(0.0, dtype="accumulator_dtype")}, static=("nesterov",), ranges={"decay": "[0, inf)"})
@@ -25,7 +27,6 @@ def trace(
       ValueError: `decay` is negative.
 
     Example:
-      >>> import torch
       >>> tx = trace(decay=0.5)
       >>> state = tx.init(torch.zeros(1))
       >>> _, state = tx.update(torch.ones(1), state)
@@ -38,7 +39,11 @@ def trace(
     return (u + decay * trace if nesterov else trace), trace
 
 
-@elementwise(state={"ema": slot(0.0, dtype="accumulator_dtype")}, static=("debias",), ranges={"decay": "[0, 1]"})
+@elementwise(
+    state={"ema": slot(0.0, dtype="accumulator_dtype")},
+    static=("debias",),
+    ranges={"decay": "[0, 1]", "decay if debias": "[0, 1)"},  # with 1, the correction would be 0 / 0
+)
 def ema(
     u: Leaf,
     ema: Leaf,
@@ -53,7 +58,7 @@ def ema(
     $$m_t = \beta m_{t-1} + (1 - \beta) g_t, \quad u_t = m_t / (1 - \beta^t)$$
 
     Args:
-      decay: $\beta$.
+      decay: $\beta$; less than 1 with `debias`.
       debias: whether the average is corrected for its start at 0, as here.
       accumulator_dtype: how the average is stored; by default as the parameter.
 
@@ -64,12 +69,42 @@ def ema(
       ValueError: `decay` is out of its range.
 
     Example:
-      >>> import torch
       >>> tx = ema(decay=0.5)
       >>> tx.update(torch.ones(1), tx.init(torch.zeros(1)))[0]
       tensor([1.])
 
     Source: Kingma & Ba 2015, arXiv:1412.6980, section 3.
     """
-    ema = decay * ema + (1 - decay) * u
+    ema = mean(ema, u, decay)
     return (unbiased(ema, decay, step) if debias else ema), ema
+
+
+@elementwise(state={"momentum_buffer": slot(0.0)}, static=("nesterov",))
+def momentum(
+    u: Leaf, momentum_buffer: Leaf, *, first: Scalar, momentum: Scalar, dampening: Scalar = 0.0, nesterov: bool = False
+) -> tuple[Leaf, Leaf]:
+    r"""torch's momentum: the first gradient is taken whole, later ones are dampened.
+
+    $$b_1 = g_1, \quad b_t = \mu b_{t-1} + (1 - \tau) g_t, \quad u_t = b_t \quad
+      (\text{Nesterov: } u_t = g_t + \mu b_t)$$
+
+    Args:
+      momentum: $\mu$.
+      dampening: $\tau$.
+      nesterov: whether the step looks one update ahead.
+
+    Returns:
+      The transformation.
+
+    Example:
+      >>> tx = momentum(0.5, dampening=0.5)
+      >>> state = tx.init(torch.zeros(1))
+      >>> _, state = tx.update(torch.ones(1), state)
+      >>> tx.update(torch.ones(1), state)[0]
+      tensor([1.])
+
+    Source: Sutskever et al. 2013, "On the importance of initialization and momentum in deep learning".
+    """
+    buffer = torch.addcmul(momentum_buffer * momentum, u, 1 - dampening)
+    buffer = torch.where(first, u, buffer)
+    return (torch.addcmul(u, buffer, momentum) if nesterov else buffer), buffer

@@ -4,10 +4,15 @@ import torch
 
 from .._compiler.rule import Leaf, Scalar, slot
 from .._rule import elementwise
-from ._moments import unbiased
+from ._moments import mean, mean_square, torch_mean, torch_mean_square, torch_variance, unbiased, variance
 
 
-RANGES = {"decay": "[0, 1]", "eps": "[0, inf)", "initial_scale": "[0, inf)"}
+RANGES = {
+    "decay": "[0, 1]",
+    "decay if bias_correction": "[0, 1)",  # with 1, the correction would be 0 / 0
+    "eps": "[0, inf)",
+    "initial_scale": "[0, inf)",
+}
 STATIC = ("eps_in_sqrt", "bias_correction")
 
 
@@ -15,7 +20,7 @@ def _over_root(u: Leaf, square: Leaf, eps: Scalar, eps_in_sqrt: bool) -> Leaf:
     return u * torch.rsqrt(square + eps) if eps_in_sqrt else u / (torch.sqrt(square) + eps)
 
 
-@elementwise(state={"nu": slot("initial_scale")}, static=STATIC, ranges=RANGES)
+@elementwise(state={"nu": slot("initial_scale", square=True)}, static=STATIC, ranges=RANGES)
 def scale_by_rms(
     u: Leaf,
     nu: Leaf,
@@ -36,7 +41,7 @@ def scale_by_rms(
       eps: term in the denominator.
       initial_scale: the first value of the mean of squares.
       eps_in_sqrt: whether `eps` stands inside the root, as here, or outside.
-      bias_correction: whether the mean is divided by $1 - \beta^t$.
+      bias_correction: whether the mean is divided by $1 - \beta^t$; `decay` is then less than 1.
 
     Returns:
       The transformation. Its state is `(count, nu)`.
@@ -52,12 +57,12 @@ def scale_by_rms(
 
     Source: Tieleman & Hinton 2012, lecture 6.5 of "Neural Networks for Machine Learning".
     """
-    nu = decay * nu + (1 - decay) * u * u
+    nu = mean_square(nu, u, decay)
     nu_hat = unbiased(nu, decay, step) if bias_correction else nu
     return _over_root(u, nu_hat, eps, eps_in_sqrt), nu
 
 
-@elementwise(state={"mu": slot(0.0), "nu": slot("initial_scale")}, static=STATIC, ranges=RANGES)
+@elementwise(state={"mu": slot(0.0), "nu": slot("initial_scale", square=True)}, static=STATIC, ranges=RANGES)
 def scale_by_stddev(
     u: Leaf,
     mu: Leaf,
@@ -72,14 +77,16 @@ def scale_by_stddev(
 ) -> tuple[Leaf, Leaf, Leaf]:
     r"""Centred RMSProp: divides by the root of a variance.
 
-    $$u_t = g_t / \sqrt{v_t - m_t^2 + \epsilon}$$
+    $$u_t = g_t / \sqrt{\max(v_t - m_t^2, 0) + \epsilon}$$
+
+    The variance is a difference, of which rounding leaves little where updates hardly vary; less than 0 counts as 0.
 
     Args:
       decay: decay of the means of updates and of their squares.
       eps: term in the denominator.
       initial_scale: the first value of the mean of squares.
       eps_in_sqrt: whether `eps` stands inside the root, as here, or outside.
-      bias_correction: whether both means are divided by $1 - \beta^t$.
+      bias_correction: whether both means are divided by $1 - \beta^t$; `decay` is then less than 1.
 
     Returns:
       The transformation. Its state is `(count, mu, nu)`.
@@ -95,8 +102,54 @@ def scale_by_stddev(
 
     Source: Graves 2013, arXiv:1308.0850, equations 38 to 45.
     """
-    mu = decay * mu + (1 - decay) * u
-    nu = decay * nu + (1 - decay) * u * u
+    mu, nu = mean(mu, u, decay), mean_square(nu, u, decay)
     mu_hat = unbiased(mu, decay, step) if bias_correction else mu
     nu_hat = unbiased(nu, decay, step) if bias_correction else nu
-    return _over_root(u, nu_hat - mu_hat * mu_hat, eps, eps_in_sqrt), mu, nu
+    return _over_root(u, variance(nu_hat, mu_hat), eps, eps_in_sqrt), mu, nu
+
+
+@elementwise(state={"square_avg": slot(0.0)})
+def rmsprop_ratio(u: Leaf, square_avg: Leaf, *, step: Scalar, alpha: Scalar, eps: Scalar) -> tuple[Leaf, Leaf]:
+    r"""torch's RMSprop before its learning rate, $u_t = g_t / (\sqrt{v_t} + \epsilon)$.
+
+    Args:
+      alpha: decay of the mean of squares.
+      eps: $\epsilon$.
+
+    Returns:
+      The transformation. It counts steps, as torch does, though nothing depends on them.
+
+    Example:
+      >>> tx = rmsprop_ratio(0.75, 0.0)
+      >>> tx.update(torch.ones(1), tx.init(torch.zeros(1)))[0]
+      tensor([2.])
+
+    Source: Tieleman & Hinton 2012, lecture 6.5 of "Neural Networks for Machine Learning".
+    """
+    square_avg = torch_mean_square(square_avg, u, alpha)
+    return _over_root(u, square_avg, eps, eps_in_sqrt=False), square_avg
+
+
+@elementwise(state={"square_avg": slot(0.0), "grad_avg": slot(0.0)})
+def centered_rmsprop_ratio(
+    u: Leaf, square_avg: Leaf, grad_avg: Leaf, *, step: Scalar, alpha: Scalar, eps: Scalar
+) -> tuple[Leaf, Leaf, Leaf]:
+    r"""torch's centred RMSprop before its learning rate, $u_t = g_t / (\sqrt{v_t - \bar g_t^2} + \epsilon)$.
+
+    Args:
+      alpha: decay of both means.
+      eps: $\epsilon$.
+
+    Returns:
+      The transformation.
+
+    Example:
+      >>> tx = centered_rmsprop_ratio(0.5, 0.0)
+      >>> tx.update(torch.ones(1), tx.init(torch.zeros(1)))[0]
+      tensor([2.])
+
+    Source: Graves 2013, arXiv:1308.0850, equations 38 to 45.
+    """
+    square_avg, grad_avg = torch_mean_square(square_avg, u, alpha), torch_mean(grad_avg, u, alpha)
+    centered = torch_variance(square_avg, grad_avg)
+    return _over_root(u, centered, eps, eps_in_sqrt=False), square_avg, grad_avg

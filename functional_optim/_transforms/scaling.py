@@ -96,8 +96,9 @@ def scale_by_trust_ratio(
     """
     param_norm = torch.maximum(leaf_norm(p), min_norm)
     update_norm = torch.maximum(leaf_norm(u), min_norm)
-    ratio = trust_coefficient * param_norm / (update_norm + eps)
-    return u * torch.where((param_norm == 0) | (update_norm == 0), 1.0, ratio)
+    vanishes = update_norm == 0
+    ratio = trust_coefficient * param_norm / (torch.where(vanishes, 1.0, update_norm) + eps)
+    return u * torch.where(vanishes | (param_norm == 0), 1.0, ratio)
 
 
 @elementwise
@@ -113,3 +114,22 @@ def set_to_zero(u: Leaf) -> Leaf:
       tensor([0.])
     """
     return torch.zeros_like(u)
+
+
+@elementwise
+def descend(u: Leaf, p: Leaf, *, learning_rate: Scalar) -> Leaf:
+    r"""A step down, $\theta_t = \theta_{t-1} - \eta g_t$, with one rounding.
+
+    Args:
+      learning_rate: $\eta$.
+
+    Returns:
+      The transformation; its update is the difference of the parameters.
+
+    Example:
+      >>> tx = descend(0.5)
+      >>> params = torch.ones(1)
+      >>> tx.update(torch.ones(1), tx.init(params), params)[0]
+      tensor([-0.5000])
+    """
+    return torch.addcmul(p, u, -learning_rate) - p

@@ -4,6 +4,7 @@ import torch
 
 from .._compiler.rule import Leaf, OptionalDtype, Scalar, slot
 from .._rule import elementwise
+from ._moments import mean
 
 
 @elementwise
@@ -65,7 +66,7 @@ def scale_by_lion(
     Source: Chen et al. 2023, arXiv:2302.06675, algorithm 2.
     """
     x = (1 - b1) * u + b1 * mu
-    mu = b2 * mu + (1 - b2) * u
+    mu = mean(mu, u, b2)
     if mode == "smooth":
         return torch.tanh(smooth_beta * x), mu
     if mode == "refined":

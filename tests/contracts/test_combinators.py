@@ -548,7 +548,7 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
 def test_extra_arguments_reach_rules(wrapper: str, value: Any) -> None:
     tx, params = WRAPPERS[wrapper](scale_by_value(factor=2.0)), make_tree(0)
 
-    updates, _ = tx.update(make_tree(1), tx.init(params), params, value=value, unused=object())
+    updates, _ = tx.update(make_tree(1), tx.init(params), params, value=value)
 
     torch.testing.assert_close(updates, {k: 6 * g for k, g in make_tree(1).items()})
 

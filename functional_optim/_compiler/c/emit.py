@@ -1,8 +1,9 @@
 """Emit one pass of a program as C: a function over every chunk of every leaf.
 
 The text is meant to be read; the cache keeps it beside the compiled kernel. A pass has three parts. `prologue`
-computes the uniform values in double precision, once per row of the scalar table and once per leaf. `work` runs on
-every thread: it takes runs of chunks until none is left. `epilogue` stores the numbers that a leaf keeps.
+computes the uniform values in double precision, once per row of the scalar table and once per leaf, and keeps those
+that later passes need. `work` runs on every thread: it takes runs of chunks until none is left. `epilogue` stores the
+numbers that a leaf keeps.
 
 Reductions give the same bits for any number of threads: a chunk sums blocks of its elements into eight lanes of
 double precision, and the next pass adds the chunks in order.
@@ -11,6 +12,8 @@ double precision, and the next pass adds the chunks in order.
 import functools
 import math
 from collections.abc import Sequence
+from importlib.resources import files
+from typing import NamedTuple
 
 import torch
 
@@ -22,99 +25,7 @@ from ..program import Level, Program
 BLOCK = 512  # elements per block of a reducing pass; one block of each reduced value stays in the first-level cache
 STRIP = 64  # elements after which more of the next chunk is asked for; a whole number of vectors and of cache lines
 
-HEADER = r"""
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
-typedef {T} real;
-
-typedef struct {{
-  int64_t n_leaves, n_rows;
-  int64_t n_partials, first_partial;   /* chunks of all groups, and those before this group's */
-  const int64_t *chunk_leaf, *chunk_start, *chunk_stop;
-  const int64_t *leaf_chunk;           /* a leaf's first chunk; n_leaves + 1 numbers */
-  const int64_t *leaf_size, *leaf_row;
-  void *const *const *columns;         /* an array of n_leaves addresses per input and output */
-  const double *scalars;               /* n_rows rows */
-  double *const *partials;             /* n_partials numbers per reduction */
-  void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
-  int64_t n_threads;
-  const int64_t *runs;                 /* first chunks of what a thread takes at once; n_runs + 1 numbers */
-  int64_t n_runs, next_run;
-  double *of_row, *of_leaf;            /* uniform values */
-}} launch_t;
-
-static inline float from_bf16(uint16_t x) {{ uint32_t u = (uint32_t)x << 16; float f; memcpy(&f, &u, 4); return f; }}
-static inline uint16_t to_bf16(float f) {{
-  uint32_t u; memcpy(&u, &f, 4);
-  uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  return f != f ? 0x7fc0 : (uint16_t)rounded;
-}}
-#if defined(__FLT16_MANT_DIG__) && !defined(SOFT_F16)
-static inline float from_f16(uint16_t x) {{ _Float16 h; memcpy(&h, &x, 2); return (float)h; }}
-static inline uint16_t to_f16(float f) {{ _Float16 h = (_Float16)f; uint16_t x; memcpy(&x, &h, 2); return x; }}
-#else
-static inline float from_f16(uint16_t x) {{
-  uint32_t sign = (uint32_t)(x & 0x8000) << 16, rest = (uint32_t)(x & 0x7fff) << 13, u;
-  float f;
-  if (rest >= 0x0f800000) {{ u = sign | (rest + 0x70000000); memcpy(&f, &u, 4); return f; }}  /* inf, nan */
-  memcpy(&f, &rest, 4);
-  f *= 0x1p112f;
-  memcpy(&u, &f, 4); u |= sign; memcpy(&f, &u, 4);
-  return f;
-}}
-static inline uint16_t to_f16(float f) {{
-  uint32_t u; memcpy(&u, &f, 4);
-  const uint32_t sign = (u >> 16) & 0x8000;
-  u &= 0x7fffffff;
-  if (u > 0x7f800000) return (uint16_t)(sign | 0x7e00);
-  if (u >= 0x477ff000) return (uint16_t)(sign | 0x7c00);  /* rounds to infinity */
-  if (u < 0x38800000) {{  /* subnormal: let the addition round */
-    float g; memcpy(&g, &u, 4); g += 0.5f; memcpy(&u, &g, 4);
-    return (uint16_t)(sign | (u - 0x3f000000));
-  }}
-  return (uint16_t)(sign | ((u + 0xfff + ((u >> 13) & 1) - 0x38000000) >> 13));
-}}
-#endif
-
-static inline void ask(const void *start, const void *stop) {{
-  for (const char *line = start; line < (const char *)stop; line += 64) __builtin_prefetch(line);
-}}
-
-static inline void fold_sum(double *lanes, const real *x, int n) {{
-  int i = 0;
-  for (; i + 8 <= n; i += 8)
-    for (int j = 0; j < 8; ++j) lanes[j] += (double)x[i + j];
-  for (; i < n; ++i) lanes[i & 7] += (double)x[i];
-}}
-static inline double done_sum(const double *x) {{
-  return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
-}}
-static inline double larger(double a, double b) {{ return (b > a || b != b) ? b : a; }}
-static inline void fold_amax(double *lanes, const real *x, int n) {{
-  int i = 0;
-  for (; i + 8 <= n; i += 8)
-    for (int j = 0; j < 8; ++j) lanes[j] = larger(lanes[j], (double)x[i + j]);
-  for (; i < n; ++i) lanes[i & 7] = larger(lanes[i & 7], (double)x[i]);
-}}
-static inline double done_amax(const double *x) {{
-  double y = x[0];
-  for (int j = 1; j < 8; ++j) y = larger(y, x[j]);
-  return y;
-}}
-static inline double total_sum(const double *x, int64_t n) {{
-  double y = 0;
-  for (int64_t i = 0; i < n; ++i) y += x[i];
-  return y;
-}}
-static inline double total_amax(const double *x, int64_t n) {{
-  double y = -INFINITY;
-  for (int64_t i = 0; i < n; ++i) y = larger(y, x[i]);
-  return y;
-}}
-"""
+HEADER = files(__package__).joinpath("kernel.h").read_text("utf-8")
 
 # C type, load, store; `{0}` is the place, `{1}` the value
 STORAGE = {
@@ -130,8 +41,14 @@ def emit_c(signature: Signature) -> str:
     """The C source of all passes of a program: functions `pass_0`, `pass_1`, ..."""
     compute = {torch.float32: "float", torch.float64: "double"}[signature.compute]
     description = "\n".join(f" * {line}" for line in str(signature.program).splitlines())
-    passes = [_Emitter(signature, p, k).text() for k, p in enumerate(plan(signature))]
-    return f"/*\n{description}\n */\n" + HEADER.format(T=compute) + "\n" + "\n".join(passes)
+    kept = _Kept.of(signature)
+    passes = [_Emitter(signature, kept, k).text() for k in range(len(plan(signature)))]
+    return f"/*\n{description}\n */\n" + prelude(compute) + "\n" + "\n".join(passes)
+
+
+def prelude(compute: str) -> str:
+    """Text that emitted C starts with, for values of a C type."""
+    return f"#define REAL {compute}\n{HEADER}"
 
 
 def literal(x: float) -> str:
@@ -141,22 +58,56 @@ def literal(x: float) -> str:
     return repr(x) if math.isfinite(x) else ("INFINITY" if x > 0 else "-INFINITY")
 
 
+class _Kept(NamedTuple):
+    """Uniform values, each computed in one pass, and those that are kept: for elements, for leaves, for later passes.
+
+    Args:
+      new: for each pass, the values that it computes.
+      rows: values that are kept for each row of the scalar table.
+      leaves: values that are kept for each leaf.
+    """
+
+    new: list[list[int]]
+    rows: list[int]
+    leaves: list[int]
+
+    @classmethod
+    def of(cls, signature: Signature) -> "_Kept":
+        values = signature.program.values
+        known: set[int] = set()
+        kept: set[int] = set()
+        new: list[list[int]] = []
+        for p in plan(signature):
+            new.append([i for i in p.uniforms if i not in known and values[i].op != "const"])
+            kept |= {i for i in _used(signature, p) if values[i].uniform}
+            for i in new[-1]:
+                operands = [] if values[i].reduction else values[i].args
+                kept |= {a for a in operands if a in known or values[a].level < values[i].level}
+            known.update(new[-1])
+        order = sorted(i for i in kept if values[i].op != "const")
+        rows = [i for i in order if values[i].level is Level.ROW]
+        return cls(new, rows, [i for i in order if values[i].level is Level.LEAF])
+
+
+def _used(signature: Signature, p: Pass) -> set[int]:
+    """Values that elements of a pass are computed from, and those that are stored."""
+    values = signature.program.values
+    return {a for i in (*p.body, *p.wide) for a in values[i].args} | {
+        signature.program.outputs[k].value for k in p.stores
+    }
+
+
 class _Emitter:
     """Writes one pass."""
 
-    def __init__(self, signature: Signature, p: Pass, number: int) -> None:
-        self.signature, self.p, self.number = signature, p, number
+    def __init__(self, signature: Signature, kept: _Kept, number: int) -> None:
+        passes = plan(signature)
+        self.signature, self.p, self.number = signature, passes[number], number
+        self.last = number == len(passes) - 1
         self.program: Program = signature.program
         values = self.program.values
-        used = {a for i in p.body for a in values[i].args} | {self.program.outputs[k].value for k in p.stores}
-        used |= {values[r].args[0] for r in p.reductions}
-        kept = [i for i in p.uniforms if i in used and values[i].op != "const"]
-        per_leaf = [i for i in p.uniforms if values[i].level is Level.LEAF]
-        of_leaf = {a for i in per_leaf for a in values[i].args}
-        self.row_kept = [i for i in p.uniforms if values[i].level is Level.ROW and (i in kept or i in of_leaf)]
-        self.row_kept = [i for i in self.row_kept if values[i].op != "const"]
-        self.leaf_kept = [i for i in kept if values[i].level is Level.LEAF]
-        self.per_leaf = per_leaf
+        self.new, self.row_kept, self.leaf_kept = kept.new[number], kept.rows, kept.leaves
+        self.per_leaf = [i for i in self.new if values[i].level is Level.LEAF]
         inputs = (*self.program.arrays, *self.program.leaves)
         self.columns = {name: k for k, name in enumerate(inputs)}
         self.first_output = len(inputs)
@@ -164,7 +115,8 @@ class _Emitter:
     def text(self) -> str:
         n = self.number
         parts = [f"/* ---- pass {n + 1} of {len(plan(self.signature))} ---- */"]
-        parts.append(f"static void work_{n}(void *data) {{\n" + "\n".join("  " + x for x in self.work()) + "\n}\n")
+        work = "\n".join("  " + x for x in self.work())
+        parts.append(f"static void work_{n}(int64_t begin, int64_t end, void *data) {{\n{work}\n}}\n")
         parts.append(f"void pass_{n}(launch_t *l) {{\n" + "\n".join("  " + x for x in self.entry()) + "\n}\n")
         return "\n".join(parts)
 
@@ -200,29 +152,28 @@ class _Emitter:
     def entry(self) -> list[str]:
         values = self.program.values
         nr, nl = len(self.row_kept), len(self.leaf_kept)
-        once = [i for i in self.p.uniforms if values[i].op.startswith("tree_")]
-        rows = [
-            i for i in self.p.uniforms if values[i].level is Level.ROW and values[i].op != "const" and i not in once
-        ]
+        once = [i for i in self.new if values[i].op.startswith("tree_")]
+        rows = [i for i in self.new if values[i].level is Level.ROW and i not in once]
         lines = []
-        if nr or nl:
+        if (nr or nl) and not self.number:
             lines.append(f"double *uniforms = malloc(sizeof(double) * (l->n_rows * {nr} + l->n_leaves * {nl} + 1));")
             lines.append(f"l->of_row = uniforms; l->of_leaf = uniforms + l->n_rows * {nr};")
         lines += [f"const double u{i} = {self.uniform(i)};" for i in once]
-        if nr:
+        if rows or once:
             lines.append("for (int64_t r = 0; r < l->n_rows; ++r) {")
+            lines += [f"  const double u{i} = {self.of_row(i)};" for i in self.needed(rows, Level.ROW)]
             lines += [f"  const double u{i} = {self.uniform(i)};" for i in rows]
-            lines += [f"  l->of_row[r * {nr} + {k}] = u{i};" for k, i in enumerate(self.row_kept)]
+            lines += [f"  {self.of_row(i)} = u{i};" for i in self.row_kept if i in self.new]
             lines.append("}")
-        if nl:
+        if self.per_leaf:
             lines += self.before_leaves()
             lines.append("for (int64_t leaf = 0; leaf < l->n_leaves; ++leaf) {")
             lines += ["  " + x for x in self.leaf_lines()]
-            lines += [f"  l->of_leaf[leaf * {nl} + {k}] = u{i};" for k, i in enumerate(self.leaf_kept)]
+            lines += [f"  {self.of_leaf(i)} = u{i};" for i in self.leaf_kept if i in self.new]
             lines.append("}")
         lines.append("l->next_run = 0;")
-        lines.append(f"if (l->n_threads > 1) l->parallel(work_{self.number}, l, (unsigned)l->n_threads, 0);")
-        lines.append(f"else work_{self.number}(l);")
+        work = f"work_{self.number}"
+        lines.append(f"if (l->n_threads < 2 || l->parallel_for(0, l->n_threads, 1, {work}, l)) {work}(0, 1, l);")
         own = [k for k in self.p.stores if self.program.outputs[k].level is Level.LEAF]
         if own:
             lines.append("for (int64_t leaf = 0; leaf < l->n_leaves; ++leaf) {")
@@ -232,9 +183,25 @@ class _Emitter:
                 place = f"*({ctype} *)l->columns[{self.first_output + k}][leaf]"
                 lines.append("  " + store.format(place, self.kept(i)) + ";")
             lines.append("}")
-        if nr or nl:
-            lines.append("free(uniforms);")
+        if (nr or nl) and self.last:
+            lines.append("free(l->of_row);")
         return lines
+
+    def needed(self, chosen: Sequence[int], level: Level) -> list[int]:
+        """Kept values of a level that some are computed from, and that are not computed among them."""
+        values = self.program.values
+        operands = {a for i in chosen if not values[i].reduction for a in values[i].args}
+        kept = self.row_kept if level is Level.ROW else self.leaf_kept
+        here = {i for i in self.new if values[i].level is values[chosen[0]].level} if chosen else set()
+        return [i for i in kept if i in operands and i not in here]
+
+    def of_row(self, i: int, row: str = "r") -> str:
+        """Place of a value that is kept for a row."""
+        return f"l->of_row[{row} * {len(self.row_kept)} + {self.row_kept.index(i)}]"
+
+    def of_leaf(self, i: int) -> str:
+        """Place of a value that is kept for a leaf."""
+        return f"l->of_leaf[leaf * {len(self.leaf_kept)} + {self.leaf_kept.index(i)}]"
 
     @functools.cached_property
     def repeated(self) -> list[int]:
@@ -253,9 +220,11 @@ class _Emitter:
         return ["int64_t last = -1;", f"double {', '.join(f'u{i} = 0' for i in self.repeated)};"]
 
     def leaf_lines(self) -> list[str]:
-        values, nr = self.program.values, len(self.row_kept)
-        lines = ["const int64_t r = l->leaf_row[leaf];"] if nr or self.repeated else []
-        lines += [f"const double u{i} = l->of_row[r * {nr} + {k}];" for k, i in enumerate(self.row_kept)]
+        values = self.program.values
+        of_row = self.needed(self.per_leaf, Level.ROW)
+        lines = ["const int64_t r = l->leaf_row[leaf];"] if of_row or self.repeated else []
+        lines += [f"const double u{i} = {self.of_row(i)};" for i in of_row]
+        lines += [f"const double u{i} = {self.of_leaf(i)};" for i in self.needed(self.per_leaf, Level.LEAF)]
         stored = [i for i in self.repeated if values[i].op == "leaf"]
         lines += [f"const double new{i} = {self.uniform(i)};" for i in stored]
         if self.repeated:
@@ -270,16 +239,35 @@ class _Emitter:
         if value.op == "const":
             return literal(value.const)
         if value.level is Level.ROW:
-            return f"l->of_row[l->leaf_row[leaf] * {len(self.row_kept)} + {self.row_kept.index(i)}]"
-        return f"l->of_leaf[leaf * {len(self.leaf_kept)} + {self.leaf_kept.index(i)}]"
+            return self.of_row(i, "l->leaf_row[leaf]")
+        return self.of_leaf(i)
 
     # -- elements -------------------------------------------------------------------------------------------------
 
-    def operand(self, i: int) -> str:
+    def operand(self, i: int, double: bool = False, wide: bool = False) -> str:
+        """The C expression of an operand, in the type of the elements or in double precision."""
         value = self.program.values[i]
         if value.op == "const":
-            return f"(real){literal(value.const)}" if value.const >= 0 else f"((real){literal(value.const)})"
-        return f"s{i}" if value.uniform else f"v{i}"
+            number = f"({'double' if double else 'real'}){literal(value.const)}"
+            return number if value.const >= 0 else f"({number})"
+        if value.uniform:
+            return f"d{i}" if double else f"s{i}"
+        if wide and i in self.signature.wide:
+            return f"w{i}"
+        return f"(double)v{i}" if double and not value.boolean else f"v{i}"
+
+    def statement(self, i: int, wide: bool) -> str:
+        """The C statement that computes a value of an element."""
+        value = self.program.values[i]
+        double = wide or i in self.signature.rounded
+        suffix = "" if double or self.signature.compute is torch.float64 else "f"
+        operands = [self.operand(a, double, wide) for a in value.args]
+        expression = OPS[value.op].c.format(*operands, f=suffix, T="double" if double else "real")
+        if value.boolean:
+            return f"const int {'w' if wide else 'v'}{i} = {expression};"
+        if wide:
+            return f"const double w{i} = {expression};"
+        return f"const real v{i} = {f'(real)({expression})' if double else expression};"
 
     def work(self) -> list[str]:
         program, values, p = self.program, self.program.values, self.p
@@ -295,7 +283,12 @@ class _Emitter:
             "const int64_t later = chunk + 1 < until ? chunk + 1 : chunk, next = l->chunk_leaf[later];",
             f"const int64_t ahead = l->chunk_start[later] - start, strip = later > chunk ? {STRIP} : stop - start;",
         ]
-        inner += [f"const real s{i} = (real){self.kept(i)};" for i in (*self.row_kept, *self.leaf_kept)]
+        in_double = {a for i in (*p.wide, *self.signature.rounded.intersection(p.body)) for a in values[i].args}
+        plain = {a for i in set(p.body) - self.signature.rounded for a in values[i].args}
+        plain |= {program.outputs[k].value for k in p.stores if program.outputs[k].level is Level.ELEMENT}
+        for i in (*self.row_kept, *self.leaf_kept):
+            inner += [f"const real s{i} = (real){self.kept(i)};"] if i in plain else []
+            inner += [f"const double d{i} = {self.kept(i)};"] if i in in_double else []
         body = []
         loads = [
             (i, self.columns[values[i].name], values[i].name, self.signature.dtypes[values[i].name]) for i in p.inputs
@@ -306,10 +299,7 @@ class _Emitter:
             inner.append(f"const {ctype} *a{i} = l->columns[{column}][leaf];  /* {name} */")
             inner.append(f"const {ctype} *n{i} = (const {ctype} *)l->columns[{column}][next] + ahead;")
             body.append(f"const real v{i} = {load.format(f'a{i}[i]')};")
-        for i in p.body:
-            ctype = "int" if values[i].boolean else "real"
-            expression = OPS[values[i].op].c.format(*map(self.operand, values[i].args), f=self.suffix, T="real")
-            body.append(f"const {ctype} v{i} = {expression};")
+        body += [self.statement(i, False) for i in p.body] + [self.statement(i, True) for i in p.wide]
         for k in p.stores:
             if program.outputs[k].level is Level.ELEMENT:
                 ctype, _, store = STORAGE[self.signature.outputs[k]]
@@ -318,14 +308,14 @@ class _Emitter:
                 )
                 body.append(store.format(f"o{k}[i]", self.operand(program.outputs[k].value)) + ";")
         for r in p.reductions:
-            body.append(f"b{r}[i - first] = {self.operand(values[r].args[0])};")
+            body.append(f"b{r}[i - first] = {self.operand(values[r].args[0], True, True)};")
         if not p.reductions:
             inner += self.strips("start", "stop", [i for i, *_ in loads], body)
         else:
             for r in p.reductions:
                 identity = literal(REDUCTIONS[values[r].reduction].identity)
                 inner.append(f"double t{r}[8] = {{{', '.join([identity] * 8)}}};")
-                inner.append(f"real b{r}[{BLOCK}];")
+                inner.append(f"double b{r}[{BLOCK}];")
             inner.append(f"for (int64_t first = start; first < stop; first += {BLOCK}) {{")
             inner.append(f"  const int64_t last = stop < first + {BLOCK} ? stop : first + {BLOCK};")
             inner += ["  " + x for x in self.strips("first", "last", [i for i, *_ in loads], body)]
@@ -348,7 +338,3 @@ class _Emitter:
             lines += ["  if (later > chunk) {", *asks, "  }"]
         lines += ["  #pragma omp simd", "  for (int64_t i = at; i < end; ++i) {", *("    " + x for x in body), "  }"]
         return [*lines, "}"]
-
-    @property
-    def suffix(self) -> str:
-        return "f" if self.signature.compute is torch.float32 else ""

@@ -140,14 +140,22 @@ def _pass(signature: Signature, p: Pass, number: int) -> str:
             case _:
                 code = OPS[value.op].triton.format(*args, T="tl.float64")
         lines.append(f"u{i} = {code}")
-    elementwise = {a for i in p.body for a in values[i].args} | {values[r].args[0] for r in p.reductions}
+    elementwise = {a for i in set(p.body) - signature.rounded for a in values[i].args}
     elementwise |= {program.outputs[k].value for k in p.stores}
     for i in p.uniforms:
         if i in elementwise:
             lines.append(f"s{i} = u{i}" if values[i].boolean else f"s{i} = u{i}.to({compute})")
 
-    def operand(i: int) -> str:
-        return f"s{i}" if values[i].uniform else f"v{i}"
+    def operand(i: int, double: bool = False, wide: bool = False) -> str:
+        if values[i].uniform:
+            return f"u{i}" if double else f"s{i}"
+        if wide and i in signature.wide:
+            return f"w{i}"
+        return f"v{i}.to(tl.float64)" if double and not values[i].boolean else f"v{i}"
+
+    def expression(i: int, double: bool, wide: bool = False) -> str:
+        operands = [operand(a, double, wide) for a in values[i].args]
+        return OPS[values[i].op].triton.format(*operands, T="tl.float64" if double else compute)
 
     body = ["i = start + base + tl.arange(0, BLOCK)", "inside = i < stop"]
     for i in p.inputs:
@@ -158,7 +166,9 @@ def _pass(signature: Signature, p: Pass, number: int) -> str:
         lines.append(f"a{i} = {address(len(names) + k, signature.outputs[k])}  # {program.outputs[k].name}")
         body.append(f"v{i} = tl.load(a{i} + i, inside, 0.0).to({compute})")
     for i in p.body:
-        body.append(f"v{i} = {OPS[values[i].op].triton.format(*map(operand, values[i].args), T=compute)}")
+        exact = i in signature.rounded
+        body.append(f"v{i} = ({expression(i, True)}).to({compute})" if exact else f"v{i} = {expression(i, False)}")
+    body += [f"w{i} = {expression(i, True, True)}" for i in p.wide]
     tail = []
     for k in p.stores:
         output, dtype = program.outputs[k], signature.outputs[k]
@@ -178,7 +188,7 @@ def _pass(signature: Signature, p: Pass, number: int) -> str:
         kind = values[r].reduction
         identity = f'float("{REDUCTIONS[kind].identity!r}")'
         lines.append(f"t{r} = tl.full((BLOCK,), {identity}, tl.float64)")
-        x = f"tl.where(inside, ({operand(values[r].args[0])}).to(tl.float64), {identity})"
+        x = f"tl.where(inside, {operand(values[r].args[0], True, True)}, {identity})"
         body.append(f"x{r} = {x}")
         body.append(
             f"t{r} += x{r}" if kind == "sum" else f"t{r} = tl.where((x{r} > t{r}) | (x{r} != x{r}), x{r}, t{r})"

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -230,8 +231,8 @@ def test_names_are_needed_on_both_sides() -> None:
 
 @pytest.mark.parametrize("saved", [True, False])
 @pytest.mark.parametrize("live", [True, False])
-def test_names_by_position_are_those_of_the_file_or_else_stay(live: bool, saved: bool) -> None:
-    """As in torch."""
+def test_names_by_position_are_those_of_the_optimizer_or_else_of_the_file(live: bool, saved: bool) -> None:
+    """As in torch, but that a file does not rename parameters."""
     results = []
     for cls in (AdamW, torch.optim.AdamW):
         params = named()
@@ -240,7 +241,7 @@ def test_names_by_position_are_those_of_the_file_or_else_stay(live: bool, saved:
         b.load_state_dict(a.state_dict())
         results.append(b.param_groups[0].get("param_names"))
 
-    assert results[0] == results[1]
+    assert results[0] == (list(named()) if live else results[1])
 
 
 def test_names_that_clash_or_mix_are_refused_as_in_torch() -> None:
@@ -455,18 +456,144 @@ def test_a_state_of_other_floats_is_cast_as_in_torch() -> None:
         torch.testing.assert_close(new.state[q]["exp_avg"], opt.state[p]["exp_avg"].float(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("step", [7, 7.0, torch.tensor(7), torch.tensor(7.0, dtype=torch.float64), torch.tensor([7.0])])
-def test_counters_of_any_kind_load(step: Any) -> None:
-    opt = AdamW(named().values())
-    train([opt], range(2))
+COUNTERS: dict[str, Callable[[], Any]] = {
+    "int": lambda: 7,
+    "float": lambda: 7.0,
+    "NumPy's float": lambda: np.float32(7.0),
+    "NumPy's int": lambda: np.int64(7),
+    "int64": lambda: torch.tensor(7),
+    "float64": lambda: torch.tensor(7.0, dtype=torch.float64),
+    "float32": lambda: torch.tensor(7.0),
+    "bfloat16": lambda: torch.tensor(7.0, dtype=torch.bfloat16),
+    "shape (1,)": lambda: torch.tensor([7.0]),
+    "int64 of shape (1, 1)": lambda: torch.tensor([[7]]),
+}
+
+
+@pytest.mark.parametrize("kind", COUNTERS)
+@pytest.mark.parametrize("cls", [AdamW, LAMB])
+def test_counters_of_any_kind_load(cls: Any, kind: str) -> None:
+    opt, twin = cls(named().values()), cls(named().values())
+    train([opt, twin], range(7))
     saved = copy.deepcopy(opt.state_dict())
     for state in saved["state"].values():
-        state["step"] = step
+        state["step"] = COUNTERS[kind]()
 
     opt.load_state_dict(saved)
-    train([opt], range(1))
+    train([opt, twin], range(7, 30))
 
-    assert [s["step"].item() for s in opt.state.values()] == [8.0] * 3
+    assert [s["step"].item() for s in opt.state.values()] == [30.0] * 3
+    assert [s["step"].shape for s in opt.state.values()] == [()] * 3
+    # float32 and float64 counters are 30 exactly, so the numbers are the same bits
+    for p, q in zip(params_of(opt), params_of(twin), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+def test_counters_have_the_dtype_that_torch_gives_them(default: torch.dtype) -> None:
+    """A number becomes a tensor of the default dtype, in torch too; torch leaves an integer tensor as it is."""
+    params = list(named().values())
+    slots = [{name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")} for p in params]
+    groups = AdamW(params).state_dict()["param_groups"]
+    torch.set_default_dtype(default)
+    try:
+        dtypes = []
+        for cls, step in ((torch.optim.AdamW, 7), (AdamW, 7), (AdamW, torch.tensor(7)), (AdamW, None)):
+            opt = cls(params)
+            opt.load_state_dict(
+                {"state": {k: {"step": step, **s} for k, s in enumerate(slots)}, "param_groups": groups}
+            )
+            dtypes.append({s["step"].dtype for s in opt.state.values()})
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+    assert dtypes == [{default}] * 4
+
+
+@pytest.mark.parametrize("key", ["momentum_buffer", "exp_avg", "exp_avg_sq", "step", "all"])
+def test_slots_that_are_none_start_anew(key: str) -> None:
+    """As if they were zeros, which is what they start from; torch writes None for a buffer that it has not made."""
+    momentum = key == "momentum_buffer"
+    make: Any = (lambda p: SGD(p, lr=0.1, momentum=0.9)) if momentum else (lambda p: AdamW(p, lr=0.1))
+    opts = [make(named().values()) for _ in range(2)]
+    train(opts, range(3))
+    saved = [copy.deepcopy(opt.state_dict()) for opt in opts]
+    for none, zero in zip(saved[0]["state"].values(), saved[1]["state"].values(), strict=True):
+        for k in list(none) if key == "all" else [key]:
+            none[k], zero[k] = None, torch.zeros_like(zero[k])
+
+    for opt, state in zip(opts, saved, strict=True):
+        opt.load_state_dict(state)
+    assert all(x is not None for s in opts[0].state.values() for x in s.values())
+    assert all(opts[0].state.values())  # no empty ones
+    train(opts, range(3, 23))
+
+    assert_same_bits(*[[p.detach() for p in params_of(opt)] for opt in opts])
+
+
+def test_a_number_per_leaf_loads_from_a_number_and_from_one_element() -> None:
+    """In the dtype that it is made with: float64 beside float64 parameters."""
+    for value in (3, 3.0, np.float64(3.0), torch.tensor(3.0, dtype=torch.float64), torch.tensor([3.0]).double()):
+        opt = TransformOptimizer(named().values(), counted())
+        train([opt], range(1))
+        saved = copy.deepcopy(opt.state_dict())
+        for state in saved["state"].values():
+            state["c"] = value
+        opt.load_state_dict(saved)
+        for state in opt.state.values():
+            assert_same_bits(state["c"], torch.tensor(3.0, dtype=torch.float64))
+
+
+def test_values_without_a_parameter_are_copied() -> None:
+    opt, other = SGD(named().values()), SGD(named().values())
+    opt.state["mine"] = {"x": torch.ones(2)}
+
+    other.load_state_dict(opt.state_dict())
+    other.state["mine"]["x"].add_(1)
+
+    assert opt.state["mine"]["x"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_each_loaded_tensor_has_memory_of_its_own(maker: str) -> None:
+    opt = MAKERS[maker](named().items())
+    train([opt], range(2))
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+
+    tensors = [x for state in opt.state.values() for x in state.values() if x.numel()]
+    assert len({x.untyped_storage().data_ptr() for x in tensors}) == len(tensors)
+
+
+class Counted(str):
+    """A name that counts how often it is compared."""
+
+    __slots__ = ()
+    compared = 0
+
+    def __eq__(self, other: object) -> bool:
+        Counted.compared += 1
+        return str.__eq__(self, other)
+
+    __hash__ = str.__hash__
+
+
+@pytest.mark.parametrize("groups", [1, 100])
+def test_matching_by_name_takes_a_few_comparisons_per_parameter(groups: int) -> None:
+    count = 200
+    names = [Counted(f"layer.{k}") for k in range(count)]
+    params = [nn.Parameter(torch.zeros(1)) for _ in names]
+
+    def make(pairs: Any) -> torch.optim.Optimizer:
+        return SGD([{"params": pairs[g::groups]} for g in range(groups)], momentum=0.9)
+
+    opt, other = make(list(zip(names, params, strict=True))), make(list(zip(names, params, strict=True))[::-1])
+    train([opt], range(1))
+    saved = opt.state_dict()
+    Counted.compared = 0
+
+    other.load_state_dict(saved, by_name=True)  # type: ignore[call-arg]
+
+    assert Counted.compared <= 20 * count  # a comparison of each with each is 40,000
 
 
 # --- what does not fit
@@ -507,6 +634,38 @@ MISFITS: dict[str, tuple[Callable[[Any], dict[str, Any]], str]] = {
     "integers": (edited(lambda d: d["state"][0].update(exp_avg=torch.ones(4, 8).long())), "dtype torch.int64"),
     "complex": (edited(lambda d: d["state"][0].update(exp_avg=torch.ones(4, 8) * 1j)), "dtype torch.complex64"),
     "no tensor": (edited(lambda d: d["state"][0].update(exp_avg=[1.0, 2.0])), "exp_avg"),
+    "a number for a state": (
+        edited(lambda d: d["state"].update({0: 5})),
+        r"saved state of .* is int 5, expected a dict",
+    ),
+    "None for a state": (edited(lambda d: d["state"].update({2: None})), "is NoneType None, expected a dict"),
+    "no dict of states": (edited(lambda d: d.update(state=[1])), "'state' of the state dict is list"),
+    "no list of groups": (edited(lambda d: d.update(param_groups="ab")), "'param_groups' of the state dict is str"),
+    "a number for a group": (edited(lambda d: d.update(param_groups=[5])), r"param_groups\[0\] .* is int 5"),
+    "a group of nothing": (edited(lambda d: d["param_groups"][0].pop("params")), "expected a dict with a list"),
+    "a number for parameters": (edited(lambda d: d["param_groups"][0].update(params=3)), "expected a dict with a list"),
+    "a list for a parameter": (
+        edited(lambda d: d["param_groups"][0].update(params=[[0], 1, 2])),
+        "'params' of param_g",
+    ),
+    "too few names": (edited(lambda d: d["param_groups"][0].update(param_names=["a"])), "a name for each parameter"),
+    "numbers for names": (edited(lambda d: d["param_groups"][0].update(param_names=[1, 2, 3])), "a name for each"),
+    "text for a rate": (
+        edited(lambda d: d["param_groups"][0].update(lr="0.1")),
+        "'lr' is str '0.1', expected a number",
+    ),
+    "None for a decay": (
+        edited(lambda d: d["param_groups"][0].update(weight_decay=None)),
+        "'weight_decay' is NoneType",
+    ),
+    "a tensor for a flag": (edited(lambda d: d["param_groups"][0].update(fused=torch.ones(2))), "'fused' is Tensor"),
+    "text for a flag": (edited(lambda d: d["param_groups"][0].update(maximize="no")), "'maximize' is str 'no'"),
+    "one beta": (edited(lambda d: d["param_groups"][0].update(betas=(0.9,))), "'betas' is"),
+    "text for a counter": (edited(lambda d: d["state"][0].update(step="3")), "the saved 'step' .* is str '3'"),
+    "a list for a counter": (edited(lambda d: d["state"][0].update(step=[3])), "the saved 'step' .* is list"),
+    "two counters": (edited(lambda d: d["state"][0].update(step=torch.ones(2))), r"the saved 'step' .* shape \(2,\)"),
+    "a complex counter": (edited(lambda d: d["state"][0].update(step=torch.tensor(1j))), "dtype torch.complex64"),
+    "a sparse slot": (edited(lambda d: d["state"][0].update(exp_avg=torch.ones(4, 8).to_sparse())), "is sparse"),
     "more groups": (edited(lambda d: d["param_groups"].append(d["param_groups"][0])), "different number of parameter"),
     "fewer parameters": (edited(lambda d: d["param_groups"][0]["params"].pop()), "doesn't match the size"),
 }
@@ -530,19 +689,38 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_changes(case: str) -> 
     train([opt], range(3, 4))
 
 
-def test_masks_are_asked_about_the_names_that_count_afterwards() -> None:
-    """Loading by position takes the names of the file over, as torch does."""
-    tx = fo.partition({"a": fo.adamw(1e-2), "b": fo.sgd(0.1)}, {re.compile("^fc"): "a", re.compile(""): "b"})
-    params = named()
-    opt = TransformOptimizer(params.items(), tx)
-    train([opt], range(2))
-    other = TransformOptimizer([(f"_orig_mod.{k}", nn.Parameter(p.detach().clone())) for k, p in params.items()], tx)
+def masked_by_name() -> fo.GradientTransformation:
+    return fo.chain(fo.masked(fo.trace(0.9), re.compile("^fc")), fo.scale_by_learning_rate(0.1))
 
-    other.load_state_dict(opt.state_dict())
 
-    assert_same_bits(list(other.state.values()), list(opt.state.values()))
-    train([opt, other], range(2, 5))
+def labelled_by_name() -> fo.GradientTransformation:
+    return fo.partition({"a": fo.adamw(1e-2), "b": fo.sgd(0.1)}, {re.compile("^fc"): "a", re.compile(""): "b"})
+
+
+@pytest.mark.parametrize("has", ["names", "no names"])
+@pytest.mark.parametrize("file", [["head", "fc.bias", "fc.weight"], ["_orig_mod.a", "b", "c"], None, "no key"])
+@pytest.mark.parametrize("make", [masked_by_name, labelled_by_name])
+def test_names_in_a_file_do_not_steer_masks(make: Any, file: Any, has: str) -> None:
+    """Parameters are called what the constructor was told, whatever the file calls them."""
+    params = [named() for _ in range(2)]
+    opt, other = (TransformOptimizer(p.items() if has == "names" else p.values(), make()) for p in params)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the (mask|pattern)")
+        train([opt], range(2))
+        saved = copy.deepcopy(opt.state_dict())
+        for group in saved["param_groups"]:
+            group.pop("param_names", None)
+            if file != "no key":
+                group["param_names"] = file
+        with torch.no_grad():
+            for name, p in params[1].items():
+                p.copy_(params[0][name])
+
+        other.load_state_dict(saved)
+        train([opt, other], range(2, 5))
+
     assert_same_bits(content(other), content(opt))
+    assert other.param_groups[0].get("param_names") == opt.param_groups[0].get("param_names")
 
 
 @pytest.mark.parametrize("name", ["fc.weight", "fc.bias"])
@@ -585,9 +763,9 @@ def test_names_that_may_be_missing_need_names() -> None:
 def test_an_unknown_group_key_is_kept_and_known_ones_are_listed() -> None:
     params = list(named().values())
     with pytest.warns(
-        UserWarning, match=r"knows 'betas', 'wd' in a parameter group; there are .*'weight_decay'"
+        UserWarning, match=r"knows 'name', 'wd' in a parameter group; there are .*'weight_decay'"
     ) as seen:
-        opt = TransformOptimizer([{"params": params[:1], "wd": 0.1, "betas": (0.9, 0.99)}], chain())
+        opt = TransformOptimizer([{"params": params[:1], "wd": 0.1, "name": "head"}], chain())
     assert opt.param_groups[0]["wd"] == 0.1
     assert seen[0].filename == __file__
     with warnings.catch_warnings():

@@ -21,8 +21,8 @@ import functional_optim as fo
 from _lib.marks import INTERPRETER
 from _lib.programs import run_program
 from functional_optim._compiler import trace
-from functional_optim._compiler.build import find_compiler
-from functional_optim._compiler.c.emit import HEADER
+from functional_optim._compiler.c.build import find_compiler
+from functional_optim._compiler.c.emit import prelude
 from functional_optim._compiler.ops import OPS
 from functional_optim._runtime.backend import BACKENDS, try_again
 
@@ -739,7 +739,7 @@ def conversions(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     if compiler is None:
         pytest.skip("there is no C compiler")
     folder: Path = tmp_path_factory.mktemp("conversions")
-    (folder / "convert.c").write_text(HEADER.format(T="float") + CONVERT)
+    (folder / "convert.c").write_text(prelude("float") + CONVERT)
     command = [*compiler, "-O2", "-shared", "-fPIC", request.param, "convert.c", "-o", "convert.so", "-lm"]
     subprocess.run(command, cwd=folder, check=True, timeout=100)
     return ctypes.CDLL(str(folder / "convert.so"))

@@ -111,50 +111,51 @@ def test_clipped_adam() -> None:
 %0 = array updates
 %1 = array params
 %2 = scalar clip_by_global_norm.max_norm
-%3 = mul(%0, %0)
+%3 = mul(%0, %0)  # wide
 %4 = tree_sum(%3, over clip_by_global_norm@0)  # row, stage 1
 %5 = sqrt(%4)  # row, stage 1
-%6 = lt(%5, %2)  # row, stage 1
-%7 = div(%2, %5)  # row, stage 1
-%8 = 1.0
-%9 = where(%6, %8, %7)  # row, stage 1
-%10 = mul(%0, %9)  # stage 1
-%11 = scalar scale_by_adam.count
-%12 = add(%11, %8)  # row
-%13 = scalar scale_by_adam.b1
-%14 = scalar scale_by_adam.b2
-%15 = scalar scale_by_adam.eps
-%16 = scalar scale_by_adam.eps_root
-%17 = array scale_by_adam.mu
-%18 = array scale_by_adam.nu
-%19 = mul(%13, %17)
-%20 = sub(%8, %13)  # row
-%21 = mul(%20, %10)  # stage 1
-%22 = add(%19, %21)  # stage 1
-%23 = mul(%14, %18)
-%24 = sub(%8, %14)  # row
-%25 = mul(%24, %10)  # stage 1
-%26 = mul(%25, %10)  # stage 1
-%27 = add(%23, %26)  # stage 1
-%28 = pow(%13, %12)  # row
-%29 = sub(%8, %28)  # row
-%30 = div(%8, %29)  # row
-%31 = mul(%22, %30)  # stage 1
-%32 = pow(%14, %12)  # row
-%33 = sub(%8, %32)  # row
-%34 = div(%8, %33)  # row
-%35 = mul(%27, %34)  # stage 1
-%36 = add(%35, %16)  # stage 1
-%37 = sqrt(%36)  # stage 1
-%38 = add(%37, %15)  # stage 1
-%39 = div(%31, %38)  # stage 1
-%40 = scalar scale_by_learning_rate.learning_rate
-%41 = neg(%40)  # row
-%42 = mul(%41, %39)  # stage 1
-%43 = add(%1, %42)  # stage 1
-params <- %43
-scale_by_adam.mu <- %22
-scale_by_adam.nu <- %27""",
+%6 = le(%5, %2)  # row, stage 1
+%7 = 1.0
+%8 = where(%6, %7, %5)  # row, stage 1
+%9 = div(%2, %8)  # row, stage 1
+%10 = where(%6, %7, %9)  # row, stage 1
+%11 = mul(%0, %10)  # rounded, stage 1
+%12 = scalar scale_by_adam.count
+%13 = add(%12, %7)  # row
+%14 = scalar scale_by_adam.b1
+%15 = scalar scale_by_adam.b2
+%16 = scalar scale_by_adam.eps
+%17 = scalar scale_by_adam.eps_root
+%18 = array scale_by_adam.mu
+%19 = array scale_by_adam.nu
+%20 = mul(%14, %18)
+%21 = sub(%7, %14)  # row
+%22 = mul(%21, %11)  # stage 1
+%23 = add(%20, %22)  # stage 1
+%24 = mul(%15, %19)
+%25 = sub(%7, %15)  # row
+%26 = mul(%25, %11)  # stage 1
+%27 = mul(%26, %11)  # stage 1
+%28 = add(%24, %27)  # stage 1
+%29 = pow(%14, %13)  # row
+%30 = sub(%7, %29)  # row
+%31 = div(%7, %30)  # row
+%32 = mul(%23, %31)  # stage 1
+%33 = pow(%15, %13)  # row
+%34 = sub(%7, %33)  # row
+%35 = div(%7, %34)  # row
+%36 = mul(%28, %35)  # stage 1
+%37 = add(%36, %17)  # stage 1
+%38 = sqrt(%37)  # stage 1
+%39 = add(%38, %16)  # stage 1
+%40 = div(%32, %39)  # stage 1
+%41 = scalar scale_by_learning_rate.learning_rate
+%42 = neg(%41)  # row
+%43 = mul(%42, %40)  # stage 1
+%44 = add(%1, %43)  # stage 1
+params <- %44
+scale_by_adam.mu <- %23
+scale_by_adam.nu <- %28""",
     )
 
 
@@ -200,28 +201,29 @@ def test_lamb() -> None:
 %35 = scalar scale_by_trust_ratio.min_norm
 %36 = scalar scale_by_trust_ratio.trust_coefficient
 %37 = scalar scale_by_trust_ratio.eps
-%38 = mul(%1, %1)
+%38 = mul(%1, %1)  # wide
 %39 = leaf_sum(%38)  # leaf, stage 1
 %40 = sqrt(%39)  # leaf, stage 1
 %41 = maximum(%40, %35)  # leaf, stage 1
-%42 = mul(%34, %34)
+%42 = mul(%34, %34)  # wide
 %43 = leaf_sum(%42)  # leaf, stage 1
 %44 = sqrt(%43)  # leaf, stage 1
 %45 = maximum(%44, %35)  # leaf, stage 1
-%46 = mul(%36, %41)  # leaf, stage 1
-%47 = add(%45, %37)  # leaf, stage 1
-%48 = div(%46, %47)  # leaf, stage 1
-%49 = 0.0
-%50 = eq(%41, %49)  # leaf, stage 1
-%51 = eq(%45, %49)  # leaf, stage 1
-%52 = logical_or(%50, %51)  # leaf, stage 1
-%53 = where(%52, %3, %48)  # leaf, stage 1
-%54 = mul(%34, %53)  # stage 1
-%55 = scalar scale_by_learning_rate.learning_rate
-%56 = neg(%55)  # row
-%57 = mul(%56, %54)  # stage 1
-%58 = add(%1, %57)  # stage 1
-params <- %58
+%46 = 0.0
+%47 = eq(%45, %46)  # leaf, stage 1
+%48 = mul(%36, %41)  # leaf, stage 1
+%49 = where(%47, %3, %45)  # leaf, stage 1
+%50 = add(%49, %37)  # leaf, stage 1
+%51 = div(%48, %50)  # leaf, stage 1
+%52 = eq(%41, %46)  # leaf, stage 1
+%53 = logical_or(%47, %52)  # leaf, stage 1
+%54 = where(%53, %3, %51)  # leaf, stage 1
+%55 = mul(%34, %54)  # rounded, stage 1
+%56 = scalar scale_by_learning_rate.learning_rate
+%57 = neg(%56)  # row
+%58 = mul(%57, %55)  # stage 1
+%59 = add(%1, %58)  # stage 1
+params <- %59
 scale_by_adam.mu <- %14
 scale_by_adam.nu <- %19""",
     )
@@ -236,12 +238,12 @@ def test_a_number_per_leaf() -> None:
 %2 = scalar layerwise.decay
 %3 = leaf layerwise.norm
 %4 = array layerwise.mu
-%5 = mul(%0, %0)
+%5 = mul(%0, %0)  # wide
 %6 = leaf_sum(%5)  # leaf, stage 1
 %7 = sqrt(%6)  # leaf, stage 1
 %8 = lerp(%7, %3, %2)  # leaf, stage 1
 %9 = mul(%2, %4)
-%10 = div(%0, %8)  # stage 1
+%10 = div(%0, %8)  # rounded, stage 1
 %11 = add(%9, %10)  # stage 1
 %12 = scalar scale.step_size
 %13 = mul(%12, %11)  # stage 1
@@ -364,7 +366,7 @@ pass 1
   reduce %4 = tree_sum(%3, over clip_by_global_norm@0)
 pass 2
   load updates
-  reduce %13 = leaf_sum(%12)
+  reduce %14 = leaf_sum(%13)
 pass 3
   load updates, params, trace.trace
   store params, trace.trace
@@ -389,7 +391,7 @@ C_TYPES = {"float": 4, "double": 8, "uint16_t": 2}
 def count(source: str) -> Counted:
     """Counts loads `a3[i]` and stores `o1[i]` of each pass, by the types of the arrays."""
     read = written = 0
-    works = re.findall(r"^static void work_\d+\(void \*data\) \{\n(.*?)^\}", source, re.DOTALL | re.MULTILINE)
+    works = re.findall(r"^static void work_\d+\([^)]*\) \{\n(.*?)^\}", source, re.DOTALL | re.MULTILINE)
     for work in works:
         arrays = {
             name: C_TYPES[ctype] for ctype, name in re.findall(r"(?:const )?(\w+) \*([ao]\d+) = l->columns", work)

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import functional_optim as fo
-from functional_optim._compiler.build import load_triton
+from functional_optim._compiler.triton.build import load_triton
 from functional_optim._compiler.triton.emit import emit_triton
 
 

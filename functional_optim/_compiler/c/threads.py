@@ -1,0 +1,46 @@
+"""Threads of torch for generated C: `torch_parallel_for` of its stable C ABI, found by name in the library itself.
+
+A kernel gets the address of the function in its launch structure and calls it as
+
+    parallel_for(0, n_threads, 1, work, data)
+
+`work(begin, end, data)` is then called by at most `n_threads` of torch's threads, the calling one among them, as
+often as `torch.set_num_threads` allows; within a parallel region of torch, by the calling thread alone. The result is
+0, or another number if torch could not do so.
+"""
+
+import ctypes
+import os
+import sys
+
+import torch
+
+from ..cache import once
+
+
+SERIAL = 1 << 14  # elements below which waking other threads costs more than it saves
+
+
+def parallel_address() -> int | None:
+    """Address of `torch_parallel_for`; None if this process has no threads to wake, and work is to be done serially.
+
+    Ask at every step: a child that is forked between two steps would wait for ever for threads of its parent.
+    """
+    return None if _forked else _parallel_for()
+
+
+@once
+def _parallel_for() -> int | None:
+    library = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}.get(sys.platform, "libtorch_cpu.so")
+    # in torch's wheels, or wherever a distribution keeps its libraries and the loader has found it already
+    for name in (os.path.join(os.path.dirname(torch.__file__), "lib", library), library):
+        try:
+            return ctypes.cast(ctypes.CDLL(name).torch_parallel_for, ctypes.c_void_p).value
+        except (AttributeError, OSError):
+            continue
+    return None
+
+
+_forked: list[bool] = []
+if hasattr(os, "register_at_fork"):  # threads of OpenMP stay in the parent
+    os.register_at_fork(after_in_child=lambda: _forked.append(True))

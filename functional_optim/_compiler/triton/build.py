@@ -1,0 +1,54 @@
+"""From Triton source to a module: write it to the cache, where Triton reads it again, and run it."""
+
+import hashlib
+from pathlib import Path
+from types import ModuleType
+
+from .. import cache
+from ..cache import (
+    BuildError as BuildError,
+    Kernels,
+    ToolError,
+)
+
+
+def load_triton(source: str) -> ModuleType:
+    """Writes Triton source to the cache and runs it.
+
+    Args:
+      source: text of a module.
+
+    Returns:
+      The module, the same one for the same source. It is in no other place than this: `sys.modules` lacks it.
+
+    Raises:
+      BuildError: Triton is not installed or does not take the source, or no folder can be written to.
+    """
+    return _modules.get(source)
+
+
+def _build(source: str, folder: Path) -> ModuleType:
+    try:
+        with cache.forks_wait():
+            import triton  # noqa: F401
+    except ImportError as error:
+        raise ToolError(f"Triton cannot be imported ({error})") from None
+    content = source.encode()
+    name = f"functional_optim_{hashlib.sha256(content).hexdigest()[:32]}"
+    path = folder / f"{name}.py"
+    if not path.is_file() or path.read_bytes() != content:
+        cache.write(path, content)
+    module = ModuleType(name)
+    module.__file__ = str(path)  # Triton reads the source of a kernel from its file
+    code = compile(source, str(path), "exec")
+    try:
+        with cache.forks_wait():
+            exec(code, module.__dict__)  # not imported: no bytecode is trusted or left
+    except OSError:  # the file is gone
+        raise
+    except Exception as error:
+        raise ToolError(f"Triton does not take {path} ({type(error).__name__}: {error})") from error
+    return module
+
+
+_modules = Kernels(_build)

@@ -1,0 +1,89 @@
+"""Values at given steps, and the way from one to the next."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .schedule import FACTOR, NUMBER, like, schedule
+
+
+@schedule(init_value=NUMBER, boundaries_and_scales=FACTOR)
+def piecewise_constant_schedule(
+    count: Any, init_value: float, boundaries_and_scales: Mapping[int, float] | None = None
+) -> Any:
+    """Multiplied by a factor at each boundary.
+
+    Args:
+      init_value: the first value.
+      boundaries_and_scales: the step from which on each factor counts.
+
+    Returns:
+      The schedule.
+
+    Raises:
+      ValueError: a factor is negative.
+
+    Example:
+      >>> piecewise_constant_schedule(1.0, {10: 0.1, 20: 0.1})(15)
+      tensor(0.1000, dtype=torch.float64)
+    """
+    value = like(count, init_value)
+    for boundary, scale in sorted((boundaries_and_scales or {}).items()):
+        value = torch.where(count < boundary, value, value * scale)
+    return value
+
+
+@schedule(interpolate_type=("linear", "cosine"), init_value=NUMBER, boundaries_and_scales=FACTOR)
+def piecewise_interpolate_schedule(
+    count: Any,
+    interpolate_type: str,
+    init_value: float,
+    boundaries_and_scales: Mapping[int, float] | None = None,
+) -> Any:
+    """From each boundary's value to the next one's along a line or half a cosine.
+
+    Args:
+      interpolate_type: `"linear"` or `"cosine"`.
+      init_value: the value at step 0.
+      boundaries_and_scales: steps, and the factor of the value at each to the one before.
+
+    Returns:
+      The schedule.
+
+    Raises:
+      ValueError: the type is unknown, or a factor is negative.
+
+    Example:
+      >>> piecewise_interpolate_schedule("linear", 1.0, {10: 0.5})(5)
+      tensor(0.7500, dtype=torch.float64)
+    """
+    corners = [(0, init_value)]
+    for boundary, scale in sorted((boundaries_and_scales or {}).items()):
+        corners.append((boundary, corners[-1][1] * scale))
+    return through(count, interpolate_type, corners)
+
+
+def through(count: Any, interpolate_type: str, corners: Sequence[tuple[Any, Any]]) -> Any:
+    """Through values at given steps, in order, along lines or half cosines; constant before and after.
+
+    Where steps coincide the value jumps, and the last of them counts from that step on.
+
+    Args:
+      count: the number of steps.
+      interpolate_type: `"linear"` or `"cosine"`.
+      corners: steps and values.
+    """
+    value = like(count, corners[0][1])
+    for (start, left), (end, right) in itertools.pairwise(corners):
+        width = end - start
+        x = (count - start) / (width + (width == 0))  # a way without a step is never taken, but computed
+        if interpolate_type == "linear":
+            way = left + (right - left) * x
+        else:
+            way = right + (left - right) / 2 * (torch.cos(math.pi * x) + 1)
+        value = torch.where(count < start, value, way)
+    end, last = corners[-1]
+    return torch.where(count < end, value, last)

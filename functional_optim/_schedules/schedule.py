@@ -1,0 +1,260 @@
+"""Schedules: functions of the step, usable as any hyper-parameter of any transformation.
+
+A schedule takes the number of updates made so far (0 at the first one) and returns a float64 tensor. Inside a chain
+it is traced into the kernel, so formulas are written with torch operations of `count`. Any other function of the step
+works in its place; `traced.py` says which functions can be traced, the others are called by Python at every step.
+"""
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from .._compiler.rule import Range, plain_number
+from .._compiler.trace import Symbol
+
+
+class Schedule:
+    """A formula of the step and its arguments: immutable, comparable, picklable. Its `repr` is the call that makes it.
+
+    Args:
+      factory: the function that made it.
+      arguments: the formula's arguments by name.
+    """
+
+    def __init__(self, factory: "ScheduleFactory", arguments: Mapping[str, Any]) -> None:
+        self.factory = factory
+        self.arguments = MappingProxyType(dict(arguments))
+
+    def __call__(self, count: Any) -> Any:
+        """The value after `count` updates.
+
+        Args:
+          count: a number, or an array, a list or a tensor of numbers.
+
+        Returns:
+          A float64 tensor of the shape of `count`; 0-d for a number.
+
+        Raises:
+          TypeError: `count` holds no numbers.
+
+        Example:
+          >>> from functional_optim import linear_schedule
+          >>> linear_schedule(0.0, 1.0, transition_steps=4)(range(6))
+          tensor([0.0000, 0.2500, 0.5000, 0.7500, 1.0000, 1.0000], dtype=torch.float64)
+        """
+        if isinstance(count, Symbol):
+            return self.factory.formula(count, **self.arguments)
+        count = self._counts(count)
+        x = torch.as_tensor(self.factory.formula(count, **self.arguments), dtype=torch.float64, device=count.device)
+        return x if x.ndim else x.expand(count.shape).clone()  # a formula need not mention `count`
+
+    def _counts(self, count: Any) -> torch.Tensor:
+        if isinstance(count, torch.Tensor):
+            return count.double()
+        try:
+            # `tolist` of NumPy's and JAX's arrays spares torch their dtypes, strides and flags
+            plain = count.tolist() if hasattr(count, "tolist") else list(count) if isinstance(count, range) else count
+            return torch.tensor(plain, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(
+                f"{self.factory.__name__} takes the number of steps, or an array or tensor of such numbers, "
+                f"got {count!r:.60}."
+            ) from None
+
+    def replace_numbers(self, number: Callable[[str, Any], Any]) -> "Schedule":
+        """The same schedule with every float and tensor replaced, so that a kernel can read it from a table.
+
+        Args:
+          number: `number(label, value)` makes the replacement.
+        """
+        return Schedule(self.factory, {k: _replace(k, v, number) for k, v in self.arguments.items()})
+
+    def _key(self) -> tuple[Any, ...]:
+        return (self.factory, *((k, _comparable(v)) for k, v in self.arguments.items()))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Schedule) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Schedule, (self.factory, dict(self.arguments))
+
+    def __repr__(self) -> str:
+        defaults = inspect.signature(self.factory).parameters
+        shown = [
+            f"{k}={v!r}" for k, v in self.arguments.items()
+            if defaults[k].default is inspect.Parameter.empty or _comparable(v) != _comparable(defaults[k].default)
+        ]  # fmt: skip
+        return f"{self.factory.__name__}({', '.join(shown)})"
+
+
+class Identity:
+    """An object compared by identity, which it keeps alive so that no other can take its place."""
+
+    def __init__(self, x: object) -> None:
+        self.x = x
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Identity) and other.x is self.x
+
+    def __hash__(self) -> int:
+        return id(self.x)
+
+
+def _comparable(x: Any) -> Any:
+    """An argument as a value that can be compared and hashed."""
+    if isinstance(x, Mapping):
+        return tuple((k, _comparable(v)) for k, v in x.items())
+    if isinstance(x, (list, tuple)):
+        return tuple(map(_comparable, x))
+    return (type(x), Identity(x) if isinstance(x, torch.Tensor) else x)
+
+
+def _replace(label: str, x: Any, number: Callable[[str, Any], Any]) -> Any:
+    if isinstance(x, float) or (isinstance(x, torch.Tensor) and not x.ndim):
+        return number(label, x)
+    if isinstance(x, Schedule):
+        return x.replace_numbers(lambda inner, value: number(f"{label}.{inner}", value))
+    if isinstance(x, dict):
+        return {k: _replace(f"{label}.{k}", v, number) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_replace(f"{label}.{k}", v, number) for k, v in enumerate(x)]
+    return x
+
+
+def _own(x: Any) -> Any:
+    """An argument that its caller cannot change: containers copied, numbers of NumPy and JAX as Python's."""
+    if isinstance(x, Mapping):
+        return {_own(k): _own(v) for k, v in x.items()}
+    if isinstance(x, tuple):
+        return tuple(map(_own, x))
+    if isinstance(x, (list, Iterator)):
+        return list(map(_own, x))
+    if not isinstance(x, torch.Tensor) and hasattr(x, "tolist") and getattr(x, "ndim", 0) != 0:
+        return x.tolist()
+    return plain_number(x)
+
+
+class ScheduleFactory:
+    """Turns a formula of `count` and arguments into a function of the arguments that returns a `Schedule`."""
+
+    __name__: str
+    __qualname__: str
+
+    def __init__(self, formula: Callable[..., Any], ranges: Mapping[str, str | Sequence[Any]]) -> None:
+        self.formula = formula
+        self.ranges = {k: v if isinstance(v, str) else tuple(v) for k, v in ranges.items()}
+        functools.update_wrapper(self, formula)
+        parameters = list(inspect.signature(formula).parameters.values())[1:]
+        self.__signature__ = inspect.Signature(parameters, return_annotation=Schedule)
+        names = [p.name for p in parameters]
+        unknown = sorted({*ranges}.union(*map(_names, ranges.values())).difference(names))
+        if unknown:
+            raise TypeError(
+                f"ranges of {self.__name__} name {unknown}, which are not among its arguments: {', '.join(names)}."
+            )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Schedule:
+        try:
+            bound = self.__signature__.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{self.__name__}: {error}; its arguments are {self.__signature__}.") from None
+        bound.apply_defaults()
+        arguments = {k: _own(v) for k, v in bound.arguments.items()}
+        for name, parameter in self.__signature__.parameters.items():
+            if parameter.annotation is int and isinstance(arguments[name], torch.Tensor):
+                raise TypeError(
+                    f"`{name}` of {self.__name__} is a number of steps, which cannot change, so it must be no tensor: "
+                    f"pass int({name})."
+                )
+        for name in self.ranges:
+            self._check(name, arguments[name], arguments)
+        made = Schedule(self, arguments)
+        made(0)  # the formula has its own checks
+        return made
+
+    def _check(self, name: str, value: Any, arguments: Mapping[str, Any], place: str = "") -> None:
+        """Refuses an argument outside its range; in a mapping or a sequence every value is checked."""
+        if value is None and self.__signature__.parameters[name].default is None:
+            return
+        allowed, what = self.ranges[name], f"`{name}` of {self.__name__}"
+        if isinstance(value, Mapping):
+            for k, v in value.items():
+                self._check(name, v, arguments, f" at {k}")
+        elif isinstance(value, (list, tuple)):
+            for k, v in enumerate(value):
+                self._check(name, v, arguments, f" at {k}")
+        elif isinstance(allowed, tuple):
+            if value not in allowed:
+                raise ValueError(f"{what} must be one of {list(allowed)}, got {value!r}{place}.")
+        elif isinstance(value, torch.Tensor):
+            if value.ndim:
+                raise ValueError(f"{what} must be a number, got a tensor of shape {tuple(value.shape)}{place}.")
+        elif not isinstance(value, (int, float)):
+            raise TypeError(f"{what} must be a number, got {value!r:.60}{place}.")
+        else:
+            bounds = {name: arguments[name] for name in _names(allowed)}
+            if not all(isinstance(x, (int, float)) for x in bounds.values()):
+                return  # a tensor may hold another number at every step
+            text = _NAME.sub(lambda m: repr(bounds[m[0]]) if m[0] in bounds else m[0], allowed)
+            if value not in Range.parse(text):
+                here = f", here {text}" if text != allowed else ""
+                raise ValueError(f"{what} must be in {allowed}{here}, got {value!r}{place}.")
+
+    def __repr__(self) -> str:
+        return f"<schedule {self.__name__}{self.__signature__}>"
+
+    def __reduce__(self) -> str:
+        return self.__qualname__
+
+
+_NAME = re.compile(r"(?<![\w.])[A-Za-z_]\w*")  # not the e of 1e-3
+
+
+def _names(allowed: str | Sequence[Any]) -> set[str]:
+    """The arguments that are bounds of an interval."""
+    return set(_NAME.findall(allowed)) - {"inf"} if isinstance(allowed, str) else set()
+
+
+def schedule(**ranges: str | Sequence[Any]) -> Callable[[Callable[..., Any]], ScheduleFactory]:
+    """Makes a family of schedules from a formula.
+
+    A formula is plain torch of `count`, a float64 tensor, and its arguments. What it refers to besides is best left
+    unchanged while it is in use; a formula that refers to what may change is called by Python at every step.
+
+    Args:
+      **ranges: intervals that arguments, or the values in them, must lie in, such as `decay_steps="(0, inf)"`, whose
+        bounds may be other arguments, as in `decay_steps="(warmup_steps, inf)"`; or the values that they may have.
+
+    Returns:
+      A decorator for `formula(count, *arguments)`.
+
+    Raises:
+      TypeError: a range names no argument.
+
+    Example:
+      >>> @schedule(rate="(0, 1]")
+      ... def halving(count, value, rate=0.5):
+      ...     return value * rate**count
+      >>> halving(8.0)(2)
+      tensor(2., dtype=torch.float64)
+    """
+    return lambda formula: ScheduleFactory(formula, ranges)
+
+
+NUMBER = "[-inf, inf]"
+FACTOR = "[0, inf)"
+STEPS = "[0, inf)"
+SOME_STEPS = "(0, inf)"
+
+
+def like(count: Any, x: Any) -> Any:
+    """A number in the form of `count`, which operations on two values want."""
+    return x + 0 * count

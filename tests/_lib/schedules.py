@@ -1,0 +1,30 @@
+"""Values of schedules in kernels, and how far from the true ones they may be."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+import functional_optim as fo
+from _lib.records import use
+
+
+# Values are of order one and take a few operations, each wrong by at most 2**-53 of its result; some, such as
+# 1 + cos(pi x) near x = 1, are differences of such numbers, hence a bound on the absolute error too: 8 times 2**-53.
+CLOSE = {"rtol": 1e-13, "atol": 2.0**-50}
+# In Triton's interpreter a power is exp2(y log2 x): errors of log2 x grow by y, here at most 7.
+CLOSE_IN_KERNELS = {"rtol": 1e-12, "atol": 2.0**-50}
+
+
+def in_kernel(tx: fo.GradientTransformation, counts: Sequence[int], backend: str) -> torch.Tensor:
+    """What a transformation makes of an update of 1 at each of some counts."""
+    update = torch.ones(1, dtype=torch.float64)
+    state = tx.init(update)
+    with use(backend):
+        updates = [tx.update(update, state._replace(count=torch.tensor(t)))[0] for t in counts]
+    return torch.cat(updates)
+
+
+def called(schedule: Callable[[Any], Any], counts: Sequence[int]) -> torch.Tensor:
+    """A schedule called with each of some integers."""
+    return torch.tensor([float(schedule(t)) for t in counts], dtype=torch.float64)

@@ -1,0 +1,411 @@
+"""Every transformation of the table over zero, tiny, huge, equal and mixed numbers, and at the bounds of its numbers.
+
+Values are held against the same steps in float64, whose range all of these numbers are far from leaving; the tests of
+`test_transforms.py` hold float64 against optax. Derivatives must be finite.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import optree
+import pytest
+import torch
+from test_transforms import CASES, IDS
+
+import functional_optim as fo
+from _lib.records import BACKENDS, tree_of, use
+from _lib.trees import Tree
+from functional_optim.adapters import TransformOptimizer
+
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+STEPS = 3
+backends = pytest.mark.parametrize("backend", BACKENDS)
+rows = pytest.mark.parametrize("row", range(len(CASES)), ids=IDS)
+
+
+# ---- numbers
+
+
+def rules_of(tx: Any) -> list[Any]:
+    """The rules of a transformation, inside a mask or not."""
+    tx = getattr(tx, "inner", tx)
+    return [tx.bound.rule] if hasattr(tx, "bound") else []
+
+
+def magnitude(kind: str, tx: Any, dtype: torch.dtype) -> tuple[float, ...]:
+    """The numbers that elements take in turn.
+
+    A slot of squares is stored per element, so its numbers are those whose squares float32 holds. float16 has numbers
+    that three steps of momentum do not carry out of its range, and whose squares are far outside of it.
+    """
+    squares = any(slot.square for rule in rules_of(tx) for slot in rule.slots.values())
+    huge = 1e4 if dtype is F16 else 1e18 if squares else 1e37
+    tiny = 1e-3 if dtype is F16 else 1 / huge
+    return {"zero": (0.0,), "tiny": (tiny,), "huge": (huge,), "equal": (1.0,), "mixed": (0.0, tiny, 1.0, huge)}[kind]
+
+
+KINDS = ("zero", "tiny", "huge", "equal", "mixed")
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def tree(numbers: tuple[float, ...], dtype: torch.dtype) -> Tree:
+    """A tree whose elements take numbers in turn; squares of 1e18 add up to more than float32 holds.
+
+    Signs differ between leaves and nowhere else: no sum of the formulas cancels, and every element is compared.
+    """
+    signs = iter((1.0, -1.0, 1.0))
+
+    def make(*shape: int) -> torch.Tensor:
+        n = math.prod(shape)
+        x = torch.tensor(numbers, dtype=F64).repeat(-(-n // len(numbers)))[-n:]
+        return (next(signs) * x).reshape(shape).to(dtype)
+
+    return tree_of(make)
+
+
+def gradients(kind: str, tx: Any, dtype: torch.dtype, step: int) -> Tree:
+    growth = 1.0 if kind == "equal" else 1 + step / 4
+    return tree(tuple(growth * x for x in magnitude(kind, tx, dtype)), dtype)
+
+
+def cast(x: Tree, dtype: torch.dtype) -> Tree:
+    return optree.tree_map(lambda y: y.to(dtype) if y.is_floating_point() else y, x)
+
+
+def run(tx: Any, kind: str, dtype: torch.dtype, compute: torch.dtype, backend: str) -> Iterator[tuple[Tree, Any]]:
+    """Updates and states of steps from numbers of `dtype`, taken in `compute`."""
+    params = cast(tree((1.0, 0.5, 2.0), dtype), compute)
+    state = tx.init(params)
+    for step in range(STEPS):
+        with use(backend):
+            updates, state = tx.update(cast(gradients(kind, tx, dtype, step), compute), state, params)
+        yield updates, state
+
+
+# ---- values
+
+# Each of three steps does some twenty operations in float32, each off by half of 2**-23, and stores up to three
+# numbers, each off by half a unit of its dtype. None of the formulas cancels, so relative errors add up: to 64 units
+# of 2**-24, or 8 of a half type. Below the smallest normal number fewer digits are left, or none.
+RTOL = {F32: 64 * 2.0**-24, BF16: 8 * 2.0**-8, F16: 8 * 2.0**-11}
+
+
+def cancels(case: Any) -> bool:
+    """Whether formulas take a difference, of which rounding leaves another number than float64 does."""
+    return case.id.startswith("scale_by_stddev")
+
+
+@backends
+@kinds
+@rows
+def test_values_are_those_of_float64(row: int, kind: str, backend: str) -> None:
+    case = CASES[row]
+    for dtype in (F32, BF16, F16) if backend in ("c", "reference") else (F32,):
+        expected = run(case.ours, kind, dtype, F64, "reference")
+        for (u, s), (wide_u, wide_s) in zip(run(case.ours, kind, dtype, dtype, backend), expected, strict=True):
+            actual, wide = optree.tree_leaves((u, s)), optree.tree_leaves((wide_u, wide_s))
+            assert not any(x.isnan().any() for x in (*actual, *wide))
+            for x, y in zip(actual, wide, strict=True) if not cancels(case) else ():
+                assert y.isfinite().all()
+                atol = 8 * torch.finfo(dtype).smallest_normal
+                torch.testing.assert_close(x.to(y.dtype), y, rtol=RTOL[dtype], atol=atol)
+
+
+@fo.elementwise
+def sum_of_squares(u: Any) -> Any:
+    return u / torch.sqrt(fo.tree_sum(u * u))
+
+
+@fo.elementwise
+def mean_of_squares(u: Any) -> Any:
+    return u / torch.sqrt(fo.leaf_mean(u * u))
+
+
+@fo.elementwise
+def norm_of_a_sum(u: Any, p: Any) -> Any:
+    return (u + p) / fo.leaf_norm(u + p)
+
+
+@fo.elementwise
+def sum_of_cubes(u: Any) -> Any:
+    return u / fo.cbrt(fo.leaf_sum(torch.abs(u) ** 3))
+
+
+@fo.elementwise
+def largest_square(u: Any) -> Any:
+    return u / torch.sqrt(fo.tree_amax(torch.where(u * u > 0, u * u, 0.0)))
+
+
+@fo.elementwise(state={"square": fo.slot(0.0)})
+def square_that_elements_need_too(u: Any, square: Any) -> Any:
+    return u / torch.sqrt(fo.leaf_sum(u * u)), u * u
+
+
+@fo.elementwise(state={"norm": fo.slot(0.0, per="leaf")})
+def norm_that_is_kept(u: Any, norm: Any) -> Any:
+    norm = torch.maximum(norm, fo.leaf_norm(u))
+    return u / norm, norm
+
+
+class Own(NamedTuple):
+    """A user's rule, and what it divides by, in float64, from all updates and one leaf's."""
+
+    tx: fo.GradientTransformation
+    size: Any
+
+
+OWN = {
+    "sum_of_squares": Own(sum_of_squares(), lambda every, own: every.norm()),
+    "mean_of_squares": Own(mean_of_squares(), lambda every, own: own.square().mean().sqrt()),
+    "norm_of_a_sum": Own(norm_of_a_sum(), lambda every, own: own.norm()),
+    "sum_of_cubes": Own(sum_of_cubes(), lambda every, own: own.abs().pow(3).sum().pow(1 / 3)),
+    "largest_square": Own(largest_square(), lambda every, own: every.abs().amax()),
+    "square_that_elements_need_too": Own(square_that_elements_need_too(), lambda every, own: own.norm()),
+    "norm_that_is_kept": Own(norm_that_is_kept(), lambda every, own: own.norm()),
+}
+
+
+@backends
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("size", [1e-30, 3e37])
+@pytest.mark.parametrize("name", OWN)
+def test_sums_of_a_rule_of_ones_own_are_of_values_in_double(
+    name: str, size: float, dtype: torch.dtype, backend: str
+) -> None:
+    grads = {"a": (torch.linspace(0.5, 1, 700, dtype=F64) * size).to(dtype), "b": torch.tensor([-size]).to(dtype)}
+    params = {k: torch.zeros_like(g) for k, g in grads.items()}
+    tx, divisor = OWN[name]
+    with use(backend):
+        actual, _ = tx.update(grads, tx.init(params), params)
+    every = torch.cat([g.double() for g in grads.values()])
+    expected = {k: (g.double() / divisor(every, g.double())).to(dtype) for k, g in grads.items()}
+    # a root, a quotient and the rounding of the result
+    torch.testing.assert_close(actual, expected, rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
+@backends
+@pytest.mark.parametrize(
+    ("tx", "expected"),
+    [
+        (fo.clip_by_global_norm(1e-30), 1e-30),
+        (fo.clip_by_block_rms(1e-30), 1e-30),
+        (fo.scale_by_trust_ratio(trust_coefficient=1e-30), 1e-30),
+        (fo.chain(fo.clip_by_global_norm(1e-30), fo.scale(1e30), fo.clip_by_global_norm(1e-3)), 1e-3),
+    ],
+    ids=repr,
+)
+def test_a_ratio_may_lie_outside_of_float32(tx: Any, expected: float, backend: str) -> None:
+    # 1e-30 / 3e38 is 3e-69, which times 3e38 is a number again
+    grads, params = torch.tensor([3e38]), torch.tensor([1.0])
+    with use(backend):
+        actual, _ = tx.update(grads, tx.init(params), params)
+    torch.testing.assert_close(actual, torch.tensor([expected]), rtol=4 * 2.0**-23, atol=0)
+
+
+# ---- bounds
+
+
+def at_bounds() -> dict[str, Any]:
+    """The rules of the table with one number at a bound that it may have.
+
+    Not `eps`: who sets it to 0 asks for 0 / 0 at a gradient of 0.
+    """
+    found: dict[str, Any] = {}
+    for case in CASES:
+        for rule in rules_of(case.ours) if hasattr(case.ours, "bound") else []:
+            for hyper in sorted({key.partition(" if ")[0] for key in rule.ranges} - {"eps"}):
+                interval = rule.ranges.get(hyper)
+                for x in (interval.low, interval.high) if hasattr(interval, "low") else ():
+                    try:
+                        found[f"{case.id}-{hyper}={x:g}"] = case.ours.replace(**{hyper: x})
+                    except ValueError:
+                        continue  # an open end
+    return found
+
+
+BOUNDS = at_bounds()
+
+
+@pytest.mark.parametrize("kind", ["zero", "equal"])
+@pytest.mark.parametrize("name", BOUNDS)
+def test_values_at_bounds_are_finite(name: str, kind: str) -> None:
+    for backend in ("reference", "c"):
+        for tree in run(BOUNDS[name], kind, F32, F32, backend):
+            if "initial_scale=inf" not in name:
+                assert all(x.isfinite().all() for x in optree.tree_leaves(tree))
+
+
+@backends
+def test_a_clip_whose_bound_reaches_zero_stops(backend: str) -> None:
+    tx = fo.chain(fo.clip_by_global_norm(fo.linear_schedule(1.0, 0.0, 2)), fo.sgd(0.1))
+    params = torch.ones(1)
+    state = tx.init(params)
+    for g in (1.0, 1.0, 0.0, 1.0):
+        with use(backend):
+            params, state = fo.apply_gradients(tx, params, torch.tensor([g]), state)
+    # the clip lets through 1, then 1/2, and then nothing
+    torch.testing.assert_close(params, torch.tensor([0.85]), rtol=2.0**-22, atol=0)
+
+
+@backends
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("eps_in_sqrt", [True, False])
+def test_a_variance_that_cancels_is_not_negative(eps_in_sqrt: bool, dtype: torch.dtype, backend: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = 1 + torch.rand(256, generator=generator, dtype=dtype)
+    tx = fo.chain(fo.scale_by_stddev(eps_in_sqrt=eps_in_sqrt), fo.scale(-1e-3))
+    params = torch.zeros(256, dtype=dtype)
+    state = tx.init(params)
+    for step in range(60):
+        noise = 1e-4 * torch.randn(256, generator=generator, dtype=dtype)
+        with use("c" if backend == "triton" and step < 58 else backend):
+            params, state = fo.apply_gradients(tx, params, base * (1 + noise), state)
+        assert params.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: fo.ema(1.0), r"`decay` of ema must be in \[0, 1\) if `debias` is True, got 1\.0"),
+        (lambda: fo.scale_by_rms(decay=1.0, bias_correction=True), r"`decay` of scale_by_rms must be in \[0, 1\) if"),
+        (lambda: fo.scale_by_stddev(1.0, bias_correction=True), r"`decay` of scale_by_stddev must be in \[0, 1\) if"),
+        (lambda: fo.rmsprop(0.1, decay=1.0, bias_correction=True), r"`decay` of scale_by_rms must be in \[0, 1\) if"),
+        (lambda: fo.ema(1.0, debias=False).replace(debias=True), r"`decay` of ema must be in \[0, 1\) if"),
+    ],
+)
+def test_a_range_that_depends_on_a_switch(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_range_that_depends_on_a_switch_is_the_wider_one_without_it() -> None:
+    for tx in (fo.ema(1.0, debias=False), fo.scale_by_rms(decay=1.0), fo.scale_by_stddev(decay=1.0)):
+        assert tx.bound.values["decay"] == 1.0
+
+
+@pytest.mark.parametrize("value", [1.0, 1])
+def test_a_range_that_depends_on_a_switch_holds_for_options(value: float) -> None:
+    tx, w = fo.chain(fo.ema(0.9), fo.scale(-1.0)), torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=r"`decay` of ema must be in \[0, 1\) if `debias` is True"):
+        TransformOptimizer([{"params": [w], "decay": value}], tx)
+    opt = TransformOptimizer([{"params": [w], "decay": value, "debias": False}], tx)
+    w.grad = torch.ones(2)
+    opt.step()
+    assert w.tolist() == [1.0, 1.0]  # an average that never leaves 0
+
+
+SQUARES = {
+    "adam": fo.adam(1e-3),
+    "amsgrad": fo.amsgrad(1e-3),
+    "rmsprop": fo.rmsprop(1e-3),
+    "centered rmsprop": fo.rmsprop(1e-3, centered=True),
+    "lamb": fo.lamb(1e-3),
+}
+
+
+@backends
+@pytest.mark.parametrize("name", SQUARES)
+def test_squares_of_float16_do_not_vanish(name: str, backend: str) -> None:
+    tx = SQUARES[name]
+    params = {"w": torch.ones(4, dtype=F16)}
+    wide = cast(params, F64)
+    state, wide_state = tx.init(params), tx.init(wide)
+    for g in (1e-3, 0.0, 0.0):
+        with use(backend):
+            params, state = fo.apply_gradients(tx, params, {"w": torch.full((4,), g, dtype=F16)}, state)
+        wide, wide_state = fo.apply_gradients(tx, wide, {"w": torch.full((4,), g, dtype=F16).double()}, wide_state)
+    # steps of 1e-3 from 1, each rounded to a multiple of 2**-11, and moments of 1e-4 to a multiple of 2**-24
+    torch.testing.assert_close(params["w"].double(), wide["w"], rtol=0, atol=6 * 2.0**-11)
+
+
+def test_how_squares_are_stored_is_said_by_the_caller() -> None:
+    half = torch.ones(2, dtype=F16)
+    assert fo.scale_by_adam().init(half).nu.dtype is F32
+    assert fo.scale_by_adam().init(half).mu.dtype is F16
+    assert fo.scale_by_adam(nu_dtype=F16).init(half).nu.dtype is F16
+    assert fo.scale_by_adam().init(half.bfloat16()).nu.dtype is BF16
+
+
+def test_a_leaf_without_elements_holds_no_nan() -> None:
+    tx = fo.zero_nans()
+    grads = [torch.zeros(0), torch.ones(2)]
+    for backend in BACKENDS:
+        with use(backend):
+            _, state = tx.update(grads, tx.init(grads), grads)
+        assert [x.item() for x in state.found_nan] == [0.0, 0.0]
+
+
+# ---- derivatives
+
+
+def leaf(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().clone().requires_grad_()
+
+
+def derivatives(tx: Any, kind: str, dtype: torch.dtype) -> dict[str, list[torch.Tensor]]:
+    """Derivatives of a mean of the updates of two steps by updates, parameters and the numbers of the rule."""
+    inner = getattr(tx, "inner", tx)
+    numbers = {}
+    if hasattr(inner, "bound") and inner is tx:
+        bound = inner.bound
+        numbers = {k: leaf(torch.tensor(x, dtype=F64)) for k, x in bound.values.items() if bound.is_scalar(k)}
+        fixed = {slot.start for slot in bound.rule.slots.values()}  # a first value is no number of the formula
+        numbers = {k: x for k, x in numbers.items() if k not in fixed}
+        tx = tx.replace(**numbers)
+    params = optree.tree_map(leaf, tree((1.0, 0.5, 2.0), dtype))
+    grads = [optree.tree_map(leaf, gradients(kind, tx, dtype, step)) for step in range(2)]
+    state, total = tx.init(params), torch.zeros((), dtype=F64)
+    for g in grads:
+        updates, state = tx.update(g, state, params)
+        total = total + sum(x.double().mean() for x in optree.tree_leaves(updates))
+    if not total.requires_grad:
+        return {}
+    inputs = {
+        "updates": optree.tree_leaves(grads),
+        "params": optree.tree_leaves(params),
+        **{k: [x] for k, x in numbers.items()},
+    }
+    flat = [x for xs in inputs.values() for x in xs]
+    found = iter(torch.autograd.grad(total, flat, allow_unused=True))
+    return {k: [d for d in (next(found) for _ in xs) if d is not None] for k, xs in inputs.items()}
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
+@kinds
+@rows
+def test_derivatives_are_finite(row: int, kind: str, dtype: torch.dtype) -> None:
+    if cancels(CASES[row]) and dtype is not F64 and kind in ("huge", "mixed"):
+        pytest.skip("terms of 1e48 cancel, which float32 does not hold")
+    for name, found in derivatives(CASES[row].ours, kind, dtype).items():
+        assert all(d.isfinite().all() for d in found), name
+
+
+@pytest.mark.parametrize("kind", ["zero", "equal"])
+@pytest.mark.parametrize("name", BOUNDS)
+def test_derivatives_at_bounds_are_finite(name: str, kind: str) -> None:
+    for number, found in derivatives(BOUNDS[name], kind, F64).items():
+        assert all(d.isfinite().all() for d in found), number
+
+
+AT_ZERO = {
+    # an update of 0 is not clipped: the identity
+    "clip_by_global_norm": (fo.clip_by_global_norm(1.0), 1.0),
+    "clip_by_block_rms": (fo.clip_by_block_rms(1.0), 1.0),
+    "scale_by_trust_ratio": (fo.scale_by_trust_ratio(), 1.0),
+    # g / (|g| + eps)
+    "scale_by_adam": (fo.scale_by_adam(eps=0.5), 2.0),
+    "scale_by_amsgrad": (fo.scale_by_amsgrad(eps=0.5), 2.0),
+    "scale_by_rms": (fo.scale_by_rms(eps=0.5, eps_in_sqrt=False), 2.0),
+    "scale_by_rms in root": (fo.scale_by_rms(eps=0.25), 2.0),
+    "scale_by_stddev": (fo.scale_by_stddev(eps=0.5, eps_in_sqrt=False), 2.0),
+}
+
+
+@pytest.mark.parametrize("name", AT_ZERO)
+def test_derivatives_at_zero(name: str) -> None:
+    tx, slope = AT_ZERO[name]
+    params = torch.ones(3, dtype=F64)
+    jacobian = torch.func.jacrev(lambda u: tx.update(u, tx.init(params), params)[0])(torch.zeros(3, dtype=F64))
+    torch.testing.assert_close(jacobian, slope * torch.eye(3, dtype=F64), rtol=1e-15, atol=0)
