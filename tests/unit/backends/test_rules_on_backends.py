@@ -12,6 +12,7 @@ from _lib.backends import STEPS, only
 from _lib.chains import nested
 from _lib.marks import INTERPRETER
 from _lib.trees import F64
+from functional_optim._runtime import cpu
 from functional_optim._runtime.backend import BACKENDS
 
 

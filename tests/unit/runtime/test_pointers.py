@@ -15,7 +15,7 @@ from hypothesis import (
 
 from functional_optim._runtime import pointers
 from functional_optim._runtime.pointers import Difference, PointerReader, Pointers, operations
-from functional_optim._runtime.spec import PLAIN, specs_of
+from functional_optim._runtime.spec import specs_of
 
 
 @pytest.fixture(params=["C", "Python"])
@@ -283,11 +283,9 @@ def test_drawn_tensors(form: str, data: st.DataObject) -> None:
             case _:
                 now.append(data.draw(tensors()))
     answer, difference = read(bound, now), expected(bound, now)
-    if form == "C" and difference and any(x.is_meta for x in now) and all(type(x) in PLAIN for x in now):
-        assert answer.difference is not None
-        assert not answer.difference.outside
-    else:
-        assert answer.difference == difference
+    # with a tensor on meta torch may choose an implementation that looks at none of them
+    unseen = form == "C" and any(isinstance(x, torch.Tensor) and x.is_meta for x in now)
+    assert answer.difference == difference or (unseen and answer.difference == Difference(0, False))
     if difference is None:
         assert answer.pointers == [x.data_ptr() for x in now]
 
