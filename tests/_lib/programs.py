@@ -63,4 +63,6 @@ def run_program(
     """
     chosen = mock.patch.object(plan, "compute_dtype", return_value=compute)
     with only(backend), chosen if compute else contextlib.nullcontext():
-        return run(bind(program, columns), columns, numbers)
+        step = bind(program, columns)
+        assert compute in (None, *[group.signature.compute for group in step.groups])
+        return run(step, columns, numbers)

@@ -258,27 +258,34 @@ def fork() -> None:
     torch.set_num_threads(2)
     sizes = (1 << 18, 1 << 17)
     step = bind(momentum(), columns(0, sizes), True)
+    turns = [columns(seed, sizes) for seed in range(4)]
+    wanted = [expected(own) for own in turns]
 
-    def turn(step: BoundStep, seed: int) -> None:
-        own = columns(seed, sizes)
-        wanted = expected(own)
-        run(step, own, numbers(own))
-        torch.testing.assert_close({k: list(own[k]) for k in wanted}, wanted, rtol=1e-13, atol=1e-13)
+    def take(step: BoundStep, turn: int) -> None:
+        run(step, turns[turn], numbers(turns[turn]))
 
-    turn(step, 1)
+    def compare(turn: int) -> None:
+        actual = {key: list(turns[turn][key]) for key in wanted[turn]}
+        torch.testing.assert_close(actual, wanted[turn], rtol=1e-13, atol=1e-13)
+
+    take(step, 0)
+    compare(0)
     child = os.fork()
     if not child:
         signal.alarm(60)  # ends a child that waits for threads of its parent
         try:
-            torch.set_num_threads(1)  # torch's own operations, which compute what is expected, would wait
-            turn(step, 2)
-            turn(bind(momentum(), columns(0, sizes), True), 3)
+            take(step, 1)
+            take(bind(momentum(), turns[2], True), 2)
+            torch.set_num_threads(1)  # torch's own operations would wait
+            compare(1)
+            compare(2)
         except BaseException as error:
             print("child", repr(error), flush=True)
             os._exit(1)
         os._exit(0)
     status = os.waitpid(child, 0)[1]
-    turn(step, 4)
+    take(step, 3)
+    compare(3)
     print("child", status, flush=True)
 
 
