@@ -9,7 +9,7 @@ import pytest
 import functional_optim as fo
 from _lib.chains import RATES
 from _lib.records import normal, use
-from functional_optim._compiler import build
+from functional_optim._compiler.c import build
 from functional_optim._runtime import cpu
 
 

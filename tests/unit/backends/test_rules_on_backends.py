@@ -192,10 +192,9 @@ def test_rules_of_all_kinds(name: str, backend: str, donate: bool, monkeypatch: 
     s: State = {k: [x.clone() for x in v] for k, v in state._asdict().items() if k != "count"}
     for step, g in enumerate(grads, 1):
         value = abs(step - 2.0)
+        extra = {"value": value} if name == "by_value" else {}
         with only(backend):
-            params, state = fo.apply_gradients(
-                kind.tx, params, [x.clone() for x in g], state, donate=donate, value=value
-            )
+            params, state = fo.apply_gradients(kind.tx, params, [x.clone() for x in g], state, donate=donate, **extra)
         plain = [p + u for p, u in zip(plain, kind.plain(g, plain, s, step, value), strict=True)]
     # sums over 33,000 numbers of the order of one, in another order: their roundings are random, and 200 of 2**-53
     # in all; what divides by them and what is divided, over three steps, adds some ten more

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from functional_optim.kernels import launch, scan
 
 import functional_optim as fo
 from functional_optim._compiler.c.threads import SERIAL, parallel_address
+from functional_optim._runtime import cpu
 
 
 WORK = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
@@ -43,8 +43,7 @@ def test_a_torch_that_wakes_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     refusing = PARALLEL_FOR(lambda begin, end, *_: calls.append(end) or 1)
     address = ctypes.cast(refusing, ctypes.c_void_p).value
-    for module in (launch, scan):
-        monkeypatch.setattr(module, "parallel_address", lambda: address)
+    monkeypatch.setattr(cpu, "parallel_address", lambda: address)
     torch.set_num_threads(2)
     params = [torch.arange(2.0 * SERIAL), torch.ones(3)]
     tx = fo.sgd(0.5)

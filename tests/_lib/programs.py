@@ -1,0 +1,68 @@
+"""Programs bound to columns of tensors, without rules or trees around them."""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from unittest import mock
+
+import torch
+
+from _lib.backends import only
+from functional_optim._compiler.fuse import Recipe, Source
+from functional_optim._compiler.program import Program
+from functional_optim._compiler.rule import Option
+from functional_optim._runtime import plan
+from functional_optim._runtime.plan import Columns, Leaf
+from functional_optim._runtime.spec import specs_of
+from functional_optim._runtime.step import BoundStep, Reading
+
+
+def bind(program: Program, columns: Columns, in_place: bool = False) -> BoundStep:
+    """Binds a program to columns; each leaf has a row of the scalar table.
+
+    Args:
+      program: the program.
+      columns: a tensor per leaf for `updates`, and for each input and output of the program.
+      in_place: whether outputs are written to their columns.
+    """
+    recipe = Recipe(program, tuple(Source("option", -1, name, Option(name)) for name in program.scalars), {}, {})
+    leaves = [Leaf(k, recipe, ("leaf", k, False), x.numel(), None) for k, x in enumerate(columns["updates"])]
+    specs = {key: specs_of(column) for key, column in columns.items()}
+    return BoundStep(leaves, specs, columns, [f"p{k}" for k in range(len(leaves))], in_place)
+
+
+def run(step: BoundStep, columns: Columns, numbers: Mapping[str, Sequence[float]]) -> Columns:
+    """Takes one step; returns the columns that change, none if it is in place.
+
+    Args:
+      step: the step.
+      columns: its tensors.
+      numbers: for each scalar of the program, a number per leaf.
+    """
+    reading = step.read(columns)
+    assert isinstance(reading, Reading), reading
+    options = [{name: x[k] for name, x in numbers.items()} for k in range(len(columns["updates"]))]
+    return step.run(reading, columns, step.numbers(options, {}))
+
+
+def run_program(
+    backend: str,
+    program: Program,
+    columns: Columns,
+    numbers: Mapping[str, Sequence[float]],
+    compute: torch.dtype | None = None,
+) -> Columns:
+    """Binds a program and runs it once, on one backend.
+
+    Args:
+      backend: the backend.
+      program: the program.
+      columns: a tensor per leaf for `updates`, and for each input and output; outputs say their dtype and shape.
+      numbers: for each scalar of the program, a number per leaf.
+      compute: the dtype that elements are computed in. By default it follows from the columns; float32 shows numbers
+        per leaf in double precision, stored as float64, beside elements that are not.
+    """
+    chosen = mock.patch.object(plan, "compute_dtype", return_value=compute)
+    with only(backend), chosen if compute else contextlib.nullcontext():
+        step = bind(program, columns)
+        assert compute in (None, *[group.signature.compute for group in step.groups])
+        return run(step, columns, numbers)

@@ -1,0 +1,228 @@
+"""The private names of torch in use: each is there, and answers as it is documented."""
+
+import ctypes
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from operator import attrgetter
+from typing import Any
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from functional_optim._runtime import pointers
+from functional_optim._runtime.internals import in_backward, is_wrapper_of_a_transformation, needs_dispatch
+from functional_optim._runtime.pointers import library, operations
+from functional_optim._runtime.shard import is_fsdp1, local_tensor
+from functional_optim._runtime.spec import TensorSpec
+
+
+# Each name, the function that reads it, and the remedy if a version of torch lacks it.
+NAMES = {
+    "_C._functorch.peek_interpreter_stack": (
+        "internals.needs_dispatch",
+        "find out how `torch.func` tells that a transformation is entered",
+    ),
+    "_C._len_torch_dispatch_stack": (
+        "internals.needs_dispatch",
+        "see how `torch.utils._python_dispatch` counts the modes that are entered",
+    ),
+    "autograd.forward_ad._current_level": (
+        "internals.needs_dispatch",
+        "see how `forward_ad.enter_dual_level` counts open levels",
+    ),
+    "_C._current_graph_task_id": (
+        "internals.in_backward",
+        "see how `torch.utils.checkpoint` tells that a backward pass runs",
+    ),
+    "_C._functorch.is_functorch_wrapped_tensor": (
+        "internals.is_wrapper_of_a_transformation",
+        "see how `torch._functorch` tells wrapped tensors",
+    ),
+    "Tensor._is_zerotensor": (
+        "spec.TensorSpec.of",
+        "see how the printing of tensors tells those that are zero without memory",
+    ),
+    "_C.__file__": (
+        "pointers.operations",
+        "find the library that holds the stable C ABI in the package of torch",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_private_name_is_there(name: str) -> None:
+    reader, remedy = NAMES[name]
+    try:
+        attrgetter(name)(torch)
+    except AttributeError:
+        pytest.fail(f"torch {torch.__version__} has no torch.{name}, which _runtime/{reader} reads: {remedy}.")
+
+
+def test_functions_of_the_c_abi_are_there() -> None:
+    if operations() is None and not _compiles():
+        pytest.skip("there is no C compiler")
+    n = ctypes.c_int.in_dll(library(), "n_functions").value
+    names = [name.decode() for name in (ctypes.c_char_p * n).in_dll(library(), "function_names")]
+    torch_library = ctypes.CDLL(torch._C.__file__)
+    missing = [name for name in names if not hasattr(torch_library, name)]
+    assert not missing, (
+        f"torch {torch.__version__} lacks {missing} of its C ABI, which pointers.c calls: see the headers of "
+        f"torch/csrc/stable for their successors. Without them tensors are checked in Python, which is slower."
+    )
+    assert operations() is not None, "all functions are there, but torch did not register the operations"
+
+
+def _compiles() -> bool:
+    try:
+        library()
+    except pointers.BuildError:
+        return False
+    return True
+
+
+# -- whether torch has to see each operation --------------------------------------------------------------------------
+
+
+class Watching(TorchDispatchMode):
+    """A dispatch mode that does nothing."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def asked_inside(transform: Callable[[Callable[..., Any]], Callable[..., Any]]) -> list[bool]:
+    """The answers of `needs_dispatch` within a transformed function, of a vector."""
+    answers = []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        answers.append(needs_dispatch())
+        return (x * x).sum()
+
+    transform(function)(torch.ones(3))
+    return answers
+
+
+TRANSFORMS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    "vmap": torch.vmap,
+    "grad": torch.func.grad,
+    "vjp": lambda f: lambda x: torch.func.vjp(f, x),
+    "jvp": lambda f: lambda x: torch.func.jvp(f, (x,), (x,)),
+    "jacrev": torch.func.jacrev,
+    "functionalize": torch.func.functionalize,
+    "grad in vmap": lambda f: torch.vmap(torch.func.grad(lambda x: f(x[None]))),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, where it imports jvp
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_needs_dispatch_inside_a_transformation(name: str) -> None:
+    assert not needs_dispatch()
+    answers = asked_inside(TRANSFORMS[name])
+    assert answers
+    assert all(answers), f"torch {torch.__version__}: peek_interpreter_stack does not tell that {name} is entered"
+    assert not needs_dispatch()
+
+
+CONTEXTS: dict[str, tuple[Callable[[], AbstractContextManager[Any]], bool]] = {
+    "nothing": (nullcontext, False),
+    "no_grad": (torch.no_grad, False),
+    "inference_mode": (torch.inference_mode, False),
+    "default device": (lambda: torch.device("cpu"), False),  # a mode of functions, not of operations
+    "dispatch mode": (Watching, True),
+    "dual level": (forward_ad.dual_level, True),
+}
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_needs_dispatch_inside_a_context(name: str) -> None:
+    context, expected = CONTEXTS[name]
+    with context():
+        assert needs_dispatch() is expected
+    assert not needs_dispatch()
+
+
+# -- whether gradients are computed -----------------------------------------------------------------------------------
+
+
+def test_in_backward_inside_of_hooks_only() -> None:
+    x = torch.ones(2, requires_grad=True)
+    answers = []
+    x.register_hook(lambda g: answers.append(in_backward()))
+    x.register_post_accumulate_grad_hook(lambda p: answers.append(in_backward()))
+    assert not in_backward()
+    (x * x).sum().backward()  # type: ignore[no-untyped-call]
+    assert answers == [True, True]
+    assert not in_backward()
+
+
+# -- the form of a tensor ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def escaped() -> dict[str, torch.Tensor]:
+    """Tensors that have left the transformed function that they belong to."""
+    kept: dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: (kept.update({name: x}), x.sum())[1]
+
+    torch.vmap(keep("vmap"))(torch.ones(2, 3))
+    torch.func.grad(keep("grad"))(torch.ones(3))
+    return kept
+
+
+def test_wrappers_of_a_transformation(escaped: dict[str, torch.Tensor]) -> None:
+    for name, x in escaped.items():
+        assert type(x) is torch.Tensor, name
+        assert is_wrapper_of_a_transformation(x), name
+    assert not is_wrapper_of_a_transformation(torch.ones(3))
+    assert not is_wrapper_of_a_transformation(torch.nn.Parameter(torch.ones(3)))
+
+
+def test_spec_of_a_tensor_that_is_zero_without_memory() -> None:
+    """Forward-mode AD hands them out as tangents that nothing has been given for."""
+    assert TensorSpec.of(torch._efficientzerotensor((3,))).lazy
+    assert not TensorSpec.of(torch.zeros(3)).lazy
+
+
+def test_local_tensor_of_a_dtensor() -> None:
+    """`DTensor._local_tensor` is the very tensor that holds the elements, which `to_local` returns a view of."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        x = distribute_tensor(torch.arange(4.0), init_device_mesh("cpu", (1,)), [Replicate()])
+        assert hasattr(x, "_local_tensor"), (
+            f"torch {torch.__version__}: DTensor has no _local_tensor, which _runtime/shard.local_tensor reads: use "
+            f"`to_local()`, which makes a view."
+        )
+        assert type(local_tensor(x)) is torch.Tensor
+        assert local_tensor(x) is local_tensor(x)
+        assert local_tensor(x).data_ptr() == x.to_local().data_ptr()
+        assert local_tensor(x).tolist() == [0.0, 1.0, 2.0, 3.0]
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP:UserWarning")
+def test_mark_of_flattened_parameters() -> None:
+    """FSDP1 marks the plain parameters that it makes with `use_orig_params=True`."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = FullyShardedDataParallel(torch.nn.Linear(2, 2), use_orig_params=True, device_id=torch.device("cpu"))
+        marked = [is_fsdp1(p) for p in model.parameters()]
+    finally:
+        dist.destroy_process_group()
+    assert marked
+    assert all(marked), (
+        f"torch {torch.__version__}: FSDP1 does not set _fsdp_flattened on parameters, which _runtime/shard.is_fsdp1 "
+        f"reads: see `torch.distributed.fsdp._common_utils` for the mark."
+    )
+    assert not is_fsdp1(torch.nn.Parameter(torch.ones(2)))

@@ -1,0 +1,306 @@
+"""The check of tensors against their specs, in C and in Python: each difference is found, and each pointer is right."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import (
+    HealthCheck,
+    given,
+    settings,
+    strategies as st,
+)
+
+from functional_optim._runtime import pointers
+from functional_optim._runtime.pointers import Difference, PointerReader, Pointers, operations
+from functional_optim._runtime.spec import specs_of
+
+
+@pytest.fixture(params=["C", "Python"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The operation in C, or the same comparison in Python."""
+    if request.param == "Python":
+        monkeypatch.setattr(pointers, "operations", lambda: None)
+    elif operations() is None:
+        pytest.skip("there is no C compiler")
+    return str(request.param)
+
+
+class Answer(NamedTuple):
+    """The outcome of reading tensors: a difference, or the pointers."""
+
+    difference: Difference | None
+    pointers: list[int]
+
+
+def read(bound: list[Any], tensors: list[Any]) -> Answer:
+    """Binds a reader to some tensors, and reads others."""
+    specs = specs_of(bound)
+    reader, memory = PointerReader(bound, specs), Pointers(len(bound))  # type: ignore[arg-type]
+    found = reader.read(tensors, memory)
+    return Answer(found, [] if found else memory.memory[: len(bound)])
+
+
+class Own(torch.Tensor):
+    """A class that no kernel is handed."""
+
+
+def meta(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def freed(x: torch.Tensor) -> torch.Tensor:
+    x.untyped_storage().resize_(0)
+    return x
+
+
+def cut(x: torch.Tensor) -> torch.Tensor:
+    x.untyped_storage().resize_(x.untyped_storage().nbytes() - 1)
+    return x
+
+
+# A way in which a tensor differs from one of shape (3, 3), and whether what differs is its memory only.
+DIFFERENCES: dict[str, tuple[Callable[[torch.Tensor], Any], bool]] = {
+    "dtype": (torch.Tensor.double, False),
+    "dtype of the same size": (lambda x: x.view(torch.int32), False),
+    "sizes": (lambda x: torch.zeros(3, 4), False),
+    "sizes with the same strides": (lambda x: torch.zeros(4, 3), False),
+    "number of dimensions": (lambda x: x[None], False),
+    "fewer dimensions": (lambda x: x.flatten(), False),
+    "many dimensions": (lambda x: x.view((1,) * 40 + (3, 3)), False),
+    "no dimensions": (lambda x: torch.zeros(()), False),
+    "no elements": (lambda x: x[:0], False),
+    "strides": (lambda x: x.t(), False),
+    "strides with holes": (lambda x: torch.zeros(3, 6)[:, ::2], False),
+    "strides of zero": (lambda x: x[:1].expand(3, 3), False),
+    "device": (meta, False),
+    "layout": (torch.Tensor.to_sparse, False),
+    "layout in rows": (
+        lambda x: torch.sparse_csr_tensor(torch.tensor([0, 0, 0, 1]), torch.tensor([0]), torch.ones(1), (3, 3)),
+        False,
+    ),
+    "class": (lambda x: x.as_subclass(Own), False),
+    "no tensor": (lambda x: None, False),
+    "a list": (lambda x: x.tolist(), False),
+    "zero without memory": (lambda x: torch._efficientzerotensor((3, 3)), False),
+    "freed storage": (freed, True),
+    "cut storage": (cut, True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
+@pytest.mark.parametrize("position", [0, 2])
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_each_difference_is_found(form: str, name: str, position: int) -> None:
+    make, outside = DIFFERENCES[name]
+    tensors: list[Any] = [torch.zeros(3, 3) for _ in range(4)]
+    assert read(list(tensors), tensors).difference is None
+    tensors[position] = make(torch.zeros(3, 3))
+
+    found = read([torch.zeros(3, 3) for _ in range(4)], tensors).difference
+
+    assert found is not None
+    assert found.outside is outside
+    # torch chooses the implementation for all tensors of a call, so the operation cannot say which lacks memory
+    if form == "Python" or name not in ("device", "zero without memory"):
+        assert found.position == position
+
+
+def lazy_pairs() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Tensors with equal sizes and strides, of which the second is negated or conjugated when it is read."""
+    z = torch.randn(4, dtype=torch.complex64)
+    return {"negated": (z.imag, z.conj().imag), "conjugated": (z, z.conj())}
+
+
+@pytest.mark.parametrize("name", lazy_pairs())
+def test_lazily_computed_elements_are_a_difference(form: str, name: str) -> None:
+    plain, lazy = lazy_pairs()[name]
+    assert plain.stride() == lazy.stride()
+    found = read([torch.zeros(2), plain], [torch.zeros(2), lazy]).difference
+    assert found is not None
+    assert not found.outside
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.zeros(2, device="meta"),
+        torch.zeros(2).as_subclass(Own),
+        torch.randn(2, dtype=torch.complex64).conj().imag,
+        torch._efficientzerotensor((2,)),
+    ],
+    ids=["meta", "class", "negated", "zero"],
+)
+def test_tensors_without_plain_memory_can_be_bound(form: str, x: torch.Tensor) -> None:
+    """They are compared; there is no memory to look at."""
+    assert read([torch.zeros(3), x], [torch.ones(3), x]).difference is None
+    assert read([x, torch.zeros(3)], [x, torch.zeros(4)]).difference == Difference(1, False)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.zeros(()),
+        torch.zeros(0),
+        torch.zeros(3, 0, 2),
+        torch.zeros((2,) * 12),
+        torch.zeros((1,) * 60),
+        torch.zeros(5)[2:],
+        torch.zeros(1).expand(4),
+        torch.zeros(2, 6)[:, ::2],
+        torch.zeros(2, dtype=torch.int64),
+        torch.zeros(2, dtype=torch.bool),
+        torch.zeros(2, dtype=torch.float8_e5m2),
+        torch.zeros(2, requires_grad=True),
+        torch.zeros(2, requires_grad=True) * 2,
+        torch.nn.Parameter(torch.zeros(2)),
+    ],
+    ids=lambda x: f"{type(x).__name__} {x.dtype} {x.ndim}d {x.stride()[:3]} {x.requires_grad}",
+)
+def test_pointers_of_tensors_like_those_that_were_bound(form: str, x: torch.Tensor) -> None:
+    other = torch.zeros(7)
+    assert read([other, x], [other, x]) == Answer(None, [other.data_ptr(), x.data_ptr()])
+
+
+def test_tensors_of_inference_mode(form: str) -> None:
+    with torch.inference_mode():
+        x = torch.zeros(2)
+        assert read([torch.zeros(2)], [x]) == Answer(None, [x.data_ptr()])
+    assert read([torch.zeros(2)], [x]) == Answer(None, [x.data_ptr()])
+
+
+def test_no_tensors(form: str) -> None:
+    assert read([], []) == Answer(None, [])
+
+
+def test_freed_storage_of_a_tensor_without_elements_is_no_difference(form: str) -> None:
+    assert read([torch.zeros(0, 3)], [freed(torch.zeros(2, 3))[:0]]).difference is None
+
+
+@pytest.mark.parametrize("x", [torch.zeros(3, 0)[2:], torch.zeros(2, 3, 0)[1]], ids=["rows", "matrix"])
+def test_view_without_elements_behind_the_end_of_its_storage_is_no_difference(form: str, x: torch.Tensor) -> None:
+    assert x.storage_offset() * x.element_size() > x.untyped_storage().nbytes()
+    assert read([x], [x]).difference is None
+
+
+def test_parameter_and_tensor_in_each_others_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are plain memory; C and Python agree on it."""
+    if operations() is None:
+        pytest.skip("there is no C compiler")
+    bound: list[Any] = [torch.zeros(2), torch.nn.Parameter(torch.zeros(2))]
+    in_c = read(bound, bound[::-1])
+    monkeypatch.setattr(pointers, "operations", lambda: None)
+    assert in_c == read(bound, bound[::-1])
+
+
+def test_a_storage_that_ends_with_the_last_element(form: str) -> None:
+    """One byte less is a difference; `cut` above shows it at the beginning of a storage, this in the middle."""
+    bound, x = [torch.zeros(2, 6)[:, 1::2]], torch.zeros(14)
+    view = x[2:].view(2, 6)[:, 1::2]
+    assert read(bound, [view]).difference is None
+    x.untyped_storage().resize_(14 * 4 - 1)
+    assert read(bound, [view]).difference == Difference(0, True)
+
+
+def test_a_reader_answers_again_after_a_difference(form: str) -> None:
+    x, memory = torch.zeros(2), Pointers(2)
+    reader = PointerReader([x, x], [s for s in specs_of([x, x]) if s])
+    for tensors, found in [([x, x], None), ([x, torch.zeros(3)], Difference(1, False))] * 3:
+        assert reader.read(tensors, memory) == found
+
+
+def test_wrappers_of_a_transformation_are_not_asked_for_memory(form: str) -> None:
+    """A tensor that has left `torch.func.vmap` has torch's own class, and no memory of its own."""
+    kept: list[torch.Tensor] = []
+    torch.vmap(lambda x: (kept.append(x), x)[1])(torch.zeros(2, 3))
+    reader = PointerReader(kept, [s for s in specs_of(kept) if s])
+    assert reader.operation is None
+
+
+# -- drawn tensors ----------------------------------------------------------------------------------------------------
+
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int32)
+VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "whole": lambda x: x,
+    "transposed": lambda x: x.transpose(0, -1) if x.ndim else x,
+    "sliced": lambda x: x[..., ::2] if x.ndim else x,
+    "later": lambda x: x[1:] if x.ndim and x.shape[0] > 1 else x,
+    "expanded": lambda x: x[:1].expand(x.shape) if x.ndim and x.shape[0] else x,
+    "freed": freed,
+    "cut": lambda x: cut(x) if x.untyped_storage().nbytes() else x,
+    "parameter": lambda x: torch.nn.Parameter(x, False),
+    "meta": meta,
+    "sparse": lambda x: x.to_sparse() if x.ndim else x,
+    "class": lambda x: x.as_subclass(Own),
+}
+
+
+@st.composite
+def tensors(draw: st.DrawFn, ways: tuple[str, ...] = tuple(VIEWS)) -> torch.Tensor:
+    """A tensor of few sizes, so that two drawn ones are often alike."""
+    shape = draw(st.lists(st.integers(0, 3), max_size=3))
+    return VIEWS[draw(st.sampled_from(ways))](torch.zeros(shape, dtype=draw(st.sampled_from(DTYPES))))
+
+
+def expected(bound: list[torch.Tensor], now: list[Any]) -> Difference | None:
+    """The first difference, by the public attributes of each pair of tensors, and each element's place in memory."""
+    classes = {type(x) for x in bound}
+    for k, x in enumerate(now):
+        if type(x) not in classes:
+            return Difference(k, False)
+    for k, (b, x) in enumerate(zip(bound, now, strict=True)):
+        names = ("layout", "dtype", "shape", "device")
+        if any(getattr(b, name) != getattr(x, name) for name in names) or b.stride() != x.stride():
+            return Difference(k, False)
+        places = itertools.product(*map(range, x.shape))
+        last = max((sum(i * s for i, s in zip(place, x.stride(), strict=True)) for place in places), default=None)
+        if last is not None and (x.storage_offset() + last + 1) * x.element_size() > x.untyped_storage().nbytes():
+            return Difference(k, True)
+    return None
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
+def test_drawn_tensors(form: str, data: st.DataObject) -> None:
+    """Each is like the one that was bound, or another."""
+    ways = ("whole", "transposed", "sliced", "later", "expanded")
+    bound = data.draw(st.lists(tensors(ways), max_size=4))
+    now = []
+    for x in bound:
+        kind = data.draw(st.sampled_from(["same", "same", "alike", "freed", "other"]))
+        alike = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+        match kind:
+            case "same":
+                now.append(x)
+            case "alike":
+                now.append(alike)
+            case "freed":
+                now.append(freed(alike))
+            case _:
+                now.append(data.draw(tensors()))
+    answer, difference = read(bound, now), expected(bound, now)
+    # with a tensor on meta torch may choose an implementation that looks at none of them
+    unseen = form == "C" and any(isinstance(x, torch.Tensor) and x.is_meta for x in now)
+    assert answer.difference == difference or (unseen and answer.difference == Difference(0, False))
+    if difference is None:
+        assert answer.pointers == [x.data_ptr() for x in now]
+
+
+# -- the operations ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", ["read_pointers", "describe"])
+def test_torch_checks_of_custom_operations(name: str) -> None:
+    """Schema, autograd, fake tensors and tracing, as `torch.library.opcheck` tests them."""
+    if operations() is None:
+        pytest.skip("there is no C compiler")
+    x = [torch.zeros(2), torch.zeros(3, 2)]
+    reader, memory = PointerReader(x, [s for s in specs_of(x) if s]), torch.zeros(3, dtype=torch.int64)
+    arguments = {"read_pointers": (x, reader.spec_index, reader.table, memory), "describe": (x, reader.table.clone())}
+    operation = getattr(operations(), name).default
+    assert set(torch.library.opcheck(operation, arguments[name]).values()) == {"SUCCESS"}
