@@ -50,6 +50,7 @@ class _Bindings:
         self.used: tuple[list[Template], list[int]] = ([], [])  # the templates of the groups, and that of each
         self.params: Params | None = None
         self.sizes: list[int] = []  # of the groups
+        self.names: list[list[str] | None] = []  # given with the groups
         self.states: list[dict[str, Any]] = []  # of the parameters
         self.known: tuple[list[Any], list[Any]] = ([], [])  # keys and values of the optimizer's state
         self.steps: list[ParamStep] = []
@@ -160,16 +161,19 @@ class ChainOptimizer(Optimizer):
         lists = [group["params"] for group in self.param_groups]
         params = list(chain.from_iterable(lists))
         known, sizes = own.params, list(map(len, lists))
+        names = [group.get("param_names") for group in self.param_groups]
         if (
             known is None
             or own.used != (templates, kinds)
             or sizes != own.sizes
+            or names != own.names
             or not _same_objects(params, known.params)
         ):
             owners = [g for g, size in enumerate(sizes) for _ in range(size)]
             self._check_names(sizes)
             known = Params(names_of(self.param_groups), params, [kinds[g] for g in owners], owners)
             own.params, own.sizes, own.used = known, sizes, (templates, kinds)
+            own.names = [None if x is None else list(x) for x in names]
             own.steps, own.states = [], []
         return templates, known
 

@@ -13,19 +13,11 @@ import torch
 
 from ._runtime.checks import at
 from ._transform import Link
-from ._tree import Spec, View, flatten, one_level, paths, unflatten
+from ._tree import Spec, View, flatten, one_level, unflatten
 
 
-class _Split(NamedTuple):
-    """A state taken apart: the entries of parameters, by name, and those of the tree.
-
-    Args:
-      params: for each name, entries by path.
-      tree: entries of the whole tree, by path.
-    """
-
-    params: dict[str, dict[str, Any]]
-    tree: dict[str, Any]
+# The entries of a state: by the parameter's name, None for an entry of the tree, and the path
+Entries = dict[tuple[str | None, str], Any]
 
 
 class SplitState:
@@ -44,13 +36,13 @@ class SplitState:
     """
 
     def __init__(self, link: Link, prefix: str, view: View) -> None:
-        self.tx, self.prefix = link.tx, prefix
-        self.names = list(view.spec.entries())
-        self.seen = [name for name, seen in zip(self.names, link.seen, strict=True) if seen]
-        own = view._replace(seen=link.seen)
-        state = link.tx.init(own.tree())
-        self.shape = _compare(state, link.tx.init(_with_one_more(own)), self.seen, self._fail)
-        self.initial = self.split(state)
+        self.tx, self.prefix, self.view = link.tx, prefix, view._replace(seen=link.seen)
+        self.seen = [name for name, seen in zip(view.spec.entries(), link.seen, strict=True) if seen]
+        state = link.tx.init(self.view.tree())
+        self.shape = _compare(state, link.tx.init(_with_one_more(self.view)), self.seen, self._fail)
+        self.initial = self.split(state)  # entries that no parameter has taken over yet
+        self.keys = {entry: self._key(*entry) for entry in self.initial}
+        self.filled = [entry for entry, x in self.initial.items() if x is not None]
 
     def _fail(self, path: str, reason: str) -> Exception:
         return ValueError(
@@ -58,47 +50,76 @@ class SplitState:
             f"optimizer; keep one entry per parameter, in a dict by its name or in a list in their order."
         )
 
-    def split(self, state: Any) -> _Split:
+    def _key(self, name: str | None, path: str) -> str:
+        start = f"{self.prefix}:tree" if name is None else self.prefix
+        return f"{start}.{path}" if path else start
+
+    def split(self, state: Any) -> Entries:
         """Takes a state apart.
 
         Raises:
           TypeError, ValueError: its structure is not that of the state that `init` made.
         """
-        found = _Split({name: {} for name in self.seen}, {})
+        found: Entries = {}
         self.shape.split(state, "", found, self)
         return found
 
-    def join(self, found: _Split) -> Any:
+    def join(self, found: Entries) -> Any:
         """The state of which these are the entries."""
         return self.shape.join("", found, self)
 
+    def find(self, entry: tuple[str | None, str], states: Mapping[str, Mapping[str, Any]]) -> Any:
+        """An entry within the dicts of parameters; `MISSING` if it is nowhere."""
+        key, holders = self.keys[entry], self.seen if entry[0] is None else (entry[0],)
+        return next((states[name][key] for name in holders if key in states[name]), MISSING)
+
+    def missing(self, states: Mapping[str, Mapping[str, Any]], present: Sequence[str]) -> list[tuple[str | None, str]]:
+        """The entries that `init` makes and that are nowhere.
+
+        Args:
+          states: the dict of each parameter, by name.
+          present: the parameters that take the step; others may lack their entries.
+        """
+        there = {*present, None}
+        return [entry for entry in self.filled if entry[0] in there and self.find(entry, states) is MISSING]
+
+    def make(self, entries: Sequence[tuple[str | None, str]]) -> list[tuple[str, str, Any]]:
+        """Initial values of entries, as the parameter's name, the key and the value.
+
+        They are given away, since `update` may write to them: an entry that starts anew is made anew.
+        """
+        made = []
+        for entry in entries:
+            if entry not in self.initial:
+                self.initial = self.split(self.tx.init(self.view.tree()))
+            made.append((entry[0] or self.seen[0], self.keys[entry], self.initial.pop(entry)))
+        return made
+
     def gather(self, states: Mapping[str, Mapping[str, Any]]) -> Any:
-        """The state whose entries are in the dicts of parameters; an entry that is nowhere is that of `init`.
+        """The state whose entries are in the dicts of parameters; those of parameters without any are of `init`.
 
         Args:
           states: the dict of each parameter, by name.
         """
-        params = {
-            name: {path: states[name].get(self._key(path), x) for path, x in own.items()}
-            for name, own in self.initial.params.items()
-        }
-        tree = {}
-        for path, x in self.initial.tree.items():
-            key = self._key("tree", path)
-            tree[path] = next((states[name][key] for name in self.seen if key in states[name]), x)
-        return self.join(_Split(params, tree))
+        found = {entry: self.find(entry, states) for entry in self.keys}
+        return self.join({e: self.initial.get(e) if x is MISSING else x for e, x in found.items()})
 
-    def entries(self, state: Any, present: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """The entries of a new state, by parameter and key; those of parameters that took no step are left out."""
-        found = self.split(state)
-        new = {name: {self._key(path): x for path, x in found.params[name].items()} for name in present}
-        if self.seen and found.tree:
-            own = new.setdefault(self.seen[0], {})
-            own |= {self._key("tree", path): x for path, x in found.tree.items()}
-        return new
+    def entries(self, state: Any, present: Sequence[str]) -> list[tuple[str, str, Any]]:
+        """The entries of a new state, as the parameter's name, the key and the value.
 
-    def _key(self, *path: str) -> str:
-        return ".".join((self.prefix, *(part for part in path if part)))
+        Args:
+          state: the state.
+          present: the parameters that took the step; entries of others are left out.
+        """
+        there = {*present, None} if self.seen else set(present)
+        return [
+            (name or self.seen[0], self.keys[name, path], x)
+            for (name, path), x in self.split(state).items()
+            if name in there
+        ]
+
+
+MISSING = object()
 
 
 # The shape of a state is a nest of these, one per node. Each splits a node of a state and joins it again.
@@ -107,12 +128,12 @@ class SplitState:
 class _Leaf(NamedTuple):
     """A tensor, a number or None that belongs to the tree."""
 
-    def split(self, x: Any, path: str, found: _Split, owner: SplitState) -> None:
+    def split(self, x: Any, path: str, found: Entries, owner: SplitState) -> None:
         _check_entry(x, path, owner)
-        found.tree[path] = x
+        found[None, path] = x
 
-    def join(self, path: str, found: _Split, owner: SplitState) -> Any:
-        return found.tree[path]
+    def join(self, path: str, found: Entries, owner: SplitState) -> Any:
+        return found[None, path]
 
 
 class _Node(NamedTuple):
@@ -128,15 +149,17 @@ class _Node(NamedTuple):
     names: list[str]
     children: list[Any]
 
-    def split(self, x: Any, path: str, found: _Split, owner: SplitState) -> None:
+    def split(self, x: Any, path: str, found: Entries, owner: SplitState) -> None:
         children, spec, _ = _open(x)
         if spec != self.spec:
             raise _other_structure(owner, path, x)
         for name, shape, child in zip(self.names, self.children, children, strict=True):
-            shape.split(child, _at(path, name), found, owner)
+            shape.split(child, _at(path, _escaped(name)), found, owner)
 
-    def join(self, path: str, found: _Split, owner: SplitState) -> Any:
-        children = [s.join(_at(path, name), found, owner) for name, s in zip(self.names, self.children, strict=True)]
+    def join(self, path: str, found: Entries, owner: SplitState) -> Any:
+        children = [
+            s.join(_at(path, _escaped(name)), found, owner) for name, s in zip(self.names, self.children, strict=True)
+        ]
         return unflatten(self.spec, children)
 
 
@@ -153,7 +176,7 @@ class _PerParam(NamedTuple):
     owners: list[str | None]
     children: list[tuple[Spec, list[str]]]
 
-    def split(self, x: Any, path: str, found: _Split, owner: SplitState) -> None:
+    def split(self, x: Any, path: str, found: Entries, owner: SplitState) -> None:
         children, spec, _ = _open(x)
         if spec != self.spec:
             raise _other_structure(owner, path, x)
@@ -164,11 +187,11 @@ class _PerParam(NamedTuple):
             for leaf_path, leaf in zip(leaf_paths, leaves, strict=True):
                 _check_entry(leaf, _at(path, leaf_path), owner)
                 if name is not None:
-                    found.params[name][_at(path, leaf_path)] = leaf
+                    found[name, _at(path, leaf_path)] = leaf
 
-    def join(self, path: str, found: _Split, owner: SplitState) -> Any:
+    def join(self, path: str, found: Entries, owner: SplitState) -> Any:
         children = [
-            unflatten(own, [found.params[name][_at(path, leaf)] for leaf in leaf_paths] if name is not None else [])
+            unflatten(own, [found[name, _at(path, leaf)] for leaf in leaf_paths] if name is not None else [])
             for name, (own, leaf_paths) in zip(self.owners, self.children, strict=True)
         ]
         return unflatten(self.spec, children)
@@ -207,17 +230,30 @@ def _compare(a: Any, b: Any, seen: Sequence[str], fail: Any, path: str = "") -> 
     for name, owner, spec in zip(one_names, owners, specs, strict=True):
         if owner is None and spec.num_leaves:
             raise fail(_at(path, name), "has an entry for a parameter that the transformation does not see")
-    return _PerParam(one_spec, owners, [(spec, paths(spec)) for spec in specs])
+    return _PerParam(one_spec, owners, [(spec, escaped_paths(spec)) for spec in specs])
 
 
 def _open(x: Any) -> tuple[list[Any], Spec | None, list[str]]:
     """The children of a container, its type, and their names; a leaf has no type."""
     opened = one_level(x)
-    return ([], None, []) if opened is None else opened
+    if opened is None:
+        return [], None, []
+    children, spec = opened
+    return children, spec, [str(entry) for entry in spec.entries()]
 
 
 def _at(path: str, name: str) -> str:
     return f"{path}.{name}" if path and name else path or name
+
+
+def _escaped(key: Any) -> str:
+    """A key of a path, with its dots written otherwise, so that different entries have different paths."""
+    return str(key).replace("%", "%25").replace(".", "%2E")
+
+
+def escaped_paths(spec: Spec) -> list[str]:
+    """The paths of the leaves of an entry."""
+    return [".".join(map(_escaped, path)) for path in spec.paths()]
 
 
 def _check_entry(x: Any, path: str, owner: SplitState) -> None:

@@ -22,7 +22,7 @@ from ._runtime.internals import in_backward, needs_dispatch
 from ._runtime.plan import Columns, Key
 from ._runtime.shard import as_dtensor_like, is_dtensor, local_tensor, mesh_shard, placed_like, real_view
 from ._runtime.spec import specs_of
-from ._runtime.step import Numbers, Reading
+from ._runtime.step import Launch, Numbers
 from ._step import CHANGED, call_opaque, host_column, updates_of
 from ._transform import GradientTransformation, Link, Path
 from ._tree import Reader, View
@@ -201,6 +201,7 @@ class ParamStep:
             if isinstance(stage, Opaque)
         }
         self.spans_tree = any(stage.region.spans_tree for stage in self.regions)
+        self.needed = {name for stage in self.regions for name in stage.region.extras}
         self.runs_python = bool(self.opaque) or any(stage.region.hosts for stage in self.regions)
         self.shards = [mesh_shard(p) for p in params.params]
         self.numels = [p.numel() * (1 + p.is_complex()) for p in params.params]
@@ -208,7 +209,7 @@ class ParamStep:
             tensor_of(p).device if g is not None else None for p, g in zip(params.params, grads, strict=True)
         ]
         self.done = False
-        self.reading: Reading | None = None  # of the last region of the last step
+        self.launch: Launch | None = None  # of the last region of the last step
 
     def _links(self, warn: bool) -> tuple[list[Link], list[int], list[Any], list[bool]]:
         """The transformations of all templates, their scopes, the keys of each, and which parameters count steps."""
@@ -262,12 +263,9 @@ class ParamStep:
         """
         new: set[int] = set()
         for split in self.opaque.values():
-            present = [self.names[i] for i in self.present if self.names[i] in split.initial.params]
-            for name, own in split.entries(split.join(split.initial), present).items():
-                state = states[self.names.index(name)]
-                for key, x in own.items():
-                    if key not in state and x is not None:
-                        journal.set(state, key, x)
+            by_name = dict(zip(self.names, states, strict=True))
+            for name, key, x in split.make(split.missing(by_name, [self.names[i] for i in self.present])):
+                journal.set(by_name[name], key, x)
         for stage in self.regions:
             for stored in stage.region.stored:
                 key = stage.keys[stored.key]
@@ -316,6 +314,11 @@ class ParamStep:
     def columns(self, states: Sequence[dict[str, Any]]) -> Columns | None:
         """The slots of all regions; None if an entry has to be made first."""
         columns: Columns = {}
+        if self.opaque:
+            by_name = dict(zip(self.names, states, strict=True))
+            present = [self.names[i] for i in self.present]
+            if any(split.missing(by_name, present) for split in self.opaque.values()):
+                return None
         for stage in self.regions:
             for stored in stage.region.stored:
                 if stored.key in columns:
@@ -364,7 +367,10 @@ class ParamStep:
         Raises:
           ValueError, TypeError, RuntimeError: something does not fit.
         """
-        self.done, self.reading = False, None
+        self.done, self.launch = False, None
+        lacking = sorted(self.needed - extra.keys()) if self.needed else []
+        if lacking:
+            raise TypeError(f"`{lacking[0]}` is needed: call `step(closure, {lacking[0]}=...)`.")
         if self.guarded and self.opaque:
             raise ValueError(
                 "gradients that are still multiplied by a loss scale reach transformations that are not made of rules; "
@@ -384,9 +390,9 @@ class ParamStep:
         for stage in self.stages:
             if isinstance(stage, Opaque):
                 own["updates"], entries = self._call(stage, own, params, states, extra)
-                for name, new in entries.items():
-                    for key, x in new.items():
-                        journal.set(states[self.names.index(name)], key, x)
+                by_name = dict(zip(self.names, states, strict=True))
+                for name, key, x in entries:
+                    journal.set(by_name[name], key, x)
                 continue
             for name, (schedule, _) in stage.region.hosts.items():
                 counts = [int(states[i]["step"]) if "step" in states[i] else None for i in range(len(states))]
@@ -414,7 +420,7 @@ class ParamStep:
     @property
     def completed(self) -> bool:
         """Whether everything of the last step has been written."""
-        return self.done or (self.reading is not None and self.reading.launch.completed)
+        return self.done or (self.launch is not None and self.launch.completed)
 
     def _local(self, tensors: Sequence[Any]) -> Sequence[Any]:
         """The plain real tensors that hold the elements of one tensor per parameter."""
@@ -468,7 +474,7 @@ class ParamStep:
         if bound.requires_grad(reading, numbers):
             bound.release(reading)
             return bound.evaluate(own, numbers)
-        self.reading = reading if in_place else None
+        self.launch = reading.launch if in_place else None
         return bound.run(reading, own, numbers)
 
     def _write(
@@ -507,7 +513,7 @@ class ParamStep:
         params: Sequence[torch.Tensor],
         states: Sequence[dict[str, Any]],
         extra: Mapping[str, Any],
-    ) -> tuple[list[Any], dict[str, dict[str, Any]]]:
+    ) -> tuple[list[Any], list[tuple[str, str, Any]]]:
         """Calls a transformation that is not made of rules: its updates, and the new entries of its state."""
         link, split = stage.link, self.opaque[stage.position]
         updates = list(own["updates"])

@@ -225,7 +225,7 @@ class BoundRegion:
         """
         for key, name, declared, seen in self.region.stored:
             for i in self.present:
-                if seen[i] and declared is not None:
+                if seen[i] and declared is not None and key != "step":  # counters are of any dtype
                     check_slot(name, self.paths[i], own[key][i], own["updates"][i], declared)
         kinds, recipes = self.region.kinds, self.region.recipes
         return [

@@ -217,7 +217,7 @@ class TreeStep:
         if in_place:
             for k in stage.moving:
                 first = next(i for i in self.present if stage.region.links[k].seen[i])
-                if own[k, "count"][first] is not states[k].count:  # a copy has been moved on
+                if (k, "count") not in bound.counters or own[k, "count"][first] is not states[k].count:
                     states[k].count.add_(1)
         return results
 

@@ -146,7 +146,7 @@ class GradientTransformation(Transformation):
         return hash(self._functions)
 
     def __repr__(self) -> str:
-        init, update = (getattr(f, "__qualname__", repr(f)) for f in self._functions)
+        init, update = (getattr(f, "__qualname__", type(f).__name__) for f in self._functions)
         return f"GradientTransformation({init}, {update})"
 
     def _init(self, view: View) -> Any:

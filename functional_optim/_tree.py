@@ -82,12 +82,12 @@ class Reader:
         return self.keys is not None and type(tree) is dict
 
 
-def one_level(x: Any) -> tuple[list[Any], Spec, list[str]] | None:
-    """The children of a container, its structure with a leaf for each of them, and their names; None for a leaf."""
+def one_level(x: Any) -> tuple[list[Any], Spec] | None:
+    """The children of a container, and its structure with a leaf for each of them; None for a leaf."""
     if optree.tree_is_leaf(x, none_is_leaf=True, namespace=NAMESPACE):
         return None
     children, spec = optree.tree_flatten(x, is_leaf=lambda y: y is not x, none_is_leaf=True, namespace=NAMESPACE)
-    return children, spec, paths(spec)
+    return children, spec
 
 
 def unflatten(spec: Spec, leaves: Sequence[Any]) -> Tree:

@@ -98,10 +98,10 @@ class Reading(NamedTuple):
 
     tensors: list[torch.Tensor]
     originals: dict[int, torch.Tensor]
-    launch: "_Launch"
+    launch: "Launch"
 
 
-class _Launch:
+class Launch:
     """Memory for data pointers, and the launches of C kernels on it. Threads that share a step have one each."""
 
     def __init__(self, step: "BoundStep", n_threads: int) -> None:
@@ -161,7 +161,7 @@ class BoundStep(Programs):
         self.copied = self._find_copied(launched)
         self.written = self._find_written() if in_place else []
         self.repeated = self._find_repeated() if in_place else None
-        self.counters = self._find_counters(counters) if in_place else []
+        self.counters = self._find_counters(counters) if in_place else {}
         tensors = self.gather(columns)
         for i in self.copied:
             tensors[i] = tensors[i].contiguous()
@@ -169,7 +169,7 @@ class BoundStep(Programs):
         for i in self.copied:
             seen[i] = TensorSpec.of(tensors[i])
         self.reader = PointerReader(tensors, seen)
-        self.launches: list[_Launch] = []  # those that no thread uses at the moment
+        self.launches: list[Launch] = []  # those that no thread uses at the moment
 
     # -- binding ------------------------------------------------------------------------------------------------------
 
@@ -242,8 +242,8 @@ class BoundStep(Programs):
         written = (i for start, stop in self.written for i in range(start, stop))
         return next((i for i in written if self.specs[i] in bad), None) if bad else None
 
-    def _find_counters(self, keys: Sequence[Key]) -> list[int]:
-        """The position of each shared counter among the gathered tensors."""
+    def _find_counters(self, keys: Sequence[Key]) -> dict[Key, int]:
+        """The position of each shared counter among the gathered tensors, where a program reads it."""
         found: dict[Key, int] = {}
         start = 0
         for group in self.groups:
@@ -251,7 +251,7 @@ class BoundStep(Programs):
                 if gather.places[0][0] in keys:
                     found.setdefault(gather.places[0][0], start + k * len(group.leaves))
             start += len(group.leaves) * len(group.gathers)
-        return list(found.values())
+        return found
 
     def name_of(self, position: int) -> tuple[str, int]:
         """The name of a gathered tensor's column in messages, and the position of its leaf."""
@@ -276,13 +276,17 @@ class BoundStep(Programs):
             x = originals[i] = tensors[i]
             if not isinstance(x, torch.Tensor) or x.layout is not torch.strided or TensorSpec.of(x) != self.specs[i]:
                 return Difference(i, False)
-            if x.storage_offset() * x.element_size() + self.specs[i].span > x.untyped_storage().nbytes():
+            span = self.specs[i].span
+            if span and x.storage_offset() * x.element_size() + span > x.untyped_storage().nbytes():
                 return Difference(i, True)
             tensors[i] = x.contiguous()
         n_threads = usable_threads()
-        launch = self.launches.pop() if self.launches else None
-        if launch is None or launch.n_threads != n_threads:
-            launch = _Launch(self, n_threads)
+        try:
+            launch = self.launches.pop()
+        except IndexError:  # other threads have them
+            launch = Launch(self, n_threads)
+        if launch.n_threads != n_threads:
+            launch = Launch(self, n_threads)
         launch.status.value = 0
         found = self.reader.read(tensors, launch.pointers)
         if found is not None:
@@ -317,7 +321,7 @@ class BoundStep(Programs):
         """
         launch, tensors = reading.launch, reading.tensors
         outputs: list[list[Column]] = self._allocate(reading) if self.allocates else [[] for _ in self.groups]
-        counters = [tensors[i] for i in self.counters]
+        counters = [tensors[i] for i in self.counters.values()]
         if self.in_place:
             self._refuse_overlap(reading)
             written = []
@@ -326,7 +330,7 @@ class BoundStep(Programs):
             # before anything is written, so that no interrupt comes between a write and its version
             torch.autograd.graph.increment_version([*written, *counters])
         if len(launch.cpu) == len(self.parts) == 1:
-            counters_at = [launch.pointers.memory[i] for i in self.counters]
+            counters_at = [launch.pointers.memory[i] for i in self.counters.values()]
             if not reading.originals:
                 counters_at.append(ctypes.addressof(launch.status))
             launch.cpu[0](numbers, counters_at)
