@@ -47,12 +47,21 @@ class Option:
           KeyError: there is no such option.
           ValueError: it is no sequence of that length.
         """
-        value = options[self.name]
+        return self.pick(options[self.name])
+
+    def pick(self, value: Any) -> Any:
+        """The number within an option.
+
+        Raises:
+          ValueError: it is no sequence of that length.
+        """
+        if self.index is None:
+            return value
         try:
-            return value if self.index is None else value[self.index]
+            return value[self.index]
         except (IndexError, TypeError):
             raise ValueError(
-                f"the option {self.name!r} is {value!r:.60}, expected at least {self.index + 1} numbers."  # type: ignore[operator]
+                f"the option {self.name!r} is {value!r:.60}, expected at least {self.index + 1} numbers."
             ) from None
 
 
