@@ -280,7 +280,10 @@ class ChainOptimizer(Optimizer):
                 extra[name] = default if x is None else x.reshape(()) if isinstance(x, torch.Tensor) else x
         if own.steps and own.steps[0].runs_python:
             grads = self._without_sparse(grads)
-        before, exact, journal = own.new, False, Journal()
+        assert own.params is not None
+        owners = own.params.params
+        dry = not self.state and self._is_dry(grads)
+        before, exact, journal = own.new, dry, Journal()
         step: ParamStep | None = None
         try:
             while True:
@@ -290,19 +293,18 @@ class ChainOptimizer(Optimizer):
                     exact = True  # before state is made for parameters whose gradients are gone
                     continue
                 if columns is None:
-                    dry = self._is_dry(params, grads)
                     made = step.make_state(states, self.param_groups, journal)
-                    new = before | {id(params[i]) for i in made}
-                    self._adopt(params, grads, states, journal)
-                    if dry:
-                        own.new = new
-                        return
+                    new = before | {id(owners[i]) for i in made}
+                    self._adopt(owners, grads, states, journal)
                     columns = step.columns(states)
                     assert columns is not None, "the state that was missing has been made"
                 elif self.EMPTY and 0 < len(self.state) < len(params):
-                    self._adopt(params, grads, states, journal)
-                first = frozenset(i for i in step.present if id(params[i]) in new) if new else frozenset()
-                own.new = new - {id(params[i]) for i in first}
+                    self._adopt(owners, grads, states, journal)
+                if dry:
+                    own.new = new
+                    return
+                first = frozenset(i for i in step.present if id(owners[i]) in new) if new else frozenset()
+                own.new = new - {id(owners[i]) for i in first}
                 outcome = step.take(params, columns, grads, states, self.param_groups, extra, first, journal)
                 if outcome == "taken":
                     break
@@ -323,15 +325,15 @@ class ChainOptimizer(Optimizer):
         own = self._bindings
         own.new, own.states = new, []
 
-    def _is_dry(self, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]) -> bool:
+    def _is_dry(self, grads: Sequence[torch.Tensor | None]) -> bool:
         """Whether a step is taken for the sake of the state that it makes, as torch's checkpoints do.
 
         They step an optimizer without state with all learning rates and all gradients zero, and rely on that changing
         nothing else. With other chains, and with counters, it would.
         """
-        if self.state or any(float(group.get("lr", 1.0)) for group in self.param_groups):
+        if any(group.get("lr", 1.0) != 0 for group in self.param_groups):
             return False
-        return not any(bool(tensor_of(g).any()) for g in grads if g is not None)
+        return not any(bool(tensor_of(g).any()) for g in grads if g is not None and g.layout is torch.strided)
 
     def _without_sparse(self, grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """The gradients, made dense if this optimizer can."""
