@@ -16,7 +16,7 @@ import functional_optim as fo
 from _lib.records import BACKENDS, tree_of, use
 from _lib.transforms import CASES, IDS
 from _lib.trees import Tree
-from functional_optim.adapters import TransformOptimizer
+from functional_optim.adapters import RMSprop, TransformOptimizer
 
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -149,6 +149,11 @@ def norm_that_is_kept(u: Any, norm: Any) -> Any:
     return u / norm, norm
 
 
+@fo.elementwise
+def quotient_and_product(u: Any) -> Any:
+    return u / fo.leaf_sum(u * u) * fo.leaf_norm(u)
+
+
 class Own(NamedTuple):
     """A user's rule, and what it divides by, in float64, from all updates and one leaf's."""
 
@@ -163,6 +168,7 @@ OWN = {
     "sum_of_cubes": Own(sum_of_cubes(), lambda every, own: own.abs().pow(3).sum().pow(1 / 3)),
     "largest_square": Own(largest_square(), lambda every, own: every.abs().amax()),
     "square_that_elements_need_too": Own(square_that_elements_need_too(), lambda every, own: own.norm()),
+    "quotient_and_product": Own(quotient_and_product(), lambda every, own: own.norm()),
     "norm_that_is_kept": Own(norm_that_is_kept(), lambda every, own: own.norm()),
 }
 
@@ -265,19 +271,25 @@ def test_a_variance_that_cancels_is_not_negative(eps_in_sqrt: bool, dtype: torch
         assert params.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: fo.ema(1.0), r"`decay` of ema must be in \[0, 1\) if `debias` is True, got 1\.0"),
-        (lambda: fo.scale_by_rms(decay=1.0, bias_correction=True), r"`decay` of scale_by_rms must be in \[0, 1\) if"),
-        (lambda: fo.scale_by_stddev(1.0, bias_correction=True), r"`decay` of scale_by_stddev must be in \[0, 1\) if"),
-        (lambda: fo.rmsprop(0.1, decay=1.0, bias_correction=True), r"`decay` of scale_by_rms must be in \[0, 1\) if"),
-        (lambda: fo.ema(1.0, debias=False).replace(debias=True), r"`decay` of ema must be in \[0, 1\) if"),
-    ],
-)
-def test_a_range_that_depends_on_a_switch(make: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make()
+def test_centered_rmsprop_has_the_bits_of_torch_where_torch_has_a_number() -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = 1 + torch.rand(256, generator=generator)
+    ours, theirs = (torch.nn.Parameter(torch.zeros(256)) for _ in range(2))
+    opt = RMSprop([ours], lr=1e-3, alpha=0.9, centered=True)
+    twin = torch.optim.RMSprop([theirs], lr=1e-3, alpha=0.9, centered=True, foreach=False)
+    for step in range(1, 301):
+        grad = base * (1 + 1e-4 * torch.randn(256, generator=generator))
+        ours.grad, theirs.grad = grad.clone(), grad.clone()
+        opt.step()
+        twin.step()
+        assert ours.isfinite().all()
+        for name in ("square_avg", "grad_avg"):
+            torch.testing.assert_close(opt.state[ours][name], twin.state[theirs][name], rtol=0, atol=0)
+        # torch's square root on the CPU is off by one unit now and then, and then each of the steps, all in one
+        # direction, may differ by two units
+        number = theirs.isfinite()
+        torch.testing.assert_close(ours[number], theirs[number], rtol=step * 2.0**-23, atol=0)
+    assert not number.all()  # torch has NaN by now
 
 
 def test_a_range_that_depends_on_a_switch_is_the_wider_one_without_it() -> None:

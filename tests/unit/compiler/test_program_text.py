@@ -254,6 +254,60 @@ layerwise.mu <- %11""",
     )
 
 
+@fo.elementwise(state={"start": fo.slot("param"), "rate": fo.slot(0.5, per="leaf"), "mu": fo.zeros})
+def pulled_back(u: Any, p: Any, start: Any, rate: Any, mu: Any) -> Any:
+    """A rule that changes one of its slots."""
+    mu = mu + u
+    return mu + rate * (p - start), start, rate, mu
+
+
+def test_a_slot_that_is_returned_unchanged_is_not_written() -> None:
+    expecttest.assert_expected_inline(
+        text(pulled_back()),
+        """\
+%0 = array updates
+%1 = array params
+%2 = array pulled_back.start
+%3 = leaf pulled_back.rate
+%4 = array pulled_back.mu
+%5 = add(%4, %0)
+%6 = sub(%1, %2)
+%7 = mul(%3, %6)
+%8 = add(%5, %7)
+%9 = add(%1, %8)
+params <- %9
+pulled_back.mu <- %5""",
+    )
+
+
+@fo.elementwise(state={"square": fo.zeros})
+def squares(u: Any, p: Any, square: Any) -> Any:
+    """A rule that reduces what elements need too, and what they do not."""
+    square = u * u
+    return u / fo.leaf_sum(square) * fo.tree_norm(u + p), square
+
+
+def test_values_that_are_reduced_are_wide() -> None:
+    """The square is computed once for the sum, in double precision, and once for the slot."""
+    expecttest.assert_expected_inline(
+        text(squares()),
+        """\
+%0 = array updates
+%1 = array params
+%2 = mul(%0, %0)  # also wide
+%3 = leaf_sum(%2)  # leaf, stage 1
+%4 = add(%0, %1)  # wide
+%5 = mul(%4, %4)  # wide
+%6 = tree_sum(%5, over squares@0)  # row, stage 1
+%7 = sqrt(%6)  # row, stage 1
+%8 = div(%7, %3)  # leaf, stage 1
+%9 = mul(%0, %8)  # rounded, stage 1
+%10 = add(%1, %9)  # stage 1
+params <- %10
+squares.square <- %2""",
+    )
+
+
 def test_a_schedule_is_part_of_the_program() -> None:
     """Its own numbers are scalars, so that another schedule of the same kind is the same program."""
     expecttest.assert_expected_inline(
@@ -436,6 +490,30 @@ def test_emitted_triton_has_a_kernel_for_each_pass(name: str) -> None:
     tx, dtype = COUNTED[name]
     [kernel] = fo.explain(tx, {k: x.to(dtype) for k, x in PARAMS.items()}).kernels
     assert len(re.findall(r"^def pass_\d+\(", emit_triton(kernel.signature), re.MULTILINE)) == kernel.passes
+
+
+LINKS = {
+    "clip_by_global_norm": lambda: fo.clip_by_global_norm(1.0),
+    "clip_by_block_rms": lambda: fo.clip_by_block_rms(1.0),
+    "scale_by_trust_ratio": lambda: fo.scale_by_trust_ratio(),
+    "clip and momentum": lambda: fo.chain(fo.clip_by_global_norm(1.0), fo.trace(0.9)),
+    "lamb": lambda: fo.lamb(1e-3, weight_decay=0.1),
+    "division": lambda: divided(),
+}
+
+
+@fo.elementwise
+def divided(u: Any) -> Any:
+    """A rule that divides by what follows from a reduction."""
+    return u / (1 + fo.leaf_norm(u))
+
+
+@pytest.mark.parametrize("emit", [emit_c, emit_triton])
+@pytest.mark.parametrize("name", LINKS)
+def test_text_grows_with_the_length_of_a_chain_and_not_its_square(name: str, emit: Any) -> None:
+    """Twice as many links add twice as much text, and a little for longer names; a square would add four times."""
+    a, b, c = (len(emit(signature(fo.chain(*[LINKS[name]() for _ in range(n)], fo.sgd(0.1))))) for n in (8, 16, 32))
+    assert c - b < 2.2 * (b - a)
 
 
 def test_groups_are_launched_one_by_one() -> None:
