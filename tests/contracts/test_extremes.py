@@ -285,10 +285,10 @@ def test_centered_rmsprop_has_the_bits_of_torch_where_torch_has_a_number() -> No
         assert ours.isfinite().all()
         for name in ("square_avg", "grad_avg"):
             torch.testing.assert_close(opt.state[ours][name], twin.state[theirs][name], rtol=0, atol=0)
-        # torch's square root on the CPU is off by one unit now and then, and then each of the steps, all in one
-        # direction, may differ by two units
+        # torch's square root on the CPU is off by one unit now and then; then the sum with eps, the quotient and the
+        # product may be rounded to neighbours, one more unit each, and steps all have one direction
         number = theirs.isfinite()
-        torch.testing.assert_close(ours[number], theirs[number], rtol=step * 2.0**-23, atol=0)
+        torch.testing.assert_close(ours[number], theirs[number], rtol=4 * step * 2.0**-23, atol=0)
     assert not number.all()  # torch has NaN by now
 
 
