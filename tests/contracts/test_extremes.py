@@ -261,11 +261,11 @@ def test_a_clip_whose_bound_reaches_zero_stops(backend: str) -> None:
 def test_a_variance_that_cancels_is_not_negative(eps_in_sqrt: bool, dtype: torch.dtype, backend: str) -> None:
     generator = torch.Generator().manual_seed(0)
     base = 1 + torch.rand(256, generator=generator, dtype=dtype)
-    tx = fo.chain(fo.scale_by_stddev(eps_in_sqrt=eps_in_sqrt), fo.scale(-1e-3))
+    tx = fo.chain(fo.scale_by_stddev(0.5, eps_in_sqrt=eps_in_sqrt), fo.scale(-1e-3))
     params = torch.zeros(256, dtype=dtype)
     state = tx.init(params)
     for step in range(60):
-        noise = 1e-4 * torch.randn(256, generator=generator, dtype=dtype)
+        noise = torch.finfo(dtype).eps * torch.randn(256, generator=generator, dtype=dtype)
         with use("c" if backend == "triton" and step < 58 else backend):
             params, state = fo.apply_gradients(tx, params, base * (1 + noise), state)
         assert params.isfinite().all()
@@ -338,15 +338,6 @@ def test_how_squares_are_stored_is_said_by_the_caller() -> None:
     assert fo.scale_by_adam().init(half).mu.dtype is F16
     assert fo.scale_by_adam(nu_dtype=F16).init(half).nu.dtype is F16
     assert fo.scale_by_adam().init(half.bfloat16()).nu.dtype is BF16
-
-
-def test_a_leaf_without_elements_holds_no_nan() -> None:
-    tx = fo.zero_nans()
-    grads = [torch.zeros(0), torch.ones(2)]
-    for backend in BACKENDS:
-        with use(backend):
-            _, state = tx.update(grads, tx.init(grads), grads)
-        assert [x.item() for x in state.found_nan] == [0.0, 0.0]
 
 
 # ---- derivatives
