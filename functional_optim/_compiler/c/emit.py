@@ -226,9 +226,21 @@ class _Emitter:
             return f"w{i}"
         return f"(double)v{i}" if double and not value.boolean else f"v{i}"
 
+    def factors(self, i: int) -> tuple[int, int] | None:
+        """Operands of a product that is rounded: the element, and the uniform value; None if it is no such product."""
+        value = self.program.values[i]
+        if i not in self.signature.rounded or value.op != "mul":
+            return None
+        element, factor = sorted(value.args, key=lambda a: self.program.values[a].uniform)
+        return (element, factor) if not self.program.values[element].uniform else None
+
     def statement(self, i: int, wide: bool) -> str:
         """The C statement that computes a value of an element."""
         value = self.program.values[i]
+        factors = None if wide else self.factors(i)
+        if factors:
+            element, factor = factors
+            return f"const real v{i} = {self.operand(element)} * near{factor} * far{factor};"
         double = wide or i in self.signature.rounded
         suffix = "" if double or self.signature.compute is torch.float64 else "f"
         operands = [self.operand(a, double, wide) for a in value.args]
@@ -253,12 +265,17 @@ class _Emitter:
             "const int64_t later = chunk + 1 < until ? chunk + 1 : chunk, next = l->chunk_leaf[later];",
             f"const int64_t ahead = l->chunk_start[later] - start, strip = later > chunk ? {STRIP} : stop - start;",
         ]
-        in_double = {a for i in (*p.wide, *self.signature.rounded.intersection(p.body)) for a in values[i].args}
+        products = {i: self.factors(i) for i in p.body}
+        in_double = {a for i in p.wide for a in values[i].args}
+        in_double |= {a for i in self.signature.rounded.intersection(p.body) if not products[i] for a in values[i].args}
+        halves = {factors[1] for factors in products.values() if factors}
         plain = {a for i in set(p.body) - self.signature.rounded for a in values[i].args}
         plain |= {program.outputs[k].value for k in p.stores if program.outputs[k].level is Level.ELEMENT}
         for i in (*self.row_kept, *self.leaf_kept):
             inner += [f"const real s{i} = (real){self.kept(i)};"] if i in plain else []
             inner += [f"const double d{i} = {self.kept(i)};"] if i in in_double else []
+            if i in halves:
+                inner.append(f"const real near{i} = near_factor({self.kept(i)}), far{i} = far_factor({self.kept(i)});")
         body = []
         loads = [
             (i, self.columns[values[i].name], values[i].name, self.signature.dtypes[values[i].name]) for i in p.inputs
