@@ -191,6 +191,16 @@ def test_sums_of_a_rule_of_ones_own_are_of_values_in_double(
     torch.testing.assert_close(actual, expected, rtol=4 * torch.finfo(dtype).eps, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("size", [1e-30, 3e37])
+def test_norms_and_means_of_tensors_are_computed_in_double(size: float, dtype: torch.dtype) -> None:
+    x = torch.full((4,), size).to(dtype)
+    assert fo.leaf_norm(x) == 2 * x[0]
+    assert fo.leaf_sum(x) == 4 * x[0]
+    assert fo.leaf_mean(x) == x[0]
+    assert {f(x).dtype for f in (fo.leaf_norm, fo.leaf_sum, fo.leaf_mean)} == {dtype}
+
+
 @backends
 @pytest.mark.parametrize(
     ("tx", "expected"),
