@@ -241,7 +241,7 @@ def _counter(value: Any, p: torch.Tensor, name: str) -> torch.Tensor:
 
 def _slot(key: str, value: Any, p: torch.Tensor, name: str, declared: Any, hypers: Mapping[str, Any]) -> torch.Tensor:
     """A slot, in the dtype that the chain declares, on the device of its parameter and distributed as that is."""
-    dtype = hypers.get(declared.dtype) if isinstance(declared.dtype, str) else declared.dtype
+    dtype = declared.stored_as(p, hypers)
     if not isinstance(value, torch.Tensor):
         if not (declared.per_leaf and isinstance(value, numbers.Real)):
             raise ValueError(f"the saved {key!r} of {name!r} is {_show(value)}, expected a tensor.")

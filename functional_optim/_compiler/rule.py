@@ -74,11 +74,14 @@ class Slot:
     per_leaf: bool
     square: bool = False
 
+    def stored_as(self, p: torch.Tensor, hypers: Mapping[str, Any]) -> torch.dtype | None:
+        """The dtype that is asked for, or that squares need; None if it is the default one."""
+        dtype = hypers.get(self.dtype) if isinstance(self.dtype, str) else self.dtype
+        return torch.float32 if dtype is None and self.square and p.dtype is torch.float16 else dtype
+
     def make(self, p: torch.Tensor, hypers: Mapping[str, Any]) -> torch.Tensor:
         """The slot's first value for one leaf."""
-        dtype = hypers[self.dtype] if isinstance(self.dtype, str) else self.dtype
-        if dtype is None and self.square and p.dtype is torch.float16:
-            dtype = torch.float32
+        dtype = self.stored_as(p, hypers)
         if self.start == "param":
             return p.detach().to(dtype or p.dtype, copy=True)
         start = float(hypers.get(self.start, 0.0)) if isinstance(self.start, str) else self.start

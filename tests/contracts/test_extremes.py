@@ -16,7 +16,7 @@ import functional_optim as fo
 from _lib.records import BACKENDS, tree_of, use
 from _lib.transforms import CASES, IDS
 from _lib.trees import Tree
-from functional_optim.adapters import RMSprop, TransformOptimizer
+from functional_optim.adapters import LAMB, RMSprop, TransformOptimizer
 
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -340,6 +340,19 @@ def test_squares_of_float16_do_not_vanish(name: str, backend: str) -> None:
         wide, wide_state = fo.apply_gradients(tx, wide, {"w": torch.full((4,), g, dtype=F16).double()}, wide_state)
     # steps of 1e-3 from 1, each rounded to a multiple of 2**-11, and moments of 1e-4 to a multiple of 2**-24
     torch.testing.assert_close(params["w"].double(), wide["w"], rtol=0, atol=6 * 2.0**-11)
+
+
+@pytest.mark.parametrize("make", [lambda w: TransformOptimizer([w], fo.adam(1e-3)), lambda w: LAMB([w])])
+def test_squares_of_float16_stay_float32_when_they_are_loaded(make: Any) -> None:
+    w = torch.nn.Parameter(torch.ones(4, dtype=F16))
+    w.grad = torch.full((4,), 1e-3, dtype=F16)
+    opt, other = make(w), make(w)
+    opt.step()
+    other.load_state_dict(opt.state_dict())
+    assert {k: x.dtype for k, x in other.state[w].items()} == {k: x.dtype for k, x in opt.state[w].items()}
+    assert sorted(str(x.dtype) for x in opt.state[w].values()) == ["torch.float16", "torch.float32", "torch.float32"]
+    for key, x in opt.state[w].items():
+        torch.testing.assert_close(other.state[w][key], x, rtol=0, atol=0)
 
 
 def test_how_squares_are_stored_is_said_by_the_caller() -> None:
