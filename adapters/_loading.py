@@ -42,9 +42,10 @@ def load(optimizer: "ChainOptimizer", state_dict: dict[str, Any], by_name: bool,
     given = {id_map[k]: v for k, v in states.items() if k in id_map}
     state: defaultdict[Any, Any] = defaultdict(dict)
     unknown: list[str] = []
+    counter = optimizer._counter_dtype()
     for p, name, own in zip((p for group in groups for p in group["params"]), names, slots, strict=True):
         if p in given:
-            made = _state(given[p], p, name, own, unknown)
+            made = _state(given[p], p, name, own, unknown, counter)
             if made or optimizer.EMPTY:
                 state[p] = made
     for k, v in states.items():  # what belongs to no parameter is kept, as torch keeps it
@@ -192,7 +193,9 @@ def _template(optimizer: "ChainOptimizer", g: int, group: dict[str, Any]) -> Tem
     return template
 
 
-def _state(saved: Any, p: torch.Tensor, name: str, slots: Mapping[str, Any], unknown: list[str]) -> dict[Any, Any]:
+def _state(
+    saved: Any, p: torch.Tensor, name: str, slots: Mapping[str, Any], unknown: list[str], counter: torch.dtype
+) -> dict[Any, Any]:
     """The state of one parameter, copied and cast; what the chain does not know is added to `unknown`."""
     if not isinstance(saved, Mapping):
         raise ValueError(f"the saved state of {name!r} is {_show(saved)}, expected a dict.")
@@ -214,7 +217,7 @@ def _state(saved: Any, p: torch.Tensor, name: str, slots: Mapping[str, Any], unk
     made = {}
     for k, v in saved.items():
         if k == "step":
-            made[k] = _counter(0 if v is None else v, p, name)
+            made[k] = _counter(0 if v is None else v, p, name, counter)
         elif k not in slots:
             made[k] = _copy(v, p)
         elif v is not None:  # a slot that is None starts anew, as in torch
@@ -222,9 +225,8 @@ def _state(saved: Any, p: torch.Tensor, name: str, slots: Mapping[str, Any], unk
     return made
 
 
-def _counter(value: Any, p: torch.Tensor, name: str) -> torch.Tensor:
-    """A counter of steps, in torch's dtype for it; half types stop counting at 256."""
-    usual = torch.float64 if torch.get_default_dtype() is torch.float64 else torch.float32
+def _counter(value: Any, p: torch.Tensor, name: str, usual: torch.dtype) -> torch.Tensor:
+    """A counter of steps, in the optimizer's dtype for it or a wider one; half types stop counting at 256."""
     if isinstance(value, torch.Tensor):
         if value.numel() != 1 or value.is_complex() or value.layout is not torch.strided:
             raise ValueError(
@@ -232,7 +234,7 @@ def _counter(value: Any, p: torch.Tensor, name: str) -> torch.Tensor:
                 f"number."
             )
         one = place_like(value.detach(), None).reshape(())
-        dtype = one.dtype if one.dtype in (torch.float32, torch.float64) else usual
+        dtype = torch.float64 if one.dtype is torch.float64 else usual
         return one.to(dtype=dtype, device=p.device, copy=True)
     if not isinstance(value, numbers.Real):
         raise ValueError(f"the saved 'step' of {name!r} is {_show(value)}, expected one number.")

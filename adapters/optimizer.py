@@ -3,6 +3,7 @@
 import contextlib
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import chain
 from operator import is_
@@ -12,6 +13,8 @@ import torch
 from torch.optim import Optimizer
 
 from functional_optim._params import GRAD, Journal, Params, ParamStep, Template, tensor_of
+from functional_optim._runtime.overlap import SharedMemoryError
+from functional_optim._runtime.spec import PLAIN
 
 from ._averages import averaged
 from ._compiled import LIVE
@@ -139,7 +142,15 @@ class ChainOptimizer(Optimizer):
         templates, params = self._params()
         if extra:
             self._check_extra(templates, extra, offered)
-        self._step_on(templates, params.params, list(map(GRAD, params.params)), self._states(params), extra)
+        grads = list(map(GRAD, params.params))
+        try:
+            self._step_on(templates, params.params, grads, self._states(params), extra)
+        except SharedMemoryError:
+            turns = self._turns(params.params, grads)
+            if len(turns) < 2:
+                raise
+            for some in turns:
+                self._step_on(templates, params.params, some, self._states(params), extra)
 
     @staticmethod
     def _check_extra(templates: Sequence[Template], extra: Mapping[str, Any], offered: frozenset[str]) -> None:
@@ -318,6 +329,28 @@ class ChainOptimizer(Optimizer):
         # nothing waits for a device but the first step
         if guarded and (first or journal.entries) and float(extra["found_inf"]):
             self._undo(journal, before)
+
+    def _turns(
+        self, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]
+    ) -> list[list[torch.Tensor | None]]:
+        """Gradients for one step after another, as torch takes them, of parameters that are the same memory.
+
+        One turn if no two parameters are, or if the chain needs all gradients at once.
+        """
+        turns: list[list[torch.Tensor | None]] = [list(grads)]
+        if any(step.spans_tree for step in self._bindings.steps):
+            return turns
+        known: Counter[tuple[Any, ...]] = Counter()
+        for i, (p, g) in enumerate(zip(params, grads, strict=True)):
+            if g is None or type(p) not in PLAIN:
+                continue
+            place = (p.data_ptr(), p.dtype, p.shape, p.stride())
+            turn, known[place] = known[place], known[place] + 1
+            if turn:
+                turns[0][i] = None
+                turns += [[None] * len(grads) for _ in range(turn + 1 - len(turns))]
+                turns[turn][i] = g
+        return turns
 
     def _undo(self, journal: Journal, new: set[int]) -> None:
         """Takes back what a step has made that was not taken."""

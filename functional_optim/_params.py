@@ -201,6 +201,7 @@ class ParamStep:
             if isinstance(stage, Opaque)
         }
         self.spans_tree = any(stage.region.spans_tree for stage in self.regions)
+        self.traced = [stage.region for stage in self.regions if stage.region.traced]
         self.needed = {name for stage in self.regions for name in stage.region.extras}
         self.runs_python = bool(self.opaque) or any(stage.region.hosts for stage in self.regions)
         self.shards = [mesh_shard(p) for p in params.params]
@@ -243,6 +244,7 @@ class ParamStep:
             and len(templates) == len(self.templates)
             and all(map(is_, templates, self.templates))
             and not (self.absent and any(grads[i] is not None for i in self.absent))
+            and not (self.traced and not all(region.is_current for region in self.traced))
             and not ((exact or self.runs_python) and any(grads[i] is None for i in self.present))
         )
 
@@ -383,7 +385,7 @@ class ParamStep:
             )
         own: Columns = {"updates": grads, "params": params, **columns}
         if self.wrapped:
-            if any(grads[i] is not None and grads[i].layout is not torch.strided for i in self.dtensors):
+            if any(g is not None and g.layout is not torch.strided for g in map(grads.__getitem__, self.dtensors)):
                 return "sparse"
             own |= {"updates": self._local(self._placed(grads)), "params": self._local(params)}
         before = specs_of(own["params"]) if self.runs_python and not needs_dispatch() else None

@@ -80,6 +80,7 @@ class TreeStep:
         # Python code of somebody else runs between the first look at tensors and the last launch
         self.runs_python = any(isinstance(stage, Opaque) or stage.hosts for stage in stages)
         self.extras = _extras(stages)
+        self.traced = [stage for stage in stages if isinstance(stage, Region) and stage.traced]
 
     def _read(self, name: str, tree: Tree) -> list[Any]:
         try:
@@ -104,6 +105,8 @@ class TreeStep:
     def columns(self, updates: Tree, params: Tree | None, donate: bool) -> Columns | None:
         """The leaves of trees, if they have the structure that this step is for and the same leaves are there."""
         if (params is not None) is not self.with_params:
+            return None
+        if self.traced and not all(region.is_current for region in self.traced):
             return None
         like = updates if params is None else params
         # a donated step returns its very arguments; any other returns trees whose containers are those it was given

@@ -83,7 +83,8 @@ class Slot:
         """The slot's first value for one leaf."""
         dtype = self.stored_as(p, hypers)
         if self.start == "param":
-            return p.detach().to(dtype or p.dtype, copy=True)
+            # a leaf of autograd's graph starts a state of its own; anything else is followed to where it came from
+            return (p.detach() if p.is_leaf else p).to(dtype or p.dtype, copy=True)
         start = float(hypers.get(self.start, 0.0)) if isinstance(self.start, str) else self.start
         if self.per_leaf:
             wide = torch.float64 if p.dtype is torch.float64 else torch.float32
