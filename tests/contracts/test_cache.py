@@ -5,6 +5,7 @@ import errno
 import functools
 import hashlib
 import importlib.util
+import json
 import marshal
 import os
 import shutil
@@ -823,6 +824,67 @@ def test_a_broken_compiler_that_is_mended_leaves_nothing_behind(
     assert finish(start()) == (0, "done\n", "")
 
 
+# --- the first step of a process, which has registered no operation yet
+
+
+STEPS = f"""
+import json, os, sys, warnings
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+import functional_optim as fo
+from functional_optim._compiler.c import build
+from functional_optim.adapters import TransformOptimizer
+build.TIMEOUT = float(os.environ.get("TIMEOUT", build.TIMEOUT))
+found = []
+warnings.simplefilter("always")
+warnings.showwarning = lambda message, *_: found.append(str(message))
+for tx in (fo.sgd(0.5), fo.chain(fo.trace(0.9), fo.scale(-0.5)), fo.sgd(0.5)):
+    params, grads = {{"w": torch.arange(5.0)}}, {{"w": torch.ones(5)}}
+    new, _ = fo.apply_gradients(tx, params, grads, tx.init(params))
+    assert torch.equal(new["w"], torch.arange(5.0) - 0.5), new
+    p = torch.nn.Parameter(torch.arange(5.0))
+    p.grad = torch.ones(5)
+    TransformOptimizer([p], tx).step()
+    assert torch.equal(p.detach(), torch.arange(5.0) - 0.5), p
+print(json.dumps([found, fo.explain(tx, params).backends]))
+"""
+FIRST_STEP = ("fails", "crashes after it has written", "makes nothing", "makes garbage", "makes another library")
+
+
+@pytest.mark.parametrize("library", ["$library", "pointers"])  # all of them, or one alone
+@pytest.mark.parametrize("name", FIRST_STEP)
+def test_a_broken_compiler_in_a_new_process(
+    name: str, library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One warning, and every step is right, whichever library cannot be built."""
+    broken = Compiler(tmp_path, f'if [ {library} = $library ]; then {BROKEN[name]}; exit; fi\nexec {COMPILER} "$@"')
+    monkeypatch.setenv("CC", str(broken.path))
+
+    steps_without_kernels()
+
+
+def test_a_compiler_that_hangs_in_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is waited for once, not once for each library."""
+    os.mkfifo(tmp_path / "never")
+    hanging = Compiler(tmp_path, f"read x < {tmp_path}/never")
+    monkeypatch.setenv("CC", str(hanging.path))
+
+    steps_without_kernels(TIMEOUT="0.2")
+
+    assert len(hanging.calls) == 1
+
+
+def steps_without_kernels(**variables: str) -> None:
+    """Takes `STEPS` in a new process, which must say once that there are no kernels."""
+    returncode, out, err = finish(start(STEPS, **variables))
+
+    assert (returncode, err) == (0, "")
+    found, backends = json.loads(out)
+    assert len(found) == 1, found
+    assert "Updates are computed without generated kernels" in found[0]
+    assert backends == ["foreach"]
+
+
 # --- memory of the process
 
 
@@ -897,10 +959,10 @@ print("done")
 """
 
 
-def start(**variables: str) -> "subprocess.Popen[str]":
+def start(code: str = PROCESS, **variables: str) -> "subprocess.Popen[str]":
     """Starts a process that takes the step, in a group of its own."""
     return subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", PROCESS],
+        [sys.executable, "-W", "error", "-c", code],
         env={**os.environ, **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
