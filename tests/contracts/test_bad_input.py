@@ -473,10 +473,18 @@ RANGES: dict[str, tuple[Callable[[], Any], str]] = {
     "b2 of scale_by_lion": (lambda: fo.lion(0.1, b2=-1.0), r"`b2` of scale_by_lion must be in \[0, 1\], got -1\.0"),
     "decay of trace": (lambda: fo.sgd(0.1, momentum=-0.9), r"`decay` of trace must be in \[0, inf\), got -0\.9"),
     "decay of ema": (lambda: fo.signum(0.1, beta=1.1), r"`decay` of ema must be in \[0, 1\], got 1\.1"),
+    "decay if debias of ema": (
+        lambda: fo.ema(1.0),
+        r"`decay` of ema must be in \[0, 1\) if `debias` is True, got 1\.0",
+    ),
     "decay of params_ema": (lambda: fo.params_ema(-0.1), r"`decay` of params_ema must be in \[0, 1\], got -0\.1"),
     "decay of scale_by_rms": (
         lambda: fo.rmsprop(0.1, decay=1.1),
         r"`decay` of scale_by_rms must be in \[0, 1\], got 1\.1",
+    ),
+    "decay if bias_correction of scale_by_rms": (
+        lambda: fo.scale_by_rms(decay=1, bias_correction=True),
+        r"`decay` of scale_by_rms must be in \[0, 1\) if `bias_correction` is True, got 1\.",
     ),
     "eps of scale_by_rms": (lambda: fo.rmsprop(0.1, eps=-1.0), r"`eps` of scale_by_rms .* got -1\.0"),
     "initial_scale of scale_by_rms": (
@@ -486,6 +494,10 @@ RANGES: dict[str, tuple[Callable[[], Any], str]] = {
     "decay of scale_by_stddev": (
         lambda: fo.rmsprop(0.1, decay=-1, centered=True),
         r"`decay` of scale_by_stddev .* got -1",
+    ),
+    "decay if bias_correction of scale_by_stddev": (
+        lambda: fo.rmsprop(0.1, decay=1.0, centered=True, bias_correction=True),
+        r"`decay` of scale_by_stddev must be in \[0, 1\) if `bias_correction` is True, got 1\.0",
     ),
     "eps of scale_by_stddev": (lambda: fo.scale_by_stddev(eps=-1.0), r"`eps` of scale_by_stddev .* got -1\.0"),
     "initial_scale of scale_by_stddev": (
@@ -526,6 +538,25 @@ def test_hyper_parameters_out_of_range(name: str) -> None:
 
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fo.ema(1.0, debias=False),
+        lambda: fo.scale_by_rms(decay=1.0, bias_correction=False),
+        lambda: fo.scale_by_stddev(decay=1.0, bias_correction=False),
+    ],
+)
+def test_a_range_that_a_switch_narrows_is_whole_without_it(make: Callable[[], Any]) -> None:
+    """With a decay of 1 a moment keeps its first value, here 0."""
+    params = {"w": torch.ones(2)}
+    tx = make()
+
+    updates, state = tx.update(params, tx.init(params), params)
+
+    assert all(torch.isfinite(u).all() for u in updates.values())
+    assert not any(x.any() for name, own in state._asdict().items() if name != "count" for x in own.values())
 
 
 def test_every_declared_range_is_tested() -> None:
