@@ -13,6 +13,7 @@ Files
 if __name__ != "functional_optim.adapters":
     raise ImportError("import functional_optim.adapters, not adapters: a second copy of every class would be made.")
 
+from . import _explained as _explained
 from .classes import LAMB, SGD, Adam, AdamW, Lion, RMSprop
 from .files import load_safetensors, save_safetensors
 from .optimizer import ChainOptimizer
