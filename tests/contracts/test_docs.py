@@ -1,9 +1,11 @@
 """The documents: their code runs, their links lead somewhere, their lines fit a window."""
 
+import linecache
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,3 +110,31 @@ def test_the_words_of_the_glossary_are_explained_once() -> None:
 
     assert len(words) >= 20
     assert len({word.lower() for word in words}) == len(words)
+
+
+def against_the_momentum(step: int) -> torch.Tensor:
+    """Gradients of which few agree with those before them every other time, so that the bound of the mean counts."""
+    generator = torch.Generator().manual_seed(step)
+    g = torch.rand(4096, generator=generator)
+    return g if step % 2 == 0 else torch.where(g < 2e-4, 1.0, -0.01 * g)
+
+
+def test_the_rule_of_the_readme_is_that_of_the_example() -> None:
+    """README.md shows the formula of examples/custom_rule.py in fewer lines."""
+    (shown,) = re.findall(r"^@fo\.elementwise\(.*?\n\n", PAGES["README.md"], re.MULTILINE | re.DOTALL)
+    example = (ROOT / "examples" / "custom_rule.py").read_text()
+    (written,) = re.findall(r"^@fo\.elementwise\(.*?\n\n", example, re.MULTILINE | re.DOTALL)
+    found = []
+    for number, text in enumerate((shown, written)):
+        name = f"<rule {number}>"
+        linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
+        names: dict[str, Any] = {"fo": fo, "torch": torch}
+        exec(compile(text, name, "exec"), names)
+        tx = fo.chain(names["scale_by_cautious_lion"](b1=0.8), fo.scale(-0.1))
+        params = torch.zeros(4096)
+        state = tx.init(params)
+        for step in range(20):
+            params, state = fo.apply_gradients(tx, params, against_the_momentum(step), state)
+        found.append(params)
+
+    torch.testing.assert_close(*found, rtol=0, atol=0)
