@@ -1,19 +1,38 @@
-"""The stateful layer: any chain as a `torch.optim.Optimizer`. It imports public names of the package only."""
+"""The stateful layer: any chain as a `torch.optim.Optimizer`.
+
+Any chain
+  TransformOptimizer ChainOptimizer
+torch's classes
+  SGD Adam AdamW RMSprop
+Classes that torch lacks
+  Lion LAMB
+Files
+  save_safetensors load_safetensors
+"""
 
 if __name__ != "functional_optim.adapters":
     raise ImportError("import functional_optim.adapters, not adapters: a second copy of every class would be made.")
 
-from .classes import (
-    LAMB as LAMB,
-    SGD as SGD,
-    Adam as Adam,
-    AdamW as AdamW,
-    Lion as Lion,
-    RMSprop as RMSprop,
-)
-from .files import (
-    load_safetensors as load_safetensors,
-    save_safetensors as save_safetensors,
-)
-from .optimizer import ChainOptimizer as ChainOptimizer
-from .transform import TransformOptimizer as TransformOptimizer
+from . import _explained as _explained
+from .classes import LAMB, SGD, Adam, AdamW, Lion, RMSprop
+from .files import load_safetensors, save_safetensors
+from .optimizer import ChainOptimizer
+from .transform import TransformOptimizer
+
+
+__all__ = [
+    "LAMB",
+    "SGD",
+    "Adam",
+    "AdamW",
+    "ChainOptimizer",
+    "Lion",
+    "RMSprop",
+    "TransformOptimizer",
+    "load_safetensors",
+    "save_safetensors",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -17,8 +17,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.utils.benchmark import Timer
 from tqdm import tqdm
+from turns import compare
 
 import functional_optim.adapters
 
@@ -114,12 +114,7 @@ def main() -> None:
         print(f"test accuracy with {name}: {hits.float().mean():.2%} of {len(hits)} images")
 
     # With the gradients of the last batch. Both move a copy that nobody needs any more.
-    timers = [
-        Timer("step()", globals={"step": run.optimizer.step}, num_threads=torch.get_num_threads())
-        for run in (ours, theirs)
-    ]
-    a, b = (1e6 * t.blocked_autorange(min_run_time=0.5).median for t in timers)
-    print(f"median time of a step: {a:.0f} us here, {b:.0f} us in torch.optim, which takes {b / a:.1f} times as long")
+    print(compare(ours.optimizer.step, theirs.optimizer.step))
 
 
 if __name__ == "__main__":

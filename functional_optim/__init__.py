@@ -1,127 +1,236 @@
-"""Composable, pure gradient transformations on PyTorch tensors; any chain runs as one generated kernel."""
+"""Composable, pure gradient transformations on PyTorch tensors; any chain runs as one generated kernel.
+
+Steps
+  apply_gradients apply_updates eval_params explain use_backend
+Combinators
+  chain named_chain masked partition multi_transform identity stateless stateless_with_tree_map
+Rules
+  elementwise slot zeros cbrt leaf_sum leaf_mean leaf_norm leaf_amax tree_sum tree_norm tree_amax
+Transformations
+  scale scale_by_learning_rate scale_by_schedule scale_by_sign trace ema scale_by_adam scale_by_amsgrad scale_by_rms
+  scale_by_stddev scale_by_lion scale_by_trust_ratio add_decayed_weights clip clip_by_global_norm clip_by_block_rms
+  zero_nans set_to_zero params_ema
+Optimizers
+  sgd adam adamw nadam nadamw amsgrad rmsprop lion lars lamb sign_sgd signum
+Schedules
+  constant_schedule linear_schedule polynomial_schedule exponential_decay cosine_decay_schedule inverse_sqrt_schedule
+  warmup_constant_schedule warmup_cosine_decay_schedule warmup_exponential_decay_schedule warmup_stable_decay_schedule
+  piecewise_constant_schedule piecewise_interpolate_schedule linear_onecycle_schedule cosine_onecycle_schedule
+  sgdr_schedule join_schedules schedule
+Types
+  GradientTransformation EmptyState MaskedNode MaskedState PartitionState Schedule Explanation RuleError
+
+`functional_optim.adapters` makes optimizers of torch of them; import it by itself.
+"""
 
 from ._chain import (
-    apply_gradients as apply_gradients,
-    apply_updates as apply_updates,
-    chain as chain,
-    identity as identity,
-    named_chain as named_chain,
+    apply_gradients,
+    apply_updates,
+    chain,
+    identity,
+    named_chain,
 )
 from ._compiler.functions import (
-    cbrt as cbrt,
-    leaf_amax as leaf_amax,
-    leaf_mean as leaf_mean,
-    leaf_norm as leaf_norm,
-    leaf_sum as leaf_sum,
-    tree_amax as tree_amax,
-    tree_norm as tree_norm,
-    tree_sum as tree_sum,
+    cbrt,
+    leaf_amax,
+    leaf_mean,
+    leaf_norm,
+    leaf_sum,
+    tree_amax,
+    tree_norm,
+    tree_sum,
 )
 from ._compiler.rule import (
-    slot as slot,
-    zeros as zeros,
+    slot,
+    zeros,
 )
-from ._compiler.trace import RuleError as RuleError
+from ._compiler.trace import RuleError
 from ._explain import (
-    Explanation as Explanation,
-    explain as explain,
+    Explanation,
+    explain,
 )
 from ._masking import (
-    MaskedState as MaskedState,
-    PartitionState as PartitionState,
-    masked as masked,
-    multi_transform as multi_transform,
-    partition as partition,
+    MaskedState,
+    PartitionState,
+    masked,
+    multi_transform,
+    partition,
 )
 from ._optimizers import (
-    adam as adam,
-    adamw as adamw,
-    amsgrad as amsgrad,
-    lamb as lamb,
-    lars as lars,
-    lion as lion,
-    nadam as nadam,
-    nadamw as nadamw,
-    rmsprop as rmsprop,
-    sgd as sgd,
-    sign_sgd as sign_sgd,
-    signum as signum,
+    adam,
+    adamw,
+    amsgrad,
+    lamb,
+    lars,
+    lion,
+    nadam,
+    nadamw,
+    rmsprop,
+    sgd,
+    sign_sgd,
+    signum,
 )
-from ._rule import elementwise as elementwise
-from ._runtime.backend import use_backend as use_backend
-from ._schedules.cosine import cosine_decay_schedule as cosine_decay_schedule
-from ._schedules.exponential import exponential_decay as exponential_decay
+from ._rule import elementwise
+from ._runtime.backend import use_backend
+from ._schedules.cosine import cosine_decay_schedule
+from ._schedules.exponential import exponential_decay
 from ._schedules.join import (
-    join_schedules as join_schedules,
-    sgdr_schedule as sgdr_schedule,
+    join_schedules,
+    sgdr_schedule,
 )
 from ._schedules.onecycle import (
-    cosine_onecycle_schedule as cosine_onecycle_schedule,
-    linear_onecycle_schedule as linear_onecycle_schedule,
+    cosine_onecycle_schedule,
+    linear_onecycle_schedule,
 )
 from ._schedules.piecewise import (
-    piecewise_constant_schedule as piecewise_constant_schedule,
-    piecewise_interpolate_schedule as piecewise_interpolate_schedule,
+    piecewise_constant_schedule,
+    piecewise_interpolate_schedule,
 )
 from ._schedules.polynomial import (
-    constant_schedule as constant_schedule,
-    linear_schedule as linear_schedule,
-    polynomial_schedule as polynomial_schedule,
+    constant_schedule,
+    linear_schedule,
+    polynomial_schedule,
 )
 from ._schedules.schedule import (
-    Schedule as Schedule,
-    schedule as schedule,
+    Schedule,
+    schedule,
 )
 from ._schedules.warmup import (
-    inverse_sqrt_schedule as inverse_sqrt_schedule,
-    warmup_constant_schedule as warmup_constant_schedule,
-    warmup_cosine_decay_schedule as warmup_cosine_decay_schedule,
-    warmup_exponential_decay_schedule as warmup_exponential_decay_schedule,
-    warmup_stable_decay_schedule as warmup_stable_decay_schedule,
+    inverse_sqrt_schedule,
+    warmup_constant_schedule,
+    warmup_cosine_decay_schedule,
+    warmup_exponential_decay_schedule,
+    warmup_stable_decay_schedule,
 )
 from ._transform import (
-    EmptyState as EmptyState,
-    GradientTransformation as GradientTransformation,
+    EmptyState,
+    GradientTransformation,
 )
 from ._transforms.adam import (
-    scale_by_adam as scale_by_adam,
-    scale_by_amsgrad as scale_by_amsgrad,
+    scale_by_adam,
+    scale_by_amsgrad,
 )
 from ._transforms.averaging import (
-    eval_params as eval_params,
-    params_ema as params_ema,
+    eval_params,
+    params_ema,
 )
 from ._transforms.clipping import (
-    clip as clip,
-    clip_by_block_rms as clip_by_block_rms,
-    clip_by_global_norm as clip_by_global_norm,
-    zero_nans as zero_nans,
+    clip,
+    clip_by_block_rms,
+    clip_by_global_norm,
+    zero_nans,
 )
-from ._transforms.decay import add_decayed_weights as add_decayed_weights
+from ._transforms.decay import add_decayed_weights
 from ._transforms.momentum import (
-    ema as ema,
-    trace as trace,
+    ema,
+    trace,
 )
 from ._transforms.rms import (
-    scale_by_rms as scale_by_rms,
-    scale_by_stddev as scale_by_stddev,
+    scale_by_rms,
+    scale_by_stddev,
 )
 from ._transforms.scaling import (
-    scale as scale,
-    scale_by_learning_rate as scale_by_learning_rate,
-    scale_by_schedule as scale_by_schedule,
-    scale_by_trust_ratio as scale_by_trust_ratio,
-    set_to_zero as set_to_zero,
+    scale,
+    scale_by_learning_rate,
+    scale_by_schedule,
+    scale_by_trust_ratio,
+    set_to_zero,
 )
 from ._transforms.sign import (
-    scale_by_lion as scale_by_lion,
-    scale_by_sign as scale_by_sign,
+    scale_by_lion,
+    scale_by_sign,
 )
 from ._transforms.stateless import (
-    stateless as stateless,
-    stateless_with_tree_map as stateless_with_tree_map,
+    stateless,
+    stateless_with_tree_map,
 )
-from ._tree import MaskedNode as MaskedNode
+from ._tree import MaskedNode
 
 
 __version__ = "0.1.0"
+__all__ = [
+    "EmptyState",
+    "Explanation",
+    "GradientTransformation",
+    "MaskedNode",
+    "MaskedState",
+    "PartitionState",
+    "RuleError",
+    "Schedule",
+    "adam",
+    "adamw",
+    "add_decayed_weights",
+    "amsgrad",
+    "apply_gradients",
+    "apply_updates",
+    "cbrt",
+    "chain",
+    "clip",
+    "clip_by_block_rms",
+    "clip_by_global_norm",
+    "constant_schedule",
+    "cosine_decay_schedule",
+    "cosine_onecycle_schedule",
+    "elementwise",
+    "ema",
+    "eval_params",
+    "explain",
+    "exponential_decay",
+    "identity",
+    "inverse_sqrt_schedule",
+    "join_schedules",
+    "lamb",
+    "lars",
+    "leaf_amax",
+    "leaf_mean",
+    "leaf_norm",
+    "leaf_sum",
+    "linear_onecycle_schedule",
+    "linear_schedule",
+    "lion",
+    "masked",
+    "multi_transform",
+    "nadam",
+    "nadamw",
+    "named_chain",
+    "params_ema",
+    "partition",
+    "piecewise_constant_schedule",
+    "piecewise_interpolate_schedule",
+    "polynomial_schedule",
+    "rmsprop",
+    "scale",
+    "scale_by_adam",
+    "scale_by_amsgrad",
+    "scale_by_learning_rate",
+    "scale_by_lion",
+    "scale_by_rms",
+    "scale_by_schedule",
+    "scale_by_sign",
+    "scale_by_stddev",
+    "scale_by_trust_ratio",
+    "schedule",
+    "set_to_zero",
+    "sgd",
+    "sgdr_schedule",
+    "sign_sgd",
+    "signum",
+    "slot",
+    "stateless",
+    "stateless_with_tree_map",
+    "trace",
+    "tree_amax",
+    "tree_norm",
+    "tree_sum",
+    "use_backend",
+    "warmup_constant_schedule",
+    "warmup_cosine_decay_schedule",
+    "warmup_exponential_decay_schedule",
+    "warmup_stable_decay_schedule",
+    "zero_nans",
+    "zeros",
+]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__", *({"adapters"} & globals().keys())]

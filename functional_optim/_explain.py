@@ -1,5 +1,7 @@
-"""`explain`: what a transformation will do to a tree, before it does it."""
+"""`explain`: what a transformation or an optimizer will do, before it does it."""
 
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,12 +9,17 @@ import torch
 
 from ._compiler.c.emit import emit_c
 from ._compiler.passes import Signature, plan, read_bytes, written_bytes
+from ._compiler.rule import Option
 from ._compiler.triton.emit import emit_triton
+from ._params import Journal, ParamRegion, Params, ParamStep, Template, tensor_of
+from ._regions import BoundRegion
 from ._runtime.backend import choose_backend
+from ._runtime.plan import Columns, Group, Leaf
+from ._runtime.shard import local_tensor
 from ._runtime.spec import TensorSpec
-from ._step import TreeRegion, TreeStep
+from ._step import TreeRegion, TreeStep, host_column
 from ._transform import GradientTransformation, as_transformation
-from ._tree import Tree, View, flatten, short
+from ._tree import Tree, View, flatten, show
 
 
 @dataclass(frozen=True)
@@ -53,8 +60,32 @@ class Kernel:
 
 
 @dataclass(frozen=True)
+class OptimizerChain:
+    """The chain of some parameter groups of an optimizer: those whose switches are the same.
+
+    Args:
+      groups: positions of the groups.
+      leaves: number of parameters in them.
+      transformations: names of its transformations, in order.
+      options: keys of a group that its numbers are looked up by.
+    """
+
+    groups: tuple[int, ...]
+    leaves: int
+    transformations: tuple[str, ...]
+    options: tuple[str, ...]
+
+    def __str__(self) -> str:
+        groups = f"parameter group{'s' if len(self.groups) > 1 else ''} {', '.join(map(str, self.groups))}"
+        return (
+            f"chain of {groups}, {_count(self.leaves, 'tensor')}: {' > '.join(self.transformations) or 'identity'}\n"
+            f"  options {', '.join(self.options) or 'none'}"
+        )
+
+
+@dataclass(frozen=True)
 class Explanation:
-    """What a transformation does to a tree; print it.
+    """What a transformation, or an optimizer, does to its parameters; print it.
 
     Args:
       kernels: the programs, in order.
@@ -67,6 +98,7 @@ class Explanation:
       parameters: number of elements.
       leaves: number of leaves.
       notes: what does not fuse, or falls back, and why.
+      chains: for an optimizer, the chains of its parameter groups.
     """
 
     kernels: tuple[Kernel, ...]
@@ -79,6 +111,7 @@ class Explanation:
     parameters: int
     leaves: int
     notes: tuple[str, ...]
+    chains: tuple[OptimizerChain, ...] = ()
 
     @property
     def bytes_per_element(self) -> float:
@@ -93,6 +126,7 @@ class Explanation:
             f"  {self.bytes_per_element:g} bytes per element: {self.bytes_read:g} read, {self.bytes_written:g} written",
             f"  {self.state_bytes:.4g} bytes of state per parameter",
         ]
+        lines += map(str, self.chains)
         for k in self.kernels:
             names = [v.name for v in k.signature.program.values if v.op == "array"]
             lines.append(
@@ -100,20 +134,27 @@ class Explanation:
                 f"{_count(k.rows, 'row')} of scalars: {_count(k.passes, 'pass', 'es')}, "
                 f"{k.bytes_read} + {k.bytes_written} bytes"
             )
-            lines.append(f"  reads {', '.join(names)}; writes {', '.join(o.name for o in k.signature.program.outputs)}")
-        return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
+            lines.append(f"  reads {', '.join(names)}")
+            lines.append(f"  writes {', '.join(o.name for o in k.signature.program.outputs)}")
+        return "\n".join([*lines, *(f"note: {n}" for n in self.notes), *(WORDS if self.kernels else ())])
+
+
+WORDS = (
+    "launch: one call of a kernel, which makes one pass over all of its tensors",
+    "row of scalars: the numbers (learning rate, decay, ...) that tensors with the same hyper-parameters share",
+)
 
 
 def _count(n: int, what: str, plural: str = "s") -> str:
     return f"{n:,} {what}{plural if n != 1 else ''}"
 
 
-def explain(tx: GradientTransformation, params: Tree) -> Explanation:
-    """Says how `apply_gradients` would run: passes, launches, bytes, state, and what does not fuse.
+def explain(tx: GradientTransformation | torch.optim.Optimizer, params: Tree | None = None) -> Explanation:
+    """Says how a step would run: passes, launches, bytes, state, and what does not fuse.
 
     Args:
-      tx: the transformation.
-      params: the parameters; gradients are taken to be like them.
+      tx: the transformation, whose step is `apply_gradients`; or an optimizer of `functional_optim.adapters`.
+      params: the parameters of a transformation; an optimizer has its own. Gradients are taken to be like them.
 
     Returns:
       An explanation: text when printed, with its numbers as attributes.
@@ -127,7 +168,15 @@ def explain(tx: GradientTransformation, params: Tree) -> Explanation:
       >>> e.passes, e.bytes_per_element, e.state_bytes
       (2, 32.0, 8.08)
     """
+    return explanation(tx, params)
+
+
+@functools.singledispatch
+def explanation(tx: Any, params: Tree | None) -> Explanation:
+    """The explanation of a transformation. Optimizers register theirs here, by their class."""
     tx = as_transformation(tx)
+    if params is None:
+        raise TypeError(f"explain needs the parameters that {show(tx)} is to update: call `explain(tx, params)`.")
     view = View.of(params)
     shadow = [_shadow(x) if seen else x for x, seen in zip(view.leaves, view.seen, strict=True)]
     tree = view.spec.unflatten(shadow)
@@ -135,59 +184,166 @@ def explain(tx: GradientTransformation, params: Tree) -> Explanation:
     step = TreeStep(tx, True, tree, tree)
     columns = step.columns(tree, tree, False)
     assert columns is not None
-    kernels: list[Kernel] = []
-    notes: list[str] = []
-    passes = 0
+    found = _Found(step.paths, view.leaves, torch.is_grad_enabled())
     for stage in step.stages:
-        if not isinstance(stage, TreeRegion):
-            notes.append(f"{short(stage.link.tx)} is not made of rules: it runs by itself, between kernels")
-            passes += 1
-            continue
-        own = stage.columns(columns, stage.state.states(state))
-        groups = stage.programs(own, stage.leaves(own)).groups
-        for group in groups:
-            tensors = [view.leaves[i] for i in group.leaves]
-            backend, why = choose_backend(tensors[0].device)
-            notes += [why] if why else []
-            if not all(TensorSpec.of(x).plain for x in tensors):
-                backend = "reference"
-                notes.append("some tensors are on meta or of a class of their own: the reference computes them")
-            if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-                backend = "reference"
-                notes.append("a parameter requires a gradient: outside of torch.no_grad() the reference computes it")
-            copied = [step.paths[group.leaves[k]] for k in group.copied]
-            if copied and backend in ("c", "triton"):
-                notes.append(f"not laid out densely, so copied before and after: {', '.join(copied[:5])}")
-            kernels.append(
-                Kernel(
-                    group.signature,
-                    backend,
-                    tuple(step.paths[i] for i in group.leaves),
-                    sum(group.table.sizes),
-                    len(group.sources),
-                    len(plan(group.signature)),
-                    read_bytes(group.signature),
-                    written_bytes(group.signature),
-                    tuple(copied),
-                )
-            )
-        hosts = sorted(stage.region.hosts)
-        notes += [f"the schedule of {name} cannot be traced: Python computes it at every step" for name in hosts]
-        passes += max((len(plan(group.signature)) for group in groups), default=0)
-    elements = sum(view.leaves[i].numel() for i in step.present)
-    state_bytes = sum(x.numel() * x.element_size() for x in flatten(state)[0] if isinstance(x, torch.Tensor))
-    return Explanation(
-        tuple(kernels),
-        tuple(dict.fromkeys(k.backend for k in kernels)),
-        passes,
-        sum(k.passes for k in kernels),
-        sum(k.bytes_read * k.elements for k in kernels) / max(elements, 1),
-        sum(k.bytes_written * k.elements for k in kernels) / max(elements, 1),
-        state_bytes / max(elements, 1),
-        elements,
-        len(step.present),
-        tuple(dict.fromkeys(notes)),
+        if isinstance(stage, TreeRegion):
+            own = stage.columns(columns, stage.state.states(state))
+            found.add_region(stage, own, stage.leaves(own))
+        else:
+            found.add_opaque(stage.link.tx)
+    return found.explanation(step.present, flatten(state)[0])
+
+
+def explain_params(
+    templates: Sequence[Template],
+    params: Params,
+    options: Sequence[Mapping[str, Any]],
+    counter: torch.dtype,
+    records: bool,
+) -> Explanation:
+    """The explanation of a step over parameters that each count their own steps.
+
+    Args:
+      templates: their transformations.
+      params: the parameters. Those that require no gradient and have none do not take part.
+      options: mappings that hyper-parameters are looked up in.
+      counter: the dtype of counters.
+      records: whether autograd records steps.
+
+    Raises:
+      RuntimeError: a parameter has no memory.
+    """
+    grads = [p if p.requires_grad or p.grad is not None else None for p in params.params]
+    step = ParamStep(templates, params, grads, guarded=False, counter=counter, warn=False)
+    shadows = [_shadow(local_tensor(p)) for p in params.params]
+    step.params = params._replace(params=shadows)  # so that the state that is made has no memory either
+    states: list[dict[str, Any]] = [{} for _ in shadows]
+    step.make_state(states, options, Journal())
+    columns = step.columns(states)
+    assert columns is not None, "the state that was missing has been made"
+    local = [tensor_of(x) for x in shadows]
+    found = _Found(step.names, [tensor_of(p) for p in params.params], records)
+    for stage in step.stages:
+        if isinstance(stage, ParamRegion):
+            own: Columns = {"updates": local, "params": local, **columns}
+            for name, (schedule, _) in stage.region.hosts.items():
+                own[name] = host_column(name, schedule, [0] * len(local), step.devices)
+            found.add_region(stage, own, stage.leaves(own, params.owners, frozenset(), step.numels, step.shards))
+        else:
+            found.add_opaque(stage.link.tx)
+    chains = tuple(_chain_of(k, template, params, step.view) for k, template in enumerate(templates))
+    return found.explanation(step.present, [x for state in states for x in state.values()], chains)
+
+
+def _chain_of(position: int, template: Template, params: Params, view: View) -> OptimizerChain:
+    """The chain of the parameters that have a template."""
+    own = [k == position for k in params.templates]
+    links = template.tx._links(view.narrow(own), ())
+    values = [x for link in links if link.bound is not None for x in link.bound.values.values()]
+    return OptimizerChain(
+        tuple(dict.fromkeys(owner for owner, mine in zip(params.owners, own, strict=True) if mine)),
+        sum(own),
+        tuple(show(link.tx) if link.bound is None else link.bound.rule.name for link in links),
+        tuple(dict.fromkeys(x.name for x in values if isinstance(x, Option))),
     )
+
+
+class _Found:
+    """The kernels and notes of the stages of a step.
+
+    Args:
+      paths: the path of each leaf.
+      tensors: the parameters.
+      records: whether autograd records what needs a gradient.
+    """
+
+    def __init__(self, paths: Sequence[str], tensors: Sequence[Any], records: bool) -> None:
+        self.paths, self.tensors, self.records = paths, tensors, records
+        self.kernels: list[Kernel] = []
+        self.notes: list[str] = []
+        self.passes = 0
+
+    def add_opaque(self, tx: GradientTransformation) -> None:
+        """Adds a transformation that is not made of rules."""
+        self.notes.append(f"{show(tx)} is not made of rules: it runs by itself, between kernels")
+        self.passes += 1
+
+    def add_region(self, stage: BoundRegion, own: Columns, leaves: Sequence[Leaf]) -> None:
+        """Adds rules that fuse.
+
+        Args:
+          stage: the rules.
+          own: tensors without memory that are like those of a step.
+          leaves: the leaves that they see.
+        """
+        groups = stage.programs(own, leaves).groups
+        why = self._falls_back(groups)
+        self.notes += [why] if why else []
+        for group in groups:
+            self._add_group(group, "reference" if why else None)
+        for name in sorted(stage.region.hosts):
+            self.notes.append(f"the schedule of {name} cannot be traced: Python computes it at every step")
+        self.passes += max((len(plan(group.signature)) for group in groups), default=0)
+
+    def _falls_back(self, groups: Sequence[Group]) -> str:
+        """The reason for which the reference computes all groups, if there is one."""
+        tensors = [self.tensors[i] for group in groups for i in group.leaves]
+        if not all(spec.plain for spec in set(map(TensorSpec.of, tensors))):
+            return "some tensors are on meta or of a class of their own: the reference computes them all"
+        if self.records and any(x.requires_grad for x in tensors):
+            return "a parameter requires a gradient: outside of torch.no_grad() the reference computes them all"
+        spans_tree = any(group.signature.program.spans_tree for group in groups)
+        if spans_tree and len({group.device for group in groups}) > 1:
+            return "a reduction over the tree meets tensors on several devices: the reference computes them all"
+        return ""
+
+    def _add_group(self, group: Group, backend: str | None) -> None:
+        if backend is None:
+            backend, why = choose_backend(self.tensors[group.leaves[0]].device)
+            self.notes += [why] if why else []
+        copied = [self.paths[group.leaves[k]] for k in group.copied]
+        if copied and backend in ("c", "triton"):
+            more = f" and {len(copied) - 5} more" if len(copied) > 5 else ""
+            self.notes.append(f"not laid out densely, so copied before and after: {', '.join(copied[:5])}{more}")
+        self.kernels.append(
+            Kernel(
+                group.signature,
+                backend,
+                tuple(self.paths[i] for i in group.leaves),
+                sum(group.table.sizes),
+                len(group.sources),
+                len(plan(group.signature)),
+                read_bytes(group.signature),
+                written_bytes(group.signature),
+                tuple(copied),
+            )
+        )
+
+    def explanation(
+        self, present: Sequence[int], state: Sequence[Any], chains: tuple[OptimizerChain, ...] = ()
+    ) -> Explanation:
+        """The explanation of all stages.
+
+        Args:
+          present: the leaves that take part.
+          state: all entries of state.
+          chains: the chains of an optimizer.
+        """
+        elements = sum(self.tensors[i].numel() for i in present)
+        state_bytes = sum(x.numel() * x.element_size() for x in state if isinstance(x, torch.Tensor))
+        return Explanation(
+            tuple(self.kernels),
+            tuple(dict.fromkeys(k.backend for k in self.kernels)),
+            self.passes,
+            sum(k.passes for k in self.kernels),
+            sum(k.bytes_read * k.elements for k in self.kernels) / max(elements, 1),
+            sum(k.bytes_written * k.elements for k in self.kernels) / max(elements, 1),
+            state_bytes / max(elements, 1),
+            elements,
+            len(present),
+            tuple(dict.fromkeys(self.notes)),
+            chains,
+        )
 
 
 def _shadow(x: Any) -> Any:

@@ -13,6 +13,7 @@ from _lib.chains import CHAINS, Halve, is_matrix
 from _lib.compare import Snapshot
 from _lib.training import train
 from _lib.trees import leaves, make_tree, mixed_tree
+from functional_optim.adapters import SGD, Adam, AdamW, TransformOptimizer
 
 
 # --- choice of the backend
@@ -63,8 +64,10 @@ TEXT = """\
   40 bytes per element: 24 read, 16 written
   12 bytes of state per parameter
 kernel over 2 tensors, 3,000 elements, 1 row of scalars: 2 passes, 24 + 16 bytes
-  reads updates, params, scale_by_adam.mu, scale_by_adam.nu, params_ema.ema; \
-writes params, scale_by_adam.mu, scale_by_adam.nu, params_ema.ema"""
+  reads updates, params, scale_by_adam.mu, scale_by_adam.nu, params_ema.ema
+  writes params, scale_by_adam.mu, scale_by_adam.nu, params_ema.ema
+launch: one call of a kernel, which makes one pass over all of its tensors
+row of scalars: the numbers (learning rate, decay, ...) that tensors with the same hyper-parameters share"""
 
 
 def test_the_text_of_explain() -> None:
@@ -179,3 +182,112 @@ def test_a_step_of_a_model_that_has_no_memory() -> None:
 
     assert (new["w"].device.type, new["w"].shape, new["w"].dtype) == ("meta", (5, 7), torch.bfloat16)
     assert adam[0].mu["w"].device.type == "meta"
+
+
+def test_one_parameter_that_requires_a_gradient_takes_the_others_along() -> None:
+    params = {"w": torch.zeros(4, requires_grad=True), "b": torch.zeros(3).double()}
+
+    assert fo.explain(fo.sgd(0.1), params).backends == ("reference",)
+    with torch.no_grad():
+        assert fo.explain(fo.sgd(0.1), params).backends == ("c",)
+
+
+def a_transformation_whose_update_has_a_name_that_would_not_fit_into_one_line_of_an_explanation(
+    updates: Any, state: Any, params: Any = None
+) -> tuple[Any, Any]:
+    return updates, state
+
+
+def test_names_in_explain_are_whole() -> None:
+    update = a_transformation_whose_update_has_a_name_that_would_not_fit_into_one_line_of_an_explanation
+    tx = fo.chain(fo.GradientTransformation(lambda params: fo.EmptyState(), update), fo.sgd(0.1))
+
+    assert f"{update.__name__})" in str(fo.explain(tx, {"w": torch.zeros(2)}))
+
+
+# --- explain of an optimizer
+
+
+def parameters(*shapes: tuple[int, ...], grad: bool = True) -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(torch.ones(shape), requires_grad=grad) for shape in shapes]
+
+
+def test_the_text_of_explain_for_an_optimizer() -> None:
+    weights, biases = parameters((50, 50)), parameters((300,), (200,))
+    opt = TransformOptimizer([{"params": weights}, {"params": biases, "lr": 0.5}], RECIPE)
+
+    lines = str(fo.explain(opt)).splitlines()
+    head, chain, options, *kernels = [
+        line for k, line in enumerate(lines) if not k or line.startswith(("chain", "  options", "kernel"))
+    ]
+
+    assert head == "3,000 parameters in 3 tensors, computed by c"
+    assert chain == (
+        "chain of parameter groups 0, 1, 3 tensors: "
+        "clip_by_global_norm > scale_by_adam > add_decayed_weights > scale_by_learning_rate > params_ema"
+    )
+    assert options == "  options max_norm, b1, b2, eps, eps_root, weight_decay, lr, decay"
+    assert kernels == ["kernel over 3 tensors, 3,000 elements, 2 rows of scalars: 2 passes, 24 + 16 bytes"]
+
+
+def test_explain_has_a_chain_for_each_set_of_switches() -> None:
+    groups = [{"params": parameters((4, 4))}, {"params": parameters((4,)), "amsgrad": True}]
+    opt = Adam([*groups, {"params": parameters((3,), (2,)), "lr": 0.1}])
+
+    e = fo.explain(opt)
+
+    found = [(c.groups, c.leaves, c.transformations, c.options) for c in e.chains]
+    assert found == [
+        ((0, 2), 3, ("adam_step",), ("lr", "betas", "eps")),
+        ((1,), 1, ("amsgrad_step",), ("lr", "betas", "eps")),
+    ]
+    assert sorted((len(k.leaves), k.rows) for k in e.kernels) == [(1, 1), (3, 2)]
+
+
+OPTIMIZERS: dict[str, Any] = {
+    "SGD": lambda params: SGD(params, 0.1, momentum=0.9),
+    "AdamW": AdamW,
+    "average": lambda params: TransformOptimizer(params, RECIPE),
+    "nothing": lambda params: TransformOptimizer(params, fo.sgd(0.1)),
+    "opaque": lambda params: TransformOptimizer(params, fo.chain(fo.trace(0.9), Halve(), fo.scale(-1.0))),
+    "host schedule": lambda params: TransformOptimizer(params, CHAINS["host schedule"]),
+    "per leaf": lambda params: TransformOptimizer(params, fo.chain(fo.zero_nans(), fo.lamb(0.1))),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_explain_of_an_optimizer_is_what_its_step_does(name: str) -> None:
+    """The state that it counts is the state that a step makes, for parameters that have gradients; it makes none."""
+    params = [*parameters((5, 7), (3,)), torch.nn.Parameter(torch.ones(4, dtype=torch.complex64))]
+    opt = OPTIMIZERS[name]([*params, *parameters((6,), grad=False)])
+    before = Snapshot(params)
+
+    e = fo.explain(opt)
+
+    before.check()
+    assert not opt.state
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    state = [x for p in params for x in opt.state[p].values()]
+    assert e.state_bytes * e.parameters == pytest.approx(sum(x.nbytes for x in state))
+    assert (e.leaves, e.parameters, e.backends) == (3, 35 + 3 + 8, ("c",))
+
+
+def test_explain_of_an_optimizer_that_records() -> None:
+    assert fo.explain(Adam(parameters((2,)), differentiable=True)).backends == ("reference",)
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "a transformation alone": (lambda: fo.explain(fo.sgd(0.1)), r"needs the parameters.*explain\(tx, params\)"),
+    "an optimizer and parameters": (lambda: fo.explain(AdamW(parameters((2,))), {}), "AdamW has its own"),
+    "an optimizer of torch": (lambda: fo.explain(torch.optim.AdamW(parameters((2,)))), "gradient transformation"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_arguments_of_explain(name: str) -> None:
+    call, message = REFUSED[name]
+
+    with pytest.raises(TypeError, match=message):
+        call()

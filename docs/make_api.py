@@ -1,0 +1,61 @@
+"""Writes docs/api.md: every public name by family, with the first line of its docstring.
+
+    python docs/make_api.py
+
+The families are those that the docstrings of `functional_optim` and `functional_optim.adapters` list.
+"""
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import functional_optim
+import functional_optim.adapters
+
+
+MODULES: tuple[ModuleType, ...] = (functional_optim, functional_optim.adapters)
+HEAD = """# Public names
+
+An index, written by `docs/make_api.py` from the docstrings; `help(fo.adamw)` shows a whole one.
+"""
+
+
+def families(module: ModuleType) -> dict[str, list[str]]:
+    """The public names of a module, by family: indented lines of its docstring, each below a title."""
+    found: dict[str, list[str]] = {}
+    title = ""
+    for line in (module.__doc__ or "").splitlines():
+        if line.startswith("  "):
+            found.setdefault(title, []).extend(line.split())
+        else:
+            title = line
+    return found
+
+
+def first_line(module: ModuleType, name: str) -> str:
+    """The line of an index that says what a public name is."""
+    x = getattr(module, name)
+    if x is functional_optim.zeros:  # an object, not a function with a docstring
+        return "A slot that starts at zero, `slot(0.0)`."
+    if x.__name__ != name:
+        return f"The same as `{x.__name__}`."
+    return " ".join((inspect.getdoc(x) or "").partition("\n\n")[0].split())
+
+
+def lines(module: ModuleType) -> Iterator[str]:
+    """The part of the index that lists a module."""
+    yield f"\n## {module.__name__}\n"
+    yield (module.__doc__ or "").splitlines()[0]
+    for title, names in families(module).items():
+        yield f"\n### {title}\n"
+        yield from (f"- `{name}`: {first_line(module, name)}" for name in names)
+
+
+def text() -> str:
+    """The whole of docs/api.md."""
+    return HEAD + "\n".join(line for module in MODULES for line in lines(module)) + "\n"
+
+
+if __name__ == "__main__":
+    Path(__file__).with_name("api.md").write_text(text())
