@@ -1,7 +1,6 @@
 """Loading the state of an optimizer: matching parameters, refusing what does not fit, casting, distributing."""
 
 import numbers
-import sys
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
@@ -13,6 +12,7 @@ import torch
 from functional_optim import _walk
 from functional_optim._compiler.rule import Option
 from functional_optim._params import Template, slots_of, view_of
+from functional_optim._runtime.shard import loaded_like
 
 from ._naming import names_of
 
@@ -233,7 +233,7 @@ def _counter(value: Any, p: torch.Tensor, name: str, usual: torch.dtype) -> torc
                 f"the saved 'step' of {name!r} has shape {tuple(value.shape)} and dtype {value.dtype}, expected one "
                 f"number."
             )
-        one = place_like(value.detach(), None).reshape(())
+        one = loaded_like(value.detach(), None).reshape(())
         dtype = torch.float64 if one.dtype is torch.float64 else usual
         return one.to(dtype=dtype, device=p.device, copy=True)
     if not isinstance(value, numbers.Real):
@@ -262,53 +262,19 @@ def _slot(key: str, value: Any, p: torch.Tensor, name: str, declared: Any, hyper
     ):
         raise ValueError(f"the saved {key!r} of {name!r} has dtype {value.dtype}, but the parameter has {p.dtype}.")
     if declared.per_leaf:
-        one = place_like(value.detach(), None).reshape(())
+        one = loaded_like(value.detach(), None).reshape(())
         return one.to(dtype=dtype or one.dtype, device=p.device, copy=True)
-    return place_like(value.detach(), p).to(dtype=dtype or p.dtype, device=p.device, copy=True)
+    return loaded_like(value.detach(), p).to(dtype=dtype or p.dtype, device=p.device, copy=True)
 
 
 def _copy(value: Any, p: torch.Tensor) -> Any:
     """A copy of what no rule knows; a tensor goes where the parameter is."""
     if isinstance(value, torch.Tensor):
-        placed = place_like(value.detach(), p) if value.shape == p.shape else value.detach()
+        placed = loaded_like(value.detach(), p) if value.shape == p.shape else value.detach()
         return placed.to(device=p.device, copy=True)
     if isinstance(value, dict):
         return {k: _copy(v, p) for k, v in value.items()}
     return deepcopy(value)
-
-
-def place_like(value: torch.Tensor, param: torch.Tensor | None) -> torch.Tensor:
-    """A tensor distributed over processes as a parameter is.
-
-    Args:
-      value: a DTensor, or a whole tensor that is the same in all processes.
-      param: a tensor of that shape, plain or a DTensor; None asks for a whole, plain tensor.
-
-    Returns:
-      The elements as a plain tensor, or as a DTensor with the mesh and placements of `param`. Parts are exchanged
-      only if `value` is a DTensor of another mesh or other placements, and then all processes must call this.
-    """
-    module = sys.modules.get("torch.distributed.tensor")
-    if module is None:
-        return value
-    here, there = _distribution(value), _distribution(param)
-    if here == there:
-        return value
-    placed: Any = value
-    if here is not None and (there is None or here[0] != there[0]):
-        placed = placed.full_tensor()
-        here = None
-    if there is None:
-        return placed  # type: ignore[no-any-return]
-    mesh, placements = there
-    if here is None:
-        placed = module.DTensor.from_local(placed, mesh, [module.Replicate()] * mesh.ndim, run_check=False)
-    return placed.redistribute(mesh, placements)  # type: ignore[no-any-return]
-
-
-def _distribution(x: Any) -> tuple[Any, Any] | None:
-    """The mesh and placements of a DTensor."""
-    return (x.device_mesh, x.placements) if hasattr(x, "device_mesh") else None
 
 
 def _show(x: Any) -> str:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from functional_optim._params import GRAD, Journal, Params, ParamStep, Template, tensor_of
 from functional_optim._runtime.overlap import SharedMemoryError
+from functional_optim._runtime.shard import is_dtensor
 from functional_optim._runtime.spec import PLAIN
 
 from ._averages import averaged
@@ -24,6 +25,7 @@ from ._naming import names_of
 
 # types of options that are another object when they change
 CONSTANT = {float, int, bool, str, type(None)}
+BREAK = "a step of DTensors is a graph break: operations are handed DTensors only if they can place their results"
 KEEP = 8  # sets of present gradients that an optimizer is bound to at once
 
 
@@ -130,7 +132,11 @@ class ChainOptimizer(Optimizer):
                 offered = frozenset({"value"})
         with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
             if torch.compiler.is_compiling():
-                self._run_compiled(extra)
+                if any(is_dtensor(p) for group in self.param_groups for p in group["params"]):
+                    apart = torch.compiler.disable(ChainOptimizer._run, reason=BREAK)  # type: ignore[no-untyped-call]
+                    apart(self, extra, offered)
+                else:
+                    self._run_compiled(extra)
             else:
                 self._run(extra, offered)
         return loss
@@ -300,6 +306,7 @@ class ChainOptimizer(Optimizer):
             while True:
                 step = self._find_step(templates, grads, guarded, exact)
                 columns, new = step.columns(states), before
+                dry = not self.state and self._is_dry(params, grads)
                 if columns is None and not exact:
                     exact = True  # before state is made for parameters whose gradients are gone
                     continue
@@ -364,8 +371,9 @@ class ChainOptimizer(Optimizer):
         They step an optimizer without state with all learning rates and all gradients zero, and rely on that changing
         nothing else. With other chains, and with counters, it would.
         """
-        if any(group.get("lr", 1.0) != 0 for group in self.param_groups):
-            return False
+        rates = [group.get("lr", 1.0) for group in self.param_groups]
+        if any(isinstance(lr, torch.Tensor) and lr.device.type != "cpu" for lr in rates) or any(map(bool, rates)):
+            return False  # torch's zeros are on the CPU, and others are not waited for
         return not any(bool(tensor_of(g).any()) for g in grads if g is not None and g.layout is torch.strided)
 
     def _without_sparse(self, grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
