@@ -306,7 +306,6 @@ class ChainOptimizer(Optimizer):
             while True:
                 step = self._find_step(templates, grads, guarded, exact)
                 columns, new = step.columns(states), before
-                dry = not self.state and self._is_dry(params, grads)
                 if columns is None and not exact:
                     exact = True  # before state is made for parameters whose gradients are gone
                     continue
