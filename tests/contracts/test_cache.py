@@ -975,8 +975,9 @@ def finish(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
     try:
         out, err = process.communicate(timeout=120)
     finally:
-        if process.returncode is None:  # with the compiler that it waits for
+        if process.returncode is None:  # with the compiler that it waits for; its pipes are closed as well
             os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
     return process.returncode, out, err
 
 
