@@ -1,15 +1,15 @@
 """Averages in the place of parameters, for the length of a `with` block."""
 
 import contextlib
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from functional_optim import _walk
+from functional_optim._runtime.shard import gathered_anew, local_tensor
 
 
 if TYPE_CHECKING:
@@ -32,11 +32,11 @@ class _Swapped:
 
     def put_back(self) -> None:
         """Puts the trained values back, in the memory where they were if it has not been freed."""
-        part = _part(self.memory)
+        part = local_tensor(self.memory)
         freed = part.numel() and not part.untyped_storage().nbytes()
         if not freed:
             with contextlib.suppress(Exception):  # of a tensor class of somebody's own
-                if not _is_same(_part(self.p), part):
+                if not _is_same(local_tensor(self.p), part):
                     self.p.data = self.memory
                 self.memory.copy_(self.trained)
                 return
@@ -46,7 +46,7 @@ class _Swapped:
 @contextlib.contextmanager
 def averaged(optimizer: "ChainOptimizer", model: nn.Module | Iterable[nn.Module] | None) -> Iterator[None]:
     """Swaps averages in, and parameters back; see `ChainOptimizer.averaged_params`."""
-    sharded = _fsdp_modules(model)
+    models = _modules(model)
     pairs = _pairs(optimizer)
     if not pairs:
         raise ValueError(
@@ -55,20 +55,20 @@ def averaged(optimizer: "ChainOptimizer", model: nn.Module | Iterable[nn.Module]
     if "_averaged" in optimizer.__dict__:
         raise RuntimeError("averaged_params() was called inside itself, where parameters are averages already.")
     swapped = [_Swapped(p, p.detach(), p.detach().clone()) for p, _ in pairs]
-    try:
+    with gathered_anew([p for p, _ in pairs], models):
         try:
-            optimizer.__dict__["_averaged"] = True
-            for each, (_, average) in zip(swapped, pairs, strict=True):
-                each.memory.copy_(average.detach())
-            _reshard(sharded)
-            yield
-        finally:
-            _undo(optimizer, swapped, sharded)
-    finally:  # an interrupt between two lines above leaves the rest to this call
-        _undo(optimizer, swapped, sharded)
+            try:
+                optimizer.__dict__["_averaged"] = True
+                for each, (_, average) in zip(swapped, pairs, strict=True):
+                    each.memory.copy_(average.detach())
+                yield
+            finally:
+                _undo(optimizer, swapped)
+        finally:  # an interrupt between two lines above leaves the rest to this call
+            _undo(optimizer, swapped)
 
 
-def _undo(optimizer: "ChainOptimizer", swapped: list[_Swapped], sharded: list[Any]) -> None:
+def _undo(optimizer: "ChainOptimizer", swapped: list[_Swapped]) -> None:
     """Puts parameters back, and takes from the list those that are; an error is raised when all others are back."""
     failed: Exception | None = None
     while swapped:
@@ -78,8 +78,6 @@ def _undo(optimizer: "ChainOptimizer", swapped: list[_Swapped], sharded: list[An
             failed = failed or error
         swapped.pop()
     optimizer.__dict__.pop("_averaged", None)
-    _reshard(sharded)
-    sharded.clear()
     if failed is not None:
         raise failed
 
@@ -102,24 +100,16 @@ def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return (a.dtype, a.device, a.layout) == (b.dtype, b.device, b.layout) and a.is_set_to(b)
 
 
-def _part(x: Any) -> torch.Tensor:
-    part: torch.Tensor = x.to_local() if hasattr(x, "to_local") else x
-    return part
+def _modules(model: nn.Module | Iterable[nn.Module] | None) -> list[nn.Module]:
+    """The argument `model` as a list.
 
-
-def _fsdp_modules(model: nn.Module | Iterable[nn.Module] | None) -> list[Any]:
-    """The modules that FSDP2 shards."""
+    Raises:
+      TypeError: something in it is no module.
+    """
     if model is None:
         return []
     models = [model] if isinstance(model, nn.Module) else list(model)
     for each in models:
         if not isinstance(each, nn.Module):
             raise TypeError(f"`model` holds {type(each).__name__} {each!r:.60}, expected a module or several.")
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return [] if fsdp is None else [m for each in models for m in each.modules() if isinstance(m, fsdp.FSDPModule)]
-
-
-def _reshard(sharded: list[Any]) -> None:
-    """Frees whole copies of parameters, so that the next forward pass gathers what is in the parts now."""
-    for module in sharded:
-        module.reshard()
+    return models

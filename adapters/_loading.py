@@ -1,7 +1,6 @@
 """Loading the state of an optimizer: matching parameters, refusing what does not fit, casting, distributing."""
 
 import numbers
-import sys
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
@@ -13,6 +12,7 @@ import torch
 from functional_optim import _walk
 from functional_optim._compiler.rule import Option
 from functional_optim._params import Template, slots_of, view_of
+from functional_optim._runtime.shard import loaded_like
 
 from ._naming import names_of
 
@@ -42,9 +42,10 @@ def load(optimizer: "ChainOptimizer", state_dict: dict[str, Any], by_name: bool,
     given = {id_map[k]: v for k, v in states.items() if k in id_map}
     state: defaultdict[Any, Any] = defaultdict(dict)
     unknown: list[str] = []
+    counter = optimizer._counter_dtype()
     for p, name, own in zip((p for group in groups for p in group["params"]), names, slots, strict=True):
         if p in given:
-            made = _state(given[p], p, name, own, unknown)
+            made = _state(given[p], p, name, own, unknown, counter)
             if made or optimizer.EMPTY:
                 state[p] = made
     for k, v in states.items():  # what belongs to no parameter is kept, as torch keeps it
@@ -192,7 +193,9 @@ def _template(optimizer: "ChainOptimizer", g: int, group: dict[str, Any]) -> Tem
     return template
 
 
-def _state(saved: Any, p: torch.Tensor, name: str, slots: Mapping[str, Any], unknown: list[str]) -> dict[Any, Any]:
+def _state(
+    saved: Any, p: torch.Tensor, name: str, slots: Mapping[str, Any], unknown: list[str], counter: torch.dtype
+) -> dict[Any, Any]:
     """The state of one parameter, copied and cast; what the chain does not know is added to `unknown`."""
     if not isinstance(saved, Mapping):
         raise ValueError(f"the saved state of {name!r} is {_show(saved)}, expected a dict.")
@@ -214,7 +217,7 @@ def _state(saved: Any, p: torch.Tensor, name: str, slots: Mapping[str, Any], unk
     made = {}
     for k, v in saved.items():
         if k == "step":
-            made[k] = _counter(0 if v is None else v, p, name)
+            made[k] = _counter(0 if v is None else v, p, name, counter)
         elif k not in slots:
             made[k] = _copy(v, p)
         elif v is not None:  # a slot that is None starts anew, as in torch
@@ -222,17 +225,16 @@ def _state(saved: Any, p: torch.Tensor, name: str, slots: Mapping[str, Any], unk
     return made
 
 
-def _counter(value: Any, p: torch.Tensor, name: str) -> torch.Tensor:
-    """A counter of steps, in torch's dtype for it; half types stop counting at 256."""
-    usual = torch.float64 if torch.get_default_dtype() is torch.float64 else torch.float32
+def _counter(value: Any, p: torch.Tensor, name: str, usual: torch.dtype) -> torch.Tensor:
+    """A counter of steps, in the optimizer's dtype for it or a wider one; half types stop counting at 256."""
     if isinstance(value, torch.Tensor):
         if value.numel() != 1 or value.is_complex() or value.layout is not torch.strided:
             raise ValueError(
                 f"the saved 'step' of {name!r} has shape {tuple(value.shape)} and dtype {value.dtype}, expected one "
                 f"number."
             )
-        one = place_like(value.detach(), None).reshape(())
-        dtype = one.dtype if one.dtype in (torch.float32, torch.float64) else usual
+        one = loaded_like(value.detach(), None).reshape(())
+        dtype = torch.float64 if one.dtype is torch.float64 else usual
         return one.to(dtype=dtype, device=p.device, copy=True)
     if not isinstance(value, numbers.Real):
         raise ValueError(f"the saved 'step' of {name!r} is {_show(value)}, expected one number.")
@@ -241,7 +243,7 @@ def _counter(value: Any, p: torch.Tensor, name: str) -> torch.Tensor:
 
 def _slot(key: str, value: Any, p: torch.Tensor, name: str, declared: Any, hypers: Mapping[str, Any]) -> torch.Tensor:
     """A slot, in the dtype that the chain declares, on the device of its parameter and distributed as that is."""
-    dtype = hypers.get(declared.dtype) if isinstance(declared.dtype, str) else declared.dtype
+    dtype = declared.stored_as(p, hypers)
     if not isinstance(value, torch.Tensor):
         if not (declared.per_leaf and isinstance(value, numbers.Real)):
             raise ValueError(f"the saved {key!r} of {name!r} is {_show(value)}, expected a tensor.")
@@ -260,53 +262,19 @@ def _slot(key: str, value: Any, p: torch.Tensor, name: str, declared: Any, hyper
     ):
         raise ValueError(f"the saved {key!r} of {name!r} has dtype {value.dtype}, but the parameter has {p.dtype}.")
     if declared.per_leaf:
-        one = place_like(value.detach(), None).reshape(())
+        one = loaded_like(value.detach(), None).reshape(())
         return one.to(dtype=dtype or one.dtype, device=p.device, copy=True)
-    return place_like(value.detach(), p).to(dtype=dtype or p.dtype, device=p.device, copy=True)
+    return loaded_like(value.detach(), p).to(dtype=dtype or p.dtype, device=p.device, copy=True)
 
 
 def _copy(value: Any, p: torch.Tensor) -> Any:
     """A copy of what no rule knows; a tensor goes where the parameter is."""
     if isinstance(value, torch.Tensor):
-        placed = place_like(value.detach(), p) if value.shape == p.shape else value.detach()
+        placed = loaded_like(value.detach(), p) if value.shape == p.shape else value.detach()
         return placed.to(device=p.device, copy=True)
     if isinstance(value, dict):
         return {k: _copy(v, p) for k, v in value.items()}
     return deepcopy(value)
-
-
-def place_like(value: torch.Tensor, param: torch.Tensor | None) -> torch.Tensor:
-    """A tensor distributed over processes as a parameter is.
-
-    Args:
-      value: a DTensor, or a whole tensor that is the same in all processes.
-      param: a tensor of that shape, plain or a DTensor; None asks for a whole, plain tensor.
-
-    Returns:
-      The elements as a plain tensor, or as a DTensor with the mesh and placements of `param`. Parts are exchanged
-      only if `value` is a DTensor of another mesh or other placements, and then all processes must call this.
-    """
-    module = sys.modules.get("torch.distributed.tensor")
-    if module is None:
-        return value
-    here, there = _distribution(value), _distribution(param)
-    if here == there:
-        return value
-    placed: Any = value
-    if here is not None and (there is None or here[0] != there[0]):
-        placed = placed.full_tensor()
-        here = None
-    if there is None:
-        return placed  # type: ignore[no-any-return]
-    mesh, placements = there
-    if here is None:
-        placed = module.DTensor.from_local(placed, mesh, [module.Replicate()] * mesh.ndim, run_check=False)
-    return placed.redistribute(mesh, placements)  # type: ignore[no-any-return]
-
-
-def _distribution(x: Any) -> tuple[Any, Any] | None:
-    """The mesh and placements of a DTensor."""
-    return (x.device_mesh, x.placements) if hasattr(x, "device_mesh") else None
 
 
 def _show(x: Any) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import chain
 from operator import is_
@@ -12,6 +13,9 @@ import torch
 from torch.optim import Optimizer
 
 from functional_optim._params import GRAD, Journal, Params, ParamStep, Template, tensor_of
+from functional_optim._runtime.overlap import SharedMemoryError
+from functional_optim._runtime.shard import is_dtensor
+from functional_optim._runtime.spec import PLAIN
 
 from ._averages import averaged
 from ._compiled import LIVE
@@ -21,6 +25,7 @@ from ._naming import names_of
 
 # types of options that are another object when they change
 CONSTANT = {float, int, bool, str, type(None)}
+BREAK = "a step of DTensors is a graph break: operations are handed DTensors only if they can place their results"
 KEEP = 8  # sets of present gradients that an optimizer is bound to at once
 
 
@@ -127,7 +132,11 @@ class ChainOptimizer(Optimizer):
                 offered = frozenset({"value"})
         with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
             if torch.compiler.is_compiling():
-                self._run_compiled(extra)
+                if any(is_dtensor(p) for group in self.param_groups for p in group["params"]):
+                    apart = torch.compiler.disable(ChainOptimizer._run, reason=BREAK)  # type: ignore[no-untyped-call]
+                    apart(self, extra, offered)
+                else:
+                    self._run_compiled(extra)
             else:
                 self._run(extra, offered)
         return loss
@@ -139,7 +148,15 @@ class ChainOptimizer(Optimizer):
         templates, params = self._params()
         if extra:
             self._check_extra(templates, extra, offered)
-        self._step_on(templates, params.params, list(map(GRAD, params.params)), self._states(params), extra)
+        grads = list(map(GRAD, params.params))
+        try:
+            self._step_on(templates, params.params, grads, self._states(params), extra)
+        except SharedMemoryError:
+            turns = self._turns(params.params, grads)
+            if len(turns) < 2:
+                raise
+            for some in turns:
+                self._step_on(templates, params.params, some, self._states(params), extra)
 
     @staticmethod
     def _check_extra(templates: Sequence[Template], extra: Mapping[str, Any], offered: frozenset[str]) -> None:
@@ -280,7 +297,10 @@ class ChainOptimizer(Optimizer):
                 extra[name] = default if x is None else x.reshape(()) if isinstance(x, torch.Tensor) else x
         if own.steps and own.steps[0].runs_python:
             grads = self._without_sparse(grads)
-        before, exact, journal = own.new, False, Journal()
+        assert own.params is not None
+        owners = own.params.params
+        dry = not self.state and self._is_dry(grads)
+        before, exact, journal = own.new, dry, Journal()
         step: ParamStep | None = None
         try:
             while True:
@@ -290,19 +310,18 @@ class ChainOptimizer(Optimizer):
                     exact = True  # before state is made for parameters whose gradients are gone
                     continue
                 if columns is None:
-                    dry = self._is_dry(params, grads)
                     made = step.make_state(states, self.param_groups, journal)
-                    new = before | {id(params[i]) for i in made}
-                    self._adopt(params, grads, states, journal)
-                    if dry:
-                        own.new = new
-                        return
+                    new = before | {id(owners[i]) for i in made}
+                    self._adopt(owners, grads, states, journal)
                     columns = step.columns(states)
                     assert columns is not None, "the state that was missing has been made"
                 elif self.EMPTY and 0 < len(self.state) < len(params):
-                    self._adopt(params, grads, states, journal)
-                first = frozenset(i for i in step.present if id(params[i]) in new) if new else frozenset()
-                own.new = new - {id(params[i]) for i in first}
+                    self._adopt(owners, grads, states, journal)
+                if dry:
+                    own.new = new
+                    return
+                first = frozenset(i for i in step.present if id(owners[i]) in new) if new else frozenset()
+                own.new = new - {id(owners[i]) for i in first}
                 outcome = step.take(params, columns, grads, states, self.param_groups, extra, first, journal)
                 if outcome == "taken":
                     break
@@ -317,21 +336,44 @@ class ChainOptimizer(Optimizer):
         if guarded and (first or journal.entries) and float(extra["found_inf"]):
             self._undo(journal, before)
 
+    def _turns(
+        self, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]
+    ) -> list[list[torch.Tensor | None]]:
+        """Gradients for one step after another, as torch takes them, of parameters that are the same memory.
+
+        One turn if no two parameters are, or if the chain needs all gradients at once.
+        """
+        turns: list[list[torch.Tensor | None]] = [list(grads)]
+        if any(step.spans_tree for step in self._bindings.steps):
+            return turns
+        known: Counter[tuple[Any, ...]] = Counter()
+        for i, (p, g) in enumerate(zip(params, grads, strict=True)):
+            if g is None or type(p) not in PLAIN:
+                continue
+            place = (p.data_ptr(), p.dtype, p.shape, p.stride())
+            turn, known[place] = known[place], known[place] + 1
+            if turn:
+                turns[0][i] = None
+                turns += [[None] * len(grads) for _ in range(turn + 1 - len(turns))]
+                turns[turn][i] = g
+        return turns
+
     def _undo(self, journal: Journal, new: set[int]) -> None:
         """Takes back what a step has made that was not taken."""
         journal.undo()
         own = self._bindings
         own.new, own.states = new, []
 
-    def _is_dry(self, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]) -> bool:
+    def _is_dry(self, grads: Sequence[torch.Tensor | None]) -> bool:
         """Whether a step is taken for the sake of the state that it makes, as torch's checkpoints do.
 
         They step an optimizer without state with all learning rates and all gradients zero, and rely on that changing
         nothing else. With other chains, and with counters, it would.
         """
-        if self.state or any(float(group.get("lr", 1.0)) for group in self.param_groups):
-            return False
-        return not any(bool(tensor_of(g).any()) for g in grads if g is not None)
+        rates = [group.get("lr", 1.0) for group in self.param_groups]
+        if any(isinstance(lr, torch.Tensor) and lr.device.type != "cpu" for lr in rates) or any(map(bool, rates)):
+            return False  # torch's zeros are on the CPU, and others are not waited for
+        return not any(bool(tensor_of(g).any()) for g in grads if g is not None and g.layout is torch.strided)
 
     def _without_sparse(self, grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """The gradients, made dense if this optimizer can."""

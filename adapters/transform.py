@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
+import torch
+
 import functional_optim as fo
 from functional_optim import _walk
 from functional_optim._params import Template
@@ -146,6 +148,12 @@ class TransformOptimizer(ChainOptimizer):
             warnings.warn(message, stacklevel=3)
         else:
             self._held.append(message)
+
+    def _counter_dtype(self) -> torch.dtype:
+        """The dtype of counters: float64 where a schedule follows them, because float32 stops counting at 2**24."""
+        bounds = [rule.bound for rule in _walk.rules(self._tx).values()]
+        scheduled = any(bound.is_schedule(hyper) for bound in bounds for hyper in bound.values)
+        return torch.float64 if scheduled else super()._counter_dtype()
 
     def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
         return (bool(group["maximize"]), *[group[name] for name in self._naming.switches])

@@ -7,7 +7,7 @@ looked up in. All parameters still share one kernel per pass, whatever their opt
 
 from collections import OrderedDict
 from collections.abc import Mapping, MutableMapping, Sequence
-from operator import attrgetter, is_
+from operator import attrgetter, is_, itemgetter
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -201,6 +201,7 @@ class ParamStep:
             if isinstance(stage, Opaque)
         }
         self.spans_tree = any(stage.region.spans_tree for stage in self.regions)
+        self.traced = [stage.region for stage in self.regions if stage.region.traced]
         self.needed = {name for stage in self.regions for name in stage.region.extras}
         self.runs_python = bool(self.opaque) or any(stage.region.hosts for stage in self.regions)
         self.shards = [mesh_shard(p) for p in params.params]
@@ -242,7 +243,8 @@ class ParamStep:
             self.guarded is guarded
             and len(templates) == len(self.templates)
             and all(map(is_, templates, self.templates))
-            and all(grads[i] is None for i in self.absent)
+            and not (self.absent and any(grads[i] is not None for i in self.absent))
+            and not (self.traced and not all(region.is_current for region in self.traced))
             and not ((exact or self.runs_python) and any(grads[i] is None for i in self.present))
         )
 
@@ -325,7 +327,7 @@ class ParamStep:
                     continue
                 key = stage.keys[stored.key]
                 try:
-                    column = [state[key] for state in states]
+                    column = list(map(itemgetter(key), states))
                 except KeyError:
                     column = [state.get(key) for state in states]
                     if any(column[i] is None and stored.seen[i] for i in self.present):
@@ -381,11 +383,11 @@ class ParamStep:
                 "this chain reduces over the whole tree, so it needs the gradients of all parameters at once, but it "
                 "was given one parameter while its gradient is computed; call `step` after the backward pass."
             )
-        own: Columns = {
-            "updates": self._local(self._placed(grads)),
-            "params": self._local(self.params.params),
-            **columns,
-        }
+        own: Columns = {"updates": grads, "params": params, **columns}
+        if self.wrapped:
+            if any(g is not None and g.layout is not torch.strided for g in map(grads.__getitem__, self.dtensors)):
+                return "sparse"
+            own |= {"updates": self._local(self._placed(grads)), "params": self._local(params)}
         before = specs_of(own["params"]) if self.runs_python and not needs_dispatch() else None
         for stage in self.stages:
             if isinstance(stage, Opaque):
@@ -407,9 +409,9 @@ class ParamStep:
             if results is None:
                 sparse = any(g is not None and g.layout is not torch.strided for g in grads)
                 return "sparse" if sparse else "gone"
-            if last:
+            if last and results:
                 self._write(stage, own, results, states, journal)
-            else:
+            elif not last:
                 own["updates"] = results.pop("updates", own["updates"])
                 self._replace(stage, results, own, states, journal)
         if self.dtensors:
@@ -471,7 +473,7 @@ class ParamStep:
             found = stage.bind(own, variant, leaves)
         bound, reading = found
         numbers: Numbers = bound.numbers(options, extra)
-        if bound.requires_grad(reading, numbers):
+        if torch.is_grad_enabled() and bound.requires_grad(reading, numbers):
             bound.release(reading)
             return bound.evaluate(own, numbers)
         self.launch = reading.launch if in_place else None
@@ -481,8 +483,6 @@ class ParamStep:
         self, stage: ParamRegion, own: Columns, results: Columns, states: Sequence[dict[str, Any]], journal: Journal
     ) -> None:
         """Writes the results of a last region that was not computed in place, because autograd records it."""
-        if not results:
-            return
         if torch.is_grad_enabled() and not self.wrapped:
             # autograd may have kept the old tensor for the derivative of an earlier step
             self._replace(stage, {key: x for key, x in results.items() if key != "params"}, own, states, journal)

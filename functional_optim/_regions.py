@@ -13,6 +13,7 @@ from ._runtime.checks import at, check_slot
 from ._runtime.plan import Columns, Key, Leaf
 from ._runtime.spec import TensorSpec, specs_of
 from ._runtime.step import BoundStep, Programs, Reading
+from ._schedules.traced import is_settled, traced_key
 from ._transform import Link
 
 
@@ -78,6 +79,11 @@ class Region:
         self.extras = {
             source.name for recipe in self.recipes.values() for source in recipe.scalars if source.kind == "extra"
         }
+        schedules = [
+            bound.values[hyper] for bound in self.bounds.values() for hyper in bound.values if bound.is_schedule(hyper)
+        ]
+        # functions that have been traced, with the key of all that they refer to
+        self.traced = [(fn, traced_key(fn)) for fn in schedules if not is_settled(fn)]
         self.stored = self._stored(counting is not None)
 
     def _stored(self, own_counters: bool) -> list[Stored]:
@@ -91,6 +97,11 @@ class Region:
             if bound.counted and not own_counters:
                 stored.append(Stored((k, "count"), f"state {bound.rule.name}.count", None, self.links[k].seen))
         return stored
+
+    @property
+    def is_current(self) -> bool:
+        """Whether functions that have been traced still refer to the same."""
+        return all(traced_key(fn) == key for fn, key in self.traced)
 
     @property
     def spans_tree(self) -> bool:

@@ -45,11 +45,15 @@ class TreeState:
     Args:
       region: the region.
       read: reads trees of the structure of the parameters.
+      device: the device of all leaves that take part; None if there are several.
     """
 
-    def __init__(self, region: Region, read: Reader) -> None:
-        self.region, self.reader = region, read
+    def __init__(self, region: Region, read: Reader, device: torch.device | None) -> None:
+        self.region, self.reader, self.device = region, read, device
+        self.expected = [(k, region.links[k].path, bound.state_type) for k, bound in region.bounds.items()]
         self.counted = [k for k, bound in region.bounds.items() if bound.counted]
+        self.fields = [(k, name, False) for k, bound in region.bounds.items() for name in bound.rule.slots]
+        self.fields += [(k, "count", True) for k in self.counted]
 
     def states(self, state: Any) -> dict[int, Any]:
         """The NamedTuple of each transformation.
@@ -58,48 +62,50 @@ class TreeState:
           TypeError: the state was made by another transformation.
         """
         states = {}
-        for k, bound in self.region.bounds.items():
-            path = self.region.links[k].path
+        for k, path, expected in self.expected:
+            found = state
             try:
-                found = get_state(state, path)
+                for key in path:
+                    found = found[key]
             except (KeyError, IndexError, TypeError):
                 found = None
-            if type(found) is not bound.state_type:
+            if type(found) is not expected:
                 where = "".join(f"[{key!r}]" for key in path)
+                name = self.region.bounds[k].rule.name
                 raise TypeError(
-                    f"state{where} is {type(found).__name__}, expected the {bound.state_type.__name__} of "
-                    f"{bound.rule.name}; make the state with `init` of the same transformation."
+                    f"state{where} is {type(found).__name__}, expected the {expected.__name__} of {name}; make the "
+                    f"state with `init` of the same transformation."
                 )
             states[k] = found
         return states
 
-    def columns(self, states: Mapping[int, Any], devices: Sequence[torch.device | None]) -> Columns:
-        """The slots of all transformations; a counter is in its column once per leaf, on the device of the leaf.
+    def columns(self, states: Mapping[int, Any], columns: Columns) -> Columns:
+        """The leaves and the slots of all transformations; a counter is in its column once per leaf, on its device.
 
         Args:
           states: the NamedTuple of each transformation.
-          devices: the device of each leaf, None for one that takes no part.
+          columns: the leaves.
 
         Raises:
           ValueError, TypeError: a slot does not have the structure of the parameters, or a counter is not one.
         """
-        columns: Columns = {}
-        for k, bound in self.region.bounds.items():
-            for name in bound.rule.slots:
-                columns[k, name] = self._slot(bound.rule.name, name, getattr(states[k], name))
-            if bound.counted:
-                count = states[k].count
-                check_count(f"state {bound.rule.name}.count", count)
-                columns[k, "count"] = spread_count(count, devices)
-        return columns
-
-    def _slot(self, rule: str, name: str, tree: Tree) -> list[Any]:
-        try:
-            return self.reader(tree)
-        except (ValueError, TypeError):
-            raise ValueError(
-                f"state {rule}.{name} does not have the structure of params: {difference(self.reader.spec, tree)}."
-            ) from None
+        own = dict(columns)
+        for k, name, is_counter in self.fields:
+            value = getattr(states[k], name)
+            if not is_counter:
+                try:
+                    own[k, name] = self.reader(value)
+                except (ValueError, TypeError):
+                    raise ValueError(
+                        f"state {self.region.bounds[k].rule.name}.{name} does not have the structure of params: "
+                        f"{difference(self.reader.spec, value)}."
+                    ) from None
+            elif type(value) is torch.Tensor and value.dtype is torch.int64 and value.device == self.device:
+                own[k, name] = [value] * len(columns["updates"])
+            else:
+                check_count(f"state {self.region.bounds[k].rule.name}.count", value)
+                own[k, name] = spread_count(value, columns["updates"])
+        return own
 
     def replaced(
         self, states: Mapping[int, Any], columns: Columns, like: Tree, moving: Sequence[int]
@@ -122,11 +128,17 @@ class TreeState:
         return new
 
 
-def spread_count(count: torch.Tensor, devices: Sequence[torch.device | None]) -> list[torch.Tensor]:
+def spread_count(count: torch.Tensor, leaves: Sequence[Any]) -> list[Any]:
     """A counter once per leaf, as 64-bit integers on the device of the leaf."""
-    if count.dtype is torch.int64 and all(device is None or device == count.device for device in set(devices)):
-        return [count] * len(devices)
-    if count.is_meta and any(device is not None and device.type != "meta" for device in set(devices)):
-        raise ValueError("a counter of the state is on meta and has no memory; make the state anew with `init`.")
-    own = {device: count.to(device=device, dtype=torch.int64) for device in set(devices)}
-    return [own[device] for device in devices]
+    own: dict[torch.device, torch.Tensor] = {}
+    column: list[Any] = []
+    for x in leaves:
+        if not isinstance(x, torch.Tensor):
+            column.append(None)
+            continue
+        if count.is_meta and not x.is_meta:
+            raise ValueError("a counter of the state is on meta and has no memory; make the state anew with `init`.")
+        if x.device not in own:
+            own[x.device] = count.to(device=x.device, dtype=torch.int64)
+        column.append(own[x.device])
+    return column

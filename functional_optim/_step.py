@@ -30,21 +30,18 @@ KEEP = 8  # trees that a transformation is bound to at once
 class TreeRegion(BoundRegion):
     """A region over the leaves of a tree, with its state."""
 
-    def __init__(self, region: Region, step: "TreeStep") -> None:
+    def __init__(self, region: Region, step: "TreeStep", device: torch.device | None) -> None:
         super().__init__(region, step.paths, step.present)
-        self.state = TreeState(region, step.read)
+        self.state = TreeState(region, step.read, device)
         self.moving = [k for k in self.state.counted if any(region.links[k].seen[i] for i in step.present)]
 
     def columns(self, columns: Columns, states: Mapping[int, Any]) -> Columns:
         """All tensors that the programs read: the leaves, the state, and schedules that Python evaluates."""
-        devices: list[torch.device | None] = [None] * len(self.paths)
-        for i in self.present:
-            u = columns["updates"][i]
-            devices[i] = u.device if isinstance(u, torch.Tensor) else None
-        own = {**columns, **self.state.columns(states, devices)}
+        own = self.state.columns(states, columns)
         for name, (schedule, counter) in self.region.hosts.items():
             count = states[counter[0]].count  # type: ignore[index]
             count = 0 if count.is_meta else int(count)
+            devices = [x.device if isinstance(x, torch.Tensor) else None for x in columns["updates"]]
             own[name] = host_column(name, schedule, [count] * len(devices), devices)
         return own
 
@@ -77,10 +74,13 @@ class TreeStep:
         self._check_params(links)
         self.seen, self.asks_leaves = [link.seen for link in links], tx._asks_leaves()
         stages = cut_into_regions(links, apply, len(self.paths))
-        self.stages = [TreeRegion(stage, self) if isinstance(stage, Region) else stage for stage in stages]
+        devices = {columns["updates"][i].device for i in self.present}
+        device = devices.pop() if len(devices) == 1 else None
+        self.stages = [TreeRegion(stage, self, device) if isinstance(stage, Region) else stage for stage in stages]
         # Python code of somebody else runs between the first look at tensors and the last launch
         self.runs_python = any(isinstance(stage, Opaque) or stage.hosts for stage in stages)
         self.extras = _extras(stages)
+        self.traced = [stage for stage in stages if isinstance(stage, Region) and stage.traced]
 
     def _read(self, name: str, tree: Tree) -> list[Any]:
         try:
@@ -106,6 +106,8 @@ class TreeStep:
         """The leaves of trees, if they have the structure that this step is for and the same leaves are there."""
         if (params is not None) is not self.with_params:
             return None
+        if self.traced and not all(region.is_current for region in self.traced):
+            return None
         like = updates if params is None else params
         # a donated step returns its very arguments; any other returns trees whose containers are those it was given
         if not (donate or self.read.is_plain(like)) and flatten(like)[1] != self.spec:
@@ -123,8 +125,6 @@ class TreeStep:
 
     def sees_the_same(self, columns: Columns) -> bool:
         """Whether masks that are functions choose the leaves that they chose when this step was made."""
-        if not self.asks_leaves:
-            return True
         leaves = columns["params" if self.with_params else "updates"]
         view = View(self.spec, tuple(leaves), tuple(x is not None for x in leaves))
         return [link.seen for link in self.tx._links(view, ())] == self.seen
@@ -147,7 +147,7 @@ class TreeStep:
         Raises:
           ValueError, TypeError, RuntimeError: something does not fit; nothing has been written.
         """
-        numbers = self._extra_numbers(extra) if extra or self.extras else extra
+        numbers = self._extra_numbers(extra) if extra or self.extras.needed else extra
         dispatching = needs_dispatch()
         if donate and dispatching:
             raise RuntimeError(
@@ -168,11 +168,11 @@ class TreeStep:
             results = self._run(stage, own, states, numbers, in_place, dispatching)
             if results is None:
                 return None
-            columns = {name: results.get(name, columns[name]) for name in columns}
             if not in_place:
+                columns = {name: results.get(name, columns[name]) for name in columns}
                 new_states |= stage.state.replaced(states, {**own, **results}, like, stage.moving)
         tree = like if donate else self.read.rebuild(like, columns["params" if self.apply else "updates"])
-        return tree, set_states(state, new_states)
+        return tree, set_states(state, new_states) if new_states else state
 
     def _has_containers(self, columns: Columns) -> bool:
         """Whether there is a container in the place of a leaf, so that a tree has another structure."""
@@ -202,22 +202,22 @@ class TreeStep:
             found = stage.bind(own, variant, leaves, [(k, "count") for k in stage.moving])
         bound, reading = found
         numbers = bound.numbers((), extra)
-        if bound.requires_grad(reading, numbers):
+        if torch.is_grad_enabled() and bound.requires_grad(reading, numbers):
             bound.release(reading)
             if in_place:
                 self._refuse_donation(own)
             self._warn_of_recording(own, numbers)
             return bound.evaluate(own, numbers)
-        if in_place:
+        if in_place and len(stage.moving) > 1:
             self._check_counters(stage, states)
         try:
             results = bound.run(reading, own, numbers)
         except SharedMemoryError as error:
             raise error.for_donation() from None
         if in_place:
-            for k in stage.moving:
-                first = next(i for i in self.present if stage.region.links[k].seen[i])
-                if (k, "count") not in bound.counters or own[k, "count"][first] is not states[k].count:
+            for k in stage.moving:  # a copy of the counter may have been moved on, or none
+                place = bound.counters.get((k, "count"))
+                if place is None or reading.tensors[place] is not states[k].count:
                     states[k].count.add_(1)
         return results
 
@@ -343,9 +343,6 @@ class Extras:
     def __init__(self, needed: dict[str, str], taken: frozenset[str] | None) -> None:
         self.needed, self.taken = needed, taken
 
-    def __bool__(self) -> bool:
-        return bool(self.needed)
-
 
 def _extras(stages: Sequence[Region | Opaque]) -> Extras:
     needed: dict[str, str] = {}
@@ -445,7 +442,7 @@ def _run(
     bound = tx._bound_steps
     for step in bound:
         columns = step.columns(updates, params, donate) if step.apply is apply else None
-        if columns is not None and step.sees_the_same(columns):
+        if columns is not None and (not step.asks_leaves or step.sees_the_same(columns)):
             done: tuple[Tree, Any] | None = step.take(columns, state, like, extra, donate)
             if done is not None:
                 return done

@@ -1,7 +1,7 @@
 """Functions for rules that torch has no name for: reductions over a leaf or over the tree, and the cube root.
 
-On tensors the leaf functions compute what they say. The tree functions have a meaning only inside a rule, where
-their scope is every leaf that the transformation sees.
+On tensors the leaf functions compute what they say, in double precision. The tree functions have a meaning only inside
+a rule, where their scope is every leaf that the transformation sees.
 """
 
 from collections.abc import Callable
@@ -30,22 +30,22 @@ def leaf_sum(x: torch.Tensor) -> torch.Tensor:
     """The sum over the elements of one leaf."""
     if has_torch_function_unary(x):
         return _overridden(leaf_sum, x)
-    return x.sum()
+    return x.double().sum().to(x.dtype)
 
 
 def leaf_mean(x: torch.Tensor) -> torch.Tensor:
     """The mean over the elements of one leaf."""
     if has_torch_function_unary(x):
         return _overridden(leaf_mean, x)
-    return x.mean()
+    return x.double().mean().to(x.dtype)
 
 
 def leaf_norm(x: torch.Tensor) -> torch.Tensor:
     """The Euclidean norm of one leaf."""
     if has_torch_function_unary(x):
         return _overridden(leaf_norm, x)
-    norm: torch.Tensor = torch.linalg.vector_norm(x)
-    return norm
+    norm: torch.Tensor = torch.linalg.vector_norm(x.double())
+    return norm.to(x.dtype)
 
 
 def leaf_amax(x: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
@@ -91,6 +92,42 @@ def plan(signature: Signature) -> tuple[Pass, ...]:
         return late
     eager = _schedule(signature, early, exact)
     return min(late, eager, key=lambda passes: sum(_bytes(signature, passes)))
+
+
+class Prologue(NamedTuple):
+    """Uniform values of a pass, which are computed before its elements; constants are in none of these.
+
+    Args:
+      new: values that no earlier pass has computed, in order.
+      used: values that its elements and stores need.
+      carried: values that this pass or an earlier one computes and a later one needs.
+    """
+
+    new: tuple[int, ...]
+    used: tuple[int, ...]
+    carried: tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=512)
+def plan_prologues(signature: Signature) -> tuple[Prologue, ...]:
+    """Which uniform values each pass computes; each is computed in the first pass that needs it."""
+    program = signature.program
+    values = program.values
+    new: list[list[int]] = []
+    used: list[set[int]] = []
+    known: set[int] = set()
+    for p in plan(signature):
+        new.append([i for i in p.uniforms if i not in known and values[i].op != "const"])
+        needed = {a for i in (*p.body, *p.wide) for a in values[i].args} | {program.outputs[k].value for k in p.stores}
+        used.append({i for i in needed if values[i].uniform and values[i].op != "const"})
+        known.update(new[-1])
+    prologues: list[Prologue] = []
+    later: set[int] = set()
+    for own, needed in zip(reversed(new), reversed(used), strict=True):
+        known.difference_update(() if not prologues else prologues[-1].new)
+        prologues.append(Prologue(tuple(own), tuple(sorted(needed)), tuple(sorted(known & later))))
+        later |= needed | {a for i in own if not values[i].reduction for a in values[i].args}
+    return tuple(reversed(prologues))
 
 
 def read_bytes(signature: Signature) -> int:

@@ -148,7 +148,8 @@ class _Machine:
         if wide and i in self.wide:
             return self.wide[i]
         column = self.env[i]
-        if level is Level.ELEMENT and not value.boolean:
+        # elements are in the dtype computed in already
+        if level is Level.ELEMENT and not value.boolean and (value.uniform or dtype is not self.compute):
             column = self.cast.get((i, dtype)) or each_distinct(lambda x: x.to(dtype), column)
             if value.uniform:  # one per leaf, and often used
                 self.cast[i, dtype] = column

@@ -47,12 +47,21 @@ class Option:
           KeyError: there is no such option.
           ValueError: it is no sequence of that length.
         """
-        value = options[self.name]
+        return self.pick(options[self.name])
+
+    def pick(self, value: Any) -> Any:
+        """The number within an option.
+
+        Raises:
+          ValueError: it is no sequence of that length.
+        """
+        if self.index is None:
+            return value
         try:
-            return value if self.index is None else value[self.index]
+            return value[self.index]
         except (IndexError, TypeError):
             raise ValueError(
-                f"the option {self.name!r} is {value!r:.60}, expected at least {self.index + 1} numbers."  # type: ignore[operator]
+                f"the option {self.name!r} is {value!r:.60}, expected at least {self.index + 1} numbers."
             ) from None
 
 
@@ -65,13 +74,17 @@ class Slot:
     per_leaf: bool
     square: bool = False
 
+    def stored_as(self, p: torch.Tensor, hypers: Mapping[str, Any]) -> torch.dtype | None:
+        """The dtype that is asked for, or that squares need; None if it is the default one."""
+        dtype = hypers.get(self.dtype) if isinstance(self.dtype, str) else self.dtype
+        return torch.float32 if dtype is None and self.square and p.dtype is torch.float16 else dtype
+
     def make(self, p: torch.Tensor, hypers: Mapping[str, Any]) -> torch.Tensor:
         """The slot's first value for one leaf."""
-        dtype = hypers[self.dtype] if isinstance(self.dtype, str) else self.dtype
-        if dtype is None and self.square and p.dtype is torch.float16:
-            dtype = torch.float32
+        dtype = self.stored_as(p, hypers)
         if self.start == "param":
-            return p.detach().to(dtype or p.dtype, copy=True)
+            # a leaf of autograd's graph starts a state of its own; anything else is followed to where it came from
+            return (p.detach() if p.is_leaf else p).to(dtype or p.dtype, copy=True)
         start = float(hypers.get(self.start, 0.0)) if isinstance(self.start, str) else self.start
         if self.per_leaf:
             wide = torch.float64 if p.dtype is torch.float64 else torch.float32

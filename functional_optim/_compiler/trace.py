@@ -188,8 +188,8 @@ class Tracer:
         arity = 1 + max(int(d) for d in "0123" if f"{{{d}}}" in row.c)
         if len(args) != arity:
             raise TypeError(f"it takes {arity} operands, got {len(args)}.")
-        if op == "mul":
-            args = self.gather_factors(*args)
+        if op in ("mul", "div"):
+            op, args = self.gather_factors(op, *args)
         if op in ("add", "mul") and all(isinstance(a, Symbol) and self.values[a.index].boolean for a in args):
             return self.op("logical_or" if op == "add" else "logical_and", *args)  # as torch does with bools
         symbols = []
@@ -213,18 +213,24 @@ class Tracer:
             )
         )
 
-    def gather_factors(self, x: Any, y: Any) -> tuple[Any, Any]:
-        """Operands of a product with numbers that follow from reductions multiplied first: (x * a) * b as x * (a * b).
+    def gather_factors(self, op: str, x: Any, y: Any) -> tuple[str, tuple[Any, Any]]:
+        """An operation with numbers that follow from reductions taken together: (x * a) * b as x * (a * b).
 
-        Otherwise each clip of a chain would compute the products of all before it, in every pass.
+        Otherwise each clip of a chain would compute the products of all before it, in every pass; and x * a could
+        leave the range that x and the result are in.
         """
-        for product, factor in ((x, y), (y, x)):
-            if self.follows(factor) and isinstance(product, Symbol) and self.values[product.index].op == "mul":
-                operands = [Symbol(self, a) for a in self.values[product.index].args]
-                for inner, other in (operands, operands[::-1]):
-                    if self.follows(other) and not self.values[inner.index].uniform:
-                        return inner, self.op("mul", other, factor)
-        return x, y
+        element, factor = (y, x) if op == "mul" and self.follows(x) else (x, y)
+        if not self.follows(factor) or not isinstance(element, Symbol):
+            return op, (x, y)
+        inner = self.values[element.index]
+        a, b = [Symbol(self, i) for i in inner.args] if inner.op in ("mul", "div") else (None, None)
+        if inner.op == "mul" and self.follows(a):
+            a, b = b, a
+        if a is None or not self.follows(b) or self.values[a.index].uniform:
+            return op, (x, y)
+        if inner.op == "mul":
+            return "mul", (a, self.op(op, b, factor))
+        return (op, (a, self.op("mul", b, factor))) if op == "div" else (op, (a, self.op("div", factor, b)))
 
     def follows(self, x: Any) -> bool:
         """Whether a value is a number that follows from a reduction."""

@@ -14,12 +14,12 @@ Number = float | torch.Tensor
 
 
 class _Lookup(NamedTuple):
-    """Numbers that are looked up in options: where they go in the table, and whose options have them."""
+    """A number that is looked up in options: its place in the table, and whose options have it."""
 
+    place: int
+    owner: int
     option: Option
     label: str
-    places: slice | list[int]
-    owners: list[int]
 
 
 class Table:
@@ -30,10 +30,9 @@ class Table:
     """
 
     def __init__(self, group: Group) -> None:
-        self.width, self.n_rows = len(group.signature.program.scalars), len(group.sources)
         self.template: list[Any] = []  # numbers and tensors that stay the same objects
         self.extras: dict[str, list[int]] = {}
-        lookups: dict[tuple[Option, str], list[tuple[int, int]]] = {}
+        self.lookups: list[_Lookup] = []
         for row, (owner, first) in zip(group.sources, group.owners, strict=True):
             for source in row:
                 place = len(self.template)
@@ -41,17 +40,7 @@ class Table:
                 if source.kind == "extra":
                     self.extras.setdefault(source.name, []).append(place)
                 elif source.kind == "option":
-                    lookups.setdefault((source.value, source.name), []).append((place, owner))
-        self.lookups = [
-            _Lookup(option, label, self._places([place for place, _ in found]), [owner for _, owner in found])
-            for (option, label), found in lookups.items()
-        ]
-
-    def _places(self, places: list[int]) -> slice | list[int]:
-        """A column of the table as a slice."""
-        column = slice(places[0], None, self.width)
-        whole = places[0] < self.width and places == list(range(len(self.template)))[column]
-        return column if whole else places
+                    self.lookups.append(_Lookup(place, owner, source.value, source.name))
 
     def numbers(self, options: Sequence[Mapping[str, Any]], extra: Mapping[str, Any]) -> list[Number]:
         """The numbers of this step.
@@ -69,30 +58,18 @@ class Table:
             x = check_number(f"the extra argument `{name}` is", extra[name])
             for k in places:
                 numbers[k] = x
-        for option, label, where, owners in self.lookups:
-            values = _look_up(option, label, [options[owner] for owner in owners])
-            if isinstance(where, slice):
-                numbers[where] = values
-            else:
-                for k, value in zip(where, values, strict=True):
-                    numbers[k] = value
+        for place, owner, option, label in self.lookups:
+            try:
+                x = options[owner][option.name]
+            except KeyError:
+                raise KeyError(
+                    f"the parameter group lacks {option.name!r}, which {label} is taken from; there are "
+                    f"{sorted(options[owner])}."
+                ) from None
+            if option.index is not None:
+                x = option.pick(x)
+            numbers[place] = x if type(x) is float else _number(option, x)
         return numbers
-
-
-def _look_up(option: Option, label: str, options: Sequence[Mapping[str, Any]]) -> list[Number]:
-    """An option of each mapping; nearly always these are floats, and there may be hundreds."""
-    try:
-        values = [own[option.name] for own in options]
-    except KeyError:
-        lacking = next(own for own in options if option.name not in own)
-        raise KeyError(
-            f"the parameter group lacks {option.name!r}, which {label} is taken from; there are {sorted(lacking)}."
-        ) from None
-    if option.index is not None:
-        values = [option.look_up({option.name: value}) for value in values]
-    if set(map(type, values)) == {float}:
-        return values
-    return [_number(option, value) for value in values]
 
 
 def _number(option: Option, x: Any) -> Number:

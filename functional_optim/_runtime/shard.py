@@ -147,6 +147,33 @@ def placed_like(x: torch.Tensor, p: torch.Tensor, name: str) -> torch.Tensor:
     return x.redistribute(p.device_mesh, p.placements)
 
 
+def loaded_like(x: torch.Tensor, p: torch.Tensor | None) -> torch.Tensor:
+    """A tensor of a file, distributed over processes as a parameter is.
+
+    A collective only if `x` is a DTensor of another mesh or other placements.
+
+    Args:
+      x: a DTensor, or a whole tensor that is the same in all processes.
+      p: a tensor of that shape, plain or a DTensor; None asks for a whole, plain tensor.
+
+    Returns:
+      The elements as a plain tensor, or as a DTensor with the mesh and placements of `p`; `x` itself if it is that.
+
+    Example:
+      >>> x = torch.ones(2)
+      >>> loaded_like(x, torch.zeros(2)) is x
+      True
+    """
+    if is_dtensor(x) and not (is_dtensor(p) and x.device_mesh == p.device_mesh):
+        x = x.full_tensor()
+    if p is None or same_placement(x, p) or not is_dtensor(p):
+        return x
+    if not is_dtensor(x):
+        module = sys.modules["torch.distributed.tensor"]
+        x = type(p).from_local(x, p.device_mesh, [module.Replicate()] * p.device_mesh.ndim, run_check=False)
+    return x.redistribute(p.device_mesh, p.placements)
+
+
 def as_dtensor_like(local: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """A DTensor with the shape, mesh and placements of another, around a local tensor; no collective.
 

@@ -108,6 +108,7 @@ class Launch:
         self.n_threads, self.pointers = n_threads, Pointers(step.n_gathered, step.n_outputs)
         self.disjoint = b""  # pointers that were found to share no memory
         self.status = ctypes.c_int64()
+        self.status_address = ctypes.addressof(self.status)
         self.cpu = {
             k: CpuLaunch([step.groups[g] for g in own], [step.places[g] for g in own], self.pointers, n_threads)
             for k, (backend, own) in enumerate(step.parts)
@@ -295,11 +296,9 @@ class BoundStep(Programs):
         return Reading(tensors, originals, launch)
 
     def requires_grad(self, reading: Reading, numbers: Numbers) -> bool:
-        """Whether autograd has to record the step."""
-        return torch.is_grad_enabled() and (
-            any(map(REQUIRES_GRAD, reading.tensors))
-            or any(isinstance(x, torch.Tensor) and x.requires_grad for table in numbers for x in table)
-        )
+        """Whether a tensor or a number requires a gradient, so that autograd has to record the step."""
+        tensors = [x for table in numbers for x in table if isinstance(x, torch.Tensor)]
+        return any(map(REQUIRES_GRAD, reading.tensors)) or any(map(REQUIRES_GRAD, tensors))
 
     def release(self, reading: Reading) -> None:
         """Gives back the memory of a reading that is not run."""
@@ -320,24 +319,27 @@ class BoundStep(Programs):
           SharedMemoryError: tensors that are written share memory. Nothing has been written.
         """
         launch, tensors = reading.launch, reading.tensors
-        outputs: list[list[Column]] = self._allocate(reading) if self.allocates else [[] for _ in self.groups]
-        counters = [tensors[i] for i in self.counters.values()]
+        outputs: list[list[Column]] = self._allocate(reading) if self.allocates else [[]] * len(self.groups)
+        counters: list[int] = []  # addresses
         if self.in_place:
             self._refuse_overlap(reading)
             written = []
             for start, stop in self.written:
                 written += tensors[start:stop]
+            for i in self.counters.values():
+                written.append(tensors[i])
+                counters.append(launch.pointers.memory[i])
             # before anything is written, so that no interrupt comes between a write and its version
-            torch.autograd.graph.increment_version([*written, *counters])
+            torch.autograd.graph.increment_version(written)
         if len(launch.cpu) == len(self.parts) == 1:
-            counters_at = [launch.pointers.memory[i] for i in self.counters.values()]
             if not reading.originals:
-                counters_at.append(ctypes.addressof(launch.status))
-            launch.cpu[0](numbers, counters_at)
+                counters.append(launch.status_address)
+            launch.cpu[0](numbers, counters)
         else:
+            outputs = list(outputs)
             self._run_parts(reading, numbers, outputs)
-            for x in counters:
-                x.add_(1)
+            for i in self.counters.values():
+                tensors[i].add_(1)
         if reading.originals:
             if self.in_place:
                 self._copy_back(reading)

@@ -100,4 +100,4 @@ def zero_nans(u: Leaf, found_nan: Leaf) -> tuple[Leaf, Leaf]:
       >>> updates, state.found_nan
       (tensor([1., 0.]), tensor(1.))
     """
-    return torch.where(torch.isnan(u), 0.0, u), torch.clamp(leaf_amax(torch.isnan(u)), min=0.0)  # of no element, too
+    return torch.where(torch.isnan(u), 0.0, u), leaf_amax(torch.isnan(u))

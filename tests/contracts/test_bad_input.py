@@ -473,6 +473,22 @@ RANGES: dict[str, tuple[Callable[[], Any], str]] = {
     "b2 of scale_by_lion": (lambda: fo.lion(0.1, b2=-1.0), r"`b2` of scale_by_lion must be in \[0, 1\], got -1\.0"),
     "decay of trace": (lambda: fo.sgd(0.1, momentum=-0.9), r"`decay` of trace must be in \[0, inf\), got -0\.9"),
     "decay of ema": (lambda: fo.signum(0.1, beta=1.1), r"`decay` of ema must be in \[0, 1\], got 1\.1"),
+    "decay if debias of ema": (
+        lambda: fo.ema(1.0),
+        r"`decay` of ema must be in \[0, 1\) if `debias` is True, got 1\.0",
+    ),
+    "decay and then debias": (
+        lambda: fo.ema(1.0, debias=False).replace(debias=True),
+        r"`decay` of ema must be in \[0, 1\) if `debias` is True, got 1\.0",
+    ),
+    "decay if bias_correction of scale_by_rms": (
+        lambda: fo.rmsprop(0.1, decay=1.0, bias_correction=True),
+        r"`decay` of scale_by_rms must be in \[0, 1\) if `bias_correction` is True, got 1\.0",
+    ),
+    "decay if bias_correction of scale_by_stddev": (
+        lambda: fo.rmsprop(0.1, decay=1, centered=True, bias_correction=True),
+        r"`decay` of scale_by_stddev must be in \[0, 1\) if `bias_correction` is True, got 1\.",
+    ),
     "decay of params_ema": (lambda: fo.params_ema(-0.1), r"`decay` of params_ema must be in \[0, 1\], got -0\.1"),
     "decay of scale_by_rms": (
         lambda: fo.rmsprop(0.1, decay=1.1),

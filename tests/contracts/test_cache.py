@@ -5,6 +5,7 @@ import errno
 import functools
 import hashlib
 import importlib.util
+import json
 import marshal
 import os
 import shutil
@@ -27,7 +28,10 @@ import functional_optim as fo
 from functional_optim._compiler import cache as kernel_cache
 from functional_optim._compiler.c import build
 from functional_optim._compiler.triton.build import load_triton
-from functional_optim._runtime import backend as _backend
+from functional_optim._runtime import (
+    backend as _backend,
+    pointers,
+)
 
 
 COMPILER = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
@@ -37,6 +41,10 @@ pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="folders have no modes"),
 ]
 ROOT = Path(__file__).parents[2]
+
+# A process builds a library for each program, and one that reads pointers and starts kernels.
+POINTERS = Path(pointers.__file__).with_suffix(".c").read_text()
+LIBRARIES = ("kernel", "pointers")
 
 
 def restart() -> None:
@@ -72,16 +80,25 @@ class Compiler:
 
     Args:
       folder: where the script and its log are.
-      text: what it does after it has noted the call.
+      text: what it does after it has noted the call; `$library` is one of `LIBRARIES`.
     """
 
     def __init__(self, folder: Path, text: str = f'exec {COMPILER} "$@"') -> None:
         self.log = folder / "log"
-        self.path = script(folder / "compiler", f'echo "$@" >> {self.log}\n{text}')
+        asked_for = (
+            'library=kernel\nfor x; do case "$x" in *.c) grep -q read_pointers "$x" && library=pointers;; esac; done'
+        )
+        self.path = script(folder / "compiler", f"{asked_for}\necho \"$library:$@\" >> '{self.log}'\n{text}")
+
+    def calls_for(self, library: str) -> list[str]:
+        """The arguments of the calls for one of `LIBRARIES`."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        return [x.removeprefix(f"{library}:") for x in lines if x.startswith(f"{library}:")]
 
     @property
     def calls(self) -> list[str]:
-        return self.log.read_text().splitlines() if self.log.exists() else []
+        """The arguments of all calls."""
+        return [call for library in LIBRARIES for call in self.calls_for(library)]
 
 
 @pytest.fixture
@@ -102,8 +119,9 @@ def step(tx: Any = None) -> None:
     torch.testing.assert_close(new["w"], torch.arange(5.0) - 0.5)
 
 
-# The same step by programs of their own.
-SAME_STEPS = [fo.sgd(0.5), fo.chain(fo.trace(0.9), fo.scale(-0.5)), fo.chain(fo.scale_by_sign(), fo.scale(-0.5))]
+def same_steps() -> list[Any]:
+    """The same step by programs of their own, bound to nothing yet."""
+    return [fo.sgd(0.5), fo.chain(fo.trace(0.9), fo.scale(-0.5)), fo.chain(fo.scale_by_sign(), fo.scale(-0.5))]
 
 
 def warned(call: Callable[[], Any]) -> list[str]:
@@ -118,8 +136,14 @@ def names(folder: Path) -> set[str]:
     return {x.name for x in folder.iterdir()}
 
 
-def only(folder: Path, suffix: str) -> Path:
-    (found,) = (x for x in folder.iterdir() if x.suffix == suffix)
+def built(folder: Path, library: str = "kernel") -> list[Path]:
+    """The files of one of `LIBRARIES` in a folder, which are told apart by the source that lies beside them."""
+    found = [x for x in folder.iterdir() if x.suffix == ".so"]
+    return [x for x in found if x.with_suffix(".c").read_text().startswith(POINTERS) is (library == "pointers")]
+
+
+def only(folder: Path, library: str = "kernel") -> Path:
+    (found,) = built(folder, library)
     return found
 
 
@@ -141,13 +165,13 @@ def test_warm_cache_calls_no_compiler(cache: Path, compiler: Compiler) -> None:
     assert len(compiler.calls) == cold
 
 
-def test_cache_holds_a_kernel_and_its_source_only(cache: Path) -> None:
+def test_cache_holds_libraries_and_their_sources_only(cache: Path) -> None:
     step()
 
-    stem = only(cache, ".so").stem
-    assert names(cache) == {f"{stem}.so", f"{stem}.c"}
+    own, reader = only(cache), only(cache, "pointers")
+    assert names(cache) == {x.with_suffix(suffix).name for x in (own, reader) for suffix in (".so", ".c")}
     (kernel,) = fo.explain(fo.sgd(0.5), {"w": torch.zeros(5)}).kernels
-    assert (cache / f"{stem}.c").read_text().startswith(kernel.source)
+    assert own.with_suffix(".c").read_text().startswith(kernel.source)
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
@@ -183,7 +207,8 @@ def test_where_the_cache_is(name: str, tmp_path: Path, monkeypatch: pytest.Monke
 
     step()
 
-    assert only(tmp_path / expected, ".so").is_file()
+    assert only(tmp_path / expected).is_file()
+    assert only(tmp_path / expected, "pointers").is_file()
 
 
 def test_hyper_parameter_values_share_a_kernel(cache: Path, compiler: Compiler) -> None:
@@ -194,7 +219,8 @@ def test_hyper_parameter_values_share_a_kernel(cache: Path, compiler: Compiler) 
         fo.apply_gradients(tx, params, params, tx.init(params))
 
     # a number, or a tensor; a schedule that is a constant has a counter, and may or may not be the same program
-    assert len([x for x in names(cache) if x.endswith(".so")]) <= 2
+    assert len(built(cache)) <= 2
+    assert len(built(cache, "pointers")) == 1
 
 
 # --- folders that are not safe
@@ -202,7 +228,7 @@ def test_hyper_parameter_values_share_a_kernel(cache: Path, compiler: Compiler) 
 
 def not_private(folder: Path) -> None:
     """Takes a step that must not put anything into a folder, and says so, once."""
-    found = warned(lambda: [step(tx) for tx in SAME_STEPS[:2]])
+    found = warned(lambda: [step(tx) for tx in same_steps()[:2]])
 
     assert len(found) == 1, found
     assert str(folder) in found[0]
@@ -263,7 +289,7 @@ def test_no_writable_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUNCTIONAL_OPTIM_CACHE", "/dev/null/cache")
     monkeypatch.setattr(tempfile, "tempdir", "/dev/null/tmp")
 
-    found = warned(lambda: [step(tx) for tx in SAME_STEPS * 2])
+    found = warned(lambda: [step(tx) for tx in same_steps() * 2])
 
     assert len(found) == 1, found
     assert "/dev/null/cache" in found[0]
@@ -301,16 +327,17 @@ def test_bytecode_that_somebody_has_put_into_an_open_folder(cache: Path) -> None
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can give files away")
-def test_a_kernel_of_somebody_else_is_built_again(cache: Path, compiler: Compiler) -> None:
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_library_of_somebody_else_is_built_again(library: str, cache: Path, compiler: Compiler) -> None:
     step()
-    before = len(compiler.calls)
-    os.chown(only(cache, ".so"), 12345, 12345)
+    before = len(compiler.calls_for(library))
+    os.chown(only(cache, library), 12345, 12345)
     restart()
 
     step()
 
-    assert len(compiler.calls) > before
-    assert only(cache, ".so").stat().st_uid == os.getuid()
+    assert len(compiler.calls_for(library)) > before
+    assert only(cache, library).stat().st_uid == os.getuid()
 
 
 # --- files that are broken
@@ -346,24 +373,25 @@ BREAK: dict[str, Callable[[Path], None]] = {
 }
 
 
+@pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("name", BREAK)
-def test_a_broken_kernel_is_built_again(
-    name: str, cache: Path, compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_broken_library_is_built_again(
+    name: str, library: str, cache: Path, compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step()
-    before, good = len(compiler.calls), only(cache, ".so").read_bytes()
+    before, good = len(compiler.calls_for(library)), only(cache, library).read_bytes()
     # the loader knows files by name, so what it has loaded is left alone
     shutil.copytree(cache, tmp_path / "copy")
     monkeypatch.setenv("FUNCTIONAL_OPTIM_CACHE", str(tmp_path / "copy"))
-    BREAK[name](only(tmp_path / "copy", ".so"))
+    BREAK[name](only(tmp_path / "copy", library))
     restart()
 
     step()
 
-    kernel = only(tmp_path / "copy", ".so")
-    assert len(compiler.calls) > before
-    assert not kernel.is_symlink()
-    assert (len(kernel.read_bytes()), kernel.read_bytes()[:4]) == (
+    mended = only(tmp_path / "copy", library)
+    assert len(compiler.calls_for(library)) > before
+    assert not mended.is_symlink()
+    assert (len(mended.read_bytes()), mended.read_bytes()[:4]) == (
         len(good),
         b"\x7fELF" if sys.platform == "linux" else good[:4],
     )
@@ -371,34 +399,38 @@ def test_a_broken_kernel_is_built_again(
 
 def test_a_broken_source_of_triton_is_written_again(cache: Path) -> None:
     assert load_triton("x = 1\n").x == 1
-    only(cache, ".py").write_text("x = 2\n")
+    (source,) = cache.glob("*.py")
+    source.write_text("x = 2\n")
     restart()
 
     assert load_triton("x = 1\n").x == 1
 
 
-def test_a_kernel_that_cannot_be_loaded_here(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_library_that_cannot_be_loaded_here(
+    library: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is complete, but was made on another machine that has the same home."""
     step()
     shutil.copytree(cache, tmp_path / "copy")
     monkeypatch.setenv("FUNCTIONAL_OPTIM_CACHE", str(tmp_path / "copy"))
     foreign = b"\x7fELF of another system"
-    overwrite(only(tmp_path / "copy", ".so"), foreign + hashlib.sha256(foreign).digest())
+    overwrite(only(tmp_path / "copy", library), foreign + hashlib.sha256(foreign).digest())
     restart()
 
     assert warned(step) == []
-    assert only(tmp_path / "copy", ".so").stat().st_size > 1000
+    assert only(tmp_path / "copy", library).stat().st_size > 1000
 
 
 def test_cache_folder_removed_between_steps(cache: Path, compiler: Compiler) -> None:
-    step(SAME_STEPS[0])
+    step(same_steps()[0])
     shutil.rmtree(cache)
 
-    found = warned(lambda: [step(tx) for tx in SAME_STEPS])
+    found = warned(lambda: [step(tx) for tx in same_steps()])
 
     assert found == []
     assert mode(cache) == 0o700
-    assert len([x for x in names(cache) if x.endswith(".so")]) == 2
+    assert len(built(cache)) == 2
 
 
 # --- folders that fail while the process runs
@@ -435,13 +467,13 @@ REFUSED: dict[str, tuple[Any, str, OSError]] = {
 
 def built_elsewhere(folder: Path) -> None:
     """Steps by kernels although a folder fails, with one warning, also of kernels that come later."""
-    found = warned(lambda: step(SAME_STEPS[0]))
+    found = warned(lambda: step(same_steps()[0]))
     assert len(found) == 1, found
     assert f"The kernel cache {folder} cannot be used" in found[0]
     assert "FUNCTIONAL_OPTIM_CACHE" in found[0]
 
-    assert warned(lambda: [step(tx) for tx in SAME_STEPS * 2]) == []
-    for tx in SAME_STEPS:
+    assert warned(lambda: [step(tx) for tx in same_steps() * 2]) == []
+    for tx in same_steps():
         assert fo.explain(tx, {"w": torch.zeros(5)}).backends == ("c",)
 
 
@@ -567,7 +599,7 @@ def test_a_chosen_compiler_that_is_not_there(name: str, tmp_path: Path, monkeypa
     cc = NO_COMPILER[name](tmp_path)
     monkeypatch.setenv("CC", cc)
 
-    found = warned(lambda: [step(tx) for tx in SAME_STEPS * 2])
+    found = warned(lambda: [step(tx) for tx in same_steps() * 2])
 
     assert len(found) == 1, found
     assert repr(cc) in found[0]
@@ -587,11 +619,10 @@ def test_no_chosen_compiler(cc: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_chosen_compiler_with_a_space_in_its_path(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my tools").mkdir()
     compiler = Compiler(tmp_path / "my tools", f'exec {COMPILER} "$@"')
-    compiler.path.write_text(compiler.path.read_text().replace(str(compiler.log), f"'{compiler.log}'"))
     monkeypatch.setenv("CC", form.format(compiler.path))
 
     assert warned(step) == []
-    assert len(compiler.calls) == 1
+    assert [len(compiler.calls_for(x)) for x in LIBRARIES] == [1, 1]
     assert compiler.calls[0].startswith({"1": "-DMINE=1 ", "'": "-DMINE=a b "}.get(form[-1] * (len(form) > 4), ""))
 
 
@@ -601,12 +632,12 @@ def test_a_chosen_compiler_with_a_relative_path(
     """It stays the same one where the process goes elsewhere."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CC", "./compiler")
-    step(SAME_STEPS[0])
+    step(same_steps()[0])
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
 
-    assert warned(lambda: [step(tx) for tx in SAME_STEPS]) == []
-    assert len(compiler.calls) == len(SAME_STEPS)
+    assert warned(lambda: [step(tx) for tx in same_steps()]) == []
+    assert len(compiler.calls_for("kernel")) == len(same_steps())
 
 
 def test_a_compiler_that_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -622,21 +653,22 @@ def test_a_compiler_that_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.Mo
     assert fo.explain(fo.sgd(0.5), {"w": torch.zeros(5)}).backends == ("c",)
 
 
-def test_compilers_and_flags_do_not_share_kernels(
+def test_compilers_and_flags_do_not_share_libraries(
     cache: Path, compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = script(tmp_path / "other", f'exec {COMPILER} "$@"')
-    kernels = []
+    counts = []
     for cc in (str(compiler.path), f"{compiler.path} -O1", str(other), f"{other} -O1"):
         monkeypatch.setenv("CC", cc)
         restart()
         step()
-        kernels.append(len([x for x in names(cache) if x.endswith(".so")]))
+        counts.append([len(built(cache, x)) for x in LIBRARIES])
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-DMORE"))
     restart()
     step()
 
-    assert [*kernels, len([x for x in names(cache) if x.endswith(".so")])] == [1, 2, 3, 4, 5]
+    counts.append([len(built(cache, x)) for x in LIBRARIES])
+    assert counts == [[n, n] for n in range(1, 6)]
 
 
 def test_a_compiler_that_is_updated(cache: Path, compiler: Compiler) -> None:
@@ -646,7 +678,7 @@ def test_a_compiler_that_is_updated(cache: Path, compiler: Compiler) -> None:
 
     step()
 
-    assert len([x for x in names(cache) if x.endswith(".so")]) == 2
+    assert [len(built(cache, x)) for x in LIBRARIES] == [2, 2]
 
 
 def test_a_compiler_that_knows_no_tuning(cache: Path, compiler: Compiler) -> None:
@@ -659,8 +691,9 @@ def test_a_compiler_that_knows_no_tuning(cache: Path, compiler: Compiler) -> Non
 
     step()
 
-    assert len(compiler.calls) == len(build.TUNING)
-    assert only(cache, ".so").is_file()
+    for library in LIBRARIES:
+        assert len(compiler.calls_for(library)) == len(build.TUNING)
+        assert only(cache, library).is_file()
 
 
 BYTES = r"printf '\377\376 \200 not text \351\n' >&2"
@@ -692,10 +725,10 @@ def falls_back_once(monkeypatch: pytest.MonkeyPatch, cc: Path, tried: Callable[[
     The next best backend computes the same, and the compiler is not tried at every step.
     """
     monkeypatch.setenv("CC", str(cc))
-    found = warned(lambda: [step(tx) for tx in SAME_STEPS])
+    found = warned(lambda: [step(tx) for tx in same_steps()])
     before = tried()
 
-    found += warned(lambda: [step(tx) for tx in SAME_STEPS * 3])
+    found += warned(lambda: [step(tx) for tx in same_steps() * 3])
 
     assert len(found) == 1, found
     assert "Updates are computed without generated kernels" in found[0]
@@ -761,7 +794,7 @@ def test_a_compiler_that_is_deleted(
         step()
     compiler.path.unlink()
 
-    found = warned(lambda: [step(tx) for tx in SAME_STEPS[1:] * 3])
+    found = warned(lambda: [step(tx) for tx in same_steps()[1:] * 3])
 
     assert len(found) == 1, found
     assert str(compiler.path) in found[0]
@@ -771,7 +804,7 @@ def test_a_compiler_that_works_and_prints_bytes(tmp_path: Path, monkeypatch: pyt
     compiler = Compiler(tmp_path, f'{BYTES}; {BYTES} 2>&1; exec {COMPILER} "$@"')
     monkeypatch.setenv("CC", str(compiler.path))
 
-    assert warned(lambda: [step(tx) for tx in SAME_STEPS]) == []
+    assert warned(lambda: [step(tx) for tx in same_steps()]) == []
     assert fo.explain(fo.sgd(0.5), {"w": torch.zeros(5)}).backends == ("c",)
 
 
@@ -789,6 +822,67 @@ def test_a_broken_compiler_that_is_mended_leaves_nothing_behind(
     flag.unlink()
 
     assert finish(start()) == (0, "done\n", "")
+
+
+# --- the first step of a process, which has registered no operation yet
+
+
+STEPS = f"""
+import json, os, sys, warnings
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+import functional_optim as fo
+from functional_optim._compiler.c import build
+from functional_optim.adapters import TransformOptimizer
+build.TIMEOUT = float(os.environ.get("TIMEOUT", build.TIMEOUT))
+found = []
+warnings.simplefilter("always")
+warnings.showwarning = lambda message, *_: found.append(str(message))
+for tx in (fo.sgd(0.5), fo.chain(fo.trace(0.9), fo.scale(-0.5)), fo.sgd(0.5)):
+    params, grads = {{"w": torch.arange(5.0)}}, {{"w": torch.ones(5)}}
+    new, _ = fo.apply_gradients(tx, params, grads, tx.init(params))
+    assert torch.equal(new["w"], torch.arange(5.0) - 0.5), new
+    p = torch.nn.Parameter(torch.arange(5.0))
+    p.grad = torch.ones(5)
+    TransformOptimizer([p], tx).step()
+    assert torch.equal(p.detach(), torch.arange(5.0) - 0.5), p
+print(json.dumps([found, fo.explain(tx, params).backends]))
+"""
+FIRST_STEP = ("fails", "crashes after it has written", "makes nothing", "makes garbage", "makes another library")
+
+
+@pytest.mark.parametrize("library", ["$library", "pointers"])  # all of them, or one alone
+@pytest.mark.parametrize("name", FIRST_STEP)
+def test_a_broken_compiler_in_a_new_process(
+    name: str, library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One warning, and every step is right, whichever library cannot be built."""
+    broken = Compiler(tmp_path, f'if [ {library} = $library ]; then {BROKEN[name]}; exit; fi\nexec {COMPILER} "$@"')
+    monkeypatch.setenv("CC", str(broken.path))
+
+    steps_without_kernels()
+
+
+def test_a_compiler_that_hangs_in_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is waited for once, not once for each library."""
+    os.mkfifo(tmp_path / "never")
+    hanging = Compiler(tmp_path, f"read x < {tmp_path}/never")
+    monkeypatch.setenv("CC", str(hanging.path))
+
+    steps_without_kernels(TIMEOUT="0.2")
+
+    assert len(hanging.calls) == 1
+
+
+def steps_without_kernels(**variables: str) -> None:
+    """Takes `STEPS` in a new process, which must say once that there are no kernels."""
+    returncode, out, err = finish(start(STEPS, **variables))
+
+    assert (returncode, err) == (0, "")
+    found, backends = json.loads(out)
+    assert len(found) == 1, found
+    assert "Updates are computed without generated kernels" in found[0]
+    assert backends == ["foreach"]
 
 
 # --- memory of the process
@@ -846,8 +940,9 @@ def test_threads_that_want_the_same_kernel(cache: Path, compiler: Compiler) -> N
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: step(), range(4)))
 
-    assert len(compiler.calls) == 1
-    assert only(cache, ".so").is_file()
+    for library in LIBRARIES:
+        assert len(compiler.calls_for(library)) == 1
+        assert only(cache, library).is_file()
 
 
 PROCESS = f"""
@@ -864,10 +959,10 @@ print("done")
 """
 
 
-def start(**variables: str) -> "subprocess.Popen[str]":
+def start(code: str = PROCESS, **variables: str) -> "subprocess.Popen[str]":
     """Starts a process that takes the step, in a group of its own."""
     return subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", PROCESS],
+        [sys.executable, "-W", "error", "-c", code],
         env={**os.environ, **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -877,47 +972,56 @@ def start(**variables: str) -> "subprocess.Popen[str]":
 
 
 def finish(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=120)
+    try:
+        out, err = process.communicate(timeout=120)
+    finally:
+        if process.returncode is None:  # with the compiler that it waits for
+            os.killpg(process.pid, signal.SIGKILL)
     return process.returncode, out, err
 
 
-def test_two_processes_that_build_the_same_kernel(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_two_processes_that_build_the_same_library(
+    library: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Both are within the compiler at the same time: the first one there waits for the other."""
     meet = tmp_path / "meet"
     os.mkfifo(meet)
     wait = f"if mkdir {tmp_path}/first 2> /dev/null; then read x < {meet}; else echo > {meet}; fi"
-    compiler = Compiler(tmp_path, f'{wait}\nexec {COMPILER} "$@"')
+    compiler = Compiler(tmp_path, f'if [ $library = {library} ]; then {wait}; fi\nexec {COMPILER} "$@"')
     monkeypatch.setenv("CC", str(compiler.path))
     processes = [start(), start()]
 
     results = list(map(finish, processes))
 
     assert results == [(0, "done\n", "")] * 2
-    assert len(compiler.calls) == 2
-    stem = only(cache, ".so").stem
-    assert names(cache) == {f"{stem}.so", f"{stem}.c"}
+    assert len(compiler.calls_for(library)) == 2
+    stems = [only(cache, x).stem for x in LIBRARIES]
+    assert names(cache) == {f"{stem}{suffix}" for stem in stems for suffix in (".so", ".c")}
     # and this process finds what they have left
+    before = compiler.calls
     step()
-    assert len(compiler.calls) == 2
+    assert compiler.calls == before
 
 
-def test_a_build_that_is_killed(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_build_that_is_killed(library: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started, never = tmp_path / "started", tmp_path / "never"
     os.mkfifo(started)
     os.mkfifo(never)
-    # half a kernel is there, and the compiler hangs
+    # half a library is there, and the compiler hangs
     half = 'for x; do [ "$before" = -o ] && echo half > "$x"; before=$x; done'
-    hang = f'if [ "$HANG" ]; then {half}; echo > {started}; read x < {never}; fi'
+    hang = f'if [ "$HANG" = $library ]; then {half}; echo > {started}; read x < {never}; fi'
     compiler = Compiler(tmp_path, f'{hang}\nexec {COMPILER} "$@"')
     monkeypatch.setenv("CC", str(compiler.path))
-    process = start(HANG="1")
+    process = start(HANG=library)
     started.read_text()  # until the compiler is there
 
     os.killpg(process.pid, signal.SIGKILL)
     returncode, _, _ = finish(process)
 
     assert returncode == -signal.SIGKILL
-    assert not [x for x in names(cache) if x.endswith(".so")]
+    assert built(cache, library) == []
     step()
-    assert only(cache, ".so").is_file()
-    assert len(compiler.calls) == 2
+    assert only(cache, library).is_file()
+    assert len(compiler.calls_for(library)) == 2

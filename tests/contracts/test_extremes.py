@@ -16,7 +16,7 @@ import functional_optim as fo
 from _lib.records import BACKENDS, tree_of, use
 from _lib.transforms import CASES, IDS
 from _lib.trees import Tree
-from functional_optim.adapters import TransformOptimizer
+from functional_optim.adapters import LAMB, RMSprop, TransformOptimizer
 
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -149,6 +149,11 @@ def norm_that_is_kept(u: Any, norm: Any) -> Any:
     return u / norm, norm
 
 
+@fo.elementwise
+def quotient_and_product(u: Any) -> Any:
+    return u / fo.leaf_sum(u * u) * fo.leaf_norm(u)
+
+
 class Own(NamedTuple):
     """A user's rule, and what it divides by, in float64, from all updates and one leaf's."""
 
@@ -163,6 +168,7 @@ OWN = {
     "sum_of_cubes": Own(sum_of_cubes(), lambda every, own: own.abs().pow(3).sum().pow(1 / 3)),
     "largest_square": Own(largest_square(), lambda every, own: every.abs().amax()),
     "square_that_elements_need_too": Own(square_that_elements_need_too(), lambda every, own: own.norm()),
+    "quotient_and_product": Own(quotient_and_product(), lambda every, own: own.norm()),
     "norm_that_is_kept": Own(norm_that_is_kept(), lambda every, own: own.norm()),
 }
 
@@ -183,6 +189,16 @@ def test_sums_of_a_rule_of_ones_own_are_of_values_in_double(
     expected = {k: (g.double() / divisor(every, g.double())).to(dtype) for k, g in grads.items()}
     # a root, a quotient and the rounding of the result
     torch.testing.assert_close(actual, expected, rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("size", [1e-30, 3e37])
+def test_norms_and_means_of_tensors_are_computed_in_double(size: float, dtype: torch.dtype) -> None:
+    x = torch.full((4,), size).to(dtype)
+    assert fo.leaf_norm(x) == 2 * x[0]
+    assert fo.leaf_sum(x) == 4 * x[0]
+    assert fo.leaf_mean(x) == x[0]
+    assert {f(x).dtype for f in (fo.leaf_norm, fo.leaf_sum, fo.leaf_mean)} == {dtype}
 
 
 @backends
@@ -255,29 +271,35 @@ def test_a_clip_whose_bound_reaches_zero_stops(backend: str) -> None:
 def test_a_variance_that_cancels_is_not_negative(eps_in_sqrt: bool, dtype: torch.dtype, backend: str) -> None:
     generator = torch.Generator().manual_seed(0)
     base = 1 + torch.rand(256, generator=generator, dtype=dtype)
-    tx = fo.chain(fo.scale_by_stddev(eps_in_sqrt=eps_in_sqrt), fo.scale(-1e-3))
+    tx = fo.chain(fo.scale_by_stddev(0.5, eps_in_sqrt=eps_in_sqrt), fo.scale(-1e-3))
     params = torch.zeros(256, dtype=dtype)
     state = tx.init(params)
     for step in range(60):
-        noise = 1e-4 * torch.randn(256, generator=generator, dtype=dtype)
+        noise = torch.finfo(dtype).eps * torch.randn(256, generator=generator, dtype=dtype)
         with use("c" if backend == "triton" and step < 58 else backend):
             params, state = fo.apply_gradients(tx, params, base * (1 + noise), state)
         assert params.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: fo.ema(1.0), r"`decay` of ema must be in \[0, 1\) if `debias` is True, got 1\.0"),
-        (lambda: fo.scale_by_rms(decay=1.0, bias_correction=True), r"`decay` of scale_by_rms must be in \[0, 1\) if"),
-        (lambda: fo.scale_by_stddev(1.0, bias_correction=True), r"`decay` of scale_by_stddev must be in \[0, 1\) if"),
-        (lambda: fo.rmsprop(0.1, decay=1.0, bias_correction=True), r"`decay` of scale_by_rms must be in \[0, 1\) if"),
-        (lambda: fo.ema(1.0, debias=False).replace(debias=True), r"`decay` of ema must be in \[0, 1\) if"),
-    ],
-)
-def test_a_range_that_depends_on_a_switch(make: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make()
+def test_centered_rmsprop_has_the_bits_of_torch_where_torch_has_a_number() -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = 1 + torch.rand(256, generator=generator)
+    ours, theirs = (torch.nn.Parameter(torch.zeros(256)) for _ in range(2))
+    opt = RMSprop([ours], lr=1e-3, alpha=0.9, centered=True)
+    twin = torch.optim.RMSprop([theirs], lr=1e-3, alpha=0.9, centered=True, foreach=False)
+    for step in range(1, 301):
+        grad = base * (1 + 1e-4 * torch.randn(256, generator=generator))
+        ours.grad, theirs.grad = grad.clone(), grad.clone()
+        opt.step()
+        twin.step()
+        assert ours.isfinite().all()
+        for name in ("square_avg", "grad_avg"):
+            torch.testing.assert_close(opt.state[ours][name], twin.state[theirs][name], rtol=0, atol=0)
+        # torch's square root on the CPU is off by one unit now and then; then the sum with eps, the quotient and the
+        # product may be rounded to neighbours, one more unit each, and steps all have one direction
+        number = theirs.isfinite()
+        torch.testing.assert_close(ours[number], theirs[number], rtol=4 * step * 2.0**-23, atol=0)
+    assert not number.all()  # torch has NaN by now
 
 
 def test_a_range_that_depends_on_a_switch_is_the_wider_one_without_it() -> None:
@@ -320,21 +342,25 @@ def test_squares_of_float16_do_not_vanish(name: str, backend: str) -> None:
     torch.testing.assert_close(params["w"].double(), wide["w"], rtol=0, atol=6 * 2.0**-11)
 
 
+@pytest.mark.parametrize("make", [lambda w: TransformOptimizer([w], fo.adam(1e-3)), lambda w: LAMB([w])])
+def test_squares_of_float16_stay_float32_when_they_are_loaded(make: Any) -> None:
+    w = torch.nn.Parameter(torch.ones(4, dtype=F16))
+    w.grad = torch.full((4,), 1e-3, dtype=F16)
+    opt, other = make(w), make(w)
+    opt.step()
+    other.load_state_dict(opt.state_dict())
+    assert {k: x.dtype for k, x in other.state[w].items()} == {k: x.dtype for k, x in opt.state[w].items()}
+    assert sorted(str(x.dtype) for x in opt.state[w].values()) == ["torch.float16", "torch.float32", "torch.float32"]
+    for key, x in opt.state[w].items():
+        torch.testing.assert_close(other.state[w][key], x, rtol=0, atol=0)
+
+
 def test_how_squares_are_stored_is_said_by_the_caller() -> None:
     half = torch.ones(2, dtype=F16)
     assert fo.scale_by_adam().init(half).nu.dtype is F32
     assert fo.scale_by_adam().init(half).mu.dtype is F16
     assert fo.scale_by_adam(nu_dtype=F16).init(half).nu.dtype is F16
     assert fo.scale_by_adam().init(half.bfloat16()).nu.dtype is BF16
-
-
-def test_a_leaf_without_elements_holds_no_nan() -> None:
-    tx = fo.zero_nans()
-    grads = [torch.zeros(0), torch.ones(2)]
-    for backend in BACKENDS:
-        with use(backend):
-            _, state = tx.update(grads, tx.init(grads), grads)
-        assert [x.item() for x in state.found_nan] == [0.0, 0.0]
 
 
 # ---- derivatives

@@ -8,6 +8,7 @@ import torch
 
 import functional_optim as fo
 from _lib.marks import INTERPRETER
+from functional_optim.adapters import TransformOptimizer
 
 
 BACKENDS = ("reference", "foreach", "c", "triton")
@@ -100,6 +101,41 @@ def test_a_slot_that_is_written_and_never_read_may_lie_in_another_order(backend:
     assert state[0].last is last
     assert torch.equal(last, 2 * grads)
     assert torch.equal(params, -grads)
+
+
+@fo.elementwise(state={"start": fo.slot("param"), "rate": fo.slot(0.5, per="leaf"), "unread": fo.slot(3.0)})
+def pulled_back(u: Any, p: Any, start: Any, rate: Any, unread: Any) -> Any:
+    """Changes none of its slots, and does not look at one of them."""
+    return u + rate * (p - start), start, rate, unread
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_slot_that_is_returned_unchanged_stays_what_it_was(backend: str, donate: bool) -> None:
+    tx = fo.chain(pulled_back(), aa())
+    params = {"a": torch.ones(2, 3).t(), "b": torch.zeros(4)}
+    state = tx.init(params)
+    with fo.use_backend(backend):
+        for _ in range(3):
+            grads = {k: torch.ones_like(p) for k, p in params.items()}
+            params, state = fo.apply_gradients(tx, params, grads, state, donate=donate)
+    # d' = d + t where t' = t + 1 + d / 2, from 0: 1, then 3.5, then 8.75
+    torch.testing.assert_close(params, {"a": torch.full((3, 2), 9.75), "b": torch.full((4,), 8.75)}, rtol=0, atol=0)
+    assert torch.equal(state[0].start["a"], torch.ones(3, 2))
+    assert torch.equal(state[0].start["b"], torch.zeros(4))
+    assert torch.equal(state[0].rate["b"], torch.tensor(0.5))
+    assert torch.equal(state[0].unread["a"], torch.full((3, 2), 3.0))
+
+
+def test_an_optimizer_keeps_slots_that_are_returned_unchanged() -> None:
+    w = torch.nn.Parameter(torch.ones(3))
+    opt = TransformOptimizer([w], fo.chain(pulled_back(), fo.scale(-1.0)))
+    for _ in range(2):
+        w.grad = torch.ones(3)
+        opt.step()
+    assert w.tolist() == [-0.5] * 3  # 1, 0, and from there down by 1 - 1 / 2
+    assert opt.state[w]["start"].tolist() == [1.0] * 3
+    assert opt.state[w]["unread"].tolist() == [3.0] * 3
 
 
 def test_a_python_function_is_called_at_every_step_even_if_it_looks_constant() -> None:

@@ -13,12 +13,11 @@ import functools
 import math
 from collections.abc import Sequence
 from importlib.resources import files
-from typing import NamedTuple
 
 import torch
 
 from ..ops import OPS, REDUCTIONS
-from ..passes import Pass, Signature, plan
+from ..passes import Signature, plan, plan_prologues
 from ..program import Level, Program
 
 
@@ -41,8 +40,7 @@ def emit_c(signature: Signature) -> str:
     """The C source of all passes of a program: functions `pass_0`, `pass_1`, ..."""
     compute = {torch.float32: "float", torch.float64: "double"}[signature.compute]
     description = "\n".join(f" * {line}" for line in str(signature.program).splitlines())
-    kept = _Kept.of(signature)
-    passes = [_Emitter(signature, kept, k).text() for k in range(len(plan(signature)))]
+    passes = [_Emitter(signature, k).text() for k in range(len(plan(signature)))]
     return f"/*\n{description}\n */\n" + prelude(compute) + "\n" + "\n".join(passes)
 
 
@@ -58,55 +56,27 @@ def literal(x: float) -> str:
     return repr(x) if math.isfinite(x) else ("INFINITY" if x > 0 else "-INFINITY")
 
 
-class _Kept(NamedTuple):
-    """Uniform values, each computed in one pass, and those that are kept: for elements, for leaves, for later passes.
-
-    Args:
-      new: for each pass, the values that it computes.
-      rows: values that are kept for each row of the scalar table.
-      leaves: values that are kept for each leaf.
-    """
-
-    new: list[list[int]]
-    rows: list[int]
-    leaves: list[int]
-
-    @classmethod
-    def of(cls, signature: Signature) -> "_Kept":
-        values = signature.program.values
-        known: set[int] = set()
-        kept: set[int] = set()
-        new: list[list[int]] = []
-        for p in plan(signature):
-            new.append([i for i in p.uniforms if i not in known and values[i].op != "const"])
-            kept |= {i for i in _used(signature, p) if values[i].uniform}
-            for i in new[-1]:
-                operands = [] if values[i].reduction else values[i].args
-                kept |= {a for a in operands if a in known or values[a].level < values[i].level}
-            known.update(new[-1])
-        order = sorted(i for i in kept if values[i].op != "const")
-        rows = [i for i in order if values[i].level is Level.ROW]
-        return cls(new, rows, [i for i in order if values[i].level is Level.LEAF])
-
-
-def _used(signature: Signature, p: Pass) -> set[int]:
-    """Values that elements of a pass are computed from, and those that are stored."""
-    values = signature.program.values
-    return {a for i in (*p.body, *p.wide) for a in values[i].args} | {
-        signature.program.outputs[k].value for k in p.stores
-    }
-
-
 class _Emitter:
     """Writes one pass."""
 
-    def __init__(self, signature: Signature, kept: _Kept, number: int) -> None:
-        passes = plan(signature)
+    def __init__(self, signature: Signature, number: int) -> None:
+        passes, prologues = plan(signature), plan_prologues(signature)
         self.signature, self.p, self.number = signature, passes[number], number
         self.last = number == len(passes) - 1
         self.program: Program = signature.program
         values = self.program.values
-        self.new, self.row_kept, self.leaf_kept = kept.new[number], kept.rows, kept.leaves
+        self.new = prologues[number].new
+        kept = {i for prologue in prologues for i in (*prologue.used, *prologue.carried)}
+        kept |= {
+            a
+            for prologue in prologues
+            for i in prologue.new
+            if values[i].level is Level.LEAF
+            for a in values[i].args
+            if values[a].level is Level.ROW and values[a].op != "const"
+        }
+        self.row_kept = [i for i in sorted(kept) if values[i].level is Level.ROW]
+        self.leaf_kept = [i for i in sorted(kept) if values[i].level is Level.LEAF]
         self.per_leaf = [i for i in self.new if values[i].level is Level.LEAF]
         inputs = (*self.program.arrays, *self.program.leaves)
         self.columns = {name: k for k, name in enumerate(inputs)}
@@ -256,9 +226,21 @@ class _Emitter:
             return f"w{i}"
         return f"(double)v{i}" if double and not value.boolean else f"v{i}"
 
+    def factors(self, i: int) -> tuple[int, int] | None:
+        """Operands of a product that is rounded: the element, and the uniform value; None if it is no such product."""
+        value = self.program.values[i]
+        if i not in self.signature.rounded or value.op != "mul":
+            return None
+        element, factor = sorted(value.args, key=lambda a: self.program.values[a].uniform)
+        return (element, factor) if not self.program.values[element].uniform else None
+
     def statement(self, i: int, wide: bool) -> str:
         """The C statement that computes a value of an element."""
         value = self.program.values[i]
+        factors = None if wide else self.factors(i)
+        if factors:
+            element, factor = factors
+            return f"const real v{i} = {self.operand(element)} * near{factor} * far{factor};"
         double = wide or i in self.signature.rounded
         suffix = "" if double or self.signature.compute is torch.float64 else "f"
         operands = [self.operand(a, double, wide) for a in value.args]
@@ -283,12 +265,17 @@ class _Emitter:
             "const int64_t later = chunk + 1 < until ? chunk + 1 : chunk, next = l->chunk_leaf[later];",
             f"const int64_t ahead = l->chunk_start[later] - start, strip = later > chunk ? {STRIP} : stop - start;",
         ]
-        in_double = {a for i in (*p.wide, *self.signature.rounded.intersection(p.body)) for a in values[i].args}
+        products = {i: self.factors(i) for i in p.body}
+        in_double = {a for i in p.wide for a in values[i].args}
+        in_double |= {a for i in self.signature.rounded.intersection(p.body) if not products[i] for a in values[i].args}
+        halves = {factors[1] for factors in products.values() if factors}
         plain = {a for i in set(p.body) - self.signature.rounded for a in values[i].args}
         plain |= {program.outputs[k].value for k in p.stores if program.outputs[k].level is Level.ELEMENT}
         for i in (*self.row_kept, *self.leaf_kept):
             inner += [f"const real s{i} = (real){self.kept(i)};"] if i in plain else []
             inner += [f"const double d{i} = {self.kept(i)};"] if i in in_double else []
+            if i in halves:
+                inner.append(f"const real near{i} = near_factor({self.kept(i)}), far{i} = far_factor({self.kept(i)});")
         body = []
         loads = [
             (i, self.columns[values[i].name], values[i].name, self.signature.dtypes[values[i].name]) for i in p.inputs

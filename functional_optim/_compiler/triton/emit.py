@@ -8,7 +8,7 @@ there too, by adding the partial results of the pass before, in order, so no fur
 import torch
 
 from ..ops import OPS, REDUCTIONS
-from ..passes import Pass, Signature, plan
+from ..passes import Pass, Signature, plan, plan_prologues
 from ..program import Level
 
 
@@ -92,12 +92,71 @@ def _total_amax(start, n, BLOCK: tl.constexpr):
 def emit_triton(signature: Signature) -> str:
     """The Triton source of all passes of a program: kernels `pass_0`, `pass_1`, ..."""
     description = "\n".join(f"# {line}" for line in str(signature.program).splitlines())
-    passes = [_pass(signature, p, k) for k, p in enumerate(plan(signature))]
-    return f"{description}\n{HEADER}\n\n" + "\n\n".join(passes)
+    functions = []
+    for k, p in enumerate(plan(signature)):
+        if k and plan_prologues(signature)[k - 1].carried:
+            functions.append(_before(signature, k))
+        functions.append(_pass(signature, p, k))
+    return f"{description}\n{HEADER}\n\n" + "\n\n".join(functions)
 
 
 def _literal(x: float, dtype: str) -> str:
     return f'tl.full((), float("{x!r}"), {dtype})'
+
+
+TABLES = "columns, scalars, partials, leaf_size, leaf_chunk, n_leaves, n_partials, first_partial"
+
+
+def _address(column: int, dtype: torch.dtype) -> str:
+    return f"tl.load(columns + {column} * n_leaves + leaf).to(tl.pointer_type({TYPES[dtype]}))"
+
+
+def _uniform(signature: Signature, i: int) -> str:
+    """The statement that computes a uniform value, in double precision."""
+    program = signature.program
+    value = program.values[i]
+    match value.op:
+        case "const":
+            code = _literal(value.const, "tl.float64")
+        case "scalar":
+            code = f"tl.load(scalars + row * {len(program.scalars)} + {program.scalars.index(value.name)})"
+        case "size":
+            code = "tl.load(leaf_size + leaf).to(tl.float64)"
+        case "leaf":
+            column = len(program.arrays) + program.leaves.index(value.name)
+            code = f"tl.load({_address(column, signature.dtypes[value.name])}).to(tl.float64)"
+        case _ if value.reduction:
+            base = f"tl.load(partials + {program.reductions.index(i)}).to(tl.pointer_type(tl.float64))"
+            first = "tl.load(leaf_chunk + leaf)"
+            parts = (
+                f"{base}, n_partials"
+                if value.op.startswith("tree_")
+                else f"{base} + first_partial + {first}, tl.load(leaf_chunk + leaf + 1) - {first}"
+            )
+            code = f"_total_{value.reduction}({parts}, BLOCK)"
+        case _:
+            code = OPS[value.op].triton.format(*[f"u{a}" for a in value.args], T="tl.float64")
+    return f"u{i} = {code}"
+
+
+def _prologue(signature: Signature, number: int) -> list[str]:
+    """Statements that compute the uniform values of a pass, from those that earlier passes compute as well."""
+    values, p = signature.program.values, plan(signature)[number]
+    new = plan_prologues(signature)[number].new
+    needed = {a for i in (*new, *p.body, *p.wide) if not values[i].reduction for a in values[i].args}
+    needed |= {signature.program.outputs[k].value for k in p.stores}
+    constants = [i for i in sorted(needed) if values[i].op == "const"]
+    before = plan_prologues(signature)[number - 1].carried if number else ()
+    lines = [f"{', '.join(f'u{i}' for i in before)} = _before_{number}(leaf, row, {TABLES}, BLOCK)"] if before else []
+    return lines + [_uniform(signature, i) for i in (*constants, *new)]
+
+
+def _before(signature: Signature, number: int) -> str:
+    """A function of the uniform values that passes before one compute and that it or a later one needs."""
+    carried = plan_prologues(signature)[number - 1].carried
+    lines = [*_prologue(signature, number - 1), f"return {', '.join(f'u{i}' for i in carried)}"]
+    body = "\n".join(f"    {x}" for x in lines)
+    return f"@triton.jit\ndef _before_{number}(leaf, row, {TABLES}, BLOCK: tl.constexpr):\n{body}\n"
 
 
 def _pass(signature: Signature, p: Pass, number: int) -> str:
@@ -110,36 +169,8 @@ def _pass(signature: Signature, p: Pass, number: int) -> str:
         "start = tl.load(chunk_start + chunk)",
         "stop = tl.load(chunk_stop + chunk)",
         "row = tl.load(leaf_row + leaf)",
+        *_prologue(signature, number),
     ]
-
-    def address(column: int, dtype: torch.dtype) -> str:
-        return f"tl.load(columns + {column} * n_leaves + leaf).to(tl.pointer_type({TYPES[dtype]}))"
-
-    for i in p.uniforms:
-        value = values[i]
-        args = [f"u{a}" for a in value.args]
-        match value.op:
-            case "const":
-                code = _literal(value.const, "tl.float64")
-            case "scalar":
-                code = f"tl.load(scalars + row * {len(program.scalars)} + {program.scalars.index(value.name)})"
-            case "size":
-                code = "tl.load(leaf_size + leaf).to(tl.float64)"
-            case "leaf":
-                code = f"tl.load({address(names.index(value.name), signature.dtypes[value.name])}).to(tl.float64)"
-            case _ if value.op.startswith("tree_"):
-                base = f"tl.load(partials + {program.reductions.index(i)}).to(tl.pointer_type(tl.float64))"
-                code = f"_total_{value.reduction}({base}, n_partials, BLOCK)"
-            case _ if value.reduction:
-                base = f"tl.load(partials + {program.reductions.index(i)}).to(tl.pointer_type(tl.float64))"
-                first = "tl.load(leaf_chunk + leaf)"
-                code = (
-                    f"_total_{value.reduction}({base} + first_partial + {first}, "
-                    f"tl.load(leaf_chunk + leaf + 1) - {first}, BLOCK)"
-                )
-            case _:
-                code = OPS[value.op].triton.format(*args, T="tl.float64")
-        lines.append(f"u{i} = {code}")
     elementwise = {a for i in set(p.body) - signature.rounded for a in values[i].args}
     elementwise |= {program.outputs[k].value for k in p.stores}
     for i in p.uniforms:
@@ -160,10 +191,10 @@ def _pass(signature: Signature, p: Pass, number: int) -> str:
     body = ["i = start + base + tl.arange(0, BLOCK)", "inside = i < stop"]
     for i in p.inputs:
         name = values[i].name
-        lines.append(f"a{i} = {address(names.index(name), signature.dtypes[name])}  # {name}")
+        lines.append(f"a{i} = {_address(names.index(name), signature.dtypes[name])}  # {name}")
         body.append(f"v{i} = tl.load(a{i} + i, inside, 0.0).to({compute})")
     for i, k in p.reloads:
-        lines.append(f"a{i} = {address(len(names) + k, signature.outputs[k])}  # {program.outputs[k].name}")
+        lines.append(f"a{i} = {_address(len(names) + k, signature.outputs[k])}  # {program.outputs[k].name}")
         body.append(f"v{i} = tl.load(a{i} + i, inside, 0.0).to({compute})")
     for i in p.body:
         exact = i in signature.rounded
@@ -172,7 +203,7 @@ def _pass(signature: Signature, p: Pass, number: int) -> str:
     tail = []
     for k in p.stores:
         output, dtype = program.outputs[k], signature.outputs[k]
-        lines.append(f"o{k} = {address(len(names) + k, dtype)}  # {output.name}")
+        lines.append(f"o{k} = {_address(len(names) + k, dtype)}  # {output.name}")
         if output.level is Level.ELEMENT:
             x = operand(output.value)
             x = f"_bf16({x})" if dtype is torch.bfloat16 else x

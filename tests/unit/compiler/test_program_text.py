@@ -61,9 +61,9 @@ def test_adamw() -> None:
         """\
 %0 = array updates
 %1 = array params
-%2 = scalar scale_by_adam.count
+%2 = leaf scale_by_adam.count
 %3 = 1.0
-%4 = add(%2, %3)  # row
+%4 = add(%2, %3)  # leaf
 %5 = scalar scale_by_adam.b1
 %6 = scalar scale_by_adam.b2
 %7 = scalar scale_by_adam.eps
@@ -79,13 +79,13 @@ def test_adamw() -> None:
 %17 = mul(%16, %0)
 %18 = mul(%17, %0)
 %19 = add(%15, %18)
-%20 = pow(%5, %4)  # row
-%21 = sub(%3, %20)  # row
-%22 = div(%3, %21)  # row
+%20 = pow(%5, %4)  # leaf
+%21 = sub(%3, %20)  # leaf
+%22 = div(%3, %21)  # leaf
 %23 = mul(%14, %22)
-%24 = pow(%6, %4)  # row
-%25 = sub(%3, %24)  # row
-%26 = div(%3, %25)  # row
+%24 = pow(%6, %4)  # leaf
+%25 = sub(%3, %24)  # leaf
+%26 = div(%3, %25)  # leaf
 %27 = mul(%19, %26)
 %28 = add(%27, %8)
 %29 = sqrt(%28)
@@ -120,8 +120,8 @@ def test_clipped_adam() -> None:
 %9 = div(%2, %8)  # row, stage 1
 %10 = where(%6, %7, %9)  # row, stage 1
 %11 = mul(%0, %10)  # rounded, stage 1
-%12 = scalar scale_by_adam.count
-%13 = add(%12, %7)  # row
+%12 = leaf scale_by_adam.count
+%13 = add(%12, %7)  # leaf
 %14 = scalar scale_by_adam.b1
 %15 = scalar scale_by_adam.b2
 %16 = scalar scale_by_adam.eps
@@ -137,13 +137,13 @@ def test_clipped_adam() -> None:
 %26 = mul(%25, %11)  # stage 1
 %27 = mul(%26, %11)  # stage 1
 %28 = add(%24, %27)  # stage 1
-%29 = pow(%14, %13)  # row
-%30 = sub(%7, %29)  # row
-%31 = div(%7, %30)  # row
+%29 = pow(%14, %13)  # leaf
+%30 = sub(%7, %29)  # leaf
+%31 = div(%7, %30)  # leaf
 %32 = mul(%23, %31)  # stage 1
-%33 = pow(%15, %13)  # row
-%34 = sub(%7, %33)  # row
-%35 = div(%7, %34)  # row
+%33 = pow(%15, %13)  # leaf
+%34 = sub(%7, %33)  # leaf
+%35 = div(%7, %34)  # leaf
 %36 = mul(%28, %35)  # stage 1
 %37 = add(%36, %17)  # stage 1
 %38 = sqrt(%37)  # stage 1
@@ -165,9 +165,9 @@ def test_lamb() -> None:
         """\
 %0 = array updates
 %1 = array params
-%2 = scalar scale_by_adam.count
+%2 = leaf scale_by_adam.count
 %3 = 1.0
-%4 = add(%2, %3)  # row
+%4 = add(%2, %3)  # leaf
 %5 = scalar scale_by_adam.b1
 %6 = scalar scale_by_adam.b2
 %7 = scalar scale_by_adam.eps
@@ -183,13 +183,13 @@ def test_lamb() -> None:
 %17 = mul(%16, %0)
 %18 = mul(%17, %0)
 %19 = add(%15, %18)
-%20 = pow(%5, %4)  # row
-%21 = sub(%3, %20)  # row
-%22 = div(%3, %21)  # row
+%20 = pow(%5, %4)  # leaf
+%21 = sub(%3, %20)  # leaf
+%22 = div(%3, %21)  # leaf
 %23 = mul(%14, %22)
-%24 = pow(%6, %4)  # row
-%25 = sub(%3, %24)  # row
-%26 = div(%3, %25)  # row
+%24 = pow(%6, %4)  # leaf
+%25 = sub(%3, %24)  # leaf
+%26 = div(%3, %25)  # leaf
 %27 = mul(%19, %26)
 %28 = add(%27, %8)
 %29 = sqrt(%28)
@@ -254,6 +254,60 @@ layerwise.mu <- %11""",
     )
 
 
+@fo.elementwise(state={"start": fo.slot("param"), "rate": fo.slot(0.5, per="leaf"), "mu": fo.zeros})
+def pulled_back(u: Any, p: Any, start: Any, rate: Any, mu: Any) -> Any:
+    """A rule that changes one of its slots."""
+    mu = mu + u
+    return mu + rate * (p - start), start, rate, mu
+
+
+def test_a_slot_that_is_returned_unchanged_is_not_written() -> None:
+    expecttest.assert_expected_inline(
+        text(pulled_back()),
+        """\
+%0 = array updates
+%1 = array params
+%2 = array pulled_back.start
+%3 = leaf pulled_back.rate
+%4 = array pulled_back.mu
+%5 = add(%4, %0)
+%6 = sub(%1, %2)
+%7 = mul(%3, %6)
+%8 = add(%5, %7)
+%9 = add(%1, %8)
+params <- %9
+pulled_back.mu <- %5""",
+    )
+
+
+@fo.elementwise(state={"square": fo.zeros})
+def squares(u: Any, p: Any, square: Any) -> Any:
+    """A rule that reduces what elements need too, and what they do not."""
+    square = u * u
+    return u / fo.leaf_sum(square) * fo.tree_norm(u + p), square
+
+
+def test_values_that_are_reduced_are_wide() -> None:
+    """The square is computed once for the sum, in double precision, and once for the slot."""
+    expecttest.assert_expected_inline(
+        text(squares()),
+        """\
+%0 = array updates
+%1 = array params
+%2 = mul(%0, %0)  # also wide
+%3 = leaf_sum(%2)  # leaf, stage 1
+%4 = add(%0, %1)  # wide
+%5 = mul(%4, %4)  # wide
+%6 = tree_sum(%5, over squares@0)  # row, stage 1
+%7 = sqrt(%6)  # row, stage 1
+%8 = div(%7, %3)  # leaf, stage 1
+%9 = mul(%0, %8)  # rounded, stage 1
+%10 = add(%1, %9)  # stage 1
+params <- %10
+squares.square <- %2""",
+    )
+
+
 def test_a_schedule_is_part_of_the_program() -> None:
     """Its own numbers are scalars, so that another schedule of the same kind is the same program."""
     expecttest.assert_expected_inline(
@@ -261,21 +315,21 @@ def test_a_schedule_is_part_of_the_program() -> None:
         """\
 %0 = array updates
 %1 = array params
-%2 = scalar scale_by_learning_rate.count
+%2 = leaf scale_by_learning_rate.count
 %3 = scalar scale_by_learning_rate.learning_rate.init_value
 %4 = scalar scale_by_learning_rate.learning_rate.end_value
 %5 = 0.0
-%6 = sub(%2, %5)  # row
-%7 = maximum(%6, %5)  # row
+%6 = sub(%2, %5)  # leaf
+%7 = maximum(%6, %5)  # leaf
 %8 = 100.0
-%9 = minimum(%7, %8)  # row
-%10 = div(%9, %8)  # row
+%9 = minimum(%7, %8)  # leaf
+%10 = div(%9, %8)  # leaf
 %11 = 1.0
-%12 = sub(%11, %10)  # row
+%12 = sub(%11, %10)  # leaf
 %13 = sub(%3, %4)  # row
-%14 = mul(%13, %12)  # row
-%15 = add(%14, %4)  # row
-%16 = neg(%15)  # row
+%14 = mul(%13, %12)  # leaf
+%15 = add(%14, %4)  # leaf
+%16 = neg(%15)  # leaf
 %17 = mul(%16, %0)
 %18 = add(%1, %17)
 params <- %18""",
@@ -436,6 +490,30 @@ def test_emitted_triton_has_a_kernel_for_each_pass(name: str) -> None:
     tx, dtype = COUNTED[name]
     [kernel] = fo.explain(tx, {k: x.to(dtype) for k, x in PARAMS.items()}).kernels
     assert len(re.findall(r"^def pass_\d+\(", emit_triton(kernel.signature), re.MULTILINE)) == kernel.passes
+
+
+LINKS = {
+    "clip_by_global_norm": lambda: fo.clip_by_global_norm(1.0),
+    "clip_by_block_rms": lambda: fo.clip_by_block_rms(1.0),
+    "scale_by_trust_ratio": lambda: fo.scale_by_trust_ratio(),
+    "clip and momentum": lambda: fo.chain(fo.clip_by_global_norm(1.0), fo.trace(0.9)),
+    "lamb": lambda: fo.lamb(1e-3, weight_decay=0.1),
+    "division": lambda: divided(),
+}
+
+
+@fo.elementwise
+def divided(u: Any) -> Any:
+    """A rule that divides by what follows from a reduction."""
+    return u / (1 + fo.leaf_norm(u))
+
+
+@pytest.mark.parametrize("emit", [emit_c, emit_triton])
+@pytest.mark.parametrize("name", LINKS)
+def test_text_grows_with_the_length_of_a_chain_and_not_its_square(name: str, emit: Any) -> None:
+    """Twice as many links add twice as much text, and a little for longer names; a square would add four times."""
+    a, b, c = (len(emit(signature(fo.chain(*[LINKS[name]() for _ in range(n)], fo.sgd(0.1))))) for n in (8, 16, 32))
+    assert c - b < 2.2 * (b - a)
 
 
 def test_groups_are_launched_one_by_one() -> None:

@@ -150,6 +150,13 @@ def assert_same(a: Any, b: Any) -> None:
         assert a == b
 
 
+def put(states: dict[str, dict[str, Any]], entries: Sequence[tuple[str, str, Any]]) -> None:
+    """Puts entries into the dicts of parameters, as an optimizer does; no two have one place."""
+    for name, key, x in entries:
+        assert key not in states[name], (name, key)
+        states[name][key] = x
+
+
 def renumbered(state: Any) -> Any:
     """The same state with other numbers, no two of them equal."""
     count = iter(range(1, 1000))
@@ -162,9 +169,8 @@ def test_entries_of_parameters_and_of_the_tree(form: str, tree: str) -> None:
     names, case = NAMES[tree], FORMS[form]
     split = split_state(case.init, names)
     seen = [name for name in names if name != "masked"]
-    found = split.initial
-    assert {name: set(own) for name, own in found.params.items()} == {name: set(case.param) for name in seen}
-    assert set(found.tree) == set(case.tree)
+    of_params = {(name, path) for name in seen for path in case.param}
+    assert set(split.initial) == of_params | {(None, path) for path in case.tree}
 
 
 @pytest.mark.parametrize("tree", NAMES)
@@ -186,19 +192,18 @@ def test_state_in_the_dicts_of_parameters(form: str, tree: str) -> None:
     params = OrderedDict((n, torch.ones(k + 1) if n != "masked" else MaskedNode()) for k, n in enumerate(names))
     state = renumbered(FORMS[form].init(params))
     states: dict[str, dict[str, Any]] = {name: {"step": 3} for name in names}
-    for name, own in split.entries(state, [n for n in names if n != "masked"]).items():
-        states[name] |= own
+    put(states, split.entries(state, [n for n in names if n != "masked"]))
     assert_same(split.gather(states), state)
-    assert all(key == "step" or key.split(".")[0] == "own" for own in states.values() for key in own)
+    assert {key.split(".")[0] for own in states.values() for key in own} <= {"step", "own", "own:tree"}
     assert states.get("masked", {"step": 3}) == {"step": 3}
 
 
 def test_parameters_that_took_no_step_keep_their_entries() -> None:
     split = split_state(moments, ["w", "b"])
     new = renumbered(split.join(split.initial))
-    assert set(split.entries(new, ["b"])["b"]) == {"own.mu", "own.nu"}
     # the tree's own is with the first parameter that is seen, whether or not it took a step
-    assert set(split.entries(new, ["b"])["w"]) == {"own.tree.count"}
+    places = {("b", "own.mu"), ("b", "own.nu"), ("w", "own:tree.count")}
+    assert {(name, key) for name, key, _ in split.entries(new, ["b"])} == places
 
 
 def test_entries_that_are_nowhere_are_those_of_init() -> None:
@@ -208,10 +213,35 @@ def test_entries_that_are_nowhere_are_those_of_init() -> None:
     assert_same(state, Moments(torch.zeros(()), {**nu, "w": torch.full((1,), 5.0)}, nu))
 
 
+@pytest.mark.parametrize("present", [["w", "b"], ["b"], []])
+def test_entries_that_are_missing_and_made(present: list[str]) -> None:
+    """An entry of a parameter that takes no step may be missing, one of the tree may not; made ones are not shared."""
+    split = split_state(moments, ["w", "b"])
+    states: dict[str, dict[str, Any]] = {"w": {"own.mu": torch.ones(1)}, "b": {}}
+    lacking = {("w", "nu"), ("b", "mu"), ("b", "nu")}
+    expected = {(None, "count")} | {(name, path) for name, path in lacking if name in present}
+    missing = split.missing(states, present)
+    assert set(missing) == expected
+    first, second = split.make(missing), split.make(missing)
+    for made in (first, second):
+        assert {(name, key): x.tolist() for name, key, x in made} == {
+            (name or "w", f"own.{path}" if name else f"own:tree.{path}"): [0.0] * (1 + (name == "b")) if name else 0.0
+            for name, path in expected
+        }
+    assert not {id(x) for *_, x in first} & {id(x) for *_, x in second}
+    put(states, first)
+    assert split.missing(states, present) == []
+
+
+def test_entries_that_are_none_are_not_missing() -> None:
+    split = split_state(FORMS["None of parameters"].init, ["w", "b"])
+    assert split.missing({"w": {}, "b": {}}, ["w", "b"]) == [(None, "n")]
+
+
 def test_entry_of_the_tree_is_found_with_any_parameter() -> None:
     """A parameter may have been added in front since the state was written."""
     split = split_state(moments, ["w", "b"])
-    assert split.gather({"w": {}, "b": {"own.tree.count": torch.tensor(7.0)}}).count == 7
+    assert split.gather({"w": {}, "b": {"own:tree.count": torch.tensor(7.0)}}).count == 7
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
@@ -327,8 +357,7 @@ def test_no_entry_of_a_drawn_state_is_lost(drawn: Any) -> None:
     split = split_state(lambda params: for_params(drawn, params), ["w", "v"])
     state = renumbered(for_params(drawn, {"w": 0, "v": 0}))
     states: dict[str, dict[str, Any]] = {"w": {}, "v": {}}
-    for name, own in split.entries(state, ["w", "v"]).items():
-        states[name] |= own
+    put(states, split.entries(state, ["w", "v"]))
     assert_same(split.gather(states), state)
 
 

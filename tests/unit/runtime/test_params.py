@@ -334,7 +334,7 @@ def test_an_opaque_transformation_keeps_its_state_with_the_parameters() -> None:
     # 2 + 4, and 2 + 4 + 6
     assert [p.tolist() for p in params] == [[-6.0, -6.0], [-12.0, -12.0]]
     assert [opt.state[p]["transformation_1.sums"].tolist() for p in params] == [[4.0, 4.0], [6.0, 6.0]]
-    assert [opt.state[p].get("transformation_1.tree.count") for p in params] == [3.0, None]
+    assert [opt.state[p].get("transformation_1:tree.count") for p in params] == [3.0, None]
 
 
 # -- ParamStep --------------------------------------------------------------------------------------------------------
