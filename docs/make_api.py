@@ -6,6 +6,7 @@ The families are those that the docstrings of `functional_optim` and `functional
 """
 
 import inspect
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -49,7 +50,9 @@ def lines(module: ModuleType) -> Iterator[str]:
     yield (module.__doc__ or "").splitlines()[0]
     for title, names in families(module).items():
         yield f"\n### {title}\n"
-        yield from (f"- `{name}`: {first_line(module, name)}" for name in names)
+        for name in names:
+            entry = f"- `{name}`: {first_line(module, name)}"
+            yield textwrap.fill(entry, 110, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def text() -> str:

@@ -184,7 +184,7 @@ def explanation(tx: Any, params: Tree | None) -> Explanation:
     step = TreeStep(tx, True, tree, tree)
     columns = step.columns(tree, tree, False)
     assert columns is not None
-    found = _Found(step.paths, view.leaves, torch.is_grad_enabled())
+    found = _Collector(step.paths, view.leaves, torch.is_grad_enabled())
     for stage in step.stages:
         if isinstance(stage, TreeRegion):
             own = stage.columns(columns, stage.state.states(state))
@@ -222,7 +222,7 @@ def explain_params(
     columns = step.columns(states)
     assert columns is not None, "the state that was missing has been made"
     local = [tensor_of(x) for x in shadows]
-    found = _Found(step.names, [tensor_of(p) for p in params.params], records)
+    found = _Collector(step.names, [tensor_of(p) for p in params.params], records)
     for stage in step.stages:
         if isinstance(stage, ParamRegion):
             own: Columns = {"updates": local, "params": local, **columns}
@@ -248,7 +248,7 @@ def _chain_of(position: int, template: Template, params: Params, view: View) -> 
     )
 
 
-class _Found:
+class _Collector:
     """The kernels and notes of the stages of a step.
 
     Args:
