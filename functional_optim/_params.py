@@ -19,8 +19,9 @@ from ._regions import BoundRegion, Opaque, Region, Stored, Variant, cut_into_reg
 from ._runtime.backend import requested_backend
 from ._runtime.checks import check_fit, check_leaf
 from ._runtime.internals import in_backward, needs_dispatch
+from ._runtime.join import Joins
 from ._runtime.plan import Columns, Key
-from ._runtime.shard import as_dtensor_like, is_dtensor, local_tensor, mesh_shard, placed_like, real_view
+from ._runtime.shard import MeshShard, as_dtensor_like, is_dtensor, local_tensor, mesh_shard, placed_like, real_view
 from ._runtime.spec import specs_of
 from ._runtime.step import Launch, Numbers
 from ._step import CHANGED, call_opaque, host_column, updates_of
@@ -129,6 +130,7 @@ class ParamRegion(BoundRegion):
       names: the names of the parameters.
       present: those that take part.
       keys: for each transformation, the keys of its slots.
+      shards: the mesh dimensions over which each parameter is in parts.
     """
 
     def __init__(
@@ -137,8 +139,10 @@ class ParamRegion(BoundRegion):
         names: Sequence[str],
         present: Sequence[int],
         keys: Sequence[Mapping[tuple[Path, str], str]],
+        shards: Sequence[MeshShard | None],
     ) -> None:
         super().__init__(region, names, present)
+        self.joins = Joins([region.recipes[kind].program for kind in region.kinds], shards) or None
         self.keys: dict[Key, str] = {}
         for stored in region.stored:
             if isinstance(stored.key, str):
@@ -186,12 +190,13 @@ class ParamStep:
         # parameters whose elements are in another tensor: DTensors, and complex ones, which are pairs of real numbers
         self.wrapped = [i for i, p in enumerate(params.params) if p.is_complex() or is_dtensor(p)]
         self.dtensors = [i for i in self.wrapped if is_dtensor(params.params[i])]
+        self.shards = [mesh_shard(p) for p in params.params]
         self.view = view_of(self.names, params.params)
         self.reader = Reader(self.view.spec)
         links, scopes, keys, steps = self._links(warn)
         counting = [Counting(advance, guarded) for advance in steps]
         self.stages: list[ParamRegion | Opaque] = [
-            ParamRegion(stage, self.names, self.present, keys) if isinstance(stage, Region) else stage
+            ParamRegion(stage, self.names, self.present, keys, self.shards) if isinstance(stage, Region) else stage
             for stage in cut_into_regions(links, True, len(self.names), scopes, counting)
         ]
         self.regions = [stage for stage in self.stages if isinstance(stage, ParamRegion)]
@@ -204,7 +209,6 @@ class ParamStep:
         self.traced = [stage.region for stage in self.regions if stage.region.traced]
         self.needed = {name for stage in self.regions for name in stage.region.extras}
         self.runs_python = bool(self.opaque) or any(stage.region.hosts for stage in self.regions)
-        self.shards = [mesh_shard(p) for p in params.params]
         self.numels = [p.numel() * (1 + p.is_complex()) for p in params.params]
         self.devices = [
             tensor_of(p).device if g is not None else None for p, g in zip(params.params, grads, strict=True)

@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import torch
 
-from ._compiler.call import Shard
 from ._compiler.fuse import Counting, Part, Recipe, fuse_all
 from ._compiler.rule import Bound, Slot, slot
 from ._runtime.checks import at, check_slot
+from ._runtime.join import Joins
 from ._runtime.plan import Columns, Key, Leaf
+from ._runtime.shard import MeshShard
 from ._runtime.spec import TensorSpec, specs_of
 from ._runtime.step import BoundStep, Programs, Reading
 from ._schedules.traced import is_settled, traced_key
@@ -172,6 +173,7 @@ class BoundRegion:
     def __init__(self, region: Region, paths: Sequence[str], present: Sequence[int]) -> None:
         self.region, self.paths, self.present = region, paths, present
         self.bound: list[tuple[Variant, BoundStep]] = []
+        self.joins: Joins | None = None
 
     def find(self, own: Columns, variant: Variant) -> tuple[BoundStep, Reading] | None:
         """A step that is bound to such tensors, and these tensors read.
@@ -208,7 +210,7 @@ class BoundRegion:
           leaves: the leaves that programs compute.
           counters: columns of counters that all leaves share.
         """
-        bound = BoundStep(leaves, self.specs(own), own, self.paths, variant.in_place, counters)
+        bound = BoundStep(leaves, self.specs(own), own, self.paths, variant.in_place, counters, self.joins)
         self.bound = [(variant, bound), *self.bound[: self.KEEP - 1]]
         found = self.find(own, variant)
         assert found is not None, "a step is bound to the tensors that it was made for"
@@ -220,7 +222,7 @@ class BoundRegion:
         owners: Sequence[int] | None = None,
         first: frozenset[int] = frozenset(),
         numels: Sequence[int] | None = None,
-        shards: Sequence[Shard | None] | None = None,
+        shards: Sequence[MeshShard | None] | None = None,
     ) -> list[Leaf]:
         """The leaves that programs compute. Those that no rule sees are left alone.
 
@@ -261,4 +263,4 @@ class BoundRegion:
 
     def programs(self, own: Columns, leaves: Sequence[Leaf]) -> Programs:
         """The programs, for tensors that torch operations compute on this one time."""
-        return Programs(leaves, self.specs(own))
+        return Programs(leaves, self.specs(own), self.joins)

@@ -1,6 +1,6 @@
 """The arguments of a backend that evaluates programs with torch operations: columns of tensors, a table of numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -11,18 +11,26 @@ from .passes import Signature
 Column = list[torch.Tensor]  # a tensor per leaf
 
 
-class Shard(Protocol):
-    """The join of leaves with their other parts, where they are parts of tensors that are spread over processes."""
+Place = tuple[int, int] | tuple[str, Hashable]  # a leaf and its reduction; or a reduction over the tree and a shard
 
-    def combine(self, partials: torch.Tensor, kind: str) -> None:
-        """Reduces numbers over processes, in place.
+
+class Join(Protocol):
+    """Reductions over leaves that are parts of tensors spread over processes. All processes call it alike."""
+
+    @property
+    def stages(self) -> int:
+        """Number of stages, the first of which has nothing to join."""
+
+    def __call__(self, stage: int, parts: Mapping[Place, Sequence[torch.Tensor]]) -> Mapping[Place, torch.Tensor]:
+        """Completes the reductions that end before a stage.
 
         Args:
-          partials: float64 numbers, as many in each process.
-          kind: a row of `REDUCTIONS`.
-        """
+          stage: the stage.
+          parts: numbers of this process, some for each place; none where it has no part.
 
-    def __hash__(self) -> int: ...
+        Returns:
+          A number for every place.
+        """
 
 
 class LeafTable(NamedTuple):
@@ -49,7 +57,8 @@ class Call(NamedTuple):
       outputs: a column to write to for each output, or None for new tensors.
       scalars: the scalar table: rows of numbers, or of tensors that hold one.
       leaves: their sizes and rows.
-      shard: the join of the leaves with their other parts, if they have any.
+      positions: each leaf's position in the tree.
+      shard: the processes that have other parts of the leaves, if there are any.
     """
 
     signature: Signature
@@ -58,4 +67,5 @@ class Call(NamedTuple):
     outputs: Sequence[Column | None]
     scalars: Sequence[Sequence[float | torch.Tensor]]
     leaves: LeafTable
-    shard: Shard | None
+    positions: tuple[int, ...]
+    shard: Hashable

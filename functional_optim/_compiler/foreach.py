@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .call import Call, Column
+from .call import Call, Column, Join
 from .ops import OPS
 from .program import Value
 from .reference import each_leaf, run_reference
@@ -13,9 +13,9 @@ from .reference import each_leaf, run_reference
 COMMUTES = {"add", "mul"}
 
 
-def run_foreach(calls: Sequence[Call]) -> list[list[Column]]:
+def run_foreach(calls: Sequence[Call], join: Join | None = None) -> list[list[Column]]:
     """Evaluates programs that belong together, pass by pass, with one torch call per operation and group."""
-    return run_reference(calls, all_leaves)
+    return run_reference(calls, join, all_leaves)
 
 
 def all_leaves(value: Value, operands: list[Column], dtype: torch.dtype) -> Column:

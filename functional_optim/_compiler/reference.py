@@ -4,11 +4,11 @@ It runs on any device and layout, under `torch.func` transformations and autogra
 eager column of the operation table.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from .call import Call, Column
+from .call import Call, Column, Join, Place
 from .ops import OPS, REDUCTIONS
 from .program import Level, Value
 
@@ -35,17 +35,31 @@ def each_distinct(fn: Callable[..., torch.Tensor], *columns: Column) -> Column:
     return results
 
 
-def run_reference(calls: Sequence[Call], elementwise: Elementwise = each_leaf) -> list[list[Column]]:
+def run_reference(
+    calls: Sequence[Call], join: Join | None = None, elementwise: Elementwise = each_leaf
+) -> list[list[Column]]:
     """Evaluates programs that belong together, pass by pass.
+
+    Args:
+      calls: the programs.
+      join: the reductions over processes, if there are any.
+      elementwise: computes an operation per element.
 
     Returns:
       For each call, a column for each output.
     """
     machines = [_Machine(call, elementwise) for call in calls]
-    for stage in range(max((m.program.stages for m in machines), default=0)):
-        partials: dict[str, Column] = {}
+    for stage in range(max([m.program.stages for m in machines] + ([] if join is None else [join.stages]), default=0)):
+        parts: dict[Place, Column] = {}
         for m in machines:
-            m.contribute(stage, partials)
+            m.reduce(stage, parts)
+        joined = {} if join is None else join(stage, parts)
+        partials: dict[str, Column] = {}
+        for place, x in joined.items():
+            if isinstance(place[0], str):
+                partials.setdefault(place[0], []).append(x)
+        for m in machines:
+            m.contribute(stage, joined, partials)
         for m in machines:
             m.evaluate(stage, partials)
     results = [m.outputs() for m in machines]
@@ -74,28 +88,35 @@ class _Machine:
         names = (*self.program.arrays, *self.program.leaves)
         self.inputs = dict(zip(names, call.inputs, strict=True))
         self.env: dict[int, Column] = {}
+        self.reduced: dict[int, Column] = {}
         self.wide: dict[int, Column] = {}
         self.cast: dict[tuple[int, torch.dtype], Column] = {}
 
-    def contribute(self, stage: int, partials: dict[str, Column]) -> None:
-        """Adds this call's part of the tree reductions that end before `stage`."""
+    def reduce(self, stage: int, parts: dict[Place, Column]) -> None:
+        """Reduces each leaf, where reductions end before `stage`; adds what other processes complete to `parts`."""
         for i in self.program.reductions:
             value = self.program.values[i]
-            if value.stage == stage and value.op.startswith("tree_"):
-                partials.setdefault(value.name, []).extend(self.reduce(value))
+            if value.stage != stage:
+                continue
+            column = self.wide.get(value.args[0]) or self.env[value.args[0]]
+            self.reduced[i] = [REDUCTIONS[value.reduction].eager(x.double()) for x in column]
+            if self.call.shard is not None:
+                for position, x in zip(self.call.positions, self.reduced[i], strict=True):
+                    place: Place = (value.name, self.call.shard) if value.op.startswith("tree_") else (position, i)
+                    parts.setdefault(place, []).append(x)
 
-    def reduce(self, value: Value) -> Column:
-        """The part of each leaf in a reduction; what is spread over processes is one part, and known to all."""
-        eager, shard = REDUCTIONS[value.reduction].eager, self.call.shard
-        column = self.wide.get(value.args[0]) or self.env[value.args[0]]
-        parts = [eager(x.double()) for x in column]
-        if shard is None:
-            return parts
-        joined = torch.stack(parts)
-        if value.op.startswith("tree_"):
-            joined = eager(joined).reshape(1)
-        shard.combine(joined, value.reduction)
-        return list(joined.unbind())
+    def contribute(self, stage: int, joined: Mapping[Place, torch.Tensor], partials: dict[str, Column]) -> None:
+        """Adds this call's part of tree reductions to `partials`, and takes what other processes have completed."""
+        for i in self.reduced:
+            value = self.program.values[i]
+            if value.stage != stage:
+                continue
+            if self.call.shard is None:
+                if value.op.startswith("tree_"):
+                    partials.setdefault(value.name, []).extend(self.reduced[i])
+            elif not value.op.startswith("tree_"):
+                device = self.like[0].device
+                self.reduced[i] = [joined[position, i].to(device) for position in self.call.positions]
 
     def evaluate(self, stage: int, partials: dict[str, Column]) -> None:
         signature, program = self.call.signature, self.program
@@ -103,7 +124,7 @@ class _Machine:
             if value.stage != stage:
                 continue
             if value.uniform or value.op == "array":
-                self.env[i] = self.value(value, partials)
+                self.env[i] = self.value(i, partials)
                 continue
             if i in program.narrow or i not in signature.wide:
                 exact = i in signature.rounded
@@ -120,7 +141,8 @@ class _Machine:
             return [x.expand(t.shape) for x, t in zip(operands[0], self.like, strict=True)]
         return self.elementwise(value, operands, dtype)
 
-    def value(self, value: Value, partials: dict[str, Column]) -> Column:
+    def value(self, i: int, partials: dict[str, Column]) -> Column:
+        value = self.program.values[i]
         device, n_rows = self.like[0].device, len(self.call.scalars)
         match value.op:
             case "const":
@@ -138,7 +160,7 @@ class _Machine:
             parts = [x.to(device) for x in partials[value.name]]
             return list([REDUCTIONS[value.reduction].eager(torch.stack(parts))] * n_rows)
         if value.reduction:
-            return self.reduce(value)
+            return self.reduced[i]
         fn = torch.Tensor.double if value.op == "real" else OPS[value.op].eager
         return each_distinct(fn, *[self.operand(a, value.level, torch.float64) for a in value.args])
 

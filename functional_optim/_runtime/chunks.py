@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 import torch
 
+from .._compiler.call import Place
 from .._compiler.ops import REDUCTIONS
+from .join import Joins, Vector
 from .plan import Group
 
 
@@ -36,12 +38,20 @@ def cut(sizes: Sequence[int], chunk: int) -> Chunks:
     return Chunks(tuple(leaf), tuple(start), tuple(stop), tuple(first))
 
 
-def partial_buffers(groups: Sequence[Group], cuts: Sequence[Chunks], device: torch.device) -> list[list[torch.Tensor]]:
+def partial_buffers(
+    groups: Sequence[Group], cuts: Sequence[Chunks], device: torch.device, n_joined: int = 0
+) -> list[list[torch.Tensor]]:
     """A buffer per reduction of each group, with a number per chunk of all groups.
 
     Tree reductions of one scope share theirs; a group that has no part in one leaves the identity there.
+
+    Args:
+      groups: the groups.
+      cuts: the chunks of each.
+      device: the device.
+      n_joined: how many numbers follow for what processes have joined.
     """
-    total = sum(len(chunks.leaf) for chunks in cuts)
+    total = sum(len(chunks.leaf) for chunks in cuts) + n_joined
     shared: dict[str, torch.Tensor] = {}
     buffers: list[list[torch.Tensor]] = []
     for g, group in enumerate(groups):
@@ -57,30 +67,122 @@ def partial_buffers(groups: Sequence[Group], cuts: Sequence[Chunks], device: tor
     return buffers
 
 
-def join_shards(
-    groups: Sequence[Group], cuts: Sequence[Chunks], buffers: Sequence[Sequence[torch.Tensor]], stage: int
-) -> None:
-    """Adds the parts that other processes hold to the partial results of reductions that end before a stage.
+class _Piece(NamedTuple):
+    """The part of a reduction over leaves that one group has.
 
-    Every process has as many numbers to add, whatever the sizes of its parts: one per leaf, or one for the tree.
+    Args:
+      group: the position of the group.
+      reduction: which of its reductions it is.
+      firsts: each leaf's first chunk, among those of all groups.
+      cut: the leaves that are cut into several chunks, with the bounds of these.
+      entries: the entry of each leaf in the vector that is joined.
     """
-    start = 0
-    for group, chunks, own in zip(groups, cuts, buffers, strict=True):
-        stop = start + len(chunks.leaf)
-        for i, buffer in zip(group.signature.program.reductions, own, strict=True):
-            value = group.signature.program.values[i]
-            if group.shard is None or value.stage != stage:
-                continue
-            kind, parts = value.reduction, buffer[start:stop]
-            identity, reduce = REDUCTIONS[kind]
-            if value.op.startswith("tree_"):
-                total = reduce(parts).reshape(1)
-                group.shard.combine(total, kind)
-                parts.fill_(identity)
-                parts[:1] = total
-                continue
-            totals = torch.stack([reduce(parts[first:last]) for first, last in itertools.pairwise(chunks.first)])
-            group.shard.combine(totals, kind)
-            parts.fill_(identity)
-            parts[torch.tensor(chunks.first[:-1], device=parts.device)] = totals
-        start = stop
+
+    group: int
+    reduction: int
+    firsts: torch.Tensor
+    cut: list[tuple[int, int, int]]
+    entries: torch.Tensor
+
+
+class _Whole(NamedTuple):
+    """The part of a reduction over the tree that groups in parts over the same processes have.
+
+    Args:
+      group: the position of a group whose buffer it is in.
+      reduction: which of its reductions it is.
+      spans: the bounds of the groups' chunks among those of all groups; none if this process has no such leaf.
+      entry: the entry in the vector that is joined.
+      place: where the joined number goes.
+    """
+
+    group: int
+    reduction: int
+    spans: list[tuple[int, int]]
+    entry: int
+    place: int
+
+
+class JoinedChunks:
+    """The completion of partial results by other processes, between two passes.
+
+    Args:
+      groups: the groups that are launched together.
+      cuts: the chunks of each.
+      joins: the reductions over processes.
+      device: the device of the partial results.
+    """
+
+    def __init__(self, groups: Sequence[Group], cuts: Sequence[Chunks], joins: Joins, device: torch.device) -> None:
+        starts = [0, *itertools.accumulate(len(chunks.leaf) for chunks in cuts)]
+        self.n_joined, self.device = len(joins.shards), device
+        self.stages: dict[int, list[tuple[Vector, list[_Piece], list[_Whole]]]] = {}
+        for stage, vectors in joins.vectors.items():
+            for vector in vectors:
+                pieces: list[_Piece] = []
+                trees: dict[str, tuple[int, int]] = {}
+                spans: dict[Place, list[tuple[int, int]]] = {}
+                for g, (group, chunks) in enumerate(zip(groups, cuts, strict=True)):
+                    program = group.signature.program
+                    for k, i in enumerate(program.reductions):
+                        value = program.values[i]
+                        if (value.stage, value.reduction) != (stage, vector.kind):
+                            continue
+                        if value.op.startswith("tree_"):
+                            trees.setdefault(value.name, (g, k))
+                            spans.setdefault((value.name, group.shard), []).append((starts[g], starts[g + 1]))
+                        elif group.shard is not None:
+                            firsts = [starts[g] + first for first in chunks.first]
+                            bounds = enumerate(itertools.pairwise(firsts))
+                            pieces.append(
+                                _Piece(
+                                    g,
+                                    k,
+                                    torch.tensor(firsts[:-1], device=device),
+                                    [(leaf, first, last) for leaf, (first, last) in bounds if last - first > 1],
+                                    torch.tensor([vector.entries[leaf, i] for leaf in group.leaves], device=device),
+                                )
+                            )
+                wholes = [
+                    _Whole(*trees[place[0]], spans.get(place, []), entry, starts[-1] + joins.shards.index(place[1]))  # type: ignore[arg-type]
+                    for place, entry in vector.entries.items()
+                    if isinstance(place[0], str) and place[0] in trees
+                ]
+                self.stages.setdefault(stage, []).append((vector, pieces, wholes))
+
+    def __call__(self, buffers: Sequence[Sequence[torch.Tensor]], stage: int) -> None:
+        """Completes the partial results of reductions that end before a stage.
+
+        Args:
+          buffers: the buffers of `partial_buffers`.
+          stage: the stage.
+        """
+        for vector, pieces, wholes in self.stages.get(stage, ()):
+            identity, reduce = REDUCTIONS[vector.kind]
+            entries: list[torch.Tensor] = []
+            values: list[torch.Tensor] = []
+            for piece in pieces:
+                buffer = buffers[piece.group][piece.reduction]
+                totals = buffer[piece.firsts]
+                for leaf, first, last in piece.cut:
+                    totals[leaf] = reduce(buffer[first:last])
+                entries.append(piece.entries)
+                values.append(totals)
+            for whole in wholes:
+                buffer = buffers[whole.group][whole.reduction]
+                if whole.spans:
+                    entries.append(torch.tensor([whole.entry], device=self.device))
+                    values.append(reduce(torch.cat([buffer[a:b] for a, b in whole.spans])).reshape(1))
+            no_entry = torch.empty(0, dtype=torch.int64, device=self.device)
+            no_value = torch.empty(0, dtype=torch.float64, device=self.device)
+            made = vector.complete(torch.cat([no_entry, *entries]), torch.cat([no_value, *values]))
+            for piece in pieces:
+                buffer = buffers[piece.group][piece.reduction]
+                for _, first, last in piece.cut:
+                    buffer[first:last] = identity
+                buffer[piece.firsts] = made[piece.entries]
+            for whole in wholes:
+                buffer = buffers[whole.group][whole.reduction]
+                for a, b in whole.spans:
+                    buffer[a:b] = identity
+                buffer[whole.place] = made[whole.entry]

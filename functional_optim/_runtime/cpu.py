@@ -13,7 +13,8 @@ from .._compiler.c.build import BuildError, load_c
 from .._compiler.c.emit import emit_c
 from .._compiler.c.threads import SERIAL, parallel_address
 from .._compiler.passes import Signature, plan
-from .chunks import Chunks, cut, join_shards, partial_buffers
+from .chunks import Chunks, JoinedChunks, cut, partial_buffers
+from .join import Joins
 from .numbers import Number
 from .plan import Group
 from .pointers import Pointers, library
@@ -95,19 +96,26 @@ class CpuLaunch:
       places: for each group, the positions among the pointers where its kernel columns begin.
       pointers: memory that holds the data pointers of every step.
       n_threads: number of threads.
+      joins: the reductions over processes, if there are any.
     """
 
     def __init__(
-        self, groups: Sequence[Group], places: Sequence[Sequence[int]], pointers: Pointers, n_threads: int
+        self,
+        groups: Sequence[Group],
+        places: Sequence[Sequence[int]],
+        pointers: Pointers,
+        n_threads: int,
+        joins: Joins | None,
     ) -> None:
-        self.groups = groups
         self.cuts = [cut(group.table.sizes, CHUNK) for group in groups]
-        self.buffers = partial_buffers(groups, self.cuts, torch.device("cpu"))
-        self.sharded = any(group.shard is not None for group in groups)
+        cpu = torch.device("cpu")
+        self.join = JoinedChunks(groups, self.cuts, joins, cpu) if joins is not None else None
+        n_joined = self.join.n_joined if self.join is not None else 0
+        self.buffers = partial_buffers(groups, self.cuts, cpu, n_joined)
         self.kept: list[Any] = [pointers]  # memory that the structures point to
         self.structs: list[_Struct] = []
         self.numbers: list[tuple[struct.Struct, Any]] = []  # for each group, the form and the memory of its table
-        total = sum(len(chunks.leaf) for chunks in self.cuts)
+        total = sum(len(chunks.leaf) for chunks in self.cuts) + n_joined
         first = 0
         for group, chunks, own, at in zip(groups, self.cuts, self.buffers, places, strict=True):
             n_scalars = len(group.sources) * len(group.signature.program.scalars)
@@ -126,12 +134,12 @@ class CpuLaunch:
             self.structs.append(s)
             first += len(chunks.leaf)
         kernels = [compile_c(group.signature) for group in groups]
-        n_stages = max(map(len, kernels), default=0)
+        n_stages = max([len(passes) for passes in kernels] + ([] if joins is None else [joins.stages - 1]))
         stages = [
             [(passes[k], s) for passes, s in zip(kernels, self.structs, strict=True) if k < len(passes)]
             for k in range(n_stages)
         ]
-        if not self.sharded:  # nothing happens between stages
+        if self.join is None:  # nothing happens between stages
             stages = [list(itertools.chain.from_iterable(stages))]
         self.stages = [(_Pass * len(own))(*[_Pass(_address(f), ctypes.addressof(s)) for f, s in own]) for own in stages]
         self.run_passes = run_passes()
@@ -152,13 +160,13 @@ class CpuLaunch:
         for (form, table), row in zip(self.numbers, numbers, strict=True):
             form.pack_into(table, 0, *row)  # tensors are asked for their numbers
         addresses = (ctypes.c_int64 * len(counters))(*counters)
-        if not self.sharded:
+        if self.join is None:
             self.run_passes(self.stages[0], len(self.stages[0]), addresses, len(counters))
             return
         for stage, passes in enumerate(self.stages):
             last = stage + 1 == len(self.stages)
             self.run_passes(passes, len(passes), addresses, len(counters) * last)
-            join_shards(self.groups, self.cuts, self.buffers, stage + 1)
+            self.join(self.buffers, stage + 1)
 
 
 def _runs(chunks: Chunks, n_elements: int, n_threads: int) -> list[int]:

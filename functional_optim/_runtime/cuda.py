@@ -11,7 +11,8 @@ from .._compiler.passes import Signature, plan
 from .._compiler.program import Level
 from .._compiler.triton.build import load_triton
 from .._compiler.triton.emit import emit_triton
-from .chunks import Chunks, cut, join_shards, partial_buffers
+from .chunks import Chunks, JoinedChunks, cut, partial_buffers
+from .join import Joins
 from .numbers import Number
 from .plan import Group
 from .pointers import Pointers
@@ -45,9 +46,10 @@ class TritonLaunch:
     Args:
       groups: the groups.
       places: for each group, the positions among the pointers where its kernel columns begin.
+      joins: the reductions over processes, if there are any.
     """
 
-    def __init__(self, groups: Sequence[Group], places: Sequence[Sequence[int]]) -> None:
+    def __init__(self, groups: Sequence[Group], places: Sequence[Sequence[int]], joins: Joins | None) -> None:
         self.groups, self.places, self.device = groups, places, groups[0].device
         self.kernels = [compile_triton(group.signature) for group in groups]
         n = sum(sum(group.table.sizes) for group in groups)
@@ -57,6 +59,10 @@ class TritonLaunch:
             chunks = cut(group.table.sizes, chunk)
             numbers = (*chunks, group.table.wholes, group.table.rows)
             self.tables.append(_Tables(chunks, tuple(self._upload(x) for x in numbers)))
+        cuts = [table.chunks for table in self.tables]
+        self.join = JoinedChunks(groups, cuts, joins, self.device) if joins is not None else None
+        self.n_joined = self.join.n_joined if self.join is not None else 0
+        self.n_stages = max([len(passes) for passes in self.kernels] + ([] if joins is None else [joins.stages - 1]))
 
     def _upload(self, numbers: Sequence[int]) -> torch.Tensor:
         return torch.tensor(numbers, dtype=torch.int64).to(self.device, non_blocking=True)
@@ -72,8 +78,8 @@ class TritonLaunch:
           numbers: for each group, its scalar table.
         """
         cuts = [table.chunks for table in self.tables]
-        buffers = partial_buffers(self.groups, cuts, self.device)
-        total = sum(len(chunks.leaf) for chunks in cuts)
+        buffers = partial_buffers(self.groups, cuts, self.device, self.n_joined)
+        total = sum(len(chunks.leaf) for chunks in cuts) + self.n_joined
         launches: list[tuple[Any, ...]] = []
         moves: list[tuple[list[torch.Tensor], torch.Tensor]] = []
         first = 0
@@ -101,11 +107,12 @@ class TritonLaunch:
             )
             first += len(chunks.leaf)
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
-            for stage in range(max(map(len, self.kernels), default=0)):
+            for stage in range(self.n_stages):
                 for passes, arguments, chunks in zip(self.kernels, launches, cuts, strict=True):
                     if stage < len(passes) and chunks.leaf:
                         passes[stage][(len(chunks.leaf),)](*arguments, BLOCK=BLOCK)
-                join_shards(self.groups, cuts, buffers, stage + 1)
+                if self.join is not None:
+                    self.join(buffers, stage + 1)
             for targets, new in moves:
                 torch._foreach_copy_(targets, list(new.unbind()))
 

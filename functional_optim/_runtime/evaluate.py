@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from .._compiler.call import Call, Column
 from .._compiler.foreach import run_foreach
 from .._compiler.reference import run_reference
+from .join import Joins
 from .numbers import Number
 from .plan import Group
 
@@ -13,7 +14,11 @@ RUN = {"reference": run_reference, "foreach": run_foreach}
 
 
 def evaluate(
-    backend: str, groups: Sequence[Group], columns: Sequence[Sequence[Column]], numbers: Sequence[Sequence[Number]]
+    backend: str,
+    groups: Sequence[Group],
+    columns: Sequence[Sequence[Column]],
+    numbers: Sequence[Sequence[Number]],
+    joins: Joins | None,
 ) -> list[list[Column]]:
     """Computes the programs of groups.
 
@@ -22,6 +27,7 @@ def evaluate(
       groups: the groups.
       columns: for each, the tensors of each of its gathers.
       numbers: for each, its scalar table, row after row.
+      joins: the reductions over processes, if there are any.
 
     Returns:
       For each group, a new column for each output.
@@ -38,7 +44,8 @@ def evaluate(
                 [None] * len(group.outputs),
                 rows,
                 group.table,
+                group.leaves,
                 group.shard,
             )
         )
-    return RUN[backend](calls)
+    return RUN[backend](calls, joins)

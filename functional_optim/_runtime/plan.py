@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._compiler.call import Column, LeafTable, Shard
+from .._compiler.call import Column, LeafTable
 from .._compiler.fuse import Recipe, Source
 from .._compiler.passes import Signature
 from .._compiler.program import Level
+from .shard import MeshShard
 from .spec import TensorSpec, compute_dtype, walk_together
 
 
@@ -27,14 +28,14 @@ class Leaf(NamedTuple):
       row: the key that leaves with the same numbers share: its kind, the options that it looks up and whether this is
         its first step.
       numel: number of elements, those of all parts if it is part of a tensor spread over processes.
-      shard: the join with its other parts, if it has any.
+      shard: the processes that have other parts of it, if there are any.
     """
 
     position: int
     recipe: Recipe
     row: tuple[Hashable, int, bool]
     numel: int
-    shard: Shard | None
+    shard: MeshShard | None
 
 
 class Gather(NamedTuple):
@@ -84,7 +85,7 @@ class Group(NamedTuple):
       sources: for each row, the origins of its numbers.
       owners: for each row, the options that are looked up, and whether it is the first step.
       copied: positions within the group of leaves whose arrays a kernel cannot walk side by side.
-      shard: the join with other parts, if the leaves are parts of tensors spread over processes.
+      shard: the processes that have other parts of the leaves, if there are any.
     """
 
     signature: Signature
@@ -98,7 +99,7 @@ class Group(NamedTuple):
     sources: tuple[tuple[Source, ...], ...]
     owners: tuple[tuple[int, bool], ...]
     copied: tuple[int, ...]
-    shard: Shard | None
+    shard: MeshShard | None
 
     def name_of(self, gather: int) -> str:
         """The name of a column in messages: the first of the program's inputs or outputs that it is."""

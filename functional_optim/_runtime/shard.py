@@ -5,16 +5,14 @@ importing them takes long.
 
 Collectives come in the same order in all processes, because the layout of the whole parameters alone decides it:
 
-1. A reduction over leaves is a vector with one entry per leaf *of the optimizer*, in order. A leaf without a gradient,
-   or with an empty part, keeps its entry, which is then the identity of the reduction (0 for a sum, -inf for a
-   maximum); a process without any gradient takes part too. `Join` does one all-reduce per distinct `MeshShard` and
-   mesh dimension.
-2. A reduction over the tree is a vector with one entry per distinct `MeshShard` of the leaves, and one for those that
-   have none. `Join` completes it as in 1; the entries are then reduced to one number, which `GroupShard.combine`
-   completes if the optimizer was given a process group.
-3. Both happen once per reduction of a program, in its order, for all dtypes and kernels together: the dtype of a
-   gradient that is missing is not known.
-4. `placed_like` may be a collective. It is called for the leaves in order.
+1. Before each pass over memory there is one vector per kind of reduction that ends there. It has an entry for each
+   leaf *of the optimizer* that is in parts, in order, and for a reduction over the tree one for each distinct
+   `MeshShard`. A leaf without a gradient, or with an empty part, keeps its entry, which is then the identity of the
+   reduction (0 for a sum, -inf for a maximum); a process without any gradient takes part too. `_runtime/join.py` lays
+   the vectors out; dtypes play no part in it, because that of a missing gradient is not known.
+2. `Join` completes a vector by one all-reduce per distinct `MeshShard` and mesh dimension. Numbers over the tree are
+   then reduced to one, which `GroupShard.combine` completes if the optimizer was given a process group.
+3. `placed_like` may be a collective. It is called for the leaves in order.
 """
 
 import contextlib
@@ -230,8 +228,12 @@ class MeshShard:
           partials: contiguous floating-point numbers, as many in each process.
           kind: "sum" or "amax", which is NaN where one is.
         """
-        if self.mesh.get_coordinate() is not None:
-            _all_reduce(partials, kind, [self.mesh.get_group(dim) for dim in self.dims])
+        if self.mesh.get_coordinate() is None:
+            return
+        moved = partials.to(self.mesh.device_type)  # offloaded parameters are elsewhere
+        _all_reduce(moved, kind, [self.mesh.get_group(dim) for dim in self.dims])
+        if moved is not partials:
+            partials.copy_(moved)
 
 
 @dataclass(frozen=True)
@@ -300,21 +302,20 @@ class Join:
 
     Args:
       shards: the `MeshShard` of each entry, or None for an entry that is complete. The same in all processes.
-      device: the device of the vectors.
 
     Example:
       >>> values = torch.tensor([1.0, 2.0])
-      >>> Join([None, None], values.device)(values, "sum")
+      >>> Join([None, None])(values, "sum")
       >>> values
       tensor([1., 2.])
     """
 
-    def __init__(self, shards: Sequence[MeshShard | None], device: torch.device) -> None:
+    def __init__(self, shards: Sequence[MeshShard | None]) -> None:
         entries: dict[MeshShard, list[int]] = {}
         for k, shard in enumerate(shards):
             if shard is not None:
                 entries.setdefault(shard, []).append(k)
-        self._parts = [(shard, torch.tensor(ks, device=device)) for shard, ks in entries.items()]
+        self._parts = [(shard, torch.tensor(ks)) for shard, ks in entries.items()]
 
     def __call__(self, values: torch.Tensor, kind: str) -> None:
         """Reduces each entry over the processes that hold parts of its leaf, in place.
@@ -324,9 +325,10 @@ class Join:
           kind: as for `MeshShard.combine`.
         """
         for shard, entries in self._parts:
-            part = values[entries]
+            where = entries.to(values.device)
+            part = values[where]
             shard.combine(part, kind)
-            values[entries] = part
+            values[where] = part
 
 
 @contextlib.contextmanager

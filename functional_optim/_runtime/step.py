@@ -19,6 +19,7 @@ from .checks import at
 from .cpu import CpuLaunch, compile_c, usable_threads
 from .cuda import TritonLaunch, compile_triton
 from .evaluate import evaluate
+from .join import Joins
 from .numbers import Number, Table
 from .overlap import SharedMemoryError, find_clash
 from .plan import Columns, Key, Leaf, group_leaves
@@ -38,9 +39,11 @@ class Programs:
     Args:
       leaves: the leaves that programs compute.
       specs: the specs of their tensors, by column.
+      joins: the reductions over processes, if there are any.
     """
 
-    def __init__(self, leaves: Sequence[Leaf], specs: Specs) -> None:
+    def __init__(self, leaves: Sequence[Leaf], specs: Specs, joins: Joins | None = None) -> None:
+        self.joins = joins
         self.groups = group_leaves(leaves, specs)
         self.tables = [Table(group) for group in self.groups]
         self.gathers = [(gather.key, gather.pick) for group in self.groups for gather in group.gathers]
@@ -72,7 +75,8 @@ class Programs:
         Returns:
           The columns that change, complete.
         """
-        return self.scatter(columns, evaluate("reference", self.groups, self.split(self.gather(columns)), numbers))
+        tensors = self.split(self.gather(columns))
+        return self.scatter(columns, evaluate("reference", self.groups, tensors, numbers, self.joins))
 
     def scatter(self, columns: Columns, outputs: Sequence[Sequence[Sequence[Any]]]) -> Columns:
         """The columns that change, with the outputs of all groups in their places."""
@@ -110,7 +114,9 @@ class Launch:
         self.status = ctypes.c_int64()
         self.status_address = ctypes.addressof(self.status)
         self.cpu = {
-            k: CpuLaunch([step.groups[g] for g in own], [step.places[g] for g in own], self.pointers, n_threads)
+            k: CpuLaunch(
+                [step.groups[g] for g in own], [step.places[g] for g in own], self.pointers, n_threads, step.joins
+            )
             for k, (backend, own) in enumerate(step.parts)
             if backend == "c"
         }
@@ -131,6 +137,7 @@ class BoundStep(Programs):
       paths: the path of each leaf of the tree.
       in_place: whether results are written to the tensors that are there; otherwise they are new tensors.
       counters: columns of counters that all leaves share, which a step in place moves on by one.
+      joins: the reductions over processes, if there are any.
     """
 
     def __init__(
@@ -141,8 +148,9 @@ class BoundStep(Programs):
         paths: Sequence[str],
         in_place: bool,
         counters: Sequence[Key] = (),
+        joins: Joins | None = None,
     ) -> None:
-        super().__init__(leaves, specs)
+        super().__init__(leaves, specs, joins)
         self.paths, self.in_place, self.requested = paths, in_place, requested_backend()
         self.specs: list[TensorSpec] = self.gather(dict(specs))
         self.plain = all(spec.plain for spec in set(self.specs))
@@ -155,7 +163,7 @@ class BoundStep(Programs):
         self.n_outputs = sum(len(g.leaves) * len(g.outputs) for g in self.groups) if self.allocates else 0
         self.places = self._kernel_columns()
         self.triton = {
-            k: TritonLaunch([self.groups[g] for g in own], [self.places[g] for g in own])
+            k: TritonLaunch([self.groups[g] for g in own], [self.places[g] for g in own], joins)
             for k, (backend, own) in enumerate(self.parts)
             if backend == "triton"
         }
@@ -176,7 +184,7 @@ class BoundStep(Programs):
 
     def _choose_backends(self) -> list[tuple[str, list[int]]]:
         """The backends, and the groups that each computes; those on one device run together."""
-        if not self.plain or self.spans_devices:
+        if not self.plain or self.spans_devices or (self.joins and len(self.devices) != 1):
             return [("reference", list(range(len(self.groups))))]
         parts = []
         for device in dict.fromkeys(group.device for group in self.groups):
@@ -372,7 +380,7 @@ class BoundStep(Programs):
         """Computes groups with torch operations."""
         columns = self.split(tensors)
         groups = [self.groups[g] for g in own]
-        results = evaluate(backend, groups, [columns[g] for g in own], numbers)
+        results = evaluate(backend, groups, [columns[g] for g in own], numbers, self.joins)
         for g, group, columns_of, values in zip(own, groups, [columns[g] for g in own], results, strict=True):
             if not self.in_place:
                 outputs[g] = values

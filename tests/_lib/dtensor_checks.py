@@ -38,6 +38,7 @@ NORMS: dict[str, Make] = {
     "clip": chain(fo.clip_by_global_norm(0.5), fo.sgd(1.0)),
     "LAMB": lambda p: adapters.LAMB(p, lr=0.05, weight_decay=0.1),
 }
+BACKENDS = ("c", "foreach", "reference")
 OPTIMIZERS = ELEMENTWISE | NORMS
 # Norms over at most a few hundred elements, summed in another order, differ by 1e-13 of themselves at most, and scale
 # steps below one; the gradients of later steps differ as little. Another norm changes 1e-3 or more.
@@ -225,7 +226,7 @@ def maxima_keep_nan(rank: int, folder: Path) -> None:
         "leaf": fo.elementwise(lambda u: u / fo.leaf_amax(torch.abs(u))),
         "tree": fo.elementwise(lambda u: u / fo.tree_amax(torch.abs(u))),
     }
-    for backend, (name, rule), bad in itertools.product(("c", "foreach", "reference"), largest.items(), range(world)):
+    for backend, (name, rule), bad in itertools.product(BACKENDS, largest.items(), range(world)):
         grads = [value(0, shape=(world, 3)), value(1, shape=(2 * world, 1))]
         grads[0][bad, 1] = torch.nan
         params = [torch.nn.Parameter(distributed(torch.zeros_like(g), mesh, (Shard(0),))) for g in grads]
@@ -244,12 +245,17 @@ def missing_gradients_differ(rank: int, folder: Path) -> None:
     mesh = meshes()[0]
     unit_rules = {
         "leaf": fo.elementwise(lambda u: u / fo.leaf_norm(u)),
+        "leaf amax": fo.elementwise(lambda u: u / fo.leaf_amax(torch.abs(u))),
         "tree": fo.elementwise(lambda u: u / fo.tree_norm(u)),
         "clip": lambda: fo.clip_by_global_norm(0.5),
     }
     dtypes = [torch.float64, torch.float32] * world
-    for name, rule in unit_rules.items():
-        for missing in ([{r, r + world} for r in range(world)], [set(range(2 * world)), *[set()] * (world - 1)]):
+    absences: list[list[set[int]]] = [
+        [{r, r + world} for r in range(world)],
+        [set(range(2 * world)), *[set()] * (world - 1)],
+    ]
+    for (name, rule), missing, backend in itertools.product(unit_rules.items(), absences, BACKENDS):
+        with fo.use_backend(backend):
             grads = [value(k, shape=(2 * world, 3)) for k in range(2 * world)]
             here = [torch.zeros_like(g) for g in grads]  # rows that some process has
             for r, k in itertools.product(range(world), range(2 * world)):
@@ -263,11 +269,13 @@ def missing_gradients_differ(rank: int, folder: Path) -> None:
             for k, (p, g, d) in enumerate(zip(params, grads, dtypes, strict=True)):
                 p.grad = None if k in missing[rank] else distributed(g.to(d), mesh, (Shard(0),))
             chain(rule(), fo.scale(1.0))(params).step()
-            for k, (p, g, d) in enumerate(zip(params, here, dtypes, strict=True)):
-                scale = {"leaf": 1.0 / norms[k], "tree": 1.0 / total, "clip": 0.5 / total}[name]
+            for k, (p, g_here, d) in enumerate(zip(params, here, dtypes, strict=True)):
+                sizes = {"leaf": norms[k], "leaf amax": g_here.abs().max(), "tree": total, "clip": 2.0 * total}
                 # one rounding to float32 of what is below one
                 tolerance = SUMS if d == torch.float64 else {"rtol": 0.0, "atol": 2.0**-23}
-                torch.testing.assert_close(whole(p).double(), g * scale, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+                torch.testing.assert_close(
+                    whole(p).double(), g_here / sizes[name], **tolerance, msg=lambda m, n=(name, backend): f"{n}: {m}"
+                )
 
 
 def compiled_steps(rank: int, folder: Path) -> None:

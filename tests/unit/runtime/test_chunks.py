@@ -1,6 +1,7 @@
 """Chunks of leaves: each element is in one of them, in order; and partial results of leaves and of the tree."""
 
 import itertools
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -15,8 +16,9 @@ from _lib.programs import bind
 from functional_optim._compiler.program import Program
 from functional_optim._compiler.trace import Tracer
 from functional_optim._runtime import cpu
-from functional_optim._runtime.chunks import cut, join_shards, partial_buffers
+from functional_optim._runtime.chunks import JoinedChunks, cut, partial_buffers
 from functional_optim._runtime.cpu import _runs
+from functional_optim._runtime.join import Joins
 from functional_optim._runtime.plan import Group
 
 
@@ -104,32 +106,39 @@ def test_partial_buffers_hold_the_identity_of_their_reduction() -> None:
         assert (a is b) is (kind == "tree_sum")
 
 
-def test_join_of_shards_reduces_the_chunks_of_each_leaf() -> None:
-    """One number per leaf, or one for the tree, is joined, whatever the number of chunks in this process."""
-    shard = Doubling()
+@pytest.mark.parametrize("absent", [0, 2])
+def test_join_reduces_the_chunks_of_each_leaf(absent: int) -> None:
+    """A number per leaf, one that has no gradient here too, and one for the tree, whatever the number of chunks."""
+    shard: Any = Doubling()
     [group, _] = groups(shard)
     chunks = cut(group.table.sizes, 2)
-    [buffers] = partial_buffers([group], [chunks], torch.device("cpu"))
+    joins = Joins([reductions()] * (3 + absent), [shard] * (3 + absent))
+    join = JoinedChunks([group], [chunks], joins, torch.device("cpu"))
+    [buffers] = partial_buffers([group], [chunks], torch.device("cpu"), join.n_joined)
     kinds = [group.signature.program.values[i].op for i in group.signature.program.reductions]
     for buffer in buffers:
-        buffer.copy_(torch.tensor([1.0, 2.0, 3.0, 0.0, 5.0]))
+        buffer[:5] = torch.tensor([1.0, 2.0, 3.0, 0.0, 5.0])
 
-    join_shards([group], [chunks], [buffers], 1)
+    join(buffers=[buffers], stage=1)
 
     expected = {
         "leaf_sum": [12.0, 0.0, 0.0, 0.0, 10.0],
         "leaf_amax": [3.0, -torch.inf, -torch.inf, 0.0, 5.0],
-        "tree_sum": [22.0, 0.0, 0.0, 0.0, 0.0],
+        "tree_sum": [0.0, 0.0, 0.0, 0.0, 0.0, 22.0],
     }
-    assert {kind: buffer.tolist() for kind, buffer in zip(kinds, buffers, strict=True)} == expected
-    assert sorted(shard.seen) == [(1, "sum"), (3, "amax"), (3, "sum")]
+    found = {kind: buffer.tolist() for kind, buffer in zip(kinds, buffers, strict=True)}
+    assert found["tree_sum"] == expected["tree_sum"]
+    assert {kind: numbers[:5] for kind, numbers in found.items() if kind != "tree_sum"} == {
+        kind: numbers for kind, numbers in expected.items() if kind != "tree_sum"
+    }
+    assert shard.seen == [(3 + absent, "amax"), (4 + absent, "sum")]
 
 
 @pytest.mark.parametrize("stage", [0, 2])
-def test_join_of_shards_leaves_reductions_of_other_stages_alone(stage: int) -> None:
-    shard = Doubling()
+def test_join_leaves_reductions_of_other_stages_alone(stage: int) -> None:
+    shard: Any = Doubling()
     [group, _] = groups(shard)
     chunks = cut(group.table.sizes, 2)
-    [buffers] = partial_buffers([group], [chunks], torch.device("cpu"))
-    join_shards([group], [chunks], [buffers], stage)
+    join = JoinedChunks([group], [chunks], Joins([reductions()] * 3, [shard] * 3), torch.device("cpu"))
+    join(partial_buffers([group], [chunks], torch.device("cpu"), join.n_joined), stage)
     assert shard.seen == []

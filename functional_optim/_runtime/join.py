@@ -1,0 +1,102 @@
+"""Joins: reductions whose parts are in several processes.
+
+Vectors of numbers, their lengths and their order follow from the parameters alone, never from the gradients that a
+process happens to have, so that collectives match.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from .._compiler.call import Place
+from .._compiler.ops import REDUCTIONS
+from .._compiler.program import Program
+from .shard import Join, MeshShard
+
+
+class Vector(NamedTuple):
+    """The numbers of all reductions of one kind that end before one stage.
+
+    Args:
+      kind: a row of `REDUCTIONS`.
+      entries: the entry of each leaf's reduction, and of each part of a reduction over the tree.
+      join: completes them.
+    """
+
+    kind: str
+    entries: Mapping[Place, int]
+    join: Join
+
+    def complete(self, entries: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """All entries, completed by the parts of other processes.
+
+        Args:
+          entries: the entries that have a part here; the others are the identity.
+          values: the parts.
+
+        Raises:
+          RuntimeError: autograd would have to follow.
+        """
+        if values.requires_grad:
+            raise RuntimeError(
+                "a norm, sum or maximum of DTensors is completed by other processes, through which autograd does not "
+                "follow; take the step in `torch.no_grad()`, without `differentiable=True`."
+            )
+        identity = REDUCTIONS[self.kind].identity
+        made = torch.full((len(self.entries),), identity, dtype=torch.float64, device=values.device)
+        made[entries] = values
+        self.join(made, self.kind)
+        return made
+
+
+class Joins:
+    """All reductions of programs over leaves some of which are in parts.
+
+    Args:
+      programs: the program of each leaf, whether or not it has a gradient.
+      shards: the dimensions over which each leaf is in parts.
+    """
+
+    def __init__(self, programs: Sequence[Program], shards: Sequence[MeshShard | None]) -> None:
+        self.shards = list(dict.fromkeys(shard for shard in shards if shard is not None))
+        found: dict[tuple[int, str], dict[Place, MeshShard]] = {}
+        for position, (program, shard) in enumerate(zip(programs, shards, strict=True)):
+            for i in program.reductions if shard is not None else ():
+                value = program.values[i]
+                place: Place = (value.name, shard) if value.op.startswith("tree_") else (position, i)
+                assert shard is not None
+                found.setdefault((value.stage, value.reduction), {})[place] = shard
+        self.vectors: dict[int, list[Vector]] = {}
+        for (stage, kind), places in sorted(found.items(), key=lambda x: x[0]):
+            entries = {place: k for k, place in enumerate(places)}
+            self.vectors.setdefault(stage, []).append(Vector(kind, entries, Join(list(places.values()))))
+
+    @property
+    def stages(self) -> int:
+        """Number of stages, the first of which has nothing to join."""
+        return 1 + max(self.vectors, default=0)
+
+    def __bool__(self) -> bool:
+        return bool(self.vectors)
+
+    def __call__(self, stage: int, parts: Mapping[Place, Sequence[torch.Tensor]]) -> dict[Place, torch.Tensor]:
+        """Completes the reductions that end before a stage.
+
+        Args:
+          stage: the stage.
+          parts: numbers of this process, some for each place; none where it has no part.
+
+        Returns:
+          A number for every place.
+        """
+        results: dict[Place, torch.Tensor] = {}
+        for vector in self.vectors.get(stage, ()):
+            own = {k: parts[place] for place, k in vector.entries.items() if place in parts}
+            device = next(iter(own.values()))[0].device if own else torch.device("cpu")
+            eager = REDUCTIONS[vector.kind].eager
+            values = [eager(torch.stack([x.to(device) for x in xs])) for xs in own.values()]
+            here = torch.stack(values) if values else torch.empty(0, dtype=torch.float64)
+            made = vector.complete(torch.tensor(list(own), dtype=torch.int64, device=device), here)
+            results |= zip(vector.entries, made.unbind(), strict=True)
+        return results
