@@ -6,7 +6,7 @@ from weakref import WeakValueDictionary
 import torch
 
 
-LIVE: "WeakValueDictionary[int, Any]" = WeakValueDictionary()  # optimizers whose step is compiled, by handle
+OPTIMIZERS: "WeakValueDictionary[int, Any]" = WeakValueDictionary()  # optimizers whose step is compiled, by handle
 
 
 @torch.library.custom_op("functional_optim::step", mutates_args=("params", "state"))
@@ -19,7 +19,9 @@ def _step(
     values: list[torch.Tensor],
 ) -> None:
     """A step of an optimizer, which the compiler keeps whole."""
-    LIVE[handle]._run_traced(params, grads, state, dict(zip(names.split(",") if names else (), values, strict=True)))
+    OPTIMIZERS[handle]._run_traced(
+        params, grads, state, dict(zip(names.split(",") if names else (), values, strict=True))
+    )
 
 
-_step.register_fake(lambda *args: None)  # it returns nothing whatever it is given
+_step.register_fake(lambda *args: None)  # it returns nothing

@@ -46,7 +46,7 @@ def load(optimizer: "ChainOptimizer", state_dict: dict[str, Any], by_name: bool,
     for p, name, own in zip((p for group in groups for p in group["params"]), names, slots, strict=True):
         if p in given:
             made = _state(given[p], p, name, own, unknown, counter)
-            if made or optimizer.EMPTY:
+            if made or optimizer.EMPTY_STATES:
                 state[p] = made
     for k, v in states.items():  # what belongs to no parameter is kept, as torch keeps it
         if k not in id_map and not by_name:

@@ -41,7 +41,7 @@ def _before(maximize: bool, l2: bool) -> list[fo.GradientTransformation]:
     return [*([fo.scale(-1.0)] if maximize else []), *([l2_penalty(DECAY)] if l2 else [])]
 
 
-class _Own(ChainOptimizer):
+class _NamedClass(ChainOptimizer):
     """Classes under a name of their own, whose chain is no argument."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -53,7 +53,7 @@ class _Own(ChainOptimizer):
         super().add_param_group(param_group)
 
 
-class SGD(_Own, torch.optim.SGD):
+class SGD(_NamedClass, torch.optim.SGD):
     """`torch.optim.SGD` from a chain; arguments, defaults and state are the same.
 
     Sparse gradients are made dense.
@@ -81,7 +81,7 @@ class SGD(_Own, torch.optim.SGD):
         return [g.to_dense() if g is not None and g.layout is not torch.strided else g for g in grads]
 
 
-class Adam(_Own, torch.optim.Adam):  # type: ignore[misc]
+class Adam(_NamedClass, torch.optim.Adam):  # type: ignore[misc]
     """`torch.optim.Adam` from a chain; arguments, defaults and state are the same.
 
     Example:
@@ -124,7 +124,7 @@ class AdamW(Adam, torch.optim.AdamW):  # type: ignore[misc]
     """
 
 
-class RMSprop(_Own, torch.optim.RMSprop):  # type: ignore[misc]
+class RMSprop(_NamedClass, torch.optim.RMSprop):  # type: ignore[misc]
     """`torch.optim.RMSprop` from a chain; arguments, defaults and state are the same.
 
     Example:
@@ -168,7 +168,7 @@ def _check(lr: Any, betas: Any, weight_decay: Any, eps: Any = 0.0) -> None:
             raise ValueError(f"Invalid beta parameter at index {k}: {beta}")
 
 
-class _Betas(_Own):
+class _Betas(_NamedClass):
     """What the classes that torch lacks have in common."""
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:

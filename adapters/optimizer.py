@@ -18,7 +18,7 @@ from functional_optim._runtime.shard import is_dtensor
 from functional_optim._runtime.spec import PLAIN
 
 from ._averages import averaged
-from ._compiled import LIVE
+from ._compiled import OPTIMIZERS
 from ._loading import load
 from ._naming import names_of
 
@@ -74,7 +74,9 @@ class ChainOptimizer(Optimizer):
     """
 
     SLOTS: ClassVar[Mapping[str, str]] = {}  # names of slots of state, where they differ from the rules' own
-    EMPTY: ClassVar[bool] = False  # whether parameters that keep nothing have an empty state where others have one
+    EMPTY_STATES: ClassVar[bool] = (
+        False  # whether parameters that keep nothing have an empty state where others have one
+    )
 
     def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
         """The values of a parameter group that decide which chain it has."""
@@ -245,7 +247,7 @@ class ChainOptimizer(Optimizer):
     ) -> None:
         """Takes up states that have been made; where some parameters have one, the others get an empty one."""
         own = self._bindings
-        everyone = self.EMPTY and (bool(self.state) or any(states))
+        everyone = self.EMPTY_STATES and (bool(self.state) or any(states))
         for p, g, state in zip(params, grads, states, strict=True):
             if (state or (everyone and g is not None)) and p not in self.state:
                 journal.set(self.state, p, state)
@@ -315,7 +317,7 @@ class ChainOptimizer(Optimizer):
                     self._adopt(owners, grads, states, journal)
                     columns = step.columns(states)
                     assert columns is not None, "the state that was missing has been made"
-                elif self.EMPTY and 0 < len(self.state) < len(params):
+                elif self.EMPTY_STATES and 0 < len(self.state) < len(params):
                     self._adopt(owners, grads, states, journal)
                 if dry:
                     own.new = new
@@ -425,7 +427,7 @@ class ChainOptimizer(Optimizer):
                 params.append(p)
                 grads.append(p.grad)
                 state.extend(x for x in self.state[p].values() if isinstance(x, torch.Tensor))
-        LIVE[id(self)] = self
+        OPTIMIZERS[id(self)] = self
         return id(self)
 
     def _run_traced(

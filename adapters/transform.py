@@ -58,7 +58,7 @@ class TransformOptimizer(ChainOptimizer):
       (0.001, 1.0, ['ema', 'mu', 'nu', 'step'])
     """
 
-    EMPTY = True  # torch's checkpoints ask for a state of all parameters that have gradients
+    EMPTY_STATES = True  # torch's checkpoints ask for a state of all parameters that have gradients
     _held: list[str] | None = None  # warnings that the constructor is about to give
 
     def __init__(

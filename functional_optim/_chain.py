@@ -1,4 +1,4 @@
-"""Chains, and what runs them."""
+"""Chains, and steps of them."""
 
 import warnings
 from typing import Any
@@ -86,7 +86,7 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
       chain(clip_by_global_norm(max_norm=1.0), scale(step_size=-0.1))
     """
     members = tuple(map(as_transformation, transformations))
-    _warn_of_early(members)
+    _warn_if_not_last(members)
     return Chain(members)
 
 
@@ -113,11 +113,11 @@ def named_chain(*transformations: tuple[str, GradientTransformation]) -> Gradien
     if repeated:
         raise ValueError(f"named_chain has the name {repeated[0]!r} twice; names must differ.")
     members = tuple(as_transformation(tx) for _, tx in transformations)
-    _warn_of_early(members)
+    _warn_if_not_last(members)
     return Chain(members, names)
 
 
-def _warn_of_early(members: tuple[GradientTransformation, ...]) -> None:
+def _warn_if_not_last(members: tuple[GradientTransformation, ...]) -> None:
     """Warns of a rule that needs updates as they will be added to the parameters, and is not at the end."""
     early: str | None = None
     for member in members:

@@ -77,8 +77,12 @@ def _takes_path_and_leaf(choice: Callable[..., Any]) -> bool:
 
 
 def copied(choice: Any) -> Any:
-    """A mask or labels whose containers are not the caller's, so that changing them later changes nothing here."""
-    return choice if callable(choice) or isinstance(choice, re.Pattern) else tree_map(lambda x: x, choice)
+    """A mask or labels whose containers and tensors are not the caller's: changing them later changes nothing here."""
+
+    def own(x: Any) -> Any:
+        return x.item() if hasattr(x, "item") and getattr(x, "ndim", None) == 0 else x
+
+    return choice if callable(choice) or isinstance(choice, re.Pattern) else tree_map(own, choice)
 
 
 class Masked(Fusible):
@@ -227,7 +231,8 @@ class Partition(Fusible):
 def masked(inner: GradientTransformation, mask: Any) -> GradientTransformation:
     """Applies a transformation to some leaves; the updates of the others pass through as they are.
 
-    The mask is evaluated on the parameters when a tree is first seen, not at every step.
+    A mask that is a function is asked about the parameters at every step of the pure functions, and when an optimizer
+    is bound to its parameters. A tree is copied.
 
     Args:
       inner: the transformation.
@@ -256,7 +261,8 @@ def partition(
 ) -> GradientTransformation:
     """Applies to each leaf the transformation of its label.
 
-    Labels are evaluated on the parameters when a tree is first seen, not at every step.
+    A function of labels is asked about the parameters at every step of the pure functions, and when an optimizer is
+    bound to its parameters. A tree is copied.
 
     Args:
       transforms: transformations by label. Some may go unused.

@@ -22,9 +22,8 @@ from ._runtime.internals import in_backward, needs_dispatch
 from ._runtime.join import Joins
 from ._runtime.plan import Columns, Key
 from ._runtime.shard import MeshShard, as_dtensor_like, is_dtensor, local_tensor, mesh_shard, placed_like, real_view
-from ._runtime.spec import specs_of
 from ._runtime.step import Launch, Numbers
-from ._step import CHANGED, call_opaque, host_column, updates_of
+from ._step import CHANGED_MESSAGE, Guard, call_opaque, check_updates, host_column, updates_of
 from ._transform import GradientTransformation, Link, Path
 from ._tree import Reader, View
 
@@ -213,6 +212,7 @@ class ParamStep:
         self.devices = [
             tensor_of(p).device if g is not None else None for p, g in zip(params.params, grads, strict=True)
         ]
+        self.guard = Guard((), ())
         self.done = False
         self.launch: Launch | None = None  # of the last region of the last step
 
@@ -392,7 +392,9 @@ class ParamStep:
             if any(g is not None and g.layout is not torch.strided for g in map(grads.__getitem__, self.dtensors)):
                 return "sparse"
             own |= {"updates": self._local(self._placed(grads)), "params": self._local(params)}
-        before = specs_of(own["params"]) if self.runs_python and not needs_dispatch() else None
+        guarded = self.runs_python and not needs_dispatch()
+        if guarded:
+            self.guard = Guard.of(self.guard, own["params"], self.present)
         for stage in self.stages:
             if isinstance(stage, Opaque):
                 own["updates"], entries = self._call(stage, own, params, states, extra)
@@ -403,10 +405,10 @@ class ParamStep:
             for name, (schedule, _) in stage.region.hosts.items():
                 counts = [int(states[i]["step"]) if "step" in states[i] else None for i in range(len(states))]
                 own[name] = host_column(name, schedule, counts, self.devices)
-            if before is not None:
+            if guarded:
                 own["params"] = self._local(params)
-                if specs_of(own["params"]) != before:
-                    raise RuntimeError(CHANGED)
+                if not self.guard.holds(own["params"]):
+                    raise RuntimeError(CHANGED_MESSAGE)
                 own |= self.columns(states) or {}
             last = stage is self.stages[-1]
             results = self._run(stage, own, states, options, extra, first, journal, in_place=last)
@@ -527,9 +529,7 @@ class ParamStep:
         state = split.gather(dict(zip(self.names, states, strict=True)))
         tree, new_state = call_opaque(link.tx, view.tree(), state, view.tree(params), extra)
         found = list(self._local(self._placed(updates_of(link, tree, updates, self.reader))))
-        for i in self.present:
-            name = f"the update that {link.tx!r:.60} returned"
-            check_fit(name, "parameter", self.names[i], found[i], own["params"][i])
+        check_updates(link, found, own["params"], self.names, self.present)
         present = [self.names[i] for i in self.present if link.seen[i]]
         return found, split.entries(new_state, present)
 

@@ -14,7 +14,7 @@ from ._runtime.plan import Columns, Key, Leaf
 from ._runtime.shard import MeshShard
 from ._runtime.spec import TensorSpec, specs_of
 from ._runtime.step import BoundStep, Programs, Reading
-from ._schedules.traced import is_settled, traced_key
+from ._schedules.traced import has_fixed_key, traced_key
 from ._transform import Link
 
 
@@ -84,7 +84,7 @@ class Region:
             bound.values[hyper] for bound in self.bounds.values() for hyper in bound.values if bound.is_schedule(hyper)
         ]
         # functions that have been traced, with the key of all that they refer to
-        self.traced = [(fn, traced_key(fn)) for fn in schedules if not is_settled(fn)]
+        self.traced = [(fn, traced_key(fn)) for fn in schedules if not has_fixed_key(fn)]
         self.stored = self._stored(counting is not None)
 
     def _stored(self, own_counters: bool) -> list[Stored]:

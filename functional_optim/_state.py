@@ -104,7 +104,7 @@ class TreeState:
                 own[k, name] = [value] * len(columns["updates"])
             else:
                 check_count(f"state {self.region.bounds[k].rule.name}.count", value)
-                own[k, name] = spread_count(value, columns["updates"])
+                own[k, name] = broadcast_count(value, columns["updates"])
         return own
 
     def replaced(
@@ -128,7 +128,7 @@ class TreeState:
         return new
 
 
-def spread_count(count: torch.Tensor, leaves: Sequence[Any]) -> list[Any]:
+def broadcast_count(count: torch.Tensor, leaves: Sequence[Any]) -> list[Any]:
     """A counter once per leaf, as 64-bit integers on the device of the leaf."""
     own: dict[torch.device, torch.Tensor] = {}
     column: list[Any] = []

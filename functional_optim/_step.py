@@ -17,7 +17,8 @@ from ._runtime.checks import at, check_fit, check_leaf, check_number
 from ._runtime.internals import needs_dispatch
 from ._runtime.overlap import SharedMemoryError
 from ._runtime.plan import Columns
-from ._runtime.spec import specs_of
+from ._runtime.pointers import PointerReader, Pointers
+from ._runtime.spec import TensorSpec
 from ._runtime.step import Numbers
 from ._state import TreeState, get_state, set_states
 from ._transform import GradientTransformation
@@ -77,8 +78,9 @@ class TreeStep:
         devices = {columns["updates"][i].device for i in self.present}
         device = devices.pop() if len(devices) == 1 else None
         self.stages = [TreeRegion(stage, self, device) if isinstance(stage, Region) else stage for stage in stages]
-        # Python code of somebody else runs between the first look at tensors and the last launch
+        # user code runs between the first look at tensors and the last launch
         self.runs_python = any(isinstance(stage, Opaque) or stage.hosts for stage in stages)
+        self.guard = Guard((), ())
         self.extras = _extras(stages)
         self.traced = [stage for stage in stages if isinstance(stage, Region) and stage.traced]
 
@@ -154,7 +156,9 @@ class TreeStep:
                 "donate=True writes in place, which a torch.func transformation or torch.compile cannot follow; "
                 "use donate=False."
             )
-        before = specs_of(columns["params"]) if self.runs_python and not dispatching and "params" in columns else None
+        guarded = self.runs_python and not dispatching and self.with_params
+        if guarded:
+            guard = self.guard = Guard.of(self.guard, columns["params"], self.present)
         new_states: dict[tuple[int | str, ...], Any] = {}
         for stage in self.stages:
             if isinstance(stage, Opaque):
@@ -163,8 +167,8 @@ class TreeStep:
             in_place = donate and stage is self.stages[-1]
             states = stage.state.states(state)
             own = stage.columns(columns, states)
-            if before is not None and specs_of(columns["params"]) != before:
-                raise RuntimeError(CHANGED)
+            if guarded and not guard.holds(columns["params"]):
+                raise RuntimeError(CHANGED_MESSAGE)
             results = self._run(stage, own, states, numbers, in_place, dispatching)
             if results is None:
                 return None
@@ -232,9 +236,7 @@ class TreeStep:
         params = view.tree(columns["params"]) if "params" in columns else None
         tree, new_state = call_opaque(link.tx, view.tree(), get_state(state, link.path), params, extra)
         updates = updates_of(link, tree, columns["updates"], self.read)
-        for i in self.present:
-            name = f"the update that {link.tx!r:.60} returned"
-            check_fit(name, "parameter", self.paths[i], updates[i], columns.get("params", columns["updates"])[i])
+        check_updates(link, updates, columns.get("params", columns["updates"]), self.paths, self.present)
         return {**columns, "updates": updates}, new_state
 
     def _extra_numbers(self, extra: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -295,10 +297,47 @@ class TreeStep:
             )
 
 
-CHANGED = (
+CHANGED_MESSAGE = (
     "params changed while the step was computed: a transformation or a schedule that runs in Python made something "
     "else of a tensor (another shape, dtype, layout, device, or no memory). Change tensors between steps."
 )
+
+
+class Guard:
+    """The specs of parameters at the beginning of a step in which Python code of a caller runs.
+
+    Args:
+      params: the parameters.
+      present: those that take part.
+    """
+
+    def __init__(self, params: Sequence[Any], present: Sequence[int]) -> None:
+        self.present = present
+        tensors = [params[i] for i in present]
+        self.reader = PointerReader(tensors, list(map(TensorSpec.of, tensors)))
+
+    @classmethod
+    def of(cls, last: "Guard", params: Sequence[Any], present: Sequence[int]) -> "Guard":
+        """The guard of the last step, if it holds for these parameters; else a new one."""
+        return last if last.present == present and last.holds(params) else cls(params, present)
+
+    def holds(self, params: Sequence[Any]) -> bool:
+        """Whether parameters are as they were."""
+        tensors = [params[i] for i in self.present]
+        return self.reader.read(tensors, Pointers(len(tensors))) is None
+
+
+def check_updates(
+    link: Any, updates: Sequence[Any], params: Sequence[Any], paths: Sequence[str], present: Sequence[int]
+) -> None:
+    """Refuses updates of a transformation that do not fit the parameters.
+
+    Raises:
+      TypeError, ValueError: with the transformation, the path and both shapes.
+    """
+    for i in present:
+        if type(updates[i]) is not torch.Tensor or updates[i].shape != params[i].shape:
+            check_fit(f"the update that {link.tx!r:.60} returned", "parameter", paths[i], updates[i], params[i])
 
 
 def host_column(
@@ -332,7 +371,7 @@ def host_column(
     return column
 
 
-OFFERED = frozenset(
+ALWAYS_ACCEPTED = frozenset(
     {"value", "grad", "value_fn"}
 )  # names that training loops pass to any transformation, as with optax
 
@@ -354,7 +393,7 @@ def _extras(stages: Sequence[Region | Opaque]) -> Extras:
         elif taken is not None:
             own = stage.link.tx._extra_names()
             taken = None if own is None else taken | own
-    return Extras(needed, None if taken is None else frozenset(taken | set(needed)) | OFFERED)
+    return Extras(needed, None if taken is None else frozenset(taken | set(needed)) | ALWAYS_ACCEPTED)
 
 
 def _present(columns: Columns) -> list[bool]:
@@ -420,13 +459,13 @@ def run(
     """
     if "torch._dynamo" not in sys.modules:  # importing it takes seconds, and without it nothing is compiled
         return _run(tx, apply, updates, state, params, extra, donate)
-    if not _opaque:
+    if not _uncompiled:
         reason = "functional_optim runs kernels of its own, so a step is a graph break; optimizers of adapters are none"
-        _opaque.append(torch.compiler.disable(_run, reason=reason))  # type: ignore[no-untyped-call]
-    return _opaque[0](tx, apply, updates, state, params, extra, donate)
+        _uncompiled.append(torch.compiler.disable(_run, reason=reason))  # type: ignore[no-untyped-call]
+    return _uncompiled[0](tx, apply, updates, state, params, extra, donate)
 
 
-_opaque: list[Callable[..., tuple[Tree, Any]]] = []  # the compiler would look through a functools.cache
+_uncompiled: list[Callable[..., tuple[Tree, Any]]] = []  # the compiler would look through a functools.cache
 
 
 def _run(

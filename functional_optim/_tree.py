@@ -166,9 +166,3 @@ class View(NamedTuple):
 def show(x: Any) -> str:
     """A value as it stands in a call; a function by its name."""
     return x.__qualname__ if inspect.isfunction(x) else repr(x)
-
-
-def short(x: Any, limit: int = 80) -> str:
-    """A value as it stands in a call, cut in the middle, and visibly, if it is long."""
-    text = show(x)
-    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 3 :]}"

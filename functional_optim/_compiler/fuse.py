@@ -50,7 +50,7 @@ class Recipe(NamedTuple):
     program: Program
     scalars: tuple[Source, ...]
     slots: dict[str, tuple[int, str]]
-    hosts: dict[str, "Host"]
+    hosts: dict[str, "HostSchedule"]
 
     def list_of(self, name: str) -> str | tuple[int, str]:
         """The list of tensors that an input or output of the program is."""
@@ -62,7 +62,7 @@ class Recipe(NamedTuple):
         return list(dict.fromkeys(["updates", *map(self.list_of, names)]))
 
 
-class Host(NamedTuple):
+class HostSchedule(NamedTuple):
     """A schedule that only Python can evaluate.
 
     Args:
@@ -171,7 +171,7 @@ class _Fusion:
         self.t = Tracer(stages)
         self.counting = counting
         self.sources: dict[str, Source] = {}
-        self.hosts: dict[str, Host] = {}
+        self.hosts: dict[str, HostSchedule] = {}
         self.slots: dict[str, tuple[int, str]] = {}
         self.per_leaf: set[str] = set()
         self.stored: dict[str, Symbol] = {}  # what every slot holds before the step
@@ -271,7 +271,7 @@ class _Fusion:
             try:
                 x = form(count)
                 break
-            except Exception:  # whatever it is that a function cannot do with a symbol, Python can do with a number
+            except Exception:  # a function that no symbol can follow may still follow a number
                 continue
         if isinstance(x, torch.Tensor) and x.ndim:
             raise ValueError(f"the schedule of {name} returned a tensor of shape {tuple(x.shape)}, expected a number.")
@@ -279,7 +279,7 @@ class _Fusion:
             return x
         if isinstance(schedule, Schedule) and isinstance(x, (int, float)):
             return self.t.symbol(x)
-        self.hosts[name] = Host(schedule, (position, "count") if self.counting is None else "step")
+        self.hosts[name] = HostSchedule(schedule, (position, "count") if self.counting is None else "step")
         return self.t.input("leaf", name)
 
     def forms(self, schedule: Callable[[Any], Any], position: int, name: str) -> list[Callable[[Any], Any]]:

@@ -48,7 +48,7 @@ def run_reference(
     Returns:
       For each call, a column for each output.
     """
-    machines = [_Machine(call, elementwise) for call in calls]
+    machines = [_Evaluation(call, elementwise) for call in calls]
     for stage in range(max([m.program.stages for m in machines] + ([] if join is None else [join.stages]), default=0)):
         parts: dict[Place, Column] = {}
         for m in machines:
@@ -78,7 +78,7 @@ def _number(x: float | torch.Tensor, device: torch.device) -> torch.Tensor:
     return torch.tensor(x, dtype=torch.float64, device=device)
 
 
-class _Machine:
+class _Evaluation:
     """The values of one call: a column with a tensor per row of the scalar table, or per leaf."""
 
     def __init__(self, call: Call, elementwise: Elementwise) -> None:

@@ -1,4 +1,4 @@
-"""What a rule declares: its slots of state, its hyper-parameters and their ranges."""
+"""Declarations of a rule: its slots of state, its hyper-parameters and their ranges."""
 
 import collections
 import functools
@@ -26,7 +26,7 @@ class EmptyState(NamedTuple):
 class Option:
     """A hyper-parameter that every leaf looks up by name, at every step, in options of its own.
 
-    It takes the place of a number where a transformation runs leaf by leaf; see `functional_optim.leafwise`.
+    It takes the place of a number where a transformation runs leaf by leaf.
 
     Args:
       name: the key.

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._compiler.call import Column, LeafTable
+from .._compiler.call import LeafTable
 from .._compiler.fuse import Recipe, Source
 from .._compiler.passes import Signature
 from .._compiler.program import Level
@@ -63,11 +63,6 @@ class Gather(NamedTuple):
         # an itemgetter of one item returns no sequence
         pick = itemgetter(*positions) if len(positions) > 1 else itemgetter(slice(positions[0], positions[0] + 1))
         return cls(places[0][0], pick, tuple(places))
-
-    def __call__(self, columns: Mapping[Key, Sequence[Any]]) -> Column:
-        """The tensors."""
-        source: Any = columns if self.key is None else columns[self.key]
-        return list(source if self.pick is None else self.pick(source))
 
 
 class Group(NamedTuple):

@@ -61,19 +61,19 @@ def traced_key(fn: Any) -> tuple[Any, ...] | None:
         return None
 
 
-def is_settled(fn: Any) -> bool:
+def has_fixed_key(fn: Any) -> bool:
     """Whether the key of a function never changes: it is a schedule of this package, of numbers and such schedules.
 
     Example:
       >>> from functional_optim import constant_schedule, join_schedules
-      >>> is_settled(constant_schedule(0.1)), is_settled(lambda count: 0.1)
+      >>> has_fixed_key(constant_schedule(0.1)), has_fixed_key(lambda count: 0.1)
       (True, False)
-      >>> is_settled(join_schedules([constant_schedule(0.1), lambda count: 0.1], [3]))
+      >>> has_fixed_key(join_schedules([constant_schedule(0.1), lambda count: 0.1], [3]))
       False
     """
     if not isinstance(fn, Schedule) or not fn.factory.__module__.startswith(__package__):
         return False
-    return all(map(is_settled, _functions(list(fn.arguments.values()))))
+    return all(map(has_fixed_key, _functions(list(fn.arguments.values()))))
 
 
 def _functions(x: Any) -> list[Any]:

@@ -320,7 +320,7 @@ class _Emitter:
             f"for (int64_t at = {first}; at < {last}; at += strip) {{",
             f"  const int64_t end = {last} - at < strip ? {last} : at + strip;",
         ]
-        asks = [f"    ask(n{i} + at, n{i} + end);" for i in loads]
+        asks = [f"    prefetch(n{i} + at, n{i} + end);" for i in loads]
         if loads:
             lines += ["  if (later > chunk) {", *asks, "  }"]
         lines += ["  #pragma omp simd", "  for (int64_t i = at; i < end; ++i) {", *("    " + x for x in body), "  }"]

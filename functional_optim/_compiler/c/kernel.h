@@ -63,7 +63,7 @@ static inline uint16_t to_f16(float f) {
 }
 #endif
 
-static inline void ask(const void *start, const void *stop) {
+static inline void prefetch(const void *start, const void *stop) {
   for (const char *line = start; line < (const char *)stop; line += 64) __builtin_prefetch(line);
 }
 
