@@ -239,7 +239,7 @@ def _open(x: Any) -> tuple[list[Any], Spec | None, list[str]]:
     if opened is None:
         return [], None, []
     children, spec = opened
-    return children, spec, [str(entry) for entry in spec.entries()]
+    return children, spec, [_key(path[0]) for path in spec.accessors()]
 
 
 def _at(path: str, name: str) -> str:
@@ -253,7 +253,12 @@ def _escaped(key: Any) -> str:
 
 def escaped_paths(spec: Spec) -> list[str]:
     """The paths of the leaves of an entry."""
-    return [".".join(map(_escaped, path)) for path in spec.paths()]
+    return [".".join(_escaped(_key(entry)) for entry in path) for path in spec.accessors()]
+
+
+def _key(entry: Any) -> str:
+    """A key, index or name of a field."""
+    return str(getattr(entry, "field", entry.entry))
 
 
 def _check_entry(x: Any, path: str, owner: SplitState) -> None:
