@@ -1,0 +1,214 @@
+"""Entries of an optimizer's state that users put there, reset or free, and counters that count for a long time."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import functional_optim as fo
+from _lib.compare import assert_same_bits
+from _lib.optimizers import SMALL, content, make_params, params_of, train, twins
+from _lib.trees import clone, make_tree, tensors
+from functional_optim import adapters
+from functional_optim.adapters import TransformOptimizer
+
+
+STEPS = 20
+
+# -- counters of users ------------------------------------------------------------------------------------------------
+
+COUNTERS: dict[str, Callable[[int], Any]] = {
+    "one element": lambda n: torch.full((1,), float(n)),
+    "one element in two dimensions": lambda n: torch.full((1, 1), float(n)),
+    "float64": lambda n: torch.tensor(float(n), dtype=torch.float64),
+    "int64": lambda n: torch.tensor(n),
+    "int32 in one dimension": lambda n: torch.tensor([n], dtype=torch.int32),
+    "int": lambda n: n,
+    "float": float,
+    "in shared memory": lambda n: torch.full((1,), float(n)).share_memory_(),
+}
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("kind", COUNTERS)
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_a_counter_of_any_form_counts_on(name: str, kind: str, steps: int) -> None:
+    """As where processes share the state of one optimizer, which a much-copied recipe makes by hand."""
+    ours = getattr(adapters, name)(make_params(shapes=SMALL), lr=0.05)
+    theirs = getattr(torch.optim, name)(twins(params_of(ours)), lr=0.05, fused=True)
+    train([ours, theirs], range(steps))
+    for p in params_of(ours):
+        own = ours.state[p]
+        own["step"] = COUNTERS[kind](steps)
+        own.setdefault("exp_avg", torch.zeros_like(p))
+        own.setdefault("exp_avg_sq", torch.zeros_like(p))
+    train([ours, theirs], range(steps, STEPS))
+    assert_same_bits(content(ours)["params"], content(theirs)["params"])
+    assert [float(ours.state[p]["step"]) for p in params_of(ours)] == [STEPS] * len(SMALL)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["traced", "in Python"])
+def test_a_schedule_goes_on_where_float32_counts_no_further(kind: str, dtype: torch.dtype) -> None:
+    """Each step past 2**24 has its own learning rate, also after a checkpoint."""
+    start = 2**24 - 3
+
+    def ramp(count: Any) -> Any:
+        return (count - start) * 0.25
+
+    def table(count: Any) -> float:
+        return ramp(int(count))
+
+    p = nn.Parameter(torch.zeros(2, dtype=dtype))
+    tx = fo.sgd(fo.schedule(ramp) if kind == "traced" else table)
+    opt = TransformOptimizer([p], tx)
+    p.grad = torch.ones(2, dtype=dtype)
+    opt.step()
+    for key, x in opt.state[p].items():
+        if key == "step":
+            opt.state[p][key] = torch.full_like(x, start)
+    with torch.no_grad():
+        p.zero_()
+    for step in range(STEPS):
+        opt.step()
+        if step == STEPS // 2:
+            saved = opt.state_dict()
+            opt = TransformOptimizer([p], tx)
+            opt.load_state_dict(saved)
+        assert p[0].item() == -0.25 * sum(range(step + 1))
+
+
+# -- slots that are reset ---------------------------------------------------------------------------------------------
+
+SLOTS = [
+    ("AdamW", "exp_avg", lambda p: adapters.AdamW(p, lr=0.1)),
+    ("AdamW", "exp_avg_sq", lambda p: adapters.AdamW(p, lr=0.1)),
+    ("AMSGrad", "max_exp_avg_sq", lambda p: adapters.AdamW(p, lr=0.1, amsgrad=True)),
+    ("chain", "trace", lambda p: TransformOptimizer(p, fo.chain(fo.trace(0.9), fo.adam(0.1)))),
+    ("average", "ema", lambda p: TransformOptimizer(p, fo.chain(fo.adam(0.1), fo.params_ema(0.9)))),
+]
+
+
+@pytest.mark.parametrize("who", ["one", "all"])
+@pytest.mark.parametrize("way", ["set to None", "removed"])
+@pytest.mark.parametrize(("name", "key", "make"), SLOTS, ids=[f"{name}-{key}" for name, key, _ in SLOTS])
+def test_a_slot_that_is_reset_starts_anew(name: str, key: str, make: Any, way: str, who: str) -> None:
+    """It is what it is at a first step; other slots, counters and parameters go on."""
+    opt, twin = make(make_params(shapes=SMALL)), make(make_params(shapes=SMALL))
+    train([opt, twin], range(5))
+    for p, q in list(zip(params_of(opt), params_of(twin), strict=True))[: 1 if who == "one" else None]:
+        if way == "removed":
+            del opt.state[p][key]
+        else:
+            opt.state[p][key] = None
+        twin.state[q][key] = q.detach().clone() if key == "ema" else torch.zeros_like(q)
+    train([opt, twin], range(5, STEPS))
+    assert_same_bits(content(opt), content(twin))
+
+
+@pytest.mark.parametrize("who", [slice(1), slice(None)], ids=["one", "all"])
+def test_a_momentum_that_is_reset_is_that_of_torch(who: slice) -> None:
+    """The first gradient afterwards is taken as it is."""
+    ours = adapters.SGD(make_params(shapes=SMALL), lr=0.1, momentum=0.9, dampening=0.5)
+    theirs = torch.optim.SGD(twins(params_of(ours)), lr=0.1, momentum=0.9, dampening=0.5, fused=True)
+    for step in range(STEPS):
+        if step in (4, 9):
+            for opt in (ours, theirs):
+                for p in params_of(opt)[who]:
+                    opt.state[p]["momentum_buffer"] = None
+        train([ours, theirs], [step])
+        assert_same_bits(content(ours), content(theirs))
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def storages(tree: Any) -> list[int]:
+    return [x.untyped_storage()._cdata for x in tensors(tree)]
+
+
+CHAINS = {
+    "AdamW": fo.adamw(0.1),
+    "clip and average": fo.chain(fo.zero_nans(), fo.clip_by_global_norm(1.0), fo.adam(0.1), fo.params_ema(0.9)),
+    "momentum": fo.sgd(0.1, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("chain", CHAINS)
+def test_tensors_of_a_pure_state_have_memory_of_their_own(chain: str, steps: int) -> None:
+    for donate in (False, True):
+        tx, params = CHAINS[chain], make_tree(0)
+        state = tx.init(params)
+        for step in range(steps):
+            params, state = fo.apply_gradients(tx, params, make_tree(1 + step), state, donate=donate)
+        found = storages((params, state))
+        assert len(set(found)) == len(found)
+        assert all(x.untyped_storage().nbytes() == x.nbytes for x in tensors(state))
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_freeing_the_state_of_a_parameter_leaves_the_others(chain: str) -> None:
+    """Such as an offloader does, that brings it back before the next step."""
+    opt, twin = (TransformOptimizer(make_params(shapes=SMALL * 3), CHAINS[chain]) for _ in range(2))
+    train([opt, twin], range(2))
+    for step in range(2, STEPS):
+        for p in params_of(opt):
+            before = clone([dict(opt.state[q]) for q in params_of(opt) if q is not p])
+            away = [(x, x.clone(), x.untyped_storage().nbytes()) for x in tensors(dict(opt.state[p]))]
+            for x, _, _ in away:
+                x.untyped_storage().resize_(0)
+            assert_same_bits([dict(opt.state[q]) for q in params_of(opt) if q is not p], before)
+            for x, kept, size in away:
+                x.untyped_storage().resize_(size)
+                x.copy_(kept)
+        train([opt, twin], [step])
+    assert_same_bits(content(opt), content(twin))
+
+
+# -- slots that a rule leaves as they are -----------------------------------------------------------------------------
+
+
+@fo.elementwise(state={"sum": fo.zeros, "kept": fo.slot(2.0), "seen": fo.slot(3.0, per="leaf")})
+def with_kept(u: Any, sum: Any, kept: Any, seen: Any) -> Any:
+    """A rule that hands two of its slots on."""
+    return u * kept * seen, sum + u, kept, seen
+
+
+@pytest.mark.parametrize("backend", ["reference", "foreach", "c"])
+def test_a_slot_that_is_left_as_it_is_is_not_written(backend: str) -> None:
+    tx = fo.chain(with_kept(), fo.sgd(0.1))
+    with fo.use_backend(backend):
+        opt = TransformOptimizer(make_params(shapes=SMALL), tx)
+        train([opt], range(2))
+        kept = [opt.state[p][key] for p in params_of(opt) for key in ("kept", "seen")]
+        written = [opt.state[p]["sum"] for p in params_of(opt)]
+        versions = [[x._version for x in own] for own in (kept, written)]
+        train([opt], range(2, 5))
+        assert all(opt.state[p][key] is x for (p, key), x in zip(
+            [(p, key) for p in params_of(opt) for key in ("kept", "seen")], kept, strict=True))  # fmt: skip
+        assert [x._version for x in kept] == versions[0]
+        assert all(x._version > v for x, v in zip(written, versions[1], strict=True))
+
+        params = make_tree(0)
+        state = tx.init(params)
+        _, new = fo.apply_gradients(tx, params, make_tree(1), state)
+        for key in ("kept", "seen"):
+            assert all(a is b for a, b in zip(
+                tensors(getattr(new[0], key)), tensors(getattr(state[0], key)), strict=True))  # fmt: skip
+        versions = [[x._version for x in tensors(getattr(state[0], key))] for key in ("kept", "seen")]
+        fo.apply_gradients(tx, params, make_tree(1), state, donate=True)
+        assert versions == [[x._version for x in tensors(getattr(state[0], key))] for key in ("kept", "seen")]
+
+
+def test_numbers_of_numpy_count_too() -> None:
+    p = nn.Parameter(torch.zeros(2))
+    opt = adapters.AdamW([p], lr=0.1)
+    p.grad = torch.ones(2)
+    opt.step()
+    opt.state[p]["step"] = np.float32(1)
+    opt.step()
+    assert float(opt.state[p]["step"]) == 2.0

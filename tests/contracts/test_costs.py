@@ -1,0 +1,106 @@
+"""Costs of a step, counted in calls that Python makes, and not in time."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import functional_optim as fo
+from functional_optim.adapters import AdamW, TransformOptimizer
+
+
+def calls(step: Callable[[], Any]) -> int:
+    """Number of functions that a step calls, those written in C included."""
+    count = [0]
+
+    def profile(frame: Any, event: str, arg: Any) -> None:
+        count[0] += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        step()
+    finally:
+        sys.setprofile(before)
+    return count[0]
+
+
+def identity(updates: Any, params: Any) -> Any:
+    return updates
+
+
+def count(updates: Any, state: Any, params: Any = None) -> Any:
+    return updates, state + 1
+
+
+OPAQUE = {
+    "stateless": lambda: fo.stateless(identity),
+    "a counter": lambda: fo.GradientTransformation(lambda params: 0, count),
+}
+
+
+def optimizer(tx: Any) -> Callable[[int], Callable[[], Any]]:
+    def make(n: int) -> Callable[[], Any]:
+        params = [nn.Parameter(torch.ones(2)) for _ in range(n)]
+        opt = AdamW(params) if tx is None else TransformOptimizer(params, tx)
+        for p in params:
+            p.grad = torch.ones(2)
+        return opt.step
+
+    return make
+
+
+def pure(tx: Any, donate: bool) -> Callable[[int], Callable[[], Any]]:
+    def make(n: int) -> Callable[[], Any]:
+        params = {str(k): torch.ones(2) for k in range(n)}
+        grads = {str(k): torch.ones(2) for k in range(n)}
+        held = [(params, tx.init(params))]
+
+        def step() -> None:
+            held[0] = fo.apply_gradients(tx, held[0][0], grads, held[0][1], donate=donate)
+
+        return step
+
+    return make
+
+
+def per_tensor(make: Callable[[int], Callable[[], Any]]) -> float:
+    """Calls of a step for each tensor more."""
+    found = []
+    for n in (50, 150):
+        step = make(n)
+        for _ in range(3):
+            step()
+        found.append(calls(step))
+    return (found[1] - found[0]) / 100
+
+
+def test_a_step_of_rules_calls_nothing_for_each_tensor() -> None:
+    """A step that writes in place reads tensors in lists, whatever their number."""
+    assert per_tensor(optimizer(None)) <= 1
+    assert per_tensor(optimizer(fo.adamw(1e-3))) <= 1
+    assert per_tensor(pure(fo.adamw(1e-3), donate=True)) <= 1
+
+
+@pytest.mark.parametrize("opaque", OPAQUE)
+@pytest.mark.parametrize("way", ["optimizer", "pure", "donated"])
+def test_an_opaque_transformation_costs_a_few_calls_for_each_tensor(way: str, opaque: str) -> None:
+    """Fewer than a plain loop over the parameters, which calls some dozen functions for each."""
+    tx = fo.chain(OPAQUE[opaque](), fo.adamw(1e-3))
+    make = optimizer(tx) if way == "optimizer" else pure(tx, donate=way == "donated")
+    assert per_tensor(make) <= 40
+
+
+@pytest.mark.parametrize("members", [1, 4])
+def test_calls_do_not_grow_with_the_square_of_tensors(members: int) -> None:
+    tx = fo.chain(*[fo.stateless(identity) for _ in range(members)], fo.adamw(1e-3))
+    found = []
+    for n in (40, 80, 160):
+        step = optimizer(tx)(n)
+        for _ in range(3):
+            step()
+        found.append(calls(step))
+    assert found[2] - found[1] <= 2.2 * (found[1] - found[0])

@@ -1,0 +1,206 @@
+"""Memory that tensors of a step share, or no longer have, on every backend."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import functional_optim as fo
+from _lib.compare import Snapshot, assert_same_bits
+from _lib.marks import INTERPRETER
+from functional_optim import adapters
+from functional_optim.adapters import TransformOptimizer
+
+
+pytestmark = INTERPRETER
+STEPS = 20
+BACKENDS = ["reference", "foreach", "c", "triton"]
+
+
+# -- views that share no element --------------------------------------------------------------------------------------
+
+
+def columns(base: torch.Tensor) -> list[torch.Tensor]:
+    return [base[:, 0], base[:, 1], base[:, 2:]]
+
+
+def every_other(base: torch.Tensor) -> list[torch.Tensor]:
+    return [base.reshape(-1)[::2], base.reshape(-1)[1::2]]
+
+
+def blocks(base: torch.Tensor) -> list[torch.Tensor]:
+    return [base[:2, :2], base[:2, 2:], base[2:, :2], base[2:, 2:]]
+
+
+def of_a_complex_tensor(base: torch.Tensor) -> list[torch.Tensor]:
+    pairs = torch.view_as_complex(base.reshape(-1, 2))
+    return [pairs.real, pairs.imag]
+
+
+def rows_backwards(base: torch.Tensor) -> list[torch.Tensor]:
+    return [base[3], base[2], base[1], base[0]]
+
+
+def a_number_beside_a_row(base: torch.Tensor) -> list[torch.Tensor]:
+    return [base[0, 0], base[0, 1:], base[1:].t()]
+
+
+VIEWS: dict[str, Callable[[torch.Tensor], list[torch.Tensor]]] = {
+    view.__name__: view
+    for view in (columns, every_other, blocks, of_a_complex_tensor, rows_backwards, a_number_beside_a_row)
+}
+MAKERS: dict[str, Callable[[Any], Any]] = {
+    "momentum": lambda params: adapters.SGD(params, lr=0.1, momentum=0.9),
+    "AdamW": lambda params: adapters.AdamW(params, lr=0.1),
+    "LAMB": lambda params: adapters.LAMB(params, lr=0.1),
+    "clip": lambda params: TransformOptimizer(params, fo.chain(fo.clip_by_global_norm(0.5), fo.sgd(0.1))),
+}
+
+
+def base(dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.linspace(-1.0, 1.0, 16, dtype=torch.float64).to(dtype).reshape(4, 4)
+
+
+def grads_like(params: Any, step: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype) for p in params]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("maker", MAKERS)
+def test_parameters_that_lie_between_each_other(maker: str, view: str, dtype: torch.dtype) -> None:
+    """They step as tensors of their own do, and write nothing else."""
+    whole = base(dtype)
+    params = [nn.Parameter(x) for x in VIEWS[view](whole)]
+    own = [nn.Parameter(x.clone()) for x in VIEWS[view](base(dtype))]
+    assert all(p.data_ptr() == x.data_ptr() for p, x in zip(params, VIEWS[view](whole), strict=True))
+    opt, other = MAKERS[maker](params), MAKERS[maker](own)
+    for step in range(STEPS):
+        for o, tensors in ((opt, params), (other, own)):
+            for p, g in zip(tensors, grads_like(tensors, step), strict=True):
+                p.grad = g
+            o.step()
+        torch.testing.assert_close(params, own, rtol=0, atol=0)
+        assert_same_bits(list(VIEWS[view](whole)), [p.detach() for p in own])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("view", VIEWS)
+def test_donated_parameters_that_lie_between_each_other(view: str, backend: str) -> None:
+    tx = fo.sgd(0.125, momentum=0.5)
+    with fo.use_backend(backend):
+        runs = []
+        for share in (True, False):
+            params = {str(k): x if share else x.clone() for k, x in enumerate(VIEWS[view](base()))}
+            state = tx.init(params)
+            for step in range(3 if backend == "triton" else STEPS):
+                grads = dict(zip(params, grads_like(list(params.values()), step), strict=True))
+                params, state = fo.apply_gradients(tx, params, grads, state, donate=True)
+            runs.append({k: x.clone() for k, x in params.items()})
+    assert_same_bits(runs[0], runs[1])
+
+
+SHARED: dict[str, Callable[[torch.Tensor], list[torch.Tensor]]] = {
+    "one tensor twice": lambda x: [x[0], x[0]],
+    "a row and a column": lambda x: [x[1], x[:, 1]],
+    "rows that overlap": lambda x: [x[:3], x[2:]],
+    "a part": lambda x: [x, x[3, 3:]],
+    "other strides": lambda x: [x, x.t()],
+}
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("case", SHARED)
+@pytest.mark.parametrize("maker", MAKERS)
+def test_parameters_with_a_common_element_are_refused(maker: str, case: str, steps: int) -> None:
+    """Also if they came to have one after some steps, as with `head.weight.data = embedding.weight.data`."""
+    params = [nn.Parameter(x if not steps else x.clone()) for x in SHARED[case](base())]
+    opt = MAKERS[maker](params)
+    for step in range(steps):
+        for p, g in zip(params, grads_like(params, step), strict=True):
+            p.grad = g
+        opt.step()
+    if steps:
+        for p, x in zip(params, SHARED[case](base()), strict=True):
+            p.data = x
+    for p, g in zip(params, grads_like(params, 9), strict=True):
+        p.grad = g
+    before = Snapshot(params, [dict(opt.state[p]) for p in params if p in opt.state])
+    with pytest.raises(ValueError, match="memory"):
+        opt.step()
+    before.check()
+
+
+# -- memory that is gone ----------------------------------------------------------------------------------------------
+
+
+def free(x: torch.Tensor) -> None:
+    x.untyped_storage().resize_(0)
+
+
+def cut(x: torch.Tensor) -> None:
+    x.untyped_storage().resize_(x.untyped_storage().nbytes() // 2)
+
+
+def layout(name: str, values: torch.Tensor) -> torch.Tensor:
+    """A tensor as kernels can walk it, or with gaps, so that they get a copy."""
+    return values if name == "dense" else torch.stack([values, values], -1)[..., 0]
+
+
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("gone", [free, cut])
+@pytest.mark.parametrize("what", ["params", "updates", "momentum"])
+@pytest.mark.parametrize("form", ["dense", "with gaps"])
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_memory_that_is_gone_is_refused(
+    backend: str, donate: bool, form: str, what: str, gone: Callable[[Any], None], used: bool
+) -> None:
+    """Before anything is written; with the path of the leaf."""
+    tx = fo.sgd(0.5, momentum=0.5)
+    params = {k: layout(form, torch.ones(4, 4)) for k in "abc"}
+    grads = {k: layout(form, torch.ones(4, 4)) for k in "abc"}
+    state = tx.init(params)
+    with fo.use_backend(backend):
+        if used:
+            params, state = fo.apply_gradients(tx, params, grads, state, donate=donate)
+        x = {"params": params, "updates": grads, "momentum": state[0].trace}[what]["b"]
+        gone(x)
+        others = Snapshot([tree[k] for tree in (params, grads, state[0].trace) for k in "ac"])
+        with pytest.raises(ValueError, match=r"b.* has no memory"):
+            fo.apply_gradients(tx, params, grads, state, donate=donate)
+        others.check()
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("gone", [free, cut])
+@pytest.mark.parametrize("what", ["parameter", "gradient", "state"])
+@pytest.mark.parametrize("form", ["dense", "with gaps"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("maker", ["momentum", "LAMB"])
+def test_memory_of_an_optimizer_that_is_gone_is_refused(
+    maker: str, backend: str, form: str, what: str, gone: Callable[[Any], None], steps: int
+) -> None:
+    if what == "state" and not steps:
+        pytest.skip("there is none yet")
+    params = [nn.Parameter(layout(form, torch.ones(4, 4))) for _ in range(3)]
+    opt = MAKERS[maker](params)
+    with fo.use_backend(backend):
+        for _ in range(steps):
+            for p in params:
+                p.grad = layout(form, torch.ones(4, 4))
+            opt.step()
+        for p in params:
+            p.grad = layout(form, torch.ones(4, 4))
+        p = params[1]
+        if what == "state":
+            gone(next(x for x in opt.state[p].values() if x.ndim))
+        else:
+            gone(p.detach() if what == "parameter" else p.grad)
+        others = Snapshot([[q, q.grad, dict(opt.state.get(q, {}))] for q in (params[0], params[2])])
+        with pytest.raises(ValueError, match="has no memory"):
+            opt.step()
+        others.check()
