@@ -6,7 +6,7 @@ looked up in. All parameters still share one kernel per pass, whatever their opt
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from operator import attrgetter, is_
 from typing import Any, Literal, NamedTuple
 
@@ -21,7 +21,17 @@ from ._runtime.checks import check_fit, check_leaf
 from ._runtime.internals import in_backward, needs_dispatch
 from ._runtime.join import Joins
 from ._runtime.plan import Columns, Key
-from ._runtime.shard import MeshShard, as_dtensor_like, is_dtensor, local_tensor, mesh_shard, placed_like, real_view
+from ._runtime.shard import (
+    LocalTensors,
+    MeshShard,
+    as_dtensor_like,
+    check_placed,
+    is_dtensor,
+    local_tensor,
+    mesh_shard,
+    placed_like,
+    real_view,
+)
 from ._runtime.spec import specs_of
 from ._runtime.step import Launch, Numbers
 from ._step import CHANGED, call_opaque, host_column, updates_of
@@ -32,6 +42,7 @@ from ._tree import Reader, View
 GRAD = attrgetter("grad")
 
 
+Place = Callable[[torch.Tensor, torch.Tensor, str], torch.Tensor]
 Outcome = Literal["taken", "gone", "sparse"]
 
 
@@ -188,8 +199,11 @@ class ParamStep:
                     f"and initial values, before the first step."
                 )
         # parameters whose elements are in another tensor: DTensors, and complex ones, which are pairs of real numbers
-        self.wrapped = [i for i, p in enumerate(params.params) if p.is_complex() or is_dtensor(p)]
+        self.wrapped = [i for i in self.present if params.params[i].is_complex() or is_dtensor(params.params[i])]
         self.dtensors = [i for i in self.wrapped if is_dtensor(params.params[i])]
+        self.complex = [i for i in self.wrapped if params.params[i].is_complex()]
+        self.locals = LocalTensors()
+        self.locals.remember("params", params.params, self.dtensors)
         self.shards = [mesh_shard(p) for p in params.params]
         self.view = view_of(self.names, params.params)
         self.reader = Reader(self.view.spec)
@@ -247,6 +261,7 @@ class ParamStep:
             and len(templates) == len(self.templates)
             and all(map(is_, templates, self.templates))
             and all(grads[i] is None for i in self.absent)
+            and not (self.dtensors and not self.locals.fit("params", self.params.params))
             and not ((exact or self.runs_python) and any(grads[i] is None for i in self.present))
         )
 
@@ -334,9 +349,10 @@ class ParamStep:
                     column = [state.get(key) for state in states]
                     if any(column[i] is None and stored.seen[i] for i in self.present):
                         return None
-                for i in self.wrapped:
-                    column[i] = tensor_of(column[i])
-                columns[stored.key] = column
+                if stored.key == "step" or (stored.slot is not None and stored.slot.per_leaf):
+                    columns[stored.key] = column
+                else:
+                    columns[stored.key] = self._local(stored.key, column, check_placed, f"{stored.name} at")
         return columns
 
     # -- the step -----------------------------------------------------------------------------------------------------
@@ -386,8 +402,8 @@ class ParamStep:
                 "was given one parameter while its gradient is computed; call `step` after the backward pass."
             )
         own: Columns = {
-            "updates": self._local(self._placed(grads)),
-            "params": self._local(self.params.params),
+            "updates": self._local("updates", grads, placed_like, "the gradient of"),
+            "params": self._local("params", self.params.params),
             **columns,
         }
         before = specs_of(own["params"]) if self.runs_python and not needs_dispatch() else None
@@ -402,7 +418,7 @@ class ParamStep:
                 counts = [int(states[i]["step"]) if "step" in states[i] else None for i in range(len(states))]
                 own[name] = host_column(name, schedule, counts, self.devices)
             if before is not None:
-                own["params"] = self._local(params)
+                own["params"] = self._local("params", params)
                 if specs_of(own["params"]) != before:
                     raise RuntimeError(CHANGED)
                 own |= self.columns(states) or {}
@@ -417,7 +433,7 @@ class ParamStep:
                 own["updates"] = results.pop("updates", own["updates"])
                 self._replace(stage, results, own, states, journal)
         if self.dtensors:
-            torch.autograd.graph.increment_version([params[i] for i in self.dtensors if i in self.present])
+            torch.autograd.graph.increment_version([params[i] for i in self.dtensors])
         self.done = True
         return "taken"
 
@@ -426,23 +442,29 @@ class ParamStep:
         """Whether everything of the last step has been written."""
         return self.done or (self.launch is not None and self.launch.completed)
 
-    def _local(self, tensors: Sequence[Any]) -> Sequence[Any]:
-        """The plain real tensors that hold the elements of one tensor per parameter."""
+    def _local(self, key: Key, tensors: Sequence[Any], place: Place | None = None, name: str = "") -> Sequence[Any]:
+        """The plain real tensors that hold the elements of a column.
+
+        Args:
+          key: the column.
+          tensors: a tensor per parameter.
+          place: what is done to a DTensor that may be placed otherwise than its parameter.
+          name: the beginning of the name of a tensor in messages.
+        """
         if not self.wrapped:
             return tensors
+        if self.dtensors and not self.complex:
+            found = self.locals.find(key, tensors)
+            if found is not None:
+                return found
         column = list(tensors)
+        if place is not None:
+            for i in self.dtensors:
+                if column[i] is not None:
+                    column[i] = place(column[i], self.params.params[i], f"{name} {self.names[i]!r}")
+        self.locals.remember(key, column, self.dtensors)
         for i in self.wrapped:
             column[i] = tensor_of(column[i])
-        return column
-
-    def _placed(self, grads: Sequence[Any]) -> Sequence[Any]:
-        """The gradients with the placements of their parameters."""
-        if not self.dtensors:
-            return grads
-        column = list(grads)
-        for i in self.dtensors:
-            if column[i] is not None:
-                column[i] = placed_like(column[i], self.params.params[i], f"the gradient of {self.names[i]!r}")
         return column
 
     def _run(
@@ -500,6 +522,7 @@ class ParamStep:
         self, stage: ParamRegion, results: Columns, own: Columns, states: Sequence[dict[str, Any]], journal: Journal
     ) -> None:
         """Puts new tensors in the place of the entries of a region's slots."""
+        wrapped = set(self.wrapped)
         for stored in stage.region.stored:
             if stored.key not in results:
                 continue
@@ -507,7 +530,7 @@ class ParamStep:
             for i in self.present:
                 x = results[stored.key][i]
                 if x is not own[stored.key][i]:
-                    new = x if per_leaf or i not in self.wrapped else _like(x, self.params.params[i])
+                    new = x if per_leaf or i not in wrapped else _like(x, self.params.params[i])
                     journal.set(states[i], stage.keys[stored.key], new)
 
     def _call(
@@ -526,7 +549,8 @@ class ParamStep:
         view = View(self.view.spec, tuple(updates), link.seen)
         state = split.gather(dict(zip(self.names, states, strict=True)))
         tree, new_state = call_opaque(link.tx, view.tree(), state, view.tree(params), extra)
-        found = list(self._local(self._placed(updates_of(link, tree, updates, self.reader))))
+        found = updates_of(link, tree, updates, self.reader)
+        found = list(self._local((stage.position, "update"), found, placed_like, "the update that was returned for"))
         for i in self.present:
             name = f"the update that {link.tx!r:.60} returned"
             check_fit(name, "parameter", self.names[i], found[i], own["params"][i])

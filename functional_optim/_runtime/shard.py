@@ -17,9 +17,10 @@ Collectives come in the same order in all processes, because the layout of the w
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeGuard
+from operator import attrgetter, itemgetter
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 
@@ -145,6 +146,26 @@ def placed_like(x: torch.Tensor, p: torch.Tensor, name: str) -> torch.Tensor:
     return x.redistribute(p.device_mesh, p.placements)
 
 
+def check_placed(x: torch.Tensor, p: torch.Tensor, name: str) -> torch.Tensor:
+    """Refuses a state that is not placed as its parameter is, and would not be if it were written to.
+
+    Raises:
+      ValueError: meshes, placements or shapes differ.
+    """
+    if not same_placement(x, p):
+        raise ValueError(
+            f"{name} is {_placement(x)}, but its parameter is {_placement(p)}; load it with `load_state_dict`, which "
+            f"distributes it."
+        )
+    return x
+
+
+def _placement(x: torch.Tensor) -> str:
+    if not is_dtensor(x):
+        return f"a plain tensor of shape {tuple(x.shape)}"
+    return f"a DTensor of shape {tuple(x.shape)} with placements {x.placements} on {x.device_mesh}"
+
+
 def loaded_like(x: torch.Tensor, p: torch.Tensor | None) -> torch.Tensor:
     """A tensor of a file, distributed over processes as a parameter is.
 
@@ -205,6 +226,78 @@ def as_dtensor_like(local: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
         shape=p.shape,
         stride=p.stride(),
     )
+
+
+class _Known(NamedTuple):
+    """The DTensors of a column: their positions, those with None, a function that picks them, and their specs."""
+
+    positions: list[int]
+    none: list[int]
+    pick: Callable[[Any], Sequence[Any]] | None
+    specs: list[Any]
+
+
+class LocalTensors:
+    """Local tensors of columns that were found to be placed as they have to be.
+
+    A comparison of meshes and placements costs 2 us, and a step would make thousands. A DTensor keeps both, and its
+    shape, in one object, `_spec` (private), which torch puts another one in place of but does not change. So the specs
+    that were found to fit are remembered, and compared all at once: those of the same object are equal.
+
+    Example:
+      >>> LocalTensors().find("params", [torch.zeros(2)]) is None
+      True
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, _Known] = {}
+
+    def remember(self, key: Hashable, column: Sequence[Any], positions: Iterable[int]) -> None:
+        """Remembers the specs of the DTensors of a column, which have been found to fit.
+
+        Args:
+          key: the column.
+          column: its tensors.
+          positions: the positions of those to remember; where there is None, there must be None again.
+        """
+        positions = list(positions)
+        own = [i for i in positions if is_dtensor(column[i])]
+        pick = None
+        if own != list(range(len(column))):
+            pick = itemgetter(*own) if len(own) > 1 else lambda tensors: [tensors[i] for i in own]
+        none = [i for i in positions if column[i] is None]
+        self._known[key] = _Known(own, none, pick, [_SPEC(column[i]) for i in own])
+
+    def fit(self, key: Hashable, column: Sequence[Any]) -> bool:
+        """Whether the tensors of a column are placed like those that are remembered."""
+        known = self._known[key]
+        try:
+            specs = list(map(_SPEC, column if known.pick is None else known.pick(column)))
+        except AttributeError:
+            return False
+        return specs == known.specs and all(column[i] is None for i in known.none)
+
+    def find(self, key: Hashable, column: Sequence[Any]) -> list[Any] | None:
+        """The column with local tensors in the places of the DTensors that are remembered.
+
+        Returns:
+          A new list; None if a tensor may be placed otherwise, or communication has to be finished.
+        """
+        if key not in self._known or not self.fit(key, column):
+            return None
+        known = self._known[key]
+        local = list(map(_LOCAL, column if known.pick is None else known.pick(column)))
+        if set(map(type, local)) - {torch.Tensor}:
+            return None
+        if known.pick is None:
+            return local
+        mixed = list(column)
+        for i, x in zip(known.positions, local, strict=True):
+            mixed[i] = x
+        return mixed
+
+
+_SPEC, _LOCAL = attrgetter("_spec"), attrgetter("_local_tensor")
 
 
 @dataclass(frozen=True)

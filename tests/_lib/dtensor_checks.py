@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -135,6 +136,28 @@ def states_of_any_placement(rank: int, folder: Path) -> None:
                 resumed.step()
                 other.step()
             assert_same(new, alone, name)
+
+
+def states_that_are_replaced(rank: int, folder: Path) -> None:
+    """Another placement, or a plain tensor: refused at the step, which changes nothing, until it is loaded."""
+    for mesh in meshes():
+        for a, b in itertools.permutations([*placements(mesh, PLACED), None], 2):
+            if a is None:
+                continue
+            p, q = torch.nn.Parameter(distributed(value(0), mesh, a)), torch.nn.Parameter(value(0))
+            optimizer, other = ELEMENTWISE["AdamW"]([p]), ELEMENTWISE["AdamW"]([q])
+            for step in range(4):
+                p.grad, q.grad = distributed(value(0, seed=step), mesh, a), value(0, seed=step)
+                if step == 2:
+                    average = whole(optimizer.state[p]["exp_avg"])
+                    optimizer.state[p]["exp_avg"] = average if b is None else distributed(average, mesh, b)
+                    with pytest.raises(ValueError, match=r"state .*exp_avg|mu at .* but its parameter is a DTensor"):
+                        optimizer.step()
+                    assert_same([p], [q], "AdamW")
+                    optimizer.load_state_dict(optimizer.state_dict())
+                optimizer.step()
+                other.step()
+            assert_same([p], [q], "AdamW")
 
 
 def sharded_model() -> torch.nn.Module:
@@ -371,6 +394,7 @@ CHECKS = {
         gradients_of_any_placement,
         partial_gradients_of_a_replicated_model,
         states_of_any_placement,
+        states_that_are_replaced,
         averages_are_seen_and_leave,
         transformations_that_are_no_rules,
         maxima_keep_nan,
