@@ -5,6 +5,7 @@ parameter brings a flat dict of state, its counter `step` among it, and options,
 looked up in. All parameters still share one kernel per pass, whatever their options are.
 """
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from operator import attrgetter, is_
@@ -27,6 +28,7 @@ from ._runtime.shard import (
     as_dtensor_like,
     check_placed,
     is_dtensor,
+    is_fsdp1,
     local_tensor,
     mesh_shard,
     placed_like,
@@ -219,6 +221,10 @@ class ParamStep:
             for stage in self.stages
             if isinstance(stage, Opaque)
         }
+        if warn and any(
+            recipe.program.reductions for stage in self.regions for recipe in stage.region.recipes.values()
+        ):
+            self._warn_of_flat_params()
         self.spans_tree = any(stage.region.spans_tree for stage in self.regions)
         self.needed = {name for stage in self.regions for name in stage.region.extras}
         self.runs_python = bool(self.opaque) or any(stage.region.hosts for stage in self.regions)
@@ -246,6 +252,16 @@ class ParamStep:
                 if link.bound is not None and link.bound.uses_step:
                     steps = [a or b for a, b in zip(steps, link.seen, strict=True)]
         return links, scopes, keys, steps
+
+    def _warn_of_flat_params(self) -> None:
+        flat = next((name for name, p in zip(self.names, self.params.params, strict=True) if is_fsdp1(p)), None)
+        if flat is not None:
+            warnings.warn(
+                f"{flat!r} is a part of a flat parameter of `FullyShardedDataParallel`, so norms, means and maxima of "
+                f"this chain are those of the part in each process; use `fully_shard`, where they are those of whole "
+                f"tensors.",
+                stacklevel=2,
+            )
 
     def is_for(self, templates: Sequence[Template], grads: Sequence[Any], guarded: bool, exact: bool) -> bool:
         """Whether the step is for such transformations, and for gradients of which the same ones are there.
@@ -395,6 +411,11 @@ class ParamStep:
             raise ValueError(
                 "gradients that are still multiplied by a loss scale reach transformations that are not made of rules; "
                 "unscale them before the step."
+            )
+        if self.dtensors and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{self.names[self.dtensors[0]]} is a DTensor, whose local tensor is written to, so that autograd "
+                f"cannot record the step; use differentiable=False, or the functions of a transformation."
             )
         if self.spans_tree and len(self.names) == 1 and in_backward():
             raise RuntimeError(

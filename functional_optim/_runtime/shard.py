@@ -11,7 +11,7 @@ Collectives come in the same order in all processes, because the layout of the w
    reduction (0 for a sum, -inf for a maximum); a process without any gradient takes part too. `_runtime/join.py` lays
    the vectors out; dtypes play no part in it, because that of a missing gradient is not known.
 2. `Join` completes a vector by one all-reduce per distinct `MeshShard` and mesh dimension. Numbers over the tree are
-   then reduced to one, which `GroupShard.combine` completes if the optimizer was given a process group.
+   then reduced to one.
 3. `placed_like` may be a collective. It is called for the leaves in order.
 """
 
@@ -327,31 +327,6 @@ class MeshShard:
         _all_reduce(moved, kind, [self.mesh.get_group(dim) for dim in self.dims])
         if moved is not partials:
             partials.copy_(moved)
-
-
-@dataclass(frozen=True)
-class GroupShard:
-    """Processes that hold different parameters of one model: pipeline stages, parts of ZeRO or FSDP1.
-
-    It completes a reduction over the tree, so that a norm is that of the whole model. Each parameter is counted once
-    per process that has it: a sum is right where it is in one process of the group only, or in parts. It is no help
-    for a reduction over one parameter.
-
-    Args:
-      group: a `ProcessGroup`; `torch.distributed.group.WORLD` for all processes. It cannot be pickled or copied.
-    """
-
-    group: "ProcessGroup"
-
-    def combine(self, partials: torch.Tensor, kind: str) -> None:
-        """Reduces numbers over the group, in place; a process outside of it does nothing.
-
-        Args:
-          partials: contiguous floating-point numbers, as many in each process.
-          kind: "sum" or "amax", which is NaN where one is.
-        """
-        if torch.distributed.get_rank(self.group) >= 0:
-            _all_reduce(partials, kind, [self.group])
 
 
 def _all_reduce(partials: torch.Tensor, kind: str, groups: "Iterable[ProcessGroup]") -> None:

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -301,6 +302,22 @@ def missing_gradients_differ(rank: int, folder: Path) -> None:
                 )
 
 
+def collectives_of_a_step(rank: int, folder: Path) -> None:
+    """One all-reduce for each pass that ends in sums, whatever parameters, dtypes, groups and gradients."""
+    mesh = meshes()[0]
+    counts = {"AdamW": 0, "clip": 1, "LAMB": 1}
+    for name, count in counts.items():
+        dtypes = [torch.float64, torch.float32, torch.bfloat16] * 2
+        params = [torch.nn.Parameter(distributed(value(k).to(d), mesh, (Shard(0),))) for k, d in enumerate(dtypes)]
+        optimizer = OPTIMIZERS[name]([{"params": params[:4]}, {"params": params[4:]}])
+        for missing in (None, rank):
+            for k, (p, d) in enumerate(zip(params, dtypes, strict=True)):
+                p.grad = None if k == missing else distributed(value(k, seed=1).to(d), mesh, (Shard(0),))
+            with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
+                optimizer.step()
+            assert all_reduce.call_count == count, (name, missing)
+
+
 def compiled_steps(rank: int, folder: Path) -> None:
     """From the first step on, and after one that was not compiled."""
     for (name, make), later in itertools.product(OPTIMIZERS.items(), (False, True)):
@@ -399,6 +416,7 @@ CHECKS = {
         transformations_that_are_no_rules,
         maxima_keep_nan,
         missing_gradients_differ,
+        collectives_of_a_step,
         compiled_steps,
         donated,
         a_process_outside_of_the_mesh,
