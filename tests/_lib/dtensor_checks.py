@@ -152,7 +152,9 @@ def states_that_are_replaced(rank: int, folder: Path) -> None:
                 if step == 2:
                     average = whole(optimizer.state[p]["exp_avg"])
                     optimizer.state[p]["exp_avg"] = average if b is None else distributed(average, mesh, b)
-                    with pytest.raises(ValueError, match=r"state .*exp_avg|mu at .* but its parameter is a DTensor"):
+                    with pytest.raises(
+                        ValueError, match=r"state .* at .* is a .*, but its parameter is a DTensor.*load_state_dict"
+                    ):
                         optimizer.step()
                     assert_same([p], [q], "AdamW")
                     optimizer.load_state_dict(optimizer.state_dict())
