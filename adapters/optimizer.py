@@ -475,8 +475,8 @@ class ChainOptimizer(Optimizer):
         `.data` of a parameter.
 
         FSDP2 keeps a whole copy of some parameters after a forward pass (of its root module, and of modules with
-        `reshard_after_forward=False`), and the next pass reads that copy. So with FSDP2 pass the model, or evaluation
-        sees the plain parameters, and the next training step the averages.
+        `reshard_after_forward=False`). Modules that are called inside the block gather parameters anew, and again after
+        it. Methods other than `forward` read the copy that is there, unless the model is given.
 
         Args:
           model: the module, or modules, whose whole copies are freed on the way in and out, in all processes alike.

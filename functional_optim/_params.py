@@ -5,8 +5,9 @@ parameter brings a flat dict of state, its counter `step` among it, and options,
 looked up in. All parameters still share one kernel per pass, whatever their options are.
 """
 
+import warnings
 from collections import OrderedDict
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from operator import attrgetter, is_, itemgetter
 from typing import Any, Literal, NamedTuple
 
@@ -21,7 +22,18 @@ from ._runtime.checks import check_fit, check_leaf
 from ._runtime.internals import in_backward, needs_dispatch
 from ._runtime.join import Joins
 from ._runtime.plan import Columns, Key
-from ._runtime.shard import MeshShard, as_dtensor_like, is_dtensor, local_tensor, mesh_shard, placed_like, real_view
+from ._runtime.shard import (
+    LocalTensors,
+    MeshShard,
+    as_dtensor_like,
+    check_placed,
+    is_dtensor,
+    is_fsdp1,
+    local_tensor,
+    mesh_shard,
+    placed_like,
+    real_view,
+)
 from ._runtime.step import Launch, Numbers
 from ._step import CHANGED_MESSAGE, Guard, call_opaque, check_updates, host_column, updates_of
 from ._transform import GradientTransformation, Link, Path
@@ -31,6 +43,7 @@ from ._tree import Reader, View
 GRAD = attrgetter("grad")
 
 
+Place = Callable[[torch.Tensor, torch.Tensor, str], torch.Tensor]
 Outcome = Literal["taken", "gone", "sparse"]
 
 
@@ -187,8 +200,11 @@ class ParamStep:
                     f"and initial values, before the first step."
                 )
         # parameters whose elements are in another tensor: DTensors, and complex ones, which are pairs of real numbers
-        self.wrapped = [i for i, p in enumerate(params.params) if p.is_complex() or is_dtensor(p)]
+        self.wrapped = [i for i in self.present if params.params[i].is_complex() or is_dtensor(params.params[i])]
         self.dtensors = [i for i in self.wrapped if is_dtensor(params.params[i])]
+        self.complex = [i for i in self.wrapped if params.params[i].is_complex()]
+        self.locals = LocalTensors()
+        self.locals.remember("params", params.params, self.dtensors)
         self.shards = [mesh_shard(p) for p in params.params]
         self.view = view_of(self.names, params.params)
         self.reader = Reader(self.view.spec)
@@ -204,6 +220,10 @@ class ParamStep:
             for stage in self.stages
             if isinstance(stage, Opaque)
         }
+        if warn and any(
+            recipe.program.reductions for stage in self.regions for recipe in stage.region.recipes.values()
+        ):
+            self._warn_of_flat_params()
         self.spans_tree = any(stage.region.spans_tree for stage in self.regions)
         self.traced = [stage.region for stage in self.regions if stage.region.traced]
         self.needed = {name for stage in self.regions for name in stage.region.extras}
@@ -234,6 +254,16 @@ class ParamStep:
                     steps = [a or b for a, b in zip(steps, link.seen, strict=True)]
         return links, scopes, keys, steps
 
+    def _warn_of_flat_params(self) -> None:
+        flat = next((name for name, p in zip(self.names, self.params.params, strict=True) if is_fsdp1(p)), None)
+        if flat is not None:
+            warnings.warn(
+                f"{flat!r} is a part of a flat parameter of `FullyShardedDataParallel`, so norms, means and maxima of "
+                f"this chain are those of the part in each process; use `fully_shard`, where they are those of whole "
+                f"tensors.",
+                stacklevel=2,
+            )
+
     def is_for(self, templates: Sequence[Template], grads: Sequence[Any], guarded: bool, exact: bool) -> bool:
         """Whether the step is for such transformations, and for gradients of which the same ones are there.
 
@@ -249,6 +279,7 @@ class ParamStep:
             and all(map(is_, templates, self.templates))
             and not (self.absent and any(grads[i] is not None for i in self.absent))
             and not (self.traced and not all(region.is_current for region in self.traced))
+            and not (self.dtensors and not self.locals.fit("params", self.params.params))
             and not ((exact or self.runs_python) and any(grads[i] is None for i in self.present))
         )
 
@@ -336,9 +367,10 @@ class ParamStep:
                     column = [state.get(key) for state in states]
                     if any(column[i] is None and stored.seen[i] for i in self.present):
                         return None
-                for i in self.wrapped:
-                    column[i] = tensor_of(column[i])
-                columns[stored.key] = column
+                if stored.key == "step" or (stored.slot is not None and stored.slot.per_leaf):
+                    columns[stored.key] = column
+                else:
+                    columns[stored.key] = self._local(stored.key, column, check_placed, f"{stored.name} at")
         return columns
 
     # -- the step -----------------------------------------------------------------------------------------------------
@@ -382,6 +414,11 @@ class ParamStep:
                 "gradients that are still multiplied by a loss scale reach transformations that are not made of rules; "
                 "unscale them before the step."
             )
+        if self.dtensors and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{self.names[self.dtensors[0]]} is a DTensor, whose local tensor is written to, so that autograd "
+                f"cannot record the step; use differentiable=False, or the functions of a transformation."
+            )
         if self.spans_tree and len(self.names) == 1 and in_backward():
             raise RuntimeError(
                 "this chain reduces over the whole tree, so it needs the gradients of all parameters at once, but it "
@@ -391,7 +428,8 @@ class ParamStep:
         if self.wrapped:
             if any(g is not None and g.layout is not torch.strided for g in map(grads.__getitem__, self.dtensors)):
                 return "sparse"
-            own |= {"updates": self._local(self._placed(grads)), "params": self._local(params)}
+            own["updates"] = self._local("updates", grads, placed_like, "the gradient of")
+            own["params"] = self._local("params", params)
         guarded = self.runs_python and not needs_dispatch()
         if guarded:
             self.guard = Guard.of(self.guard, own["params"], self.present)
@@ -406,7 +444,7 @@ class ParamStep:
                 counts = [int(states[i]["step"]) if "step" in states[i] else None for i in range(len(states))]
                 own[name] = host_column(name, schedule, counts, self.devices)
             if guarded:
-                own["params"] = self._local(params)
+                own["params"] = self._local("params", params)
                 if not self.guard.holds(own["params"]):
                     raise RuntimeError(CHANGED_MESSAGE)
                 own |= self.columns(states) or {}
@@ -421,7 +459,7 @@ class ParamStep:
                 own["updates"] = results.pop("updates", own["updates"])
                 self._replace(stage, results, own, states, journal)
         if self.dtensors:
-            torch.autograd.graph.increment_version([params[i] for i in self.dtensors if i in self.present])
+            torch.autograd.graph.increment_version([params[i] for i in self.dtensors])
         self.done = True
         return "taken"
 
@@ -430,23 +468,29 @@ class ParamStep:
         """Whether everything of the last step has been written."""
         return self.done or (self.launch is not None and self.launch.completed)
 
-    def _local(self, tensors: Sequence[Any]) -> Sequence[Any]:
-        """The plain real tensors that hold the elements of one tensor per parameter."""
+    def _local(self, key: Key, tensors: Sequence[Any], place: Place | None = None, name: str = "") -> Sequence[Any]:
+        """The plain real tensors that hold the elements of a column.
+
+        Args:
+          key: the column.
+          tensors: a tensor per parameter.
+          place: what is done to a DTensor that may be placed otherwise than its parameter.
+          name: the beginning of the name of a tensor in messages.
+        """
         if not self.wrapped:
             return tensors
+        if self.dtensors and not self.complex:
+            found = self.locals.find(key, tensors)
+            if found is not None:
+                return found
         column = list(tensors)
+        if place is not None:
+            for i in self.dtensors:
+                if column[i] is not None:
+                    column[i] = place(column[i], self.params.params[i], f"{name} {self.names[i]!r}")
+        self.locals.remember(key, column, self.dtensors)
         for i in self.wrapped:
             column[i] = tensor_of(column[i])
-        return column
-
-    def _placed(self, grads: Sequence[Any]) -> Sequence[Any]:
-        """The gradients with the placements of their parameters."""
-        if not self.dtensors:
-            return grads
-        column = list(grads)
-        for i in self.dtensors:
-            if column[i] is not None:
-                column[i] = placed_like(column[i], self.params.params[i], f"the gradient of {self.names[i]!r}")
         return column
 
     def _run(
@@ -502,6 +546,7 @@ class ParamStep:
         self, stage: ParamRegion, results: Columns, own: Columns, states: Sequence[dict[str, Any]], journal: Journal
     ) -> None:
         """Puts new tensors in the place of the entries of a region's slots."""
+        wrapped = set(self.wrapped)
         for stored in stage.region.stored:
             if stored.key not in results:
                 continue
@@ -509,7 +554,7 @@ class ParamStep:
             for i in self.present:
                 x = results[stored.key][i]
                 if x is not own[stored.key][i]:
-                    new = x if per_leaf or i not in self.wrapped else _like(x, self.params.params[i])
+                    new = x if per_leaf or i not in wrapped else _like(x, self.params.params[i])
                     journal.set(states[i], stage.keys[stored.key], new)
 
     def _call(
@@ -528,7 +573,8 @@ class ParamStep:
         view = View(self.view.spec, tuple(updates), link.seen)
         state = split.gather(dict(zip(self.names, states, strict=True)))
         tree, new_state = call_opaque(link.tx, view.tree(), state, view.tree(params), extra)
-        found = list(self._local(self._placed(updates_of(link, tree, updates, self.reader))))
+        found = updates_of(link, tree, updates, self.reader)
+        found = list(self._local((stage.position, "update"), found, placed_like, "the update that was returned for"))
         check_updates(link, found, own["params"], self.names, self.present)
         present = [self.names[i] for i in self.present if link.seen[i]]
         return found, split.entries(new_state, present)

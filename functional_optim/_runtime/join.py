@@ -34,15 +34,7 @@ class Vector(NamedTuple):
         Args:
           entries: the entries that have a part here; the others are the identity.
           values: the parts.
-
-        Raises:
-          RuntimeError: autograd would have to follow.
         """
-        if values.requires_grad:
-            raise RuntimeError(
-                "a norm, sum or maximum of DTensors is completed by other processes, through which autograd does not "
-                "follow; take the step in `torch.no_grad()`, without `differentiable=True`."
-            )
         identity = REDUCTIONS[self.kind].identity
         made = torch.full((len(self.entries),), identity, dtype=torch.float64, device=values.device)
         made[entries] = values

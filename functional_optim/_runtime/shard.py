@@ -11,15 +11,16 @@ Collectives come in the same order in all processes, because the layout of the w
    reduction (0 for a sum, -inf for a maximum); a process without any gradient takes part too. `_runtime/join.py` lays
    the vectors out; dtypes play no part in it, because that of a missing gradient is not known.
 2. `Join` completes a vector by one all-reduce per distinct `MeshShard` and mesh dimension. Numbers over the tree are
-   then reduced to one, which `GroupShard.combine` completes if the optimizer was given a process group.
+   then reduced to one.
 3. `placed_like` may be a collective. It is called for the leaves in order.
 """
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeGuard
+from operator import attrgetter, itemgetter
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 
@@ -145,6 +146,26 @@ def placed_like(x: torch.Tensor, p: torch.Tensor, name: str) -> torch.Tensor:
     return x.redistribute(p.device_mesh, p.placements)
 
 
+def check_placed(x: torch.Tensor, p: torch.Tensor, name: str) -> torch.Tensor:
+    """Refuses a state that is not placed as its parameter is, and would not be if it were written to.
+
+    Raises:
+      ValueError: meshes, placements or shapes differ.
+    """
+    if not same_placement(x, p):
+        raise ValueError(
+            f"{name} is {_placement(x)}, but its parameter is {_placement(p)}; load it with `load_state_dict`, which "
+            f"distributes it."
+        )
+    return x
+
+
+def _placement(x: torch.Tensor) -> str:
+    if not is_dtensor(x):
+        return f"a plain tensor of shape {tuple(x.shape)}"
+    return f"a DTensor of shape {tuple(x.shape)} with placements {x.placements} on {x.device_mesh}"
+
+
 def loaded_like(x: torch.Tensor, p: torch.Tensor | None) -> torch.Tensor:
     """A tensor of a file, distributed over processes as a parameter is.
 
@@ -207,6 +228,78 @@ def as_dtensor_like(local: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     )
 
 
+class _Known(NamedTuple):
+    """The DTensors of a column: their positions, those with None, a function that picks them, and their specs."""
+
+    positions: list[int]
+    none: list[int]
+    pick: Callable[[Any], Sequence[Any]] | None
+    specs: list[Any]
+
+
+class LocalTensors:
+    """Local tensors of columns that were found to be placed as they have to be.
+
+    A comparison of meshes and placements costs 2 us, and a step would make thousands. A DTensor keeps both, and its
+    shape, in one object, `_spec` (private), which torch puts another one in place of but does not change. So the specs
+    that were found to fit are remembered, and compared all at once: those of the same object are equal.
+
+    Example:
+      >>> LocalTensors().find("params", [torch.zeros(2)]) is None
+      True
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, _Known] = {}
+
+    def remember(self, key: Hashable, column: Sequence[Any], positions: Iterable[int]) -> None:
+        """Remembers the specs of the DTensors of a column, which have been found to fit.
+
+        Args:
+          key: the column.
+          column: its tensors.
+          positions: the positions of those to remember; where there is None, there must be None again.
+        """
+        positions = list(positions)
+        own = [i for i in positions if is_dtensor(column[i])]
+        pick = None
+        if own != list(range(len(column))):
+            pick = itemgetter(*own) if len(own) > 1 else lambda tensors: [tensors[i] for i in own]
+        none = [i for i in positions if column[i] is None]
+        self._known[key] = _Known(own, none, pick, [_SPEC(column[i]) for i in own])
+
+    def fit(self, key: Hashable, column: Sequence[Any]) -> bool:
+        """Whether the tensors of a column are placed like those that are remembered."""
+        known = self._known[key]
+        try:
+            specs = list(map(_SPEC, column if known.pick is None else known.pick(column)))
+        except AttributeError:
+            return False
+        return specs == known.specs and all(column[i] is None for i in known.none)
+
+    def find(self, key: Hashable, column: Sequence[Any]) -> list[Any] | None:
+        """The column with local tensors in the places of the DTensors that are remembered.
+
+        Returns:
+          A new list; None if a tensor may be placed otherwise, or communication has to be finished.
+        """
+        if key not in self._known or not self.fit(key, column):
+            return None
+        known = self._known[key]
+        local = list(map(_LOCAL, column if known.pick is None else known.pick(column)))
+        if set(map(type, local)) - {torch.Tensor}:
+            return None
+        if known.pick is None:
+            return local
+        mixed = list(column)
+        for i, x in zip(known.positions, local, strict=True):
+            mixed[i] = x
+        return mixed
+
+
+_SPEC, _LOCAL = attrgetter("_spec"), attrgetter("_local_tensor")
+
+
 @dataclass(frozen=True)
 class MeshShard:
     """Dimensions of a device mesh over which a tensor is in parts; a reduction of parts is completed over them.
@@ -234,31 +327,6 @@ class MeshShard:
         _all_reduce(moved, kind, [self.mesh.get_group(dim) for dim in self.dims])
         if moved is not partials:
             partials.copy_(moved)
-
-
-@dataclass(frozen=True)
-class GroupShard:
-    """Processes that hold different parameters of one model: pipeline stages, parts of ZeRO or FSDP1.
-
-    It completes a reduction over the tree, so that a norm is that of the whole model. Each parameter is counted once
-    per process that has it: a sum is right where it is in one process of the group only, or in parts. It is no help
-    for a reduction over one parameter.
-
-    Args:
-      group: a `ProcessGroup`; `torch.distributed.group.WORLD` for all processes. It cannot be pickled or copied.
-    """
-
-    group: "ProcessGroup"
-
-    def combine(self, partials: torch.Tensor, kind: str) -> None:
-        """Reduces numbers over the group, in place; a process outside of it does nothing.
-
-        Args:
-          partials: contiguous floating-point numbers, as many in each process.
-          kind: "sum" or "amax", which is NaN where one is.
-        """
-        if torch.distributed.get_rank(self.group) >= 0:
-            _all_reduce(partials, kind, [self.group])
 
 
 def _all_reduce(partials: torch.Tensor, kind: str, groups: "Iterable[ProcessGroup]") -> None:

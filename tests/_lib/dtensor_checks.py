@@ -7,7 +7,9 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -135,6 +137,30 @@ def states_of_any_placement(rank: int, folder: Path) -> None:
                 resumed.step()
                 other.step()
             assert_same(new, alone, name)
+
+
+def states_that_are_replaced(rank: int, folder: Path) -> None:
+    """Another placement, or a plain tensor: refused at the step, which changes nothing, until it is loaded."""
+    for mesh in meshes():
+        for a, b in itertools.permutations([*placements(mesh, PLACED), None], 2):
+            if a is None:
+                continue
+            p, q = torch.nn.Parameter(distributed(value(0), mesh, a)), torch.nn.Parameter(value(0))
+            optimizer, other = ELEMENTWISE["AdamW"]([p]), ELEMENTWISE["AdamW"]([q])
+            for step in range(4):
+                p.grad, q.grad = distributed(value(0, seed=step), mesh, a), value(0, seed=step)
+                if step == 2:
+                    average = whole(optimizer.state[p]["exp_avg"])
+                    optimizer.state[p]["exp_avg"] = average if b is None else distributed(average, mesh, b)
+                    with pytest.raises(
+                        ValueError, match=r"state .* at .* is a .*, but its parameter is a DTensor.*load_state_dict"
+                    ):
+                        optimizer.step()
+                    assert_same([p], [q], "AdamW")
+                    optimizer.load_state_dict(optimizer.state_dict())
+                optimizer.step()
+                other.step()
+            assert_same([p], [q], "AdamW")
 
 
 def sharded_model() -> torch.nn.Module:
@@ -278,6 +304,22 @@ def missing_gradients_differ(rank: int, folder: Path) -> None:
                 )
 
 
+def collectives_of_a_step(rank: int, folder: Path) -> None:
+    """One all-reduce for each pass that ends in sums, whatever parameters, dtypes, groups and gradients."""
+    mesh = meshes()[0]
+    counts = {"AdamW": 0, "clip": 1, "LAMB": 1}
+    for name, count in counts.items():
+        dtypes = [torch.float64, torch.float32, torch.bfloat16] * 2
+        params = [torch.nn.Parameter(distributed(value(k).to(d), mesh, (Shard(0),))) for k, d in enumerate(dtypes)]
+        optimizer = OPTIMIZERS[name]([{"params": params[:4]}, {"params": params[4:]}])
+        for missing in (None, rank):
+            for k, (p, d) in enumerate(zip(params, dtypes, strict=True)):
+                p.grad = None if k == missing else distributed(value(k, seed=1).to(d), mesh, (Shard(0),))
+            with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
+                optimizer.step()
+            assert all_reduce.call_count == count, (name, missing)
+
+
 def compiled_steps(rank: int, folder: Path) -> None:
     """From the first step on, and after one that was not compiled."""
     for (name, make), later in itertools.product(OPTIMIZERS.items(), (False, True)):
@@ -371,10 +413,12 @@ CHECKS = {
         gradients_of_any_placement,
         partial_gradients_of_a_replicated_model,
         states_of_any_placement,
+        states_that_are_replaced,
         averages_are_seen_and_leave,
         transformations_that_are_no_rules,
         maxima_keep_nan,
         missing_gradients_differ,
+        collectives_of_a_step,
         compiled_steps,
         donated,
         a_process_outside_of_the_mesh,

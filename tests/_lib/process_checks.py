@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict as dsd
@@ -393,6 +394,20 @@ def fsdp1(rank: int, folder: Path) -> None:
         torch.testing.assert_close(wholes(model), wholes(alone), **EXACT)
 
 
+def fsdp1_norms(rank: int, folder: Path) -> None:
+    """Those of parts, which is said; nothing is said where there are none (see `fsdp1`)."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    for original in (False, True):
+        model = FullyShardedDataParallel(make_model(), device_id=torch.device("cpu"), use_orig_params=original)
+        for make in (
+            chain(fo.clip_by_global_norm(0.5), fo.sgd(0.1)),
+            lambda params: adapters.LAMB(params, lr=0.05),
+        ):
+            with pytest.warns(UserWarning, match="a part of a flat parameter.*use `fully_shard`"):
+                fit(model, make(model.parameters()), make_batches(1))
+
+
 CHECKS = {
     check.__name__: check
     for check in (
@@ -411,5 +426,6 @@ CHECKS = {
         ddp_same_everywhere,
         zero,
         fsdp1,
+        fsdp1_norms,
     )
 }

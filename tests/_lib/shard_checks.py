@@ -168,19 +168,6 @@ def join_keeps_the_place_of_every_leaf(rank: int, folder: Path) -> None:
         assert value.tolist() == expected
 
 
-def groups_of_processes(rank: int, folder: Path) -> None:
-    world = dist.get_world_size()
-    group: Any = dist.new_group(list(range(world - 1)))  # the last process is outside
-    for shard_of, ranks in ((shard.GroupShard(dist.group.WORLD), world), (shard.GroupShard(group), world - 1)):
-        for kind, (_, reduce) in REDUCTIONS.items():
-            value = inputs(rank)
-            shard_of.combine(value, kind)
-            everyone = torch.stack([inputs(r) for r in (range(ranks) if rank < ranks else (rank,))])
-            expected = torch.stack([reduce(column) for column in everyone.unbind(1)])
-            torch.testing.assert_close(value, expected, **EXACT, equal_nan=True)
-    assert len({shard.GroupShard(dist.group.WORLD), shard.GroupShard(dist.group.WORLD), shard.GroupShard(group)}) == 2
-
-
 def local_results_become_dtensors(rank: int, folder: Path) -> None:
     for mesh in meshes():
         for shape, placed in itertools.product(SHAPES, placements(mesh, PLACED)):
@@ -285,7 +272,6 @@ CHECKS = {
         equal_layouts_are_equal_keys,
         a_process_outside_of_the_mesh,
         join_keeps_the_place_of_every_leaf,
-        groups_of_processes,
         local_results_become_dtensors,
         parts_that_are_on_their_way,
         fsdp2_sees_what_is_written,

@@ -58,6 +58,17 @@ CHANGES: dict[str, Callable[[torch.optim.Optimizer, list[Any], DeviceMesh], obje
 }
 
 
+def test_step_that_autograd_would_have_to_record_is_refused(mesh: DeviceMesh) -> None:
+    """Nothing is changed, rather than a derivative left out."""
+    p: Any = torch.nn.Parameter(sharded(torch.ones(4), mesh))
+    p.grad = sharded(torch.ones(4), mesh)
+    opt = AdamW([p], lr=0.1, differentiable=True)
+    with pytest.raises(RuntimeError, match=r"is a DTensor.* differentiable=False"):
+        opt.step()
+    assert part(p).tolist() == [1.0] * 4
+    assert not opt.state
+
+
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("distributed", ["all", "some"])
 @pytest.mark.parametrize("maker", MAKERS)

@@ -191,11 +191,11 @@ def test_local_tensor_of_a_dtensor() -> None:
     """`DTensor._local_tensor` is the very tensor that holds the elements, which `to_local` returns a view of."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, distribute_tensor
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        x = distribute_tensor(torch.arange(4.0), init_device_mesh("cpu", (1,)), [Replicate()])
+        x: Any = distribute_tensor(torch.arange(4.0), init_device_mesh("cpu", (1,)), [Replicate()])
         assert hasattr(x, "_local_tensor"), (
             f"torch {torch.__version__}: DTensor has no _local_tensor, which _runtime/shard.local_tensor reads: use "
             f"`to_local()`, which makes a view."
@@ -204,6 +204,16 @@ def test_local_tensor_of_a_dtensor() -> None:
         assert local_tensor(x) is local_tensor(x)
         assert local_tensor(x).data_ptr() == x.to_local().data_ptr()
         assert local_tensor(x).tolist() == [0.0, 1.0, 2.0, 3.0]
+        assert hasattr(x, "_spec"), (
+            f"torch {torch.__version__}: DTensor has no _spec, which _runtime/shard.LocalTensors compares: compare "
+            f"`placements`, `device_mesh` and `shape`."
+        )
+        spec = x._spec
+        x.add_(1.0)
+        assert x._spec is spec
+        other = x.redistribute(placements=[Shard(0)])
+        assert x._spec != other._spec
+        assert (spec.placements, spec.mesh, spec.shape) == (x.placements, x.device_mesh, x.shape)
     finally:
         dist.destroy_process_group()
 
