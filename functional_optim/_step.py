@@ -21,7 +21,7 @@ from ._runtime.pointers import PointerReader, Pointers
 from ._runtime.spec import TensorSpec
 from ._runtime.step import Numbers
 from ._state import TreeState, get_state, set_states
-from ._transform import GradientTransformation
+from ._transform import GradientTransformation, Link
 from ._tree import MaskedNode, Reader, Tree, View, difference, flatten, paths
 
 
@@ -73,7 +73,7 @@ class TreeStep:
         self._check_leaves(columns)
         links = tx._links(View(self.spec, tuple(leaves), tuple(x is not None for x in leaves)), ())
         self._check_params(links)
-        self.seen, self.asks_leaves = [link.seen for link in links], tx._asks_leaves()
+        self.seen, self.asks_leaves = _seen(links), tx._asks_leaves()
         stages = cut_into_regions(links, apply, len(self.paths))
         devices = {columns["updates"][i].device for i in self.present}
         device = devices.pop() if len(devices) == 1 else None
@@ -129,7 +129,7 @@ class TreeStep:
         """Whether masks that are functions choose the leaves that they chose when this step was made."""
         leaves = columns["params" if self.with_params else "updates"]
         view = View(self.spec, tuple(leaves), tuple(x is not None for x in leaves))
-        return [link.seen for link in self.tx._links(view, ())] == self.seen
+        return _seen(self.tx._links(view, ())) == self.seen
 
     def take(
         self, columns: Columns, state: Any, like: Tree, extra: Mapping[str, Any], donate: bool
@@ -301,6 +301,11 @@ CHANGED_MESSAGE = (
     "params changed while the step was computed: a transformation or a schedule that runs in Python made something "
     "else of a tensor (another shape, dtype, layout, device, or no memory). Change tensors between steps."
 )
+
+
+def _seen(links: Sequence[Link]) -> list[tuple[Any, tuple[bool, ...]]]:
+    """The leaves that each transformation sees; one that sees none may be left out, so paths count."""
+    return [(link.path, link.seen) for link in links]
 
 
 class Guard:
