@@ -18,6 +18,7 @@ from functional_optim import adapters
 from functional_optim.adapters import TransformOptimizer
 
 
+pytestmark = pytest.mark.slow
 SHAPES = ((4, 3), (3,), ())
 
 
@@ -195,7 +196,6 @@ FIRST = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", FIRST)
 def test_a_first_step_that_is_interrupted_at_any_line(name: str) -> None:
     """Lines that bind the step, make state and take it; those of the compiler touch neither parameters nor state."""
