@@ -176,7 +176,7 @@ class ChainOptimizer(Optimizer):
     def _params(self) -> tuple[list[Template], Params]:
         """The chains of the groups, and the parameters."""
         own = self._bindings
-        templates, kinds = self._templates()
+        templates, kinds, options = self._templates()
         lists = [group["params"] for group in self.param_groups]
         params = list(chain.from_iterable(lists))
         known, sizes = own.params, list(map(len, lists))
@@ -191,9 +191,10 @@ class ChainOptimizer(Optimizer):
             owners = [g for g, size in enumerate(sizes) for _ in range(size)]
             self._check_names(sizes)
             known = Params(names_of(self.param_groups), params, [kinds[g] for g in owners], owners)
-            own.params, own.sizes, own.used = known, sizes, (templates, kinds)
-            own.names = [None if x is None else list(x) for x in names]
             own.steps, own.states = [], []
+            own.names = [None if x is None else list(x) for x in names]
+            own.params, own.sizes, own.used = known, sizes, (templates, kinds)
+        own.options = options  # last: they say that all the rest is up to date
         return templates, known
 
     def _check_names(self, sizes: Sequence[int]) -> None:
@@ -204,12 +205,15 @@ class ChainOptimizer(Optimizer):
                     f"parameter group {g} has {size} params but {len(names)} param_names; change both together."
                 )
 
-    def _templates(self) -> tuple[list[Template], list[int]]:
-        """The chains of all groups, and which of them each group has."""
+    def _templates(self) -> tuple[list[Template], list[int], list[Any] | None]:
+        """The chains of all groups, which of them each group has, and the options that they depend on.
+
+        There are no options to compare by if one of them can change and be the same object.
+        """
         own, groups = self._bindings, self.param_groups
         values = list(chain.from_iterable(map(dict.values, groups)))
         if own.options is not None and len(values) == len(own.options) and _same_objects(values, own.options):
-            return own.used
+            return *own.used, own.options
         templates: list[Template] = []
         kinds: list[int] = []
         for g, group in enumerate(groups):
@@ -218,8 +222,7 @@ class ChainOptimizer(Optimizer):
             if not any(template is t for t in templates):
                 templates.append(template)
             kinds.append(next(k for k, t in enumerate(templates) if t is template))
-        own.options = values if self._is_constant() else None
-        return templates, kinds
+        return templates, kinds, values if self._is_constant() else None
 
     def _is_constant(self) -> bool:
         """Whether no option can change and be the same object, apart from lists of parameters and names."""
@@ -307,6 +310,7 @@ class ChainOptimizer(Optimizer):
         try:
             while True:
                 step = self._find_step(templates, grads, guarded, exact)
+                step.begin()
                 columns, new = step.columns(states), before
                 if columns is None and not exact:
                     exact = True  # before state is made for parameters whose gradients are gone

@@ -386,7 +386,7 @@ class ParamStep:
         first: frozenset[int],
         journal: Journal,
     ) -> Outcome:
-        """Takes the step. `completed` tells from then on whether everything has been written.
+        """Takes the step, which has begun. `completed` tells whether everything has been written.
 
         Args:
           params: the parameters, or tensors that stand for them.
@@ -405,7 +405,6 @@ class ParamStep:
         Raises:
           ValueError, TypeError, RuntimeError: something does not fit.
         """
-        self.done, self.launch = False, None
         lacking = sorted(self.needed - extra.keys()) if self.needed else []
         if lacking:
             raise TypeError(f"`{lacking[0]}` is needed: call `step(closure, {lacking[0]}=...)`.")
@@ -462,6 +461,10 @@ class ParamStep:
             torch.autograd.graph.increment_version([params[i] for i in self.dtensors])
         self.done = True
         return "taken"
+
+    def begin(self) -> None:
+        """Begins a step, of which nothing has been written."""
+        self.done, self.launch = False, None
 
     @property
     def completed(self) -> bool:

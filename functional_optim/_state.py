@@ -100,7 +100,12 @@ class TreeState:
                         f"state {self.region.bounds[k].rule.name}.{name} does not have the structure of params: "
                         f"{difference(self.reader.spec, value)}."
                     ) from None
-            elif type(value) is torch.Tensor and value.dtype is torch.int64 and value.device == self.device:
+            elif (
+                type(value) is torch.Tensor
+                and value.dtype is torch.int64
+                and not value.ndim
+                and value.device == self.device
+            ):
                 own[k, name] = [value] * len(columns["updates"])
             else:
                 check_count(f"state {self.region.bounds[k].rule.name}.count", value)

@@ -19,7 +19,7 @@ from ._runtime.overlap import SharedMemoryError
 from ._runtime.plan import Columns
 from ._runtime.pointers import PointerReader, Pointers
 from ._runtime.spec import TensorSpec
-from ._runtime.step import Numbers
+from ._runtime.step import BoundStep, Numbers, Reading
 from ._state import TreeState, get_state, set_states
 from ._transform import GradientTransformation, Link
 from ._tree import MaskedNode, Reader, Tree, View, difference, flatten, paths
@@ -214,16 +214,31 @@ class TreeStep:
             return bound.evaluate(own, numbers)
         if in_place and len(stage.moving) > 1:
             self._check_counters(stage, states)
+        late = self._late_counters(stage, bound, reading, states) if in_place else []
+        before = [count.clone() for count in late]
         try:
-            results = bound.run(reading, own, numbers)
-        except SharedMemoryError as error:
-            raise error.for_donation() from None
-        if in_place:
-            for k in stage.moving:  # a copy of the counter may have been moved on, or none
-                place = bound.counters.get((k, "count"))
-                if place is None or reading.tensors[place] is not states[k].count:
-                    states[k].count.add_(1)
-        return results
+            for count in late:  # before the launch, which tells whether everything has been written
+                count.add_(1)
+            return bound.run(reading, own, numbers)
+        except BaseException as error:
+            if not reading.launch.completed:
+                for count, old in zip(late, before, strict=True):
+                    count.copy_(old)
+            if isinstance(error, SharedMemoryError):
+                raise error.for_donation() from None
+            raise
+
+    @staticmethod
+    def _late_counters(
+        stage: TreeRegion, bound: BoundStep, reading: Reading, states: Mapping[int, Any]
+    ) -> list[torch.Tensor]:
+        """The counters of a state that no launch moves on: none of its programs reads them, or it reads a copy."""
+        places = {k: bound.counters.get((k, "count")) for k in stage.moving}
+        return [
+            states[k].count
+            for k, place in places.items()
+            if place is None or reading.tensors[place] is not states[k].count
+        ]
 
     def _call(self, stage: Opaque, columns: Columns, state: Any, extra: Mapping[str, Any]) -> tuple[Columns, Any]:
         """Calls a transformation that is not made of rules: the columns with its updates, and its new state.

@@ -50,6 +50,7 @@ def compile_c(signature: Signature) -> tuple[Any, ...]:
     Raises:
       BuildError: there is no working compiler.
     """
+    run_passes()  # without it nothing starts a kernel
     library = load_c(emit_c(signature))
     try:
         functions = tuple(getattr(library, f"pass_{k}") for k in range(len(plan(signature))))

@@ -35,14 +35,25 @@ class Difference(NamedTuple):
     outside: bool
 
 
-@functools.lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
     """The compiled `pointers.c`.
 
     Raises:
       BuildError: there is no working compiler.
     """
-    return load_c(Path(__file__).with_suffix(".c").read_text())
+    found = _library()
+    if isinstance(found, str):
+        raise BuildError(found)
+    return found
+
+
+@functools.lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL | str:
+    """The library, or the reason why there is none: a compiler that hangs is waited for once."""
+    try:
+        return load_c(Path(__file__).with_suffix(".c").read_text())
+    except BuildError as error:
+        return str(error)
 
 
 @functools.lru_cache(maxsize=1)

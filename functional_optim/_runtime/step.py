@@ -173,7 +173,7 @@ class BoundStep(Programs):
         self.counters = self._find_counters(counters) if in_place else {}
         tensors = self.gather(columns)
         for i in self.copied:
-            tensors[i] = tensors[i].contiguous()
+            tensors[i] = torch.empty_like(tensors[i], memory_format=torch.contiguous_format)  # freed memory is not read
         seen = list(self.specs)
         for i in self.copied:
             seen[i] = TensorSpec.of(tensors[i])
