@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ._runtime.checks import at
+from ._runtime.spec import PLAIN
 from ._transform import Link
 from ._tree import Spec, View, flatten, one_level, unflatten
 
@@ -92,8 +93,16 @@ class SplitState:
         for entry in entries:
             if entry not in self.initial:
                 self.initial = self.split(self.tx.init(self.view.tree()))
-            made.append((entry[0] or self.seen[0], self.keys[entry], self.initial.pop(entry)))
+            made.append((entry[0] or self.seen[0], self.keys[entry], self._own(self.initial.pop(entry))))
         return made
+
+    def _own(self, x: Any) -> Any:
+        """An entry that a step on parameters does not write to: a copy of one that is a parameter's memory."""
+        if type(x) not in PLAIN or x.layout is not torch.strided or not x.data_ptr():
+            return x
+        place = x.untyped_storage().data_ptr()
+        plain = (p for p in self.view.leaves if type(p) in PLAIN and p.layout is torch.strided)
+        return x.detach().clone() if any(p.untyped_storage().data_ptr() == place for p in plain) else x
 
     def gather(self, states: Mapping[str, Mapping[str, Any]]) -> Any:
         """The state whose entries are in the dicts of parameters; those of parameters without any are of `init`.
@@ -113,7 +122,7 @@ class SplitState:
         """
         there = {*present, None} if self.seen else set(present)
         return [
-            (name or self.seen[0], self.keys[name, path], x)
+            (name or self.seen[0], self.keys[name, path], self._own(x))
             for (name, path), x in self.split(state).items()
             if name in there
         ]

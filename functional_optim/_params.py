@@ -8,6 +8,7 @@ looked up in. All parameters still share one kernel per pass, whatever their opt
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from numbers import Real
 from operator import attrgetter, is_, itemgetter
 from typing import Any, Literal, NamedTuple
 
@@ -344,12 +345,17 @@ class ParamStep:
             if x.dtype.is_floating_point or x.dtype is torch.int64:
                 return x.reshape(())
             return x.reshape(()).to(self.counter)
-        if isinstance(x, (int, float)):
+        if isinstance(x, Real):
             return torch.tensor(float(x), dtype=self.counter, device=self.devices[i])
         raise ValueError(f"state step at {self.names[i]!r} is {x!r:.60}, expected one number.")
 
-    def columns(self, states: Sequence[dict[str, Any]]) -> Columns | None:
-        """The slots of all regions; None if an entry has to be made first."""
+    def columns(self, states: Sequence[dict[str, Any]], exact: bool = False) -> Columns | None:
+        """The slots of all regions; None if an entry has to be made first.
+
+        Args:
+          states: the state of each parameter.
+          exact: whether to look for entries that are None; they are found when tensors are read, too.
+        """
         columns: Columns = {}
         if self.opaque:
             by_name = dict(zip(self.names, states, strict=True))
@@ -362,8 +368,10 @@ class ParamStep:
                     continue
                 key = stage.keys[stored.key]
                 try:
-                    column = list(map(itemgetter(key), states))
+                    column, complete = list(map(itemgetter(key), states)), not exact
                 except KeyError:
+                    complete = False
+                if not complete:
                     column = [state.get(key) for state in states]
                     if any(column[i] is None and stored.seen[i] for i in self.present):
                         return None
@@ -399,8 +407,8 @@ class ParamStep:
           journal: takes note of entries of state that are replaced.
 
         Returns:
-          `"taken"`; or, if nothing has been done, `"gone"` if a gradient is gone that was there, and `"sparse"` if
-          one is sparse.
+          `"taken"`; or, if nothing has been done, `"gone"` if a gradient or an entry is gone that was there, and
+          `"sparse"` if a gradient is sparse.
 
         Raises:
           ValueError, TypeError, RuntimeError: something does not fit.
@@ -507,12 +515,14 @@ class ParamStep:
         journal: Journal,
         in_place: bool,
     ) -> Columns | None:
-        """Runs a region: the columns that change, none if they are written in place; None if a gradient is gone."""
+        """Runs a region: the columns that change, none if they are written in place; None if a tensor is gone."""
         dispatching = needs_dispatch()
         variant = Variant(in_place, requested_backend(), first if stage.first_slots else frozenset())
         found = None if dispatching else stage.find(own, variant)
         if found is None:
             if any(u is None or u.layout is not torch.strided for u in (own["updates"][i] for i in self.present)):
+                return None
+            if any(own[s.key][i] is None and s.seen[i] for s in stage.region.stored for i in self.present):
                 return None
             for i in self.present:
                 u = check_leaf("updates", self.names[i], own["updates"][i])

@@ -288,7 +288,7 @@ class TreeStep:
         """Warns where autograd records steps for nobody: only parameters require a gradient, those of earlier steps."""
         if not self.apply:
             return
-        others = [x for key, column in own.items() if key != "params" for x in column]
+        others = [*own["updates"]]  # state has the graph of earlier steps, as parameters have
         others += [x for table in numbers for x in table]
         if any(isinstance(x, torch.Tensor) and x.requires_grad for x in others):
             return

@@ -88,7 +88,7 @@ def test_the_derivative_of_an_average_has_the_parameters_that_it_starts_at(decay
     tx = fo.chain(fo.sgd(0.1), fo.params_ema(decay))
 
     def average(w: torch.Tensor) -> torch.Tensor:
-        params = {"w": w}
+        params = {"w": 1.0 * w}  # a state starts without the graph of leaves, which training begins with
         state = tx.init(params)
         for _ in range(STEPS):
             params, state = fo.apply_gradients(tx, params, {"w": params["w"] ** 3}, state)
