@@ -44,11 +44,6 @@ def chain(*parts: Any) -> Callable[[list[Any]], Any]:
     return lambda params: TransformOptimizer(params, fo.chain(*parts))
 
 
-def by_columns(params: list[Any]) -> list[Any]:
-    """Parameters whose memory has gaps, and which a kernel cannot walk."""
-    return [nn.Parameter(torch.stack([p.detach(), p.detach()], -1)[..., 0]) for p in params]
-
-
 def in_groups(params: list[Any]) -> Any:
     return [{"params": params[:1], "lr": 0.3}, {"params": params[1:], "betas": (0.8, 0.99)}]
 
@@ -84,7 +79,6 @@ class Case(NamedTuple):
     make: Callable[[list[Any]], Any]
     before: Callable[[Any, int], None] = nothing
     dtypes: tuple[torch.dtype, ...] = ()
-    params: Callable[[list[Any]], list[Any]] = list
     period: int = 1  # after which steps repeat what happens before them
 
 
@@ -112,7 +106,6 @@ CASES = {
     "a slot that was removed": Case(lambda p: adapters.AdamW(p, lr=0.1), without_a_slot),
     "a state of a chain that was removed": Case(chain(fo.trace(0.9), OPAQUE, fo.adam(0.1)), without_a_state),
     "missing gradients": Case(lambda p: adapters.AdamW(p, lr=0.1), without_a_gradient, period=3),
-    "memory with gaps": Case(lambda p: adapters.AdamW(p, lr=0.1), params=by_columns),
 }
 
 
@@ -121,7 +114,7 @@ class Run:
 
     def __init__(self, case: Case) -> None:
         self.case, self.steps = case, 0
-        self.opt = case.make(case.params(make_params(*case.dtypes)))
+        self.opt = case.make(make_params(*case.dtypes))
 
     def prepare(self) -> None:
         """Everything of the next step but the step."""
