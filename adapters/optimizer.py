@@ -382,13 +382,13 @@ class ChainOptimizer(Optimizer):
         """Whether a step is taken for the sake of the state that it makes, as torch's checkpoints do.
 
         They step an optimizer without state with all learning rates and all gradients zero, and rely on that changing
-        nothing else. With other chains, and with counters, it would. All processes that share a DTensor come to the
-        same answer, whatever the gradients that each of them holds.
+        nothing else. With other chains, and with counters, it would. Each process decides by what it holds, since one
+        of them may read its state alone.
         """
         rates = [group.get("lr", 1.0) for group in self.param_groups]
         if any(isinstance(lr, torch.Tensor) and lr.device.type != "cpu" for lr in rates) or any(map(bool, rates)):
             return False  # torch's zeros are on the CPU, and others are not waited for
-        return not any(_has_any(g) for g in grads if g is not None and g.layout is torch.strided)
+        return not any(bool(tensor_of(g).any()) for g in grads if g is not None and g.layout is torch.strided)
 
     def _without_sparse(self, grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """The gradients, made dense if this optimizer can."""
@@ -517,10 +517,3 @@ class ChainOptimizer(Optimizer):
           0.0
         """
         return averaged(self, model)
-
-
-def _has_any(x: torch.Tensor) -> bool:
-    """Whether an element is not zero; for a DTensor, one of any process that shares it."""
-    with torch.no_grad():
-        total = x.abs().sum() if is_dtensor(x) else tensor_of(x).any()
-        return bool(total.full_tensor() if is_dtensor(total) else total)

@@ -356,8 +356,9 @@ def check_updates(
       TypeError, ValueError: with the transformation, the path and both shapes.
     """
     for i in present:
-        if type(updates[i]) is not torch.Tensor or updates[i].shape != params[i].shape:
-            check_fit(f"the update that {link.tx!r:.60} returned", "parameter", paths[i], updates[i], params[i])
+        u, p = updates[i], params[i]
+        if type(u) is not torch.Tensor or u.shape != p.shape or u.dtype != p.dtype or u.device != p.device:
+            check_fit(f"the update that {link.tx!r:.60} returned", "parameter", paths[i], u, p)
 
 
 def host_column(

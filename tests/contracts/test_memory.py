@@ -104,7 +104,6 @@ def test_donated_parameters_that_lie_between_each_other(view: str, backend: str)
 
 
 SHARED: dict[str, Callable[[torch.Tensor], list[torch.Tensor]]] = {
-    "one tensor twice": lambda x: [x[0], x[0]],
     "a row and a column": lambda x: [x[1], x[:, 1]],
     "rows that overlap": lambda x: [x[:3], x[2:]],
     "a part": lambda x: [x, x[3, 3:]],

@@ -192,7 +192,6 @@ ERRORS: dict[str, Callable[[Pair], object]] = {
     "a gradient of another shape": of_both(lambda opt, params: setattr(params[7].grad, "data", torch.ones(5))),
     "a state of another shape": states(lambda x: torch.ones(5)),
     "a gradient that shares memory": of_both(lambda opt, params: setattr(params[7], "grad", params[7].detach())),
-    "parameters that share memory": of_both(lambda opt, params: setattr(params[7], "data", params[9].data)),
     "a storage that is freed": of_both(lambda opt, params: params[7].grad.untyped_storage().resize_(0)),
     "an infinite learning rate": of_both(lambda opt, params: opt.param_groups[0].update(lr=float("inf"))),
 }

@@ -410,6 +410,7 @@ def test_gradients_that_are_gone_or_sparse_are_said_before_anything_is_done() ->
     step = bench.bind(grads)
     assert bench.take(step, grads) == "taken"
     snapshot = Snapshot(bench.tensors, bench.states)
+    step.begin()
     assert bench.take(step, [grads[0], None]) == "gone"
     assert bench.take(step, [grads[0], grads[1].to_sparse()]) == "sparse"
     assert not step.completed
