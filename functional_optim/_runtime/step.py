@@ -173,7 +173,8 @@ class BoundStep(Programs):
         self.counters = self._find_counters(counters) if in_place else {}
         tensors = self.gather(columns)
         for i in self.copied:
-            tensors[i] = torch.empty_like(tensors[i], memory_format=torch.contiguous_format)  # freed memory is not read
+            if not tensors[i].is_contiguous():  # a copy is described without reading memory, which may be freed
+                tensors[i] = torch.empty_like(tensors[i], memory_format=torch.contiguous_format)
         seen = list(self.specs)
         for i in self.copied:
             seen[i] = TensorSpec.of(tensors[i])
