@@ -184,8 +184,6 @@ FIRST = [
     "LAMB in two dtypes",
     "masked",
     "an opaque transformation",
-    "a loss scale that overflows",
-    "a state of a chain that was removed",
 ]
 
 
