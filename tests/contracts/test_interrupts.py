@@ -79,6 +79,7 @@ class Case(NamedTuple):
     make: Callable[[list[Any]], Any]
     before: Callable[[Any, int], None] = nothing
     dtypes: tuple[torch.dtype, ...] = ()
+    params: Callable[[list[Any]], list[Any]] = list
     period: int = 1  # after which steps repeat what happens before them
 
 
@@ -114,7 +115,7 @@ class Run:
 
     def __init__(self, case: Case) -> None:
         self.case, self.steps = case, 0
-        self.opt = case.make(make_params(*case.dtypes))
+        self.opt = case.make(case.params(make_params(*case.dtypes)))
 
     def prepare(self) -> None:
         """Everything of the next step but the step."""
