@@ -185,6 +185,8 @@ FIRST = [
     "LAMB in two dtypes",
     "masked",
     "an opaque transformation",
+    "a loss scale that overflows",
+    "a state of a chain that was removed",
 ]
 
 
@@ -213,7 +215,7 @@ def test_a_first_step_that_is_interrupted_at_any_line(name: str) -> None:
             assert same(run.content(), after), f"{where}: the step is another one afterwards"
         run.step()
         assert same(run.content(), later), f"{where}: later steps are others"
-    assert False in done
+    assert False in done or same(before, after)  # a step that overflows changes nothing, all or not
 
 
 # -- the pure API -----------------------------------------------------------------------------------------------------
