@@ -118,7 +118,7 @@ class PointerReader:
         self.classes = frozenset(spec.cls for spec in specs)
         self.plain = all(spec.plain for spec in set(specs))
         self.stored = all(spec.device.type != "meta" and not spec.lazy for spec in set(specs))
-        own = operations() if self.plain else None
+        own = operations() if self.plain and specs else None
         self.operation = None
         if own is not None and not any(map(is_wrapper_of_a_transformation, tensors)):
             self.operation = own.read_pointers.default
