@@ -1000,7 +1000,9 @@ def test_a_requires_grad_leaf_behind_a_barrier() -> None:
     before.check()
 
 
-@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.grad, torch.func.functionalize], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "transform", [torch.func.vmap, torch.func.grad, torch.func.functionalize], ids=lambda f: f.__name__
+)
 def test_donation_under_torch_func(transform: Any) -> None:
     tx = fo.sgd(0.1)
 
