@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch.optim import Optimizer
 
-from functional_optim._params import GRAD, Journal, Params, ParamStep, Template, tensor_of
+from functional_optim._params import GRAD, Journal, Params, ParamStep, Template
+from functional_optim._runtime.internals import in_checkpoint
 from functional_optim._runtime.overlap import SharedMemoryError
 from functional_optim._runtime.shard import is_dtensor
 from functional_optim._runtime.spec import PLAIN
@@ -312,7 +313,7 @@ class ChainOptimizer(Optimizer):
             grads = self._without_sparse(grads)
         assert own.params is not None
         owners = own.params.params
-        dry = not self.state and self._is_dry(grads)
+        dry = not self.state and in_checkpoint()
         before, exact, journal = own.new, dry, Journal()
         step: ParamStep | None = None
         try:
@@ -377,18 +378,6 @@ class ChainOptimizer(Optimizer):
         journal.undo()
         own = self._bindings
         own.new, own.states = new, []
-
-    def _is_dry(self, grads: Sequence[torch.Tensor | None]) -> bool:
-        """Whether a step is taken for the sake of the state that it makes, as torch's checkpoints do.
-
-        They step an optimizer without state with all learning rates and all gradients zero, and rely on that changing
-        nothing else. With other chains, and with counters, it would. Each process decides by what it holds, since one
-        of them may read its state alone.
-        """
-        rates = [group.get("lr", 1.0) for group in self.param_groups]
-        if any(isinstance(lr, torch.Tensor) and lr.device.type != "cpu" for lr in rates) or any(map(bool, rates)):
-            return False  # torch's zeros are on the CPU, and others are not waited for
-        return not any(bool(tensor_of(g).any()) for g in grads if g is not None and g.layout is torch.strided)
 
     def _without_sparse(self, grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """The gradients, made dense if this optimizer can."""

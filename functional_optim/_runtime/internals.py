@@ -3,6 +3,8 @@
 Nothing here is guessed: each is a name of a Python module, read and never written.
 """
 
+import sys
+from types import FrameType
 from typing import Any
 
 import torch
@@ -21,6 +23,22 @@ def needs_dispatch() -> bool:
         or torch.autograd.forward_ad._current_level >= 0
         or torch.compiler.is_compiling()
     )
+
+
+def in_checkpoint() -> bool:
+    """Whether torch's checkpoints take a step for the sake of the state that it makes.
+
+    They step an optimizer without state, all gradients and learning rates zero, and rely on that changing nothing else;
+    with counters and with other chains it would. Processes do not communicate then, and a step of training may have the
+    same zeros in one of them, so the module `torch.distributed.checkpoint.state_dict` among the callers is the sign.
+    """
+    module = sys.modules.get("torch.distributed.checkpoint.state_dict")
+    if module is None:
+        return False
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals is not vars(module):
+        frame = frame.f_back
+    return frame is not None
 
 
 def in_backward() -> bool:
