@@ -392,6 +392,28 @@ def whole_states_for_parts(rank: int, folder: Path) -> None:
         assert_same(model.parameters(), alone.parameters(), name)
 
 
+def first_steps_of_a_warmup(rank: int, folder: Path) -> None:
+    """At a learning rate of 0, where the gradients of some processes are zeros, and their parts empty."""
+    world, mesh = dist.get_world_size(), meshes()[0]
+    decaying = chain(fo.clip_by_global_norm(0.5), fo.adamw(0.1, weight_decay=0.1))
+    for (name, make), rows in itertools.product((OPTIMIZERS | {"clip and AdamW": decaying}).items(), (1, world)):
+        p = torch.nn.Parameter(distributed(value(0, shape=(rows, 3)), mesh, (Shard(0),)))
+        q = torch.nn.Parameter(value(0, shape=(rows, 3)))
+        optimizer, other = make([p]), make([q])
+        for step in range(STEPS):
+            gradient = value(step, seed=1, shape=(rows, 3))
+            gradient[1 + step :] = 0.0
+            p.grad, q.grad = distributed(gradient, mesh, (Shard(0),)), gradient
+            for o in (optimizer, other):
+                for group in o.param_groups:
+                    group["lr"] = 0.01 * step
+                o.step()
+        assert_same([p], [q], name)
+        for key, x in other.state[q].items():
+            if key == "step":
+                assert float(optimizer.state[p][key]) == float(x) == STEPS, name
+
+
 def reading_the_state_in_one_process(rank: int, folder: Path) -> None:
     """Of an optimizer that has taken no step, and of one that has; nothing is changed by it."""
     for name, make in OPTIMIZERS.items():
@@ -423,6 +445,7 @@ CHECKS = {
         donated,
         a_process_outside_of_the_mesh,
         whole_states_for_parts,
+        first_steps_of_a_warmup,
         reading_the_state_in_one_process,
     )
 }

@@ -39,9 +39,11 @@ import functional_optim as fo
 from _lib.chains import is_matrix
 from _lib.compare import Snapshot, assert_same_bits
 from _lib.optimizers import OURS, SHAPES, content, give, gradients, make_params, params_of, train, twins
+from functional_optim import adapters
 from functional_optim.adapters import LAMB, SGD, AdamW, ChainOptimizer, Lion, TransformOptimizer
 
 
+STEPS = 20
 CHAINS: dict[str, Callable[[], fo.GradientTransformation]] = {
     "sgd": lambda: fo.sgd(0.1, momentum=0.9, nesterov=True),
     "clip, AdamW and average": lambda: fo.chain(
@@ -120,6 +122,33 @@ def test_a_chain_with_no_learning_rate_and_zero_gradients_changes_no_parameter(c
     opt.step()
 
     assert_same_bits([p.detach() for p in params], before)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "RMSprop"])
+def test_a_warmup_that_begins_with_zeros_is_that_of_torch(name: str) -> None:
+    """A first step at a learning rate of 0, with gradients of zeros, counts like any other."""
+    options: dict[str, Any] = {"momentum": 0.9} if name == "SGD" else {}
+    ours = getattr(adapters, name)(make_params(), lr=0.0, weight_decay=0.1, **options)
+    theirs = getattr(torch.optim, name)(make_params(), lr=0.0, weight_decay=0.1, **options)
+    for step in range(STEPS):
+        for opt in (ours, theirs):
+            params = params_of(opt)
+            give(params, [g * min(step, 1) for g in gradients(params, step)])
+            opt.param_groups[0]["lr"] = 0.01 * step
+            opt.step()
+    for p, q in zip(params_of(ours), params_of(theirs), strict=True):
+        torch.testing.assert_close(p, q, rtol=0.0, atol=1e-12 if p.dtype is torch.float64 else 1e-6)
+        assert float(ours.state[p].get("step", 0)) == float(theirs.state[q].get("step", 0))
+
+
+@pytest.mark.parametrize("lr", [0.0, 0.1])
+def test_each_step_of_a_chain_without_state_is_taken(lr: float) -> None:
+    p = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    opt = TransformOptimizer([p], fo.chain(fo.scale_by_learning_rate(lr), fo.add_decayed_weights(0.01)))
+    p.grad = torch.zeros_like(p)
+    for _ in range(STEPS):
+        opt.step()
+    torch.testing.assert_close(p.detach(), torch.full_like(p, 1.01**STEPS), rtol=1e-13, atol=0.0)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
