@@ -1,4 +1,4 @@
-"""Parameter groups as callers give them: an optimizer changes copies, never what it was given."""
+"""Parameter groups as callers give them: an optimizer changes copies, never its arguments."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +14,7 @@ def copied(group: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
       group: the parameter group.
 
     Returns:
-      The copy, which has the same tensors, and what the caller is to be warned of.
+      The copy, which has the same tensors, and the messages of warnings for the caller.
     """
     group, warnings = dict(group), []
     if isinstance(group.get("params"), Iterator):

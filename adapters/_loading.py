@@ -1,4 +1,4 @@
-"""Loading the state of an optimizer: matching parameters, refusing what does not fit, casting, distributing."""
+"""Loading the state of an optimizer: matching parameters, refusing misfits, casting, distributing."""
 
 import numbers
 import warnings
@@ -48,7 +48,7 @@ def load(optimizer: "ChainOptimizer", state_dict: dict[str, Any], by_name: bool,
             made = _state(given[p], p, name, own, unknown, counter)
             if made or optimizer.EMPTY_STATES:
                 state[p] = made
-    for k, v in states.items():  # what belongs to no parameter is kept, as torch keeps it
+    for k, v in states.items():  # entries of no parameter are kept, as torch keeps them
         if k not in id_map and not by_name:
             state[k] = deepcopy(v)
     held = {key: optimizer.__dict__[key] for key in ("state", "param_groups")}
@@ -97,7 +97,7 @@ def _parts(state_dict: Mapping[str, Any]) -> tuple[Mapping[Any, Any], list[dict[
 
 
 def _group(optimizer: "ChainOptimizer", old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """A parameter group with the options of a file; parameters, names and the chain are those that it has.
+    """A parameter group with the options of a file, and its own parameters, names and chain.
 
     Names of a file are taken over where there are none and no mask can ask for them, as torch does.
     """
@@ -161,7 +161,7 @@ def _match_names(
 
 
 def _slots(optimizer: "ChainOptimizer", groups: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
-    """What the chains of groups keep for each parameter, by key: a declaration and hyper-parameters."""
+    """Slots that the chains of groups keep for each parameter, by key: a declaration and hyper-parameters."""
     templates = [t for g, group in enumerate(groups) for t in [_template(optimizer, g, group)] * len(group["params"])]
     view = view_of(names, [p for group in groups for p in group["params"]])
     slots: list[dict[str, Any]] = [{} for _ in templates]
@@ -196,7 +196,7 @@ def _template(optimizer: "ChainOptimizer", g: int, group: dict[str, Any]) -> Tem
 def _state(
     saved: Any, p: torch.Tensor, name: str, slots: Mapping[str, Any], unknown: list[str], counter: torch.dtype
 ) -> dict[Any, Any]:
-    """The state of one parameter, copied and cast; what the chain does not know is added to `unknown`."""
+    """The state of one parameter, copied and cast; keys that the chain does not know are added to `unknown`."""
     if not isinstance(saved, Mapping):
         raise ValueError(f"the saved state of {name!r} is {_show(saved)}, expected a dict.")
     tensors = [k for k in slots if k != "step"]
@@ -268,7 +268,7 @@ def _slot(key: str, value: Any, p: torch.Tensor, name: str, declared: Any, hyper
 
 
 def _copy(value: Any, p: torch.Tensor) -> Any:
-    """A copy of what no rule knows; a tensor goes where the parameter is."""
+    """A copy of an entry that no rule knows; a tensor goes to the device of the parameter."""
     if isinstance(value, torch.Tensor):
         placed = loaded_like(value.detach(), p) if value.shape == p.shape else value.detach()
         return placed.to(device=p.device, copy=True)

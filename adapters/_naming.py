@@ -14,12 +14,12 @@ from functional_optim._params import Template
 from functional_optim._transform import Path
 
 
-# what schedulers and torch itself keep in a group
+# keys that schedulers and torch itself keep in a group
 KNOWN = frozenset(
     {"params", "param_names", "initial_lr", "min_lr", "max_lr", "swa_lr", "base_momentum", "max_momentum"}
 )
 RESERVED = KNOWN | {"chain", "maximize", "fused", "differentiable", "foreach", "capturable"}
-# what torch's classes, and optax, call hyper-parameters of rules that have another name for them
+# names that torch's classes and optax have for hyper-parameters, by those of rules
 SYNONYMS: Mapping[str, frozenset[tuple[str | None, str]]] = {  # by rule, or for any, and hyper-parameter
     "momentum": frozenset({("trace", "decay")}),
     "alpha": frozenset({("scale_by_rms", "decay"), ("scale_by_stddev", "decay")}),
@@ -58,7 +58,7 @@ def _numbered(name: str) -> Iterator[str]:
 
 
 def template(tx: fo.GradientTransformation, names: Mapping[str, str]) -> Template:
-    """A transformation with a key for each slot of its state; `names` says what some slots are called."""
+    """A transformation with a key for each slot of its state; `names` renames some slots."""
     slots = [
         (path, slot, rule.bound.rule.name) for path, rule in _walk.rules(tx).items() for slot in rule.bound.rule.slots
     ]
@@ -185,7 +185,7 @@ def _before_averages(tx: fo.GradientTransformation, last: fo.GradientTransformat
 
 
 def names_of(groups: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What messages and masks call the parameters of groups."""
+    """Names of the parameters of groups, for messages and masks."""
     names: list[str] = []
     for g, group in enumerate(groups):
         given = group.get("param_names")

@@ -37,7 +37,7 @@ def _nonzero(x: Any) -> bool:
 
 
 def _before(maximize: bool, l2: bool) -> list[fo.GradientTransformation]:
-    """What torch does to every gradient first."""
+    """Transformations of every gradient that torch begins with."""
     return [*([fo.scale(-1.0)] if maximize else []), *([l2_penalty(DECAY)] if l2 else [])]
 
 
@@ -169,7 +169,7 @@ def _check(lr: Any, betas: Any, weight_decay: Any, eps: Any = 0.0) -> None:
 
 
 class _Betas(_NamedClass):
-    """What the classes that torch lacks have in common."""
+    """The common part of the classes that torch lacks."""
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
@@ -203,7 +203,7 @@ class Lion(_Betas):
       maximize: whether to ascend.
       foreach, capturable: accepted; they make no difference.
       differentiable: whether autograd records the step.
-      fused: whether the kernel does what `torch.amp.GradScaler` would.
+      fused: whether the kernel does the unscaling of `torch.amp.GradScaler`.
 
     Raises:
       ValueError: a number is out of its range.
@@ -268,7 +268,7 @@ class LAMB(_Betas):
       maximize: whether to ascend.
       foreach, capturable: accepted; they make no difference.
       differentiable: whether autograd records the step.
-      fused: whether the kernel does what `torch.amp.GradScaler` would.
+      fused: whether the kernel does the unscaling of `torch.amp.GradScaler`.
 
     Raises:
       ValueError: a number is out of its range.

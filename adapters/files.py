@@ -8,7 +8,7 @@ import torch
 
 
 KEYS = (str, int, float, bool, type(None))  # types of keys; text keeps them apart
-# what safetensors has a name for; complex numbers are stored as pairs
+# dtypes that safetensors has a name for; complex numbers are stored as pairs
 PAIRS = (torch.float64, torch.float32, torch.float16)
 STORABLE = frozenset(
     getattr(torch, name)
@@ -20,7 +20,7 @@ STORABLE = frozenset(
 
 
 def save_safetensors(state_dict: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Writes what `Optimizer.state_dict` returned as a safetensors file.
+    """Writes a state dict of an optimizer as a safetensors file.
 
     Args:
       state_dict: the state: dense tensors, numbers, text, dtypes and None, in lists, tuples and dicts. A dict of
@@ -51,7 +51,7 @@ def save_safetensors(state_dict: dict[str, Any], path: str | os.PathLike[str]) -
 
 
 def load_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads what `save_safetensors` wrote.
+    """Reads a file of `save_safetensors`.
 
     Args:
       path: the file.

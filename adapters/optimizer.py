@@ -70,8 +70,8 @@ class _Bindings:
 class ChainOptimizer(Optimizer):
     """The common part of the optimizers of this package: a step is one run of a chain over all parameter groups.
 
-    A subclass says which chain a parameter group has, by way of switches: values of the group that decide what is
-    computed, as opposed to numbers, which are looked up in the group at every step.
+    A subclass says which chain a parameter group has, by way of switches: values of the group that decide the
+    computation, as opposed to numbers, which are looked up in the group at every step.
     """
 
     SLOTS: ClassVar[Mapping[str, str]] = {}  # names of slots of state, where they differ from the rules' own
@@ -374,7 +374,7 @@ class ChainOptimizer(Optimizer):
         return turns
 
     def _undo(self, journal: Journal, new: set[int]) -> None:
-        """Takes back what a step has made that was not taken."""
+        """Takes back the entries that a step has made before it failed."""
         journal.undo()
         own = self._bindings
         own.new, own.states = new, []
@@ -447,7 +447,7 @@ class ChainOptimizer(Optimizer):
         self._step_on(templates, own_params, own_grads, states, extra)
 
     def load_state_dict(self, state_dict: dict[str, Any], *, by_name: bool = False, strict: bool = True) -> None:
-        """Loads what `state_dict` returned, or what that of the torch optimizer of the same name did.
+        """Loads a state dict, of this class or of the torch optimizer of the same name.
 
         Tensors are copied, never shared with `state_dict`, and keep the dtype that the chain declares for them.
 
@@ -459,7 +459,7 @@ class ChainOptimizer(Optimizer):
         Raises:
           ValueError: it is the state of another chain or of other parameters; nothing has been changed.
         """
-        # what is not compiled need not import the compiler, which takes seconds
+        # a step that is not compiled need not import the compiler, which takes seconds
         compiles = "torch._dynamo" in sys.modules
         apart = torch.compiler.disable(load) if compiles else load  # type: ignore[no-untyped-call]
         apart(self, state_dict, by_name, strict)

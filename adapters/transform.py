@@ -32,7 +32,7 @@ class TransformOptimizer(ChainOptimizer):
     what a torch scheduler changes is the factor. A chain without a learning rate has such a factor too.
 
     The state of a parameter is a flat dict of tensors: the chain's slots, by name, and `step`, which counts its own
-    steps. Parameters without a gradient are skipped, and what they have stays as it is.
+    steps. Parameters without a gradient are skipped, and their state stays as it is.
 
     Args:
       params: parameters, named parameters or parameter groups, as for any optimizer of torch.
@@ -83,7 +83,7 @@ class TransformOptimizer(ChainOptimizer):
     def _build(
         self, params: Any, tx: fo.GradientTransformation, maximize: bool, fused: bool | None, differentiable: bool
     ) -> None:
-        """Constructs the optimizer; what is warned of is about the line that called the caller."""
+        """Constructs the optimizer; warnings name the line that called the caller."""
         if fused and differentiable:
             raise RuntimeError("`fused` does not support `differentiable`")
         self._tx = fo.chain(tx) if not isinstance(tx, fo.GradientTransformation) else tx
@@ -143,7 +143,7 @@ class TransformOptimizer(ChainOptimizer):
         super().add_param_group(param_group)
 
     def _warn(self, message: str) -> None:
-        """Warns of what a caller of `add_param_group` gave; of the constructor's, when it is done."""
+        """Warns of a group that a caller of `add_param_group` gave; of the constructor's, when it is done."""
         if self._held is None:
             warnings.warn(message, stacklevel=3)
         else:

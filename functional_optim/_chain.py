@@ -123,7 +123,7 @@ def _warn_if_not_last(members: tuple[GradientTransformation, ...]) -> None:
     for member in members:
         parts: dict[Any, GradientTransformation] = {}
         member._rewrite(parts.setdefault, ())
-        # what an opaque transformation does is not known
+        # an opaque transformation may do anything
         rules = [part.bound.rule for part in parts.values() if isinstance(part, RuleTransformation)]
         if early and any(not rule.final for rule in rules):
             warnings.warn(
@@ -189,7 +189,7 @@ def apply_gradients(
       tx: the transformation.
       params: a tree of floating tensors.
       grads: a tree like it; None skips a parameter and leaves its state as it is.
-      state: what `tx.init(params)` or the last step returned.
+      state: the result of `tx.init(params)`, or the state of the last step.
       donate: whether to reuse the memory of `params` and `state` for the results, as JAX does with donated
         arguments: both are updated in place and returned. Parts of the state that come before a transformation
         which is not made of rules are returned anew. Gradients are never written.

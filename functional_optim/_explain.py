@@ -1,4 +1,4 @@
-"""`explain`: what a transformation or an optimizer will do, before it does it."""
+"""`explain`: the passes, launches and bytes of a transformation or an optimizer, before a step."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -85,7 +85,7 @@ class OptimizerChain:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a transformation, or an optimizer, does to its parameters; print it.
+    """Report of a transformation or an optimizer over its parameters; print it.
 
     Args:
       kernels: the programs, in order.
@@ -97,7 +97,7 @@ class Explanation:
       state_bytes: bytes of state per element.
       parameters: number of elements.
       leaves: number of leaves.
-      notes: what does not fuse, or falls back, and why.
+      notes: transformations that do not fuse, or fall back, and why.
       chains: for an optimizer, the chains of its parameter groups.
     """
 
@@ -150,7 +150,7 @@ def _count(n: int, what: str, plural: str = "s") -> str:
 
 
 def explain(tx: GradientTransformation | torch.optim.Optimizer, params: Tree | None = None) -> Explanation:
-    """Says how a step would run: passes, launches, bytes, state, and what does not fuse.
+    """Says how a step would run: passes, launches, bytes, state, and transformations that do not fuse.
 
     Args:
       tx: the transformation, whose step is `apply_gradients`; or an optimizer of `functional_optim.adapters`.
@@ -254,7 +254,7 @@ class _Collector:
     Args:
       paths: the path of each leaf.
       tensors: the parameters.
-      records: whether autograd records what needs a gradient.
+      records: whether autograd records steps that need a gradient.
     """
 
     def __init__(self, paths: Sequence[str], tensors: Sequence[Any], records: bool) -> None:

@@ -35,7 +35,7 @@ def resolve(choice: Any, view: View, what: str) -> list[Any]:
     Args:
       choice: a tree, a prefix of one, a function, a regular expression, or a mapping from regular expressions.
       view: the tree.
-      what: what messages call it.
+      what: its name in messages.
 
     Returns:
       The values.

@@ -1,4 +1,4 @@
-"""The named optimizers. Each is one chain; the transformations it names say what it computes."""
+"""The named optimizers. Each is one chain; its formula is in the transformations that it names."""
 
 from typing import Any
 

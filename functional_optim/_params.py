@@ -1,4 +1,4 @@
-"""Steps over parameters that each count their own steps: what a stateful optimizer is made of.
+"""Steps over parameters that each count their own steps, the core of a stateful optimizer.
 
 In the pure API a transformation counts steps for the whole tree, and its numbers are the same for every leaf. Here a
 parameter brings a flat dict of state, its counter `step` among it, and options, a mapping that hyper-parameters are
@@ -86,7 +86,7 @@ def slots_of(template: Template, view: View) -> list[dict[str, tuple[Slot, Mappi
 
     Args:
       template: the chain.
-      view: the parameters; it keeps nothing for those that are not seen.
+      view: the parameters; it keeps nothing for one that is not seen.
 
     Returns:
       For each parameter, by key, the slot and the hyper-parameters of its rule; None for the counter `step`.
@@ -141,7 +141,7 @@ class ParamRegion(BoundRegion):
     Args:
       region: the region.
       names: the names of the parameters.
-      present: those that take part.
+      present: the parameters that take part.
       keys: for each transformation, the keys of its slots.
       shards: the mesh dimensions over which each parameter is in parts.
     """
@@ -172,7 +172,7 @@ class ParamStep:
     Args:
       templates: the transformations.
       params: the parameters.
-      grads: their gradients, None for those that the step skips.
+      grads: their gradients, None for parameters that the step skips.
       guarded: whether a step is taken only if `found_inf` is 0.
       counter: the dtype of counters.
       warn: whether to warn of masks that match nothing.
@@ -485,7 +485,7 @@ class ParamStep:
         Args:
           key: the column.
           tensors: a tensor per parameter.
-          place: what is done to a DTensor that may be placed otherwise than its parameter.
+          place: conversion of a DTensor that may be placed otherwise than its parameter.
           name: the beginning of the name of a tensor in messages.
         """
         if not self.wrapped:

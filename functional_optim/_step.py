@@ -328,7 +328,7 @@ class Guard:
 
     Args:
       params: the parameters.
-      present: those that take part.
+      present: the leaves that take part.
     """
 
     def __init__(self, params: Sequence[Any], present: Sequence[int]) -> None:
@@ -398,7 +398,7 @@ ALWAYS_ACCEPTED = frozenset(
 
 
 class Extras:
-    """The extra arguments of a chain: those that rules need, each with a rule, and all that something takes."""
+    """The extra arguments of a chain: names that rules need, each with a rule, and all names that are taken."""
 
     def __init__(self, needed: dict[str, str], taken: frozenset[str] | None) -> None:
         self.needed, self.taken = needed, taken

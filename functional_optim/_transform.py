@@ -89,7 +89,7 @@ class GradientTransformation(Transformation):
 
     Calling this class with the two functions makes a transformation of them. It works in any chain, as a step of
     its own between kernels. Extra keyword arguments of an update reach every transformation; a function that does
-    not take `**extra` gets those that it names.
+    not take `**extra` gets the ones that it names.
 
     Args:
       init: `init(params) -> state`.
@@ -124,7 +124,7 @@ class GradientTransformation(Transformation):
 
         Args:
           updates: a tree of tensors like `params`; None for a parameter without a gradient.
-          state: what `init` or the last `update` returned.
+          state: the result of `init`, or the state of the last `update`.
           params: the current parameters.
           **extra: further arguments, such as `value`, for whichever transformation wants them.
 

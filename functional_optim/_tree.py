@@ -24,12 +24,12 @@ class MaskedNode(NamedTuple):
 
 
 def flatten(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], Spec]:
-    """The leaves of a tree, and its structure; what `is_leaf` says yes to is not looked into."""
+    """The leaves of a tree, and its structure; a node that `is_leaf` accepts is a leaf."""
     return optree.tree_flatten(tree, is_leaf=is_leaf, none_is_leaf=True, namespace=NAMESPACE)
 
 
 def leaves_like(spec: Spec, tree: Tree) -> list[Any]:
-    """What a tree has in the places of the leaves of `spec`.
+    """The objects that a tree has in the places of the leaves of `spec`.
 
     Raises:
       ValueError: the tree has another structure.
@@ -55,7 +55,7 @@ class Reader:
         self.get = itemgetter(*spec.entries()) if flat else None
 
     def __call__(self, tree: Tree) -> list[Any]:
-        """What a tree has in the places of the leaves.
+        """The objects that a tree has in the places of the leaves.
 
         Raises:
           ValueError: the tree has another structure.
@@ -152,7 +152,7 @@ class View(NamedTuple):
         return self._replace(seen=tuple(bool(m) and s for m, s in zip(mask, self.seen, strict=True)))
 
     def tree(self, leaves: Sequence[Any] | None = None) -> Tree:
-        """The tree with a `MaskedNode` in place of what is not seen."""
+        """The tree with a `MaskedNode` in place of leaves that are not seen."""
         chosen = self.leaves if leaves is None else leaves
         return self.spec.unflatten(
             x if seen or x is None else MaskedNode() for x, seen in zip(chosen, self.seen, strict=True)

@@ -73,7 +73,7 @@ class Kernels(Generic[T]):
     """Kernels of this process by their source.
 
     Args:
-      build: makes the kernel of a source in a folder, or loads what is there already.
+      build: makes the kernel of a source in a folder, or loads the one that is there already.
       most: number that is kept; the oldest goes first. It stays loaded as long as somebody holds it.
     """
 
@@ -118,7 +118,7 @@ def forks_wait() -> Iterator[None]:
 
 
 def _start_anew_in_child() -> None:
-    """Frees what other threads of the parent held at the fork: they are not there to release it."""
+    """Frees locks that other threads of the parent held at the fork: they are not there to release them."""
     global _locks
     _locks = _Locks()
     _folders.leave_to_parent()
@@ -224,7 +224,7 @@ if hasattr(os, "register_at_fork"):
 
 @contextlib.contextmanager
 def scratch(folder: Path) -> Iterator[Path]:
-    """Folder within a folder for the files of one build; it is removed afterwards, and what killed builds left too."""
+    """Folder within a folder for the files of one build; it is removed afterwards, with those of killed builds."""
     _sweep(folder)
     made = Path(tempfile.mkdtemp(dir=folder, prefix=UNFINISHED))
     try:

@@ -14,7 +14,7 @@ from .ops import OPS
 
 
 def _overridden(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """What the class of `x` makes of a function: while a rule is traced, a symbol."""
+    """The result that the class of `x` has for a function: while a rule is traced, a symbol."""
     result: torch.Tensor = handle_torch_function(function, (x,), x)
     return result
 

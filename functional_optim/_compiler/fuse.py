@@ -27,7 +27,7 @@ class Source(NamedTuple):
       kind: a fixed number or tensor; an extra argument of `update`; an option that each leaf looks up; or whether it
         is a leaf's first step.
       link: position of the transformation among those fused.
-      name: what messages call it.
+      name: its name in messages.
       value: the number, the tensor, the schedule or the option.
     """
 
@@ -120,7 +120,7 @@ def fuse_all(
       The program of each kind of leaf.
 
     Raises:
-      RuleError: a rule does what a kernel cannot.
+      RuleError: a rule does something that a kernel cannot.
     """
     stages: dict[str, int] = {}
     while True:
@@ -159,7 +159,7 @@ def fuse(
       changes.
 
     Raises:
-      RuleError: a rule does what a kernel cannot.
+      RuleError: a rule does something that a kernel cannot.
     """
     return _Fusion(stages, counting).run(parts, apply)
 
@@ -174,7 +174,7 @@ class _Fusion:
         self.hosts: dict[str, HostSchedule] = {}
         self.slots: dict[str, tuple[int, str]] = {}
         self.per_leaf: set[str] = set()
-        self.stored: dict[str, Symbol] = {}  # what every slot holds before the step
+        self.stored: dict[str, Symbol] = {}  # the content of every slot before the step
 
     def run(self, parts: Sequence[Part], apply: bool) -> Recipe:
         t, counting = self.t, self.counting
@@ -300,7 +300,7 @@ class _Fusion:
 
 
 def _results(rule: Rule, result: Any) -> list[Any]:
-    """Checks what a rule returned: the update, then the new value of every slot."""
+    """Checks the values that a rule returned: the update, then the new value of every slot."""
     slots = list(rule.slots)
     name = f"{rule.name} ({rule.fn.__code__.co_filename}:{rule.fn.__code__.co_firstlineno})"
     results = list(result) if isinstance(result, tuple) else [result]

@@ -19,7 +19,7 @@ from .program import Level, Program
 
 @dataclass(frozen=True)
 class Signature:
-    """What a kernel is compiled for: a program, and how each of its arrays is stored.
+    """Signature of a kernel: a program, and how each of its arrays is stored.
 
     Args:
       program: the program.
@@ -85,7 +85,7 @@ def plan(signature: Signature) -> tuple[Pass, ...]:
         and program.values[program.outputs[k].value].op != "array"
         and program.values[program.outputs[k].value].stage < last
     }
-    # what a narrower store has rounded is not what a later pass wants to read
+    # a narrower store rounds, and a later pass would read the rounded value
     exact = frozenset(k for k, dtype in enumerate(signature.outputs) if dtype == signature.compute)
     late = _schedule(signature, {}, exact)
     if not early:

@@ -85,7 +85,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Output:
-    """What a program writes: `value` goes to the array, or to the number per leaf, called `name`."""
+    """An output of a program: `value` goes to the array, or to the number per leaf, called `name`."""
 
     name: str
     value: int
@@ -98,7 +98,7 @@ class Program:
 
     Args:
       values: the values; the operands of each precede it.
-      outputs: what is written, in order.
+      outputs: the values that are written, in order.
     """
 
     values: tuple[Value, ...]
@@ -152,7 +152,7 @@ class Program:
 
     @cached_property
     def wide(self) -> frozenset[int]:
-        """Computed elements that are reduced, and those that nothing else needs, in double precision."""
+        """Computed elements that are reduced, and elements that only they need, in double precision."""
         return self._elements((self.values[i].args[0] for i in self.reductions), self.narrow)
 
     @cached_property
@@ -166,7 +166,7 @@ class Program:
         )
 
     def _elements(self, roots: Iterable[int], known: frozenset[int] = frozenset()) -> frozenset[int]:
-        """Computed elements among some values, and those that they need and that are not known."""
+        """Computed elements among some values, with the unknown operands that they need."""
         found: set[int] = set()
         stack = list(roots)
         while stack:

@@ -93,7 +93,7 @@ class _Evaluation:
         self.cast: dict[tuple[int, torch.dtype], Column] = {}
 
     def reduce(self, stage: int, parts: dict[Place, Column]) -> None:
-        """Reduces each leaf, where reductions end before `stage`; adds what other processes complete to `parts`."""
+        """Reduces each leaf, where reductions end before `stage`; parts for other processes go to `parts`."""
         for i in self.program.reductions:
             value = self.program.values[i]
             if value.stage != stage:
@@ -106,7 +106,7 @@ class _Evaluation:
                     parts.setdefault(place, []).append(x)
 
     def contribute(self, stage: int, joined: Mapping[Place, torch.Tensor], partials: dict[str, Column]) -> None:
-        """Adds this call's part of tree reductions to `partials`, and takes what other processes have completed."""
+        """Adds this call's part of tree reductions to `partials`, and takes completed reductions."""
         for i in self.reduced:
             value = self.program.values[i]
             if value.stage != stage:

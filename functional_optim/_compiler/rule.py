@@ -30,7 +30,7 @@ class Option:
 
     Args:
       name: the key.
-      index: the position, if what the key holds is a sequence.
+      index: the position, if the value of the key is a sequence.
 
     Example:
       >>> Option("betas", 1).look_up({"betas": (0.9, 0.99)})
@@ -153,7 +153,7 @@ class Range:
 
 @dataclass(eq=False)
 class Rule:
-    """What `elementwise` knows of a rule.
+    """Declaration of a rule, as `elementwise` reads it.
 
     Args:
       name: the name that messages and `repr` use.
@@ -201,7 +201,7 @@ class Rule:
           The value; a number of NumPy or JAX as Python's.
 
         Raises:
-          TypeError, ValueError: with the name, the value and what was expected.
+          TypeError, ValueError: with the name, the value and the expectation.
         """
         value = plain_number(value)
         allowed = self.ranges.get(hyper)
@@ -249,13 +249,13 @@ def state_type(rule: Rule, counted: bool) -> Any:
 
 
 def restore_state(factory: Any, counted: bool, *values: Any) -> Any:
-    """Makes the state of a rule; what unpickling calls."""
+    """Makes the state of a rule, for unpickling."""
     return state_type(factory.rule, counted)(*values)
 
 
 @dataclass(frozen=True, eq=False)
 class Bound:
-    """A rule with its hyper-parameters: all that makes a rule-made transformation what it is."""
+    """A rule with its hyper-parameters: the whole of a rule-made transformation."""
 
     rule: Rule
     values: Mapping[str, Any]
@@ -289,7 +289,7 @@ class Bound:
 
     @cached_property
     def key(self) -> tuple[Any, ...]:
-        """What two equal ones have in common; tensors and functions count by identity."""
+        """Key by which two are equal; tensors and functions count by identity."""
         return (
             id(self.rule),
             *((k, id(v) if isinstance(v, torch.Tensor) else (type(v), v)) for k, v in self.values.items()),

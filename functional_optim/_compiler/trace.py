@@ -237,7 +237,7 @@ class Tracer:
         return isinstance(x, Symbol) and self.values[x.index].uniform and self.values[x.index].stage > 0
 
     def spread(self, x: Any) -> Symbol:
-        """Makes a value one per element, so that what follows may reduce it."""
+        """Makes a value one per element, so that later operations may reduce it."""
         y = self.symbol(x)
         y = self.op("real", y) if self.values[y.index].boolean else y
         value = self.values[y.index]
@@ -416,7 +416,7 @@ def _extremum(name: str) -> Callable[..., Any]:
     return rewrite
 
 
-# Names of torch and Python that are not rows of the table, in terms of those that are.
+# Names of torch and Python that are not rows of the table, in terms of its rows.
 REWRITES: dict[str, Callable[..., Any]] = {
     "add": _add,
     "sub": _alpha("sub"),

@@ -60,7 +60,7 @@ def check_slot(name: str, path: str, x: Any, u: torch.Tensor, slot: Slot) -> Non
     """Refuses a stored tensor that does not go with its leaf.
 
     Raises:
-      TypeError, ValueError: with the slot's name, the path, and what was expected.
+      TypeError, ValueError: with the slot's name, the path, and the expectation.
     """
     if slot.per_leaf and isinstance(x, torch.Tensor):
         if x.ndim:
@@ -73,7 +73,7 @@ def check_count(name: str, x: Any) -> None:
     """Refuses a counter that is not one integer.
 
     Raises:
-      TypeError, ValueError: with the counter's name and what it is.
+      TypeError, ValueError: with the counter's name and value.
     """
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} is {type(x).__name__} {x!r:.60}, expected a tensor that holds one integer.")

@@ -49,7 +49,7 @@ def partial_buffers(
       groups: the groups.
       cuts: the chunks of each.
       device: the device.
-      n_joined: how many numbers follow for what processes have joined.
+      n_joined: how many numbers follow for reductions that processes have joined.
     """
     total = sum(len(chunks.leaf) for chunks in cuts) + n_joined
     shared: dict[str, torch.Tensor] = {}

@@ -160,7 +160,7 @@ def _fit(recipe: Recipe, specs: Mapping[Key, TensorSpec | None]) -> _Fit:
     # a tensor that is written in place counts too, whether or not the program reads it
     written = [o.name for o in program.outputs if o.level is Level.ELEMENT and o.name != "updates"]
     together = walk_together([u, *map(spec, (*program.arrays, *written))])
-    # numbers per leaf are computed in float64 anyway, whatever the dtype of elements
+    # numbers per leaf are computed in float64 for elements of any dtype
     elements = [spec(name).dtype for name in program.arrays]
     elements += [dtype for o, dtype in zip(program.outputs, outs, strict=True) if o.level is Level.ELEMENT]
     return _Fit(Signature(program, ins, outs, compute_dtype(elements)), u.device, u.numel, not together)

@@ -99,7 +99,7 @@ class Pointers:
 
 
 class PointerReader:
-    """Compares the tensors of a step with those that it was bound to, and reads their data pointers.
+    """Compares the tensors of a step with its specs, and reads their data pointers.
 
     Args:
       tensors: the tensors that the step is bound to.

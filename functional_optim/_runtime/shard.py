@@ -269,7 +269,7 @@ class LocalTensors:
         self._known[key] = _Known(own, none, pick, [_SPEC(column[i]) for i in own])
 
     def fit(self, key: Hashable, column: Sequence[Any]) -> bool:
-        """Whether the tensors of a column are placed like those that are remembered."""
+        """Whether the tensors of a column are placed like the remembered ones."""
         known = self._known[key]
         try:
             specs = list(map(_SPEC, column if known.pick is None else known.pick(column)))
@@ -304,7 +304,7 @@ _SPEC, _LOCAL = attrgetter("_spec"), attrgetter("_local_tensor")
 class MeshShard:
     """Dimensions of a device mesh over which a tensor is in parts; a reduction of parts is completed over them.
 
-    Equal values mean the same processes, so it is a key for what is communicated together.
+    Equal values mean the same processes, so it is a key for reductions that are communicated together.
 
     Args:
       mesh: the `DeviceMesh`.
@@ -405,7 +405,7 @@ def gathered_anew(params: Iterable[torch.Tensor], models: Iterable[torch.nn.Modu
 
     A module may keep gathered parameters after a forward pass (the root does), and would neither see values that are
     written to its sharded parameters nor see them put back. Modules are found when they are called; other methods, also
-    those registered with `register_fsdp_forward_method`, see what was gathered before, but for the modules of `models`.
+    those registered with `register_fsdp_forward_method`, see parameters as gathered before, but for those of `models`.
 
     Args:
       params: the parameters that are written to.

@@ -92,10 +92,10 @@ class Programs:
 
 
 class Reading(NamedTuple):
-    """The tensors of one step, found to be like those that it is bound to.
+    """The tensors of one step, found to have the specs that it is bound to.
 
     Args:
-      tensors: the gathered tensors, contiguous copies in place of those that a kernel cannot walk.
+      tensors: the gathered tensors, contiguous copies in place of tensors that a kernel cannot walk.
       originals: the tensors that were copied, by position.
       launch: memory with the data pointers, and the launches that read it.
     """
@@ -179,7 +179,7 @@ class BoundStep(Programs):
         for i in self.copied:
             seen[i] = TensorSpec.of(tensors[i])
         self.reader = PointerReader(tensors, seen)
-        self.launches: list[Launch] = []  # those that no thread uses at the moment
+        self.launches: list[Launch] = []  # launches that no thread uses at the moment
 
     # -- binding ------------------------------------------------------------------------------------------------------
 
@@ -275,7 +275,7 @@ class BoundStep(Programs):
     # -- stepping -----------------------------------------------------------------------------------------------------
 
     def read(self, columns: Columns) -> Reading | Difference:
-        """The tensors of this step, if they are like those that it is bound to; else the first difference.
+        """The tensors of this step, if they have the specs that it is bound to; else the first difference.
 
         Args:
           columns: the tensors by column.

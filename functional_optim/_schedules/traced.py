@@ -105,7 +105,7 @@ _OWN = __name__.partition(".")[0]
 
 
 class _Keys:
-    """One walk over what a function refers to."""
+    """One walk over the objects that a function refers to."""
 
     def __init__(self) -> None:
         self.walking: list[FunctionType] = []
@@ -189,7 +189,7 @@ class _Reference(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def _refers(code: CodeType) -> tuple[_Reference, ...] | None:
-    """What code refers to, with the code of functions inside it; None if it changes what is outside it."""
+    """Names that code refers to, with the code of functions inside it; None if it changes an outer variable."""
     found: dict[_Reference, None] = {}
     inside = [code]
     for one in inside:
@@ -218,7 +218,7 @@ _ATTRIBUTES = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
 _WRITES = frozenset(
     {"STORE_GLOBAL", "DELETE_GLOBAL", "STORE_NAME", "STORE_ATTR", "DELETE_ATTR", "IMPORT_NAME", "LOAD_BUILD_CLASS"}
 )
-_CATCHES = "PUSH_EXC_INFO"  # with a handler, a function would do with a symbol what it does not do with a number
+_CATCHES = "PUSH_EXC_INFO"  # with a handler, a function may treat a symbol otherwise than a number
 
 
 def _look_up(fn: FunctionType, reference: _Reference) -> Any:

@@ -1,4 +1,4 @@
-r"""What the rules with moments share: means of updates and of their squares, and corrections for their start at 0.
+r"""Common formulas of rules with moments: means of updates and of their squares, and corrections for their start at 0.
 
 torch rounds in an order of its own: the compiler of its fused CPU kernels contracts `a + b * c` to one fused
 multiply-add. Formulas that stand for a class of torch.optim have the bits of that. In the last, incomplete vector of a

@@ -15,7 +15,7 @@ def params_ema(
 
     $$\bar\theta_t = \beta \bar\theta_{t-1} + (1 - \beta)(\theta_{t-1} + u_t), \quad \bar\theta_0 = \theta_0$$
 
-    It belongs at the end of a chain, where updates are what will be added to the parameters. `eval_params` reads
+    It belongs at the end of a chain, where updates are final: they are added to the parameters. `eval_params` reads
     the average.
 
     Args:

@@ -70,7 +70,7 @@ def _machine() -> str:
     except OSError:
         cpu = platform.processor()
     try:
-        info = os.stat(command[0])  # of what a link leads to
+        info = os.stat(command[0])  # of the target of a link
     except OSError as error:
         raise ToolError(f"the C compiler cannot be found any more ({error})") from None
     compiler = (command, os.path.realpath(command[0]), info.st_size, info.st_mtime_ns)

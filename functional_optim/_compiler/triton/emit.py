@@ -140,7 +140,7 @@ def _uniform(signature: Signature, i: int) -> str:
 
 
 def _prologue(signature: Signature, number: int) -> list[str]:
-    """Statements that compute the uniform values of a pass, from those that earlier passes compute as well."""
+    """Statements that compute the uniform values of a pass, from values that earlier passes compute as well."""
     values, p = signature.program.values, plan(signature)[number]
     new = plan_prologues(signature)[number].new
     needed = {a for i in (*new, *p.body, *p.wide) if not values[i].reduction for a in values[i].args}
