@@ -133,6 +133,27 @@ def test_parameters_with_a_common_element_are_refused(maker: str, case: str, ste
     before.check()
 
 
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_parameters_that_are_the_same_memory_are_stepped_in_turns(name: str, steps: int) -> None:
+    """As torch steps them, one after the other, each with its own gradient and state."""
+    options: dict[str, Any] = {"momentum": 0.9} if name == "SGD" else {}
+    made = []
+    for module in (adapters, torch.optim):
+        params = [nn.Parameter(base()[0]) for _ in range(3)]
+        opt = getattr(module, name)(params, lr=0.1, foreach=False, **options)
+        for step in range(steps + 20):
+            if step == steps:
+                params[2].data = params[0].data
+            for p, g in zip(params, grads_like(params, step), strict=True):
+                p.grad = g
+            opt.step()
+        made.append([p.detach() for p in params])
+    torch.testing.assert_close(*made, rtol=1e-12, atol=1e-12)
+    assert torch.equal(made[0][0], made[0][2])
+    assert not torch.equal(made[0][0], made[0][1])
+
+
 # -- memory that is gone ----------------------------------------------------------------------------------------------
 
 

@@ -134,6 +134,12 @@ def freeze(opt: torch.optim.Optimizer, params: list[Any]) -> None:
     params[7].grad = None
 
 
+def overlap(opt: torch.optim.Optimizer, params: list[Any]) -> None:
+    n, shape = params[7].numel(), params[7].shape
+    both = params[7].detach().reshape(-1).repeat(2)
+    params[7].data, params[9].data = both[:n].view(shape), both[1 : n + 1].view(shape)
+
+
 CHANGES: dict[str, Callable[[Pair], object]] = {
     "nothing": of_both(lambda opt, params: None),
     "new gradients": Pair.draw,
@@ -192,6 +198,7 @@ ERRORS: dict[str, Callable[[Pair], object]] = {
     "a gradient of another shape": of_both(lambda opt, params: setattr(params[7].grad, "data", torch.ones(5))),
     "a state of another shape": states(lambda x: torch.ones(5)),
     "a gradient that shares memory": of_both(lambda opt, params: setattr(params[7], "grad", params[7].detach())),
+    "parameters that overlap": of_both(overlap),
     "a storage that is freed": of_both(lambda opt, params: params[7].grad.untyped_storage().resize_(0)),
     "an infinite learning rate": of_both(lambda opt, params: opt.param_groups[0].update(lr=float("inf"))),
 }
