@@ -63,10 +63,11 @@ static int64_t *data_of(Handle tensor) {
   return data;
 }
 
-static int64_t width_of(Handle rows) {
-  int64_t *sizes;
-  aoti_torch_get_sizes(rows, &sizes);
-  return sizes[1];
+/* Size of a tensor of `dim` dimensions in one of them; 0 for a tensor of another number of dimensions. */
+static int64_t size_of(Handle tensor, int64_t dim, int64_t k) {
+  int64_t found, *sizes;
+  if (aoti_torch_get_dim(tensor, &found) || found != dim || aoti_torch_get_sizes(tensor, &sizes)) return 0;
+  return sizes[k];
 }
 
 static int describe_one(Handle t, int64_t *row) {
@@ -82,6 +83,7 @@ static int describe_one(Handle t, int64_t *row) {
   row[DEVICE] = number;
   if (aoti_torch_get_dim(t, row + DIM)) return 1;
   if (aoti_torch_get_sizes(t, &sizes) || aoti_torch_get_strides(t, &strides)) return 1;
+  if (!row[DIM]) return 0;
   memcpy(row + SIZES, sizes, 8 * row[DIM]);
   memcpy(row + SIZES + row[DIM], strides, 8 * row[DIM]);
   return 0;
@@ -95,6 +97,7 @@ static int differs(Handle t, const int64_t *spec) {
   if (aoti_torch_get_device_type(t, &number) || number != spec[DEVICE_TYPE]) return 1;
   if (aoti_torch_get_device_index(t, &number) || number != spec[DEVICE]) return 1;
   if (aoti_torch_get_dim(t, &dim) || dim != spec[DIM]) return 1;
+  if (!dim) return 0;
   if (aoti_torch_get_sizes(t, &numbers) || memcmp(numbers, spec + SIZES, 8 * dim)) return 1;
   return aoti_torch_get_strides(t, &numbers) || memcmp(numbers, spec + SIZES + dim, 8 * dim);
 }
@@ -108,12 +111,13 @@ static int outside(Handle t, const int64_t *spec) {
 
 static void describe(StableIValue *stack, uint64_t n_in, uint64_t n_out) {
   Handle list = (Handle)stack[0], rows = (Handle)stack[1];
-  int64_t *row = data_of(rows), width = width_of(rows);
+  int64_t *row = data_of(rows), width = size_of(rows, 2, 1);
   size_t n = 0;
-  torch_list_size(list, &n);
+  if (torch_list_size(list, &n) || size_of(rows, 2, 0) < (int64_t)n) n = 0;
   for (size_t i = 0; i < n; i++, row += width) {
     StableIValue item;
-    torch_list_get_item(list, i, &item);
+    row[DIM] = -1;
+    if (torch_list_get_item(list, i, &item)) continue;
     if (describe_one((Handle)item, row)) row[DIM] = -1;
     aoti_torch_delete_tensor_object((Handle)item);
   }
@@ -123,34 +127,32 @@ static void describe(StableIValue *stack, uint64_t n_in, uint64_t n_out) {
 
 static void read_pointers(StableIValue *stack, uint64_t n_in, uint64_t n_out) {
   Handle list = (Handle)stack[0], index = (Handle)stack[1], table = (Handle)stack[2], result = (Handle)stack[3];
-  const int64_t *spec_index = data_of(index), *specs = data_of(table), width = width_of(table);
+  const int64_t *spec_index = data_of(index), *specs = data_of(table), width = size_of(table, 2, 1);
   int64_t *pointers = data_of(result), found = -1;
   size_t n = 0;
-  torch_list_size(list, &n);
-  for (size_t i = 0; i < n; i++) {
+  int fits = !torch_list_size(list, &n) && size_of(index, 1, 0) == (int64_t)n && size_of(result, 1, 0) > (int64_t)n;
+  for (size_t i = 0; fits && i < n && found < 0; i++) {
     StableIValue item;
-    torch_list_get_item(list, i, &item);
-    if (found < 0) {
-      const int64_t *spec = specs + spec_index[i] * width;
-      if (differs((Handle)item, spec)) found = 2 * (int64_t)i;
-      else if (outside((Handle)item, spec)) found = 2 * (int64_t)i + 1;
-      else pointers[i] = (int64_t)(intptr_t)data_of((Handle)item);
+    if (torch_list_get_item(list, i, &item)) {
+      found = 2 * (int64_t)i;
+      break;
     }
+    const int64_t *spec = specs + spec_index[i] * width;
+    if (differs((Handle)item, spec)) found = 2 * (int64_t)i;
+    else if (outside((Handle)item, spec)) found = 2 * (int64_t)i + 1;
+    else pointers[i] = (int64_t)(intptr_t)data_of((Handle)item);
     aoti_torch_delete_tensor_object((Handle)item);
   }
+  if (fits) pointers[n] = found; /* otherwise the status stays as it was */
   torch_delete_list(list);
   aoti_torch_delete_tensor_object(index);
   aoti_torch_delete_tensor_object(table);
   aoti_torch_delete_tensor_object(result);
-  pointers[n] = found;
 }
 
 /* The same operation where the memory of a tensor does not hold its elements as they are: they are conjugated or
-   negated when they are read, or all zero. torch's own fallback would hand over a copy that is gone after the call. */
+   negated when they are read, or all zero. torch's own fallback would hand over a copy that is gone after the call. The status stays as it was. */
 static void refuse_pointers(StableIValue *stack, uint64_t n_in, uint64_t n_out) {
-  size_t n = 0;
-  torch_list_size((Handle)stack[0], &n);
-  data_of((Handle)stack[3])[n] = 0;
   torch_delete_list((Handle)stack[0]);
   for (int k = 1; k < 4; k++) aoti_torch_delete_tensor_object((Handle)stack[k]);
 }

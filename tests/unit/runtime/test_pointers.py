@@ -15,7 +15,7 @@ from hypothesis import (
 
 from functional_optim._runtime import pointers
 from functional_optim._runtime.pointers import Difference, PointerReader, Pointers, operations
-from functional_optim._runtime.spec import specs_of
+from functional_optim._runtime.spec import TensorSpec, specs_of
 
 
 @pytest.fixture(params=["C", "Python"])
@@ -209,6 +209,23 @@ def test_a_reader_answers_again_after_a_difference(form: str) -> None:
     reader = PointerReader([x, x], [s for s in specs_of([x, x]) if s])
     for tensors, found in [([x, x], None), ([x, torch.zeros(3)], Difference(1, False))] * 3:
         assert reader.read(tensors, memory) == found
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 4])
+def test_another_number_of_tensors_reads_and_writes_nothing(n: int) -> None:
+    """The operation does not trust its caller, who may be anybody: it is among `torch.ops`."""
+    own = operations()
+    if own is None:
+        pytest.skip("there is no C compiler")
+    x = torch.ones(2)
+    reader = PointerReader([x, x], [TensorSpec.of(x)] * 2)
+    memory = torch.zeros(3, dtype=torch.int64)
+    own.read_pointers.default([x] * n, reader.spec_index, reader.table, memory)
+    assert memory.tolist() == [0, 0, 0]
+    own.read_pointers.default([x, x], reader.spec_index, reader.table, memory[:2])
+    assert memory.tolist() == [0, 0, 0]
+    own.read_pointers.default([x, x], reader.spec_index, reader.table, memory)
+    assert memory.tolist() == [x.data_ptr(), x.data_ptr(), -1]
 
 
 def test_wrappers_of_a_transformation_are_not_asked_for_memory(form: str) -> None:
