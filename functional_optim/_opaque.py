@@ -6,15 +6,16 @@ called a second time for a tree with one more parameter, and the two states are 
 an entry holds one entry per parameter, everything else belongs to the tree. What fits neither is refused.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from ._runtime.checks import at
+from ._runtime.internals import is_wrapper_of_a_transformation
 from ._runtime.spec import PLAIN
 from ._transform import Link
-from ._tree import Spec, View, flatten, one_level, unflatten
+from ._tree import Spec, View, flatten, one_level, paths, unflatten
 
 
 # The entries of a state: by the parameter's name, None for an entry of the tree, and the path
@@ -89,20 +90,12 @@ class SplitState:
 
         They are given away, since `update` may write to them: an entry that starts anew is made anew.
         """
-        made = []
+        made, taken = [], _places(self.view.leaves)
         for entry in entries:
             if entry not in self.initial:
                 self.initial = self.split(self.tx.init(self.view.tree()))
-            made.append((entry[0] or self.seen[0], self.keys[entry], self._own(self.initial.pop(entry))))
+            made.append((entry[0] or self.seen[0], self.keys[entry], _apart(self.initial.pop(entry), taken)))
         return made
-
-    def _own(self, x: Any) -> Any:
-        """An entry that a step on parameters does not write to: a copy of one that is a parameter's memory."""
-        if type(x) not in PLAIN or x.layout is not torch.strided or not x.data_ptr():
-            return x
-        place = x.untyped_storage().data_ptr()
-        plain = (p for p in self.view.leaves if type(p) in PLAIN and p.layout is torch.strided)
-        return x.detach().clone() if any(p.untyped_storage().data_ptr() == place for p in plain) else x
 
     def gather(self, states: Mapping[str, Mapping[str, Any]]) -> Any:
         """The state whose entries are in the dicts of parameters; those of parameters without any are of `init`.
@@ -120,15 +113,47 @@ class SplitState:
           state: the state.
           present: the parameters that took the step; entries of others are left out.
         """
-        there = {*present, None} if self.seen else set(present)
+        there, taken = {*present, None} if self.seen else set(present), _places(self.view.leaves)
         return [
-            (name or self.seen[0], self.keys[name, path], self._own(x))
+            (name or self.seen[0], self.keys[name, path], _apart(x, taken))
             for (name, path), x in self.split(state).items()
             if name in there
         ]
 
 
 MISSING = object()
+
+
+def check_apart(tx: Any, state: Any, params: Sequence[Any]) -> None:
+    """Refuses a state whose memory is that of parameters, which a step that is donated writes to.
+
+    Raises:
+      ValueError: with the path of the entry.
+    """
+    leaves, spec = flatten(state)
+    taken = _places(params)
+    for path, x in zip(paths(spec), leaves, strict=True):
+        if _place(x) in taken:
+            raise ValueError(
+                f"the state of {tx!r:.100}{at(path)} shares memory with a parameter, which donate=True "
+                f"writes to; store `x.detach().clone()`."
+            )
+
+
+def _apart(x: Any, taken: frozenset[int]) -> Any:
+    """An entry that a step on parameters does not write to: a copy of one whose memory is theirs."""
+    return x.detach().clone() if _place(x) in taken else x
+
+
+def _places(tensors: Iterable[Any]) -> frozenset[int]:
+    """The addresses of the storages of tensors that have one."""
+    return frozenset(place for place in map(_place, tensors) if place is not None)
+
+
+def _place(x: Any) -> int | None:
+    if type(x) not in PLAIN or x.layout is not torch.strided or is_wrapper_of_a_transformation(x):
+        return None
+    return x.untyped_storage().data_ptr() or None
 
 
 # The shape of a state is a nest of these, one per node. Each splits a node of a state and joins it again.

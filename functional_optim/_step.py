@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ._opaque import check_apart
 from ._regions import BoundRegion, Opaque, Region, Variant, cut_into_regions
 from ._runtime.backend import requested_backend
 from ._runtime.checks import at, check_fit, check_leaf, check_number
@@ -163,6 +164,8 @@ class TreeStep:
         for stage in self.stages:
             if isinstance(stage, Opaque):
                 columns, new_states[stage.link.path] = self._call(stage, columns, state, extra)
+                if donate and "params" in columns:
+                    check_apart(stage.link.tx, new_states[stage.link.path], columns["params"])
                 continue
             in_place = donate and stage is self.stages[-1]
             states = stage.state.states(state)

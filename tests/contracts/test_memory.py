@@ -154,6 +154,56 @@ def test_parameters_that_are_the_same_memory_are_stepped_in_turns(name: str, ste
     assert not torch.equal(made[0][0], made[0][1])
 
 
+# -- state that is a parameter's memory --------------------------------------------------------------------------------
+
+
+def the_parameters(params: Any) -> Any:
+    return {"slow": dict(params)}
+
+
+def views_of_them(params: Any) -> Any:
+    return {"slow": {k: p.detach().reshape(-1) for k, p in params.items()}}
+
+
+KEPT: dict[str, fo.GradientTransformation] = {
+    f"{form.__name__}, made by {maker}": fo.GradientTransformation(
+        form if maker == "init" else views_of_them,
+        (lambda u, s, p=None, **_: (u, s)) if maker == "init" else (lambda u, s, p=None, f=form, **_: (u, f(p))),
+    )
+    for form in (the_parameters, views_of_them)
+    for maker in ("init", "update")
+    if form is views_of_them or maker == "init"
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_state_that_is_a_parameter_does_not_move_with_it(name: str) -> None:
+    """Slow weights, anchors: the entries are those of the pure step, which writes to nothing."""
+    tx = fo.chain(KEPT[name], fo.sgd(0.1))
+    p = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    opt = adapters.TransformOptimizer([("w", p)], tx)
+    params = {"w": torch.ones(3, dtype=torch.float64)}
+    state = tx.init(params)
+    for _ in range(20):
+        p.grad = torch.ones_like(p)
+        opt.step()
+        params, state = fo.apply_gradients(tx, params, {"w": torch.ones_like(p)}, state)
+        (kept,) = opt.state[p].values()
+        torch.testing.assert_close(p.detach(), params["w"], rtol=0.0, atol=0.0)
+        torch.testing.assert_close(kept, state[0]["slow"]["w"], rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_donated_step_refuses_a_state_that_is_a_parameter(name: str) -> None:
+    tx = fo.chain(KEPT[name], fo.sgd(0.1))
+    params = {"w": torch.ones(3)}
+    state = tx.init(params)
+    before = Snapshot(params)
+    with pytest.raises(ValueError, match=r"slow\.w' shares memory with a parameter.*clone"):
+        fo.apply_gradients(tx, params, {"w": torch.ones(3)}, state, donate=True)
+    before.check()
+
+
 # -- memory that is gone ----------------------------------------------------------------------------------------------
 
 
