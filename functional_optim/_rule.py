@@ -220,6 +220,8 @@ def _make(
                 raise TypeError(
                     f"the slot `{slot_name}` of {name} takes its {what} from `{source}`, which is no argument."
                 )
+    if (slots or "step" in keywords) and not name.isidentifier():
+        raise TypeError(f"{name} keeps a state, whose class is named after the rule; write it with `def`.")
     return RuleFactory(
         Rule(
             name=name,

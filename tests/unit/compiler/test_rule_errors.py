@@ -350,6 +350,8 @@ DECLARED = {
     "hyper-parameters by position": Declared(lambda u, k=1.0: u, {}, r"takes \(u, k\), expected \(u,"),
     "any arguments": Declared(lambda *args: args[0], {}, "takes"),
     "any keywords": Declared(lambda u, **kwargs: u, {}, "takes"),
+    "a lambda with a slot": Declared(lambda u, mu: (u, mu), {"state": MU}, "keeps a state, .* write it with `def`"),
+    "a lambda that counts": Declared(lambda u, *, step: u / step, {}, "keeps a state, .* write it with `def`"),
     "unknown static": Declared(good, {"state": MU, "static": ("flags",)}, r"`static` of good names \['flags'\]"),
     "unknown extra": Declared(good, {"state": MU, "extra": ("value",)}, r"`extra` of good names \['value'\]"),
     "unknown ranges": Declared(good, {"state": MU, "ranges": {"b1": "[0, 1)"}}, r"`ranges` of good names \['b1'\]"),
