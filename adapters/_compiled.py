@@ -1,5 +1,6 @@
 """The operation that a step is inside `torch.compile`, which the compiler keeps whole."""
 
+import itertools
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -7,6 +8,7 @@ import torch
 
 
 OPTIMIZERS: "WeakValueDictionary[int, Any]" = WeakValueDictionary()  # optimizers whose step is compiled, by handle
+HANDLES = itertools.count()  # a handle is a constant of a graph, which may outlive its optimizer: none is used twice
 
 
 @torch.library.custom_op("functional_optim::step", mutates_args=("params", "state"))
@@ -19,9 +21,10 @@ def _step(
     values: list[torch.Tensor],
 ) -> None:
     """A step of an optimizer, which the compiler keeps whole."""
-    OPTIMIZERS[handle]._run_traced(
-        params, grads, state, dict(zip(names.split(",") if names else (), values, strict=True))
-    )
+    optimizer = OPTIMIZERS.get(handle)
+    if optimizer is None:
+        raise RuntimeError("the optimizer of this compiled step is gone; keep it as long as the compiled function.")
+    optimizer._run_traced(params, grads, state, dict(zip(names.split(",") if names else (), values, strict=True)))
 
 
 _step.register_fake(lambda *args: None)  # it returns nothing

@@ -19,7 +19,7 @@ from functional_optim._runtime.shard import is_dtensor
 from functional_optim._runtime.spec import PLAIN
 
 from ._averages import averaged
-from ._compiled import OPTIMIZERS
+from ._compiled import HANDLES, OPTIMIZERS
 from ._loading import load
 from ._naming import names_of
 
@@ -62,6 +62,7 @@ class _Bindings:
         self.steps: list[ParamStep] = []
         self.new: set[int] = set()  # ids of parameters that have state, but have not taken their first step
         self.warned = False
+        self.handle = next(HANDLES)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Bindings, ()  # tensors of a copy are other ones
@@ -429,8 +430,9 @@ class ChainOptimizer(Optimizer):
                 params.append(p)
                 grads.append(p.grad)
                 state.extend(x for x in self.state[p].values() if isinstance(x, torch.Tensor))
-        OPTIMIZERS[id(self)] = self
-        return id(self)
+        handle = self._bindings.handle
+        OPTIMIZERS[handle] = self
+        return handle
 
     def _run_traced(
         self, params: list[torch.Tensor], grads: list[torch.Tensor], state: list[torch.Tensor], extra: dict[str, Any]

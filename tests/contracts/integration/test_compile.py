@@ -215,3 +215,11 @@ def test_loop_with_the_model() -> None:
 
     # the products of the backward pass may be traced to others, some units of 2**-53 from these
     torch.testing.assert_close(train(True), train(False), rtol=1e-13, atol=1e-15)
+
+
+def test_an_operation_whose_optimizer_is_gone_is_refused() -> None:
+    """A graph holds a handle, which no later optimizer has."""
+    handles = [adapters.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)._bindings.handle for _ in range(20)]
+    assert len(set(handles)) == 20
+    with pytest.raises(RuntimeError, match="optimizer of this compiled step is gone"):
+        torch.ops.functional_optim.step(handles[0], [], [], [], "", [])
