@@ -317,6 +317,7 @@ class ChainOptimizer(Optimizer):
         dry = not self.state and in_checkpoint()
         before, exact, journal = own.new, dry, Journal()
         step: ParamStep | None = None
+        first: frozenset[int] = frozenset()
         try:
             while True:
                 step = self._find_step(templates, grads, guarded, exact)
@@ -326,8 +327,7 @@ class ChainOptimizer(Optimizer):
                     exact = True  # before state is made for parameters whose gradients are gone
                     continue
                 if columns is None:
-                    made = step.make_state(states, self.param_groups, journal)
-                    new = before | {id(owners[i]) for i in made}
+                    new = before | {id(owners[i]) for i in step.make_state(states, self.param_groups, journal)}
                     self._adopt(owners, grads, states, journal)
                     columns = step.columns(states)
                     assert columns is not None, "the state that was missing has been made"
@@ -344,13 +344,14 @@ class ChainOptimizer(Optimizer):
                 if outcome == "sparse":
                     grads = self._without_sparse(grads)
                 exact = True
+            # nothing waits for a device but the first step
+            if guarded and (first or journal.entries) and float(extra["found_inf"]):
+                self._undo(journal, before)
         except BaseException:
-            if step is None or not step.completed:
+            changed = first or journal.entries
+            if step is None or not step.completed or (guarded and changed and float(extra["found_inf"])):
                 self._undo(journal, before)
             raise
-        # nothing waits for a device but the first step
-        if guarded and (first or journal.entries) and float(extra["found_inf"]):
-            self._undo(journal, before)
 
     def _turns(
         self, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]
