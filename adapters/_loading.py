@@ -251,12 +251,15 @@ def _slot(key: str, value: Any, p: torch.Tensor, name: str, declared: Any, hyper
         return torch.tensor(float(value), dtype=dtype or wide, device=p.device)
     if value.layout is not torch.strided:
         raise ValueError(f"the saved {key!r} of {name!r} is sparse ({value.layout}), expected a dense tensor.")
-    fits = value.numel() == 1 if declared.per_leaf else value.shape == p.shape
+    fits = value.numel() == 1 if declared.per_leaf else tuple(value.shape) == declared.shape_for(p)
     if not fits:
+        expected = f"the parameter has {tuple(p.shape)}" if declared.like_leaf else f"it has {declared.shape_for(p)}"
         raise ValueError(
             f"the saved {key!r} of {name!r} has shape {tuple(value.shape)}, but "
-            f"{'it is one number' if declared.per_leaf else f'the parameter has {tuple(p.shape)}'}."
+            f"{'it is one number' if declared.per_leaf else expected}."
         )
+    if not declared.like_leaf and not declared.per_leaf:
+        return value.detach().to(dtype=dtype or p.dtype, device=p.device, copy=True)
     if value.is_complex() != (p.is_complex() and not declared.per_leaf) or not (
         value.is_floating_point() or value.is_complex()
     ):

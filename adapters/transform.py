@@ -109,7 +109,8 @@ class TransformOptimizer(ChainOptimizer):
 
     def _offer_scaling(self) -> None:
         """Has `GradScaler` leave unscaling to the kernel, if no transformation would see scaled gradients."""
-        if len(_walk.rules(self._tx)) == len(_walk.parts(self._tx)):
+        rules = _walk.rules(self._tx).values()
+        if len(rules) == len(_walk.parts(self._tx)) and not any(rule.bound.rule.whole for rule in rules):
             self._step_supports_amp_scaling = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """`explain`: the passes, launches and bytes of a transformation or an optimizer, before a step."""
 
 import functools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from ._compiler.c.emit import emit_c
 from ._compiler.passes import Signature, plan, read_bytes, written_bytes
 from ._compiler.rule import Option
 from ._compiler.triton.emit import emit_triton
+from ._leafwise import LeafwiseStep
 from ._params import Journal, ParamRegion, Params, ParamStep, Template, tensor_of
 from ._regions import BoundRegion
 from ._runtime.backend import choose_backend
@@ -186,7 +188,9 @@ def explanation(tx: Any, params: Tree | None) -> Explanation:
     assert columns is not None
     found = _Collector(step.paths, view.leaves, torch.is_grad_enabled())
     for stage in step.stages:
-        if isinstance(stage, TreeRegion):
+        if isinstance(stage, TreeRegion) and stage.leafwise is not None:
+            found.add_leafwise(stage.leafwise)
+        elif isinstance(stage, TreeRegion):
             own = stage.columns(columns, stage.state.states(state))
             found.add_region(stage, own, stage.leaves(own))
         else:
@@ -224,7 +228,9 @@ def explain_params(
     local = [tensor_of(x) for x in shadows]
     found = _Collector(step.names, [tensor_of(p) for p in params.params], records)
     for stage in step.stages:
-        if isinstance(stage, ParamRegion):
+        if isinstance(stage, ParamRegion) and stage.leafwise is not None:
+            found.add_leafwise(stage.leafwise)
+        elif isinstance(stage, ParamRegion):
             own: Columns = {"updates": local, "params": local, **columns}
             for name, (schedule, _) in stage.region.hosts.items():
                 own[name] = host_column(name, schedule, [0] * len(local), step.devices)
@@ -266,6 +272,13 @@ class _Collector:
     def add_opaque(self, tx: GradientTransformation) -> None:
         """Adds a transformation that is not made of rules."""
         self.notes.append(f"{show(tx)} is not made of rules: it runs by itself, between kernels")
+        self.passes += 1
+
+    def add_leafwise(self, stage: LeafwiseStep) -> None:
+        """Adds a rule for whole tensors."""
+        rule, shapes = stage.bound.rule.name, Counter(tuple(self.tensors[i].shape) for i in stage.leaves)
+        listed = ", ".join(f"{n} of {'x'.join(map(str, shape)) or 'one number'}" for shape, n in shapes.items())
+        self.notes.append(f"{rule} computes whole tensors with torch operations, those of one shape at once: {listed}")
         self.passes += 1
 
     def add_region(self, stage: BoundRegion, own: Columns, leaves: Sequence[Leaf]) -> None:

@@ -16,8 +16,9 @@ import torch
 
 from ._compiler.fuse import Counting
 from ._compiler.rule import Option, Slot
+from ._leafwise import LeafwiseStep
 from ._opaque import SplitState
-from ._regions import BoundRegion, Opaque, Region, Stored, Variant, cut_into_regions
+from ._regions import BoundRegion, LeafwiseRegion, Opaque, Region, Stored, Variant, cut_into_regions
 from ._runtime.backend import requested_backend
 from ._runtime.checks import check_fit, check_leaf
 from ._runtime.internals import in_backward, needs_dispatch
@@ -98,7 +99,8 @@ def slots_of(template: Template, view: View) -> list[dict[str, tuple[Slot, Mappi
             assert link.bound is not None
             counted[i] |= link.bound.uses_step
             for name, slot in link.bound.rule.slots.items():
-                slots[i][template.keys[link.path, name]] = slot, link.bound.values
+                if i not in link.lacking.get(name, ()):
+                    slots[i][template.keys[link.path, name]] = slot, link.bound.values
     return [{"step": None, **own} if own and steps else own for own, steps in zip(slots, counted, strict=True)]
 
 
@@ -155,7 +157,9 @@ class ParamRegion(BoundRegion):
         shards: Sequence[MeshShard | None],
     ) -> None:
         super().__init__(region, names, present)
-        self.joins = Joins([region.recipes[kind].program for kind in region.kinds], shards) or None
+        self.leafwise = LeafwiseStep(region, names, present) if isinstance(region, LeafwiseRegion) else None
+        programs = [region.recipes[kind].program for kind in region.kinds]
+        self.joins = (Joins(programs, shards) or None) if self.leafwise is None else None
         self.keys: dict[Key, str] = {}
         for stored in region.stored:
             if isinstance(stored.key, str):
@@ -216,6 +220,7 @@ class ParamStep:
             for stage in cut_into_regions(links, True, len(self.names), scopes, counting)
         ]
         self.regions = [stage for stage in self.stages if isinstance(stage, ParamRegion)]
+        self._check_whole()
         self.opaque = {
             stage.position: SplitState(stage.link, f"transformation_{stage.position}", self.view)
             for stage in self.stages
@@ -228,7 +233,7 @@ class ParamStep:
         self.spans_tree = any(stage.region.spans_tree for stage in self.regions)
         self.traced = [stage.region for stage in self.regions if stage.region.traced]
         self.needed = {name for stage in self.regions for name in stage.region.extras}
-        self.runs_python = bool(self.opaque) or any(stage.region.hosts for stage in self.regions)
+        self.runs_python = bool(self.opaque) or any(stage.region.hosts or stage.leafwise for stage in self.regions)
         self.numels = [p.numel() * (1 + p.is_complex()) for p in params.params]
         self.devices = [
             tensor_of(p).device if g is not None else None for p, g in zip(params.params, grads, strict=True)
@@ -236,6 +241,26 @@ class ParamStep:
         self.guard = Guard((), ())
         self.done = False
         self.launch: Launch | None = None  # of the last region of the last step
+
+    def _check_whole(self) -> None:
+        """Refuses parameters that are not whole tensors of real numbers where a rule needs such.
+
+        Raises:
+          ValueError: with the name of the rule and of the parameter.
+        """
+        for stage in self.regions:
+            for i in stage.leafwise.leaves if stage.leafwise is not None else ():
+                rule = stage.leafwise.bound.rule.name  # type: ignore[union-attr]
+                if self.shards[i] is not None:
+                    raise ValueError(
+                        f"{rule} needs whole tensors, but {self.names[i]!r} is in parts in several processes; leave it "
+                        f"to other rules with `masked` or `partition`, or do not shard it."
+                    )
+                if i in self.complex:
+                    raise ValueError(
+                        f"{rule} needs real numbers, but {self.names[i]!r} is {self.params.params[i].dtype}; leave it "
+                        f"to other rules with `masked` or `partition`."
+                    )
 
     def _links(self, warn: bool) -> tuple[list[Link], list[int], list[Any], list[bool]]:
         """The transformations of all templates, their scopes, the keys of each, and which parameters count steps."""
@@ -326,7 +351,9 @@ class ParamStep:
             declared = region.bounds[stored.key[0]].values
             values = {k: v for k, v in declared.items() if k in (slot.start, slot.dtype)}
             own = options[self.params.owners[i]]
-            return slot.make(p, {k: v.look_up(own) if isinstance(v, Option) else v for k, v in values.items()})
+            made = slot.make(p, {k: v.look_up(own) if isinstance(v, Option) else v for k, v in values.items()})
+            assert made is not None, "a leaf that has no entry of a slot is not asked for one"
+            return made
 
     def _mend_counters(self, own: Columns, states: Sequence[dict[str, Any]], journal: Journal) -> None:
         """Puts counters that a program can count on in the place of numbers of another form."""
@@ -375,7 +402,7 @@ class ParamStep:
                     column = [state.get(key) for state in states]
                     if any(column[i] is None and stored.seen[i] for i in self.present):
                         return None
-                if stored.key == "step" or (stored.slot is not None and stored.slot.per_leaf):
+                if stored.key == "step" or (stored.slot is not None and not stored.slot.like_leaf):
                     columns[stored.key] = column
                 else:
                     columns[stored.key] = self._local(stored.key, column, check_placed, f"{stored.name} at")
@@ -416,10 +443,10 @@ class ParamStep:
         lacking = sorted(self.needed - extra.keys()) if self.needed else []
         if lacking:
             raise TypeError(f"`{lacking[0]}` is needed: call `step(closure, {lacking[0]}=...)`.")
-        if self.guarded and self.opaque:
+        if self.guarded and (self.opaque or any(stage.leafwise for stage in self.regions)):
             raise ValueError(
-                "gradients that are still multiplied by a loss scale reach transformations that are not made of rules; "
-                "unscale them before the step."
+                "gradients that are still multiplied by a loss scale reach transformations that torch operations "
+                "compute; unscale them before the step."
             )
         if self.dtensors and torch.is_grad_enabled():
             raise RuntimeError(
@@ -518,7 +545,7 @@ class ParamStep:
         """Runs a region: the columns that change, none if they are written in place; None if a tensor is gone."""
         dispatching = needs_dispatch()
         variant = Variant(in_place, requested_backend(), first if stage.first_slots else frozenset())
-        found = None if dispatching else stage.find(own, variant)
+        found = None if dispatching or stage.leafwise else stage.find(own, variant)
         if found is None:
             if any(u is None or u.layout is not torch.strided for u in (own["updates"][i] for i in self.present)):
                 return None
@@ -529,6 +556,8 @@ class ParamStep:
                 p = check_leaf("params", self.names[i], own["params"][i])
                 check_fit("updates", "parameter", self.names[i], u, p)
             self._mend_counters(own, states, journal)
+            if stage.leafwise is not None:
+                return stage.leafwise.compute(own, extra, options, self.params.owners, first)
             leaves = stage.leaves(own, self.params.owners, variant.first, self.numels, self.shards)
             if dispatching:
                 programs = stage.programs(own, leaves)
@@ -563,11 +592,11 @@ class ParamStep:
         for stored in stage.region.stored:
             if stored.key not in results:
                 continue
-            per_leaf = stored.slot is not None and stored.slot.per_leaf
+            plain = stored.slot is not None and not stored.slot.like_leaf
             for i in self.present:
                 x = results[stored.key][i]
                 if x is not own[stored.key][i]:
-                    new = x if per_leaf or i not in wrapped else _like(x, self.params.params[i])
+                    new = x if plain or i not in wrapped else _like(x, self.params.params[i])
                     journal.set(states[i], stage.keys[stored.key], new)
 
     def _call(

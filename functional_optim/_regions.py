@@ -1,4 +1,4 @@
-"""Regions: a chain laid out over the leaves of a tree, cut into rules that fuse and transformations between them."""
+"""Regions: a chain laid out over the leaves of a tree, cut into rules that fuse, rules that do not, and other steps."""
 
 import itertools
 from collections.abc import Sequence
@@ -35,6 +35,11 @@ class Stored(NamedTuple):
     name: str
     slot: Slot | None
     seen: tuple[bool, ...]
+
+
+def counter_slot(seen: tuple[bool, ...]) -> Stored:
+    """The column of the counters of leaves that count their own steps."""
+    return Stored("step", "state step", slot(0.0, dtype=torch.float32, per="leaf"), seen)
 
 
 class Opaque(NamedTuple):
@@ -90,8 +95,7 @@ class Region:
     def _stored(self, own_counters: bool) -> list[Stored]:
         stored = []
         if own_counters:
-            seen = tuple("step" in self.recipes[kind].program.leaves for kind in self.kinds)
-            stored.append(Stored("step", "state step", slot(0.0, dtype=torch.float32, per="leaf"), seen))
+            stored.append(counter_slot(tuple("step" in self.recipes[kind].program.leaves for kind in self.kinds)))
         for k, bound in self.bounds.items():
             for name, declared in bound.rule.slots.items():
                 stored.append(Stored((k, name), f"state {bound.rule.name}.{name}", declared, self.links[k].seen))
@@ -108,6 +112,37 @@ class Region:
     def spans_tree(self) -> bool:
         """Whether something is reduced over all leaves."""
         return any(recipe.program.spans_tree for recipe in self.recipes.values())
+
+
+class LeafwiseRegion(Region):
+    """One rule for whole tensors, which torch operations compute.
+
+    Args:
+      position: its position in the chain.
+      link: the rule.
+      own_counters: whether each leaf counts its own steps, in the column `step`.
+    """
+
+    def __init__(self, position: int, link: Link, own_counters: bool) -> None:
+        assert link.bound is not None
+        self.position, self.link, self.bound = position, link, link.bound
+        self.links, self.bounds, self.apply = {position: link}, {position: link.bound}, False
+        self.kinds, self.recipes, self.hosts, self.traced = [], {}, {}, []
+        self.extras = set(link.bound.rule.extras)
+        self.counter: Key = "step" if own_counters else (position, "count")
+        self.stored = self._stored(own_counters)
+
+    def _stored(self, own_counters: bool) -> list[Stored]:
+        name, seen, stored = self.bound.rule.name, self.link.seen, []
+        if own_counters and self.bound.uses_step:
+            stored.append(counter_slot(seen))
+        for key, declared in self.bound.rule.slots.items():
+            lacking = self.link.lacking.get(key, frozenset())
+            own = tuple(s and i not in lacking for i, s in enumerate(seen))
+            stored.append(Stored((self.position, key), f"state {name}.{key}", declared, own))
+        if self.bound.counted and not own_counters:
+            stored.append(Stored((self.position, "count"), f"state {name}.count", None, seen))
+        return stored
 
 
 def cut_into_regions(
@@ -131,18 +166,27 @@ def cut_into_regions(
     """
     stages: list[Region | Opaque] = []
     numbered = list(enumerate(links))
-    runs = [(fusible, dict(run)) for fusible, run in itertools.groupby(numbered, key=lambda x: x[1].bound is not None)]
+    runs = [(fuses, dict(run)) for fuses, run in itertools.groupby(numbered, key=lambda x: _fuses(x[1]))]
     if apply and not (runs and runs[-1][0]):
         runs.append((True, {}))
     still = None if counting is None else [c._replace(advance=False) for c in counting]
-    for k, (fusible, run) in enumerate(runs):
+    for k, (fuses, run) in enumerate(runs):
         last = k == len(runs) - 1
-        if fusible:
+        if fuses:
             counts = counting if last else still
             stages.append(Region(run, apply and last, n_leaves, scopes or range(len(links)), counts))
-        else:
-            stages += [Opaque(position, link) for position, link in run.items()]
+            continue
+        for position, link in run.items():
+            if link.bound is None:
+                stages.append(Opaque(position, link))
+            else:
+                stages.append(LeafwiseRegion(position, link, counting is not None))
     return stages
+
+
+def _fuses(link: Link) -> bool:
+    """Whether a transformation is a rule that kernels compute."""
+    return link.bound is not None and not link.bound.rule.whole
 
 
 class Variant(NamedTuple):

@@ -1,4 +1,4 @@
-"""`elementwise`: a formula for one leaf becomes a transformation."""
+"""`elementwise` and `leafwise`: a formula for one element, or for one tensor, becomes a transformation."""
 
 import functools
 import inspect
@@ -11,7 +11,7 @@ from ._compiler.rule import Bound, Range, Rule, Slot, restore_state
 from ._runtime.checks import check_leaf
 from ._step import run
 from ._transform import GradientTransformation, Link
-from ._tree import Tree, View, paths, show
+from ._tree import MaskedNode, Tree, View, paths, show
 
 
 EMPTY = inspect.Parameter.empty
@@ -51,14 +51,31 @@ class RuleTransformation(Fusible):
 
     def _init(self, view: View) -> Any:
         rule, values = self.bound.rule, self.bound.values
-        fields = {name: view.map(functools.partial(slot.make, hypers=values)) for name, slot in rule.slots.items()}
+
+        def make(slot: Slot, p: torch.Tensor) -> Any:
+            made = slot.make(p, values)
+            return MaskedNode() if made is None else made  # which functions of torch.func pass by, as they do not None
+
+        fields = {name: view.map(functools.partial(make, slot)) for name, slot in rule.slots.items()}
         if self.bound.counted:
             device = next((x.device for x, seen in zip(view.leaves, view.seen, strict=True) if seen), None)
             fields["count"] = torch.zeros((), dtype=torch.int64, device=device)
         return self.bound.state_type(**fields)
 
     def _links(self, view: View, path: tuple[int | str, ...]) -> list[Link]:
-        return [Link(self, path, view.seen, self.bound)]
+        return [Link(self, path, view.seen, self.bound, self._lacking(view))]
+
+    def _lacking(self, view: View) -> Mapping[str, frozenset[int]]:
+        """The slots of which some leaves have no entry, with the positions of those leaves."""
+        shaped = {name: slot for name, slot in self.bound.rule.slots.items() if slot.shape is not None}
+        return {
+            name: frozenset(
+                i
+                for i, (p, seen) in enumerate(zip(view.leaves, view.seen, strict=True))
+                if seen and slot.shape_for(p) is None
+            )
+            for name, slot in shaped.items()
+        }
 
     def _extra_names(self) -> frozenset[str] | None:
         return frozenset(self.bound.rule.extras)
@@ -189,6 +206,78 @@ def elementwise(
     return _make(fn, dict(state or {}), extra, static, ranges or {}, final)
 
 
+@overload
+def leafwise(fn: Callable[..., Any]) -> RuleFactory: ...
+
+
+@overload
+def leafwise(
+    fn: None = None,
+    *,
+    state: Mapping[str, Slot] | None = None,
+    extra: Sequence[str] = (),
+    static: Sequence[str] = (),
+    ranges: Mapping[str, str | Sequence[Any]] | None = None,
+    final: bool = False,
+) -> Callable[[Callable[..., Any]], RuleFactory]: ...
+
+
+def leafwise(
+    fn: Callable[..., Any] | None = None,
+    *,
+    state: Mapping[str, Slot] | None = None,
+    extra: Sequence[str] = (),
+    static: Sequence[str] = (),
+    ranges: Mapping[str, str | Sequence[Any]] | None = None,
+    final: bool = False,
+) -> RuleFactory | Callable[[Callable[..., Any]], RuleFactory]:
+    """Turns a function of one whole tensor, in any torch operations, into a function that makes transformations.
+
+    The function has the arguments of an `elementwise` formula: the incoming update `u`, `p` if it wants the parameter,
+    its slots by name, and keyword-only `step`, `first`, extra arguments and hyper-parameters. Here they are whole
+    tensors: `u` has the shape of its leaf, slots have shapes of their own, `step` and `first` are 0-d tensors, and
+    numbers are Python's or 0-d tensors. It returns the new update, which has the shape of `u`, followed by the new
+    value of every slot; results are stored in the dtypes of `u` and of the slots, whatever floating dtype they were
+    computed in. Arguments are not to be changed in place.
+
+    Leaves of one shape and dtype with the same hyper-parameters are computed together, by `torch.func.vmap`: one
+    `bmm` takes the place of many `mm`. Where a function cannot be batched, for instance because Python asks for the
+    value of a tensor, it is called leaf by leaf. Leaves without a gradient and leaves that a mask leaves out are not
+    passed to it.
+
+    Args:
+      fn: the function, when used without parentheses.
+      state: slots of state, in the order of the function's arguments; see `slot`, whose `shape` is for these rules.
+      extra: extra arguments of `update` that it takes.
+      static: hyper-parameters that Python needs to know, such as a number of iterations; neither tensors nor schedules.
+      ranges: intervals that hyper-parameters must lie in, or the values that they may have, as in `elementwise`.
+      final: whether it needs updates as they will be added to the parameters.
+
+    Returns:
+      The function of hyper-parameters.
+
+    Raises:
+      TypeError: the function's arguments are not as described.
+
+    Example:
+      >>> import functional_optim as fo, torch
+      >>> @fo.leafwise(state={"left": fo.slot(shape=lambda p: (p.shape[0], p.shape[0]))})
+      ... def precondition(u, left, *, decay=0.9, eps=1e-6):
+      ...     left = decay * left + u @ u.T
+      ...     values, vectors = torch.linalg.eigh(left)
+      ...     return vectors @ (vectors.T @ u / (values.clamp(min=0) + eps).sqrt()[:, None]), left
+      >>> tx = fo.chain(precondition(decay=0.5), fo.scale(-0.1))
+      >>> params = {"w": torch.zeros(2, 3)}
+      >>> updates, state = tx.update({"w": torch.eye(2, 3)}, tx.init(params))
+      >>> updates["w"]
+      tensor([[-0.1000, -0.0000, -0.0000],
+              [-0.0000, -0.1000, -0.0000]])
+    """
+    if fn is None:
+        return lambda fn: _make(fn, dict(state or {}), extra, static, ranges or {}, final, whole=True)
+    return _make(fn, dict(state or {}), extra, static, ranges or {}, final, whole=True)
+
+
 def _make(
     fn: Callable[..., Any],
     slots: dict[str, Slot],
@@ -196,6 +285,7 @@ def _make(
     static: Sequence[str],
     ranges: Mapping[str, str | Sequence[Any]],
     final: bool,
+    whole: bool = False,
 ) -> RuleFactory:
     name = fn.__name__.lstrip("_")
     parameters = inspect.signature(fn).parameters
@@ -220,6 +310,11 @@ def _make(
                 raise TypeError(
                     f"the slot `{slot_name}` of {name} takes its {what} from `{source}`, which is no argument."
                 )
+        if not whole and not (slot.like_leaf or slot.per_leaf):
+            raise TypeError(
+                f"the slot `{slot_name}` of {name} has a shape of its own, but the formula is one for an element; "
+                f"declare a rule for whole tensors with `leafwise`."
+            )
     if (slots or "step" in keywords) and not name.isidentifier():
         raise TypeError(f"{name} keeps a state, whose class is named after the rule; write it with `def`.")
     return RuleFactory(
@@ -235,5 +330,6 @@ def _make(
             uses_step="step" in keywords,
             takes_first="first" in keywords,
             final=final,
+            whole=whole,
         )
     )

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from ._leafwise import LeafwiseStep
 from ._opaque import check_apart
-from ._regions import BoundRegion, Opaque, Region, Variant, cut_into_regions
+from ._regions import BoundRegion, LeafwiseRegion, Opaque, Region, Variant, cut_into_regions
 from ._runtime.backend import requested_backend
 from ._runtime.checks import at, check_fit, check_leaf, check_number
 from ._runtime.internals import needs_dispatch
@@ -36,6 +37,7 @@ class TreeRegion(BoundRegion):
         super().__init__(region, step.paths, step.present)
         self.state = TreeState(region, step.read, device)
         self.moving = [k for k in self.state.counted if any(region.links[k].seen[i] for i in step.present)]
+        self.leafwise = LeafwiseStep(region, step.paths, step.present) if isinstance(region, LeafwiseRegion) else None
 
     def columns(self, columns: Columns, states: Mapping[int, Any]) -> Columns:
         """All tensors that the programs read: the leaves, the state, and schedules that Python evaluates."""
@@ -80,7 +82,7 @@ class TreeStep:
         device = devices.pop() if len(devices) == 1 else None
         self.stages = [TreeRegion(stage, self, device) if isinstance(stage, Region) else stage for stage in stages]
         # user code runs between the first look at tensors and the last launch
-        self.runs_python = any(isinstance(stage, Opaque) or stage.hosts for stage in stages)
+        self.runs_python = any(isinstance(stage, Opaque | LeafwiseRegion) or stage.hosts for stage in stages)
         self.guard = Guard((), ())
         self.extras = _extras(stages)
         self.traced = [stage for stage in stages if isinstance(stage, Region) and stage.traced]
@@ -197,11 +199,13 @@ class TreeStep:
     ) -> Columns | None:
         """Runs a region; returns the columns that change, or None if other leaves are there than before."""
         variant = Variant(in_place, requested_backend())
-        found = None if dispatching else stage.find(own, variant)
+        found = None if dispatching or stage.leafwise else stage.find(own, variant)
         if found is None:
             if [i for i, x in enumerate(_present(own)) if x] != list(self.present) or self._has_containers(own):
                 return None
             self._check_leaves(own)
+            if stage.leafwise is not None:
+                return stage.leafwise.compute(own, extra)
             leaves = stage.leaves(own)
             if dispatching:
                 programs = stage.programs(own, leaves)

@@ -18,7 +18,7 @@ and fused. `Transformation` lists these questions. All are asked about a `View`,
 
 import abc
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ._compiler.rule import (
@@ -40,12 +40,14 @@ class Link(NamedTuple):
       path: indices and keys that lead to its state.
       seen: for each leaf of the tree, whether the transformation sees it.
       bound: the rule and its hyper-parameters, if it is made of one.
+      lacking: slots of which some leaves have no entry, with the positions of those leaves.
     """
 
     tx: "GradientTransformation"
     path: Path
     seen: tuple[bool, ...]
     bound: Bound | None = None
+    lacking: Mapping[str, frozenset[int]] = {}
 
 
 class Transformation(abc.ABC):

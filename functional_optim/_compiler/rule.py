@@ -5,7 +5,7 @@ import functools
 import math
 import numbers
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -65,23 +65,43 @@ class Option:
             ) from None
 
 
+Shape = Callable[[torch.Tensor], Sequence[int] | None]
+
+
 @dataclass(frozen=True)
 class Slot:
     """A slot of state of a rule; made by `slot`."""
 
-    start: float | str
+    start: float | str | Callable[[torch.Tensor], torch.Tensor]
     dtype: torch.dtype | str | None
     per_leaf: bool
     square: bool = False
+    shape: Shape | None = None
+
+    @property
+    def like_leaf(self) -> bool:
+        """Whether it is declared to have a number for each element of its leaf."""
+        return not self.per_leaf and self.shape is None and not callable(self.start)
+
+    def shape_for(self, p: torch.Tensor) -> tuple[int, ...] | None:
+        """The shape that it has for a leaf; None if it has no entry there."""
+        if self.per_leaf:
+            return ()
+        if self.shape is not None:
+            shape = self.shape(p)
+            return None if shape is None else tuple(shape)
+        return tuple(self.start(p).shape if callable(self.start) else p.shape)
 
     def stored_as(self, p: torch.Tensor, hypers: Mapping[str, Any]) -> torch.dtype | None:
         """The dtype that is asked for, or that squares need; None if it is the default one."""
         dtype = hypers.get(self.dtype) if isinstance(self.dtype, str) else self.dtype
         return torch.float32 if dtype is None and self.square and p.dtype is torch.float16 else dtype
 
-    def make(self, p: torch.Tensor, hypers: Mapping[str, Any]) -> torch.Tensor:
-        """The slot's first value for one leaf."""
+    def make(self, p: torch.Tensor, hypers: Mapping[str, Any]) -> torch.Tensor | None:
+        """The slot's first value for one leaf; None if it has no entry there."""
         dtype = self.stored_as(p, hypers)
+        if callable(self.start):
+            return self.start(p).detach().to(dtype=dtype or p.dtype, device=p.device, copy=True)
         if self.start == "param":
             # a leaf of autograd's graph starts a state of its own; anything else is followed to where it came from
             return (p.detach() if p.is_leaf else p).to(dtype or p.dtype, copy=True)
@@ -89,32 +109,40 @@ class Slot:
         if self.per_leaf:
             wide = torch.float64 if p.dtype is torch.float64 else torch.float32
             return torch.full((), start, dtype=dtype or wide, device=p.device)
+        if self.shape is not None:
+            shape = self.shape_for(p)
+            return None if shape is None else torch.full(shape, start, dtype=dtype or p.dtype, device=p.device)
         return torch.full_like(p, start, dtype=dtype or p.dtype, requires_grad=False)
 
 
 def slot(
-    start: float | str = 0.0,
+    start: float | str | Callable[[torch.Tensor], torch.Tensor] = 0.0,
     *,
     dtype: torch.dtype | str | None = None,
     per: Literal["element", "leaf"] = "element",
     square: bool = False,
+    shape: Shape | None = None,
 ) -> Slot:
     """Declares a slot of state.
 
     Args:
       start: its value before the first update: a number, the name of the hyper-parameter that holds one, a copy of
-        the parameter (`"param"`), or the update that reaches the rule at its first step (`"first_update"`).
+        the parameter (`"param"`), or the update that reaches the rule at its first step (`"first_update"`). In a
+        `leafwise` rule also a function of the parameter that returns a tensor, such as
+        `lambda p: torch.eye(p.shape[0])`.
       dtype: how it is stored: a dtype, or the name of the hyper-parameter that holds one. By default as the
         parameter is, or as float32 (float64 for float64 parameters) where there is one number per leaf.
       per: one number per element of a leaf, or one per leaf.
       square: whether it holds squares, of which float16 has too few: the square of 1e-4 is 0. Then it is stored as
         float32 where the parameter is float16, unless `dtype` says otherwise.
+      shape: in a `leafwise` rule, the shape as a function of the parameter, such as `lambda p: p.shape[:1]`; None
+        where a parameter has no such entry, of which the rule is then given None.
 
     Returns:
       The declaration.
 
     Raises:
-      ValueError: one number per leaf cannot start as a tensor.
+      ValueError: one number per leaf cannot start as a tensor, or have a shape.
 
     Example:
       >>> slot(1.0, per="leaf").make(torch.zeros(3), {})
@@ -122,9 +150,11 @@ def slot(
     """
     if per not in ("element", "leaf"):
         raise ValueError(f'`per` must be "element" or "leaf", got {per!r}.')
-    if per == "leaf" and start in ("param", "first_update"):
+    if per == "leaf" and (callable(start) or start in ("param", "first_update")):
         raise ValueError(f"a slot with one number per leaf starts from a number, got start={start!r}.")
-    return Slot(start, dtype, per == "leaf", square)
+    if shape is not None and (per == "leaf" or not isinstance(start, (int, float))):
+        raise ValueError(f"a slot with a shape of its own starts from a number per element, got {start=!r}, {per=!r}.")
+    return Slot(start, dtype, per == "leaf", square, shape)
 
 
 zeros = slot(0.0)
@@ -168,6 +198,7 @@ class Rule:
       uses_step: whether the formula takes `step`.
       takes_first: whether it takes `first`.
       final: whether it needs updates as they will be added to the parameters.
+      whole: whether the formula is one for whole tensors, in any torch operations.
       factory: the function that `elementwise` returned; it has a name that pickle can find.
     """
 
@@ -182,6 +213,7 @@ class Rule:
     uses_step: bool
     takes_first: bool
     final: bool = False
+    whole: bool = False
     factory: Any = None
 
     @property

@@ -56,3 +56,11 @@ def is_wrapper_of_a_transformation(x: Any) -> bool:
     no public question.
     """
     return torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def version(x: Any) -> int:
+    """The version counter of a tensor, which tells whether it has been written to; 0 for one that keeps none.
+
+    `Tensor._version` is described in torch's notes on autograd; there is no public name.
+    """
+    return 0 if not isinstance(x, torch.Tensor) or x.is_inference() else x._version

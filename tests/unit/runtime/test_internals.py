@@ -44,6 +44,10 @@ NAMES = {
         "spec.TensorSpec.of",
         "see how the printing of tensors tells those that are zero without memory",
     ),
+    "Tensor._version": (
+        "internals.version",
+        "see how the notes on autograd tell that a tensor has been written to",
+    ),
     "_C.__file__": (
         "pointers.operations",
         "find the library that holds the stable C ABI in the package of torch",

@@ -1,0 +1,249 @@
+"""Rules for whole tensors: torch operations compute them, for all leaves of one shape at once where that can be."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from ._compiler.rule import Bound, Option, Rule
+from ._compiler.trace import RuleError
+from ._regions import LeafwiseRegion
+from ._runtime.checks import at, check_number
+from ._runtime.internals import needs_dispatch, version
+from ._runtime.plan import Columns, Key
+
+
+class LeafwiseStep:
+    """A rule for whole tensors over the leaves of a tree.
+
+    Args:
+      region: the rule.
+      paths: the path of each leaf.
+      present: the leaves that take part.
+    """
+
+    def __init__(self, region: LeafwiseRegion, paths: Sequence[str], present: Sequence[int]) -> None:
+        self.region, self.paths, self.bound = region, paths, region.bound
+        self.leaves = [i for i in present if region.link.seen[i]]
+        rule, position = region.bound.rule, region.position
+        self.slots: list[Key] = [(position, name) for name in rule.slots]
+        self.keys: list[Key] = ["updates", *(["params"] if rule.uses_params else []), *self.slots]
+        self.batched = True  # until the rule turns out to be one that cannot be
+        self.checked = False  # whether it has been seen to leave its arguments alone
+
+    def compute(
+        self,
+        columns: Columns,
+        extra: Mapping[str, Any],
+        options: Sequence[Mapping[str, Any]] = ({},),
+        owners: Sequence[int] | None = None,
+        first: frozenset[int] | None = None,
+    ) -> Columns:
+        """New updates and slots. Nothing is written.
+
+        Args:
+          columns: the tensors that the rule reads.
+          extra: the extra arguments.
+          options: mappings that hyper-parameters are looked up in.
+          owners: whose options each leaf looks up; None if all look up the first.
+          first: the leaves that take their first step; None where a counter tells.
+
+        Returns:
+          The columns that change, complete.
+
+        Raises:
+          RuleError: the rule returned something else than an update and slots, or changed an argument.
+          ValueError: a slot has another shape than the rule declares.
+        """
+        results: dict[Key, list[Any]] = {key: list(columns[key]) for key in ("updates", *self.slots)}
+        known: dict[Hashable, _Values] = {}
+        batches: dict[Hashable, tuple[_Values, list[int]]] = {}
+        like = columns["params" if "params" in columns else "updates"]
+        for i in self.leaves:
+            owner = owners[i] if owners is not None else 0
+            count = _number(columns[self.region.counter][i]) if self.region.counter in columns else None
+            is_first = count == 0 if first is None else i in first
+            token = (owner, *(id(x) if isinstance(x, torch.Tensor) else x for x in (count, is_first)))
+            if token not in known:
+                known[token] = _Values.of(self.bound, options[owner], count, is_first, extra)
+            arrays = [_tensor(columns[key][i]) for key in self.keys]
+            self._check_slots(arrays, self.paths[i], like[i])
+            kind = tuple((x.shape, x.dtype, x.device, x.requires_grad) if x is not None else None for x in arrays)
+            batches.setdefault((token, kind), (known[token], []))[1].append(i)
+        for values, batch in batches.values():
+            call = _Call(self.bound.rule, values, self.paths[batch[0]])
+            outputs = self._run(call, [[_tensor(columns[key][i]) for i in batch] for key in self.keys])
+            for key, column in zip(("updates", *self.slots), outputs, strict=True):
+                for i, x in zip(batch, column, strict=True):
+                    results[key][i] = x if x is not None else results[key][i]
+        self.checked = True
+        return dict(results)
+
+    def _check_slots(self, arrays: Sequence[Any], path: str, p: torch.Tensor) -> None:
+        """Refuses slots that do not go with their leaf."""
+        rule = self.bound.rule
+        for (name, slot), x in zip(rule.slots.items(), arrays[len(arrays) - len(rule.slots) :], strict=True):
+            shape = slot.shape_for(p)
+            if shape is None and x is None:
+                continue
+            if not isinstance(x, torch.Tensor) or shape is None or tuple(x.shape) != shape or x.device != p.device:
+                found = f"{tuple(x.shape)} on {x.device}" if isinstance(x, torch.Tensor) else repr(x)
+                raise ValueError(
+                    f"state {rule.name}.{name}{at(path)} is {found}, but the rule declares "
+                    f"{f'a tensor of shape {shape} on {p.device}' if shape is not None else 'no entry'} for a leaf of "
+                    f"shape {tuple(p.shape)}."
+                )
+
+    def _run(self, call: "_Call", arrays: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
+        """Columns of results for columns of arguments, of leaves that are alike."""
+        n = len(arrays[0])
+        if n > 1 and self.batched:
+            stacked = [torch.stack(list(column)) if column[0] is not None else None for column in arrays]
+            try:
+                results = call.batched(stacked)
+            except RuleError:
+                raise
+            except Exception:  # torch.func.vmap cannot follow some operations; a fault of the rule is seen below, too
+                self.batched = False
+            else:
+                self._refuse_changes(call, stacked, [0] * len(stacked))
+                update, *slots = [[None] * n if result is None else result.unbind(0) for result in results]
+                # slots have memory of their own: views of one buffer would keep all of it alive
+                return [update, *([None if x is None else x.clone() for x in column] for column in slots)]
+        columns = []
+        for leaf in zip(*arrays, strict=True):
+            own = [x.clone() if x is not None and not self.checked else x for x in leaf]
+            before = [version(x) for x in own]
+            update, *slots = call(*own)
+            self._refuse_changes(call, own, before)
+            # a slot may be a view of the gradient, or the update itself
+            kept = [x if x is None or any(x is y for y in own) else x.clone() for x in slots]
+            columns.append([update, *kept])
+        return list(zip(*columns, strict=True))
+
+    def _refuse_changes(self, call: "_Call", arrays: Sequence[Any], before: Sequence[int]) -> None:
+        """Refuses a rule that writes to its arguments."""
+        if self.checked:
+            return
+        names = ["u", *(["p"] if call.rule.uses_params else []), *call.rule.slots]
+        for name, x, old in zip(names, arrays, before, strict=True):
+            if version(x) != old:
+                raise RuleError(
+                    f"{call.rule.name} changes its argument `{name}` in place; make a new tensor of it, as in "
+                    f"`{name} = {name} * 2` in place of `{name}.mul_(2)`."
+                )
+
+
+def _tensor(x: Any) -> torch.Tensor | None:
+    """An entry of a column; None where a leaf has none, for which trees have a node without leaves."""
+    return x if isinstance(x, torch.Tensor) else None
+
+
+def _number(count: Any) -> Any:
+    """A counter as Python's number where that costs nothing: on the CPU, outside of transformations."""
+    if isinstance(count, torch.Tensor) and count.device.type == "cpu" and not needs_dispatch():
+        return count.item()
+    return count
+
+
+class _Values(NamedTuple):
+    """The keyword arguments of a rule at this step."""
+
+    keywords: Mapping[str, Any]
+    first: Any
+
+    @classmethod
+    def of(
+        cls, bound: Bound, options: Mapping[str, Any], count: Any, first: Any, extra: Mapping[str, Any]
+    ) -> "_Values":
+        """The arguments of leaves that share options and a counter.
+
+        Args:
+          bound: the rule and its hyper-parameters.
+          options: mapping that hyper-parameters are looked up in.
+          count: the number of steps taken so far, if it matters.
+          first: whether this is the first step.
+          extra: the extra arguments.
+        """
+        rule, keywords = bound.rule, {}
+        for name, value in bound.values.items():
+            if isinstance(value, Option):
+                keywords[name] = value.look_up(options)
+            elif bound.is_schedule(name):
+                keywords[name] = check_number(f"the schedule of {rule.name}.{name} returned", value(count))
+            else:
+                keywords[name] = value
+        for name in rule.extras:
+            keywords[name] = extra[name]
+        first = first if isinstance(first, torch.Tensor) else torch.tensor(bool(first))
+        if rule.uses_step:
+            keywords["step"] = torch.as_tensor(count, dtype=torch.float64) + 1
+        if rule.takes_first:
+            keywords["first"] = first
+        return cls(keywords, first)
+
+
+class _Call:
+    """Calls of a rule with the hyper-parameters of some leaves.
+
+    Args:
+      rule: the rule.
+      values: its keyword arguments.
+      path: the path of the first leaf, for messages.
+    """
+
+    def __init__(self, rule: Rule, values: _Values, path: str) -> None:
+        self.rule, self.values, self.path = rule, values, path
+
+    def __call__(self, *arrays: Any) -> list[Any]:
+        """The new update, and the new value of each slot."""
+        rule, u = self.rule, arrays[0]
+        slots = list(arrays[len(arrays) - len(rule.slots) :])
+        starts = [slot.start == "first_update" for slot in rule.slots.values()]
+        before = [
+            torch.where(self.values.first.to(u.device), u, x) if start else x
+            for start, x in zip(starts, slots, strict=True)
+        ]
+        params = [arrays[1]] if rule.uses_params else []
+        result = rule.fn(u, *params, *before, **self.values.keywords)
+        results = list(result) if isinstance(result, tuple) else [result]
+        if len(results) != 1 + len(slots):
+            expected = ", ".join(["u", *rule.slots])
+            raise RuleError(f"{rule.name} returned {len(results)} results, expected {1 + len(slots)}: ({expected}).")
+        self._check("u", results[0], u)
+        results[0] = results[0].to(u.dtype)
+        for k, (name, x) in enumerate(zip(rule.slots, slots, strict=True), 1):
+            if x is None:
+                if results[k] is not None:
+                    raise RuleError(
+                        f"{rule.name} returned a value for `{name}`{at(self.path)}, which has no entry there."
+                    )
+                continue
+            self._check(name, results[k], x)
+            results[k] = results[k].to(x.dtype)
+        return results
+
+    def batched(self, stacked: Sequence[Any]) -> list[Any]:
+        """The same for stacked leaves."""
+        kept: list[bool] = []
+
+        def call(*arrays: Any) -> tuple[Any, ...]:
+            results = self(*arrays)
+            kept[:] = [x is not None for x in results]
+            return tuple(x for x in results if x is not None)
+
+        in_dims = tuple(None if x is None else 0 for x in stacked)
+        results = iter(torch.func.vmap(call, in_dims=in_dims, randomness="different")(*stacked))
+        return [next(results) if there else None for there in kept]
+
+    def _check(self, name: str, x: Any, like: torch.Tensor) -> None:
+        """Refuses a result that has not the shape and the kind of dtype of what it replaces."""
+        where = f"{self.rule.name} returned for `{name}`{at(self.path)}"
+        if not isinstance(x, torch.Tensor):
+            raise RuleError(f"{where} {x!r:.60}, expected a tensor of shape {tuple(like.shape)}.")
+        if x.shape != like.shape:
+            raise RuleError(f"{where} a tensor of shape {tuple(x.shape)}, expected {tuple(like.shape)}.")
+        if x.device != like.device:
+            raise RuleError(f"{where} a tensor on {x.device}, expected one on {like.device}.")
+        if (x.is_complex(), x.is_floating_point()) != (like.is_complex(), like.is_floating_point()):
+            raise RuleError(f"{where} {x.dtype}, expected {like.dtype}; convert it, with `.to({like.dtype})`.")
