@@ -3,7 +3,7 @@
 Any chain
   TransformOptimizer ChainOptimizer
 torch's classes
-  SGD Adam AdamW RMSprop
+  SGD Adam AdamW RMSprop Muon Adafactor
 Classes that torch lacks
   Lion LAMB
 Files
@@ -16,6 +16,7 @@ if __name__ != "functional_optim.adapters":
 from . import _explained as _explained
 from .classes import LAMB, SGD, Adam, AdamW, Lion, RMSprop
 from .files import load_safetensors, save_safetensors
+from .matrices import Adafactor, Muon
 from .optimizer import ChainOptimizer
 from .transform import TransformOptimizer
 
@@ -23,10 +24,12 @@ from .transform import TransformOptimizer
 __all__ = [
     "LAMB",
     "SGD",
+    "Adafactor",
     "Adam",
     "AdamW",
     "ChainOptimizer",
     "Lion",
+    "Muon",
     "RMSprop",
     "TransformOptimizer",
     "load_safetensors",

@@ -251,9 +251,11 @@ def _slot(key: str, value: Any, p: torch.Tensor, name: str, declared: Any, hyper
         return torch.tensor(float(value), dtype=dtype or wide, device=p.device)
     if value.layout is not torch.strided:
         raise ValueError(f"the saved {key!r} of {name!r} is sparse ({value.layout}), expected a dense tensor.")
-    fits = value.numel() == 1 if declared.per_leaf else tuple(value.shape) == declared.shape_for(p)
+    fits = value.numel() == 1 if declared.per_leaf else tuple(value.shape) == declared.shape_for(p, hypers)
     if not fits:
-        expected = f"the parameter has {tuple(p.shape)}" if declared.like_leaf else f"it has {declared.shape_for(p)}"
+        expected = (
+            f"the parameter has {tuple(p.shape)}" if declared.like_leaf else f"it has {declared.shape_for(p, hypers)}"
+        )
         raise ValueError(
             f"the saved {key!r} of {name!r} has shape {tuple(value.shape)}, but "
             f"{'it is one number' if declared.per_leaf else expected}."

@@ -9,9 +9,10 @@ Rules
 Transformations
   scale scale_by_learning_rate scale_by_schedule scale_by_sign trace ema scale_by_adam scale_by_amsgrad scale_by_rms
   scale_by_stddev scale_by_lion scale_by_trust_ratio add_decayed_weights clip clip_by_global_norm clip_by_block_rms
-  zero_nans set_to_zero params_ema
+  zero_nans set_to_zero params_ema scale_by_muon muon_momentum orthogonalize scale_by_shape
+  scale_by_factored_rms scale_by_param_block_rms
 Optimizers
-  sgd adam adamw nadam nadamw amsgrad rmsprop lion lars lamb sign_sgd signum
+  sgd adam adamw nadam nadamw amsgrad rmsprop lion lars lamb sign_sgd signum muon adafactor
 Schedules
   constant_schedule linear_schedule polynomial_schedule exponential_decay cosine_decay_schedule inverse_sqrt_schedule
   warmup_constant_schedule warmup_cosine_decay_schedule warmup_exponential_decay_schedule warmup_stable_decay_schedule
@@ -57,12 +58,14 @@ from ._masking import (
     partition,
 )
 from ._optimizers import (
+    adafactor,
     adam,
     adamw,
     amsgrad,
     lamb,
     lars,
     lion,
+    muon,
     nadam,
     nadamw,
     rmsprop,
@@ -124,9 +127,16 @@ from ._transforms.clipping import (
     zero_nans,
 )
 from ._transforms.decay import add_decayed_weights
+from ._transforms.factored import scale_by_factored_rms
 from ._transforms.momentum import (
     ema,
     trace,
+)
+from ._transforms.muon import (
+    muon_momentum,
+    orthogonalize,
+    scale_by_muon,
+    scale_by_shape,
 )
 from ._transforms.rms import (
     scale_by_rms,
@@ -135,6 +145,7 @@ from ._transforms.rms import (
 from ._transforms.scaling import (
     scale,
     scale_by_learning_rate,
+    scale_by_param_block_rms,
     scale_by_schedule,
     scale_by_trust_ratio,
     set_to_zero,
@@ -160,6 +171,7 @@ __all__ = [
     "PartitionState",
     "RuleError",
     "Schedule",
+    "adafactor",
     "adam",
     "adamw",
     "add_decayed_weights",
@@ -194,9 +206,12 @@ __all__ = [
     "lion",
     "masked",
     "multi_transform",
+    "muon",
+    "muon_momentum",
     "nadam",
     "nadamw",
     "named_chain",
+    "orthogonalize",
     "params_ema",
     "partition",
     "piecewise_constant_schedule",
@@ -206,10 +221,14 @@ __all__ = [
     "scale",
     "scale_by_adam",
     "scale_by_amsgrad",
+    "scale_by_factored_rms",
     "scale_by_learning_rate",
     "scale_by_lion",
+    "scale_by_muon",
+    "scale_by_param_block_rms",
     "scale_by_rms",
     "scale_by_schedule",
+    "scale_by_shape",
     "scale_by_sign",
     "scale_by_stddev",
     "scale_by_trust_ratio",

@@ -1,7 +1,6 @@
 """`explain`: the passes, launches and bytes of a transformation or an optimizer, before a step."""
 
 import functools
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -276,9 +275,14 @@ class _Collector:
 
     def add_leafwise(self, stage: LeafwiseStep) -> None:
         """Adds a rule for whole tensors."""
-        rule, shapes = stage.bound.rule.name, Counter(tuple(self.tensors[i].shape) for i in stage.leaves)
-        listed = ", ".join(f"{n} of {'x'.join(map(str, shape)) or 'one number'}" for shape, n in shapes.items())
-        self.notes.append(f"{rule} computes whole tensors with torch operations, those of one shape at once: {listed}")
+        shapes: dict[tuple[int, ...], list[str]] = {}
+        for i in stage.leaves:
+            shapes.setdefault(tuple(self.tensors[i].shape), []).append(self.paths[i])
+        listed = "; ".join(
+            f"{len(own)} of {'x'.join(map(str, shape)) or 'one number'} ({_some(own)})" for shape, own in shapes.items()
+        )
+        name = stage.bound.rule.name
+        self.notes.append(f"{name} computes whole tensors with torch operations, those of one shape at once: {listed}")
         self.passes += 1
 
     def add_region(self, stage: BoundRegion, own: Columns, leaves: Sequence[Leaf]) -> None:
@@ -316,8 +320,7 @@ class _Collector:
             self.notes += [why] if why else []
         copied = [self.paths[group.leaves[k]] for k in group.copied]
         if copied and backend in ("c", "triton"):
-            more = f" and {len(copied) - 5} more" if len(copied) > 5 else ""
-            self.notes.append(f"not laid out densely, so copied before and after: {', '.join(copied[:5])}{more}")
+            self.notes.append(f"not laid out densely, so copied before and after: {_some(copied)}")
         self.kernels.append(
             Kernel(
                 group.signature,
@@ -357,6 +360,11 @@ class _Collector:
             tuple(dict.fromkeys(self.notes)),
             chains,
         )
+
+
+def _some(paths: Sequence[str]) -> str:
+    """The first few of some paths."""
+    return ", ".join(paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
 
 
 def _shadow(x: Any) -> Any:

@@ -83,7 +83,7 @@ class LeafwiseStep:
         """Refuses slots that do not go with their leaf."""
         rule = self.bound.rule
         for (name, slot), x in zip(rule.slots.items(), arrays[len(arrays) - len(rule.slots) :], strict=True):
-            shape = slot.shape_for(p)
+            shape = slot.shape_for(p, self.bound.values)
             if shape is None and x is None:
                 continue
             if not isinstance(x, torch.Tensor) or shape is None or tuple(x.shape) != shape or x.device != p.device:
@@ -97,13 +97,15 @@ class LeafwiseStep:
     def _run(self, call: "_Call", arrays: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
         """Columns of results for columns of arguments, of leaves that are alike."""
         n = len(arrays[0])
-        if n > 1 and self.batched:
+        if self.batched and (n > 1 or call.rule.batched):
             stacked = [torch.stack(list(column)) if column[0] is not None else None for column in arrays]
             try:
-                results = call.batched(stacked)
+                results = call(*stacked) if call.rule.batched else call.mapped(stacked)
             except RuleError:
                 raise
             except Exception:  # torch.func.vmap cannot follow some operations; a fault of the rule is seen below, too
+                if call.rule.batched:
+                    raise
                 self.batched = False
             else:
                 self._refuse_changes(call, stacked, [0] * len(stacked))
@@ -223,8 +225,8 @@ class _Call:
             results[k] = results[k].to(x.dtype)
         return results
 
-    def batched(self, stacked: Sequence[Any]) -> list[Any]:
-        """The same for stacked leaves."""
+    def mapped(self, stacked: Sequence[Any]) -> list[Any]:
+        """The same for stacked leaves, by `torch.func.vmap`."""
         kept: list[bool] = []
 
         def call(*arrays: Any) -> tuple[Any, ...]:

@@ -349,7 +349,7 @@ class ParamStep:
             if isinstance(stored.key, str):
                 return torch.zeros((), dtype=self.counter, device=self.devices[i])
             declared = region.bounds[stored.key[0]].values
-            values = {k: v for k, v in declared.items() if k in (slot.start, slot.dtype)}
+            values = {k: v for k, v in declared.items() if k in (slot.start, slot.dtype, *slot.shape_hypers)}
             own = options[self.params.owners[i]]
             made = slot.make(p, {k: v.look_up(own) if isinstance(v, Option) else v for k, v in values.items()})
             assert made is not None, "a leaf that has no entry of a slot is not asked for one"

@@ -72,7 +72,7 @@ class RuleTransformation(Fusible):
             name: frozenset(
                 i
                 for i, (p, seen) in enumerate(zip(view.leaves, view.seen, strict=True))
-                if seen and slot.shape_for(p) is None
+                if seen and slot.shape_for(p, self.bound.values) is None
             )
             for name, slot in shaped.items()
         }
@@ -219,6 +219,7 @@ def leafwise(
     static: Sequence[str] = (),
     ranges: Mapping[str, str | Sequence[Any]] | None = None,
     final: bool = False,
+    batched: bool = False,
 ) -> Callable[[Callable[..., Any]], RuleFactory]: ...
 
 
@@ -230,6 +231,7 @@ def leafwise(
     static: Sequence[str] = (),
     ranges: Mapping[str, str | Sequence[Any]] | None = None,
     final: bool = False,
+    batched: bool = False,
 ) -> RuleFactory | Callable[[Callable[..., Any]], RuleFactory]:
     """Turns a function of one whole tensor, in any torch operations, into a function that makes transformations.
 
@@ -252,6 +254,8 @@ def leafwise(
       static: hyper-parameters that Python needs to know, such as a number of iterations; neither tensors nor schedules.
       ranges: intervals that hyper-parameters must lie in, or the values that they may have, as in `elementwise`.
       final: whether it needs updates as they will be added to the parameters.
+      batched: whether the function takes stacks itself: `u`, `p` and slots then have one dimension more, the first,
+        over the leaves of one shape, and so have its results.
 
     Returns:
       The function of hyper-parameters.
@@ -274,8 +278,8 @@ def leafwise(
               [-0.0000, -0.1000, -0.0000]])
     """
     if fn is None:
-        return lambda fn: _make(fn, dict(state or {}), extra, static, ranges or {}, final, whole=True)
-    return _make(fn, dict(state or {}), extra, static, ranges or {}, final, whole=True)
+        return lambda fn: _make(fn, dict(state or {}), extra, static, ranges or {}, final, whole=True, batched=batched)
+    return _make(fn, dict(state or {}), extra, static, ranges or {}, final, whole=True, batched=batched)
 
 
 def _make(
@@ -286,6 +290,7 @@ def _make(
     ranges: Mapping[str, str | Sequence[Any]],
     final: bool,
     whole: bool = False,
+    batched: bool = False,
 ) -> RuleFactory:
     name = fn.__name__.lstrip("_")
     parameters = inspect.signature(fn).parameters
@@ -310,6 +315,12 @@ def _make(
                 raise TypeError(
                     f"the slot `{slot_name}` of {name} takes its {what} from `{source}`, which is no argument."
                 )
+        unknown = [k for k in slot.shape_hypers if k not in hypers or k not in static]
+        if unknown:
+            raise TypeError(
+                f"the shape of the slot `{slot_name}` of {name} depends on {unknown}, which are no static "
+                f"hyper-parameters."
+            )
         if not whole and not (slot.like_leaf or slot.per_leaf):
             raise TypeError(
                 f"the slot `{slot_name}` of {name} has a shape of its own, but the formula is one for an element; "
@@ -331,5 +342,6 @@ def _make(
             takes_first="first" in keywords,
             final=final,
             whole=whole,
+            batched=batched,
         )
     )

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import inspect
 import math
 import numbers
 import re
@@ -65,7 +66,7 @@ class Option:
             ) from None
 
 
-Shape = Callable[[torch.Tensor], Sequence[int] | None]
+Shape = Callable[..., Sequence[int] | None]
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,17 @@ class Slot:
         """Whether it is declared to have a number for each element of its leaf."""
         return not self.per_leaf and self.shape is None and not callable(self.start)
 
-    def shape_for(self, p: torch.Tensor) -> tuple[int, ...] | None:
+    @cached_property
+    def shape_hypers(self) -> tuple[str, ...]:
+        """The hyper-parameters that its shape depends on."""
+        return () if self.shape is None else tuple(inspect.signature(self.shape).parameters)[1:]
+
+    def shape_for(self, p: torch.Tensor, hypers: Mapping[str, Any]) -> tuple[int, ...] | None:
         """The shape that it has for a leaf; None if it has no entry there."""
         if self.per_leaf:
             return ()
         if self.shape is not None:
-            shape = self.shape(p)
+            shape = self.shape(p, **{name: hypers[name] for name in self.shape_hypers})
             return None if shape is None else tuple(shape)
         return tuple(self.start(p).shape if callable(self.start) else p.shape)
 
@@ -110,7 +116,7 @@ class Slot:
             wide = torch.float64 if p.dtype is torch.float64 else torch.float32
             return torch.full((), start, dtype=dtype or wide, device=p.device)
         if self.shape is not None:
-            shape = self.shape_for(p)
+            shape = self.shape_for(p, hypers)
             return None if shape is None else torch.full(shape, start, dtype=dtype or p.dtype, device=p.device)
         return torch.full_like(p, start, dtype=dtype or p.dtype, requires_grad=False)
 
@@ -136,7 +142,8 @@ def slot(
       square: whether it holds squares, of which float16 has too few: the square of 1e-4 is 0. Then it is stored as
         float32 where the parameter is float16, unless `dtype` says otherwise.
       shape: in a `leafwise` rule, the shape as a function of the parameter, such as `lambda p: p.shape[:1]`; None
-        where a parameter has no such entry, of which the rule is then given None.
+        where a parameter has no such entry, of which the rule is then given None. Further arguments of the function
+        are hyper-parameters of those names, which have to be static.
 
     Returns:
       The declaration.
@@ -199,6 +206,7 @@ class Rule:
       takes_first: whether it takes `first`.
       final: whether it needs updates as they will be added to the parameters.
       whole: whether the formula is one for whole tensors, in any torch operations.
+      batched: whether such a formula takes stacks of leaves.
       factory: the function that `elementwise` returned; it has a name that pickle can find.
     """
 
@@ -214,6 +222,7 @@ class Rule:
     takes_first: bool
     final: bool = False
     whole: bool = False
+    batched: bool = False
     factory: Any = None
 
     @property

@@ -78,3 +78,25 @@ def decay_then_add(u: Leaf, p: Leaf, *, learning_rate: Scalar, weight_decay: Sca
     Source: Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2, line 12.
     """
     return (p * (1 - learning_rate * weight_decay) + u) - p
+
+
+@elementwise
+def shrink_and_descend(u: Leaf, p: Leaf, *, learning_rate: Scalar, weight_decay: Scalar) -> Leaf:
+    r"""Shrinks the parameter, then takes a step down, $\theta_t = (1 - \eta\lambda)\, \theta_{t-1} - \eta u_t$.
+
+    Args:
+      learning_rate: $\eta$.
+      weight_decay: $\lambda$.
+
+    Returns:
+      The transformation; its update is the difference of the parameters.
+
+    Example:
+      >>> tx = shrink_and_descend(0.1, 0.5)
+      >>> params = torch.ones(1)
+      >>> tx.update(torch.ones(1), tx.init(params), params)[0]
+      tensor([-0.1500])
+
+    Source: Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 1.
+    """
+    return torch.addcmul(p * (1 - learning_rate * weight_decay), u, -learning_rate) - p

@@ -2,7 +2,7 @@
 
 import torch
 
-from .._compiler.functions import leaf_norm
+from .._compiler.functions import leaf_mean, leaf_norm
 from .._compiler.rule import Leaf, Scalar
 from .._rule import elementwise
 
@@ -99,6 +99,30 @@ def scale_by_trust_ratio(
     vanishes = update_norm == 0
     ratio = trust_coefficient * param_norm / (torch.where(vanishes, 1.0, update_norm) + eps)
     return u * torch.where(vanishes | (param_norm == 0), 1.0, ratio)
+
+
+@elementwise(ranges={"min_scale": "[0, inf)"})
+def scale_by_param_block_rms(u: Leaf, p: Leaf, *, min_scale: Scalar = 1e-3) -> Leaf:
+    r"""Multiplies by the root mean square of the parameter, $u_t = g_t \max(\operatorname{RMS}(\theta), \nu)$.
+
+    Args:
+      min_scale: $\nu$.
+
+    Returns:
+      The transformation. It needs the parameters.
+
+    Raises:
+      ValueError: `min_scale` is negative.
+
+    Example:
+      >>> tx = scale_by_param_block_rms()
+      >>> params = torch.full((2,), 3.0)
+      >>> tx.update(torch.ones(2), tx.init(params), params)[0]
+      tensor([3., 3.])
+
+    Source: Shazeer & Stern 2018, arXiv:1804.04235, section 8.
+    """
+    return u * torch.maximum(torch.sqrt(leaf_mean(p * p)), min_scale)
 
 
 @elementwise

@@ -1,0 +1,93 @@
+"""The optimizers of torch.optim that compute whole tensors, as chains."""
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+
+import functional_optim as fo
+from functional_optim._compiler.rule import Option
+from functional_optim._params import Template
+from functional_optim._transforms.decay import decay_then_add, shrink_and_descend
+from functional_optim._transforms.factored import adafactor_step
+from functional_optim._transforms.muon import torch_muon_momentum
+
+from ._naming import template
+from .classes import DECAY, LR, MOMENTUM, _NamedClass, _nonzero
+
+
+def _refuse_complex(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> None:
+    if any(p.is_complex() for p in group["params"]):
+        raise RuntimeError(f"{type(optimizer).__name__} does not support complex parameters")
+
+
+class Muon(_NamedClass, torch.optim.Muon):  # type: ignore[misc]
+    """`torch.optim.Muon` from a chain; arguments, defaults and state are the same.
+
+    Matrices of one shape are computed together.
+
+    Example:
+      >>> import torch
+      >>> p = torch.nn.Parameter(torch.zeros(2, 2))
+      >>> opt = Muon([p], lr=0.5)
+      >>> p.grad = torch.eye(2)
+      >>> opt.step()
+      >>> sorted(opt.state[p])
+      ['momentum_buffer']
+    """
+
+    def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
+        _refuse_complex(self, group)
+        names = ("nesterov", "ns_coefficients", "ns_steps", "eps", "adjust_lr_fn")
+        switches = {name: group[name] for name in names}
+        if switches["ns_steps"] >= 100:
+            raise ValueError("Number of steps must be less than 100 for computational efficiency")
+        if len(switches["ns_coefficients"]) != 3:
+            raise ValueError("Coefficients must be a tuple of exactly 3 values")
+        return tuple(tuple(x) if isinstance(x, list) else x for x in switches.values())
+
+    def _template(self, switches: tuple[Any, ...]) -> Template:
+        nesterov, coefficients, steps, eps, adjust = switches
+        adjusting = {None: None, "original": None, "match_rms_adamw": 0.2}
+        shape = [fo.scale_by_shape(adjusting[adjust])] if adjust in adjusting else []  # as torch has it in groups
+        parts = [
+            torch_muon_momentum(MOMENTUM, nesterov),
+            fo.orthogonalize(coefficients, steps, eps, compute_dtype=torch.bfloat16, eps_is_least=True),
+            *shape,
+            shrink_and_descend(LR, DECAY),
+        ]
+        return template(fo.chain(*parts), self.SLOTS)
+
+    def _dense(self, grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        raise RuntimeError("Muon does not support sparse gradients")
+
+
+class Adafactor(_NamedClass, torch.optim.Adafactor):  # type: ignore[misc]
+    """`torch.optim.Adafactor` from a chain; arguments, defaults and state are the same.
+
+    Tensors of one shape are computed together. `foreach` is accepted and makes no difference.
+
+    Example:
+      >>> import torch
+      >>> p = torch.nn.Parameter(torch.ones(2, 2))
+      >>> opt = Adafactor([p], lr=0.5)
+      >>> p.grad = torch.ones(2, 2)
+      >>> opt.step()
+      >>> sorted(opt.state[p])
+      ['col_var', 'row_var', 'step']
+    """
+
+    def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
+        _refuse_complex(self, group)
+        return bool(group["maximize"]), _nonzero(group["weight_decay"]), group["eps"][0]
+
+    def _template(self, switches: tuple[Any, ...]) -> Template:
+        maximize, decay, eps1 = switches
+        parts: list[fo.GradientTransformation] = [fo.scale(-1.0)] if maximize else []
+        parts.append(adafactor_step(LR, Option("beta2_decay"), eps1, Option("eps", 1), Option("d")))
+        if decay:
+            parts.append(decay_then_add(LR, DECAY))
+        return template(fo.chain(*parts), self.SLOTS)
+
+    def _dense(self, grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        raise RuntimeError("Adafactor does not support sparse gradients")

@@ -1,0 +1,175 @@
+"""Adafactor: updates divided by the root of a second moment that is kept as rows and columns."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from .._compiler.rule import Leaf, Scalar, slot
+from .._rule import leafwise
+
+
+def _factored_dims(shape: Sequence[int], factored: bool, min_dim_size_to_factor: int) -> tuple[int, int] | None:
+    """The second largest and the largest dimension, if both are large enough to be factored."""
+    if not factored or len(shape) < 2:
+        return None
+    small, large = sorted(range(len(shape)), key=lambda d: (shape[d], d))[-2:]
+    return None if shape[small] < min_dim_size_to_factor else (small, large)
+
+
+def _row_shape(p: torch.Tensor, factored: bool, min_dim_size_to_factor: int) -> Sequence[int] | None:
+    dims = _factored_dims(p.shape, factored, min_dim_size_to_factor)
+    return None if dims is None else [n for d, n in enumerate(p.shape) if d != dims[1]]
+
+
+def _column_shape(p: torch.Tensor, factored: bool, min_dim_size_to_factor: int) -> Sequence[int] | None:
+    dims = _factored_dims(p.shape, factored, min_dim_size_to_factor)
+    return None if dims is None else [n for d, n in enumerate(p.shape) if d != dims[0]]
+
+
+def _full_shape(p: torch.Tensor, factored: bool, min_dim_size_to_factor: int) -> Sequence[int] | None:
+    return p.shape if _factored_dims(p.shape, factored, min_dim_size_to_factor) is None else None
+
+
+@leafwise(
+    state={"v_row": slot(shape=_row_shape), "v_col": slot(shape=_column_shape), "v": slot(shape=_full_shape)},
+    static=("factored", "min_dim_size_to_factor"),
+    ranges={"decay_rate": "[0, inf)", "epsilon": "[0, inf)"},
+)
+def scale_by_factored_rms(
+    u: Leaf,
+    v_row: Leaf | None,
+    v_col: Leaf | None,
+    v: Leaf | None,
+    *,
+    step: Scalar,
+    factored: bool = True,
+    decay_rate: Scalar = 0.8,
+    step_offset: Scalar = 0,
+    min_dim_size_to_factor: int = 128,
+    epsilon: Scalar = 1e-30,
+) -> tuple[Leaf, Leaf | None, Leaf | None, Leaf | None]:
+    r"""Adafactor's scaling: divides by the root of a second moment that is the product of a row and a column.
+
+    $$R_t = \hat\beta_t R_{t-1} + (1 - \hat\beta_t) \operatorname{mean}_\text{columns}(G_t^2 + \epsilon), \quad
+      \hat V_t = R_t C_t / \operatorname{mean}(R_t), \quad u_t = G_t / \sqrt{\hat V_t}, \quad
+      \hat\beta_t = 1 - t^{-c}$$
+
+    Args:
+      factored: whether moments are factored, over the two largest dimensions.
+      decay_rate: $c$.
+      step_offset: the number of steps that the decay is behind.
+      min_dim_size_to_factor: the least size of these two dimensions; other leaves have a moment per element.
+      epsilon: $\epsilon$.
+
+    Returns:
+      The transformation. Its state is `(count, v_row, v_col, v)`; a leaf has entries in `v_row` and `v_col`, or in `v`.
+
+    Raises:
+      ValueError: a number is out of its range.
+
+    Example:
+      >>> tx = scale_by_factored_rms(min_dim_size_to_factor=2)
+      >>> state = tx.init({"w": torch.zeros(3, 2)})
+      >>> updates, state = tx.update({"w": torch.full((3, 2), -2.0)}, state)
+      >>> updates["w"][0], state.v_row["w"].shape, state.v_col["w"].shape
+      (tensor([-1., -1.]), torch.Size([2]), torch.Size([3]))
+
+    Source: Shazeer & Stern 2018, arXiv:1804.04235, algorithm 4.
+    """
+    weight = (step - step_offset) ** -decay_rate
+    square = u * u + epsilon
+    dims = _factored_dims(u.shape, factored, min_dim_size_to_factor)
+    if dims is None:
+        assert v is not None
+        v = torch.lerp(v, square.to(v.dtype), weight)
+        return u * v.rsqrt(), v_row, v_col, v
+    assert v_row is not None
+    assert v_col is not None
+    small, large = dims
+    v_row = torch.lerp(v_row, square.mean(large).to(v_row.dtype), weight)
+    v_col = torch.lerp(v_col, square.mean(small).to(v_col.dtype), weight)
+    # in the rows, the smaller dimension is one place further to the front if the larger one was before it
+    row_mean = v_row.mean(small - (small > large), keepdim=True)
+    row_factor = (v_row / row_mean).rsqrt().unsqueeze(large)
+    return u * row_factor * v_col.rsqrt().unsqueeze(small), v_row, v_col, v
+
+
+def _torch_rows(p: torch.Tensor) -> Sequence[int] | None:
+    return (*p.shape[:-1], 1) if p.ndim > 1 else None
+
+
+def _torch_columns(p: torch.Tensor) -> Sequence[int] | None:
+    return (*p.shape[:-2], 1, p.shape[-1]) if p.ndim > 1 else None
+
+
+def _torch_elements(p: torch.Tensor) -> Sequence[int] | None:
+    return p.shape if p.ndim < 2 else None
+
+
+@leafwise(
+    state={
+        "row_var": slot(shape=_torch_rows),
+        "col_var": slot(shape=_torch_columns),
+        "variance": slot(shape=_torch_elements),
+    },
+    static=("eps1",),
+    batched=True,
+)
+def adafactor_step(
+    u: Leaf,
+    p: Leaf,
+    row_var: Leaf | None,
+    col_var: Leaf | None,
+    variance: Leaf | None,
+    *,
+    step: Scalar,
+    learning_rate: Scalar,
+    beta2_decay: Scalar = -0.8,
+    eps1: float | None = None,
+    eps2: Scalar = 1e-3,
+    d: Scalar = 1.0,
+) -> tuple[Leaf, Leaf | None, Leaf | None, Leaf | None]:
+    r"""A step of Adafactor as torch has it: the last two dimensions are factored, and the step size is relative.
+
+    $$\hat V_t = R_t C_t / \max(\operatorname{mean}(R_t), \epsilon_1), \quad
+      U_t = G_t / \max(\sqrt{\hat V_t}, \epsilon_1), \quad
+      u_t = -\max(\epsilon_2, \operatorname{RMS}(\theta)) \min(\eta, 1 / \sqrt t)
+      \frac{U_t}{\max(1, \operatorname{RMS}(U_t) / d)}$$
+
+    Args:
+      learning_rate: $\eta$.
+      beta2_decay: $\tau$ in the weight $t^\tau$ of new squares.
+      eps1: $\epsilon_1$; None for the machine epsilon of the parameter.
+      eps2: $\epsilon_2$.
+      d: the largest root mean square of a leaf's update.
+
+    Returns:
+      The transformation. It needs the parameters.
+
+    Example:
+      >>> tx = adafactor_step(0.1)
+      >>> params = {"w": torch.ones(2, 2)}
+      >>> tx.update({"w": torch.ones(2, 2)}, tx.init(params), params)[0]["w"][0]
+      tensor([-0.1000, -0.1000])
+
+    Source: Shazeer & Stern 2018, arXiv:1804.04235, algorithms 4 and 5.
+    """
+    least = torch.finfo(p.dtype).eps if eps1 is None else eps1
+    weight = (step**beta2_decay).to(u.dtype)
+    rate = torch.minimum(torch.as_tensor(learning_rate, dtype=torch.float64), step**-0.5).to(p.device)
+    if u.ndim > 2:  # a stack of tensors of at least two dimensions
+        assert row_var is not None
+        assert col_var is not None
+        rows, columns = (torch.linalg.vector_norm(u, dim=k, keepdim=True).square() / u.shape[k] for k in (-1, -2))
+        row_var, col_var = torch.lerp(row_var, rows, weight), torch.lerp(col_var, columns, weight)
+        square = (row_var @ col_var).div_(row_var.mean(-2, keepdim=True).clamp_(min=least))
+    else:
+        assert variance is not None
+        square = variance = torch.lerp(variance, u * u, weight)
+    update = square.clamp(min=least * least).rsqrt_().mul_(u)
+    others, root = tuple(range(1, u.ndim)), math.sqrt(u[0].numel())
+    own = torch.linalg.vector_norm(p, dim=others, keepdim=True).double() / root
+    length = torch.linalg.vector_norm(update, dim=others, keepdim=True).double() / (root * d)
+    size = torch.maximum(own, torch.as_tensor(eps2, dtype=torch.float64)) * rate / length.clamp(min=1.0)
+    return update.mul_(-size.to(u.dtype)), row_var, col_var, variance
