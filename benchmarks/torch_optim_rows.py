@@ -1,0 +1,176 @@
+"""A row per algorithm of torch.optim: a step of our class beside the best implementation that torch has.
+
+    python benchmarks/torch_optim_rows.py
+    python benchmarks/torch_optim_rows.py --only Adagrad,Muon --rounds 21
+    python benchmarks/torch_optim_rows.py --tiny
+
+Elementwise classes, and Adafactor, step GPT-2 small and 1000 tensors of 32x32; Muon steps the matrices of GPT-2 small's
+layers, 48 of 768x768 and 24 of 768x3072, with the same arithmetic in bfloat16. torch's implementations are those that
+its class takes on this machine: the for-loop, foreach, and fused; the best one is the one with the lowest median.
+Contenders share parameters and gradients, which are fixed, and take turns within every round in an order drawn anew; a
+ratio is the median of the ratios of each round. Before that, each is compared with torch on a small tree.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from adapter_step import parameters, ratio, turns
+from cpu_step import SHAPES, Tensors, cpu_name, draw, many, small_tree, table
+
+from functional_optim import adapters
+
+
+Step = Callable[[], object]
+OURS = "ours"
+# Arguments of each class, with which a step of float32 numbers stays finite for ever.
+CLASSES: dict[str, dict[str, Any]] = {
+    "Adadelta": {},
+    "Adafactor": {},
+    "Adagrad": {},
+    "Adam": {},
+    "AdamW": {},
+    "Adamax": {},
+    "ASGD": {},
+    "Muon": {"lr": 1e-3},
+    "NAdam": {},
+    "RAdam": {},
+    "RMSprop": {"lr": 1e-4},
+    "Rprop": {"lr": 1e-4, "step_sizes": (1e-6, 1e-3)},
+    "SGD": {"lr": 1e-4, "momentum": 0.9},
+}
+IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
+    "for-loop": {"foreach": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+}
+# Bounds: for classes that torch has fused kernels for on the CPU, and for the others; by shapes.
+FUSED = {"gpt2": 1.0, "1000x32x32": 3.0}
+OTHERS = {"gpt2": 3.0, "1000x32x32": 8.0}
+ADAFACTOR = {"gpt2": 1.5, "1000x32x32": 4.0}
+MUON = {"layers": 1.0}
+
+
+def layers() -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The matrices that Muon takes of GPT-2 small."""
+    yield from many(48, 768, 768)
+    yield from ((f"wide.{name}", shape) for name, shape in many(24, 768, 3072))
+
+
+def theirs(name: str, own: list[torch.nn.Parameter]) -> dict[str, torch.optim.Optimizer]:
+    """torch's class in every implementation that it has here."""
+    cls, found = getattr(torch.optim, name), {}
+    for label, flags in IMPLEMENTATIONS.items():
+        if name == "Muon":
+            return {"for-loop": cls(own, **CLASSES[name])}
+        try:
+            found[label] = cls(own, **CLASSES[name], **flags)
+        except (TypeError, RuntimeError):  # there is no such flag, or no such kernel for the CPU
+            continue
+    return found
+
+
+def bound(name: str, shapes: str, implementations: Mapping[str, Any]) -> float:
+    own = {"Adafactor": ADAFACTOR, "Muon": MUON}.get(name, FUSED if "fused" in implementations else OTHERS)
+    return own[shapes]
+
+
+def check(name: str, steps: int = 5) -> None:
+    """Compares our class with torch's on a small tree.
+
+    Raises:
+      AssertionError: they differ by more than a few roundings of numbers of order one.
+    """
+    found = []
+    for module in (adapters, torch.optim):
+        params, grads = small_tree()
+        if name == "Muon":
+            params, grads = ({k: x for k, x in tree.items() if x.ndim == 2} for tree in (params, grads))
+        opt = getattr(module, name)(parameters(params, grads), **CLASSES[name])
+        for _ in range(steps):
+            opt.step()
+        found.append(params)
+    torch.testing.assert_close(*found, rtol=0, atol=5e-6)
+
+
+def measure(name: str, shapes: str, rounds: int, tree: tuple[Tensors, Tensors]) -> dict[str, Any]:
+    """A row: medians in ms, the ratio to torch's best, and its bound."""
+    own = parameters(*tree)
+    ours = getattr(adapters, name)(own, **CLASSES[name])
+    contenders: dict[str, Step] = {OURS: ours.step}
+    implementations = theirs(name, own)
+    contenders |= {label: opt.step for label, opt in implementations.items()}
+    samples = turns(contenders, rounds)
+    medians = {label: median(times) * 1e3 for label, times in samples.items()}
+    best = min(implementations, key=medians.__getitem__)
+    return {
+        "class": name,
+        "shapes": shapes,
+        "ms": medians,
+        "best": best,
+        "ratio": ratio(samples, best, OURS),
+        "bound": bound(name, shapes, implementations),
+    }
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    header = ("class", "shapes", "ours ms", *(f"{label} ms" for label in IMPLEMENTATIONS), "ratio", "at least", "met")
+    lines = []
+    for row in rows:
+        times = [f"{row['ms'][label]:.3f}" if label in row["ms"] else "-" for label in (OURS, *IMPLEMENTATIONS)]
+        met = "yes" if row["ratio"] >= row["bound"] else "NO"
+        lines.append((row["class"], row["shapes"], *times, f"{row['ratio']:.2f}", f"{row['bound']:g}", met))
+    return table(header, lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(CLASSES), help="classes, separated by commas")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tiny", action="store_true", help="small tensors and two rounds, to see that it runs")
+    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "torch_optim_rows.json")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    names = [name for name in args.only.split(",") if name]
+    unknown = [name for name in names if name not in CLASSES]
+    if unknown:
+        parser.error(f"no class {unknown[0]!r}; there are {', '.join(CLASSES)}")
+
+    rounds = 2 if args.tiny else args.rounds
+    trees: dict[str, Callable[[], Iterator[tuple[str, tuple[int, ...]]]]]
+    trees = {shapes: (lambda: many(4, 8, 8)) if args.tiny else SHAPES[shapes] for shapes in FUSED}
+    trees["layers"] = (lambda: many(2, 8, 8)) if args.tiny else layers
+    rows = []
+    for shapes, made in trees.items():
+        tree = draw(made(), 0, 0.02), draw(made(), 1, 1e-3)
+        for name in names:
+            if (name == "Muon") is (shapes == "layers"):
+                check(name)
+                gc.collect()
+                rows.append(measure(name, shapes, rounds if name != "Muon" else max(2, rounds // 4), tree))
+                print(show(rows[-1:]), flush=True)
+        del tree
+    machine = {
+        "cpu": cpu_name(),
+        "threads": args.threads,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    print(
+        f"\n{machine['cpu']}, {args.threads} threads, torch {torch.__version__}; medians of {rounds} rounds, float32\n"
+    )
+    print(show(rows))
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + os.linesep)
+
+
+if __name__ == "__main__":
+    main()
