@@ -10,6 +10,7 @@ is 0, and the compound operations round as torch's CPU kernels do (`lerp` and `a
 multiply-add, `addcdiv` without).
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -63,6 +64,10 @@ _TRITON_CBRT = (
     f"tl.where({_D} == 0, 0.0, tl.where({_D} < 0, -1.0, 1.0) * tl.exp2(tl.log2(tl.abs({_D})) / 3.0)).to({{T}})"
 )
 
+_TRITON_TRUNC = "tl.where({0} < 0, tl.ceil({0}), tl.floor({0}))"
+_TRITON_TAN = f"(tl.sin({_D}) / tl.cos({_D})).to({{T}})"
+_TRITON_LOG10 = f"(tl.log2({_D}) * {math.log10(2)!r}).to({{T}})"
+
 OPS: dict[str, Op] = {
     "neg": Op("-{0}", "{0} * -1.0", torch.neg, "neg"),
     "abs": Op("fabs{f}({0})", "tl.abs({0})", torch.abs, "abs"),
@@ -75,10 +80,23 @@ OPS: dict[str, Op] = {
     "log": Op("log{f}({0})", "tl.log({0})", torch.log, "log"),
     "log2": Op("log2{f}({0})", "tl.log2({0})", torch.log2, "log2"),
     "log1p": Op("log1p{f}({0})", _TRITON_LOG1P, torch.log1p, "log1p"),
+    "log10": Op("log10{f}({0})", _TRITON_LOG10, torch.log10, "log10"),
+    "erf": Op("erf{f}({0})", f"tl.erf({_D}).to({{T}})", torch.erf, "erf"),
+    "sinh": Op("sinh{f}({0})", "_sinh({0})", torch.sinh, "sinh"),
+    "cosh": Op("cosh{f}({0})", "_cosh({0})", torch.cosh, "cosh"),
     "tanh": Op("tanh{f}({0})", _TRITON_TANH, torch.tanh, "tanh"),
     "sin": Op("sin{f}({0})", "tl.sin({0})", torch.sin, "sin"),
     "cos": Op("cos{f}({0})", "tl.cos({0})", torch.cos, "cos"),
+    "tan": Op("tan{f}({0})", _TRITON_TAN, torch.tan, "tan"),
+    "atan": Op("atan{f}({0})", "_atan2({0}, tl.full((), 1.0, {T}))", torch.atan, "atan"),
+    "atan2": Op("atan2{f}({0}, {1})", "_atan2({0}, {1})", torch.atan2),
+    "hypot": Op("hypot{f}({0}, {1})", "_hypot({0}, {1})", torch.hypot),
     "floor": Op("floor{f}({0})", "tl.floor({0})", torch.floor, "floor"),
+    "ceil": Op("ceil{f}({0})", "tl.ceil({0})", torch.ceil, "ceil"),
+    "trunc": Op("trunc{f}({0})", _TRITON_TRUNC, torch.trunc, "trunc"),
+    "round": Op("rint{f}({0})", "_round({0})", torch.round, "round"),
+    "copysign": Op("copysign{f}({0}, {1})", "_copysign({0}, {1})", torch.copysign),
+    "fmod": Op("fmod{f}({0}, {1})", "_fmod({0}, {1})", torch.fmod),
     "sign": Op("({T})(({0} > 0) - ({0} < 0))", "(({0} > 0).to({T}) - ({0} < 0).to({T}))", torch.sign, "sign"),
     "add": Op("{0} + {1}", "{0} + {1}", torch.add, "add"),
     "sub": Op("{0} - {1}", "{0} - {1}", torch.sub, "sub"),

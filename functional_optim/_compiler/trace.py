@@ -90,7 +90,7 @@ def _operator(name: str, reverse: bool) -> Callable[..., Any]:
 for _name in ("add", "sub", "mul", "truediv", "pow", "mod", "floordiv", "and", "or", "xor", "matmul"):
     setattr(Symbol, f"__{_name}__", _operator(_name, reverse=False))
     setattr(Symbol, f"__r{_name}__", _operator(_name, reverse=True))
-for _name in ("lt", "le", "gt", "ge", "eq", "ne", "neg", "abs", "invert", "pos"):
+for _name in ("lt", "le", "gt", "ge", "eq", "ne", "neg", "abs", "invert", "pos", "round", "floor", "ceil", "trunc"):
     setattr(Symbol, f"__{_name}__", _operator(_name, reverse=False))
 
 
@@ -364,6 +364,46 @@ def _add(t: Tracer, x: Any, y: Any, alpha: Any = 1) -> Any:
     return _alpha("add")(t, x, y, alpha)
 
 
+def _round(t: Tracer, x: Any, *, decimals: int = 0) -> Any:
+    if decimals:
+        raise TypeError("it rounds to whole numbers: scale before and after, as in `torch.round(x * 10) / 10`.")
+    return t.op("round", x)
+
+
+def _fmod(t: Tracer, x: Any, y: Any) -> tuple[Symbol, Symbol]:
+    """The remainder with the sign of `x`, and whether the one with the sign of `y` is another."""
+    rest = t.op("fmod", x, y)
+    differs = t.op("ne", t.op("lt", rest, 0.0), t.op("lt", y, 0.0))
+    return rest, t.op("logical_and", t.op("ne", rest, 0.0), differs)
+
+
+def _remainder(t: Tracer, x: Any, y: Any) -> Any:
+    rest, differs = _fmod(t, x, y)
+    return t.op("where", differs, t.op("add", rest, y), rest)
+
+
+def _floor_divide(t: Tracer, x: Any, y: Any) -> Any:
+    # a whole number but for rounding, so that x // y and x % y belong together
+    rest, differs = _fmod(t, x, y)
+    ratio = t.op("div", t.op("sub", x, rest), y)
+    ratio = t.op("where", differs, t.op("sub", ratio, 1.0), ratio)
+    down = t.op("floor", ratio)
+    down = t.op("where", t.op("gt", t.op("sub", ratio, down), 0.5), t.op("add", down, 1.0), down)
+    quotient = t.op("div", x, y)
+    down = t.op("where", t.op("ne", ratio, 0.0), down, t.op("copysign", 0.0, quotient))
+    return t.op("where", t.op("eq", y, 0.0), quotient, down)
+
+
+def _heaviside(t: Tracer, x: Any, values: Any) -> Any:
+    return t.op("where", t.op("eq", x, 0.0), values, t.op("gt", x, 0.0))
+
+
+def _logaddexp(t: Tracer, x: Any, y: Any) -> Any:
+    most = t.op("maximum", x, y)
+    sum_ = t.op("add", most, t.op("log1p", t.op("exp", t.op("neg", t.op("abs", t.op("sub", x, y))))))
+    return t.op("where", t.op("eq", t.op("abs", most), math.inf), most, sum_)  # two infinities have no difference
+
+
 def _value(name: str) -> Callable[..., Any]:
     def rewrite(t: Tracer, s: Any, a: Any, b: Any, value: Any = 1.0) -> Any:
         return t.op(name, s, a, b, value)
@@ -436,6 +476,19 @@ REWRITES: dict[str, Callable[..., Any]] = {
     "square": lambda t, x: t.op("mul", x, x),
     "reciprocal": lambda t, x: t.op("div", 1.0, x),
     "sigmoid": lambda t, x: t.op("div", 1.0, t.op("add", 1.0, t.op("exp", t.op("neg", x)))),
+    "mod": _remainder,
+    "remainder": _remainder,
+    "floordiv": _floor_divide,
+    "floor_divide": _floor_divide,
+    "round": _round,
+    "fix": _alias("trunc"),
+    "frac": lambda t, x: t.op("sub", x, t.op("trunc", x)),
+    "relu": lambda t, x: t.op("where", t.op("le", x, 0.0), 0.0, x),
+    "heaviside": _heaviside,
+    "sgn": _alias("sign"),
+    "logaddexp": _logaddexp,
+    "arctan": _alias("atan"),
+    "arctan2": _alias("atan2"),
     "negative": _alias("neg"),
     "absolute": _alias("abs"),
     "pos": lambda t, x: t.symbol(x),

@@ -55,6 +55,102 @@ def _pow(x, y):
 
 
 @triton.jit
+def _copysign(x, y):
+    # by the bit, which -0.0 and NaN have too
+    if x.dtype == tl.float32:
+        size = x.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
+        z = (size | (y.to(tl.uint32, bitcast=True) & 0x80000000)).to(tl.float32, bitcast=True)
+    else:
+        size = (x.to(tl.uint64, bitcast=True) << 1) >> 1
+        z = (size | ((y.to(tl.uint64, bitcast=True) >> 63) << 63)).to(tl.float64, bitcast=True)
+    return z
+
+
+@triton.jit
+def _round(x):
+    # half to even
+    a = tl.abs(x)
+    down = tl.floor(a)
+    rest = a - down
+    even = tl.where(tl.floor(down * 0.5) * 2.0 == down, down, down + 1.0)
+    return _copysign(tl.where(rest < 0.5, down, tl.where(rest > 0.5, down + 1.0, even)), x)
+
+
+@triton.jit
+def _fmod(x, y):
+    # The remainder of |x| by |y| times powers of 2**24, down to |y| itself, each to the nearest. All of it is exact: a
+    # quotient of 24 bits times either half of the divisor, and the rest, which is a multiple of the divisor's last bit.
+    a = tl.abs(x.to(tl.float64))
+    b = tl.abs(y.to(tl.float64))
+    good = tl.where(a < float("inf"), b, float("nan")) > 0
+    some = tl.where(good, a, float("nan")) >= b
+    rest = tl.where(some, a, 0.0)
+    divisor = tl.where(some, b, 1.0)
+    steps = tl.where(some, tl.floor((tl.log2(a) - tl.log2(b)) / 24.0), 0.0).to(tl.int32)
+    if steps.type.is_block():
+        steps = tl.max(steps)
+    for k in range(0, steps + 1):
+        quarter = tl.exp2(((steps - k) * 6).to(tl.float64))
+        multiple = divisor * quarter * quarter * quarter * quarter
+        multiple = tl.where(multiple < float("inf"), multiple, 0.0)
+        high = ((multiple.to(tl.uint64, bitcast=True) >> 27) << 27).to(tl.float64, bitcast=True)
+        quotient = tl.where(multiple > 0, tl.floor(rest / tl.where(multiple > 0, multiple, 1.0) + 0.5), 0.0)
+        half = quotient * 0.5 * high  # the whole may be infinite
+        rest = ((rest - half) - half) - quotient * (multiple - high)
+    rest = tl.where(some, tl.where(rest < 0, rest + divisor, rest), a)
+    return _copysign(tl.where(good, rest, float("nan")).to(x.dtype), x)
+
+
+@triton.jit
+def _atan2(y, x):
+    # in double precision: the angle below pi / 4, halved twice, has a tangent of at most 0.2 for the series
+    a = tl.abs(y.to(tl.float64))
+    b = tl.abs(x.to(tl.float64))
+    least = tl.where(a < b, a, b)
+    most = tl.where(a < b, b, a)
+    t = tl.where(least == most, tl.where(most == 0, 0.0, 1.0), least / most)
+    h = t / (1.0 + tl.sqrt(1.0 + t * t))
+    h = h / (1.0 + tl.sqrt(1.0 + h * h))
+    z = h * h
+    series = 0.0 * z
+    for k in tl.static_range(11, -1, -1):
+        series = 1.0 / (2 * k + 1) - z * series
+    angle = tl.where(t < 1e-8, t, 4.0 * h * series)
+    angle = tl.where(a > b, 1.5707963267948966 - angle, angle)
+    angle = tl.where(_copysign(tl.full((), 1.0, tl.float64), x.to(tl.float64)) < 0, 3.141592653589793 - angle, angle)
+    return _copysign(angle.to(y.dtype), y)
+
+
+@triton.jit
+def _hypot(x, y):
+    a = tl.abs(x.to(tl.float64))
+    b = tl.abs(y.to(tl.float64))
+    most = tl.where(a < b, b, a)
+    t = tl.where(a < b, a, b) / tl.where(most == 0, 1.0, most)
+    z = most * tl.sqrt(1.0 + t * t)
+    z = tl.where(a == float("inf"), a, tl.where(b == float("inf"), b, z))
+    return z.to((x + y).dtype)
+
+
+@triton.jit
+def _cosh(x):
+    e = tl.exp(tl.abs(x.to(tl.float64)) * 0.5)  # squared at the end, where exp(|x|) would overflow
+    return (0.5 * e * e + 0.5 / e / e).to(x.dtype)
+
+
+@triton.jit
+def _sinh(x):
+    # in double precision; a series where the difference would cancel
+    a = tl.abs(x.to(tl.float64))
+    e = tl.exp(a * 0.5)
+    z = a * a
+    series = 0.0 * z
+    for k in tl.static_range(9, -1, -1):
+        series = 1.0 + z * series / ((2 * k + 2) * (2 * k + 3))
+    return _copysign(tl.where(a < 1, a * series, 0.5 * e * e - 0.5 / e / e).to(x.dtype), x)
+
+
+@triton.jit
 def _bf16(x):
     # round to nearest even by hand, because a conversion may truncate
     u = x.to(tl.float32).to(tl.uint32, bitcast=True)

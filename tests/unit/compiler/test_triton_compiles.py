@@ -24,6 +24,9 @@ from functional_optim._compiler.triton.emit import emit_triton
 def every_operation(u, p, n, *, step, value, b=0.9):
     x = fo.cbrt(u) + torch.expm1(u) + torch.log1p(torch.abs(u)) + torch.tanh(u) + torch.sin(u) ** b + torch.exp(u)
     x = x + torch.exp2(u) + torch.log2(u) + torch.log(u) + torch.cos(u) + torch.floor(u) + torch.rsqrt(u)
+    x = x + torch.ceil(u) + torch.trunc(u) + torch.round(u) + torch.erf(u) + torch.tan(u) + torch.atan2(u, p) + u % p
+    x = x + torch.sinh(u) * torch.cosh(u) + torch.hypot(u, p) + torch.log10(u) + torch.atan(u) + torch.copysign(u, p)
+    x = x + step % 7 * torch.atan2(step, value) + torch.round(step / 3) + torch.sinh(value) + torch.hypot(step, b)
     y = torch.lerp(u, p, b) + torch.addcmul(u, p, u, value=b) + torch.addcdiv(u, p, u, value=b) + torch.sqrt(u) / p
     y = y + u.bfloat16() + u.half() + u.float() + torch.minimum(u, p) - torch.sign(u)
     good = torch.isfinite(u) & ~(u > 1) | (p < 0) | (u >= p) | (u <= p) | (u == p)
