@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch.optim import Optimizer
 
+from functional_optim._compiler.trace import ShortTracebacks
 from functional_optim._params import GRAD, Journal, Params, ParamStep, Template
 from functional_optim._runtime.internals import in_checkpoint
 from functional_optim._runtime.overlap import SharedMemoryError
@@ -282,7 +283,8 @@ class ChainOptimizer(Optimizer):
             if step.is_for(templates, grads, guarded, exact):
                 return step
         assert own.params is not None
-        step = ParamStep(templates, own.params, grads, guarded, self._counter_dtype(), warn=not own.warned)
+        with ShortTracebacks():
+            step = ParamStep(templates, own.params, grads, guarded, self._counter_dtype(), warn=not own.warned)
         own.warned = True
         own.steps = [step, *own.steps[: KEEP - 1]]
         return step

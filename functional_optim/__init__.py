@@ -5,7 +5,7 @@ Steps
 Combinators
   chain named_chain masked partition multi_transform identity stateless stateless_with_tree_map
 Rules
-  elementwise leafwise slot zeros cbrt leaf_sum leaf_mean leaf_norm leaf_amax tree_sum tree_norm tree_amax
+  elementwise leafwise slot zeros cbrt leaf_sum leaf_mean leaf_norm leaf_amax leaf_size tree_sum tree_norm tree_amax
 Transformations
   scale scale_by_learning_rate scale_by_schedule scale_by_sign trace ema scale_by_adam scale_by_amsgrad scale_by_rms
   scale_by_stddev scale_by_lion scale_by_trust_ratio add_decayed_weights clip clip_by_global_norm clip_by_block_rms
@@ -36,6 +36,7 @@ from ._compiler.functions import (
     leaf_amax,
     leaf_mean,
     leaf_norm,
+    leaf_size,
     leaf_sum,
     tree_amax,
     tree_norm,
@@ -199,6 +200,7 @@ __all__ = [
     "leaf_amax",
     "leaf_mean",
     "leaf_norm",
+    "leaf_size",
     "leaf_sum",
     "leafwise",
     "linear_onecycle_schedule",

@@ -10,6 +10,7 @@ import torch
 from ._compiler.c.emit import emit_c
 from ._compiler.passes import Signature, plan, read_bytes, written_bytes
 from ._compiler.rule import Option
+from ._compiler.trace import ShortTracebacks
 from ._compiler.triton.emit import emit_triton
 from ._leafwise import LeafwiseStep
 from ._params import Journal, ParamRegion, Params, ParamStep, Template, tensor_of
@@ -182,7 +183,8 @@ def explanation(tx: Any, params: Tree | None) -> Explanation:
     shadow = [_shadow(x) if seen else x for x, seen in zip(view.leaves, view.seen, strict=True)]
     tree = view.spec.unflatten(shadow)
     state = tx.init(tree)
-    step = TreeStep(tx, True, tree, tree)
+    with ShortTracebacks():
+        step = TreeStep(tx, True, tree, tree)
     columns = step.columns(tree, tree, False)
     assert columns is not None
     found = _Collector(step.paths, view.leaves, torch.is_grad_enabled())
@@ -217,7 +219,8 @@ def explain_params(
       RuntimeError: a parameter has no memory.
     """
     grads = [p if p.requires_grad or p.grad is not None else None for p in params.params]
-    step = ParamStep(templates, params, grads, guarded=False, counter=counter, warn=False)
+    with ShortTracebacks():
+        step = ParamStep(templates, params, grads, guarded=False, counter=counter, warn=False)
     shadows = [_shadow(local_tensor(p)) for p in params.params]
     step.params = params._replace(params=shadows)  # so that the state that is made has no memory either
     states: list[dict[str, Any]] = [{} for _ in shadows]

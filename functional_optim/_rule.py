@@ -7,7 +7,8 @@ from typing import Any, overload
 
 import torch
 
-from ._compiler.rule import Bound, Range, Rule, Slot, restore_state
+from ._compiler.rule import Bound, Range, Rule, Slot, check_stored, restore_state
+from ._compiler.trace import Symbol
 from ._runtime.checks import check_leaf
 from ._step import run
 from ._transform import GradientTransformation, Link
@@ -128,6 +129,53 @@ class RuleFactory:
         bound.apply_defaults()
         return RuleTransformation(self, bound.arguments)
 
+    def formula(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the formula itself, as a part of another rule's.
+
+        Hyper-parameters that are left out have their defaults, and numbers are checked as ever. The caller keeps the
+        slots: it declares them, passes them and returns their new values. On tensors the formula is plain torch.
+
+        Args:
+          *args: the update, the parameter if the formula takes it, and its slots, in order.
+          **kwargs: `step`, `first` and extra arguments if it takes them, and hyper-parameters.
+
+        Returns:
+          The new update, followed by the new value of every slot.
+
+        Raises:
+          TypeError: an argument is missing or unknown, or a schedule, whose value only the rule that is called has.
+          ValueError: a number is out of its range.
+
+        Example:
+          >>> import functional_optim as fo, torch
+          >>> @fo.elementwise(state={"mu": fo.zeros, "nu": fo.zeros})
+          ... def signed_adam(u, mu, nu, *, step, b1=0.9):
+          ...     u, mu, nu = fo.scale_by_adam.formula(u, mu, nu, step=step, b1=b1)
+          ...     return torch.sign(u), mu, nu
+          >>> tx = signed_adam()
+          >>> tx.update(torch.tensor([3.0, -0.5]), tx.init(torch.zeros(2)))[0]
+          tensor([ 1., -1.])
+        """
+        rule = self.rule
+        try:
+            bound = inspect.signature(rule.fn).bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(
+                f"the formula of {rule.name}: {error}; it takes {_arguments(rule)}, as they are in the rule that calls."
+            ) from None
+        bound.apply_defaults()
+        values = {k: bound.arguments[k] for k in rule.hypers}
+        for hyper, value in values.items():
+            if isinstance(value, Symbol):
+                continue
+            if hyper not in rule.static and callable(value) and not isinstance(value, torch.Tensor):
+                raise TypeError(
+                    f"the formula of {rule.name}: `{hyper}` is {show(value)}, expected its value at this step. Make it "
+                    f"a hyper-parameter of the rule that calls: schedules are looked up for those."
+                )
+            bound.arguments[hyper] = rule.check(hyper, value, values)
+        return rule.fn(*bound.args, **bound.kwargs)
+
     def __repr__(self) -> str:
         return f"<rule {self.rule.name}{self.__signature__}>"
 
@@ -167,8 +215,8 @@ def elementwise(
     arguments, and hyper-parameters, whose defaults become the function's. It returns the new update, followed by the
     new value of every slot. A formula that computes the new parameter itself returns `new - p`, which rounds no
     more than `new` does. It is plain torch: operators, functions, and the reductions `leaf_sum`, `leaf_mean`,
-    `leaf_norm`, `leaf_amax`, `tree_sum`, `tree_norm`, `tree_amax`. A hyper-parameter may be a number, a 0-d tensor or
-    a schedule.
+    `leaf_norm`, `leaf_amax`, `leaf_size`, `tree_sum`, `tree_norm`, `tree_amax`. A hyper-parameter may be a number, a
+    0-d tensor or a schedule. Another rule may call it as `formula`.
 
     Args:
       fn: the formula, when used without parentheses.
@@ -282,6 +330,25 @@ def leafwise(
     return _make(fn, dict(state or {}), extra, static, ranges or {}, final, whole=True, batched=batched)
 
 
+def _arguments(rule: Rule) -> str:
+    """The arguments of a formula, with defaults and without annotations."""
+    parameters = inspect.signature(rule.fn).parameters.values()
+    return str(inspect.Signature([p.replace(annotation=EMPTY) for p in parameters]))
+
+
+def _misnamed(positional: Sequence[str], slots: Mapping[str, Slot]) -> str:
+    """A hint at the argument that has the place of `u` or `p` and another name."""
+    if positional and positional[0] not in ("u", "p", *slots):
+        return f" Call the update `u`, not `{positional[0]}`."
+    if positional[:1] == ["u"] and len(positional) > 1 and positional[1] not in ("p", *slots):
+        other = positional[1]
+        return (
+            f" If `{other}` is the parameter, call it `p`; if it is a slot, declare it: "
+            f"`state={{{other!r}: fo.zeros}}`; if it is a hyper-parameter, put it behind the `*`."
+        )
+    return ""
+
+
 def _make(
     fn: Callable[..., Any],
     slots: dict[str, Slot],
@@ -302,6 +369,7 @@ def _make(
         raise TypeError(
             f"{name} takes ({', '.join(parameters)}), expected ({', '.join(expected)}, *, ...): the update `u`, "
             f"`p` if it wants the parameter, the slots of state in order, and the rest keyword-only."
+            f"{_misnamed(positional, slots)}"
         )
     hypers = {k: v for k, v in keywords.items() if k not in ("step", "first", *extra)}
     ranged = [name for key in ranges for name in key.split(" if ", 1)]
@@ -321,6 +389,8 @@ def _make(
                 f"the shape of the slot `{slot_name}` of {name} depends on {unknown}, which are no static "
                 f"hyper-parameters."
             )
+        if not whole and isinstance(slot.dtype, torch.dtype):
+            check_stored(f"the slot `{slot_name}` of {name}", slot.dtype)
         if not whole and not (slot.like_leaf or slot.per_leaf):
             raise TypeError(
                 f"the slot `{slot_name}` of {name} has a shape of its own, but the formula is one for an element; "

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ._compiler.trace import ShortTracebacks
 from ._leafwise import LeafwiseStep
 from ._opaque import check_apart
 from ._regions import BoundRegion, LeafwiseRegion, Opaque, Region, Variant, cut_into_regions
@@ -513,7 +514,8 @@ def _run(
             done: tuple[Tree, Any] | None = step.take(columns, state, like, extra, donate)
             if done is not None:
                 return done
-    step = TreeStep(tx, apply, updates, params)
+    with ShortTracebacks():
+        step = TreeStep(tx, apply, updates, params)
     columns = step.columns(updates, params, donate)
     assert columns is not None
     done = step.take(columns, state, like, extra, donate)

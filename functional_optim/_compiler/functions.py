@@ -55,6 +55,13 @@ def leaf_amax(x: torch.Tensor) -> torch.Tensor:
     return torch.amax(x)
 
 
+def leaf_size(x: torch.Tensor) -> torch.Tensor:
+    """The number of elements of one leaf."""
+    if has_torch_function_unary(x):
+        return _overridden(leaf_size, x)
+    return torch.full((), x.numel(), dtype=x.dtype, device=x.device)
+
+
 def _only_in_rules(name: str) -> NoReturn:
     raise TypeError(f"`{name}` spans every leaf that a transformation sees, so it can only be called inside a rule.")
 
@@ -75,6 +82,6 @@ def tree_amax(x: torch.Tensor) -> torch.Tensor:
 
 def tree_norm(x: torch.Tensor) -> torch.Tensor:
     """The Euclidean norm over every leaf that the transformation sees, the global norm."""
-    if not has_torch_function_unary(x):
-        _only_in_rules("tree_norm")
-    return torch.sqrt(tree_sum(x * x))
+    if has_torch_function_unary(x):
+        return _overridden(tree_norm, x)
+    _only_in_rules("tree_norm")

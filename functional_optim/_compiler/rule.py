@@ -164,6 +164,22 @@ def slot(
     return Slot(start, dtype, per == "leaf", square, shape)
 
 
+STORED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_stored(name: str, dtype: torch.dtype) -> None:
+    """Refuses a dtype that slots of `elementwise` rules cannot have.
+
+    Raises:
+      TypeError: with what has it, and the dtype.
+    """
+    if dtype not in STORED:
+        raise TypeError(
+            f"{name} is stored as float32, float64, bfloat16 or float16, got {dtype}. Slots of `leafwise` rules "
+            f"have any dtype."
+        )
+
+
 zeros = slot(0.0)
 
 
@@ -245,6 +261,8 @@ class Rule:
           TypeError, ValueError: with the name, the value and the expectation.
         """
         value = plain_number(value)
+        if not self.whole and isinstance(value, torch.dtype) and any(slot.dtype == hyper for slot in self.slots.values()):
+            check_stored(f"the slot of {self.name} that `{hyper}` is for", value)
         allowed = self.ranges.get(hyper)
         if isinstance(allowed, tuple):
             if value not in allowed:

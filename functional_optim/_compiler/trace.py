@@ -6,21 +6,50 @@ are recorded once. Python control flow runs while tracing: an `if` on a flag spe
 on a symbol is refused in the rule's own line.
 """
 
+import difflib
 import functools
 import math
 import os
+import re
 import traceback
 from collections.abc import Callable, Mapping
+from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
 
+from .names import PUBLIC, WHOLE, hint_for, listed
 from .ops import OPS
 from .program import INPUTS, Level, Output, Program, Value
 
 
 class RuleError(TypeError):
     """A rule does something that cannot become a kernel."""
+
+
+class ShortTracebacks:
+    """Context in which the traceback of a `RuleError` loses the lines of this package and of torch."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if not isinstance(error, RuleError) or tb is None:
+            return
+        kept: list[TracebackType] = []
+        rest = tb.tb_next
+        while rest is not None:
+            if not rest.tb_frame.f_code.co_filename.startswith((_PACKAGE, _TORCH)):
+                kept.append(rest)
+            rest = rest.tb_next
+        for each in reversed(kept):
+            rest = TracebackType(rest, each.tb_frame, each.tb_lasti, each.tb_lineno)
+        error.__traceback__ = TracebackType(rest, tb.tb_frame, tb.tb_lasti, tb.tb_lineno)
+
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
+_COMPILER = os.path.dirname(__file__) + os.sep
 
 
 class Symbol:
@@ -44,7 +73,8 @@ class Symbol:
         if name in ("shape", "dtype", "device", "ndim"):
             raise RuleError(
                 f"{_where()} reads `.{name}` of a traced value. A rule is written for one element of any leaf; "
-                f"use `leaf_mean` and its siblings for what depends on the whole leaf."
+                f"use `leaf_mean` and its siblings for what depends on the whole leaf, `leaf_size` for its number of "
+                f"elements."
             )
         if name.strip("_") not in {*REWRITES, *OPS}:
             _unknown(name)
@@ -63,18 +93,28 @@ class Symbol:
         raise self._refuse("branches on a traced value")
 
     def __float__(self) -> float:
-        raise self._refuse("takes the number behind a traced value")
+        line = getattr(_user_frame(), "line", None) or ""
+        functions = [name for name in re.findall(r"\bmath\.(\w+)", line) if name in PUBLIC]
+        if not functions:
+            raise self._refuse("takes the number behind a traced value")
+        instead = ", ".join(f"`torch.{name}` for `math.{name}`" for name in dict.fromkeys(functions))
+        raise RuleError(
+            f"{_where()} takes the number behind a traced value, as functions of `math` do. Use torch's: {instead}."
+        )
 
     __int__ = __index__ = __float__
 
     def __iter__(self) -> Any:
-        raise self._refuse("iterates over a traced value")
+        raise RuleError(f"{_where()} iterates over a traced value. {WHOLE}")
+
+    def __len__(self) -> int:
+        raise RuleError(f"{_where()} takes the length of a traced value. Use `leaf_size` for its number of elements.")
 
     def __getitem__(self, key: Any) -> Any:
-        raise self._refuse("indexes a traced value")
+        raise RuleError(f"{_where()} indexes a traced value. {WHOLE}")
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        raise self._refuse("writes to an element of a traced value")
+        raise RuleError(f"{_where()} writes to an element of a traced value. {WHOLE}")
 
     def __repr__(self) -> str:
         return f"<%{self.index} = {self.tracer.values[self.index]}>"
@@ -94,20 +134,23 @@ for _name in ("lt", "le", "gt", "ge", "eq", "ne", "neg", "abs", "invert", "pos",
     setattr(Symbol, f"__{_name}__", _operator(_name, reverse=False))
 
 
+def _user_frame() -> traceback.FrameSummary | None:
+    """The innermost line outside the compiler and torch: the rule's own."""
+    frames = reversed(traceback.extract_stack())
+    return next((x for x in frames if not x.filename.startswith((_COMPILER, _TORCH))), None)
+
+
 def _where() -> str:
-    """Names the innermost line outside the compiler and torch: the rule's own."""
-    own = (os.path.dirname(__file__), os.path.dirname(torch.__file__))
-    for frame in reversed(traceback.extract_stack()):
-        if not frame.filename.startswith(own):
-            return f"`{frame.name}` ({frame.filename}:{frame.lineno}: `{frame.line}`)"
-    return "A rule"
+    """Names the line of the rule."""
+    frame = _user_frame()
+    return "A rule" if frame is None else f"`{frame.name}` ({frame.filename}:{frame.lineno}: `{frame.line}`)"
 
 
 def _unknown(name: str) -> NoReturn:
-    raise RuleError(
-        f"{_where()} uses `{name}`, which has no row in the operation table. "
-        f"A rule can use: {', '.join(sorted({*OPS, *REWRITES}))}."
-    )
+    near = [x for x in difflib.get_close_matches(name, PUBLIC) if x != name]
+    nearest = f"Near to it: {', '.join(near)}. " if near else ""
+    help_ = hint_for(name) or f"{nearest}A rule can use: {listed()}; see docs/rules.md."
+    raise RuleError(f"{_where()} uses `{name}`, which has no row in the operation table. {help_}")
 
 
 def _record(name: str, *args: Any, **kwargs: Any) -> "Symbol":
@@ -245,9 +288,21 @@ class Tracer:
             return y
         return self.add(Value("spread", (y.index,), level=Level.ELEMENT, stage=value.stage))
 
+    def level(self, x: Any) -> Level:
+        """How many there are of a value."""
+        return self.values[self.symbol(x).index].level
+
+    def behind_spread(self, x: Any) -> Symbol | None:
+        """The uniform value that a value per element repeats, if it is known to."""
+        value = self.values[self.symbol(x).index]
+        return Symbol(self, value.args[0]) if value.op == "spread" else None
+
     def reduce(self, kind: str, x: Any) -> Symbol:
         """Adds a reduction; `kind` is `"leaf_"` or `"tree_"` and a row of `REDUCTIONS`."""
         x = self.symbol(x)
+        same = self.behind_spread(x)
+        if same is not None and kind.startswith("leaf_"):  # needs no pass
+            return self.op("mul", self.input("size"), same) if kind == "leaf_sum" else same
         if self.values[x.index].boolean:
             x = self.op("real", x)
         value = self.values[x.index]
@@ -412,7 +467,14 @@ def _value(name: str) -> Callable[..., Any]:
 
 
 def _mean(t: Tracer, x: Any) -> Any:
-    return t.op("div", t.reduce("leaf_sum", x), t.input("size"))
+    same = t.behind_spread(x)
+    return t.op("div", t.reduce("leaf_sum", x), t.input("size")) if same is None else same
+
+
+def _size(t: Tracer, x: Any) -> Any:
+    if t.level(x) is not Level.ELEMENT:
+        raise TypeError("it is one number, the same for every element: take the size of `u`.")
+    return t.input("size")
 
 
 def _vector_norm(t: Tracer, x: Any, ord: Any = 2) -> Any:
@@ -425,10 +487,27 @@ def _vector_norm(t: Tracer, x: Any, ord: Any = 2) -> Any:
     raise TypeError("a norm of a leaf is of order 1, 2 or inf.")
 
 
-def _norm(t: Tracer, x: Any, p: Any = "fro", dim: Any = None, keepdim: bool = False, **others: Any) -> Any:
-    if dim is not None or keepdim or any(other is not None for other in others.values()):
-        raise TypeError("a leaf is reduced as a whole.")
+def _norm(t: Tracer, x: Any, p: Any = "fro") -> Any:
     return _vector_norm(t, x, 2 if p in ("fro", None) else p)
+
+
+def _of_leaf(rewrite: Callable[..., Any]) -> Callable[..., Any]:
+    """A reduction, which refuses arguments of torch's that say along which dimension."""
+    operands = rewrite.__code__.co_argcount - 1
+
+    def reduction(t: Tracer, *args: Any, dim: Any = None, axis: Any = None, keepdim: bool = False, **named: Any) -> Any:
+        if len(args) > operands or any(x is not None for x in (dim, axis)) or keepdim:
+            raise TypeError(f"it reduces along a dimension. {WHOLE}")
+        named = {k: x for k, x in named.items() if x is not None}
+        if "dtype" in named:
+            raise TypeError("reductions are computed in double precision: leave `dtype` out.")
+        return rewrite(t, *args, **named)
+
+    return reduction
+
+
+def _like(t: Tracer, x: Any, value: Any) -> Any:
+    return t.spread(value) if t.level(x) is Level.ELEMENT else t.symbol(value)
 
 
 def _nan_to_num(t: Tracer, x: Any, nan: float = 0.0, posinf: float | None = None, neginf: float | None = None) -> Any:
@@ -444,13 +523,15 @@ def _alias(name: str) -> Callable[..., Any]:
 
 
 def _extremum(name: str) -> Callable[..., Any]:
-    def rewrite(t: Tracer, x: Any, *others: Any) -> Any:
+    def rewrite(t: Tracer, x: Any, *others: Any, dim: Any = None, keepdim: bool = False) -> Any:
+        if dim is not None or keepdim:
+            raise TypeError(f"it reduces along a dimension. {WHOLE}")
         if not others:
             x = x if name == "maximum" else t.op("neg", x)
             y = t.reduce("leaf_amax", x)
             return y if name == "maximum" else t.op("neg", y)
         if len(others) > 1 or not isinstance(others[0], (Symbol, torch.Tensor)):
-            raise TypeError("a leaf has no dimensions in a rule; it is reduced as a whole.")
+            raise TypeError(f"it reduces along a dimension. {WHOLE}")
         return t.op(name, x, others[0])
 
     return rewrite
@@ -498,18 +579,21 @@ REWRITES: dict[str, Callable[..., Any]] = {
     "clamp_max": lambda t, x, max: _clamp(t, x, max=max),
     "max": _extremum("maximum"),
     "min": _extremum("minimum"),
-    "amax": lambda t, x: t.reduce("leaf_amax", x),
-    "amin": lambda t, x: t.op("neg", t.reduce("leaf_amax", t.op("neg", x))),
-    "sum": lambda t, x: t.reduce("leaf_sum", x),
-    "mean": _mean,
-    "norm": _norm,
-    "linalg_vector_norm": _vector_norm,
-    "vector_norm": _vector_norm,
+    "amax": _of_leaf(lambda t, x: t.reduce("leaf_amax", x)),
+    "amin": _of_leaf(lambda t, x: t.op("neg", t.reduce("leaf_amax", t.op("neg", x)))),
+    "sum": _of_leaf(lambda t, x: t.reduce("leaf_sum", x)),
+    "mean": _of_leaf(_mean),
+    "norm": _of_leaf(_norm),
+    "linalg_vector_norm": _of_leaf(_vector_norm),
+    "vector_norm": _of_leaf(_vector_norm),
+    "numel": lambda t, x: _size(t, x) if t.level(x) is Level.ELEMENT else 1,
     "leaf_sum": lambda t, x: t.reduce("leaf_sum", x),
     "leaf_amax": lambda t, x: t.reduce("leaf_amax", x),
     "leaf_mean": _mean,
     "leaf_norm": _vector_norm,
+    "leaf_size": _size,
     "tree_sum": lambda t, x: t.reduce("tree_sum", x),
+    "tree_norm": lambda t, x: t.op("sqrt", t.reduce("tree_sum", t.op("mul", x, x))),
     "tree_amax": lambda t, x: t.reduce("tree_amax", x),
     "greater": _alias("gt"),
     "greater_equal": _alias("ge"),
@@ -537,7 +621,7 @@ REWRITES: dict[str, Callable[..., Any]] = {
     "half": lambda t, x: _to(t, x, torch.float16),
     "detach": lambda t, x: x,
     "clone": lambda t, x: x,
-    "zeros_like": lambda t, x: t.symbol(0.0),
-    "ones_like": lambda t, x: t.symbol(1.0),
-    "full_like": lambda t, x, value: t.symbol(value),
+    "zeros_like": lambda t, x: _like(t, x, 0.0),
+    "ones_like": lambda t, x: _like(t, x, 1.0),
+    "full_like": _like,
 }

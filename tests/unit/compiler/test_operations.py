@@ -273,6 +273,7 @@ REWRITTEN = {
     "double": Case(1, lambda x: x.double()),
     "bfloat16": Case(1, lambda x: x.bfloat16()),
     "half": Case(1, lambda x: x.half()),
+    "numel": Case(1, lambda x: x * 0 + x.numel(), torch=lambda x: x * 0 + x.shape[-1]),
     "detach": Case(1, lambda x: x.detach()),
     "clone": Case(1, torch.clone),
     "zeros_like": Case(1, torch.zeros_like),
@@ -306,6 +307,12 @@ LEAF_REDUCTIONS = {
     "leaf_mean": Reducing(fo.leaf_mean, torch.mean),
     "leaf_norm": Reducing(fo.leaf_norm, norm, 2**12, 1),
     "leaf_amax": Reducing(fo.leaf_amax, torch.amax),
+    "leaf_size": Reducing(fo.leaf_size, lambda x: torch.tensor(float(x.numel()), dtype=F64)),
+    "leaf_sum/ones": Reducing(
+        lambda x: fo.leaf_sum(torch.ones_like(x)), lambda x: torch.tensor(float(x.numel()), dtype=F64)
+    ),
+    "leaf_mean/full": Reducing(lambda x: fo.leaf_mean(torch.full_like(x, 0.1)), lambda x: torch.full_like(x[0], 0.1)),
+    "leaf_amax/full": Reducing(lambda x: fo.leaf_amax(torch.full_like(x, 0.1)), lambda x: torch.full_like(x[0], 0.1)),
     "sum": Reducing(torch.sum, torch.sum),
     "mean": Reducing(torch.mean, torch.mean),
     "amax": Reducing(torch.amax, torch.amax),
@@ -324,6 +331,9 @@ TREE_REDUCTIONS = {
     "tree_sum": Reducing(fo.tree_sum, torch.sum),
     "tree_norm": Reducing(fo.tree_norm, norm, 2**12, 1),
     "tree_amax": Reducing(fo.tree_amax, torch.amax),
+    "tree_sum/ones": Reducing(
+        lambda x: fo.tree_sum(torch.ones_like(x)), lambda x: torch.tensor(float(x.numel()), dtype=F64)
+    ),
 }
 
 

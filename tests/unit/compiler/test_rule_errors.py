@@ -3,7 +3,9 @@
 import inspect
 import math
 import re
+import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 import functional_optim as fo
+from functional_optim.adapters import TransformOptimizer
 
 
 VECTOR = torch.arange(3.0)
@@ -75,8 +78,32 @@ def looks_at_the_device(u: Any) -> Any:
     return torch.zeros(3, device=u.device)  # at fault
 
 
-def counts_elements(u: Any) -> Any:
-    return u / u.numel()  # at fault
+def takes_the_length(u: Any) -> Any:
+    return u / len(u)  # at fault
+
+
+def misspells(u: Any) -> Any:
+    return u.absolut()  # at fault
+
+
+def rounds_in_python(u: Any, *, k: float = 2.0) -> Any:
+    return u * math.exp(-math.log(k))  # at fault
+
+
+def rounds_to_decimals(u: Any) -> Any:
+    return torch.round(u, decimals=2)  # at fault
+
+
+def takes_the_mean_of_rows(u: Any) -> Any:
+    return u - u.mean(dim=1)  # at fault
+
+
+def takes_the_largest_of_rows(u: Any) -> Any:
+    return u / u.amax(1)  # at fault
+
+
+def takes_the_size_of_a_number(u: Any, *, step: Any) -> Any:
+    return u / fo.leaf_size(step)  # at fault
 
 
 def sorts(u: Any) -> Any:
@@ -221,6 +248,7 @@ class Faulty(NamedTuple):
 
 
 MU, BEST = {"mu": fo.zeros}, {"best": fo.slot(per="leaf")}
+WHOLE = "A rule is the formula for one element of any leaf, and its reductions are over the whole leaf."
 KNOWN_WHEN_RUN = "only known when the kernel runs. Use `torch.where"
 FAULTY = [
     Faulty(branches, KNOWN_WHEN_RUN),
@@ -231,18 +259,28 @@ FAULTY = [
     Faulty(unpacks, "iterates"),
     Faulty(takes_a_float, "takes the number behind a traced value"),
     Faulty(takes_an_int, "takes the number behind a traced value"),
-    Faulty(takes_a_root_in_python, "takes the number behind a traced value"),
+    Faulty(takes_a_root_in_python, "Use torch's: `torch.sqrt` for `math.sqrt`."),
     Faulty(takes_an_item, "`item`, which has no row"),
     Faulty(looks_at_the_shape, "reads `.shape`"),
     Faulty(looks_at_the_dtype, "reads `.dtype`"),
     Faulty(looks_at_the_device, "reads `.device`"),
-    Faulty(counts_elements, "`numel`, which has no row"),
-    Faulty(sorts, "`sort`, which has no row in the operation table. A rule can use: abs,"),
-    Faulty(draws, "`randn_like`, which has no row"),
-    Faulty(calls_a_method, "`cumsum`, which has no row"),
-    Faulty(multiplies_matrices, ""),
+    Faulty(takes_the_length, "takes the length of a traced value. Use `leaf_size`"),
+    Faulty(misspells, "`absolut`, which has no row in the operation table. Near to it: absolute, "),
+    Faulty(misspells, "A rule can use: abs, add, "),
+    Faulty(
+        misspells, "and of functional_optim: cbrt, leaf_sum, leaf_mean, leaf_norm, leaf_amax, leaf_size, tree_sum, "
+    ),
+    Faulty(rounds_in_python, "Use torch's: `torch.exp` for `math.exp`, `torch.log` for `math.log`."),
+    Faulty(rounds_to_decimals, "scale before and after"),
+    Faulty(takes_the_mean_of_rows, f"calls `mean` in a form that has no kernel: it reduces along a dimension. {WHOLE}"),
+    Faulty(takes_the_largest_of_rows, "calls `amax` in a form that has no kernel: it reduces along a dimension."),
+    Faulty(takes_the_size_of_a_number, "the same for every element"),
+    Faulty(sorts, f"`sort`, which has no row in the operation table. {WHOLE}"),
+    Faulty(draws, "`randn_like`, which has no row in the operation table. A rule has no random numbers."),
+    Faulty(calls_a_method, f"`cumsum`, which has no row in the operation table. {WHOLE}"),
+    Faulty(multiplies_matrices, f"`matmul`, which has no row in the operation table. {WHOLE}"),
     Faulty(is_exclusive, ""),
-    Faulty(indexes, ""),
+    Faulty(indexes, f"indexes a traced value. {WHOLE}"),
     Faulty(transposes, "`T`"),
     Faulty(stacks, "`stack`, which has no row"),
     Faulty(writes_in_place, "mul_"),
@@ -300,6 +338,28 @@ def test_a_helper_of_a_rule_is_named_by_its_own_line() -> None:
         tx.update(VECTOR, tx.init(VECTOR))
 
 
+def test_the_traceback_of_a_rule_error_is_short() -> None:
+    """The call, where it enters the package, and the rule's own line, last."""
+    package, p = Path(fo.__file__).parent, torch.nn.Parameter(torch.ones(2))
+    tx, p.grad = fo.elementwise(sorts)(), torch.ones(2)
+    calls: list[Callable[[], Any]] = [
+        lambda: tx.update(VECTOR, tx.init(VECTOR)),
+        lambda: fo.apply_gradients(
+            fo.chain(fo.trace(0.9), tx), VECTOR, VECTOR, fo.chain(fo.trace(0.9), tx).init(VECTOR)
+        ),
+        lambda: fo.explain(tx, VECTOR),
+        TransformOptimizer([p], tx).step,
+    ]
+    for call in calls:
+        with pytest.raises(fo.RuleError) as caught:
+            call()
+        frames = traceback.extract_tb(caught.value.__traceback__)
+        assert frames[-1].name == "sorts"
+        assert sum(Path(frame.filename).is_relative_to(package) for frame in frames) <= 5
+        assert caught.value.__cause__ is None
+        assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
 def test_value_of_another_trace_is_refused() -> None:
     kept: list[Any] = []
 
@@ -347,6 +407,10 @@ DECLARED = {
         lambda u, b, a: u, {"state": {"a": fo.zeros, "b": fo.zeros}}, r"takes \(u, b, a\), expected \(u, a, b,"
     ),
     "no update": Declared(lambda p: p, {}, r"takes \(p\), expected \(u,"),
+    "an update of another name": Declared(lambda g: g, {}, r"takes \(g\), .* Call the update `u`, not `g`\."),
+    "a parameter of another name": Declared(
+        lambda u, params: u, {}, r"takes \(u, params\), .* If `params` is the parameter, call it `p`; if it is a slot,"
+    ),
     "hyper-parameters by position": Declared(lambda u, k=1.0: u, {}, r"takes \(u, k\), expected \(u,"),
     "any arguments": Declared(lambda *args: args[0], {}, "takes"),
     "any keywords": Declared(lambda u, **kwargs: u, {}, "takes"),
@@ -381,6 +445,19 @@ def test_malformed_range_is_refused(text: str) -> None:
 def test_a_number_per_leaf_cannot_start_as_a_tensor() -> None:
     with pytest.raises(ValueError, match="starts from a number, got start='first_update'"):
         fo.slot("first_update", per="leaf")
+
+
+def test_a_slot_of_whole_numbers() -> None:
+    """Refused where the rule is declared; rules for whole tensors may have one."""
+    slots = {"mu": fo.slot(dtype=torch.int8)}
+    with pytest.raises(TypeError, match=r"the slot `mu` of good is stored as float32, .* got torch\.int8\. Slots of `leaf"):
+        fo.elementwise(good, state=slots)
+    fo.leafwise(good, state=slots)
+
+
+def test_a_hyper_parameter_that_asks_for_a_slot_of_whole_numbers() -> None:
+    with pytest.raises(TypeError, match=r"the slot of scale_by_adam that `mu_dtype` is for .* got torch\.int8"):
+        fo.scale_by_adam(mu_dtype=torch.int8)
 
 
 def test_a_slot_is_per_element_or_per_leaf() -> None:
