@@ -11,6 +11,9 @@ import pytest
 import torch
 
 import functional_optim as fo
+from functional_optim._compiler.names import HIDDEN, NAMES, PUBLIC, names_of
+from functional_optim._compiler.ops import OPS
+from functional_optim._compiler.trace import REWRITES
 
 
 ROOT = Path(__file__).parents[2]
@@ -103,6 +106,19 @@ def test_lines_fit_a_window(page: str) -> None:
     long = [line for line in PAGES[page].splitlines() if len(line) > 110 and not line.startswith("|")]
 
     assert long == []
+
+
+def test_the_table_of_operations() -> None:
+    """Every name that a rule may use stands in docs/rules.md, and every row of the compiler's tables is one of them."""
+    rows = re.findall(
+        r"^\| ([a-z_ ]+) \| (`.*`\)?) \|$", PAGES["docs/rules.md"].partition("## Operations")[2], re.MULTILINE
+    )
+    table = {kind: [re.findall(r"`(\w+)`", entry) for entry in re.split(r", (?![^(]*\))", row)] for kind, row in rows}
+
+    assert table == {kind: names_of(kind) for kind in NAMES}
+    assert len(PUBLIC) == len(set(PUBLIC))
+    assert {*PUBLIC} | HIDDEN == {*OPS, *REWRITES}
+    assert not {*PUBLIC} & HIDDEN
 
 
 def test_the_words_of_the_glossary_are_explained_once() -> None:

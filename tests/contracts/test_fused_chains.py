@@ -127,6 +127,64 @@ def test_a_slot_that_is_returned_unchanged_stays_what_it_was(backend: str, donat
     assert torch.equal(state[0].unread["a"], torch.full((3, 2), 3.0))
 
 
+UNCHANGED = ("start", "rate", "unread")
+
+
+def versions(state: Any) -> list[int]:
+    """How often each slot of `pulled_back` has been written."""
+    return [x._version for name in UNCHANGED for x in getattr(state, name).values()]
+
+
+@pytest.mark.parametrize(("donate", "recorded"), [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_slot_that_is_returned_unchanged_is_not_written(backend: str, donate: bool, recorded: bool) -> None:
+    """Nor copied: the new state has the very tensors of the old one."""
+    tx = fo.chain(pulled_back(), aa())
+    params = {"a": torch.ones(2, 3).t(), "b": torch.zeros(4)}
+    grads = {k: torch.ones_like(p).requires_grad_(recorded) for k, p in params.items()}
+    state = tx.init(params)
+    before = [x for name in UNCHANGED for x in getattr(state[0], name).values()]
+    with fo.use_backend(backend):
+        _, new = fo.apply_gradients(tx, params, grads, state, donate=donate)
+        again = new if donate else tx.update(grads, state, params)[1]
+    for found in (new, again):
+        after = [x for name in UNCHANGED for x in getattr(found[0], name).values()]
+        assert all(x is y for x, y in zip(before, after, strict=True))
+        assert versions(found[0]) == [0] * 6
+        assert all((x is y) is donate for x, y in zip(state[1].total.values(), found[1].total.values(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_slot_that_is_returned_unchanged_is_not_counted(dtype: torch.dtype) -> None:
+    tx, params = fo.chain(pulled_back(), aa()), {"a": torch.zeros(3, dtype=dtype)}
+    optimizer = TransformOptimizer([torch.nn.Parameter(params["a"])], tx)
+    with torch.no_grad():
+        explained = [fo.explain(tx, params), fo.explain(optimizer)]
+    # reads the update, the parameter, `start` and `total`; writes the parameter and `total`
+    counted = [(x.bytes_read, x.bytes_written) for x in explained]
+    assert counted == [(4 * dtype.itemsize, 2 * dtype.itemsize)] * 2
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_optimizer_does_not_write_slots_that_are_returned_unchanged(backend: str, guarded: bool) -> None:
+    w = torch.nn.Parameter(torch.ones(3))
+    opt: Any = TransformOptimizer([w], fo.chain(pulled_back(), fo.scale(-1.0)))
+    w.grad = torch.ones(3)
+    with fo.use_backend(backend):
+        opt.step()
+        before = {name: opt.state[w][name] for name in UNCHANGED}
+        written = [x._version for x in before.values()]
+        for found in (0.0, 1.0, 0.0):
+            if guarded:
+                opt.grad_scale, opt.found_inf = torch.tensor(1.0), torch.tensor(found)
+            opt.step()
+    assert all(opt.state[w][name] is x for name, x in before.items())
+    assert [x._version for x in before.values()] == written
+    # 1, 0, -0.5, -0.75, -0.875: one step less where one is skipped
+    assert w.tolist() == [-0.75 if guarded else -0.875] * 3
+
+
 def test_an_optimizer_keeps_slots_that_are_returned_unchanged() -> None:
     w = torch.nn.Parameter(torch.ones(3))
     opt = TransformOptimizer([w], fo.chain(pulled_back(), fo.scale(-1.0)))
