@@ -12,7 +12,8 @@ NAMES: dict[str, str] = {
     "angles": "sin cos tan atan=arctan atan2=arctan2 sinh cosh tanh",
     "bounds": "maximum minimum clamp=clip clamp_min clamp_max relu heaviside nan_to_num",
     "comparisons": "gt=greater ge=greater_equal lt=less le=less_equal eq ne=not_equal isfinite isnan isinf",
-    "conditions": "where masked_fill logical_and=bitwise_and logical_or=bitwise_or logical_not=bitwise_not",
+    "conditions": "where masked_fill logical_and=bitwise_and logical_or=bitwise_or logical_xor=bitwise_xor "
+    "logical_not=bitwise_not",
     "casts and copies": "to type_as float double bfloat16 half detach clone zeros_like ones_like full_like",
     "reductions over the leaf": "sum mean norm=vector_norm=linalg_vector_norm amax amin max min numel",
     "of functional_optim": "cbrt leaf_sum leaf_mean leaf_norm leaf_amax leaf_size tree_sum tree_norm tree_amax",
@@ -25,7 +26,7 @@ def _words(text: str) -> frozenset[str]:
 
 # what Python's operators are called where they are recorded, and rows of the table that only the tracer writes
 HIDDEN = _words(
-    "truediv floordiv mod and or invert pos radd rsub rmul rdiv rtruediv rpow real spread "
+    "truediv floordiv mod and or xor invert pos radd rsub rmul rdiv rtruediv rpow real spread "
     "to_float32 to_bfloat16 to_float16"
 )
 
@@ -45,6 +46,7 @@ WHOLE = (
     "A rule is the formula for one element of any leaf, and its reductions are over the whole leaf. What looks at "
     "shapes, at other elements or along a dimension belongs in a rule for whole tensors: `leafwise`."
 )
+NUMBER = "A number is only known when the kernel runs. Use `torch.where(condition, a, b)` to choose by it."
 _DRAW = _words("rand normal bernoulli dropout multinomial poisson exponential_ geometric_ cauchy_ log_normal uniform_")
 _SHAPES = _words(
     "matmul mm bmm mv dot vdot inner outer einsum tensordot addmm addmv baddbmm addr T mT H mH t transpose permute "
@@ -58,6 +60,8 @@ def hint_for(name: str) -> str:
     """Help with a name that rules do not have, where there is better help than the list of those that they have."""
     if name.startswith(tuple(_DRAW)):
         return RANDOM
+    if name in ("item", "tolist", "numpy"):
+        return NUMBER
     return WHOLE if name in _SHAPES else ""
 
 

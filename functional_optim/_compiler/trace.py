@@ -157,7 +157,7 @@ def _record(name: str, *args: Any, **kwargs: Any) -> "Symbol":
     tracer = next((a.tracer for a in (*args, *kwargs.values()) if isinstance(a, Symbol)), None)
     if name.endswith("_") and not name.endswith("__"):
         raise RuleError(f"{_where()} uses `{name}`, which writes in place; a rule returns new values: `x = x * 2`.")
-    name = name.strip("_")
+    name = name.strip("_").removeprefix("special_")  # torch.special.erf is called special_erf
     if tracer is None or (name not in REWRITES and name not in OPS):
         _unknown(name)
     try:
@@ -449,6 +449,10 @@ def _floor_divide(t: Tracer, x: Any, y: Any) -> Any:
     return t.op("where", t.op("eq", y, 0.0), quotient, down)
 
 
+def _xor(t: Tracer, x: Any, y: Any) -> Any:
+    return t.op("ne", t.op("logical_not", x), t.op("logical_not", y))
+
+
 def _heaviside(t: Tracer, x: Any, values: Any) -> Any:
     return t.op("where", t.op("eq", x, 0.0), values, t.op("gt", x, 0.0))
 
@@ -457,6 +461,13 @@ def _logaddexp(t: Tracer, x: Any, y: Any) -> Any:
     most = t.op("maximum", x, y)
     sum_ = t.op("add", most, t.op("log1p", t.op("exp", t.op("neg", t.op("abs", t.op("sub", x, y))))))
     return t.op("where", t.op("eq", t.op("abs", most), math.inf), most, sum_)  # two infinities have no difference
+
+
+def _divide(t: Tracer, x: Any, y: Any, *, rounding_mode: str | None = None) -> Any:
+    if rounding_mode == "floor":
+        return _floor_divide(t, x, y)
+    quotient = t.op("div", x, y)
+    return quotient if rounding_mode is None else t.op("trunc", quotient)
 
 
 def _value(name: str) -> Callable[..., Any]:
@@ -545,7 +556,8 @@ REWRITES: dict[str, Callable[..., Any]] = {
     "subtract": _alpha("sub"),
     "multiply": _alias("mul"),
     "truediv": _alias("div"),
-    "divide": _alias("div"),
+    "div": _divide,
+    "divide": _divide,
     "true_divide": _alias("div"),
     "rdiv": lambda t, x, y: t.op("div", y, x),
     "rtruediv": lambda t, x, y: t.op("div", y, x),
@@ -603,6 +615,9 @@ REWRITES: dict[str, Callable[..., Any]] = {
     "isnan": lambda t, x: t.op("ne", x, x),
     "isinf": lambda t, x: t.op("eq", t.op("abs", x), math.inf),
     "nan_to_num": _nan_to_num,
+    "xor": _xor,
+    "logical_xor": _xor,
+    "bitwise_xor": _xor,
     "and": _alias("logical_and"),
     "or": _alias("logical_or"),
     "bitwise_and": _alias("logical_and"),
@@ -613,6 +628,7 @@ REWRITES: dict[str, Callable[..., Any]] = {
     "masked_fill": lambda t, x, mask, value: t.op("where", mask, value, x),
     "addcmul": _value("addcmul"),
     "addcdiv": _value("addcdiv"),
+    "real": lambda t, x: t.symbol(x),
     "to": _to,
     "type_as": lambda t, x, other: x,
     "float": lambda t, x: _to(t, x, torch.float32),

@@ -149,6 +149,9 @@ TRUTH = {
     "logical_and": Case(2, torch.logical_and),
     "logical_or": Case(2, torch.logical_or),
     "logical_not": Case(1, torch.logical_not),
+    "logical_xor": Case(2, torch.logical_xor),
+    "xor": Case(2, lambda x, y: (x > 0) ^ (y > 0)),
+    "bitwise_xor": Case(2, lambda x, y: torch.bitwise_xor(x > 0, y > 0)),
     "eq/truth": Case(2, lambda x, y: (x > 0) == (y > 0)),
     "add/truth": Case(2, lambda x, y: (x > 0) + (y > 0)),  # as torch has it for bools: either, and both
     "mul/truth": Case(2, lambda x, y: (x > 0) * (y > 0)),
@@ -217,6 +220,10 @@ REWRITTEN = {
     "sigmoid": Case(1, torch.sigmoid, "sigmoid"),
     "mod": Case(2, lambda x, y: x % y),
     "mod/number": Case(1, lambda x: 2.5 % x),
+    "div/trunc": Case(2, lambda x, y: torch.div(x, y, rounding_mode="trunc")),
+    "div/floor": Case(2, lambda x, y: torch.div(x, y, rounding_mode="floor"), torch=_floor_divide),
+    "erf/special": Case(1, torch.special.erf, "library"),
+    "real/torch": Case(1, torch.real),
     "floordiv": Case(2, lambda x, y: x // y, torch=_floor_divide),
     "floor_divide": Case(2, torch.floor_divide, torch=_floor_divide),
     "fix": Case(1, torch.fix),
@@ -384,6 +391,7 @@ EXACT: dict[str, Callable[..., Any]] = {
     "mod": _remainder,
     "floordiv": lambda x, y: torch.from_numpy(numpy.floor_divide(x.numpy(), y.numpy())),
     "floor_divide": lambda x, y: torch.from_numpy(numpy.floor_divide(x.numpy(), y.numpy())),
+    "div/floor": lambda x, y: torch.from_numpy(numpy.floor_divide(x.numpy(), y.numpy())),
     "mod/number": lambda x: _remainder(torch.full_like(x, 2.5), x),
 }
 

@@ -122,10 +122,6 @@ def multiplies_matrices(u: Any, p: Any) -> Any:
     return u @ p  # at fault
 
 
-def is_exclusive(u: Any) -> Any:
-    return torch.where((u > 0) ^ (u > 1), u, 0)  # at fault
-
-
 def indexes(u: Any) -> Any:
     return u[0]  # at fault
 
@@ -260,7 +256,9 @@ FAULTY = [
     Faulty(takes_a_float, "takes the number behind a traced value"),
     Faulty(takes_an_int, "takes the number behind a traced value"),
     Faulty(takes_a_root_in_python, "Use torch's: `torch.sqrt` for `math.sqrt`."),
-    Faulty(takes_an_item, "`item`, which has no row"),
+    Faulty(
+        takes_an_item, "`item`, which has no row in the operation table. A number is only known when the kernel runs"
+    ),
     Faulty(looks_at_the_shape, "reads `.shape`"),
     Faulty(looks_at_the_dtype, "reads `.dtype`"),
     Faulty(looks_at_the_device, "reads `.device`"),
@@ -279,7 +277,6 @@ FAULTY = [
     Faulty(draws, "`randn_like`, which has no row in the operation table. A rule has no random numbers."),
     Faulty(calls_a_method, f"`cumsum`, which has no row in the operation table. {WHOLE}"),
     Faulty(multiplies_matrices, f"`matmul`, which has no row in the operation table. {WHOLE}"),
-    Faulty(is_exclusive, ""),
     Faulty(indexes, f"indexes a traced value. {WHOLE}"),
     Faulty(transposes, "`T`"),
     Faulty(stacks, "`stack`, which has no row"),
