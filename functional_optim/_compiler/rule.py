@@ -261,7 +261,11 @@ class Rule:
           TypeError, ValueError: with the name, the value and the expectation.
         """
         value = plain_number(value)
-        if not self.whole and isinstance(value, torch.dtype) and any(slot.dtype == hyper for slot in self.slots.values()):
+        if (
+            not self.whole
+            and isinstance(value, torch.dtype)
+            and any(slot.dtype == hyper for slot in self.slots.values())
+        ):
             check_stored(f"the slot of {self.name} that `{hyper}` is for", value)
         allowed = self.ranges.get(hyper)
         if isinstance(allowed, tuple):

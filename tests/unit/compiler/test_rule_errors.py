@@ -447,7 +447,9 @@ def test_a_number_per_leaf_cannot_start_as_a_tensor() -> None:
 def test_a_slot_of_whole_numbers() -> None:
     """Refused where the rule is declared; rules for whole tensors may have one."""
     slots = {"mu": fo.slot(dtype=torch.int8)}
-    with pytest.raises(TypeError, match=r"the slot `mu` of good is stored as float32, .* got torch\.int8\. Slots of `leaf"):
+    with pytest.raises(
+        TypeError, match=r"the slot `mu` of good is stored as float32, .* got torch\.int8\. Slots of `leaf"
+    ):
         fo.elementwise(good, state=slots)
     fo.leafwise(good, state=slots)
 
