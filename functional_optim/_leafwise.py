@@ -20,10 +20,17 @@ class LeafwiseStep:
       region: the rule.
       paths: the path of each leaf.
       present: the leaves that take part.
+      params: tensors of the shapes of the leaves, where these are computed in another form than they are stored in.
     """
 
-    def __init__(self, region: LeafwiseRegion, paths: Sequence[str], present: Sequence[int]) -> None:
-        self.region, self.paths, self.bound = region, paths, region.bound
+    def __init__(
+        self,
+        region: LeafwiseRegion,
+        paths: Sequence[str],
+        present: Sequence[int],
+        params: Sequence[torch.Tensor] | None = None,
+    ) -> None:
+        self.region, self.paths, self.params, self.bound = region, paths, params, region.bound
         self.leaves = [i for i in present if region.link.seen[i]]
         rule, position = region.bound.rule, region.position
         self.slots: list[Key] = [(position, name) for name in rule.slots]
@@ -58,7 +65,7 @@ class LeafwiseStep:
         results: dict[Key, list[Any]] = {key: list(columns[key]) for key in ("updates", *self.slots)}
         known: dict[Hashable, _Values] = {}
         batches: dict[Hashable, tuple[_Values, list[int]]] = {}
-        like = columns["params" if "params" in columns else "updates"]
+        like = self.params or columns["params" if "params" in columns else "updates"]
         for i in self.leaves:
             owner = owners[i] if owners is not None else 0
             count = _number(columns[self.region.counter][i]) if self.region.counter in columns else None

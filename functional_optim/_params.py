@@ -31,10 +31,13 @@ from ._runtime.shard import (
     check_placed,
     is_dtensor,
     is_fsdp1,
+    is_in_mesh,
     local_tensor,
     mesh_shard,
+    own_part,
     placed_like,
     real_view,
+    whole_tensor,
 )
 from ._runtime.step import Launch, Numbers
 from ._step import CHANGED_MESSAGE, Guard, call_opaque, check_updates, host_column, updates_of
@@ -146,6 +149,7 @@ class ParamRegion(BoundRegion):
       present: the parameters that take part.
       keys: for each transformation, the keys of its slots.
       shards: the mesh dimensions over which each parameter is in parts.
+      params: the parameters.
     """
 
     def __init__(
@@ -155,9 +159,11 @@ class ParamRegion(BoundRegion):
         present: Sequence[int],
         keys: Sequence[Mapping[tuple[Path, str], str]],
         shards: Sequence[MeshShard | None],
+        params: Sequence[torch.Tensor],
     ) -> None:
         super().__init__(region, names, present)
-        self.leafwise = LeafwiseStep(region, names, present) if isinstance(region, LeafwiseRegion) else None
+        here = [i for i in present if is_in_mesh(params[i])]  # in another process there is nothing to compute
+        self.leafwise = LeafwiseStep(region, names, here, params) if isinstance(region, LeafwiseRegion) else None
         programs = [region.recipes[kind].program for kind in region.kinds]
         self.joins = (Joins(programs, shards) or None) if self.leafwise is None else None
         self.keys: dict[Key, str] = {}
@@ -216,7 +222,9 @@ class ParamStep:
         links, scopes, keys, steps = self._links(warn)
         counting = [Counting(advance, guarded) for advance in steps]
         self.stages: list[ParamRegion | Opaque] = [
-            ParamRegion(stage, self.names, self.present, keys, self.shards) if isinstance(stage, Region) else stage
+            ParamRegion(stage, self.names, self.present, keys, self.shards, params.params)
+            if isinstance(stage, Region)
+            else stage
             for stage in cut_into_regions(links, True, len(self.names), scopes, counting)
         ]
         self.regions = [stage for stage in self.stages if isinstance(stage, ParamRegion)]
@@ -243,23 +251,18 @@ class ParamStep:
         self.launch: Launch | None = None  # of the last region of the last step
 
     def _check_whole(self) -> None:
-        """Refuses parameters that are not whole tensors of real numbers where a rule needs such.
+        """Refuses complex parameters where a rule needs whole tensors of real numbers.
 
         Raises:
           ValueError: with the name of the rule and of the parameter.
         """
         for stage in self.regions:
-            for i in stage.leafwise.leaves if stage.leafwise is not None else ():
-                rule = stage.leafwise.bound.rule.name  # type: ignore[union-attr]
-                if self.shards[i] is not None:
+            for i in self.complex if stage.leafwise is not None else ():
+                assert stage.leafwise is not None
+                if i in stage.leafwise.leaves:
                     raise ValueError(
-                        f"{rule} needs whole tensors, but {self.names[i]!r} is in parts in several processes; leave it "
-                        f"to other rules with `masked` or `partition`, or do not shard it."
-                    )
-                if i in self.complex:
-                    raise ValueError(
-                        f"{rule} needs real numbers, but {self.names[i]!r} is {self.params.params[i].dtype}; leave it "
-                        f"to other rules with `masked` or `partition`."
+                        f"{stage.leafwise.bound.rule.name} needs real numbers, but {self.names[i]!r} is "
+                        f"{self.params.params[i].dtype}; leave it to other rules with `masked` or `partition`."
                     )
 
     def _links(self, warn: bool) -> tuple[list[Link], list[int], list[Any], list[bool]]:
@@ -557,7 +560,7 @@ class ParamStep:
                 check_fit("updates", "parameter", self.names[i], u, p)
             self._mend_counters(own, states, journal)
             if stage.leafwise is not None:
-                return stage.leafwise.compute(own, extra, options, self.params.owners, first)
+                return self._run_leafwise(stage, stage.leafwise, own, options, extra, first)
             leaves = stage.leaves(own, self.params.owners, variant.first, self.numels, self.shards)
             if dispatching:
                 programs = stage.programs(own, leaves)
@@ -570,6 +573,33 @@ class ParamStep:
             return bound.evaluate(own, numbers)
         self.launch = reading.launch if in_place else None
         return bound.run(reading, own, numbers)
+
+    def _run_leafwise(
+        self,
+        stage: ParamRegion,
+        rule: LeafwiseStep,
+        own: Columns,
+        options: Sequence[Mapping[str, Any]],
+        extra: Mapping[str, Any],
+        first: frozenset[int],
+    ) -> Columns:
+        """Runs a rule for whole tensors. Of a tensor in parts every process gathers all, and keeps its part."""
+        parts = [i for i in rule.leaves if self.shards[i] is not None]
+        if not parts:
+            return rule.compute(own, extra, options, self.params.owners, first)
+        params = self.params.params
+        like_leaf = {"updates", *(s.key for s in stage.region.stored if s.slot is not None and s.slot.like_leaf)}
+        whole = dict(own)
+        for key in rule.keys:
+            if key in like_leaf or key == "params":
+                column = list(own[key])
+                for i in parts:
+                    column[i] = whole_tensor(column[i], params[i])
+                whole[key] = column
+        results = rule.compute(whole, extra, options, self.params.owners, first)
+        for key in like_leaf & results.keys():
+            results[key] = [own_part(x, params[i]) if i in parts else x for i, x in enumerate(results[key])]
+        return results
 
     def _write(
         self, stage: ParamRegion, own: Columns, results: Columns, states: Sequence[dict[str, Any]], journal: Journal

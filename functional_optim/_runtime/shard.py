@@ -74,6 +74,11 @@ def local_tensor(x: torch.Tensor) -> torch.Tensor:
     return local if wait is None else wait()
 
 
+def is_in_mesh(x: torch.Tensor) -> bool:
+    """Whether this process is one of those that a DTensor is spread over; true of a plain tensor."""
+    return not is_dtensor(x) or x.device_mesh.get_coordinate() is not None
+
+
 def real_view(x: torch.Tensor) -> torch.Tensor:
     """Complex numbers as pairs of real ones, in a last dimension of 2; a real tensor itself.
 
@@ -226,6 +231,28 @@ def as_dtensor_like(local: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
         shape=p.shape,
         stride=p.stride(),
     )
+
+
+def whole_tensor(local: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """All elements of a tensor of which this process has the part that it has of a parameter; a collective.
+
+    Example:
+      >>> x = torch.ones(2)
+      >>> whole_tensor(x, torch.zeros(2)) is x
+      True
+    """
+    return as_dtensor_like(local, p).full_tensor() if is_dtensor(p) else local  # type: ignore[attr-defined]
+
+
+def own_part(whole: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this process has of a parameter of the same shape; no collective.
+
+    Example:
+      >>> x = torch.ones(2)
+      >>> own_part(x, torch.zeros(2)) is x
+      True
+    """
+    return local_tensor(loaded_like(whole, p))
 
 
 class _Known(NamedTuple):

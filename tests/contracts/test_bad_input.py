@@ -522,6 +522,23 @@ RANGES: dict[str, tuple[Callable[[], Any], str]] = {
         r"`min_norm` of scale_by_trust_ratio .* got -1\.0",
     ),
     "eps of scale_by_trust_ratio": (lambda: fo.lars(0.1, eps=-1.0), r"`eps` of scale_by_trust_ratio .* got -1\.0"),
+    "beta of muon_momentum": (lambda: fo.muon(0.1, beta=1.0), r"`beta` of muon_momentum .* got 1\.0"),
+    "preconditioning of orthogonalize": (
+        lambda: fo.orthogonalize(preconditioning="no"),
+        r"`preconditioning` of orthogonalize must be one of .* got 'no'",
+    ),
+    "decay_rate of scale_by_factored_rms": (
+        lambda: fo.adafactor(decay_rate=-1.0),
+        r"`decay_rate` of scale_by_factored_rms .* got -1\.0",
+    ),
+    "epsilon of scale_by_factored_rms": (
+        lambda: fo.adafactor(eps=-1.0),
+        r"`epsilon` of scale_by_factored_rms .* got -1\.0",
+    ),
+    "min_scale of scale_by_param_block_rms": (
+        lambda: fo.scale_by_param_block_rms(-1.0),
+        r"`min_scale` of scale_by_param_block_rms .* got -1\.0",
+    ),
     "nan in a range": (lambda: fo.trace(float("nan")), r"`decay` of trace must be in \[0, inf\), got nan"),
     "nan": (lambda: fo.sgd(float("nan")), r"`learning_rate` of scale_by_learning_rate must be a number, got nan"),
     "nan in scale": (lambda: fo.scale(float("nan")), r"`step_size` of scale must be a number, got nan"),
