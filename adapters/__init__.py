@@ -3,7 +3,7 @@
 Any chain
   TransformOptimizer ChainOptimizer
 torch's classes
-  SGD Adam AdamW RMSprop Muon Adafactor
+  SGD Adam AdamW RMSprop Muon Adafactor SparseAdam
 Classes that torch lacks
   Lion LAMB
 Files
@@ -18,6 +18,7 @@ from .classes import LAMB, SGD, Adam, AdamW, Lion, RMSprop
 from .files import load_safetensors, save_safetensors
 from .matrices import Adafactor, Muon
 from .optimizer import ChainOptimizer
+from .sparse import SparseAdam
 from .transform import TransformOptimizer
 
 
@@ -31,6 +32,7 @@ __all__ = [
     "Lion",
     "Muon",
     "RMSprop",
+    "SparseAdam",
     "TransformOptimizer",
     "load_safetensors",
     "save_safetensors",

@@ -45,7 +45,8 @@ def load(optimizer: "ChainOptimizer", state_dict: dict[str, Any], by_name: bool,
     counter = optimizer._counter_dtype()
     for p, name, own in zip((p for group in groups for p in group["params"]), names, slots, strict=True):
         if p in given:
-            made = _state(given[p], p, name, own, unknown, counter)
+            saved_state = _densified(given[p]) if optimizer.SPARSE_SLOTS else given[p]
+            made = _state(saved_state, p, name, own, unknown, counter)
             if made or optimizer.EMPTY_STATES:
                 state[p] = made
     for k, v in states.items():  # entries of no parameter are kept, as torch keeps them
@@ -194,7 +195,7 @@ def _template(optimizer: "ChainOptimizer", g: int, group: dict[str, Any]) -> Tem
 
 
 def _state(
-    saved: Any, p: torch.Tensor, name: str, slots: Mapping[str, Any], unknown: list[str], counter: torch.dtype
+    saved: Any, p: torch.Tensor, name: str, slots: Mapping[str, Any], unknown: list[str], counter: torch.dtype | None
 ) -> dict[Any, Any]:
     """The state of one parameter, copied and cast; keys that the chain does not know are added to `unknown`."""
     if not isinstance(saved, Mapping):
@@ -225,8 +226,18 @@ def _state(
     return made
 
 
-def _counter(value: Any, p: torch.Tensor, name: str, usual: torch.dtype) -> torch.Tensor:
-    """A counter of steps, in the optimizer's dtype for it or a wider one; half types stop counting at 256."""
+def _densified(saved: Any) -> Any:
+    """The state of a parameter with dense tensors in the place of sparse ones."""
+    if not isinstance(saved, Mapping):
+        return saved
+    return {k: v.to_dense() if isinstance(v, torch.Tensor) and v.is_sparse else v for k, v in saved.items()}
+
+
+def _counter(value: Any, p: torch.Tensor, name: str, usual: torch.dtype | None) -> torch.Tensor | int:
+    """A counter of steps, in the optimizer's dtype for it or a wider one; half types stop counting at 256.
+
+    Where the dtype is None, it is one of Python's integers.
+    """
     if isinstance(value, torch.Tensor):
         if value.numel() != 1 or value.is_complex() or value.layout is not torch.strided:
             raise ValueError(
@@ -234,11 +245,13 @@ def _counter(value: Any, p: torch.Tensor, name: str, usual: torch.dtype) -> torc
                 f"number."
             )
         one = loaded_like(value.detach(), None).reshape(())
+        if usual is None:
+            return int(one)
         dtype = torch.float64 if one.dtype is torch.float64 else usual
         return one.to(dtype=dtype, device=p.device, copy=True)
     if not isinstance(value, numbers.Real):
         raise ValueError(f"the saved 'step' of {name!r} is {_show(value)}, expected one number.")
-    return torch.tensor(float(value), dtype=usual, device=p.device)
+    return int(float(value)) if usual is None else torch.tensor(float(value), dtype=usual, device=p.device)
 
 
 def _slot(key: str, value: Any, p: torch.Tensor, name: str, declared: Any, hypers: Mapping[str, Any]) -> torch.Tensor:

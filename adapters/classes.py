@@ -1,9 +1,9 @@
 """The optimizers of torch.optim, and two that it lacks, as chains.
 
-`SGD`, `Adam`, `AdamW` and `RMSprop` take their arguments, defaults and checks from torch's own classes, which they are
-subclasses of, and replace the step. `foreach` and `capturable` are accepted and make no difference: there is one
-kernel, and it reads counters and numbers where they are. `fused=True` leaves what `torch.amp.GradScaler` does to the
-kernel, and `differentiable=True` records the step, as in torch.
+Classes of torch's names take their arguments, defaults and checks from torch's own classes, which they are subclasses
+of, and replace the step. `foreach` and `capturable` are accepted and make no difference: there is one kernel, and it
+reads counters and numbers where they are. `fused=True` leaves what `torch.amp.GradScaler` does to the kernel, and
+`differentiable=True` records the step, as in torch.
 """
 
 import numbers
@@ -56,7 +56,8 @@ class _NamedClass(ChainOptimizer):
 class SGD(_NamedClass, torch.optim.SGD):
     """`torch.optim.SGD` from a chain; arguments, defaults and state are the same.
 
-    Sparse gradients are made dense.
+    Where a gradient is sparse, a step without momentum changes the rows that it touches; with momentum it is made
+    dense. `weight_decay` is refused there, as in torch.
 
     Example:
       >>> import torch
@@ -68,6 +69,8 @@ class SGD(_NamedClass, torch.optim.SGD):
       (0.5, {'momentum_buffer': tensor([1.])})
     """
 
+    SPARSE_SLOTS: ClassVar[bool] = True
+
     def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
         decay, momentum = _nonzero(group["weight_decay"]), _nonzero(group["momentum"])
         return bool(group["maximize"]), decay, momentum, bool(group["nesterov"])
@@ -77,8 +80,14 @@ class SGD(_NamedClass, torch.optim.SGD):
         parts = [momentum(MOMENTUM, Option("dampening"), nesterov)] if moves else []
         return template(fo.chain(*_before(maximize, decay), *parts, descend(LR)), self.SLOTS)
 
-    def _dense(self, grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        return [g.to_dense() if g is not None and g.layout is not torch.strided else g for g in grads]
+    def _row_template(self, switches: tuple[Any, ...]) -> Template | None:
+        _, decay, moves, _ = switches
+        if decay:
+            raise RuntimeError(
+                "add(sparse, dense) is not supported. Use add(dense, sparse) instead. So torch refuses `weight_decay` "
+                "for sparse gradients; set it to 0 in the group of the parameter, or pass dense gradients."
+            )
+        return None if moves else self._template(switches)
 
 
 class Adam(_NamedClass, torch.optim.Adam):  # type: ignore[misc]
@@ -106,7 +115,7 @@ class Adam(_NamedClass, torch.optim.Adam):  # type: ignore[misc]
         last = [decay_then_add(LR, DECAY)] if decoupled else []
         return template(fo.chain(*_before(maximize, l2), step, *last), self.SLOTS)
 
-    def _dense(self, grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    def _row_template(self, switches: tuple[Any, ...]) -> Template | None:
         raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
 
 

@@ -58,9 +58,6 @@ class Muon(_NamedClass, torch.optim.Muon):  # type: ignore[misc]
         ]
         return template(fo.chain(*parts), self.SLOTS)
 
-    def _dense(self, grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        raise RuntimeError("Muon does not support sparse gradients")
-
 
 class Adafactor(_NamedClass, torch.optim.Adafactor):  # type: ignore[misc]
     """`torch.optim.Adafactor` from a chain; arguments, defaults and state are the same.
@@ -88,6 +85,3 @@ class Adafactor(_NamedClass, torch.optim.Adafactor):  # type: ignore[misc]
         if decay:
             parts.append(decay_then_add(LR, DECAY))
         return template(fo.chain(*parts), self.SLOTS)
-
-    def _dense(self, grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        raise RuntimeError("Adafactor does not support sparse gradients")

@@ -13,7 +13,8 @@ import torch
 from torch.optim import Optimizer
 
 from functional_optim._compiler.trace import ShortTracebacks
-from functional_optim._params import GRAD, Journal, Params, ParamStep, Template
+from functional_optim._params import GRAD, Journal, Outcome, Params, ParamStep, Template
+from functional_optim._rows import RowStep
 from functional_optim._runtime.internals import in_checkpoint
 from functional_optim._runtime.overlap import SharedMemoryError
 from functional_optim._runtime.shard import is_dtensor
@@ -27,7 +28,10 @@ from ._naming import names_of
 
 # types of options that are another object when they change
 CONSTANT = {float, int, bool, str, type(None)}
-BREAK = "a step of DTensors is a graph break: operations are handed DTensors only if they can place their results"
+BREAK = (
+    "a step of DTensors or of sparse gradients is a graph break: operations are handed DTensors only if they can place "
+    "their results, and sparse tensors never"
+)
 KEEP = 8  # sets of present gradients that an optimizer is bound to at once
 
 
@@ -48,11 +52,17 @@ def _same_objects(some: Iterable[Any], others: Iterable[Any]) -> bool:
     return all(map(is_, some, others))
 
 
+def _is_dense(grad: torch.Tensor | None) -> bool:
+    """Whether a gradient is not sparse; one that is not there is not."""
+    return grad is None or grad.layout is torch.strided
+
+
 class _Bindings:
     """The tensors and chains that an optimizer is bound to: it makes steps faster, and is made anew if it is gone."""
 
     def __init__(self) -> None:
         self.templates: dict[tuple[Hashable, ...], Template] = {}  # by switches
+        self.row_templates: dict[tuple[Hashable, ...], Template | None] = {}  # of sparse gradients, by switches
         self.options: list[Any] | None = None  # all values of the groups, if they are other objects when they change
         self.used: tuple[list[Template], list[int]] = ([], [])  # the templates of the groups, and that of each
         self.params: Params | None = None
@@ -61,6 +71,9 @@ class _Bindings:
         self.states: list[dict[str, Any]] = []  # of the parameters
         self.known: tuple[list[Any], list[Any]] = ([], [])  # keys and values of the optimizer's state
         self.steps: list[ParamStep] = []
+        self.row_steps: list[ParamStep] = []  # of the rows that sparse gradients touch
+        self.disjoint: Sequence[Any] = ()  # tensors with rows to be written that were found to share no memory
+        self.sparse = False  # whether a gradient has been sparse, so that layouts are looked at before a step
         self.new: set[int] = set()  # ids of parameters that have state, but have not taken their first step
         self.warned = False
         self.handle = next(HANDLES)
@@ -77,6 +90,8 @@ class ChainOptimizer(Optimizer):
     """
 
     SLOTS: ClassVar[Mapping[str, str]] = {}  # names of slots of state, where they differ from the rules' own
+    COMPILES: ClassVar[bool] = True  # whether a compiled step is one operation; otherwise it breaks the graph
+    SPARSE_SLOTS: ClassVar[bool] = False  # whether torch's class keeps sparse slots, which are made dense at loading
     EMPTY_STATES: ClassVar[bool] = (
         False  # whether parameters that keep nothing have an empty state where others have one
     )
@@ -89,8 +104,28 @@ class ChainOptimizer(Optimizer):
         """The chain for some switches."""
         raise TypeError(f"{type(self).__name__} has no chain; use TransformOptimizer(params, tx).")
 
-    def _counter_dtype(self) -> torch.dtype:
-        """The dtype of the counters `step`, which is torch's: float32, or float64 if that is the default dtype."""
+    def _row_template(self, switches: tuple[Any, ...]) -> Template | None:
+        """The chain of rows that a sparse gradient touches, whose rules compute element by element.
+
+        Args:
+          switches: see `_switches`.
+
+        Returns:
+          The chain; None if all other rows change too, so that the gradient is made dense.
+
+        Raises:
+          RuntimeError: sparse gradients are refused.
+        """
+        raise RuntimeError(
+            f"{type(self).__name__} does not support sparse gradients; make them dense (`nn.Embedding(..., "
+            f"sparse=False)`), or use `SGD` or `SparseAdam` of functional_optim.adapters"
+        )
+
+    def _counter_dtype(self) -> torch.dtype | None:
+        """The dtype of the counters `step`, which is torch's: float32, or float64 if that is the default dtype.
+
+        None if counters are Python's integers.
+        """
         return torch.float64 if torch.get_default_dtype() is torch.float64 else torch.float32
 
     @property
@@ -145,7 +180,7 @@ class ChainOptimizer(Optimizer):
                 offered = frozenset({"value"})
         with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
             if torch.compiler.is_compiling():
-                if any(is_dtensor(p) for group in self.param_groups for p in group["params"]):
+                if not self.COMPILES or any(is_dtensor(p) for group in self.param_groups for p in group["params"]):
                     apart = torch.compiler.disable(ChainOptimizer._run, reason=BREAK)  # type: ignore[no-untyped-call]
                     apart(self, extra, offered)
                 else:
@@ -202,7 +237,7 @@ class ChainOptimizer(Optimizer):
             owners = [g for g, size in enumerate(sizes) for _ in range(size)]
             self._check_names(sizes)
             known = Params(names_of(self.param_groups), params, [kinds[g] for g in owners], owners)
-            own.steps, own.states = [], []
+            own.steps, own.row_steps, own.states = [], [], []
             own.names = [None if x is None else list(x) for x in names]
             own.params, own.sizes, own.used = known, sizes, (templates, kinds)
         own.options = options  # last: they say that all the rest is up to date
@@ -269,24 +304,27 @@ class ChainOptimizer(Optimizer):
 
     # -- stepping -----------------------------------------------------------------------------------------------------
 
-    def _find_step(self, templates: Sequence[Template], grads: Sequence[Any], guarded: bool, exact: bool) -> ParamStep:
+    def _find_step(
+        self, steps: list[ParamStep], templates: Sequence[Template], grads: Sequence[Any], guarded: bool, exact: bool
+    ) -> ParamStep:
         """The step for gradients of which the same ones are there, if there is one that is bound; else a new one.
 
         Args:
+          steps: the steps that are bound; a new one becomes the first of them.
           templates: the chains of the groups.
           grads: the gradients.
           guarded: whether the step is taken only if `found_inf` is 0.
           exact: whether to look for gradients that are gone; they are found when tensors are read, too.
         """
         own = self._bindings
-        for step in own.steps:
+        for step in steps:
             if step.is_for(templates, grads, guarded, exact):
                 return step
         assert own.params is not None
         with ShortTracebacks():
             step = ParamStep(templates, own.params, grads, guarded, self._counter_dtype(), warn=not own.warned)
         own.warned = True
-        own.steps = [step, *own.steps[: KEEP - 1]]
+        steps[:] = [step, *steps[: KEEP - 1]]
         return step
 
     def _step_on(
@@ -312,8 +350,103 @@ class ChainOptimizer(Optimizer):
             for name, default in (("grad_scale", 1.0), ("found_inf", 0.0)):
                 x = getattr(self, name, None)
                 extra[name] = default if x is None else x.reshape(()) if isinstance(x, torch.Tensor) else x
-        if own.steps and own.steps[0].runs_python:
-            grads = self._without_sparse(grads)
+        # before Python code of a chain runs, too, because nothing takes that back
+        asked = own.sparse or (own.steps and own.steps[0].runs_python)
+        if asked and not all(map(_is_dense, grads)):
+            self._step_rows(templates, params, grads, states, extra, guarded)
+        elif self._step_dense(templates, params, grads, states, extra, guarded) == "sparse":
+            own.sparse = True
+            self._step_rows(templates, params, grads, states, extra, guarded)
+
+    def _step_rows(
+        self,
+        templates: Sequence[Template],
+        params: Sequence[torch.Tensor],
+        grads: Sequence[torch.Tensor | None],
+        states: list[dict[str, Any]],
+        extra: dict[str, Any],
+        guarded: bool,
+    ) -> None:
+        """Takes a step on gradients of which some are sparse; for the arguments see `_step_on`.
+
+        Rows are computed first, on copies, and written last, when the step on dense gradients has succeeded.
+        """
+        own, journal = self._bindings, Journal()
+        assert own.params is not None
+        row_templates, dense, touched = self._split(templates, grads)
+        others = [i for i, g in enumerate(dense) if g is not None]
+        before, rows = own.new, None
+        try:
+            if any(g is not None for g in touched):
+                step = self._find_step(own.row_steps, row_templates, touched, guarded, True)
+                columns = step.columns(states, True)
+                if columns is None:
+                    step.make_state(states, self.param_groups, journal)
+                    self._adopt(own.params.params, touched, states, journal)
+                    columns = step.columns(states)
+                    assert columns is not None, "the state that was missing has been made"
+                rows = RowStep(step, params, columns, touched, others, own.disjoint)
+                own.disjoint = rows.disjoint
+                rows.take(states, self.param_groups, extra, journal)
+            if others:
+                self._step_dense(templates, params, dense, states, extra, guarded)
+            if rows is not None:
+                rows.write(states)
+            if guarded and journal.entries and float(extra["found_inf"]):
+                self._undo(journal, before)
+        except BaseException:
+            self._undo(journal, own.new)
+            raise
+
+    def _split(
+        self, templates: Sequence[Template], grads: Sequence[torch.Tensor | None]
+    ) -> tuple[list[Template], list[torch.Tensor | None], list[torch.Tensor | None]]:
+        """The chains of rows, the dense gradients, and the sparse ones whose rows alone are stepped.
+
+        Args:
+          templates: the chains of the groups, in whose place those of their rows are.
+          grads: the gradients. One that is sparse is made dense if its chain moves all rows, or if autograd records.
+
+        Raises:
+          RuntimeError: the optimizer refuses sparse gradients.
+        """
+        own = self._bindings
+        assert own.params is not None
+        row_templates, dense = list(templates), list(grads)
+        touched: list[torch.Tensor | None] = [None] * len(grads)
+        for i, g in enumerate(grads):
+            if g is None or _is_dense(g):
+                continue
+            found = self._row_template_of(self.param_groups[own.params.owners[i]])
+            if found is None or not g.is_sparse or torch.is_grad_enabled() or is_dtensor(own.params.params[i]):
+                dense[i] = g.to_dense()
+            else:
+                row_templates[own.params.templates[i]] = found
+                dense[i], touched[i] = None, g
+        return row_templates, dense, touched
+
+    def _row_template_of(self, group: Mapping[str, Any]) -> Template | None:
+        """The chain of the rows of a parameter group that sparse gradients touch; see `_row_template`."""
+        switches, known = self._switches(group), self._bindings.row_templates
+        if switches not in known:
+            known[switches] = self._row_template(switches)
+        return known[switches]
+
+    def _step_dense(
+        self,
+        templates: Sequence[Template],
+        params: Sequence[torch.Tensor],
+        grads: Sequence[torch.Tensor | None],
+        states: list[dict[str, Any]],
+        extra: dict[str, Any],
+        guarded: bool,
+    ) -> Outcome:
+        """Takes a step on gradients that should be dense; for the arguments see `_step_on`.
+
+        Returns:
+          `"sparse"` if one is not, and nothing has been done.
+        """
+        own = self._bindings
         assert own.params is not None
         owners = own.params.params
         dry = not self.state and in_checkpoint()
@@ -322,7 +455,7 @@ class ChainOptimizer(Optimizer):
         first: frozenset[int] = frozenset()
         try:
             while True:
-                step = self._find_step(templates, grads, guarded, exact)
+                step = self._find_step(own.steps, templates, grads, guarded, exact)
                 step.begin()
                 columns, new = step.columns(states, exact), before
                 if columns is None and not exact:
@@ -337,23 +470,22 @@ class ChainOptimizer(Optimizer):
                     self._adopt(owners, grads, states, journal)
                 if dry:
                     own.new = new
-                    return
+                    return "taken"
                 first = frozenset(i for i in step.present if id(owners[i]) in new) if new else frozenset()
                 own.new = new - {id(owners[i]) for i in first}
                 outcome = step.take(params, columns, grads, states, self.param_groups, extra, first, journal)
-                if outcome == "taken":
+                if outcome != "gone":
                     break
-                if outcome == "sparse":
-                    grads = self._without_sparse(grads)
                 exact = True
             # nothing waits for a device but the first step
-            if guarded and (first or journal.entries) and float(extra["found_inf"]):
+            if outcome == "sparse" or (guarded and (first or journal.entries) and float(extra["found_inf"])):
                 self._undo(journal, before)
         except BaseException:
             changed = first or journal.entries
             if step is None or not step.completed or (guarded and changed and float(extra["found_inf"])):
                 self._undo(journal, before)
             raise
+        return outcome
 
     def _turns(
         self, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]
@@ -382,16 +514,6 @@ class ChainOptimizer(Optimizer):
         journal.undo()
         own = self._bindings
         own.new, own.states = new, []
-
-    def _without_sparse(self, grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """The gradients, made dense if this optimizer can."""
-        if all(g is None or g.layout is torch.strided for g in grads):
-            return grads
-        return self._dense(grads)
-
-    def _dense(self, grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """Sparse gradients as dense ones."""
-        raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
 
     # -- torch.compile ------------------------------------------------------------------------------------------------
     # Inside torch.compile the step is one operation that the compiler does not look into. It does look into how its
@@ -423,7 +545,7 @@ class ChainOptimizer(Optimizer):
         """Appends a group's tensors to lists, and returns the handle that the compiled step finds this optimizer by."""
         templates, own = self._params()
         own_grads, states, journal = list(map(GRAD, own.params)), self._states(own), Journal()
-        step = self._find_step(templates, own_grads, False, True)
+        step = self._find_step(self._bindings.steps, templates, own_grads, False, True)
         if step.columns(states) is None:
             made = step.make_state(states, self.param_groups, journal)
             self._bindings.new = self._bindings.new | {id(own.params[i]) for i in made}

@@ -150,7 +150,7 @@ class TransformOptimizer(ChainOptimizer):
         else:
             self._held.append(message)
 
-    def _counter_dtype(self) -> torch.dtype:
+    def _counter_dtype(self) -> torch.dtype | None:
         """The dtype of counters: float64 where a schedule follows them, because float32 stops counting at 2**24."""
         bounds = [rule.bound for rule in _walk.rules(self._tx).values()]
         scheduled = any(bound.is_schedule(hyper) for bound in bounds for hyper in bound.values)

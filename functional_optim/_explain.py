@@ -203,7 +203,7 @@ def explain_params(
     templates: Sequence[Template],
     params: Params,
     options: Sequence[Mapping[str, Any]],
-    counter: torch.dtype,
+    counter: torch.dtype | None,
     records: bool,
 ) -> Explanation:
     """The explanation of a step over parameters that each count their own steps.
@@ -212,7 +212,7 @@ def explain_params(
       templates: their transformations.
       params: the parameters. Those that require no gradient and have none do not take part.
       options: mappings that hyper-parameters are looked up in.
-      counter: the dtype of counters.
+      counter: the dtype of counters; None if they are Python's integers.
       records: whether autograd records steps.
 
     Raises:
@@ -227,6 +227,8 @@ def explain_params(
     step.make_state(states, options, Journal())
     columns = step.columns(states)
     assert columns is not None, "the state that was missing has been made"
+    if step.counts_in_integers and "step" in columns:
+        columns["step"] = [None if x is None else step.counter_of(x, i) for i, x in enumerate(columns["step"])]
     local = [tensor_of(x) for x in shadows]
     found = _Collector(step.names, [tensor_of(p) for p in params.params], records)
     for stage in step.stages:

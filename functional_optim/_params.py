@@ -184,7 +184,7 @@ class ParamStep:
       params: the parameters.
       grads: their gradients, None for parameters that the step skips.
       guarded: whether a step is taken only if `found_inf` is 0.
-      counter: the dtype of counters.
+      counter: the dtype of counters; None if they are Python's integers.
       warn: whether to warn of masks that match nothing.
 
     Raises:
@@ -197,10 +197,16 @@ class ParamStep:
         params: Params,
         grads: Sequence[torch.Tensor | None],
         guarded: bool,
-        counter: torch.dtype,
+        counter: torch.dtype | None,
         warn: bool,
     ) -> None:
-        self.templates, self.params, self.guarded, self.counter = tuple(templates), params, guarded, counter
+        self.templates, self.params, self.guarded, self.counter = (
+            tuple(templates),
+            params,
+            guarded,
+            counter or torch.float64,
+        )
+        self.counts_in_integers = counter is None
         self.names = list(params.names)
         self.present = tuple(i for i, g in enumerate(grads) if g is not None)
         self.absent = tuple(i for i, g in enumerate(grads) if g is None)
@@ -344,13 +350,13 @@ class ParamStep:
                             new.add(i)
         return new
 
-    def _make(self, region: Region, stored: Stored, i: int, options: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+    def _make(self, region: Region, stored: Stored, i: int, options: Sequence[Mapping[str, Any]]) -> torch.Tensor | int:
         """The first value of a slot for a parameter."""
         p, slot = self.params.params[i], stored.slot
         assert slot is not None, "counters that parameters share are not stored with them"
         with torch.no_grad():
             if isinstance(stored.key, str):
-                return torch.zeros((), dtype=self.counter, device=self.devices[i])
+                return 0 if self.counts_in_integers else torch.zeros((), dtype=self.counter, device=self.devices[i])
             declared = region.bounds[stored.key[0]].values
             values = {k: v for k, v in declared.items() if k in (slot.start, slot.dtype, *slot.shape_hypers)}
             own = options[self.params.owners[i]]
@@ -368,6 +374,10 @@ class ParamStep:
                 column[i] = self._counter(column[i], i)
                 journal.set(states[i], "step", column[i])
         own["step"] = column
+
+    def counter_of(self, x: Any, i: int) -> torch.Tensor:
+        """A copy of a counter, on which a program can count."""
+        return (x if _is_counter(x) else self._counter(x, i)).clone()
 
     def _counter(self, x: Any, i: int) -> torch.Tensor:
         """A counter that somebody has put there, as this step keeps it."""

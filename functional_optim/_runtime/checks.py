@@ -29,10 +29,13 @@ def check_leaf(name: str, path: str, x: Any) -> torch.Tensor:
             hint = " or a tree of a known kind: a dict, a list, a tuple, or a class registered with optree"
         raise TypeError(f"{name}{at(path)} is {type(x).__name__} {x!r:.80}, expected a tensor{hint}.")
     if x.layout is not torch.strided:
-        raise TypeError(
-            f"{name}{at(path)} is sparse ({x.layout}), expected a dense tensor; pass `x.to_dense()`, or a model "
-            f"that makes no sparse gradients (`nn.Embedding(..., sparse=False)`)."
-        )
+        hint = "pass `x.to_dense()`"
+        if name == "updates":
+            hint += (
+                ", or a model that makes no sparse gradients (`nn.Embedding(..., sparse=False)`), or step with "
+                "`SGD` or `SparseAdam` of functional_optim.adapters, which change only its rows"
+            )
+        raise TypeError(f"{name}{at(path)} is sparse ({x.layout}), expected a dense tensor; {hint}.")
     if not x.dtype.is_floating_point or x.dtype.itemsize < 2:
         hint = "view it as real pairs with `torch.view_as_real`" if x.is_complex() else "leave it out of the tree"
         raise TypeError(

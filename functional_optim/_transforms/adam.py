@@ -202,3 +202,42 @@ def amsgrad_step(
     exp_avg, exp_avg_sq = torch_mean(exp_avg, u, b1), torch_mean_square(exp_avg_sq, u, b2)
     largest = torch.maximum(max_exp_avg_sq, exp_avg_sq)
     return _torch_step(exp_avg, largest, step, learning_rate, b1, b2, eps), exp_avg, exp_avg_sq, largest
+
+
+@elementwise(state={"exp_avg": slot(0.0), "exp_avg_sq": slot(0.0)})
+def sparse_adam_step(
+    u: Leaf,
+    exp_avg: Leaf,
+    exp_avg_sq: Leaf,
+    *,
+    step: Scalar,
+    learning_rate: Scalar,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+) -> tuple[Leaf, Leaf, Leaf]:
+    r"""A step of Adam, rounded as in torch's `SparseAdam`, whose $\epsilon$ is not corrected for the start at 0.
+
+    $$u_t = -\frac{\eta \sqrt{1 - \beta_2^t}}{1 - \beta_1^t} m_t / (\sqrt{v_t} + \epsilon)$$
+
+    Args:
+      learning_rate: $\eta$.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: $\epsilon$.
+
+    Returns:
+      The transformation.
+
+    Example:
+      >>> tx = sparse_adam_step(0.1)
+      >>> tx.update(torch.ones(1), tx.init(torch.zeros(1)))[0]
+      tensor([-0.1000])
+
+    Source: Kingma & Ba 2015, arXiv:1412.6980, section 2, its last paragraph.
+    """
+    # torch adds differences to the moments: a product and a sum, with a rounding each
+    exp_avg = exp_avg + (u - exp_avg) * (1 - b1)
+    exp_avg_sq = exp_avg_sq + (u * u - exp_avg_sq) * (1 - b2)
+    rate = learning_rate * torch.sqrt(weight(b2, step)) / weight(b1, step)
+    return -rate * (exp_avg / (torch.sqrt(exp_avg_sq) + eps)), exp_avg, exp_avg_sq
