@@ -3,7 +3,7 @@
 Any chain
   TransformOptimizer ChainOptimizer
 torch's classes
-  SGD Adam AdamW RMSprop Muon Adafactor SparseAdam
+  SGD Adam AdamW NAdam RAdam Adamax RMSprop Adagrad Adadelta ASGD Rprop Muon Adafactor SparseAdam
 Classes that torch lacks
   Lion LAMB
 Files
@@ -14,24 +14,33 @@ if __name__ != "functional_optim.adapters":
     raise ImportError("import functional_optim.adapters, not adapters: a second copy of every class would be made.")
 
 from . import _explained as _explained
+from .adaptive import Adadelta, Adagrad, Adamax, NAdam, RAdam
 from .classes import LAMB, SGD, Adam, AdamW, Lion, RMSprop
 from .files import load_safetensors, save_safetensors
 from .matrices import Adafactor, Muon
 from .optimizer import ChainOptimizer
+from .rates import ASGD, Rprop
 from .sparse import SparseAdam
 from .transform import TransformOptimizer
 
 
 __all__ = [
+    "ASGD",
     "LAMB",
     "SGD",
+    "Adadelta",
     "Adafactor",
+    "Adagrad",
     "Adam",
     "AdamW",
+    "Adamax",
     "ChainOptimizer",
     "Lion",
     "Muon",
+    "NAdam",
+    "RAdam",
     "RMSprop",
+    "Rprop",
     "SparseAdam",
     "TransformOptimizer",
     "load_safetensors",

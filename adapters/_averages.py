@@ -10,6 +10,7 @@ from torch import nn
 
 from functional_optim import _walk
 from functional_optim._runtime.shard import gathered_anew, local_tensor
+from functional_optim._transforms.averaging import AVERAGES
 
 
 if TYPE_CHECKING:
@@ -88,7 +89,9 @@ def _pairs(optimizer: "ChainOptimizer") -> list[tuple[torch.Tensor, torch.Tensor
     for group in optimizer.param_groups:
         template = optimizer._template_of(group)
         rules = _walk.rules(template.tx)
-        averages = [k for (path, _), k in template.keys.items() if rules[path].bound.rule.name == "params_ema"]
+        averages = [
+            key for (path, slot), key in template.keys.items() if AVERAGES.get(rules[path].bound.rule.name) == slot
+        ]
         for p in group["params"]:
             found = [optimizer.state[p][key] for key in averages if p in optimizer.state and key in optimizer.state[p]]
             pairs += [(p, average) for average in found[-1:]]

@@ -179,7 +179,7 @@ def _before_averages(tx: fo.GradientTransformation, last: fo.GradientTransformat
     """A chain with one more member, before those at its end that average the updated parameters."""
     members = _walk.members(tx)
     end = len(members)
-    while end and any(rule.bound.rule.name == "params_ema" for rule in _walk.rules(members[end - 1]).values()):
+    while end and any(rule.bound.rule.final for rule in _walk.rules(members[end - 1]).values()):
         end -= 1
     return fo.chain(*members[:end], last, *members[end:])
 

@@ -1,4 +1,4 @@
-"""The optimizers of torch.optim, and two that it lacks, as chains.
+"""torch.optim's optimizers that have fused kernels, RMSprop, and two optimizers that it lacks, as chains.
 
 Classes of torch's names take their arguments, defaults and checks from torch's own classes, which they are subclasses
 of, and replace the step. `foreach` and `capturable` are accepted and make no difference: there is one kernel, and it
@@ -7,7 +7,6 @@ reads counters and numbers where they are. `fused=True` leaves what `torch.amp.G
 """
 
 import numbers
-import warnings
 from collections.abc import Hashable, Mapping
 from typing import Any, ClassVar
 
@@ -17,43 +16,16 @@ import functional_optim as fo
 from functional_optim._compiler.rule import Option
 from functional_optim._params import Template
 from functional_optim._transforms.adam import adam_step, amsgrad_step
-from functional_optim._transforms.decay import decay_then_add, l2_penalty
+from functional_optim._transforms.decay import decay_then_add
 from functional_optim._transforms.momentum import momentum
 from functional_optim._transforms.rms import centered_rmsprop_ratio, rmsprop_ratio
 from functional_optim._transforms.scaling import descend
 
-from ._groups import copied
+from ._named import B1, B2, DECAY, EPS, LR, MOMENTUM, NamedClass, before, nonzero
 from ._naming import template
-from .optimizer import ChainOptimizer
 
 
-LR, DECAY, EPS = Option("lr"), Option("weight_decay"), Option("eps")
-B1, B2 = Option("betas", 0), Option("betas", 1)
-MOMENTUM = Option("momentum")
-
-
-def _nonzero(x: Any) -> bool:
-    return bool(x != 0)
-
-
-def _before(maximize: bool, l2: bool) -> list[fo.GradientTransformation]:
-    """Transformations of every gradient that torch begins with."""
-    return [*([fo.scale(-1.0)] if maximize else []), *([l2_penalty(DECAY)] if l2 else [])]
-
-
-class _NamedClass(ChainOptimizer):
-    """Classes under a name of their own, whose chain is no argument."""
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a parameter group; see `torch.optim.Optimizer.add_param_group`."""
-        if isinstance(param_group, dict):
-            param_group, messages = copied(param_group)
-            for message in messages:
-                warnings.warn(message, stacklevel=2)
-        super().add_param_group(param_group)
-
-
-class SGD(_NamedClass, torch.optim.SGD):
+class SGD(NamedClass, torch.optim.SGD):
     """`torch.optim.SGD` from a chain; arguments, defaults and state are the same.
 
     Where a gradient is sparse, a step without momentum changes the rows that it touches; with momentum it is made
@@ -72,13 +44,13 @@ class SGD(_NamedClass, torch.optim.SGD):
     SPARSE_SLOTS: ClassVar[bool] = True
 
     def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
-        decay, momentum = _nonzero(group["weight_decay"]), _nonzero(group["momentum"])
+        decay, momentum = nonzero(group["weight_decay"]), nonzero(group["momentum"])
         return bool(group["maximize"]), decay, momentum, bool(group["nesterov"])
 
     def _template(self, switches: tuple[Any, ...]) -> Template:
         maximize, decay, moves, nesterov = switches
         parts = [momentum(MOMENTUM, Option("dampening"), nesterov)] if moves else []
-        return template(fo.chain(*_before(maximize, decay), *parts, descend(LR)), self.SLOTS)
+        return template(fo.chain(*before(maximize, decay), *parts, descend(LR)), self.SLOTS)
 
     def _row_template(self, switches: tuple[Any, ...]) -> Template | None:
         _, decay, moves, _ = switches
@@ -90,7 +62,7 @@ class SGD(_NamedClass, torch.optim.SGD):
         return None if moves else self._template(switches)
 
 
-class Adam(_NamedClass, torch.optim.Adam):  # type: ignore[misc]
+class Adam(NamedClass, torch.optim.Adam):  # type: ignore[misc]
     """`torch.optim.Adam` from a chain; arguments, defaults and state are the same.
 
     Example:
@@ -106,14 +78,14 @@ class Adam(_NamedClass, torch.optim.Adam):  # type: ignore[misc]
     def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
         # decoupled decay by 0 is exact, so groups without decay share the others' kernel; an L2 penalty by 0 is not
         decoupled = bool(group.get("decoupled_weight_decay"))
-        l2 = not decoupled and _nonzero(group["weight_decay"])
+        l2 = not decoupled and nonzero(group["weight_decay"])
         return bool(group["maximize"]), l2, decoupled, bool(group["amsgrad"])
 
     def _template(self, switches: tuple[Any, ...]) -> Template:
         maximize, l2, decoupled, amsgrad = switches
         step = (amsgrad_step if amsgrad else adam_step)(LR, B1, B2, EPS)
         last = [decay_then_add(LR, DECAY)] if decoupled else []
-        return template(fo.chain(*_before(maximize, l2), step, *last), self.SLOTS)
+        return template(fo.chain(*before(maximize, l2), step, *last), self.SLOTS)
 
     def _row_template(self, switches: tuple[Any, ...]) -> Template | None:
         raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
@@ -133,7 +105,7 @@ class AdamW(Adam, torch.optim.AdamW):  # type: ignore[misc]
     """
 
 
-class RMSprop(_NamedClass, torch.optim.RMSprop):  # type: ignore[misc]
+class RMSprop(NamedClass, torch.optim.RMSprop):  # type: ignore[misc]
     """`torch.optim.RMSprop` from a chain; arguments, defaults and state are the same.
 
     Example:
@@ -149,14 +121,14 @@ class RMSprop(_NamedClass, torch.optim.RMSprop):  # type: ignore[misc]
     SLOTS: ClassVar[Mapping[str, str]] = {"trace": "momentum_buffer"}
 
     def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
-        decay, momentum = _nonzero(group["weight_decay"]), group["momentum"] > 0
+        decay, momentum = nonzero(group["weight_decay"]), group["momentum"] > 0
         return bool(group["maximize"]), decay, momentum, bool(group["centered"])
 
     def _template(self, switches: tuple[Any, ...]) -> Template:
         maximize, decay, moves, centered = switches
         ratio = (centered_rmsprop_ratio if centered else rmsprop_ratio)(Option("alpha"), EPS)
         parts = [fo.trace(MOMENTUM)] if moves else []
-        return template(fo.chain(*_before(maximize, decay), ratio, *parts, descend(LR)), self.SLOTS)
+        return template(fo.chain(*before(maximize, decay), ratio, *parts, descend(LR)), self.SLOTS)
 
 
 def _check(lr: Any, betas: Any, weight_decay: Any, eps: Any = 0.0) -> None:
@@ -177,7 +149,7 @@ def _check(lr: Any, betas: Any, weight_decay: Any, eps: Any = 0.0) -> None:
             raise ValueError(f"Invalid beta parameter at index {k}: {beta}")
 
 
-class _Betas(_NamedClass):
+class _Betas(NamedClass):
     """The common part of the classes that torch lacks."""
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
@@ -259,7 +231,7 @@ class Lion(_Betas):
 
     def _template(self, switches: tuple[Any, ...]) -> Template:
         parts = [fo.scale_by_lion(B1, B2), fo.add_decayed_weights(DECAY), fo.scale_by_learning_rate(LR)]
-        return template(fo.chain(*_before(switches[0], False), *parts), self.SLOTS)
+        return template(fo.chain(*before(switches[0], False), *parts), self.SLOTS)
 
 
 class LAMB(_Betas):
@@ -331,4 +303,4 @@ class LAMB(_Betas):
             fo.scale_by_trust_ratio(),
             fo.scale_by_learning_rate(LR),
         ]
-        return template(fo.chain(*_before(switches[0], False), *parts), self.SLOTS)
+        return template(fo.chain(*before(switches[0], False), *parts), self.SLOTS)

@@ -12,8 +12,8 @@ from functional_optim._transforms.decay import decay_then_add, shrink_and_descen
 from functional_optim._transforms.factored import adafactor_step
 from functional_optim._transforms.muon import torch_muon_momentum
 
+from ._named import DECAY, LR, MOMENTUM, NamedClass, nonzero
 from ._naming import template
-from .classes import DECAY, LR, MOMENTUM, _NamedClass, _nonzero
 
 
 def _refuse_complex(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> None:
@@ -21,7 +21,7 @@ def _refuse_complex(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) 
         raise RuntimeError(f"{type(optimizer).__name__} does not support complex parameters")
 
 
-class Muon(_NamedClass, torch.optim.Muon):  # type: ignore[misc]
+class Muon(NamedClass, torch.optim.Muon):  # type: ignore[misc]
     """`torch.optim.Muon` from a chain; arguments, defaults and state are the same.
 
     Matrices of one shape are computed together.
@@ -59,7 +59,7 @@ class Muon(_NamedClass, torch.optim.Muon):  # type: ignore[misc]
         return template(fo.chain(*parts), self.SLOTS)
 
 
-class Adafactor(_NamedClass, torch.optim.Adafactor):  # type: ignore[misc]
+class Adafactor(NamedClass, torch.optim.Adafactor):  # type: ignore[misc]
     """`torch.optim.Adafactor` from a chain; arguments, defaults and state are the same.
 
     Tensors of one shape are computed together. `foreach` is accepted and makes no difference.
@@ -76,7 +76,7 @@ class Adafactor(_NamedClass, torch.optim.Adafactor):  # type: ignore[misc]
 
     def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
         _refuse_complex(self, group)
-        return bool(group["maximize"]), _nonzero(group["weight_decay"]), group["eps"][0]
+        return bool(group["maximize"]), nonzero(group["weight_decay"]), group["eps"][0]
 
     def _template(self, switches: tuple[Any, ...]) -> Template:
         maximize, decay, eps1 = switches

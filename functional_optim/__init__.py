@@ -7,12 +7,14 @@ Combinators
 Rules
   elementwise leafwise slot zeros cbrt leaf_sum leaf_mean leaf_norm leaf_amax leaf_size tree_sum tree_norm tree_amax
 Transformations
-  scale scale_by_learning_rate scale_by_schedule scale_by_sign trace ema scale_by_adam scale_by_amsgrad scale_by_rms
-  scale_by_stddev scale_by_lion scale_by_trust_ratio add_decayed_weights clip clip_by_global_norm clip_by_block_rms
-  zero_nans set_to_zero params_ema scale_by_muon muon_momentum orthogonalize scale_by_shape
+  scale scale_by_learning_rate scale_by_schedule scale_by_sign trace ema scale_by_adam scale_by_amsgrad scale_by_adamax
+  scale_by_nadam scale_by_radam scale_by_rms scale_by_stddev scale_by_rss scale_by_adadelta scale_by_lion scale_by_rprop
+  scale_by_asgd scale_by_trust_ratio add_decayed_weights clip clip_by_global_norm clip_by_block_rms zero_nans
+  set_to_zero params_ema params_average scale_by_muon muon_momentum orthogonalize scale_by_shape
   scale_by_factored_rms scale_by_param_block_rms
 Optimizers
-  sgd adam adamw nadam nadamw amsgrad rmsprop lion lars lamb sign_sgd signum muon adafactor
+  sgd adam adamw nadam nadamw amsgrad adamax adamaxw radam rmsprop adagrad adadelta lion lars lamb sign_sgd signum
+  rprop asgd muon adafactor
 Schedules
   constant_schedule linear_schedule polynomial_schedule exponential_decay cosine_decay_schedule inverse_sqrt_schedule
   warmup_constant_schedule warmup_cosine_decay_schedule warmup_exponential_decay_schedule warmup_stable_decay_schedule
@@ -59,17 +61,24 @@ from ._masking import (
     partition,
 )
 from ._optimizers import (
+    adadelta,
     adafactor,
+    adagrad,
     adam,
+    adamax,
+    adamaxw,
     adamw,
     amsgrad,
+    asgd,
     lamb,
     lars,
     lion,
     muon,
     nadam,
     nadamw,
+    radam,
     rmsprop,
+    rprop,
     sgd,
     sign_sgd,
     signum,
@@ -113,12 +122,17 @@ from ._transform import (
     EmptyState,
     GradientTransformation,
 )
+from ._transforms.adadelta import scale_by_adadelta
+from ._transforms.adagrad import scale_by_rss
 from ._transforms.adam import (
     scale_by_adam,
     scale_by_amsgrad,
 )
+from ._transforms.adamax import scale_by_adamax
+from ._transforms.asgd import scale_by_asgd
 from ._transforms.averaging import (
     eval_params,
+    params_average,
     params_ema,
 )
 from ._transforms.clipping import (
@@ -139,10 +153,13 @@ from ._transforms.muon import (
     scale_by_muon,
     scale_by_shape,
 )
+from ._transforms.nadam import scale_by_nadam
+from ._transforms.radam import scale_by_radam
 from ._transforms.rms import (
     scale_by_rms,
     scale_by_stddev,
 )
+from ._transforms.rprop import scale_by_rprop
 from ._transforms.scaling import (
     scale,
     scale_by_learning_rate,
@@ -172,13 +189,18 @@ __all__ = [
     "PartitionState",
     "RuleError",
     "Schedule",
+    "adadelta",
     "adafactor",
+    "adagrad",
     "adam",
+    "adamax",
+    "adamaxw",
     "adamw",
     "add_decayed_weights",
     "amsgrad",
     "apply_gradients",
     "apply_updates",
+    "asgd",
     "cbrt",
     "chain",
     "clip",
@@ -214,21 +236,31 @@ __all__ = [
     "nadamw",
     "named_chain",
     "orthogonalize",
+    "params_average",
     "params_ema",
     "partition",
     "piecewise_constant_schedule",
     "piecewise_interpolate_schedule",
     "polynomial_schedule",
+    "radam",
     "rmsprop",
+    "rprop",
     "scale",
+    "scale_by_adadelta",
     "scale_by_adam",
+    "scale_by_adamax",
     "scale_by_amsgrad",
+    "scale_by_asgd",
     "scale_by_factored_rms",
     "scale_by_learning_rate",
     "scale_by_lion",
     "scale_by_muon",
+    "scale_by_nadam",
     "scale_by_param_block_rms",
+    "scale_by_radam",
     "scale_by_rms",
+    "scale_by_rprop",
+    "scale_by_rss",
     "scale_by_schedule",
     "scale_by_shape",
     "scale_by_sign",

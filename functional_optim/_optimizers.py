@@ -11,13 +11,21 @@ from ._chain import chain, identity
 from ._compiler.rule import OptionalDtype, Scalar
 from ._masking import masked, partition
 from ._transform import GradientTransformation
+from ._transforms.adadelta import scale_by_adadelta
+from ._transforms.adagrad import scale_by_rss
 from ._transforms.adam import scale_by_adam, scale_by_amsgrad
+from ._transforms.adamax import scale_by_adamax
+from ._transforms.asgd import scale_by_asgd
+from ._transforms.averaging import params_average
 from ._transforms.clipping import clip_by_block_rms
 from ._transforms.decay import add_decayed_weights
 from ._transforms.factored import scale_by_factored_rms
 from ._transforms.momentum import ema, trace
 from ._transforms.muon import scale_by_muon, scale_by_shape
+from ._transforms.nadam import scale_by_nadam
+from ._transforms.radam import scale_by_radam
 from ._transforms.rms import scale_by_rms, scale_by_stddev
+from ._transforms.rprop import scale_by_rprop
 from ._transforms.scaling import scale, scale_by_learning_rate, scale_by_param_block_rms, scale_by_trust_ratio
 from ._transforms.sign import scale_by_lion, scale_by_sign
 from ._tree import tree_map
@@ -99,11 +107,14 @@ def nadam(
     mu_dtype: OptionalDtype = None,
     *,
     nu_dtype: OptionalDtype = None,
+    momentum_decay: Scalar = None,
 ) -> GradientTransformation:
-    """NAdam: `adam` with `nesterov=True`. torch.optim.NAdam has another schedule of the momentum.
+    """NAdam: Adam whose momentum looks one step ahead.
 
     Args:
       learning_rate, b1, b2, eps, eps_root, mu_dtype, nu_dtype: see `adam`.
+      momentum_decay: None for a momentum of `b1` throughout, `adam(nesterov=True)`, as in optax; a number for the
+        schedule of `scale_by_nadam`, as in torch.optim.NAdam, which has 4e-3.
 
     Returns:
       The optimizer.
@@ -117,7 +128,12 @@ def nadam(
 
     Source: Dozat 2016, "Incorporating Nesterov Momentum into Adam".
     """
-    return adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov=True, nu_dtype=nu_dtype)
+    if momentum_decay is None:
+        return adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov=True, nu_dtype=nu_dtype)
+    return chain(
+        scale_by_nadam(b1, b2, eps, eps_root, momentum_decay, mu_dtype, nu_dtype),
+        scale_by_learning_rate(learning_rate),
+    )
 
 
 def adamw(
@@ -173,11 +189,13 @@ def nadamw(
     mask: Any = None,
     *,
     nu_dtype: OptionalDtype = None,
+    momentum_decay: Scalar = None,
 ) -> GradientTransformation:
-    """NAdamW: `adamw` with `nesterov=True`.
+    """NAdamW: NAdam with decoupled decay.
 
     Args:
       learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nu_dtype: see `adamw`.
+      momentum_decay: see `nadam`.
 
     Returns:
       The optimizer.
@@ -190,7 +208,15 @@ def nadamw(
 
     Source: Dozat 2016, "Incorporating Nesterov Momentum into Adam"; Loshchilov & Hutter 2019, arXiv:1711.05101.
     """
-    return adamw(learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov=True, nu_dtype=nu_dtype)
+    if momentum_decay is None:
+        return adamw(
+            learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov=True, nu_dtype=nu_dtype
+        )
+    return chain(
+        scale_by_nadam(b1, b2, eps, eps_root, momentum_decay, mu_dtype, nu_dtype),
+        add_decayed_weights(weight_decay, mask),
+        scale_by_learning_rate(learning_rate),
+    )
 
 
 def amsgrad(
@@ -225,6 +251,214 @@ def amsgrad(
         scale_by_amsgrad(b1, b2, eps, eps_root, mu_dtype, bias_correction_mu, bias_correction_nu),
         scale_by_learning_rate(learning_rate),
     )
+
+
+def radam(
+    learning_rate: Scalar,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    threshold: Scalar = 5.0,
+    *,
+    nesterov: bool = False,
+) -> GradientTransformation:
+    """RAdam: Adam that takes plain momentum for as long as the second moment says too little; see `scale_by_radam`.
+
+    Args:
+      learning_rate: the learning rate.
+      b1, b2, eps, eps_root, threshold, nesterov: see `scale_by_radam`.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: a number is out of its range.
+
+    Example:
+      >>> radam(1e-3)
+      chain(scale_by_radam(), scale_by_learning_rate(learning_rate=0.001))
+
+    Source: Liu et al. 2020, arXiv:1908.03265, algorithm 2.
+    """
+    return chain(scale_by_radam(b1, b2, eps, eps_root, threshold, nesterov), scale_by_learning_rate(learning_rate))
+
+
+def adamax(learning_rate: Scalar, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8) -> GradientTransformation:
+    """Adamax: Adam with the largest size of past updates for a denominator; see `scale_by_adamax`.
+
+    Args:
+      learning_rate: the learning rate.
+      b1, b2, eps: see `scale_by_adamax`.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: a number is out of its range.
+
+    Example:
+      >>> adamax(1e-3)
+      chain(scale_by_adamax(), scale_by_learning_rate(learning_rate=0.001))
+
+    Source: Kingma & Ba 2015, arXiv:1412.6980, algorithm 2.
+    """
+    return chain(scale_by_adamax(b1, b2, eps), scale_by_learning_rate(learning_rate))
+
+
+def adamaxw(
+    learning_rate: Scalar,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    weight_decay: Scalar = 1e-4,
+    mask: Any = None,
+) -> GradientTransformation:
+    """AdamaxW: Adamax with decoupled decay.
+
+    Args:
+      learning_rate: the learning rate; it multiplies the decay too.
+      b1, b2, eps: see `scale_by_adamax`.
+      weight_decay: factor of the decay.
+      mask: which leaves decay; see `masked`. By default all.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: a number is out of its range.
+
+    Example:
+      >>> tx = adamaxw(1e-3, weight_decay=0.1)
+
+    Source: Kingma & Ba 2015, arXiv:1412.6980, algorithm 2; Loshchilov & Hutter 2019, arXiv:1711.05101.
+    """
+    return chain(
+        scale_by_adamax(b1, b2, eps), add_decayed_weights(weight_decay, mask), scale_by_learning_rate(learning_rate)
+    )
+
+
+def adagrad(
+    learning_rate: Scalar, initial_accumulator_value: float = 0.1, eps: Scalar = 1e-7, *, eps_in_sqrt: bool = True
+) -> GradientTransformation:
+    r"""Adagrad, $\theta_t = \theta_{t-1} - \eta\, g_t / \sqrt{s_t + \epsilon}$; see `scale_by_rss`.
+
+    Args:
+      learning_rate: $\eta$.
+      initial_accumulator_value: the first value of the sum of squares.
+      eps: term in the denominator.
+      eps_in_sqrt: whether `eps` stands inside the root, as here, or outside, as in torch.optim.Adagrad.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: a number is out of its range.
+
+    Example:
+      >>> adagrad(0.1)
+      chain(scale_by_rss(), scale_by_learning_rate(learning_rate=0.1))
+
+    Source: Duchi et al. 2011, "Adaptive Subgradient Methods for Online Learning and Stochastic Optimization".
+    """
+    return chain(scale_by_rss(initial_accumulator_value, eps, eps_in_sqrt), scale_by_learning_rate(learning_rate))
+
+
+def adadelta(
+    learning_rate: Scalar = None,
+    rho: Scalar = 0.9,
+    eps: Scalar = 1e-6,
+    weight_decay: Scalar = 0.0,
+    weight_decay_mask: Any = None,
+) -> GradientTransformation:
+    """Adadelta, whose updates are in the units of the parameters; see `scale_by_adadelta`.
+
+    Args:
+      learning_rate: a factor; None counts as 1, and goes down all the same, which optax's default does not.
+      rho, eps: see `scale_by_adadelta`.
+      weight_decay: factor of an L2 penalty.
+      weight_decay_mask: which leaves decay; see `masked`. By default all.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: a number is out of its range.
+
+    Example:
+      >>> adadelta(0.5)  # doctest: +NORMALIZE_WHITESPACE
+      chain(add_decayed_weights(), scale_by_adadelta(), scale_by_learning_rate(learning_rate=0.5))
+
+    Source: Zeiler 2012, arXiv:1212.5701, algorithm 1.
+    """
+    return chain(
+        add_decayed_weights(weight_decay, weight_decay_mask),
+        scale_by_adadelta(rho, eps),
+        scale_by_learning_rate(learning_rate),
+    )
+
+
+def rprop(
+    learning_rate: float,
+    eta_minus: Scalar = 0.5,
+    eta_plus: Scalar = 1.2,
+    min_step_size: Scalar = 1e-6,
+    max_step_size: Scalar = 50.0,
+) -> GradientTransformation:
+    """Rprop: a step size per element, which grows and shrinks with the sign of its gradients; see `scale_by_rprop`.
+
+    Args:
+      learning_rate: the first step size.
+      eta_minus, eta_plus, min_step_size, max_step_size: see `scale_by_rprop`.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: a number is out of its range.
+
+    Example:
+      >>> rprop(1e-2)
+      chain(scale_by_rprop(learning_rate=0.01), scale(step_size=-1.0))
+
+    Source: Riedmiller & Braun 1993, "A Direct Adaptive Method for Faster Backpropagation Learning: The RPROP
+    Algorithm".
+    """
+    return chain(
+        scale_by_rprop(learning_rate, eta_minus, eta_plus, min_step_size, max_step_size), scale(step_size=-1.0)
+    )
+
+
+def asgd(
+    learning_rate: Scalar,
+    lambd: Scalar = 1e-4,
+    alpha: Scalar = 0.75,
+    t0: Scalar = 1e6,
+    *,
+    accumulator_dtype: OptionalDtype = None,
+) -> GradientTransformation:
+    """ASGD: gradient descent with a decaying learning rate, and an average of the parameters for `eval_params`.
+
+    As in torch.optim.ASGD, the average is that of the parameters after the steps from `t0 + 2` on.
+
+    Args:
+      learning_rate, lambd, alpha: see `scale_by_asgd`.
+      t0: the step at which the average begins. The default, torch's, is later than most training ends.
+      accumulator_dtype: how the average is stored; by default as the parameter.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: `lambd` is negative.
+
+    Example:
+      >>> asgd(0.1, t0=0)
+      chain(scale_by_asgd(learning_rate=0.1), params_average(start=2))
+
+    Source: Polyak & Juditsky 1992, "Acceleration of Stochastic Approximation by Averaging".
+    """
+    return chain(scale_by_asgd(learning_rate, lambd, alpha), params_average(t0 + 2, accumulator_dtype))
 
 
 def rmsprop(

@@ -365,12 +365,12 @@ class ParamStep:
             return made
 
     def _mend_counters(self, own: Columns, states: Sequence[dict[str, Any]], journal: Journal) -> None:
-        """Puts counters that a program can count on in the place of numbers of another form."""
-        if "step" not in own or all(own["step"][i] is None or _is_counter(own["step"][i]) for i in self.present):
+        """Puts counters that a program can count on in the place of numbers of another form or place."""
+        if "step" not in own:
             return
         column = list(own["step"])
         for i in self.present:
-            if column[i] is not None and not _is_counter(column[i]):
+            if column[i] is not None and not _is_counter(column[i], self.devices[i]):
                 column[i] = self._counter(column[i], i)
                 journal.set(states[i], "step", column[i])
         own["step"] = column
@@ -382,9 +382,8 @@ class ParamStep:
     def _counter(self, x: Any, i: int) -> torch.Tensor:
         """A counter that somebody has put there, as this step keeps it."""
         if isinstance(x, torch.Tensor) and x.numel() == 1:
-            if x.dtype.is_floating_point or x.dtype is torch.int64:
-                return x.reshape(())
-            return x.reshape(()).to(self.counter)
+            kept = x.dtype.is_floating_point or x.dtype is torch.int64
+            return x.reshape(()).to(dtype=x.dtype if kept else self.counter, device=self.devices[i])
         if isinstance(x, Real):
             return torch.tensor(float(x), dtype=self.counter, device=self.devices[i])
         raise ValueError(f"state step at {self.names[i]!r} is {x!r:.60}, expected one number.")
@@ -662,6 +661,7 @@ class ParamStep:
         return found, split.entries(new_state, present)
 
 
-def _is_counter(x: Any) -> bool:
-    """Whether an entry of state is one number that a program can count on."""
-    return isinstance(x, torch.Tensor) and not x.ndim and (x.dtype.is_floating_point or x.dtype is torch.int64)
+def _is_counter(x: Any, device: torch.device | None) -> bool:
+    """Whether an entry of state is one number, on a device, that a program can count on."""
+    fits = isinstance(x, torch.Tensor) and not x.ndim and x.device == device
+    return fits and (x.dtype.is_floating_point or x.dtype is torch.int64)

@@ -118,7 +118,9 @@ class Slot:
         if self.shape is not None:
             shape = self.shape_for(p, hypers)
             return None if shape is None else torch.full(shape, start, dtype=dtype or p.dtype, device=p.device)
-        return torch.full_like(p, start, dtype=dtype or p.dtype, requires_grad=False)
+        # a complex parameter is a pair of real ones, which both start there
+        first = complex(start, start) if p.is_complex() else start
+        return torch.full_like(p, first, dtype=dtype or p.dtype, requires_grad=False)
 
 
 def slot(
@@ -276,6 +278,11 @@ class Rule:
             raise ValueError(
                 f"`{hyper}` of {self.name} must be a number, a 0-d tensor or a schedule, "
                 f"got a tensor of shape {tuple(value.shape)}."
+            )
+        if callable(value) and not isinstance(value, torch.Tensor) and hyper in {s.start for s in self.slots.values()}:
+            raise TypeError(
+                f"`{hyper}` of {self.name} is where its state starts, so it must be a number, got the function "
+                f"{value!r:.60}."
             )
         text = isinstance(value, (str, bytes)) and not isinstance(self.hypers.get(hyper), (str, bytes))
         known = is_static(value) or isinstance(value, (torch.Tensor, Option)) or callable(value)

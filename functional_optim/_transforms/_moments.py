@@ -7,7 +7,7 @@ tensor torch's compiler contracts the other product of `a * b + c * d`; these fo
 
 import torch
 
-from .._compiler.rule import Leaf, Scalar
+from .._compiler.rule import Leaf, OptionalDtype, Scalar
 
 
 def mean(moment: Leaf, u: Leaf, decay: Scalar) -> Leaf:
@@ -42,6 +42,26 @@ def unbiased(moment: Leaf, decay: Scalar, step: Scalar) -> Leaf:
     rest of the update.
     """
     return moment * (1 / weight(decay, step))
+
+
+def looking_ahead(moment: Leaf, u: Leaf, decay: Scalar, step: Scalar) -> Leaf:
+    r"""The first moment one step ahead, $\beta m_t / (1 - \beta^{t+1}) + (1 - \beta) g_t / (1 - \beta^t)$."""
+    return unbiased(decay * moment, decay, step + 1) + unbiased((1 - decay) * u, decay, step)
+
+
+def over_root(u: Leaf, square: Leaf, eps: Scalar, eps_in_sqrt: bool) -> Leaf:
+    """An update over the root of squares, with a term inside the root or outside."""
+    return u * torch.rsqrt(square + eps) if eps_in_sqrt else u / (torch.sqrt(square) + eps)
+
+
+def torch_root(square: Leaf, decay: Scalar, step: Scalar, eps: Scalar) -> Leaf:
+    r"""The denominator of Adam, $\sqrt{v_t} / \sqrt{1 - \beta^t} + \epsilon$, rounded as in torch."""
+    return torch.sqrt(square) / torch.sqrt(weight(decay, step)) + eps
+
+
+def stored(x: Scalar, dtype: OptionalDtype) -> Leaf:
+    """A number as a slot of a dtype holds it."""
+    return x if dtype is None else x.to(dtype)
 
 
 def variance(square: Leaf, first: Leaf) -> Leaf:

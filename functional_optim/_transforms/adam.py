@@ -4,7 +4,16 @@ import torch
 
 from .._compiler.rule import Leaf, OptionalDtype, Scalar, slot
 from .._rule import elementwise
-from ._moments import mean, mean_square, torch_mean, torch_mean_square, unbiased, weight
+from ._moments import (
+    looking_ahead,
+    mean,
+    mean_square,
+    torch_mean,
+    torch_mean_square,
+    torch_root,
+    unbiased,
+    weight,
+)
 
 
 RANGES = {"b1": "[0, 1)", "b2": "[0, 1)", "eps": "[0, inf)", "eps_root": "[0, inf)"}
@@ -61,10 +70,7 @@ def scale_by_adam(
     Source: Kingma & Ba 2015, arXiv:1412.6980, algorithm 1; Dozat 2016 for `nesterov`.
     """
     mu, nu = mean(mu, u, b1), mean_square(nu, u, b2)
-    if nesterov:
-        mu_hat = unbiased(b1 * mu, b1, step + 1) + unbiased((1 - b1) * u, b1, step)
-    else:
-        mu_hat = unbiased(mu, b1, step)
+    mu_hat = looking_ahead(mu, u, b1, step) if nesterov else unbiased(mu, b1, step)
     nu_hat = unbiased(nu, b2, step)
     return mu_hat / (torch.sqrt(nu_hat + eps_root) + eps), mu, nu
 
@@ -128,8 +134,7 @@ def scale_by_amsgrad(
 
 def _torch_step(mu: Leaf, nu: Leaf, step: Scalar, learning_rate: Scalar, b1: Scalar, b2: Scalar, eps: Scalar) -> Leaf:
     # torch multiplies the learning rate in before it divides, so the step cannot be had by scaling an update afterwards
-    root = torch.sqrt(nu) / torch.sqrt(weight(b2, step)) + eps
-    return (-(learning_rate / weight(b1, step)) * mu) / root
+    return (-(learning_rate / weight(b1, step)) * mu) / torch_root(nu, b2, step, eps)
 
 
 @elementwise(state={"exp_avg": slot(0.0), "exp_avg_sq": slot(0.0)})

@@ -1,10 +1,8 @@
 """RMSProp: updates divided by a root mean square, about 0 or about their mean."""
 
-import torch
-
 from .._compiler.rule import Leaf, Scalar, slot
 from .._rule import elementwise
-from ._moments import mean, mean_square, torch_mean, torch_mean_square, torch_variance, unbiased, variance
+from ._moments import mean, mean_square, over_root, torch_mean, torch_mean_square, torch_variance, unbiased, variance
 
 
 RANGES = {
@@ -14,10 +12,6 @@ RANGES = {
     "initial_scale": "[0, inf)",
 }
 STATIC = ("eps_in_sqrt", "bias_correction")
-
-
-def _over_root(u: Leaf, square: Leaf, eps: Scalar, eps_in_sqrt: bool) -> Leaf:
-    return u * torch.rsqrt(square + eps) if eps_in_sqrt else u / (torch.sqrt(square) + eps)
 
 
 @elementwise(state={"nu": slot("initial_scale", square=True)}, static=STATIC, ranges=RANGES)
@@ -50,6 +44,7 @@ def scale_by_rms(
       ValueError: a number is out of its range.
 
     Example:
+      >>> import torch
       >>> tx = scale_by_rms(decay=0.75)
       >>> updates, state = tx.update(torch.tensor([1.0, -3.0]), tx.init(torch.zeros(2)))
       >>> updates
@@ -59,7 +54,7 @@ def scale_by_rms(
     """
     nu = mean_square(nu, u, decay)
     nu_hat = unbiased(nu, decay, step) if bias_correction else nu
-    return _over_root(u, nu_hat, eps, eps_in_sqrt), nu
+    return over_root(u, nu_hat, eps, eps_in_sqrt), nu
 
 
 @elementwise(state={"mu": slot(0.0), "nu": slot("initial_scale", square=True)}, static=STATIC, ranges=RANGES)
@@ -95,6 +90,7 @@ def scale_by_stddev(
       ValueError: a number is out of its range.
 
     Example:
+      >>> import torch
       >>> tx = scale_by_stddev(decay=0.5)
       >>> updates, state = tx.update(torch.tensor([1.0, -3.0]), tx.init(torch.zeros(2)))
       >>> updates
@@ -105,7 +101,7 @@ def scale_by_stddev(
     mu, nu = mean(mu, u, decay), mean_square(nu, u, decay)
     mu_hat = unbiased(mu, decay, step) if bias_correction else mu
     nu_hat = unbiased(nu, decay, step) if bias_correction else nu
-    return _over_root(u, variance(nu_hat, mu_hat), eps, eps_in_sqrt), mu, nu
+    return over_root(u, variance(nu_hat, mu_hat), eps, eps_in_sqrt), mu, nu
 
 
 @elementwise(state={"square_avg": slot(0.0)})
@@ -120,6 +116,7 @@ def rmsprop_ratio(u: Leaf, square_avg: Leaf, *, step: Scalar, alpha: Scalar, eps
       The transformation. It counts steps, as torch does, though nothing depends on them.
 
     Example:
+      >>> import torch
       >>> tx = rmsprop_ratio(0.75, 0.0)
       >>> tx.update(torch.ones(1), tx.init(torch.zeros(1)))[0]
       tensor([2.])
@@ -127,7 +124,7 @@ def rmsprop_ratio(u: Leaf, square_avg: Leaf, *, step: Scalar, alpha: Scalar, eps
     Source: Tieleman & Hinton 2012, lecture 6.5 of "Neural Networks for Machine Learning".
     """
     square_avg = torch_mean_square(square_avg, u, alpha)
-    return _over_root(u, square_avg, eps, eps_in_sqrt=False), square_avg
+    return over_root(u, square_avg, eps, eps_in_sqrt=False), square_avg
 
 
 @elementwise(state={"square_avg": slot(0.0), "grad_avg": slot(0.0)})
@@ -144,6 +141,7 @@ def centered_rmsprop_ratio(
       The transformation.
 
     Example:
+      >>> import torch
       >>> tx = centered_rmsprop_ratio(0.5, 0.0)
       >>> tx.update(torch.ones(1), tx.init(torch.zeros(1)))[0]
       tensor([2.])
@@ -152,4 +150,4 @@ def centered_rmsprop_ratio(
     """
     square_avg, grad_avg = torch_mean_square(square_avg, u, alpha), torch_mean(grad_avg, u, alpha)
     centered = torch_variance(square_avg, grad_avg)
-    return _over_root(u, centered, eps, eps_in_sqrt=False), square_avg, grad_avg
+    return over_root(u, centered, eps, eps_in_sqrt=False), square_avg, grad_avg

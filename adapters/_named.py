@@ -1,0 +1,60 @@
+"""Common parts of the classes under names of their own, whose chain is no argument."""
+
+import warnings
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import functional_optim as fo
+from functional_optim._compiler.rule import Option
+from functional_optim._params import Template
+from functional_optim._transforms.decay import decay_then_add, l2_penalty
+
+from ._groups import copied
+from ._naming import template
+from .optimizer import ChainOptimizer
+
+
+LR, DECAY, EPS = Option("lr"), Option("weight_decay"), Option("eps")
+B1, B2 = Option("betas", 0), Option("betas", 1)
+MOMENTUM = Option("momentum")
+
+
+def nonzero(x: Any) -> bool:
+    """Whether an option is not 0."""
+    return bool(x != 0)
+
+
+def before(maximize: bool, l2: bool) -> list[fo.GradientTransformation]:
+    """Transformations of every gradient that torch begins with."""
+    return [*([fo.scale(-1.0)] if maximize else []), *([l2_penalty(DECAY)] if l2 else [])]
+
+
+class NamedClass(ChainOptimizer):
+    """Classes under a name of their own, whose chain is no argument."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a parameter group; see `torch.optim.Optimizer.add_param_group`."""
+        if isinstance(param_group, dict):
+            param_group, messages = copied(param_group)
+            for message in messages:
+                warnings.warn(message, stacklevel=2)
+        super().add_param_group(param_group)
+
+
+class PlainClass(NamedClass):
+    """Classes whose only switches are the direction and the decay, which is an L2 penalty or decoupled."""
+
+    def _steps(self) -> list[fo.GradientTransformation]:
+        """The chain without what comes before, and without decoupled decay."""
+        raise TypeError(f"{type(self).__name__} has no chain.")
+
+    def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
+        # decoupled decay by 0 is exact, so groups without decay share the others' kernel; an L2 penalty by 0 is not
+        decoupled = bool(group.get("decoupled_weight_decay"))
+        l2 = not decoupled and "weight_decay" in self.defaults and nonzero(group["weight_decay"])
+        return bool(group["maximize"]), l2, decoupled, self._counter_dtype()
+
+    def _template(self, switches: tuple[Any, ...]) -> Template:
+        maximize, l2, decoupled, _ = switches
+        last = [decay_then_add(LR, DECAY)] if decoupled else []
+        return template(fo.chain(*before(maximize, l2), *self._steps(), *last), self.SLOTS)

@@ -1,0 +1,112 @@
+"""torch.optim's optimizers that divide by what past gradients were, as chains: Adadelta, Adagrad, Adamax, NAdam, RAdam.
+
+They are made as those of `classes` are. None of torch's but Adagrad has a fused kernel, with whose bits ours agrees.
+"""
+
+import torch
+
+import functional_optim as fo
+from functional_optim._compiler.rule import Option
+from functional_optim._transforms.adadelta import adadelta_ratio
+from functional_optim._transforms.adagrad import adagrad_step
+from functional_optim._transforms.adamax import adamax_step
+from functional_optim._transforms.nadam import nadam_step
+from functional_optim._transforms.radam import radam_step
+from functional_optim._transforms.scaling import descend
+
+from ._named import B1, B2, EPS, LR, PlainClass, nonzero
+
+
+class Adadelta(PlainClass, torch.optim.Adadelta):  # type: ignore[misc]
+    """`torch.optim.Adadelta` from a chain; arguments, defaults and state are the same.
+
+    Example:
+      >>> import torch
+      >>> p = torch.nn.Parameter(torch.ones(1))
+      >>> opt = Adadelta([p], rho=0.75, eps=0.75)
+      >>> p.grad = torch.ones(1)
+      >>> opt.step()
+      >>> round(p.item(), 4), sorted(opt.state[p])
+      (0.134, ['acc_delta', 'square_avg', 'step'])
+    """
+
+    def _steps(self) -> list[fo.GradientTransformation]:
+        return [adadelta_ratio(Option("rho"), EPS), descend(LR)]
+
+
+class Adagrad(PlainClass, torch.optim.Adagrad):  # type: ignore[misc]
+    """`torch.optim.Adagrad` from a chain; arguments, defaults and state are the same.
+
+    The state is there from the start, as in torch. Sparse gradients are made dense.
+
+    Example:
+      >>> import torch
+      >>> p = torch.nn.Parameter(torch.ones(1))
+      >>> opt = Adagrad([p], lr=0.5, initial_accumulator_value=3.0)
+      >>> p.grad = torch.ones(1)
+      >>> opt.step()
+      >>> round(p.item(), 6), sorted(opt.state[p])
+      (0.75, ['step', 'sum'])
+    """
+
+    def _steps(self) -> list[fo.GradientTransformation]:
+        # the first value is the optimizer's, whatever a group says, as in torch
+        return [adagrad_step(LR, Option("lr_decay"), self.defaults["initial_accumulator_value"], EPS)]
+
+    def _dense(self, grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        decays = [nonzero(group["weight_decay"]) for group in self.param_groups for _ in group["params"]]
+        sparse = [g is not None and g.layout is not torch.strided for g in grads]
+        if any(a and b for a, b in zip(decays, sparse, strict=True)):
+            raise RuntimeError("weight_decay option is not compatible with sparse gradients")
+        return [g.to_dense() if g is not None and own else g for g, own in zip(grads, sparse, strict=True)]
+
+
+class Adamax(PlainClass, torch.optim.Adamax):  # type: ignore[misc]
+    """`torch.optim.Adamax` from a chain; arguments, defaults and state are the same.
+
+    Example:
+      >>> import torch
+      >>> p = torch.nn.Parameter(torch.ones(1))
+      >>> opt = Adamax([p], lr=0.5)
+      >>> p.grad = torch.ones(1)
+      >>> opt.step()
+      >>> round(p.item(), 6), sorted(opt.state[p])
+      (0.5, ['exp_avg', 'exp_inf', 'step'])
+    """
+
+    def _steps(self) -> list[fo.GradientTransformation]:
+        return [adamax_step(LR, B1, B2, EPS)]
+
+
+class NAdam(PlainClass, torch.optim.NAdam):  # type: ignore[misc]
+    """`torch.optim.NAdam` from a chain; arguments, defaults and state are the same.
+
+    Example:
+      >>> import torch
+      >>> p = torch.nn.Parameter(torch.ones(1))
+      >>> opt = NAdam([p], lr=0.5)
+      >>> p.grad = torch.ones(1)
+      >>> opt.step()
+      >>> round(p.item(), 4), sorted(opt.state[p])
+      (0.4718, ['exp_avg', 'exp_avg_sq', 'mu_product', 'step'])
+    """
+
+    def _steps(self) -> list[fo.GradientTransformation]:
+        return [nadam_step(LR, B1, B2, EPS, Option("momentum_decay"), self._counter_dtype())]
+
+
+class RAdam(PlainClass, torch.optim.RAdam):  # type: ignore[misc]
+    """`torch.optim.RAdam` from a chain; arguments, defaults and state are the same.
+
+    Example:
+      >>> import torch
+      >>> p = torch.nn.Parameter(torch.ones(1))
+      >>> opt = RAdam([p], lr=0.5)
+      >>> p.grad = torch.ones(1)
+      >>> opt.step()
+      >>> round(p.item(), 6), sorted(opt.state[p])
+      (0.5, ['exp_avg', 'exp_avg_sq', 'step'])
+    """
+
+    def _steps(self) -> list[fo.GradientTransformation]:
+        return [radam_step(LR, B1, B2, EPS)]
