@@ -1,5 +1,6 @@
 """Optimizers, alone and in pairs: ours and the one of torch that it replaces, over equal parameters and gradients."""
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from typing import Any
@@ -17,8 +18,29 @@ from functional_optim import adapters
 SHAPES: tuple[tuple[int, ...], ...] = ((16,), (4, 8), (8, 16), (4, 4, 2, 2), (32, 32), (0, 3), (48,))
 # a matrix and a vector, of whole vectors of the CPU
 SMALL: tuple[tuple[int, ...], ...] = ((8, 16), (32,))
-OURS: dict[str, Any] = {name: getattr(adapters, name) for name in ("SGD", "Adam", "AdamW", "RMSprop")}
-THEIRS: dict[str, Any] = {name: getattr(torch.optim, name) for name in OURS}
+NAMES = ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad", "Adadelta", "ASGD", "Rprop")
+OURS: dict[str, Any] = {name: getattr(adapters, name) for name in NAMES}
+THEIRS: dict[str, Any] = {name: getattr(torch.optim, name) for name in NAMES}
+# entries of state that are one number
+NUMBERS = frozenset({"step", "mu_product", "eta", "mu"})
+
+# One step of ours and one of torch's from the same state, in units of the last place of the largest number in each
+# sum. Where torch contracts another product of a * b + c * d into a fused multiply-add, or none, one rounding of half a
+# unit moves, which may make one unit. The quotient of a step has a square root of torch that may be off by one unit, an
+# addition and two divisions on either side, half a unit each; units double at a power of two.
+UNITS: dict[str, float] = dict.fromkeys(NAMES, 4.0)
+# The quotients of NAdam and RAdam have two operations more on either side, and NAdam adds two quotients.
+UNITS |= {"NAdam": 8.0, "RAdam": 8.0}
+# The step of Adadelta has two such roots, and four roundings of half a unit on either side, which make 6. Its square,
+# which `acc_delta` is of, is off by twice that, and by three roundings on either side: 15, or 30 at a power of two.
+UNITS |= {"Adadelta": 30.0}
+# torch's lists of ASGD add up the average, `ax + (p - ax)`, which its loop and ours copy: two roundings and those of p.
+UNITS |= {"ASGD": 6.0}
+
+
+def fitting(name: str, **kwargs: Any) -> dict[str, Any]:
+    """The arguments that a class takes: Rprop has no decay."""
+    return {k: x for k, x in kwargs.items() if k in inspect.signature(THEIRS[name]).parameters}
 
 
 def make_params(
@@ -154,8 +176,9 @@ def follow(
             far = {"params": ulps(p, q, was, p - was, *momentum)}
             for key, x in state.items():
                 was = past.get(key, torch.zeros_like(x))
-                gradient = [p.grad] if key in ("exp_avg", "grad_avg", "momentum_buffer") else []
-                far[key] = ulps(x, theirs.state[q][key], was, x - was, *gradient)
+                terms = [p.grad] if key in ("exp_avg", "grad_avg", "momentum_buffer") else []
+                terms += [before["params"][k]] if key == "ax" else []
+                far[key] = ulps(x, theirs.state[q][key], was, x - was, *terms)
             for key, x in far.items():
                 worst[key] = max(worst.get(key, 0.0), x.max().item())
         copy_to(theirs, ours)

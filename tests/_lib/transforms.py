@@ -1,5 +1,6 @@
 """The table of transformations: a row for each, beside optax."""
 
+import math
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -40,6 +41,83 @@ def params_ema(decay: float) -> optax.GradientTransformation:
         return updates, ParamsEmaState(ema)
 
     return optax.GradientTransformation(ParamsEmaState, update)
+
+
+class CountState(NamedTuple):
+    count: Any
+
+
+class ParamsAverageState(NamedTuple):
+    count: Any
+    average: Any
+
+
+class NadamState(NamedTuple):
+    count: Any
+    mu_product: Any
+    mu: Any
+    nu: Any
+
+
+def params_average(start: int) -> optax.GradientTransformation:
+    """A mean of updated parameters, written out."""
+
+    def update(updates: Any, state: ParamsAverageState, params: Any) -> tuple[Any, ParamsAverageState]:
+        count = state.count + 1
+        new, members = jax.tree.map(jnp.add, params, updates), max(1, int(count) - start + 1)
+        mean = jax.tree.map(lambda a, x: ((members - 1) * a + x) / members, state.average, new)
+        return updates, ParamsAverageState(count, mean)
+
+    return optax.GradientTransformation(lambda params: ParamsAverageState(jnp.int32(0), params), update)
+
+
+def asgd(rate: float, lambd: float, alpha: float) -> optax.GradientTransformation:
+    """A step of torch's ASGD, written out."""
+
+    def update(updates: Any, state: CountState, params: Any) -> tuple[Any, CountState]:
+        eta = rate / (1 + lambd * rate * float(state.count)) ** alpha
+        return jax.tree.map(lambda g, p: p * (1 - lambd * eta) - eta * g - p, updates, params), CountState(
+            state.count + 1
+        )
+
+    return optax.GradientTransformation(lambda params: CountState(jnp.int32(0)), update)
+
+
+def nadam(b1: float, b2: float, eps: float, eps_root: float, decay: float) -> optax.GradientTransformation:
+    """NAdam with a schedule of the momentum, which optax has no transformation for, written out."""
+
+    def momentum(t: int) -> float:
+        return float(b1 * (1 - 0.96 ** (t * decay) / 2))
+
+    def init(params: Any) -> NadamState:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return NadamState(jnp.int32(0), jax.tree.map(lambda p: jnp.float64(1.0), params), zeros, zeros)
+
+    def update(updates: Any, state: NadamState, params: Any) -> tuple[Any, NadamState]:
+        t = int(state.count) + 1
+        product = math.prod(momentum(k) for k in range(1, t + 1))
+        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
+        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g**2, state.nu, updates)
+        ahead = jax.tree.map(
+            lambda m, g: momentum(t + 1) * m / (1 - product * momentum(t + 1)) + (1 - momentum(t)) * g / (1 - product),
+            mu,
+            updates,
+        )
+        new = jax.tree.map(lambda a, v: a / (jnp.sqrt(v / (1 - b2**t) + eps_root) + eps), ahead, nu)
+        return new, NadamState(jnp.int32(t), jax.tree.map(lambda p: jnp.float64(product), updates), mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def rprop(*args: float) -> optax.GradientTransformation:
+    """optax's Rprop without its delay: it keeps the update of a step for the next one, and returns the one before."""
+    delayed = optax.scale_by_rprop(*args)
+
+    def update(updates: Any, state: Any, params: Any) -> Any:
+        _, state = delayed.update(updates, state, params)
+        return state.prev_updates, state
+
+    return optax.GradientTransformation(delayed.init, update)
 
 
 MASK = {"layers": [True, (False,)], "scale": False}
@@ -139,6 +217,23 @@ CASES = [
         )
         for m in ("hard", "smooth", "refined")
     ),
+    Case("scale_by_adamax", fo.scale_by_adamax(), optax.scale_by_adamax(), "with_zeros"),
+    # the length of the second moment is a difference, of 1999 and nearly as much for b2 = 0.999, and of 19 for 0.9
+    *(
+        Case(
+            f"scale_by_radam-nesterov={n}-threshold={t}",
+            fo.scale_by_radam(b2=0.9, eps_root=e, threshold=t, nesterov=n),
+            optax.scale_by_radam(b2=0.9, eps_root=e, threshold=t, nesterov=n),
+        )
+        for n, t, e in ((False, 5.0, 0.0), (True, 11.5, 1e-3))
+    ),
+    # a second moment that is never of as many as 4 updates
+    Case("scale_by_radam-momentum", fo.scale_by_radam(0.5, 0.6), optax.scale_by_radam(0.5, 0.6)),
+    Case("scale_by_nadam", fo.scale_by_nadam(), nadam(0.9, 0.999, 1e-8, 0.0, 4e-3)),
+    Case("scale_by_rss", fo.scale_by_rss(0.0), optax.scale_by_rss(0.0), "with_zeros"),
+    Case("scale_by_adadelta", fo.scale_by_adadelta(), optax.scale_by_adadelta(), "with_zeros"),
+    Case("scale_by_rprop", fo.scale_by_rprop(0.1), rprop(0.1), "with_zeros"),
+    Case("scale_by_asgd", fo.scale_by_asgd(0.1, 0.5, 0.6), asgd(0.1, 0.5, 0.6)),
     Case("scale_by_lion-decays", fo.scale_by_lion(0.5, 0.75), optax.scale_by_lion(0.5, 0.75)),
     Case(
         "scale_by_lion-mu_dtype",
@@ -185,5 +280,6 @@ CASES = [
     Case("zero_nans", fo.zero_nans(), optax.zero_nans(), "with_nans"),
     Case("zero_nans-none_found", fo.zero_nans(), optax.zero_nans()),
     Case("params_ema", fo.params_ema(0.9), params_ema(0.9)),
+    Case("params_average", fo.params_average(8), params_average(8)),
 ]
 IDS = [case.id for case in CASES]

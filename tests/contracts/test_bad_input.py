@@ -553,6 +553,33 @@ RANGES: dict[str, tuple[Callable[[], Any], str]] = {
 }
 
 
+def outside(name: str, hyper: str, value: float, interval: str, **others: Any) -> dict[str, Any]:
+    """A row: a transformation with a number outside of its interval."""
+    message = f"`{hyper}` of {name} must be in {re.escape(interval)}, got {re.escape(str(value))}"
+    return {f"{hyper} of {name}": (lambda: getattr(fo, name)(**{hyper: value}, **others), message)}
+
+
+for _name in ("scale_by_adamax", "scale_by_nadam", "scale_by_radam"):
+    RANGES |= outside(_name, "b1", 1.0, "[0, 1)") | outside(_name, "b2", -0.1, "[0, 1)")
+    RANGES |= outside(_name, "eps", -1.0, "[0, inf)")
+for _name in ("scale_by_nadam", "scale_by_radam"):
+    RANGES |= outside(_name, "eps_root", -1.0, "[0, inf)")
+RANGES |= outside("scale_by_nadam", "momentum_decay", -1.0, "[0, inf)")
+RANGES |= outside("scale_by_radam", "threshold", 3.9, "[4, inf)")
+RANGES |= outside("scale_by_rss", "initial_accumulator_value", -1.0, "[0, inf)")
+RANGES |= outside("scale_by_rss", "eps", -1.0, "[0, inf)")
+RANGES |= outside("scale_by_adadelta", "rho", 1.1, "[0, 1]") | outside("scale_by_adadelta", "eps", -1.0, "[0, inf)")
+RANGES |= outside("scale_by_asgd", "lambd", -1.0, "[0, inf)", learning_rate=0.1)
+RANGES |= outside("scale_by_rprop", "learning_rate", -1.0, "[0, inf)")
+for _hyper, _value, _interval in (
+    ("eta_minus", 1.0, "(0, 1)"),
+    ("eta_plus", 1.0, "(1, inf)"),
+    ("min_step_size", -1.0, "[0, inf)"),
+    ("max_step_size", 0.0, "(0, inf)"),
+):
+    RANGES |= outside("scale_by_rprop", _hyper, _value, _interval, learning_rate=0.1)
+
+
 @pytest.mark.parametrize("name", RANGES)
 def test_hyper_parameters_out_of_range(name: str) -> None:
     make, message = RANGES[name]
@@ -574,6 +601,10 @@ KINDS: dict[str, tuple[Callable[[], Any], str]] = {
     "text": (lambda: fo.scale("0.1"), r"scale\b.*'0\.1'"),
     "text for b1": (lambda: fo.scale_by_adam(b1="0.9"), r"scale_by_adam\b.*'0\.9'"),
     "None": (lambda: fo.scale(None), r"scale\b.*None"),
+    "a schedule for a first value": (
+        lambda: fo.rprop(fo.linear_schedule(0.1, 0.0, 9)),
+        r"`learning_rate` of scale_by_rprop is where its state starts, so it must be a number, got the function",
+    ),
     "a dict": (lambda: fo.adam({"lr": 0.1}), r"scale_by_learning_rate\b.*\{'lr': 0\.1\}"),
     "a complex number": (lambda: fo.scale(1j), r"scale\b.*1j"),
 }

@@ -11,6 +11,7 @@ import torch
 import functional_optim as fo
 from _lib.chains import CHAINS, Halve, is_matrix
 from _lib.compare import Snapshot
+from _lib.optimizers import OURS, fitting
 from _lib.training import train
 from _lib.trees import leaves, make_tree, mixed_tree
 from functional_optim.adapters import SGD, Adam, AdamW, TransformOptimizer
@@ -84,10 +85,30 @@ COUNTS: dict[str, tuple[Any, torch.dtype, tuple[int, int, int, int]]] = {
     "adam in half": (fo.adam(0.1), B, (1, 1, 8, 6)),
     "adam with half a moment": (fo.adam(0.1, mu_dtype=B), F, (1, 1, 14, 10)),
     "adamw and average": (fo.chain(fo.adamw(0.1), fo.params_ema(0.9)), F, (1, 1, 20, 16)),
+    "adamax": (fo.adamax(0.1), F, (1, 1, 16, 12)),
+    "nadam": (fo.nadam(0.1, momentum_decay=4e-3), F, (1, 1, 16, 12)),
+    "radam": (fo.radam(0.1), F, (1, 1, 16, 12)),
+    "adadelta": (fo.adadelta(), F, (1, 1, 16, 12)),
+    "adagrad": (fo.adagrad(0.1), F, (1, 1, 12, 8)),
+    "rprop": (fo.rprop(0.1), F, (1, 1, 16, 12)),
+    "asgd": (fo.asgd(0.1), F, (1, 1, 12, 8)),
     "clip and adamw": (fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(0.1)), F, (2, 2, 20, 12)),  # u, and all of adamw
     "clip, adamw and average": (RECIPE, F, (2, 2, 24, 16)),
     "empty": (fo.identity(), F, (1, 1, 8, 4)),
 }
+
+
+# numbers of a parameter's size in the state of a drop-in class; each is read and written once, as is the parameter
+SLOTS = {"NAdam": 2, "RAdam": 2, "Adamax": 2, "Adagrad": 1, "Adadelta": 2, "ASGD": 1, "Rprop": 2}
+
+
+@pytest.mark.parametrize("name", SLOTS)
+@pytest.mark.parametrize("more", [{}, {"weight_decay": 0.1, "maximize": True}], ids=str)
+def test_drop_in_classes_move_every_number_once(name: str, more: dict[str, Any]) -> None:
+    params = [torch.nn.Parameter(torch.zeros(50, 50))]
+    e = fo.explain(OURS[name](params, **fitting(name, **more)))
+    assert (e.passes, e.launches) == (1, 1)
+    assert (e.bytes_read, e.bytes_written) == (4 * (2 + SLOTS[name]), 4 * (1 + SLOTS[name]))
 
 
 @pytest.mark.parametrize("name", COUNTS)

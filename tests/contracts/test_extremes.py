@@ -302,6 +302,26 @@ def test_centered_rmsprop_has_the_bits_of_torch_where_torch_has_a_number() -> No
     assert not number.all()  # torch has NaN by now
 
 
+@backends
+@pytest.mark.parametrize("eps_in_sqrt", [True, False])
+def test_adagrad_without_eps_stands_still_until_there_is_a_gradient(eps_in_sqrt: bool, backend: str) -> None:
+    tx = fo.chain(fo.scale_by_rss(0.0, 0.0, eps_in_sqrt), fo.scale(-1.0))
+    params = torch.zeros(2)
+    state = tx.init(params)
+    for g in ([0.0, 0.0], [0.0, 3.0]):
+        with use(backend):
+            params, state = fo.apply_gradients(tx, params, torch.tensor(g), state)
+    assert params.tolist() == [0.0, -1.0]
+
+
+def test_rprop_sees_the_sign_of_a_product_that_vanishes() -> None:
+    tx, params = fo.rprop(1.0), torch.zeros(2)
+    state = tx.init(params)
+    for g in (1e-30, 1e-30):
+        params, state = fo.apply_gradients(tx, params, torch.tensor([g, -g]), state)
+    torch.testing.assert_close(params, torch.tensor([-2.2, 2.2]), rtol=2.0**-22, atol=0)
+
+
 def test_a_range_that_depends_on_a_switch_is_the_wider_one_without_it() -> None:
     for tx in (fo.ema(1.0, debias=False), fo.scale_by_rms(decay=1.0), fo.scale_by_stddev(decay=1.0)):
         assert tx.bound.values["decay"] == 1.0
@@ -324,6 +344,10 @@ SQUARES = {
     "rmsprop": fo.rmsprop(1e-3),
     "centered rmsprop": fo.rmsprop(1e-3, centered=True),
     "lamb": fo.lamb(1e-3),
+    "nadam": fo.nadam(1e-3, momentum_decay=4e-3),
+    "radam": fo.radam(1e-3),
+    "adagrad": fo.adagrad(1e-3, 0.0),
+    "adadelta": fo.adadelta(1.0, eps=1e-6),
 }
 
 
@@ -426,6 +450,10 @@ AT_ZERO = {
     "scale_by_rms": (fo.scale_by_rms(eps=0.5, eps_in_sqrt=False), 2.0),
     "scale_by_rms in root": (fo.scale_by_rms(eps=0.25), 2.0),
     "scale_by_stddev": (fo.scale_by_stddev(eps=0.5, eps_in_sqrt=False), 2.0),
+    "scale_by_rss": (fo.scale_by_rss(0.0, eps=0.25), 2.0),
+    "scale_by_adamax": (fo.scale_by_adamax(eps=0.5), 2.0),
+    "scale_by_adadelta": (fo.scale_by_adadelta(eps=0.5), 1.0),
+    "scale_by_radam": (fo.scale_by_radam(), 1.0),
 }
 
 

@@ -1,6 +1,7 @@
 """Every optimizer against optax and, where conventions agree, against torch.optim."""
 
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from _lib.records import (
     stack,
     use,
 )
+from _lib.transforms import asgd, params_average, rprop
 from _lib.trees import Tree, clone
 
 
@@ -90,6 +92,25 @@ CASES = [
     both("rmsprop", 1e-2, 0.5, 1e-3, eps_in_sqrt=False, bias_correction=True, id="arguments"),
     # the momentum comes after the learning rate, so that a schedule acts on what enters it
     both("rmsprop", LEARNING_RATE, momentum=0.9, id="schedule"),
+    both("adamax", 1e-2),
+    both("adamax", LEARNING_RATE, 0.5, 0.75, 1e-3, id="arguments"),
+    both("adamaxw", 1e-2, weight_decay=0.1, mask=MASK),
+    both("adamaxw", LEARNING_RATE, 0.5, 0.75, 1e-3, DECAY, id="schedules"),
+    both("radam", 1e-2),
+    both("radam", LEARNING_RATE, 0.5, 0.9, 1e-3, 1e-4, 6.0, nesterov=True, id="arguments"),
+    both("adagrad", 0.1),
+    both("adagrad", LEARNING_RATE, 0.0, 1e-3, id="arguments"),
+    both("adadelta", 0.1),
+    both("adadelta", LEARNING_RATE, 0.5, 1e-3, DECAY, MASK, id="arguments"),
+    # optax returns the identity for no learning rate, and so climbs
+    Case("adadelta-none", fo.adadelta(), optax.chain(optax.adadelta(None), optax.scale(-1.0))),
+    Case("rprop", fo.rprop(0.1), optax.chain(rprop(0.1), optax.scale(-1.0))),
+    Case(
+        "rprop-arguments",
+        fo.rprop(0.1, 0.3, 1.7, 0.05, 0.4),
+        optax.chain(rprop(0.1, 0.3, 1.7, 0.05, 0.4), optax.scale(-1.0)),
+    ),
+    Case("asgd", fo.asgd(0.1, 0.5, 0.6, t0=6), optax.chain(asgd(0.1, 0.5, 0.6), params_average(8))),
     both("lion", 1e-3),
     both("lion", 1e-3, 0.5, 0.75, None, 0.1, MASK, id="arguments"),
     both("lion", LEARNING_RATE, weight_decay=DECAY, id="schedules"),
@@ -120,6 +141,23 @@ TORCH_CASES = [
         lambda ps: torch.optim.Adam(ps, 1e-2, (0.5, 0.75), 1e-3, weight_decay=0.1),
     ),
     Case("adamw", fo.adamw(1e-2, weight_decay=0.1), lambda ps: torch.optim.AdamW(ps, 1e-2, weight_decay=0.1)),
+    Case("nadam", fo.nadam(1e-2, momentum_decay=4e-3), lambda ps: torch.optim.NAdam(ps, 1e-2)),
+    Case(
+        "nadamw",
+        fo.nadamw(1e-2, 0.5, 0.75, 1e-3, weight_decay=0.1, momentum_decay=0.5),
+        lambda ps: torch.optim.NAdam(ps, 1e-2, (0.5, 0.75), 1e-3, 0.1, 0.5, decoupled_weight_decay=True),
+    ),
+    # with an eps, torch has it beside a second moment that is not corrected
+    Case("radam", fo.radam(1e-2, eps=0.0), lambda ps: torch.optim.RAdam(ps, 1e-2, eps=0.0)),
+    Case("adamax", fo.adamax(1e-2), lambda ps: torch.optim.Adamax(ps, 1e-2)),
+    Case(
+        "adagrad",
+        fo.adagrad(0.1, 0.0, 1e-10, eps_in_sqrt=False),
+        lambda ps: torch.optim.Adagrad(ps, 0.1),
+    ),
+    Case("adadelta", fo.adadelta(weight_decay=0.1), lambda ps: torch.optim.Adadelta(ps, weight_decay=0.1)),
+    Case("rprop", fo.rprop(0.1), lambda ps: torch.optim.Rprop(ps, 0.1)),
+    Case("asgd", fo.asgd(0.1, 0.5), lambda ps: torch.optim.ASGD(ps, 0.1, 0.5)),
     Case(
         "rmsprop",
         fo.rmsprop(1e-2, 0.9, eps_in_sqrt=False),
@@ -161,6 +199,15 @@ def optax_params(row: int) -> Tree:
     return run_optax_params(CASES[row].theirs)
 
 
+@pytest.fixture
+def double_numbers() -> Iterator[None]:
+    """torch keeps the products and rates of NAdam and ASGD in the default dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
 @functools.cache
 def torch_params(row: int) -> Tree:
     params, records = normal(1000), []
@@ -193,6 +240,7 @@ def test_parameters_are_those_of_optax(row: int, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", QUICK)
+@pytest.mark.usefixtures("double_numbers")
 @named(TORCH_CASES)
 def test_parameters_are_those_of_torch(row: int, backend: str) -> None:
     actual = run_params(TORCH_CASES[row].ours, backend)

@@ -58,6 +58,8 @@ MAKERS: dict[str, Make] = {
     "AdamW with a tensor lr": lambda m: adapters.AdamW(m.parameters(), lr=torch.tensor(0.05, dtype=torch.float64)),
     "AdamW that unscales": lambda m: adapters.AdamW(m.parameters(), lr=0.05, fused=True),
     "RMSprop": lambda m: adapters.RMSprop(m.parameters(), lr=0.05, momentum=0.9, centered=True),
+    "Adagrad": lambda m: adapters.Adagrad(m.parameters(), lr=0.05),
+    "ASGD": lambda m: adapters.ASGD(m.parameters(), lr=0.05, lambd=0.1, t0=2),
     "Lion": lambda m: adapters.Lion(m.parameters(), lr=0.01, weight_decay=0.1),
     "LAMB": lambda m: adapters.LAMB(m.parameters(), lr=0.01, weight_decay=0.1),
     "a schedule": chain(fo.sgd(fo.linear_schedule(1.0, 0.0, 4))),

@@ -23,6 +23,7 @@ The ecosystem
 """
 
 import copy
+import functools
 import inspect
 import pickle
 import warnings
@@ -38,7 +39,19 @@ from torch.optim.swa_utils import AveragedModel
 import functional_optim as fo
 from _lib.chains import is_matrix
 from _lib.compare import Snapshot, assert_same_bits
-from _lib.optimizers import OURS, SHAPES, content, give, gradients, make_params, params_of, train, twins
+from _lib.optimizers import (
+    NUMBERS,
+    OURS,
+    SHAPES,
+    content,
+    fitting,
+    give,
+    gradients,
+    make_params,
+    params_of,
+    train,
+    twins,
+)
 from functional_optim import adapters
 from functional_optim.adapters import LAMB, SGD, AdamW, ChainOptimizer, Lion, TransformOptimizer
 
@@ -124,12 +137,13 @@ def test_a_chain_with_no_learning_rate_and_zero_gradients_changes_no_parameter(c
     assert_same_bits([p.detach() for p in params], before)
 
 
-@pytest.mark.parametrize("name", ["AdamW", "SGD", "RMSprop"])
+@pytest.mark.parametrize("name", OURS)
 def test_a_warmup_that_begins_with_zeros_is_that_of_torch(name: str) -> None:
     """A first step at a learning rate of 0, with gradients of zeros, counts like any other."""
     options: dict[str, Any] = {"momentum": 0.9} if name == "SGD" else {}
-    ours = getattr(adapters, name)(make_params(), lr=0.0, weight_decay=0.1, **options)
-    theirs = getattr(torch.optim, name)(make_params(), lr=0.0, weight_decay=0.1, **options)
+    options |= fitting(name, lr=0.0, weight_decay=0.1)
+    ours = getattr(adapters, name)(make_params(), **options)
+    theirs = getattr(torch.optim, name)(make_params(), **options)
     for step in range(STEPS):
         for opt in (ours, theirs):
             params = params_of(opt)
@@ -343,7 +357,7 @@ def test_layouts_are_kept_and_make_no_difference(name: str, layout: str, other_g
 
     assert_same_bits(content(opt), content(plain))
     for key, x in opt.state[p].items():
-        assert key == "step" or x.stride() == torch.zeros_like(p).stride()
+        assert key in NUMBERS or x.stride() == torch.zeros_like(p).stride()
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -371,6 +385,7 @@ def test_complex_parameters_are_pairs_of_real_ones(name: str, kwargs: dict[str, 
     z = torch.nn.Parameter(torch.randn(8, 2, generator=generator, dtype=torch.complex128))
     x = torch.nn.Parameter(torch.view_as_real(z.detach()).clone())
     real = make_params(shapes=SHAPES[:1])
+    kwargs = fitting(name, **kwargs)
     opt, pairs = OURS[name]([z, *real], lr=0.01, **kwargs), OURS[name]([x, *twins(real)], lr=0.01, **kwargs)
     for step in range(5):
         g = torch.randn(8, 2, generator=generator, dtype=torch.complex128)
@@ -383,7 +398,7 @@ def test_complex_parameters_are_pairs_of_real_ones(name: str, kwargs: dict[str, 
     assert_same_bits(torch.view_as_real(z.detach()), x.detach())
     for key, value in opt.state[z].items():
         assert_same_bits(torch.view_as_real(value) if value.is_complex() else value, pairs.state[x][key])
-        assert value.is_complex() == (key != "step")
+        assert value.is_complex() == (key not in NUMBERS)
 
 
 def test_parameters_on_meta_are_refused_at_the_step() -> None:
@@ -464,6 +479,8 @@ def test_an_optimizer_goes_to_another_process_and_steps_there() -> None:
 
 # --- gradients through a step
 
+LATER = ("NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "ASGD", "Rprop")
+
 
 @pytest.mark.parametrize(
     "make",
@@ -472,10 +489,11 @@ def test_an_optimizer_goes_to_another_process_and_steps_there() -> None:
         lambda p: OURS["Adam"](p, lr=0.1, weight_decay=0.1, amsgrad=True, differentiable=True),
         lambda p: AdamW(p, lr=0.1, differentiable=True),
         lambda p: OURS["RMSprop"](p, lr=0.1, momentum=0.9, centered=True, differentiable=True),
+        *(functools.partial(OURS[name], lr=0.1, differentiable=True) for name in LATER),
         lambda p: Lion(p, lr=0.1, weight_decay=0.1, differentiable=True),
         lambda p: TransformOptimizer(p, fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(0.1)), differentiable=True),
     ],
-    ids=["SGD", "Adam", "AdamW", "RMSprop", "Lion", "chain"],
+    ids=["SGD", "Adam", "AdamW", "RMSprop", *LATER, "Lion", "chain"],
 )
 def test_a_recorded_step_has_the_derivative_of_finite_differences(make: Any) -> None:
     generator = torch.Generator().manual_seed(0)

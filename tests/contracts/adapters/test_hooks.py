@@ -108,12 +108,15 @@ def test_a_pre_hook_that_returns_something_else_is_refused(opt: torch.optim.Opti
 
 
 def test_a_pre_hook_changes_options_and_gradients_of_its_step(opt: torch.optim.Optimizer) -> None:
-    """What a hook sets is what the step obeys."""
+    """What a hook sets is what the step obeys. The learning rates of ASGD and Rprop are in their states."""
     before = content(opt)["params"]
 
     def hook(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         for group in optimizer.param_groups:
-            group["lr"] = 0.0
+            group.update({"lr": 0.0, **({"step_sizes": (0.0, 0.0)} if "step_sizes" in group else {})})
+        for state in optimizer.state.values():
+            if "eta" in state:
+                state["eta"].zero_()
 
     handle = opt.register_step_pre_hook(hook)
     opt.step()

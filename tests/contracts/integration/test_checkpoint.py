@@ -42,6 +42,10 @@ OPTIMIZERS: dict[str, Make] = {
     "AdamW with a tensor lr": lambda m: adapters.AdamW(m.parameters(), lr=torch.tensor(0.05, dtype=torch.float64)),
     "AdamW with names": lambda m: adapters.AdamW(m.named_parameters(), lr=0.05),
     "RMSprop": lambda m: adapters.RMSprop(m.parameters(), lr=0.05, momentum=0.9, centered=True),
+    "NAdam": lambda m: adapters.NAdam(m.parameters(), lr=0.05),
+    "Adagrad": lambda m: adapters.Adagrad(m.parameters(), lr=0.05),
+    "ASGD": lambda m: adapters.ASGD(m.parameters(), lr=0.05, lambd=0.1, t0=2),
+    "Rprop": lambda m: adapters.Rprop(m.parameters(), lr=0.05),
     "Lion": lambda m: adapters.Lion(m.parameters(), lr=0.01),
     "LAMB": lambda m: adapters.LAMB(m.parameters(), lr=0.01),
     "chain": with_chain(fo.adamw(0.05)),
@@ -52,8 +56,8 @@ OPTIMIZERS: dict[str, Make] = {
 }
 NAME = pytest.mark.parametrize("name", OPTIMIZERS)
 # Reading the state of an optimizer that has none makes the library take a step of zero gradients and zero learning
-# rate, which counts where steps are counted. Training from there is what it is for torch's own classes.
-UNCOUNTED = ["SGD", "SGD with momentum", "Lion"]
+# rate, which counts in torch's own classes, and which ASGD and Rprop of torch take their learning rates from.
+FRESH = ["SGD", "SGD with momentum", "Lion", "NAdam", "Adagrad", "ASGD", "Rprop"]
 
 
 def train(name: str, batches: Sequence[Any]) -> tuple[torch.nn.Module, Any]:
@@ -99,9 +103,9 @@ def test_reading_a_fresh_optimizer_leaves_parameters_alone(name: str, layout: st
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", UNCOUNTED)
+@pytest.mark.parametrize("name", FRESH)
 def test_training_after_a_fresh_optimizer_was_read(name: str) -> None:
-    """Nothing of the step of zeros is left where no steps are counted."""
+    """Nothing of the step of zeros is left."""
     batches = make_batches(3)
     expected, _ = train(name, batches)
     model = make_model()

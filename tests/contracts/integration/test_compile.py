@@ -45,6 +45,7 @@ OPTIMIZERS: dict[str, Callable[[Any, Any], Any]] = {
     "SGD": lambda p, lr: adapters.SGD(p, lr=lr),
     "SGD with dampened momentum": lambda p, lr: adapters.SGD(p, lr=lr, momentum=0.9, dampening=0.5),
     "AdamW": lambda p, lr: adapters.AdamW(p, lr=lr, weight_decay=0.1),
+    "ASGD": lambda p, lr: adapters.ASGD(p, lr=lr, lambd=0.1, t0=2),
     "LAMB": lambda p, lr: adapters.LAMB(p, lr=lr),
     "chain": chain,
     "schedule": schedule,

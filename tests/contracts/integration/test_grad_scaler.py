@@ -31,6 +31,7 @@ OPTIMIZERS: dict[str, Make] = {
     ),
     "Adam": lambda p, fused: adapters.Adam(p, lr=0.1, amsgrad=True, fused=fused),
     "AdamW": lambda p, fused: adapters.AdamW(p, lr=0.1, fused=fused),
+    "Adagrad": lambda p, fused: adapters.Adagrad(p, lr=0.1, lr_decay=0.1, fused=fused),
     "Lion": lambda p, fused: adapters.Lion(p, lr=0.1, weight_decay=0.1, fused=fused),
     "LAMB": lambda p, fused: adapters.LAMB(p, lr=0.1, fused=fused),
     "chain": chain,
