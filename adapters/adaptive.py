@@ -3,18 +3,22 @@
 They are made as those of `classes` are. None of torch's but Adagrad has a fused kernel, with whose bits ours agrees.
 """
 
+from typing import Any
+
 import torch
 
 import functional_optim as fo
 from functional_optim._compiler.rule import Option
+from functional_optim._params import Template
 from functional_optim._transforms.adadelta import adadelta_ratio
-from functional_optim._transforms.adagrad import adagrad_step
+from functional_optim._transforms.adagrad import adagrad_step, sparse_adagrad_step
 from functional_optim._transforms.adamax import adamax_step
 from functional_optim._transforms.nadam import nadam_step
 from functional_optim._transforms.radam import radam_step
 from functional_optim._transforms.scaling import descend
 
-from ._named import B1, B2, EPS, LR, PlainClass, nonzero
+from ._named import B1, B2, EPS, LR, PlainClass, before
+from ._naming import template
 
 
 class Adadelta(PlainClass, torch.optim.Adadelta):  # type: ignore[misc]
@@ -37,7 +41,7 @@ class Adadelta(PlainClass, torch.optim.Adadelta):  # type: ignore[misc]
 class Adagrad(PlainClass, torch.optim.Adagrad):  # type: ignore[misc]
     """`torch.optim.Adagrad` from a chain; arguments, defaults and state are the same.
 
-    The state is there from the start, as in torch. Sparse gradients are made dense.
+    The state is there from the start, as in torch. A sparse gradient changes the rows that it touches.
 
     Example:
       >>> import torch
@@ -49,16 +53,18 @@ class Adagrad(PlainClass, torch.optim.Adagrad):  # type: ignore[misc]
       (0.75, ['step', 'sum'])
     """
 
-    def _steps(self) -> list[fo.GradientTransformation]:
+    def _arguments(self) -> tuple[Any, ...]:
         # the first value is the optimizer's, whatever a group says, as in torch
-        return [adagrad_step(LR, Option("lr_decay"), self.defaults["initial_accumulator_value"], EPS)]
+        return LR, Option("lr_decay"), self.defaults["initial_accumulator_value"], EPS
 
-    def _dense(self, grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        decays = [nonzero(group["weight_decay"]) for group in self.param_groups for _ in group["params"]]
-        sparse = [g is not None and g.layout is not torch.strided for g in grads]
-        if any(a and b for a, b in zip(decays, sparse, strict=True)):
+    def _steps(self) -> list[fo.GradientTransformation]:
+        return [adagrad_step(*self._arguments())]
+
+    def _row_template(self, switches: tuple[Any, ...]) -> Template | None:
+        maximize, l2, *_ = switches
+        if l2:
             raise RuntimeError("weight_decay option is not compatible with sparse gradients")
-        return [g.to_dense() if g is not None and own else g for g, own in zip(grads, sparse, strict=True)]
+        return template(fo.chain(*before(maximize, False), sparse_adagrad_step(*self._arguments())), self.SLOTS)
 
 
 class Adamax(PlainClass, torch.optim.Adamax):  # type: ignore[misc]

@@ -118,7 +118,7 @@ class ChainOptimizer(Optimizer):
         """
         raise RuntimeError(
             f"{type(self).__name__} does not support sparse gradients; make them dense (`nn.Embedding(..., "
-            f"sparse=False)`), or use `SGD` or `SparseAdam` of functional_optim.adapters"
+            f"sparse=False)`), or use `SGD`, `Adagrad` or `SparseAdam` of functional_optim.adapters"
         )
 
     def _counter_dtype(self) -> torch.dtype | None:

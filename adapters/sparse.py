@@ -11,11 +11,11 @@ from functional_optim._runtime.internals import in_checkpoint
 from functional_optim._runtime.shard import is_dtensor
 from functional_optim._transforms.adam import sparse_adam_step
 
+from ._named import B1, B2, EPS, LR, NamedClass, before
 from ._naming import template
-from .classes import B1, B2, EPS, LR, _before, _NamedClass
 
 
-class SparseAdam(_NamedClass, torch.optim.SparseAdam):
+class SparseAdam(NamedClass, torch.optim.SparseAdam):
     """`torch.optim.SparseAdam` from a chain; arguments, defaults and state are the same.
 
     Gradients must be sparse. A step changes the rows of a parameter, and of its moments, that its gradient touches, and
@@ -38,7 +38,7 @@ class SparseAdam(_NamedClass, torch.optim.SparseAdam):
         return (bool(group.get("maximize")),)
 
     def _template(self, switches: tuple[Any, ...]) -> Template:
-        return template(fo.chain(*_before(switches[0], False), sparse_adam_step(LR, B1, B2, EPS)), self.SLOTS)
+        return template(fo.chain(*before(switches[0], False), sparse_adam_step(LR, B1, B2, EPS)), self.SLOTS)
 
     def _row_template(self, switches: tuple[Any, ...]) -> Template | None:
         return self._template(switches)

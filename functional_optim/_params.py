@@ -377,7 +377,7 @@ class ParamStep:
 
     def counter_of(self, x: Any, i: int) -> torch.Tensor:
         """A copy of a counter, on which a program can count."""
-        return (x if _is_counter(x) else self._counter(x, i)).clone()
+        return (x if _is_counter(x, self.devices[i]) else self._counter(x, i)).clone()
 
     def _counter(self, x: Any, i: int) -> torch.Tensor:
         """A counter that somebody has put there, as this step keeps it."""

@@ -33,7 +33,7 @@ def check_leaf(name: str, path: str, x: Any) -> torch.Tensor:
         if name == "updates":
             hint += (
                 ", or a model that makes no sparse gradients (`nn.Embedding(..., sparse=False)`), or step with "
-                "`SGD` or `SparseAdam` of functional_optim.adapters, which change only its rows"
+                "`SGD`, `Adagrad` or `SparseAdam` of functional_optim.adapters, which change only its rows"
             )
         raise TypeError(f"{name}{at(path)} is sparse ({x.layout}), expected a dense tensor; {hint}.")
     if not x.dtype.is_floating_point or x.dtype.itemsize < 2:

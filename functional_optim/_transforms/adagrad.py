@@ -47,6 +47,11 @@ def scale_by_rss(
     return over_root(u, divisor, eps, eps_in_sqrt), sum_of_squares
 
 
+def _decayed(learning_rate: Scalar, lr_decay: Scalar, step: Scalar) -> Leaf:
+    r"""torch's decay of the learning rate, $\eta / (1 + (t - 1)\, \eta_d)$."""
+    return learning_rate / (1 + (step - 1) * lr_decay)
+
+
 @elementwise(state={"sum": slot("initial_accumulator_value")})
 def adagrad_step(
     u: Leaf,
@@ -78,6 +83,41 @@ def adagrad_step(
 
     Source: Duchi et al. 2011, "Adaptive Subgradient Methods for Online Learning and Stochastic Optimization".
     """
-    rate = learning_rate / (1 + (step - 1) * lr_decay)
     sum = torch.addcmul(sum, u, u)
-    return over_root(-rate * u, sum, eps, eps_in_sqrt=False), sum
+    return over_root(-_decayed(learning_rate, lr_decay, step) * u, sum, eps, eps_in_sqrt=False), sum
+
+
+@elementwise(state={"sum": slot("initial_accumulator_value")})
+def sparse_adagrad_step(
+    u: Leaf,
+    p: Leaf,
+    sum: Leaf,
+    *,
+    step: Scalar,
+    learning_rate: Scalar,
+    lr_decay: Scalar = 0.0,
+    initial_accumulator_value: float = 0.0,
+    eps: Scalar = 1e-10,
+) -> tuple[Leaf, Leaf]:
+    r"""The same step of Adagrad, rounded as torch rounds it for sparse gradients: quotients first, then the rate.
+
+    Args:
+      learning_rate: $\eta$.
+      lr_decay: $\eta_d$.
+      initial_accumulator_value: $s_0$.
+      eps: $\epsilon$.
+
+    Returns:
+      The transformation; its update is the difference of the parameters.
+
+    Example:
+      >>> tx = sparse_adagrad_step(0.1)
+      >>> params = torch.zeros(1)
+      >>> tx.update(torch.ones(1), tx.init(params), params)[0]
+      tensor([-0.1000])
+
+    Source: Duchi et al. 2011, "Adaptive Subgradient Methods for Online Learning and Stochastic Optimization".
+    """
+    sum = sum + u * u
+    quotient = over_root(u, sum, eps, eps_in_sqrt=False)
+    return torch.addcmul(p, quotient, -_decayed(learning_rate, lr_decay, step)) - p, sum

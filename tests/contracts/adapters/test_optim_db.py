@@ -289,7 +289,6 @@ DENSE: list[tuple[str, dict[str, Any]]] = [
     ("SGD", {}),
     ("SGD", {"momentum": 0.9}),
     ("SGD", {"momentum": 0.9, "nesterov": True}),
-    ("Adagrad", {"lr_decay": 0.1, "fused": True}),
 ]
 
 
@@ -307,14 +306,3 @@ def test_sparse_gradients_are_as_good_as_dense_ones(name: str, kwargs: dict[str,
         theirs.step()
 
     assert_same(ours, theirs)
-
-
-def test_sparse_gradients_and_a_decay_are_refused_by_adagrad_as_in_torch() -> None:
-    for classes in (THEIRS, OURS):
-        [p] = make_params(shapes=((4, 2),))
-        before = p.detach().clone()
-        opt = classes["Adagrad"]([p], weight_decay=0.1)
-        p.grad = torch.eye(4, 2, dtype=torch.float64).to_sparse()
-        with pytest.raises(RuntimeError, match="weight_decay option is not compatible with sparse gradients"):
-            opt.step()
-        torch.testing.assert_close(p.detach(), before, rtol=0, atol=0)

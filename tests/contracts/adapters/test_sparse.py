@@ -17,7 +17,7 @@ from _lib.compare import Snapshot, assert_same_bits, bits, ulps
 from _lib.marks import INTERPRETER
 from _lib.optimizers import assert_same, content, copy_to, params_of, twins
 from functional_optim import adapters
-from functional_optim.adapters import SGD, SparseAdam, TransformOptimizer, load_safetensors, save_safetensors
+from functional_optim.adapters import SGD, Adagrad, SparseAdam, TransformOptimizer, load_safetensors, save_safetensors
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant:UserWarning")  # torch's, of tensors that it makes
@@ -163,6 +163,29 @@ def follow(ours: Any, theirs: Any, layouts: Any, steps: range, after: Callable[[
     return worst
 
 
+ADAGRAD_CASES: dict[str, dict[str, Any]] = {
+    "": {},
+    "decay of the rate": {"lr": 0.1, "lr_decay": 0.3},
+    "a first value": {"lr": 0.1, "initial_accumulator_value": 0.5, "eps": 1e-3},
+    "maximize": {"lr": 0.1, "maximize": True},
+    "tensor lr": {"lr": torch.tensor(0.1, dtype=F64), "lr_decay": 0.3},
+}
+
+
+@pytest.mark.parametrize("layouts", [LAYOUTS, FLAT], ids=["rows", "elements"])
+@pytest.mark.parametrize("case", ADAGRAD_CASES)
+def test_adagrad_is_within_units_of_torch(case: str, layouts: Any) -> None:
+    """Sums of squares and counters have the same bits."""
+    ours, theirs = pair("Adagrad", layouts, **ADAGRAD_CASES[case])
+
+    assert follow(ours, theirs, layouts, range(STEPS)) <= UNITS
+
+
+def test_adagrad_in_single_precision() -> None:
+    ours, theirs = pair("Adagrad", LAYOUTS, F32, lr=0.1, lr_decay=0.3)
+    assert follow(ours, theirs, LAYOUTS, range(STEPS)) <= UNITS
+
+
 @pytest.mark.parametrize("layouts", [LAYOUTS, FLAT], ids=["rows", "elements"])
 @pytest.mark.parametrize("case", ADAM_CASES)
 def test_sparse_adam_is_within_units_of_torch(case: str, layouts: Any) -> None:
@@ -257,7 +280,7 @@ def test_complex_parameters_of_sgd() -> None:
         torch.testing.assert_close(p, q, rtol=4 * 2**-53, atol=4 * 2**-53)
 
 
-@pytest.mark.parametrize("cls", [SGD, SparseAdam])
+@pytest.mark.parametrize("cls", [SGD, Adagrad, SparseAdam])
 def test_a_number_may_have_a_sparse_gradient(cls: Any) -> None:
     p = torch.nn.Parameter(torch.tensor(1.0, dtype=F64))
     opt = cls([p], lr=0.1)
@@ -299,14 +322,14 @@ class Table(torch.nn.Module):
         return torch.nn.functional.cross_entropy(scores, words.sum(1) % 30)
 
 
-@pytest.mark.parametrize("name", ["SGD", "SparseAdam"])
+@pytest.mark.parametrize("name", ["SGD", "Adagrad", "SparseAdam"])
 def test_an_embedding_is_trained_as_by_torch(name: str) -> None:
     models, losses = (Table(), Table()), []
     unseen = models[0].words.weight.detach()[20:].clone()
     opts: list[list[Any]] = []
     for model, module in zip(models, (adapters, torch.optim), strict=True):
-        if name == "SGD":
-            opts.append([module.SGD(model.parameters(), lr=2.0)])
+        if name != "SparseAdam":
+            opts.append([getattr(module, name)(model.parameters(), lr={"SGD": 2.0, "Adagrad": 0.2}[name])])
         else:
             table, others = model.words.parameters(), model.out.parameters()
             opts.append([module.SparseAdam(table, lr=0.05), module.AdamW(others, lr=0.05)])
@@ -330,7 +353,7 @@ def test_an_embedding_is_trained_as_by_torch(name: str) -> None:
 
 # --- torch's own table
 
-NAMES = ("SGD", "SparseAdam")
+NAMES = ("SGD", "Adagrad", "SparseAdam")
 INFOS = {info.optim_cls.__name__: info for info in optim_db if info.optim_cls.__name__ in NAMES}
 
 
@@ -411,6 +434,7 @@ def test_errors_that_the_table_lacks_are_those_of_torch(kwargs: dict[str, Any]) 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], Callable[[torch.Tensor], torch.Tensor]]] = {
     "weight decay": ("SGD", {"weight_decay": 0.1}, lambda p: sparse_grad(p, 1, 0, touched=3)),
+    "weight decay of Adagrad": ("Adagrad", {"weight_decay": 0.1}, lambda p: sparse_grad(p, 1, 0, touched=3)),
     "a dense gradient": ("SparseAdam", {}, torch.ones_like),
     "a sparse gradient": ("Adam", {}, lambda p: sparse_grad(p, 1, 0, touched=3)),
     "another sparse gradient": ("RMSprop", {}, lambda p: sparse_grad(p, 1, 0, touched=3)),
@@ -527,7 +551,7 @@ def test_a_first_step_that_fails_leaves_no_state() -> None:
     assert not opt.state
 
 
-@pytest.mark.parametrize("cls", [SGD, SparseAdam])
+@pytest.mark.parametrize("cls", [SGD, Adagrad, SparseAdam])
 def test_parameters_of_one_memory_take_turns_as_in_torch(cls: Any) -> None:
     outcomes = []
     for own in (cls, getattr(torch.optim, cls.__name__)):
@@ -571,15 +595,16 @@ def test_parameters_that_overlap_are_refused(case: str) -> None:
 
 
 @pytest.mark.parametrize("halfway", [5, 0])
-def test_checkpoints_of_sparse_adam_go_both_ways(halfway: int) -> None:
+@pytest.mark.parametrize("name", ["SparseAdam", "Adagrad"])
+def test_checkpoints_go_both_ways(name: str, halfway: int) -> None:
     """In the middle of a run, and before the first step: the run goes on as if nothing had been."""
-    ours, theirs = pair("SparseAdam", LAYOUTS, lr=0.1)
+    ours, theirs = pair(name, LAYOUTS, lr=0.1)
     follow(ours, theirs, LAYOUTS, range(halfway))
     files = [io.BytesIO(), io.BytesIO()]
     for opt, file in zip((ours, theirs), files, strict=True):
         torch.save(opt.state_dict(), file)
         file.seek(0)
-    new = SparseAdam(twins(params_of(ours)), lr=1.0), torch.optim.SparseAdam(twins(params_of(ours)), lr=1.0)
+    new = [getattr(module, name)(twins(params_of(ours)), lr=1.0) for module in (adapters, torch.optim)]
     new[0].load_state_dict(torch.load(files[1]))
     new[1].load_state_dict(torch.load(files[0]))
 
@@ -641,7 +666,16 @@ def test_a_counter_of_a_file_becomes_an_integer(value: Any) -> None:
     assert (type(state["step"]), state["step"]) == (int, 4)
 
 
-@pytest.mark.parametrize("kwargs", [{"name": "SparseAdam"}, {"name": "SGD"}, {"name": "SGD", "fused": True}], ids=str)
+SCALED: tuple[dict[str, Any], ...] = (
+    {"name": "SparseAdam"},
+    {"name": "Adagrad"},
+    {"name": "Adagrad", "fused": True},
+    {"name": "SGD"},
+    {"name": "SGD", "fused": True},
+)
+
+
+@pytest.mark.parametrize("kwargs", SCALED, ids=str)
 def test_a_scaler_skips_steps_as_with_torch(kwargs: dict[str, Any]) -> None:
     """With `fused=True`, where torch refuses sparse gradients, our kernel does the scaler's work."""
     ours, _ = pair(layouts=ONE, lr=0.1, **kwargs)
