@@ -1,7 +1,7 @@
 """Averages in the place of parameters, for the length of a `with` block."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,6 @@ from torch import nn
 
 from functional_optim import _walk
 from functional_optim._runtime.shard import gathered_anew, local_tensor
-from functional_optim._transforms.averaging import AVERAGES
 
 
 if TYPE_CHECKING:
@@ -19,17 +18,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Swapped:
-    """A parameter that holds its average.
+    """A parameter or a buffer that may hold its average.
 
     Args:
-      p: the parameter.
-      memory: a second tensor over the memory that the parameter had, which autograd does not know.
+      p: the tensor.
+      memory: a second tensor over the memory that it had, which autograd does not know.
       trained: a copy of its values.
     """
 
     p: torch.Tensor
     memory: torch.Tensor
     trained: torch.Tensor
+
+    @classmethod
+    def of(cls, p: torch.Tensor) -> "_Swapped":
+        return cls(p, p.detach(), p.detach().clone())
 
     def put_back(self) -> None:
         """Puts the trained values back, in the memory where they were if it has not been freed."""
@@ -44,33 +47,70 @@ class _Swapped:
         self.p.data = self.trained
 
 
+@dataclass(frozen=True)
+class _Registered:
+    """A buffer in its module.
+
+    Args:
+      module: the module.
+      name: its attribute.
+      buffer: the tensor.
+    """
+
+    module: nn.Module
+    name: str
+    buffer: torch.Tensor
+
+    def put_back(self) -> None:
+        """Makes the tensor the module's buffer again, if another one has taken its place."""
+        if getattr(self.module, self.name, None) is not self.buffer:
+            setattr(self.module, self.name, self.buffer)
+
+
 @contextlib.contextmanager
-def averaged(optimizer: "ChainOptimizer", model: nn.Module | Iterable[nn.Module] | None) -> Iterator[None]:
-    """Swaps averages in, and parameters back; see `ChainOptimizer.averaged_params`."""
+def averaged(
+    optimizer: "ChainOptimizer",
+    model: nn.Module | Iterable[nn.Module] | None,
+    buffers: Mapping[str, torch.Tensor] | None,
+) -> Iterator[None]:
+    """Swaps averages in, and parameters and buffers back; see `ChainOptimizer.averaged_params`."""
     models = _modules(model)
     pairs = _pairs(optimizer)
     if not pairs:
         raise ValueError(
-            "there are no averaged parameters: put `params_ema(decay)` at the end of the chain, and take a step."
+            "there are no averaged parameters: put `params_ema(decay)` or `params_swa(start)` at the end of the chain, "
+            "and take a step."
         )
     if "_averaged" in optimizer.__dict__:
         raise RuntimeError("averaged_params() was called inside itself, where parameters are averages already.")
-    swapped = [_Swapped(p, p.detach(), p.detach().clone()) for p, _ in pairs]
+    statistics = _buffer_pairs(model, buffers)
+    places = [
+        _Registered(module, name, buffer)
+        for each in models
+        for module in each.modules()
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
+    ]
+    kept = {id(place.buffer): place.buffer for place in places}
+    undo: list[_Registered | _Swapped] = [
+        *places,
+        *map(_Swapped.of, kept.values()),
+        *(_Swapped.of(p) for p, _ in pairs),
+    ]
     with gathered_anew([p for p, _ in pairs], models):
         try:
             try:
                 optimizer.__dict__["_averaged"] = True
-                for each, (_, average) in zip(swapped, pairs, strict=True):
-                    each.memory.copy_(average.detach())
+                for x, average in (*pairs, *statistics):
+                    x.detach().copy_(average.detach())
                 yield
             finally:
-                _undo(optimizer, swapped)
+                _undo(optimizer, undo)
         finally:  # an interrupt between two lines above leaves the rest to this call
-            _undo(optimizer, swapped)
+            _undo(optimizer, undo)
 
 
-def _undo(optimizer: "ChainOptimizer", swapped: list[_Swapped]) -> None:
-    """Puts parameters back, and takes from the list those that are; an error is raised when all others are back."""
+def _undo(optimizer: "ChainOptimizer", swapped: list[_Registered | _Swapped]) -> None:
+    """Puts tensors back, and takes from the list those that are; an error is raised when all others are back."""
     failed: Exception | None = None
     while swapped:
         try:
@@ -89,13 +129,36 @@ def _pairs(optimizer: "ChainOptimizer") -> list[tuple[torch.Tensor, torch.Tensor
     for group in optimizer.param_groups:
         template = optimizer._template_of(group)
         rules = _walk.rules(template.tx)
-        averages = [
-            key for (path, slot), key in template.keys.items() if AVERAGES.get(rules[path].bound.rule.name) == slot
-        ]
+        averages = [k for (path, slot), k in template.keys.items() if rules[path].bound.rule.evaluated_slot == slot]
         for p in group["params"]:
             found = [optimizer.state[p][key] for key in averages if p in optimizer.state and key in optimizer.state[p]]
             pairs += [(p, average) for average in found[-1:]]
     return pairs
+
+
+def _buffer_pairs(
+    model: nn.Module | Iterable[nn.Module] | None, buffers: Mapping[str, torch.Tensor] | None
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Buffers of a model and the values that take their place.
+
+    Raises:
+      TypeError: there are values, and no model that they are for.
+      ValueError: there is no such buffer, or it has another shape.
+    """
+    if not buffers:
+        return []
+    if not isinstance(model, nn.Module):
+        raise TypeError("`buffers` are those of one module; pass it too: `averaged_params(model, buffers=...)`.")
+    own = dict(model.named_buffers())
+    for name, value in buffers.items():
+        if name not in own:
+            raise ValueError(f"`buffers` has {name!r}, which is no buffer of the model; it has {', '.join(own)}.")
+        if value.shape != own[name].shape:
+            raise ValueError(
+                f"`buffers` has a value of shape {tuple(value.shape)} for {name!r}, whose shape is "
+                f"{tuple(own[name].shape)}."
+            )
+    return [(own[name], value) for name, value in buffers.items()]
 
 
 def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:

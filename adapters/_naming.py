@@ -176,7 +176,7 @@ def _varies(bound: Any, hyper: str) -> bool:
 
 
 def _before_averages(tx: fo.GradientTransformation, last: fo.GradientTransformation) -> fo.GradientTransformation:
-    """A chain with one more member, before those at its end that average the updated parameters."""
+    """A chain with one more member, before those at its end that need updates as they are added to parameters."""
     members = _walk.members(tx)
     end = len(members)
     while end and any(rule.bound.rule.final for rule in _walk.rules(members[end - 1]).values()):

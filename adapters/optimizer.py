@@ -596,27 +596,36 @@ class ChainOptimizer(Optimizer):
         super().__setstate__(state)
 
     def averaged_params(
-        self, model: torch.nn.Module | Iterable[torch.nn.Module] | None = None
+        self,
+        model: torch.nn.Module | Iterable[torch.nn.Module] | None = None,
+        *,
+        buffers: Mapping[str, torch.Tensor] | None = None,
     ) -> contextlib.AbstractContextManager[None]:
-        """Swaps in the averages that `params_ema` keeps, for evaluation, and the parameters back at the end.
+        """Swaps in the averages that the chain keeps, for evaluation, and the parameters back at the end.
+
+        Averages are those of `params_ema`, `params_swa` or a rule of your own, as in `eval_params`; where a chain has
+        several, those of the last. A parameter that has taken no step stays as it is.
 
         Parameters are put back in any case: after an exception or an interrupt, and where the block has replaced
-        `.data` of a parameter.
+        `.data` of a parameter. So are the buffers of the model, if it is given: `torch.optim.swa_utils.update_bn` in
+        the block computes the statistics of the averaged model, and training goes on with its own.
 
         FSDP2 keeps a whole copy of some parameters after a forward pass (of its root module, and of modules with
         `reshard_after_forward=False`). Modules that are called inside the block gather parameters anew, and again after
         it. Methods other than `forward` read the copy that is there, unless the model is given.
 
         Args:
-          model: the module, or modules, whose whole copies are freed on the way in and out, in all processes alike.
+          model: the module, or modules, whose buffers are put back, and whose whole copies are freed on the way in and
+            out, in all processes alike.
+          buffers: values by name for buffers of the model, to be swapped in too, such as averages of them.
 
         Returns:
           The context manager.
 
         Raises:
-          ValueError: the chain has no `params_ema`, or no step has been taken.
+          ValueError: the chain has no average, or no step has been taken; the model has no such buffer.
           RuntimeError: it is inside another one.
-          TypeError: `model` is no module.
+          TypeError: `model` is no module, or there are buffers and not one module.
 
         Example:
           >>> import torch
@@ -632,4 +641,4 @@ class ChainOptimizer(Optimizer):
           >>> p.item()
           0.0
         """
-        return averaged(self, model)
+        return averaged(self, model, buffers)

@@ -1,16 +1,17 @@
 """Composable, pure gradient transformations on PyTorch tensors; any chain runs as one generated kernel.
 
 Steps
-  apply_gradients apply_updates eval_params explain use_backend
+  apply_gradients apply_updates eval_params update_average explain use_backend
 Combinators
   chain named_chain masked partition multi_transform identity stateless stateless_with_tree_map
 Rules
   elementwise leafwise slot zeros cbrt leaf_sum leaf_mean leaf_norm leaf_amax leaf_size tree_sum tree_norm tree_amax
 Transformations
-  scale scale_by_learning_rate scale_by_schedule scale_by_sign trace ema scale_by_adam scale_by_amsgrad scale_by_adamax
-  scale_by_nadam scale_by_radam scale_by_rms scale_by_stddev scale_by_rss scale_by_adadelta scale_by_lion scale_by_rprop
-  scale_by_asgd scale_by_trust_ratio add_decayed_weights clip clip_by_global_norm clip_by_block_rms zero_nans
-  set_to_zero params_ema params_average scale_by_muon muon_momentum orthogonalize scale_by_shape
+  scale scale_by_learning_rate scale_by_schedule scale_by_sign trace ema scale_by_adam scale_by_amsgrad
+  scale_by_adamax scale_by_nadam scale_by_radam scale_by_rms scale_by_stddev scale_by_rss scale_by_adadelta
+  scale_by_lion scale_by_rprop scale_by_asgd scale_by_trust_ratio add_decayed_weights clip clip_by_global_norm
+  clip_by_block_rms zero_nans set_to_zero params_ema scale_by_muon muon_momentum orthogonalize
+  scale_by_shape params_swa
   scale_by_factored_rms scale_by_param_block_rms
 Optimizers
   sgd adam adamw nadam nadamw amsgrad adamax adamaxw radam rmsprop adagrad adadelta lion lars lamb sign_sgd signum
@@ -19,7 +20,7 @@ Schedules
   constant_schedule linear_schedule polynomial_schedule exponential_decay cosine_decay_schedule inverse_sqrt_schedule
   warmup_constant_schedule warmup_cosine_decay_schedule warmup_exponential_decay_schedule warmup_stable_decay_schedule
   piecewise_constant_schedule piecewise_interpolate_schedule linear_onecycle_schedule cosine_onecycle_schedule
-  sgdr_schedule join_schedules schedule
+  sgdr_schedule join_schedules ema_debias_schedule ema_warmup_schedule schedule
 Types
   GradientTransformation EmptyState MaskedNode MaskedState PartitionState Schedule Explanation RuleError
 
@@ -88,6 +89,10 @@ from ._rule import (
     leafwise,
 )
 from ._runtime.backend import use_backend
+from ._schedules.averaging import (
+    ema_debias_schedule,
+    ema_warmup_schedule,
+)
 from ._schedules.cosine import cosine_decay_schedule
 from ._schedules.exponential import exponential_decay
 from ._schedules.join import (
@@ -132,8 +137,9 @@ from ._transforms.adamax import scale_by_adamax
 from ._transforms.asgd import scale_by_asgd
 from ._transforms.averaging import (
     eval_params,
-    params_average,
     params_ema,
+    params_swa,
+    update_average,
 )
 from ._transforms.clipping import (
     clip,
@@ -211,6 +217,8 @@ __all__ = [
     "cosine_onecycle_schedule",
     "elementwise",
     "ema",
+    "ema_debias_schedule",
+    "ema_warmup_schedule",
     "eval_params",
     "explain",
     "exponential_decay",
@@ -236,8 +244,8 @@ __all__ = [
     "nadamw",
     "named_chain",
     "orthogonalize",
-    "params_average",
     "params_ema",
+    "params_swa",
     "partition",
     "piecewise_constant_schedule",
     "piecewise_interpolate_schedule",
@@ -279,6 +287,7 @@ __all__ = [
     "tree_amax",
     "tree_norm",
     "tree_sum",
+    "update_average",
     "use_backend",
     "warmup_constant_schedule",
     "warmup_cosine_decay_schedule",

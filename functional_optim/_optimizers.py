@@ -16,7 +16,7 @@ from ._transforms.adagrad import scale_by_rss
 from ._transforms.adam import scale_by_adam, scale_by_amsgrad
 from ._transforms.adamax import scale_by_adamax
 from ._transforms.asgd import scale_by_asgd
-from ._transforms.averaging import params_average
+from ._transforms.averaging import params_swa
 from ._transforms.clipping import clip_by_block_rms
 from ._transforms.decay import add_decayed_weights
 from ._transforms.factored import scale_by_factored_rms
@@ -454,11 +454,11 @@ def asgd(
 
     Example:
       >>> asgd(0.1, t0=0)
-      chain(scale_by_asgd(learning_rate=0.1), params_average(start=2))
+      chain(scale_by_asgd(learning_rate=0.1), params_swa(start=2))
 
     Source: Polyak & Juditsky 1992, "Acceleration of Stochastic Approximation by Averaging".
     """
-    return chain(scale_by_asgd(learning_rate, lambd, alpha), params_average(t0 + 2, accumulator_dtype))
+    return chain(scale_by_asgd(learning_rate, lambd, alpha), params_swa(t0 + 2, accumulator_dtype=accumulator_dtype))
 
 
 def rmsprop(

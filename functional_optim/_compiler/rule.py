@@ -248,6 +248,15 @@ class Rule:
         """Whether the first step differs from others: to the formula, or because a slot starts from its update."""
         return self.takes_first or any(s.start == "first_update" for s in self.slots.values())
 
+    @property
+    def evaluated_slot(self) -> str | None:
+        """The slot to evaluate in place of the parameter, if there is one.
+
+        It is the first of a `final` rule that starts as the parameter, as an average of parameters does.
+        """
+        starts = (name for name, slot in self.slots.items() if slot.start == "param")
+        return next(starts, None) if self.final else None
+
     def check(self, hyper: str, value: Any, values: Mapping[str, Any]) -> Any:
         """Refuses a value of the wrong kind, or outside its range.
 
@@ -313,9 +322,16 @@ def state_type(rule: Rule, counted: bool) -> Any:
     namedtuple: Any = collections.namedtuple  # a type checker wants fields that it can read
     made = namedtuple(name, fields, module=rule.fn.__module__)
     made.__doc__ = f"The state of `{rule.name}`."
+    made._rule = rule  # no field can have this name
     # pickled by way of the rule's public name, since this class has none
     made.__reduce__ = lambda self: (restore_state, (rule.factory, counted, *self))
     return made
+
+
+def rule_of(state: Any) -> Rule | None:
+    """The rule that an object is the state of; None if it is anything else."""
+    rule = getattr(type(state), "_rule", None)
+    return rule if isinstance(rule, Rule) else None
 
 
 def restore_state(factory: Any, counted: bool, *values: Any) -> Any:

@@ -1,13 +1,14 @@
-"""Averages of parameters."""
+"""Averages of parameters: in the last pass of a chain, and over values that no chain changes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from .._compiler.rule import Leaf, OptionalDtype, Scalar, slot, state_type
+from .._compiler.rule import Leaf, OptionalDtype, Scalar, rule_of, slot
 from .._rule import elementwise
-from .._tree import MaskedNode, Tree, flatten, leaves_like, unflatten
+from .._transform import GradientTransformation
+from .._tree import MaskedNode, Tree, flatten, leaves_like, tree_map, unflatten
 
 
 @elementwise(state={"ema": slot("param", dtype="accumulator_dtype")}, ranges={"decay": "[0, 1]"}, final=True)
@@ -19,15 +20,16 @@ def params_ema(
     $$\bar\theta_t = \beta \bar\theta_{t-1} + (1 - \beta)(\theta_{t-1} + u_t), \quad \bar\theta_0 = \theta_0$$
 
     It belongs at the end of a chain, where updates are final: they are added to the parameters. `eval_params` reads
-    the average.
+    the average. A schedule as decay forgets the first parameters sooner: `ema_debias_schedule` is the correction of
+    Adam's bias, `ema_warmup_schedule` the warm-up of other libraries.
 
     Args:
-      decay: $\beta$; a schedule makes a warm-up.
+      decay: $\beta$.
       accumulator_dtype: how the average is stored; by default as the parameter. Half types lose what a decay near 1
         adds, so store their average as float32.
 
     Returns:
-      The transformation. Its state is `(ema,)`. It needs the parameters.
+      The transformation. Its state is `(ema,)`, with a schedule `(count, ema)`. It needs the parameters.
 
     Raises:
       ValueError: `decay` is out of its range.
@@ -45,51 +47,101 @@ def params_ema(
     return u, decay * ema + (1 - decay) * (p + u)
 
 
-@elementwise(state={"average": slot("param", dtype="accumulator_dtype")}, final=True)
-def params_average(
-    u: Leaf, p: Leaf, average: Leaf, *, step: Scalar, start: Scalar = 1, accumulator_dtype: OptionalDtype = None
-) -> tuple[Leaf, Leaf]:
-    r"""The mean of the parameters of all steps from one on; updates pass through as they are.
+@elementwise(
+    state={"swa": slot("param", dtype="accumulator_dtype"), "n_averaged": slot(0.0, per="leaf")},
+    ranges={"start": "[0, inf)", "period": "[1, inf)"},
+    final=True,
+)
+def params_swa(
+    u: Leaf,
+    p: Leaf,
+    swa: Leaf,
+    n_averaged: Leaf,
+    *,
+    step: Scalar,
+    start: Scalar,
+    period: Scalar = 1,
+    accumulator_dtype: OptionalDtype = None,
+) -> tuple[Leaf, Leaf, Leaf]:
+    r"""The equal average of the parameters after some steps, as in SWA; updates pass through as they are.
 
-    $$\bar\theta_t = \bar\theta_{t-1} + \mu_t (\theta_{t-1} + u_t - \bar\theta_{t-1}), \quad
-      \mu_t = 1 / \max(1, t - s + 1)$$
+    With $s$ for `start` and $k$ for `period`, the average after step $t$ is
 
-    Before that step the average is the parameters. It belongs at the end of a chain, as `params_ema` does, and
-    `eval_params` reads it.
+    $$\bar\theta_t = \frac{1}{n} \sum_{i=0}^{n-1} \theta_{s + ik}, \quad n = \lfloor (t - s) / k \rfloor + 1$$
+
+    and before step $s$ it is $\theta_t$. It belongs at the end of a chain, where updates are final: they are added to
+    the parameters. `eval_params` reads the average, so it returns the parameters until one has begun.
 
     Args:
-      start: $s$, the first step whose parameters count; 1 for all of them.
-      accumulator_dtype: how the average is stored; by default as the parameter. Half types soon lose what a step
-        adds, so store their average as float32.
+      start: $s$, the number of steps after which parameters are averaged for the first time; 0 are the parameters
+        that the chain was initialised with.
+      period: $k$, the number of steps from one that is averaged to the next. Where $s + ik$ is not a whole number,
+        the first step after it counts.
+      accumulator_dtype: how the average is stored; by default as the parameter. Half types lose what the later of
+        many parameters add, so store their average as float32.
 
     Returns:
-      The transformation. Its state is `(count, average)`. It needs the parameters.
+      The transformation. Its state is `(count, swa, n_averaged)`: a leaf that has no gradient at a step is not
+      averaged there, so each counts its own. It needs the parameters.
+
+    Raises:
+      ValueError: `start` or `period` is out of its range.
 
     Example:
       >>> import functional_optim as fo, torch
-      >>> tx = fo.chain(fo.scale(-1.0), params_average())
-      >>> params = torch.ones(1)
+      >>> tx = fo.chain(fo.scale(-1.0), params_swa(start=2, period=2))
+      >>> params = torch.zeros(1)
       >>> state = tx.init(params)
-      >>> for _ in range(3):
+      >>> for _ in range(5):
       ...     params, state = fo.apply_gradients(tx, params, torch.ones(1), state)
-      >>> params, eval_params(state, params)
-      (tensor([-2.]), tensor([-1.]))
+      >>> params, eval_params(state, params)  # the mean of -2 and -4
+      (tensor([-5.]), tensor([-3.]))
 
-    Source: Polyak & Juditsky 1992, "Acceleration of Stochastic Approximation by Averaging".
+    Source: Izmailov et al. 2018, arXiv:1803.05407, algorithm 1.
     """
-    new, share = p + u, 1 / torch.clamp(step - start + 1, min=1)
-    return u, torch.where(share == 1, new, average + (new - average) * share)
+    after = p + u
+    n = n_averaged + ((start == 0) & (step == 1))  # the parameters before the first step are the first of them
+    is_due = (step >= start) & (torch.floor((step - start) / period) > torch.floor((step - 1 - start) / period))
+    mean = torch.where(n > 0, torch.lerp(swa, after, 1 / (n + 1)), after)
+    return u, torch.where((n > 0) & ~is_due, swa, mean), n + is_due
 
 
-# rules that average parameters, and the slot that each has its average in
-AVERAGES: Mapping[str, str] = {"params_ema": "ema", "params_average": "average", "asgd_step": "ax"}
+def update_average(tx: GradientTransformation, values: Tree, state: Any) -> Any:
+    """Averages values that something else changes, such as buffers, or parameters of another optimizer.
+
+    It is a step of `tx` with updates of zeros. Nothing happens between two calls, so an average that is called for
+    once in an epoch costs other steps nothing.
+
+    Args:
+      tx: an average, such as `params_swa(start=1)` or `params_ema(0.99)`.
+      values: a tree of floating tensors, as they are now. Counters, such as `num_batches_tracked`, are left out.
+      state: the result of `tx.init(values)`, or of the last call.
+
+    Returns:
+      The new state, which `eval_params` reads.
+
+    Raises:
+      ValueError, TypeError: a tree, shape, dtype or device does not fit.
+
+    Example:
+      >>> tx, mean = params_swa(start=1), torch.zeros(1)
+      >>> state = tx.init({"mean": mean})
+      >>> for _ in range(3):
+      ...     mean += 1
+      ...     state = update_average(tx, {"mean": mean}, state)
+      >>> eval_params(state, {"mean": mean})
+      {'mean': tensor([2.])}
+    """
+    zeros = tree_map(lambda x: torch.zeros_like(x) if isinstance(x, torch.Tensor) else x, values)
+    return tx.update(zeros, state, values)[1]
 
 
 def eval_params(state: Any, params: Tree) -> Tree:
-    """The averaged parameters that `params_ema` or `params_average` keeps somewhere in a state.
+    """The averaged parameters that `params_ema`, `params_swa` or a rule of your own keeps somewhere in a state.
 
     Args:
-      state: the state of a chain that holds one of them, or one for each part of a partition.
+      state: the state of a chain that holds one average, or one for each part of a partition. In the state of a rule
+        of your own, declared `final=True`, it is the first slot that starts as the parameter.
       params: the current parameters; where a leaf is not averaged, its own value is returned.
 
     Returns:
@@ -99,15 +151,19 @@ def eval_params(state: Any, params: Tree) -> Tree:
       ValueError: the state has no average, or two of one parameter.
 
     Example:
+      >>> import torch
       >>> tx = params_ema(decay=0.9)
       >>> params = torch.ones(1)
       >>> eval_params(tx.init(params), params)
       tensor([1.])
     """
     leaves, spec = flatten(params)
-    averages = list(_find(state))
+    averages = list(_averages(state))
     if not averages:
-        raise ValueError("the state holds no average of parameters; put `params_ema(decay)` at the end of the chain.")
+        raise ValueError(
+            "the state holds no average of parameters; put `params_ema(decay)` or `params_swa(start)` at the end of "
+            "the chain."
+        )
     found: dict[int, Any] = {}
     for average in averages:
         for k, x in enumerate(leaves_like(spec, average)):
@@ -118,15 +174,12 @@ def eval_params(state: Any, params: Tree) -> Tree:
     return unflatten(spec, [found[k].to(p.dtype) if k in found else p for k, p in enumerate(leaves)])
 
 
-def _find(state: Any) -> Iterator[Tree]:
-    """Every tree of averages in a nest of states."""
-    kinds = {
-        state_type(factory.rule, counted): AVERAGES[factory.rule.name]
-        for factory in (params_ema, params_average)
-        for counted in (False, True)
-    }
-    if type(state) in kinds:
-        yield getattr(state, kinds[type(state)])
+def _averages(state: Any) -> Iterator[Tree]:
+    """Every slot to be evaluated in place of parameters, in a nest of states."""
+    rule = rule_of(state)
+    if rule is not None:
+        if rule.evaluated_slot is not None:
+            yield getattr(state, rule.evaluated_slot)
     elif isinstance(state, (tuple, list, dict)):
         for inner in state.values() if isinstance(state, dict) else state:
-            yield from _find(inner)
+            yield from _averages(inner)

@@ -47,28 +47,11 @@ class CountState(NamedTuple):
     count: Any
 
 
-class ParamsAverageState(NamedTuple):
-    count: Any
-    average: Any
-
-
 class NadamState(NamedTuple):
     count: Any
     mu_product: Any
     mu: Any
     nu: Any
-
-
-def params_average(start: int) -> optax.GradientTransformation:
-    """A mean of updated parameters, written out."""
-
-    def update(updates: Any, state: ParamsAverageState, params: Any) -> tuple[Any, ParamsAverageState]:
-        count = state.count + 1
-        new, members = jax.tree.map(jnp.add, params, updates), max(1, int(count) - start + 1)
-        mean = jax.tree.map(lambda a, x: ((members - 1) * a + x) / members, state.average, new)
-        return updates, ParamsAverageState(count, mean)
-
-    return optax.GradientTransformation(lambda params: ParamsAverageState(jnp.int32(0), params), update)
 
 
 def asgd(rate: float, lambd: float, alpha: float) -> optax.GradientTransformation:
@@ -105,6 +88,31 @@ def nadam(b1: float, b2: float, eps: float, eps_root: float, decay: float) -> op
         )
         new = jax.tree.map(lambda a, v: a / (jnp.sqrt(v / (1 - b2**t) + eps_root) + eps), ahead, nu)
         return new, NadamState(jnp.int32(t), jax.tree.map(lambda p: jnp.float64(product), updates), mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+class ParamsSwaState(NamedTuple):
+    count: Any
+    swa: Any
+    n_averaged: Any
+
+
+def params_swa(start: int, period: int) -> optax.GradientTransformation:
+    """The mean of updated parameters after steps `start`, `start + period`, ..., written out as a sum."""
+
+    def init(params: Any) -> ParamsSwaState:
+        return ParamsSwaState(jnp.zeros((), int), params, jax.tree.map(lambda p: jnp.zeros(()), params))
+
+    def update(updates: Any, state: ParamsSwaState, params: Any) -> tuple[Any, ParamsSwaState]:
+        t = int(state.count) + 1
+        n = len([s for s in range(start, t) if (s - start) % period == 0])  # averaged before this step
+        is_due = t >= start and (t - start) % period == 0
+        after = jax.tree.map(lambda p, u: p + u, params, updates)
+        if n and is_due:
+            after = jax.tree.map(lambda mean, x: (n * mean + x) / (n + 1), state.swa, after)
+        counts = jax.tree.map(lambda p: jnp.float64(n + is_due), params)
+        return updates, ParamsSwaState(state.count + 1, state.swa if n and not is_due else after, counts)
 
     return optax.GradientTransformation(init, update)
 
@@ -280,6 +288,6 @@ CASES = [
     Case("zero_nans", fo.zero_nans(), optax.zero_nans(), "with_nans"),
     Case("zero_nans-none_found", fo.zero_nans(), optax.zero_nans()),
     Case("params_ema", fo.params_ema(0.9), params_ema(0.9)),
-    Case("params_average", fo.params_average(8), params_average(8)),
+    *(Case(f"params_swa-{s}-{k}", fo.params_swa(s, k), params_swa(s, k)) for s, k in ((0, 3), (1, 1), (4, 5))),
 ]
 IDS = [case.id for case in CASES]

@@ -431,6 +431,7 @@ NEED_PARAMS = {
     "add_decayed_weights": fo.add_decayed_weights(0.1),
     "scale_by_trust_ratio": fo.scale_by_trust_ratio(),
     "params_ema": fo.chain(fo.sgd(0.1), fo.params_ema(0.9)),
+    "params_swa": fo.chain(fo.sgd(0.1), fo.params_swa(1)),
 }
 
 
@@ -490,6 +491,8 @@ RANGES: dict[str, tuple[Callable[[], Any], str]] = {
         r"`decay` of scale_by_stddev must be in \[0, 1\) if `bias_correction` is True, got 1\.",
     ),
     "decay of params_ema": (lambda: fo.params_ema(-0.1), r"`decay` of params_ema must be in \[0, 1\], got -0\.1"),
+    "start of params_swa": (lambda: fo.params_swa(-1), r"`start` of params_swa must be in \[0, inf\), got -1"),
+    "period of params_swa": (lambda: fo.params_swa(9, 0), r"`period` of params_swa must be in \[1, inf\), got 0"),
     "decay of scale_by_rms": (
         lambda: fo.rmsprop(0.1, decay=1.1),
         r"`decay` of scale_by_rms must be in \[0, 1\], got 1\.1",
@@ -548,6 +551,18 @@ RANGES: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a vector of one": (lambda: fo.adam(0.1, b1=zeros(1)), r"`b1` of scale_by_adam must be a number.* shape \(1,\)"),
     "mode of scale_by_lion": (lambda: fo.scale_by_lion(mode="soft"), r"`mode` of scale_by_lion must be .* got 'soft'"),
+    "decay of ema_debias_schedule": (
+        lambda: fo.ema_debias_schedule(1.0),
+        r"`decay` of ema_debias_schedule .* got 1\.0",
+    ),
+    "decay of ema_warmup_schedule": (
+        lambda: fo.ema_warmup_schedule(1.1),
+        r"`decay` of ema_warmup_schedule .* got 1\.1",
+    ),
+    "offset of ema_warmup_schedule": (
+        lambda: fo.ema_warmup_schedule(0.9, 0.5),
+        r"`offset` of ema_warmup_schedule .* got 0\.5",
+    ),
     "transition_steps": (lambda: fo.linear_schedule(1.0, 0.0, -1), r"`transition_steps` of linear_schedule .* got -1"),
     "decay_steps": (lambda: fo.cosine_decay_schedule(1.0, 0), r"`decay_steps` of cosine_decay_schedule .* got 0"),
 }

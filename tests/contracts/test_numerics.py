@@ -191,6 +191,7 @@ FLOWS = {
     "clip_by_block_rms": Flow(fo.clip_by_block_rms(1.0), lambda u, p, g: u / torch.clamp((u * u).mean().sqrt(), min=1)),
     "zero_nans": Flow(fo.zero_nans(), lambda u, p, g: torch.where(torch.isnan(u), 0.0, u)),
     "params_ema": Flow(fo.params_ema(0.9), lambda u, p, g: u),
+    "params_swa": Flow(fo.params_swa(1), lambda u, p, g: u),
 }
 
 
@@ -335,6 +336,11 @@ SLOTS = {
         fo.chain(fo.scale(-0.1), fo.params_ema(0.9, bf16)),
         fo.chain(fo.scale(-0.1), fo.params_ema(0.9)),
         {"ema": bf16},
+    ),
+    "params_swa-accumulator": (
+        fo.chain(fo.scale(-0.1), fo.params_swa(1, accumulator_dtype=bf16)),
+        fo.chain(fo.scale(-0.1), fo.params_swa(1)),
+        {"swa": bf16, "n_averaged": f32},
     ),
 }
 slots = pytest.mark.parametrize("name", SLOTS)

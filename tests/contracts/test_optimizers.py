@@ -25,7 +25,7 @@ from _lib.records import (
     stack,
     use,
 )
-from _lib.transforms import asgd, params_average, rprop
+from _lib.transforms import asgd, params_swa, rprop
 from _lib.trees import Tree, clone
 
 
@@ -110,7 +110,7 @@ CASES = [
         fo.rprop(0.1, 0.3, 1.7, 0.05, 0.4),
         optax.chain(rprop(0.1, 0.3, 1.7, 0.05, 0.4), optax.scale(-1.0)),
     ),
-    Case("asgd", fo.asgd(0.1, 0.5, 0.6, t0=6), optax.chain(asgd(0.1, 0.5, 0.6), params_average(8))),
+    Case("asgd", fo.asgd(0.1, 0.5, 0.6, t0=6), optax.chain(asgd(0.1, 0.5, 0.6), params_swa(8, 1))),
     both("lion", 1e-3),
     both("lion", 1e-3, 0.5, 0.75, None, 0.1, MASK, id="arguments"),
     both("lion", LEARNING_RATE, weight_decay=DECAY, id="schedules"),

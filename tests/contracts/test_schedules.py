@@ -116,6 +116,10 @@ CASES = [
         fo.warmup_stable_decay_schedule(0.1, 2.0, 5, 10, 20, 0.2, "cosine"),
         lambda t: stable(t, lambda x: (1 + math.cos(math.pi * x)) / 2),
     ),
+    Case("ema_debias_schedule", fo.ema_debias_schedule(0.9), lambda t: 1 - (1 - 0.9) / (1 - 0.9 ** (t + 1))),
+    Case("ema_debias_schedule-0", fo.ema_debias_schedule(0.0), lambda t: 0.0),
+    Case("ema_warmup_schedule", fo.ema_warmup_schedule(0.7), lambda t: min(0.7, (1 + t) / (10 + t))),
+    Case("ema_warmup_schedule-offset", fo.ema_warmup_schedule(1.0, 2.0), lambda t: 1 - 1 / (2 + t)),
     Case("inverse_sqrt_schedule", fo.inverse_sqrt_schedule(2.0, 9, 0.1), inverse_sqrt, range(0, 900, 20)),
 ]
 IDS = [case.id for case in CASES]

@@ -14,7 +14,8 @@ from _lib.records import ATOL, BACKENDS, RTOL, STEPS, parameters, run_optax_upda
 from _lib.transforms import CASES, IDS, Case
 
 
-OTHERS = {"eval_params", "stateless", "stateless_with_tree_map"}  # no formula of a leaf; tested elsewhere
+# no formulas of a leaf; tested elsewhere
+OTHERS = {"eval_params", "update_average", "stateless", "stateless_with_tree_map"}
 
 
 @functools.cache
