@@ -603,8 +603,8 @@ class ChainOptimizer(Optimizer):
     ) -> contextlib.AbstractContextManager[None]:
         """Swaps in the averages that the chain keeps, for evaluation, and the parameters back at the end.
 
-        Averages are those of `params_ema`, `params_swa` or a rule of your own, as in `eval_params`; where a chain has
-        several, those of the last. A parameter that has taken no step stays as it is.
+        Averages are those of `params_ema`, `params_swa` or a rule of your own, as in `eval_params`. A parameter that
+        has taken no step stays as it is.
 
         Parameters are put back in any case: after an exception or an interrupt, and where the block has replaced
         `.data` of a parameter. So are the buffers of the model, if it is given: `torch.optim.swa_utils.update_bn` in

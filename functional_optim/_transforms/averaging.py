@@ -132,6 +132,8 @@ def update_average(tx: GradientTransformation, values: Tree, state: Any) -> Any:
       >>> eval_params(state, {"mean": mean})
       {'mean': tensor([2.])}
     """
+    # as in `init`: parameters of a module are leaves of autograd's graph, which an average does not join
+    values = tree_map(lambda x: x.detach() if isinstance(x, torch.Tensor) and x.is_leaf else x, values)
     zeros = tree_map(lambda x: torch.zeros_like(x) if isinstance(x, torch.Tensor) else x, values)
     return tx.update(zeros, state, values)[1]
 
