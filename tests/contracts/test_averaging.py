@@ -303,6 +303,22 @@ def test_options_of_an_average_change_between_steps() -> None:
     assert opt.state[p]["n_averaged"] == 5
 
 
+def test_a_step_that_overflows_is_not_averaged() -> None:
+    """With `fused=True` the kernel itself leaves everything as it was, the number of averaged values too."""
+    p = nn.Parameter(torch.zeros(1))
+    opt = TransformOptimizer([p], fo.chain(fo.sgd(1.0), fo.params_swa(2, 2)), fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for gradient in (1.0, torch.inf, 1.0, torch.inf, 1.0, 1.0):
+        opt.zero_grad()
+        scaler.scale(p.sum() * gradient).backward()
+        scaler.step(opt)
+        scaler.update()
+
+    assert (opt.state[p]["step"], opt.state[p]["n_averaged"]) == (4, 2)
+    with opt.averaged_params():
+        assert p.item() == -3.0
+
+
 def test_averages_of_some_leaves_and_of_parts() -> None:
     params = make_tree(0)
     tx = fo.partition(

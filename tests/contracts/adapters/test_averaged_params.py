@@ -18,6 +18,7 @@ from _lib.optimizers import (
     params_of as members,
     train,
 )
+from _lib.training import values
 from functional_optim.adapters import TransformOptimizer, _averages
 
 
@@ -175,6 +176,20 @@ def test_an_interrupt_at_any_line_leaves_the_parameters() -> None:
         with contextlib.suppress(KeyboardInterrupt), interrupted(at), opt.averaged_params():
             another_shape(members(opt)[1])
         goes_on_like(opt, twin)
+
+
+def test_an_interrupt_at_any_line_leaves_the_buffers() -> None:
+    net = nn.BatchNorm1d(3).double()
+    opt, buffers = averaging(list(net.parameters())), {"running_mean": torch.ones(3)}
+    tensors, before = dict(net.named_buffers()), values(net.state_dict())
+    with interrupted(at=0) as lines, opt.averaged_params(net, buffers=buffers):
+        pass
+    for at in range(1, lines[0] + 1):
+        with contextlib.suppress(KeyboardInterrupt), interrupted(at), opt.averaged_params(net, buffers=buffers):
+            assert torch.equal(net.running_mean, torch.ones(3))
+            net.running_var = torch.full((3,), torch.nan)
+        assert all(b is tensors[name] for name, b in net.named_buffers())
+        assert_same_bits(values(net.state_dict()), before)
 
 
 def test_an_interrupt_of_the_system() -> None:
