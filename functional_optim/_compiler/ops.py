@@ -130,8 +130,7 @@ OPS: dict[str, Op] = {
     "spread": Op("{0}", "{0} + tl.zeros((BLOCK,), {T})", torch.clone),
     "real": Op("({T}){0}", "({0}).to({T})", torch.Tensor.to, logical=True),
     "lerp": Op(
-        "fma{f}({2} < ({T})0.5 && {2} > ({T})-0.5 ? {2} : {2} - 1, {1} - {0}, "
-        "{2} < ({T})0.5 && {2} > ({T})-0.5 ? {0} : {1})",
+        "fma{f}(fabs{f}({2}) < ({T})0.5 ? {2} : {2} - 1, {1} - {0}, fabs{f}({2}) < ({T})0.5 ? {0} : {1})",
         "tl.fma(tl.where(tl.abs({2}) < 0.5, {2}, {2} - 1), {1} - {0}, tl.where(tl.abs({2}) < 0.5, {0}, {1}))",
         torch.lerp,
     ),
