@@ -102,7 +102,7 @@ def params_swa(
     after = p + u
     n = n_averaged + ((start == 0) & (step == 1))  # the parameters before the first step are the first of them
     is_due = (step >= start) & (torch.floor((step - start) / period) > torch.floor((step - 1 - start) / period))
-    mean = torch.where(n > 0, torch.lerp(swa, after, 1 / (n + 1)), after)
+    mean = torch.where(n > 0, swa + (after - swa) / (n + 1), after)  # as torch's `AveragedModel` rounds
     return u, torch.where((n > 0) & ~is_due, swa, mean), n + is_due
 
 

@@ -22,8 +22,9 @@ from functional_optim.adapters import TransformOptimizer
 STEPS = 25
 MIDDLE = 11
 DECAY = 0.9
-# Half a unit in the last place of numbers near one. One average is at most two products or one lerp of numbers up to
-# M, with a weight that is rounded: six roundings. Later steps shrink what earlier ones were off, or leave it as it is.
+# Half a unit in the last place of numbers near one. One average is at most two products of numbers up to M, or a part
+# of their difference, with a weight that is rounded: six roundings. Later steps shrink what earlier ones were off, or
+# leave it as it is.
 ROUNDING = {F32: 2.0**-24, F64: 2.0**-53, BF16: 2.0**-8}
 
 
@@ -181,6 +182,24 @@ def test_averages_of_an_optimizer(name: str, dtype: str) -> None:
         with opt.averaged_params():
             averages = {k: p.detach().clone() for k, p in params.items()}
         twin.check(averages, params, dtype)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("name", ["equal", "SWA", "EMA, avg_fn"])
+def test_averages_have_the_bits_of_torch(name: str, dtype: torch.dtype) -> None:
+    """Of `AveragedModel` on the CPU, in the dtype of the parameters."""
+    tx, params = fo.chain(fo.adam(0.1), CASES[name].ours(None)), make_tree(0, dtype)
+    model = nn.ParameterDict(clone(params))
+    averaged, state = swa_utils.AveragedModel(model, **CASES[name].theirs), tx.init(params)
+    if CASES[name].is_due(0):
+        averaged.update_parameters(model)
+    for step in range(1, STEPS + 1):
+        params, state = fo.apply_gradients(tx, params, like(params, step), state)
+        model.load_state_dict(params)
+        if CASES[name].is_due(step):
+            averaged.update_parameters(model)
+
+    assert_same_bits(fo.eval_params(state, params), {k: x.detach() for k, x in averaged.module.items()})
 
 
 @cases
