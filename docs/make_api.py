@@ -1,4 +1,4 @@
-"""Writes docs/api.md: every public name by family, with the first line of its docstring.
+"""Writes docs/api.md, every public name by family with the first line of its docstring, and the table of README.md.
 
     python docs/make_api.py
 
@@ -6,6 +6,7 @@ The families are those that the docstrings of `functional_optim` and `functional
 """
 
 import inspect
+import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,5 +61,21 @@ def text() -> str:
     return HEAD + "\n".join(line for module in MODULES for line in lines(module)) + "\n"
 
 
+def with_table(readme: str) -> str:
+    """README.md with the names of today in the rows of its table."""
+    for title, names in table().items():
+        row = f"| {title} | {' '.join(f'`{name}`' for name in names)} |"
+        readme = re.sub(rf"^\| {re.escape(title)} \| .* \|$", row, readme, flags=re.MULTILINE)
+    return readme
+
+
+def table() -> dict[str, list[str]]:
+    """The rows of the table of README.md: the names of each family, and those of the adapters in one row."""
+    adapters = [name for names in families(functional_optim.adapters).values() for name in names]
+    return {**families(functional_optim), "`functional_optim.adapters`": adapters}
+
+
 if __name__ == "__main__":
     Path(__file__).with_name("api.md").write_text(text())
+    README = Path(__file__).parents[1] / "README.md"
+    README.write_text(with_table(README.read_text()))

@@ -43,6 +43,27 @@ def params_ema(decay: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(ParamsEmaState, update)
 
 
+class MuonMomentumState(NamedTuple):
+    count: Any
+    mu: Any
+
+
+def muon_momentum(beta: float) -> optax.GradientTransformation:
+    """The momentum of optax's Muon, which is a part of its transformation, written out."""
+
+    def init(params: Any) -> MuonMomentumState:
+        return MuonMomentumState(jnp.int32(0), jax.tree.map(jnp.zeros_like, params))
+
+    def update(updates: Any, state: MuonMomentumState, params: Any) -> tuple[Any, MuonMomentumState]:
+        t = state.count + 1
+        mu = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, state.mu, updates)
+        later, now = 1 - beta ** (t + 1.0), 1 - beta ** (t + 0.0)
+        new = jax.tree.map(lambda m, g: beta * m / later + (1 - beta) * g / now, mu, updates)
+        return new, MuonMomentumState(t, mu)
+
+    return optax.GradientTransformation(init, update)
+
+
 class CountState(NamedTuple):
     count: Any
 
@@ -288,6 +309,8 @@ CASES = [
     Case("zero_nans", fo.zero_nans(), optax.zero_nans(), "with_nans"),
     Case("zero_nans-none_found", fo.zero_nans(), optax.zero_nans()),
     Case("params_ema", fo.params_ema(0.9), params_ema(0.9)),
+    Case("scale_by_param_block_rms", fo.scale_by_param_block_rms(), optax.scale_by_param_block_rms()),
+    Case("muon_momentum", fo.muon_momentum(0.9), muon_momentum(0.9)),
     *(Case(f"params_swa-{s}-{k}", fo.params_swa(s, k), params_swa(s, k)) for s, k in ((0, 3), (1, 1), (4, 5))),
 ]
 IDS = [case.id for case in CASES]
