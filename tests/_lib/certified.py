@@ -1,0 +1,194 @@
+"""The certified table: facts about every algorithm of torch.optim, each measured when the table is made."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+
+import functional_optim as fo
+from _lib.compare import assert_same_bits
+from _lib.optimizers import content, follow, give, gradients, make_params, params_of
+from functional_optim import adapters
+from functional_optim._compiler.triton.emit import emit_triton
+
+
+STEPS = 20
+VECTORS = ((16,), (8, 16), (32, 32))
+MATRICES = ((16, 16), (8, 24), (24, 8))
+
+
+class Row(NamedTuple):
+    """An algorithm of torch.optim in its three forms.
+
+    Args:
+      name: the class.
+      ours: the pure form.
+      theirs: optax's form; None where optax has none.
+      optax: bound on the largest difference of a parameter from optax's, relative to 1; or the reason for none.
+      flags: arguments of torch's class in its most exact implementation.
+      units: how far a step may be from torch's, in units of the last place; 0 for the same bits after all steps; or
+        the sentence that a test of its own proves.
+      options: arguments of both classes.
+      shapes: shapes of the parameters.
+    """
+
+    name: str
+    ours: fo.GradientTransformation | None
+    theirs: Callable[[], Any] | None
+    optax: float | str
+    flags: dict[str, Any]
+    units: float | str
+    options: Mapping[str, Any] = MappingProxyType({})
+    shapes: tuple[tuple[int, ...], ...] = VECTORS
+
+
+FUSED: dict[str, Any] = {"fused": True}
+ROWS = [
+    Row("SGD", fo.sgd(0.1, 0.9), lambda: optax.sgd(0.1, 0.9), 1e-12, FUSED, 0, {"lr": 0.1, "momentum": 0.9}),
+    Row("Adam", fo.adam(0.1), lambda: optax.adam(0.1), 1e-12, FUSED, 0),
+    Row("AdamW", fo.adamw(0.1), lambda: optax.adamw(0.1), 1e-12, FUSED, 0),
+    Row("NAdam", fo.nadam(0.1), lambda: optax.nadam(0.1), 1e-12, {}, 8),
+    Row("RAdam", fo.radam(0.1), lambda: optax.radam(0.1), 1e-12, {}, 8),
+    Row("Adamax", fo.adamax(0.1), lambda: optax.adamax(0.1), 1e-12, {}, 0),
+    Row("RMSprop", fo.rmsprop(0.1), lambda: optax.rmsprop(0.1), 1e-12, {}, 4),
+    Row("Adagrad", fo.adagrad(0.1), lambda: optax.adagrad(0.1), 1e-12, FUSED, 0),
+    Row("Adadelta", fo.adadelta(0.1), lambda: optax.adadelta(0.1), 1e-12, {}, 30),
+    Row("ASGD", fo.asgd(0.1), None, "has none", {}, 0),
+    Row("Rprop", fo.rprop(0.1), None, "is one step late", {}, 0),
+    Row(
+        "Muon",
+        fo.muon(0.1),
+        lambda: optax.contrib.muon(0.1),
+        1e-10,
+        {},
+        "momenta are the same bits; steps as those of bfloat16 products",
+        shapes=MATRICES,
+    ),
+    Row("Adafactor", fo.adafactor(0.1), lambda: optax.adafactor(0.1), 1e-6, {}, "within 8 units a step"),
+    Row("SparseAdam", None, None, "has none", {}, "state the same bits, steps within 4 units"),
+]
+
+
+def _numbers(seed: int, shapes: tuple[tuple[int, ...], ...], turn: bool) -> dict[str, Any]:
+    generator = np.random.default_rng(seed)
+    made = {str(k): generator.standard_normal(shape) for k, shape in enumerate(shapes)}
+    return {k: jnp.asarray(x.T if turn else x) for k, x in made.items()}
+
+
+def from_optax(row: Row) -> float:
+    """The largest difference of a parameter from optax's after some steps, in float64."""
+    assert row.ours is not None
+    assert row.theirs is not None
+    turn = row.name == "Muon"  # rows are outputs here, and inputs there
+    ours = {k: torch.from_numpy(np.array(x.T if turn else x)) for k, x in _numbers(0, row.shapes, turn).items()}
+    theirs: Any = _numbers(0, row.shapes, turn)
+    tx = row.theirs()
+    state, other = row.ours.init(ours), tx.init(theirs)
+    for step in range(1, STEPS + 1):
+        grads = _numbers(step, row.shapes, turn)
+        own = {k: torch.from_numpy(np.array(x.T if turn else x)) for k, x in grads.items()}
+        ours, state = fo.apply_gradients(row.ours, ours, own, state)
+        updates, other = tx.update(grads, other, theirs)
+        theirs = optax.apply_updates(theirs, updates)
+    return max(float(np.abs(ours[k].numpy() - np.asarray(x.T if turn else x)).max()) for k, x in theirs.items())
+
+
+def from_torch(row: Row) -> float:
+    """The distance of steps from torch's, in units; 0 if everything is the same bits after all of them."""
+    made = [
+        cls(make_params(torch.float64, row.shapes), **row.options, **more)
+        for cls, more in ((getattr(adapters, row.name), {}), (getattr(torch.optim, row.name), row.flags))
+    ]
+    for step in range(STEPS):
+        for opt in made:
+            give(params_of(opt), gradients(params_of(opt), step))
+            opt.step()
+    try:
+        assert_same_bits(*map(content, made))
+    except AssertionError:
+        pairs = [
+            cls(make_params(torch.float64, row.shapes), **row.options, **more)
+            for cls, more in ((getattr(adapters, row.name), {}), (getattr(torch.optim, row.name), row.flags))
+        ]
+        return max(follow(*pairs, range(STEPS)).values())
+    return 0.0
+
+
+def flags(name: str) -> list[str]:
+    """The switches of torch's class, all of which ours takes."""
+    ours, theirs = (inspect.signature(getattr(m, name)).parameters for m in (adapters, torch.optim))
+    assert ours.keys() == theirs.keys()
+    plain = {"foreach", "capturable", "differentiable", "fused"}
+    return [k for k, p in theirs.items() if isinstance(p.default, bool | None) and k not in plain]
+
+
+def cost(row: Row) -> dict[str, str]:
+    """What `explain` says of a step of the class, in float32."""
+    params = [torch.nn.Parameter(torch.zeros(shape)) for shape in row.shapes]
+    e = fo.explain(getattr(adapters, row.name)(params, **row.options))
+    whole = any("computes whole tensors" in note for note in e.notes)
+    for kernel in e.kernels:
+        emit_triton(kernel.signature)  # raises where there is no form in Triton
+    counters = 4 * len(params) / e.parameters  # `step`, a number per tensor
+    return {
+        "fused on C and Triton": "around torch operations" if whole else "whole",
+        "passes": str(e.passes),
+        "launches": str(e.launches),
+        "bytes": f"{round(e.bytes_per_element)}",
+        "state bytes": f"{max(round(e.state_bytes - counters), 0)}" if not whole else f"{e.state_bytes - counters:.2g}",
+    }
+
+
+def certified(row: Row) -> list[str]:
+    """The cells of a row. Every number in it has just been measured, or bounds one that has.
+
+    Raises:
+      AssertionError: a measured number is beyond its bound.
+    """
+    if isinstance(row.optax, float):
+        found = from_optax(row)
+        assert found <= row.optax, f"{row.name} is {found} from optax's, more than {row.optax}"
+        optax_cell = f"yes, to {row.optax:.0e}".replace("e-0", "e-")
+    else:
+        optax_cell = f"optax {row.optax}"
+    if isinstance(row.units, str):
+        torch_cell = row.units
+    else:
+        found = from_torch(row)
+        assert found <= row.units, f"a step of {row.name} is {found} units from torch's, more than {row.units}"
+        of = "its fused kernel" if row.flags else "its loop"
+        torch_cell = f"the bits of {of}" if row.units == 0 else f"a step within {row.units:g} units of {of}"
+    costs = cost(row) if row.name != "SparseAdam" else dict.fromkeys(COSTS, "of the rows touched")
+    switches = ", ".join(f"`{flag}`" for flag in flags(row.name)) or "-"
+    return [f"`{row.name}`", optax_cell, torch_cell, switches, *(costs[k] for k in COSTS)]
+
+
+COSTS = ("fused on C and Triton", "passes", "launches", "bytes", "state bytes")
+HEAD = """# Certified
+
+The algorithms of torch.optim, as measured when this page was made. Written by `docs/make_certified.py`; a test makes
+the table anew and compares.
+
+- *Equals optax*: the largest difference of a parameter after 20 steps in float64. A reason stands there if there is
+  nothing to compare with: optax has no such algorithm, or its own has a fault
+  ([numerics.md](numerics.md)).
+- *Equals torch.optim*: parameters and state of the class beside torch's, float64, 20 steps. A unit is one in the last
+  place of the largest number in a sum.
+- *Switches* of torch's class that ours takes, besides `foreach`, `capturable`, `differentiable` and `fused`.
+- *Passes* over memory, *launches* of kernels, and *bytes* read and written per element, float32, of a step of the
+  class with its defaults (SGD with momentum); *state bytes* per element. Rules for whole tensors are computed by torch
+  operations, whose bytes are not counted.
+
+"""
+
+
+def page() -> str:
+    """The whole of docs/certified.md."""
+    header = ["class", "equals optax", "equals torch.optim", "switches", *COSTS]
+    table: list[list[str]] = [header, ["---"] * len(header), *map(certified, ROWS)]
+    return HEAD + "\n".join(f"| {' | '.join(cells)} |" for cells in table) + "\n"
