@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -89,11 +90,12 @@ def from_optax(row: Row) -> float:
     theirs: Any = _numbers(0, row.shapes, turn)
     tx = row.theirs()
     state, other = row.ours.init(ours), tx.init(theirs)
+    update = jax.jit(tx.update) if turn else tx.update  # its loops are compiled in any case
     for step in range(1, STEPS + 1):
         grads = _numbers(step, row.shapes, turn)
         own = {k: torch.from_numpy(np.array(x.T if turn else x)) for k, x in grads.items()}
         ours, state = fo.apply_gradients(row.ours, ours, own, state)
-        updates, other = tx.update(grads, other, theirs)
+        updates, other = update(grads, other, theirs)
         theirs = optax.apply_updates(theirs, updates)
     return max(float(np.abs(ours[k].numpy() - np.asarray(x.T if turn else x)).max()) for k, x in theirs.items())
 
