@@ -2,7 +2,7 @@
 
     python docs/make_api.py
 
-The families are those that the docstrings of `functional_optim` and `functional_optim.adapters` list.
+The families are those that the docstrings of the modules list.
 """
 
 import inspect
@@ -14,9 +14,10 @@ from types import ModuleType
 
 import functional_optim
 import functional_optim.adapters
+import functional_optim.plot
 
 
-MODULES: tuple[ModuleType, ...] = (functional_optim, functional_optim.adapters)
+MODULES: tuple[ModuleType, ...] = (functional_optim, functional_optim.adapters, functional_optim.plot)
 HEAD = """# Public names
 
 An index, written by `docs/make_api.py` from the docstrings; `help(fo.adamw)` shows a whole one.
@@ -70,9 +71,9 @@ def with_table(readme: str) -> str:
 
 
 def table() -> dict[str, list[str]]:
-    """The rows of the table of README.md: the names of each family, and those of the adapters in one row."""
-    adapters = [name for names in families(functional_optim.adapters).values() for name in names]
-    return {**families(functional_optim), "`functional_optim.adapters`": adapters}
+    """The rows of the table of README.md: the names of each family, and those of each other module in one row."""
+    whole = {f"`{m.__name__}`": [name for names in families(m).values() for name in names] for m in MODULES[1:]}
+    return {**families(functional_optim), **whole}
 
 
 if __name__ == "__main__":

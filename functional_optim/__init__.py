@@ -12,7 +12,7 @@ Transformations
   scale_by_lion scale_by_rprop scale_by_asgd scale_by_trust_ratio add_decayed_weights clip clip_by_global_norm
   clip_by_block_rms zero_nans set_to_zero params_ema scale_by_muon muon_momentum orthogonalize
   scale_by_shape params_swa
-  scale_by_factored_rms scale_by_param_block_rms
+  scale_by_factored_rms scale_by_param_block_rms reduce_on_plateau
 Optimizers
   sgd adam adamw nadam nadamw amsgrad adamax adamaxw radam rmsprop adagrad adadelta lion lars lamb sign_sgd signum
   rprop asgd muon adafactor
@@ -20,13 +20,16 @@ Schedules
   constant_schedule linear_schedule polynomial_schedule exponential_decay cosine_decay_schedule inverse_sqrt_schedule
   warmup_constant_schedule warmup_cosine_decay_schedule warmup_exponential_decay_schedule warmup_stable_decay_schedule
   piecewise_constant_schedule piecewise_interpolate_schedule linear_onecycle_schedule cosine_onecycle_schedule
-  sgdr_schedule join_schedules ema_debias_schedule ema_warmup_schedule schedule
+  interpolate_schedule cosine_annealing_schedule cosine_restarts_schedule cyclic_schedule sgdr_schedule
+  cumulative_product_schedule join_schedules multiply_schedules ema_debias_schedule ema_warmup_schedule
+  from_torch_scheduler schedule
 Types
   GradientTransformation EmptyState MaskedNode MaskedState PartitionState Schedule Explanation RuleError
 
-`functional_optim.adapters` makes optimizers of torch of them; import it by itself.
+`functional_optim.adapters` makes optimizers of torch of them; import it by itself. `plot.schedules` draws schedules.
 """
 
+from . import plot as plot
 from ._chain import (
     apply_gradients,
     apply_updates,
@@ -95,6 +98,7 @@ from ._schedules.averaging import (
 )
 from ._schedules.cosine import cosine_decay_schedule
 from ._schedules.exponential import exponential_decay
+from ._schedules.from_torch import from_torch_scheduler
 from ._schedules.join import (
     join_schedules,
     sgdr_schedule,
@@ -103,7 +107,13 @@ from ._schedules.onecycle import (
     cosine_onecycle_schedule,
     linear_onecycle_schedule,
 )
+from ._schedules.periodic import (
+    cosine_annealing_schedule,
+    cosine_restarts_schedule,
+    cyclic_schedule,
+)
 from ._schedules.piecewise import (
+    interpolate_schedule,
     piecewise_constant_schedule,
     piecewise_interpolate_schedule,
 )
@@ -111,6 +121,10 @@ from ._schedules.polynomial import (
     constant_schedule,
     linear_schedule,
     polynomial_schedule,
+)
+from ._schedules.product import (
+    cumulative_product_schedule,
+    multiply_schedules,
 )
 from ._schedules.schedule import (
     Schedule,
@@ -160,6 +174,7 @@ from ._transforms.muon import (
     scale_by_shape,
 )
 from ._transforms.nadam import scale_by_nadam
+from ._transforms.plateau import reduce_on_plateau
 from ._transforms.radam import scale_by_radam
 from ._transforms.rms import (
     scale_by_rms,
@@ -213,8 +228,12 @@ __all__ = [
     "clip_by_block_rms",
     "clip_by_global_norm",
     "constant_schedule",
+    "cosine_annealing_schedule",
     "cosine_decay_schedule",
     "cosine_onecycle_schedule",
+    "cosine_restarts_schedule",
+    "cumulative_product_schedule",
+    "cyclic_schedule",
     "elementwise",
     "ema",
     "ema_debias_schedule",
@@ -222,7 +241,9 @@ __all__ = [
     "eval_params",
     "explain",
     "exponential_decay",
+    "from_torch_scheduler",
     "identity",
+    "interpolate_schedule",
     "inverse_sqrt_schedule",
     "join_schedules",
     "lamb",
@@ -238,6 +259,7 @@ __all__ = [
     "lion",
     "masked",
     "multi_transform",
+    "multiply_schedules",
     "muon",
     "muon_momentum",
     "nadam",
@@ -251,6 +273,7 @@ __all__ = [
     "piecewise_interpolate_schedule",
     "polynomial_schedule",
     "radam",
+    "reduce_on_plateau",
     "rmsprop",
     "rprop",
     "scale",
@@ -299,4 +322,4 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__", *({"adapters"} & globals().keys())]
+    return [*__all__, "__version__", *({"adapters", "plot"} & globals().keys())]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .schedule import NUMBER, Schedule, like, schedule
+from .schedule import NUMBER, Schedule, like, schedule, value_at
 from .warmup import warmup_cosine_decay_schedule
 
 
@@ -45,19 +45,8 @@ def join_schedules(count: Any, schedules: Sequence[Callable[[Any], Any]], bounda
             raise ValueError(f"`boundaries` of join_schedules must be in order, got {list(boundaries)}.")
         if end > start or not k:
             active = count < end if not k else (count >= start) & (count < end)
-            value = torch.where(active, _member(one, count - start, active), value)
+            value = torch.where(active, value_at(one, count - start, active), value)
     return value
-
-
-def _member(one: Callable[[Any], Any], count: Any, active: Any) -> Any:
-    """A member's value where it is active; it is not asked for any other step."""
-    if isinstance(one, Schedule) or not isinstance(count, torch.Tensor):
-        return like(count, one(torch.where(active, count, 0.0)))
-    # a function of the user's gets a number, as it does from an optimizer
-    asked = zip(count.flatten().tolist(), active.flatten().tolist(), strict=True)
-    values = [one(int(t) if t.is_integer() else t) if wanted else 0.0 for t, wanted in asked]
-    tensors = [torch.as_tensor(x, dtype=torch.float64, device=count.device) for x in values]
-    return torch.stack(tensors).reshape(count.shape) if tensors else count
 
 
 def sgdr_schedule(cosine_kwargs: Iterable[Mapping[str, Any]]) -> Schedule:

@@ -66,6 +66,35 @@ def piecewise_interpolate_schedule(
     return through(count, interpolate_type, corners)
 
 
+@schedule(interpolate_type=("linear", "cosine"), boundaries_and_values=NUMBER)
+def interpolate_schedule(count: Any, interpolate_type: str, boundaries_and_values: Mapping[float, float]) -> Any:
+    """Through given values along lines or half cosines; constant before the first and after the last.
+
+    Args:
+      interpolate_type: `"linear"` or `"cosine"`.
+      boundaries_and_values: steps, fractions of them too, and the value at each.
+
+    Returns:
+      The schedule.
+
+    Raises:
+      TypeError: a step is not a number.
+      ValueError: the type is unknown, or there is no value.
+
+    Example:
+      >>> interpolate_schedule("linear", {0: 0.0, 4: 1.0, 12: 0.0})([2, 4, 6, 20])
+      tensor([0.5000, 1.0000, 0.7500, 0.0000], dtype=torch.float64)
+    """
+    if not boundaries_and_values:
+        raise ValueError("`boundaries_and_values` of interpolate_schedule must hold a value, got none.")
+    for boundary in boundaries_and_values:
+        if not isinstance(boundary, (int, float)):
+            raise TypeError(f"`boundaries_and_values` of interpolate_schedule must be of steps, got {boundary!r:.60}.")
+        if math.isnan(boundary):
+            raise ValueError("`boundaries_and_values` of interpolate_schedule must be of steps, got nan.")
+    return through(count, interpolate_type, sorted(boundaries_and_values.items()))
+
+
 def through(count: Any, interpolate_type: str, corners: Sequence[tuple[Any, Any]]) -> Any:
     """Through values at given steps, in order, along lines or half cosines; constant before and after.
 

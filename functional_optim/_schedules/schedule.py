@@ -53,6 +53,21 @@ class Schedule:
         x = torch.as_tensor(self.factory.formula(count, **self.arguments), dtype=torch.float64, device=count.device)
         return x if x.ndim else x.expand(count.shape).clone()  # a formula need not mention `count`
 
+    def __mul__(self, other: Any) -> "Schedule":
+        """The product with another schedule, a function of the step, a number or a 0-d tensor."""
+        from .product import product  # which is made of schedules
+
+        made: Schedule = product(self, other)
+        return made
+
+    def __rmul__(self, other: Any) -> "Schedule":
+        from .product import product
+
+        made: Schedule = product(other, self)
+        return made
+
+    __array_ufunc__ = None  # so that numbers of NumPy leave `*` to `__rmul__`
+
     def _counts(self, count: Any) -> torch.Tensor:
         if isinstance(count, torch.Tensor):
             return count.double()
@@ -258,3 +273,22 @@ SOME_STEPS = "(0, inf)"
 def like(count: Any, x: Any) -> Any:
     """A number in the form of `count`, which operations on two values want."""
     return x + 0 * count
+
+
+def value_at(fn: Callable[[Any], Any], count: Any, active: Any = True) -> Any:
+    """A member's value, in the form of `count`.
+
+    A function of the user's gets a number, an int where it is one, as it does from an optimizer.
+
+    Args:
+      fn: a schedule, or any function of the step.
+      count: the number of steps.
+      active: where the value counts; the member is not asked for any other step, and is 0 there or has its value at 0.
+    """
+    if isinstance(fn, Schedule) or not isinstance(count, torch.Tensor):
+        return like(count, fn(count if active is True else torch.where(active, count, 0.0)))
+    wanted = [True] * count.numel() if active is True else active.flatten().tolist()
+    asked = zip(count.flatten().tolist(), wanted, strict=True)
+    values = [fn(int(t) if t.is_integer() else t) if each else 0.0 for t, each in asked]
+    tensors = [torch.as_tensor(x, dtype=torch.float64, device=count.device) for x in values]
+    return torch.stack(tensors).reshape(count.shape) if tensors else count

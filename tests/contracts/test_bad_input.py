@@ -490,6 +490,23 @@ RANGES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: fo.rmsprop(0.1, decay=1, centered=True, bias_correction=True),
         r"`decay` of scale_by_stddev must be in \[0, 1\) if `bias_correction` is True, got 1\.",
     ),
+    **{
+        f"{hyper} of reduce_on_plateau": (
+            lambda hyper=hyper, bad=bad: fo.reduce_on_plateau(**{hyper: bad}),
+            rf"`{hyper}` of reduce_on_plateau must be .*, got {bad!r}",
+        )
+        for hyper, bad in {
+            "factor": 1.0,
+            "patience": 0,
+            "rtol": 1.1,
+            "atol": -0.1,
+            "cooldown": -1,
+            "accumulation_size": 0,
+            "min_scale": 1.1,
+            "mode": "mean",
+            "eps": -1e-8,
+        }.items()
+    },
     "decay of params_ema": (lambda: fo.params_ema(-0.1), r"`decay` of params_ema must be in \[0, 1\], got -0\.1"),
     "start of params_swa": (lambda: fo.params_swa(-1), r"`start` of params_swa must be in \[0, inf\), got -1"),
     "period of params_swa": (lambda: fo.params_swa(9, 0), r"`period` of params_swa must be in \[1, inf\), got 0"),

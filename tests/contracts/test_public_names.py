@@ -11,10 +11,11 @@ import pytest
 
 import functional_optim as fo
 import functional_optim.adapters
+import functional_optim.plot
 
 
 ROOT = Path(__file__).parents[2]
-MODULES = {module.__name__: module for module in (fo, functional_optim.adapters)}
+MODULES = {module.__name__: module for module in (fo, functional_optim.adapters, functional_optim.plot)}
 README = (ROOT / "README.md").read_text()
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
 
@@ -43,7 +44,7 @@ def test_the_docstring_lists_every_public_name_once(module: Any) -> None:
 
 @pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
 def test_dir_shows_public_names_only(module: Any) -> None:
-    assert set(dir(module)) - {"__version__", "adapters"} == set(module.__all__)
+    assert set(dir(module)) - {"__version__", "adapters", "plot"} == set(module.__all__)
     assert all(hasattr(module, name) for name in dir(module))
 
 
@@ -64,10 +65,10 @@ def test_a_star_imports_the_public_names(module: Any) -> None:
     assert names.keys() - {"__builtins__"} == set(module.__all__)
 
 
-def test_modules_are_private_but_adapters() -> None:
+def test_modules_are_private_but_two() -> None:
     public = [module.name for module in pkgutil.iter_modules(fo.__path__) if not module.name.startswith("_")]
 
-    assert public == ["adapters"]
+    assert public == ["adapters", "plot"]
 
 
 def test_public_things_know_where_they_are_found() -> None:
@@ -93,8 +94,9 @@ def test_the_table_of_the_readme(family: str) -> None:
     assert rows(family) == API.families(fo)[family]
 
 
-def test_the_table_of_the_readme_has_the_adapters() -> None:
-    assert rows("`functional_optim.adapters`") == listed(functional_optim.adapters)
+@pytest.mark.parametrize("module", [functional_optim.adapters, functional_optim.plot], ids=lambda m: m.__name__)
+def test_the_table_of_the_readme_has_the_modules(module: types.ModuleType) -> None:
+    assert rows(f"`{module.__name__}`") == listed(module)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -102,5 +104,5 @@ def test_documents_use_names_that_exist(page: str) -> None:
     used = set(re.findall(r"\bfo\.(\w+)", PAGES[page]))
     imported = re.findall(r"from functional_optim\.adapters import ([\w, ]+)", PAGES[page])
 
-    assert used <= set(fo.__all__)
+    assert used <= {*fo.__all__, "plot"}
     assert {name.strip() for names in imported for name in names.split(",")} <= set(functional_optim.adapters.__all__)

@@ -41,6 +41,8 @@ def through(cosine: bool, *corners: tuple[int, float]) -> Callable[[int], float]
     """From corner to corner along lines or half cosines, in NumPy; the last of those at a step counts from it."""
 
     def value(t: int) -> float:
+        if t < corners[0][0]:
+            return corners[0][1]
         if t >= corners[-1][0]:
             return corners[-1][1]
         (start, left), (end, right) = next((a, b) for a, b in pairwise(corners) if a[0] <= t < b[0])
@@ -63,6 +65,29 @@ def stable(warmup: int, plateau: int, decay: int, down: Callable[[float], float]
 
 def inverse_sqrt(warmup: int) -> Callable[[int], float]:
     return lambda t: 0.5 + 1.5 * t / warmup if t < warmup else 2.0 * math.sqrt(warmup / t)
+
+
+def triangle(up: int, down: int, mode: str) -> Callable[[int], float]:
+    """From 0.5 to 2 in `up` steps, and down."""
+
+    def value(t: int) -> float:
+        cycle, since = divmod(t, up + down)
+        side = since / up if since <= up else (up + down - since) / down
+        return 0.5 + 1.5 * side * {"triangular": 1.0, "triangular2": 0.5**cycle, "exp_range": 0.75**t}[mode]
+
+    return value
+
+
+def restarts(period: int, mult: int) -> Callable[[int], float]:
+    """From 2 towards 0.25, in cycles that are counted off one by one."""
+
+    def value(t: int) -> float:
+        length = period
+        while t >= length:
+            t, length = t - length, mult * length
+        return 0.25 + 1.75 * (1 + math.cos(math.pi * t / length)) / 2
+
+    return value
 
 
 def onecycle(n: int, start: float, final: float | None) -> tuple[str, Case]:
@@ -113,6 +138,35 @@ CASES: dict[str, Case] = dict(
         *[of_formula("inverse_sqrt_schedule", (2.0, n, 0.5), n, inverse_sqrt(n)) for n in (1, 2)],
         *[of_optax("piecewise_constant_schedule", (2.0, pieces), 2) for pieces in PIECES],
         *[of_optax("piecewise_interpolate_schedule", (k, 2.0, p), 2) for k in ("linear", "cosine") for p in PIECES],
+        *[
+            of_formula("interpolate_schedule", (kind, dict(corners)), 2, through(kind == "cosine", *corners))
+            for kind in ("linear", "cosine")
+            for corners in (
+                [(0, 2.0)],
+                [(1, 2.0)],
+                [(0, 2.0), (1, 0.5)],
+                [(-1.5, 0.5), (-0.5, 2.0), (2, 0.0)],
+                [(0.5, 2.0), (0.75, 1.0), (1.25, 0.5)],
+            )
+        ],
+        *[
+            of_formula(
+                "cosine_annealing_schedule",
+                (2.0, n, 0.25),
+                2 * n,
+                lambda t, n=n: 0.25 + 1.75 * (1 + math.cos(math.pi * (t % (2 * n)) / n)) / 2,
+            )
+            for n in (1, 2, 3)
+        ],
+        *[
+            of_formula("cosine_restarts_schedule", (2.0, n, m, 0.25), 4 * n, restarts(n, m))
+            for n, m in product((1, 2, 7), (1, 2, 3))
+        ],
+        *[
+            of_formula("cyclic_schedule", (0.5, 2.0, up, down, mode, 0.75), 3 * (up + down), triangle(up, down, mode))
+            for up, down, mode in product((1, 2), LENGTHS, ("triangular", "triangular2", "exp_range"))
+        ],
+        of_formula("cyclic_schedule", (0.5, 2.0, 2), 12, triangle(2, 2, "triangular")),
         *[onecycle(n, start, None) for n, start in product((1, 2, 3, 7), (0.0, 0.3, 1.0))],
         *[
             onecycle(n, start, final)
@@ -168,6 +222,12 @@ LONGER: dict[str, fo.Schedule] = {
     "linear_onecycle": fo.linear_onecycle_schedule(8, 1.0),
     "cosine_onecycle": fo.cosine_onecycle_schedule(8, 1.0),
     "sgdr": fo.sgdr_schedule([{"init_value": 0.1, "peak_value": 1.0, "warmup_steps": 1, "decay_steps": 4}] * 2),
+    "interpolate": fo.interpolate_schedule("cosine", {1: 1.0, 3.5: 0.25, 8: 0.5}),
+    "annealing": fo.cosine_annealing_schedule(1.0, 4, 0.25),
+    "restarts": fo.cosine_restarts_schedule(1.0, 2, 2, 0.25),
+    "cyclic": fo.cyclic_schedule(0.25, 1.0, 2, 3, "triangular2"),
+    "cumulative_product": fo.cumulative_product_schedule(1.0, lambda t: 1 - 0.05 * (t % 3)),
+    "product": fo.linear_schedule(0.5, 1.0, 4) * fo.cosine_decay_schedule(1.0, 8, 0.5) * (lambda t: 0.5),
     "join": fo.join_schedules([fo.linear_schedule(0.0, 1.0, 3), lambda t: [3.0, 2.0, 1.0][t], lambda t: 0.5], [3, 6]),
 }
 
@@ -200,6 +260,69 @@ def test_derivatives_are_finite_past_the_end(name: str) -> None:
 
 def test_growth_from_zero_stays_zero() -> None:
     assert fo.exponential_decay(0.0, 1, 2.0)(5000) == 0
+
+
+# ---- products
+
+
+def test_products_are_one_product_whatever_their_order() -> None:
+    line, rate, table = fo.linear_schedule(0.0, 1.0, 4), torch.tensor(2.0), [1.0, 0.5, 0.25]
+    made = 3 * line * (rate * line) * np.float64(0.5) * (lambda t: table[t])
+    assert [type(x).__name__ for x in made.arguments["factors"]] == [
+        "int", "Schedule", "Tensor", "Schedule", "float", "function",
+    ]  # fmt: skip
+    assert called(made, range(3)).tolist() == [3 * (t / 4) ** 2 * table[t] for t in range(3)]
+    assert np.float64(0.5) * line == 0.5 * line == fo.multiply_schedules([0.5, line])
+    assert line * (line * 2.0) == (line * line) * 2.0 != line * 2.0
+
+
+@pytest.mark.parametrize("other", ["0.5", None, [0.5]], ids=repr)
+def test_what_is_no_number_is_no_factor(other: Any) -> None:
+    for multiply in (lambda: fo.constant_schedule(1.0) * other, lambda: other * fo.constant_schedule(1.0)):
+        with pytest.raises(TypeError):
+            multiply()
+    with pytest.raises(TypeError, match=r"`factors` of multiply_schedules must be schedules or numbers, got .* at 0"):
+        fo.multiply_schedules([other])
+
+
+def test_a_factor_that_is_a_function_gets_whole_steps_and_an_array_of_them() -> None:
+    asked: list[Any] = []
+    made = fo.constant_schedule(1.0) * (lambda t: asked.append(t) or 1.0)
+    assert made(torch.tensor([[1, 2], [3, 4]])).tolist() == [[1.0, 1.0], [1.0, 1.0]]
+    assert asked == [0, 1, 2, 3, 4]  # 0 when it was made
+    assert all(isinstance(t, int) for t in asked)
+
+
+# ---- running products
+
+
+def test_running_products_at_any_steps_in_any_order() -> None:
+    made = fo.cumulative_product_schedule(2.0, lambda t: t / (t + 1))
+    for steps in ([3, 0, 50, 49], range(0, 200, 7), [199], [-1, 0]):
+        expected = torch.tensor([2 / (max(t, 0) + 1) for t in steps], dtype=torch.float64)
+        torch.testing.assert_close(made(list(steps)), expected, rtol=400 * 2.0**-53, atol=0)
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.0, -0.5, 1])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_running_products_of_one_number(factor: Any, backend: str) -> None:
+    made = fo.cumulative_product_schedule(2.0, lambda t: factor)
+    assert not fo.explain(fo.scale_by_schedule(made), torch.zeros(1)).notes
+    actual = in_kernel(fo.scale_by_schedule(made), range(4), backend)
+    assert actual.tolist() == [2 * factor**t for t in range(4)]
+
+
+def test_products_of_functions_without_hash_are_not_kept() -> None:
+    class Factor:
+        __hash__ = None  # type: ignore[assignment]
+
+        def __eq__(self, other: object) -> bool:
+            return self is other
+
+        def __call__(self, t: int) -> float:
+            return 0.5
+
+    assert fo.cumulative_product_schedule(1.0, Factor())(3) == 0.125
 
 
 # ---- joining
@@ -264,6 +387,12 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: fo.join_schedules([math.cos] * 3, [4, 2]), ValueError, r"`boundaries` .* in order, got \[4, 2\]"),
     (lambda: fo.join_schedules([0.1, 0.2], [4]), TypeError, "`schedules` .* got 0.1 at 0"),
     (lambda: fo.join_schedules([math.cos] * 2, ["4"]), TypeError, "`boundaries` .* got '4' at 0"),
+    (lambda: fo.cumulative_product_schedule(1.0, 0.9), TypeError, "`factor_fn` .* got 0.9"),
+    (lambda: fo.cyclic_schedule(0.0, 1.0, 3, scale_fn=0.5), TypeError, "`scale_fn` .* got 0.5"),
+    (lambda: fo.cyclic_schedule(0.0, 1.0, torch.tensor(3)), TypeError, r"`step_size_up` .*int\(step_size_up\)"),
+    (lambda: fo.interpolate_schedule("linear", {0: "1"}), TypeError, "`boundaries_and_values` .* '1' at 0"),
+    (lambda: fo.interpolate_schedule("linear", {"0": 1.0}), TypeError, "`boundaries_and_values` .* got '0'"),
+    (lambda: fo.interpolate_schedule("linear", {math.nan: 1.0}), ValueError, "`boundaries_and_values` .* got nan"),
     (lambda: fo.sgdr_schedule([{"peak_value": 1.0}]), TypeError, "warmup_cosine_decay_schedule: .*'init_value'"),
     (lambda: fo.cosine_decay_schedule(1.0, 0), ValueError, "`decay_steps` .* got 0"),
     (

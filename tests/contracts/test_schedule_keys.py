@@ -112,6 +112,10 @@ def joined(rate: Any) -> Callable[[Any], Any]:
     return fo.join_schedules([in_a_closure(rate), in_a_module(rate)], [5])
 
 
+def multiplied(rate: Any) -> Callable[[Any], Any]:
+    return LINE * in_a_closure(rate)
+
+
 def own_family(rate: Any) -> Callable[[Any], Any]:
     @fo.schedule()
     def family(count: Any) -> Any:
@@ -125,7 +129,7 @@ def own_family(rate: Any) -> Callable[[Any], Any]:
 MAKERS = [
     in_a_closure, with_a_default, with_a_keyword, with_an_attribute, in_a_module, in_a_module_of_a_module,
     in_a_function_inside, in_a_comprehension, through_another, through_a_schedule, partial, partial_keyword, joined,
-    own_family, fo.constant_schedule, lambda rate: fo.piecewise_constant_schedule(1.0, {3: rate}),
+    multiplied, own_family, fo.constant_schedule, lambda rate: fo.piecewise_constant_schedule(1.0, {3: rate}),
 ]  # fmt: skip
 makers = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 
@@ -304,6 +308,8 @@ UNTRACEABLE: dict[str, Callable[[Any], Any]] = {
     "a partial of an object": functools.partial(THING.method),
     "a list in a partial": functools.partial(lambda rates, count: rates[0] * count, [0.5]),
     "a schedule with such a member": fo.join_schedules([lambda count: TABLE[0] * count, LINE], [5]),
+    "a product with such a factor": LINE * (lambda count: TABLE[0] * count),
+    "a running product of such factors": fo.cumulative_product_schedule(1.0, lambda count: TABLE[0]),
     "a family with such a formula": fo.schedule()(lambda count: TABLE[0] * count)(),
     "a number": 0.5,  # type: ignore[dict-item]
 }
@@ -345,6 +351,8 @@ def changing() -> dict[str, tuple[Callable[[Any], Any], Callable[[float], None]]
             fo.join_schedules([fo.constant_schedule(tensor), fo.linear_schedule(0.0, tensor, 1)], [1]),
             lambda x: tensor.fill_(x) and None,
         ),
+        "tensor in a product": (fo.linear_schedule(0.0, 1.0, 1) * tensor, lambda x: tensor.fill_(x) and None),
+        "factor of a product": (LINE * (lambda count: listed[0] * count), lambda x: listed.__setitem__(0, x)),
         "tensor in a mapping": (
             fo.piecewise_constant_schedule(tensor, {1: tensor}),
             lambda x: tensor.fill_(x) and None,

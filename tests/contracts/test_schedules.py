@@ -53,6 +53,20 @@ def inverse_sqrt(t: float) -> float:
     return 0.1 + (2.0 - 0.1) * t / 9 if t < 9 else 2.0 * math.sqrt(9 / t)
 
 
+def triangle(t: int) -> float:
+    """Up from 0.5 to 2 in 4 steps, down in 3, each time half as high."""
+    cycle, since = divmod(t, 7)
+    return 0.5 + 1.5 * (since / 4 if since <= 4 else (7 - since) / 3) / 2**cycle
+
+
+def restarts(t: int) -> float:
+    """From 2 towards 0.5 along half a cosine of 3 steps, then 6, 12 and so on."""
+    length = 3
+    while t >= length:
+        t, length = t - length, 2 * length
+    return 0.5 + 1.5 * (1 + math.cos(math.pi * t / length)) / 2
+
+
 CYCLES = [
     {"init_value": 0.1, "peak_value": 1.0, "warmup_steps": 4, "decay_steps": 10, "end_value": 0.2},
     {"init_value": 0.2, "peak_value": 2.0, "warmup_steps": 0, "decay_steps": 7, "exponent": 2.0},
@@ -121,6 +135,58 @@ CASES = [
     Case("ema_warmup_schedule", fo.ema_warmup_schedule(0.7), lambda t: min(0.7, (1 + t) / (10 + t))),
     Case("ema_warmup_schedule-offset", fo.ema_warmup_schedule(1.0, 2.0), lambda t: 1 - 1 / (2 + t)),
     Case("inverse_sqrt_schedule", fo.inverse_sqrt_schedule(2.0, 9, 0.1), inverse_sqrt, range(0, 900, 20)),
+    Case(
+        "interpolate_schedule",
+        fo.interpolate_schedule("linear", {3: 2.0, 8.5: 0.0, 20: 1.0}),
+        lambda t: float(np.interp(t, [3, 8.5, 20], [2.0, 0.0, 1.0])),
+    ),
+    Case(
+        "interpolate_schedule-cosine",
+        fo.interpolate_schedule("cosine", {20: 1.0, 3: 2.0}),
+        lambda t: 1.5 + math.cos(math.pi * min(max(t - 3, 0) / 17, 1)) / 2,
+    ),
+    Case(
+        "cosine_annealing_schedule",
+        fo.cosine_annealing_schedule(2.0, 7, 0.5),
+        lambda t: 0.5 + 1.5 * (1 + math.cos(math.pi * (t % 14) / 7)) / 2,
+    ),
+    Case(
+        "cosine_restarts_schedule",
+        fo.cosine_restarts_schedule(2.0, 10),
+        lambda t: 1 + math.cos(math.pi * (t % 10) / 10),
+    ),
+    Case("cosine_restarts_schedule-growing", fo.cosine_restarts_schedule(2.0, 3, 2, 0.5), restarts),
+    # starts of cycles, 2**k - 1, and the steps before, where a logarithm is a whole number or just not
+    *(
+        Case(
+            f"cosine_restarts_schedule-late{k}",
+            fo.cosine_restarts_schedule(low + 2.0, 1, 2, low),
+            lambda t, low=low: low + 1 + math.cos(math.pi * ((t + 1) / 2 ** ((t + 1).bit_length() - 1) - 1)),
+            range(2**k - 20, 2**k + 25),
+        )
+        for k, low in ((10, 0.5), (29, 0.25))
+    ),
+    Case("cyclic_schedule", fo.cyclic_schedule(0.5, 2.0, 4, 3, "triangular2"), triangle),
+    Case(
+        "cyclic_schedule-down",
+        fo.cyclic_schedule(0.9, 0.8, 5, mode="exp_range", gamma=0.9),
+        lambda t: 0.9 - 0.1 * (1 - abs(t % 10 - 5) / 5) * 0.9**t,
+    ),
+    Case(
+        "cyclic_schedule-scale_fn",
+        fo.cyclic_schedule(0.0, 2.0, 5, scale_fn=fo.exponential_decay(1.0, 1, 0.5)),
+        lambda t: 2 * (1 - abs(t % 10 - 5) / 5) / 2 ** (t // 10 + 1),
+    ),
+    Case(
+        "cumulative_product_schedule",
+        fo.cumulative_product_schedule(2.0, fo.constant_schedule(0.9)),
+        lambda t: 2 * 0.9**t,
+    ),
+    Case(
+        "multiply_schedules",
+        fo.linear_schedule(0.5, 2.0, 10) * fo.exponential_decay(1.0, 4, 0.5) * 0.75,
+        lambda t: 0.75 * (0.5 + 1.5 * min(t / 10, 1)) * 0.5 ** (t / 4),
+    ),
 ]
 IDS = [case.id for case in CASES]
 cases = pytest.mark.parametrize("case", CASES, ids=IDS)
@@ -227,6 +293,19 @@ BAD = [
     (lambda: fo.piecewise_interpolate_schedule("cubic", 1.0), "`interpolate_type` .* got 'cubic'"),
     (lambda: fo.linear_onecycle_schedule(0, 1.0), "`transition_steps` of linear_onecycle_schedule .* got 0"),
     (lambda: fo.cosine_onecycle_schedule(0, 1.0), "`transition_steps` of cosine_onecycle_schedule .* got 0"),
+    (lambda: fo.cosine_annealing_schedule(1.0, 0), "`half_period` of cosine_annealing_schedule .* got 0"),
+    (lambda: fo.cosine_restarts_schedule(1.0, -1), "`period` of cosine_restarts_schedule .* got -1"),
+    (lambda: fo.cosine_restarts_schedule(1.0, 3, 0), "`period_mult` of cosine_restarts_schedule .* got 0"),
+    (lambda: fo.cosine_restarts_schedule(1.0, 3, 1.5), "`period_mult` of cosine_restarts_schedule .* got 1.5"),
+    (lambda: fo.cyclic_schedule(0.0, 1.0, 0), "`step_size_up` of cyclic_schedule .* got 0"),
+    (lambda: fo.cyclic_schedule(0.0, 1.0, 3, -1), "`step_size_down` of cyclic_schedule .* got -1"),
+    (lambda: fo.cyclic_schedule(0.0, 1.0, 3, mode="square"), "`mode` of cyclic_schedule .* got 'square'"),
+    (lambda: fo.cyclic_schedule(0.0, 1.0, 3, gamma=-0.5), "`gamma` of cyclic_schedule .* got -0.5"),
+    (lambda: fo.interpolate_schedule("cubic", {0: 1.0}), "`interpolate_type` of interpolate_schedule .* got 'cubic'"),
+    (lambda: fo.interpolate_schedule("linear", {}), "`boundaries_and_values` of interpolate_schedule .* got none"),
+    (lambda: fo.multiply_schedules([]), "multiply_schedules takes at least one factor"),
+    (lambda: fo.constant_schedule(1.0) * math.nan, "`factors` of multiply_schedules .* got nan at 1"),
+    (lambda: fo.constant_schedule(1.0) * torch.ones(2), r"`factors` of multiply_schedules .*shape \(2,\) at 1"),
     (lambda: fo.join_schedules([fo.constant_schedule(1.0)] * 2, [3, 4]), "one boundary fewer .* got 2 schedules and 2"),
     (
         lambda: fo.sgdr_schedule([{"init_value": 0.0, "peak_value": 1.0, "warmup_steps": 2, "decay_steps": -4}]),
@@ -364,6 +443,12 @@ FAMILIES: dict[str, Callable[[float], Any]] = {
     "cosine_onecycle": lambda x: fo.cosine_onecycle_schedule(9, x, 0.3 * x),
     "join": lambda x: fo.join_schedules([fo.linear_schedule(0.0, x, 3), fo.cosine_decay_schedule(x, 9)], [3]),
     "sgdr": lambda x: fo.sgdr_schedule([{"init_value": 0.0, "peak_value": x, "warmup_steps": 1, "decay_steps": 4}] * 2),
+    "interpolate": lambda x: fo.interpolate_schedule("cosine", {0: x, 9: 0.5 * x}),
+    "annealing": lambda x: fo.cosine_annealing_schedule(x, 9, 0.1 * x),
+    "restarts": lambda x: fo.cosine_restarts_schedule(x, 9, 2, 0.1 * x),
+    "cyclic": lambda x: fo.cyclic_schedule(0.1 * x, x, 9, mode="exp_range", gamma=x),
+    "cumulative_product": lambda x: fo.cumulative_product_schedule(x, fo.constant_schedule(x)),
+    "product": lambda x: fo.cosine_decay_schedule(x, 9) * fo.linear_schedule(0.0, x, 3) * x,
 }
 
 

@@ -14,8 +14,8 @@ from _lib.records import ATOL, BACKENDS, RTOL, STEPS, parameters, run_optax_upda
 from _lib.transforms import CASES, IDS, Case
 
 
-# no formulas of an element; tested elsewhere
-OTHERS = {"eval_params", "update_average", "stateless", "stateless_with_tree_map"}
+# no formulas of an element, or of an extra argument too; tested elsewhere
+OTHERS = {"eval_params", "reduce_on_plateau", "update_average", "stateless", "stateless_with_tree_map"}
 MATRIX_METHODS = {"orthogonalize", "scale_by_shape", "scale_by_muon", "scale_by_factored_rms"}  # test_matrix_methods.py
 
 
