@@ -3,7 +3,7 @@
 Any chain
   TransformOptimizer ChainOptimizer
 torch's classes
-  SGD Adam AdamW NAdam RAdam Adamax RMSprop Adagrad Adadelta ASGD Rprop Muon Adafactor SparseAdam
+  SGD Adam AdamW NAdam RAdam Adamax RMSprop Adagrad Adadelta ASGD Rprop Muon Adafactor SparseAdam LBFGS
 Classes that torch lacks
   Lion LAMB
 Files
@@ -17,6 +17,7 @@ from . import _explained as _explained
 from .adaptive import Adadelta, Adagrad, Adamax, NAdam, RAdam
 from .classes import LAMB, SGD, Adam, AdamW, Lion, RMSprop
 from .files import load_safetensors, save_safetensors
+from .lbfgs import LBFGS
 from .matrices import Adafactor, Muon
 from .optimizer import ChainOptimizer
 from .rates import ASGD, Rprop
@@ -27,6 +28,7 @@ from .transform import TransformOptimizer
 __all__ = [
     "ASGD",
     "LAMB",
+    "LBFGS",
     "SGD",
     "Adadelta",
     "Adafactor",

@@ -12,6 +12,7 @@ import torch
 import functional_optim as fo
 from functional_optim import _walk
 from functional_optim._params import Template
+from functional_optim._transform import Declared
 
 from ._groups import copied
 from ._naming import KNOWN, Naming, is_number
@@ -234,4 +235,7 @@ def describe(tx: fo.GradientTransformation) -> str:
     """The names of a chain's transformations, which a checkpoint is known by."""
     rules = _walk.rules(tx)
     # the functions of others may be renamed, and their `repr` may hold addresses
-    return " > ".join(rules[k].bound.rule.name if k in rules else type(x).__name__ for k, x in _walk.parts(tx).items())
+    return " > ".join(
+        rules[k].bound.rule.name if k in rules else x.name if isinstance(x, Declared) else type(x).__name__
+        for k, x in _walk.parts(tx).items()
+    )

@@ -13,9 +13,12 @@ Transformations
   clip_by_block_rms zero_nans set_to_zero params_ema scale_by_muon muon_momentum orthogonalize
   scale_by_shape params_swa
   scale_by_factored_rms scale_by_param_block_rms reduce_on_plateau
+Methods of second order
+  scale_by_lbfgs scale_by_zoom_linesearch scale_by_backtracking_linesearch scale_by_strong_wolfe_linesearch
+  value_and_grad_from_state
 Optimizers
   sgd adam adamw nadam nadamw amsgrad adamax adamaxw radam rmsprop adagrad adadelta lion lars lamb sign_sgd signum
-  rprop asgd muon adafactor
+  rprop asgd muon adafactor lbfgs
 Schedules
   constant_schedule linear_schedule polynomial_schedule exponential_decay cosine_decay_schedule inverse_sqrt_schedule
   warmup_constant_schedule warmup_cosine_decay_schedule warmup_exponential_decay_schedule warmup_stable_decay_schedule
@@ -76,6 +79,7 @@ from ._optimizers import (
     asgd,
     lamb,
     lars,
+    lbfgs,
     lion,
     muon,
     nadam,
@@ -163,6 +167,13 @@ from ._transforms.clipping import (
 )
 from ._transforms.decay import add_decayed_weights
 from ._transforms.factored import scale_by_factored_rms
+from ._transforms.lbfgs import scale_by_lbfgs
+from ._transforms.linesearch import (
+    scale_by_backtracking_linesearch,
+    scale_by_strong_wolfe_linesearch,
+    scale_by_zoom_linesearch,
+    value_and_grad_from_state,
+)
 from ._transforms.momentum import (
     ema,
     trace,
@@ -248,6 +259,7 @@ __all__ = [
     "join_schedules",
     "lamb",
     "lars",
+    "lbfgs",
     "leaf_amax",
     "leaf_mean",
     "leaf_norm",
@@ -282,7 +294,9 @@ __all__ = [
     "scale_by_adamax",
     "scale_by_amsgrad",
     "scale_by_asgd",
+    "scale_by_backtracking_linesearch",
     "scale_by_factored_rms",
+    "scale_by_lbfgs",
     "scale_by_learning_rate",
     "scale_by_lion",
     "scale_by_muon",
@@ -296,7 +310,9 @@ __all__ = [
     "scale_by_shape",
     "scale_by_sign",
     "scale_by_stddev",
+    "scale_by_strong_wolfe_linesearch",
     "scale_by_trust_ratio",
+    "scale_by_zoom_linesearch",
     "schedule",
     "set_to_zero",
     "sgd",
@@ -312,6 +328,7 @@ __all__ = [
     "tree_sum",
     "update_average",
     "use_backend",
+    "value_and_grad_from_state",
     "warmup_constant_schedule",
     "warmup_cosine_decay_schedule",
     "warmup_exponential_decay_schedule",

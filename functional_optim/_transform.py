@@ -19,6 +19,7 @@ and fused. `Transformation` lists these questions. All are asked about a `View`,
 import abc
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from ._compiler.rule import (
@@ -168,6 +169,45 @@ class GradientTransformation(Transformation):
 
     def _extra_names(self) -> frozenset[str] | None:
         return None if self._extras is None else self._extras - {"updates", "state", "params"}
+
+
+class Declared(GradientTransformation):
+    """A pair of functions that is known by the call that made it: it is printed, compared and pickled as that call.
+
+    Args:
+      factory: the function that makes it, which a module has under its name.
+      arguments: what `factory` was called with, by name.
+      init, update: see `GradientTransformation`.
+    """
+
+    def __init__(
+        self,
+        factory: Callable[..., GradientTransformation],
+        arguments: Mapping[str, Any],
+        init: Callable[[Any], Any],
+        update: Callable[..., tuple[Any, Any]],
+    ) -> None:
+        super().__init__(init, update)
+        self.factory, self.arguments = factory, dict(arguments)
+
+    @property
+    def name(self) -> str:
+        """The name of the function that makes it."""
+        return self.factory.__name__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(self.factory, **self.arguments), ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Declared) and (self.factory, self.arguments) == (other.factory, other.arguments)
+
+    def __hash__(self) -> int:
+        return hash((self.factory, *self.arguments.values()))
+
+    def __repr__(self) -> str:
+        defaults = inspect.signature(self.factory).parameters
+        given = {k: v for k, v in self.arguments.items() if defaults[k].default != v}
+        return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in given.items())})"
 
 
 def as_transformation(x: Any) -> GradientTransformation:

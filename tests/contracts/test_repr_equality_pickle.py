@@ -52,6 +52,7 @@ def values() -> dict[str, Any]:
         "schedule of a user": fo.sgd(halving),
         "rule of a user": fo.chain(remember_first(rate=0.25), fo.masked(scale_by_value(factor=-1.0), True)),
         "infinity": fo.clip(float("inf")),
+        "functions that are known by a call": fo.lbfgs(memory_size=5, linesearch=None),
         "integers stay integers": fo.scale(2),
     }
 
@@ -75,6 +76,7 @@ REPRS = {
     "scale_by_adam(b1=0.95)": fo.scale_by_adam(0.95),
     "chain(trace(decay=0.9), scale(step_size=-0.1))": fo.chain(fo.trace(0.9), fo.scale(-0.1)),
     "chain()": fo.identity(),
+    "scale_by_zoom_linesearch(max_linesearch_steps=9, max_learning_rate=0.5)": fo.scale_by_zoom_linesearch(9, 0.5),
     "named_chain(('a', scale(step_size=1.0)))": fo.named_chain(("a", fo.scale(1.0))),
     "masked(scale(step_size=2.0), re.compile('weight'))": fo.masked(fo.scale(2.0), "weight"),
     "masked(scale(step_size=2.0), {'a': True})": fo.masked(fo.scale(2.0), {"a": True}),
