@@ -40,7 +40,7 @@ def bumpy(tree: Any) -> Any:
     return rosenbrock(tree) / 100 + bumps
 
 
-BUMPS = [(-1.7, 3.0), (-1.1, -4.0), (-0.4, 5.0), (0.2, -3.0), (0.9, 4.0), (1.3, -5.0), (2.1, 3.0), (2.8, -2.0)]
+BUMPS = [(-0.4, 5.0), (0.9, -4.0), (1.6, 4.0)]
 START = {"pair": torch.tensor([-1.2, 1.0], dtype=F64), "last": torch.tensor(0.5, dtype=F64)}
 
 
