@@ -1,8 +1,7 @@
 """Names: of options, of slots of state, and of parameters."""
 
 import numbers
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ import functional_optim as fo
 from functional_optim import _walk
 from functional_optim._compiler.rule import Option
 from functional_optim._params import Template
+from functional_optim._reading import slot_names, unique
 from functional_optim._transform import Path
 
 
@@ -28,44 +28,9 @@ SYNONYMS: Mapping[str, frozenset[tuple[str | None, str]]] = {  # by rule, or for
 }
 
 
-def unique(names: Sequence[str], owners: Sequence[tuple[Path, str]], taken: frozenset[str]) -> list[str]:
-    """Names that differ: a clash is qualified by the keys that lead to the owner, else by its name and a number.
-
-    Args:
-      names: the names wanted.
-      owners: for each, the path and the name of the rule.
-      taken: names that are not to be had.
-
-    Returns:
-      The names.
-    """
-    chosen: dict[str, None] = {}
-    counts = Counter(names)
-    for name, (path, rule) in zip(names, owners, strict=True):
-        labels = "_".join(str(k) for k in path if isinstance(k, str))
-        plain = [name] if counts[name] == 1 else []
-        labelled = [f"{labels}_{name}"] if labels else []
-        for candidate in (*plain, *labelled, *_numbered(f"{rule}_{name}")):
-            if candidate not in taken and candidate not in chosen:
-                chosen[candidate] = None
-                break
-    return list(chosen)
-
-
-def _numbered(name: str) -> Iterator[str]:
-    yield name
-    yield from (f"{name}_{k}" for k in range(2, 1000))
-
-
 def template(tx: fo.GradientTransformation, names: Mapping[str, str]) -> Template:
     """A transformation with a key for each slot of its state; `names` renames some slots."""
-    slots = [
-        (path, slot, rule.bound.rule.name) for path, rule in _walk.rules(tx).items() for slot in rule.bound.rule.slots
-    ]
-    keys = unique(
-        [names.get(slot, slot) for _, slot, _ in slots], [(p, rule) for p, _, rule in slots], frozenset({"step"})
-    )
-    return Template(tx, {(path, slot): key for (path, slot, _), key in zip(slots, keys, strict=True)})
+    return Template(tx, slot_names({path: rule.bound.rule for path, rule in _walk.rules(tx).items()}, names))
 
 
 class Naming:

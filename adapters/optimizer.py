@@ -600,11 +600,13 @@ class ChainOptimizer(Optimizer):
         model: torch.nn.Module | Iterable[torch.nn.Module] | None = None,
         *,
         buffers: Mapping[str, torch.Tensor] | None = None,
+        slot: str | None = None,
     ) -> contextlib.AbstractContextManager[None]:
-        """Swaps in the averages that the chain keeps, for evaluation, and the parameters back at the end.
+        """Swaps in the parameters to evaluate at, and those that are trained back at the end.
 
-        Averages are those of `params_ema`, `params_swa` or a rule of your own, as in `eval_params`. A parameter that
-        has taken no step stays as it is.
+        They are the averages of `params_ema` or `params_swa`, or a slot of a rule with `slot(..., evaluate=True)`. A
+        parameter that has taken no step stays as it is.
+
 
         Parameters are put back in any case: after an exception or an interrupt, and where the block has replaced
         `.data` of a parameter. So are the buffers of the model, if it is given: `torch.optim.swa_utils.update_bn` in
@@ -618,12 +620,14 @@ class ChainOptimizer(Optimizer):
           model: the module, or modules, whose buffers are put back, and whose whole copies are freed on the way in and
             out, in all processes alike.
           buffers: values by name for buffers of the model, to be swapped in too, such as averages of them.
+          slot: the key of the averages in the state of a parameter, where a chain keeps several.
 
         Returns:
           The context manager.
 
         Raises:
-          ValueError: the chain has no average, or no step has been taken; the model has no such buffer.
+          ValueError: the chain keeps no averages, several, or none of that name, or no step has been taken; the model has
+            no such buffer.
           RuntimeError: it is inside another one.
           TypeError: `model` is no module, or there are buffers and not one module.
 
@@ -641,4 +645,4 @@ class ChainOptimizer(Optimizer):
           >>> p.item()
           0.0
         """
-        return averaged(self, model, buffers)
+        return averaged(self, model, buffers, slot)

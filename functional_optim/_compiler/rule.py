@@ -78,6 +78,7 @@ class Slot:
     per_leaf: bool
     square: bool = False
     shape: Shape | None = None
+    evaluate: bool = False
 
     @property
     def like_leaf(self) -> bool:
@@ -130,6 +131,7 @@ def slot(
     per: Literal["element", "leaf"] = "element",
     square: bool = False,
     shape: Shape | None = None,
+    evaluate: bool = False,
 ) -> Slot:
     """Declares a slot of state.
 
@@ -146,12 +148,14 @@ def slot(
       shape: in a `leafwise` rule, the shape as a function of the parameter, such as `lambda p: p.shape[:1]`; None
         where a parameter has no such entry, of which the rule is then given None. Further arguments of the function
         are hyper-parameters of those names, which have to be static.
+      evaluate: whether it holds the parameters to evaluate a model at, such as an average of those that are trained:
+        `eval_params` and `averaged_params` of optimizers find it by this mark.
 
     Returns:
       The declaration.
 
     Raises:
-      ValueError: one number per leaf cannot start as a tensor, or have a shape.
+      ValueError: one number per leaf cannot start as a tensor, have a shape, or be parameters.
 
     Example:
       >>> slot(1.0, per="leaf").make(torch.zeros(3), {})
@@ -163,7 +167,9 @@ def slot(
         raise ValueError(f"a slot with one number per leaf starts from a number, got start={start!r}.")
     if shape is not None and (per == "leaf" or not isinstance(start, (int, float))):
         raise ValueError(f"a slot with a shape of its own starts from a number per element, got {start=!r}, {per=!r}.")
-    return Slot(start, dtype, per == "leaf", square, shape)
+    if evaluate and (per != "element" or shape is not None):
+        raise ValueError(f"a slot to evaluate at holds parameters, one number per element, got per={per!r}.")
+    return Slot(start, dtype, per == "leaf", square, shape, evaluate)
 
 
 STORED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -247,15 +253,6 @@ class Rule:
     def uses_first(self) -> bool:
         """Whether the first step differs from others: to the formula, or because a slot starts from its update."""
         return self.takes_first or any(s.start == "first_update" for s in self.slots.values())
-
-    @property
-    def evaluated_slot(self) -> str | None:
-        """The slot to evaluate in place of the parameter, if there is one.
-
-        It is the first of a `final` rule that starts as the parameter, as an average of parameters does.
-        """
-        starts = (name for name, slot in self.slots.items() if slot.start == "param")
-        return next(starts, None) if self.final else None
 
     def check(self, hyper: str, value: Any, values: Mapping[str, Any]) -> Any:
         """Refuses a value of the wrong kind, or outside its range.
