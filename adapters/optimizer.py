@@ -29,8 +29,8 @@ from ._naming import names_of
 # types of options that are another object when they change
 CONSTANT = {float, int, bool, str, type(None)}
 BREAK = (
-    "a step of DTensors or of sparse gradients is a graph break: operations are handed DTensors only if they can place "
-    "their results, and sparse tensors never"
+    "a step of DTensors, of sparse gradients or with an extra argument that is no number is a graph break: operations "
+    "are handed DTensors only if they can place their results, and sparse tensors and trees never"
 )
 KEEP = 8  # sets of present gradients that an optimizer is bound to at once
 
@@ -161,7 +161,8 @@ class ChainOptimizer(Optimizer):
 
         Args:
           closure: evaluates the model again and returns the loss; it is called once, with gradients enabled.
-          **extra: arguments that transformations of the chain take, such as `value`. A closure's loss is `value`.
+          **extra: arguments that transformations of the chain take, such as `value`. A closure's loss is `value`. One
+            that is a tree for a rule is a list in the order of the parameters, or a dict by name or by parameter.
 
         Returns:
           What `closure` returned, or None.
@@ -180,7 +181,8 @@ class ChainOptimizer(Optimizer):
                 offered = frozenset({"value"})
         with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
             if torch.compiler.is_compiling():
-                if not self.COMPILES or any(is_dtensor(p) for group in self.param_groups for p in group["params"]):
+                breaks = not self.COMPILES or any(isinstance(x, (list, tuple, dict)) for x in extra.values())
+                if breaks or any(is_dtensor(p) for group in self.param_groups for p in group["params"]):
                     apart = torch.compiler.disable(ChainOptimizer._run, reason=BREAK)  # type: ignore[no-untyped-call]
                     apart(self, extra, offered)
                 else:

@@ -188,6 +188,7 @@ def explanation(tx: Any, params: Tree | None) -> Explanation:
     columns = step.columns(tree, tree, False)
     assert columns is not None
     found = _Collector(step.paths, view.leaves, torch.is_grad_enabled())
+    columns |= dict.fromkeys(step.extras.columns, columns["updates"])
     for stage in step.stages:
         if isinstance(stage, TreeRegion) and stage.leafwise is not None:
             found.add_leafwise(stage.leafwise)
@@ -235,7 +236,7 @@ def explain_params(
         if isinstance(stage, ParamRegion) and stage.leafwise is not None:
             found.add_leafwise(stage.leafwise)
         elif isinstance(stage, ParamRegion):
-            own: Columns = {"updates": local, "params": local, **columns}
+            own: Columns = {"updates": local, "params": local, **columns, **dict.fromkeys(step.extras.columns, local)}
             for name, (schedule, _) in stage.region.hosts.items():
                 own[name] = host_column(name, schedule, [0] * len(local), step.devices)
             found.add_region(stage, own, stage.leaves(own, params.owners, frozenset(), step.numels, step.shards))

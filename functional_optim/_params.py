@@ -40,7 +40,17 @@ from ._runtime.shard import (
     whole_tensor,
 )
 from ._runtime.step import Launch, Numbers
-from ._step import CHANGED_MESSAGE, Guard, call_opaque, check_updates, host_column, updates_of
+from ._step import (
+    CHANGED_MESSAGE,
+    Guard,
+    call_opaque,
+    check_no_number,
+    check_no_tree,
+    check_updates,
+    extras_of,
+    host_column,
+    updates_of,
+)
 from ._transform import GradientTransformation, Link, Path
 from ._tree import Reader, View
 
@@ -247,6 +257,7 @@ class ParamStep:
         self.spans_tree = any(stage.region.spans_tree for stage in self.regions)
         self.traced = [stage.region for stage in self.regions if stage.region.traced]
         self.needed = {name for stage in self.regions for name in stage.region.extras}
+        self.extras = extras_of([stage.region if isinstance(stage, ParamRegion) else stage for stage in self.stages])
         self.runs_python = bool(self.opaque) or any(stage.region.hosts or stage.leafwise for stage in self.regions)
         self.numels = [p.numel() * (1 + p.is_complex()) for p in params.params]
         self.devices = [
@@ -452,9 +463,15 @@ class ParamStep:
         Raises:
           ValueError, TypeError, RuntimeError: something does not fit.
         """
-        lacking = sorted(self.needed - extra.keys()) if self.needed else []
+        needed = self.needed.union(self.extras.columns)
+        lacking = sorted(needed - extra.keys()) if needed else []
         if lacking:
             raise TypeError(f"`{lacking[0]}` is needed: call `step(closure, {lacking[0]}=...)`.")
+        for name, rule in self.extras.needed.items():
+            check_no_tree(name, rule, extra.get(name))
+        given: Columns = {
+            name: self._extra_column(name, rule, extra[name]) for name, rule in self.extras.columns.items()
+        }
         if self.guarded and (self.opaque or any(stage.leafwise for stage in self.regions)):
             raise ValueError(
                 "gradients that are still multiplied by a loss scale reach transformations that torch operations "
@@ -470,8 +487,9 @@ class ParamStep:
                 "this chain reduces over the whole tree, so it needs the gradients of all parameters at once, but it "
                 "was given one parameter while its gradient is computed; call `step` after the backward pass."
             )
-        own: Columns = {"updates": grads, "params": params, **columns}
+        own: Columns = {"updates": grads, "params": params, **columns, **given}
         if self.wrapped:
+            own |= {k: self._local(k, x, placed_like, f"the extra argument `{k}` for") for k, x in given.items()}
             if any(g is not None and g.layout is not torch.strided for g in map(grads.__getitem__, self.dtensors)):
                 return "sparse"
             own["updates"] = self._local("updates", grads, placed_like, "the gradient of")
@@ -508,6 +526,41 @@ class ParamStep:
             torch.autograd.graph.increment_version([params[i] for i in self.dtensors])
         self.done = True
         return "taken"
+
+    def _extra_column(self, name: str, rule: str, x: Any) -> list[Any]:
+        """An extra argument that is one tensor per parameter, as a column.
+
+        Args:
+          name: its name.
+          rule: a rule that takes it.
+          x: a list in the order of the parameters, or a dict by their names or by the parameters themselves.
+
+        Raises:
+          ValueError: it does not go with the parameters.
+        """
+        check_no_number(name, rule, x, "a list, or a dict by name or by parameter")
+        if isinstance(x, Mapping):
+            known = {key: i for i, p in enumerate(self.params.params) for key in (self.names[i], p)}
+            unknown = next((key for key in x if key not in known), None)
+            if unknown is not None:
+                shown = "a tensor" if isinstance(unknown, torch.Tensor) else repr(unknown)
+                raise ValueError(
+                    f"the extra argument `{name}` has the key {shown:.80}, which is no parameter of the optimizer; "
+                    f"there are {', '.join(map(repr, self.names[:5]))}{' ...' if len(self.names) > 5 else ''}."
+                )
+            entries = {known[key]: tensor for key, tensor in x.items()}
+            return [entries.get(i) for i in range(len(self.names))]
+        if not isinstance(x, Sequence) or isinstance(x, str):
+            raise ValueError(
+                f"the extra argument `{name}` is {type(x).__name__} {x!r:.60}, but {rule} takes a list, or a dict by "
+                f"name or by parameter, a tensor for each."
+            )
+        if len(x) != len(self.names):
+            raise ValueError(
+                f"the extra argument `{name}` has {len(x)} entries, but the optimizer has {len(self.names)} "
+                f"parameters; give None for one that has none."
+            )
+        return list(x)
 
     def begin(self) -> None:
         """Begins a step, of which nothing has been written."""

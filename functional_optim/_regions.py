@@ -8,7 +8,7 @@ import torch
 
 from ._compiler.fuse import Counting, Part, Recipe, fuse_all
 from ._compiler.rule import Bound, Slot, slot
-from ._runtime.checks import at, check_slot
+from ._runtime.checks import at, check_fit, check_slot
 from ._runtime.join import Joins
 from ._runtime.plan import Columns, Key, Leaf
 from ._runtime.shard import MeshShard
@@ -16,6 +16,7 @@ from ._runtime.spec import TensorSpec, specs_of
 from ._runtime.step import BoundStep, Programs, Reading
 from ._schedules.traced import has_fixed_key, traced_key
 from ._transform import Link
+from ._tree import MaskedNode
 
 
 Kind = tuple[tuple[int, ...], Counting | None]  # the rules that see a leaf, and its counter
@@ -85,6 +86,9 @@ class Region:
         self.extras = {
             source.name for recipe in self.recipes.values() for source in recipe.scalars if source.kind == "extra"
         }
+        self.columns = {
+            name: bound.rule.name for bound in self.bounds.values() for name in bound.rule.columns
+        }  # extra arguments that are trees, with a rule that takes each
         schedules = [
             bound.values[hyper] for bound in self.bounds.values() for hyper in bound.values if bound.is_schedule(hyper)
         ]
@@ -285,6 +289,10 @@ class BoundRegion:
                 if seen[i] and declared is not None and key != "step":  # counters are of any dtype
                     check_slot(name, self.paths[i], own[key][i], own["updates"][i], declared)
         kinds, recipes = self.region.kinds, self.region.recipes
+        for name, rule in self.region.columns.items():
+            for i in self.present:
+                if name in recipes[kinds[i]].program.arrays:
+                    self._check_extra(name, rule, i, own)
         return [
             Leaf(
                 i,
@@ -296,6 +304,16 @@ class BoundRegion:
             for i in self.present
             if kinds[i][0] or self.region.apply
         ]
+
+    def _check_extra(self, name: str, rule: str, i: int, own: Columns) -> None:
+        """Refuses an entry of an extra argument that does not go with its leaf."""
+        x = own[name][i]
+        if x is None or isinstance(x, MaskedNode):
+            raise ValueError(
+                f"the extra argument `{name}`{at(self.paths[i])} is {x!r}, but {rule} computes an update for it; give "
+                f"a tensor, or mask the rule."
+            )
+        check_fit(f"the extra argument `{name}`", "update", self.paths[i], x, own["updates"][i])
 
     def specs(self, own: Columns) -> dict[Key, list[TensorSpec | None]]:
         """The specs of the tensors of leaves that take part."""

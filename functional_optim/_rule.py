@@ -16,6 +16,19 @@ from ._tree import MaskedNode, Tree, View, paths, show
 
 
 EMPTY = inspect.Parameter.empty
+RESERVED = {
+    "updates",
+    "state",
+    "params",
+    "grads",
+    "tx",
+    "donate",
+    "closure",
+    "step",
+    "first",
+    "grad_scale",
+    "found_inf",
+}
 
 
 class Fusible(GradientTransformation):
@@ -79,7 +92,7 @@ class RuleTransformation(Fusible):
         }
 
     def _extra_names(self) -> frozenset[str] | None:
-        return frozenset(self.bound.rule.extras)
+        return frozenset((*self.bound.rule.extras, *self.bound.rule.columns))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RuleTransformation, (self.factory, self.bound.values)
@@ -192,7 +205,7 @@ def elementwise(
     fn: None = None,
     *,
     state: Mapping[str, Slot] | None = None,
-    extra: Sequence[str] = (),
+    extra: Sequence[str] | Mapping[str, str] = (),
     static: Sequence[str] = (),
     ranges: Mapping[str, str | Sequence[Any]] | None = None,
     final: bool = False,
@@ -203,7 +216,7 @@ def elementwise(
     fn: Callable[..., Any] | None = None,
     *,
     state: Mapping[str, Slot] | None = None,
-    extra: Sequence[str] = (),
+    extra: Sequence[str] | Mapping[str, str] = (),
     static: Sequence[str] = (),
     ranges: Mapping[str, str | Sequence[Any]] | None = None,
     final: bool = False,
@@ -221,7 +234,8 @@ def elementwise(
     Args:
       fn: the formula, when used without parentheses.
       state: slots of state, in the order of the formula's arguments; see `slot`.
-      extra: extra arguments of `update` that the formula takes, such as `"value"`; numbers or 0-d tensors.
+      extra: extra arguments of `update` that the formula takes. `("value",)` are numbers or 0-d tensors;
+        `{"value": "number", "hessian": "element"}` says of each whether it is one, or a tree like the parameters.
       static: hyper-parameters that are switches, for Python's `if`; each value makes a kernel of its own. Those
         whose value is None, a bool, a string or a dtype need not be named.
       ranges: intervals that hyper-parameters must lie in, such as `{"b1": "[0, 1)"}`, or the values that they may
@@ -353,7 +367,7 @@ def _misnamed(positional: Sequence[str], slots: Mapping[str, Slot]) -> str:
 def _make(
     fn: Callable[..., Any],
     slots: dict[str, Slot],
-    extra: Sequence[str],
+    extra: Sequence[str] | Mapping[str, str],
     static: Sequence[str],
     ranges: Mapping[str, str | Sequence[Any]],
     final: bool,
@@ -361,6 +375,8 @@ def _make(
     batched: bool = False,
 ) -> RuleFactory:
     name = fn.__name__.lstrip("_")
+    kinds = dict(extra) if isinstance(extra, Mapping) else dict.fromkeys(extra, "number")
+    _check_extra(name, kinds)
     parameters = inspect.signature(fn).parameters
     positional = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY)]
     keywords = {p.name: p.default for p in parameters.values() if p.kind is p.KEYWORD_ONLY}
@@ -372,9 +388,9 @@ def _make(
             f"`p` if it wants the parameter, the slots of state in order, and the rest keyword-only."
             f"{_misnamed(positional, slots)}"
         )
-    hypers = {k: v for k, v in keywords.items() if k not in ("step", "first", *extra)}
+    hypers = {k: v for k, v in keywords.items() if k not in ("step", "first", *kinds)}
     ranged = [name for key in ranges for name in key.split(" if ", 1)]
-    for what, names in (("extra", extra), ("static", static), ("ranges", ranged)):
+    for what, names in (("extra", kinds), ("static", static), ("ranges", ranged)):
         unknown = [k for k in names if k not in (keywords if what == "extra" else hypers)]
         if unknown:
             raise TypeError(f"`{what}` of {name} names {unknown}, which are not among its keyword-only arguments.")
@@ -405,7 +421,8 @@ def _make(
             fn=fn,
             slots=slots,
             hypers=hypers,
-            extras=tuple(extra),
+            extras=tuple(k for k, kind in kinds.items() if kind == "number"),
+            columns=tuple(k for k, kind in kinds.items() if kind == "element"),
             static=frozenset(static),
             ranges={k: Range.parse(v) if isinstance(v, str) else tuple(v) for k, v in ranges.items()},
             uses_params=uses_params,
@@ -416,3 +433,19 @@ def _make(
             batched=batched,
         )
     )
+
+
+def _check_extra(name: str, kinds: Mapping[str, str]) -> None:
+    """Refuses extra arguments of a kind or a name that there is not.
+
+    Raises:
+      TypeError, ValueError: with the name of the rule and the argument.
+    """
+    for extra, kind in kinds.items():
+        if kind not in ("number", "element"):
+            raise ValueError(
+                f'the extra argument `{extra}` of {name} is "number" or "element", one number per element of the '
+                f"parameters, got {kind!r}."
+            )
+        if extra in RESERVED:
+            raise TypeError(f"`{extra}` of {name} is no name for an extra argument: functions of a step have it.")

@@ -246,6 +246,8 @@ class _Fusion:
                 keywords[hyper] = value
         for extra in rule.extras:
             keywords[extra] = self.scalar(extra, Source("extra", position, extra))
+        for extra in rule.columns:
+            keywords[extra] = t.input("array", extra)
         first: Any = None
         if rule.uses_first and self.counting is None:
             first = t.op("eq", count, 0.0)

@@ -221,7 +221,8 @@ class Rule:
       fn: the formula.
       slots: slots of state, by name, in the order of the formula's arguments.
       hypers: hyper-parameters and their defaults, in order; `inspect.Parameter.empty` if there is none.
-      extras: names of extra arguments of `update` that it needs.
+      extras: names of extra arguments of `update` that it needs, numbers.
+      columns: names of those that are trees like the parameters.
       static: hyper-parameters that Python sees while the formula is traced.
       ranges: intervals that hyper-parameters must lie in, or the values that they may have; one that holds only with
         a switch has a key such as `"decay if debias"`.
@@ -248,6 +249,7 @@ class Rule:
     whole: bool = False
     batched: bool = False
     factory: Any = None
+    columns: tuple[str, ...] = ()
 
     @property
     def uses_first(self) -> bool:

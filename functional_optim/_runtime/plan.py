@@ -15,7 +15,8 @@ from .shard import MeshShard
 from .spec import TensorSpec, compute_dtype, walk_together
 
 
-Key = str | tuple[int, str]  # "params", "updates", "step", a schedule's name; or a transformation's position and a slot
+# "params", "updates", "step", the name of a schedule or an extra argument; or a transformation's position and a slot
+Key = str | tuple[int, str]
 Columns = dict[Key, Sequence[Any]]  # a tensor per leaf in each, None where there is none
 
 
@@ -102,7 +103,9 @@ class Group(NamedTuple):
         names = [*zip(self.inputs, (*program.arrays, *program.leaves), strict=True)]
         names += [(k, o.name) for k, o in zip(self.outputs, program.outputs, strict=True) if k is not None]
         name = next((name for k, name in names if k == gather), "updates")
-        return name if name in ("params", "updates") else f"state {name}"
+        if "." in name or name == "step":
+            return f"state {name}"
+        return name if name in ("params", "updates") else f"the extra argument `{name}`"
 
 
 class _Fit(NamedTuple):
