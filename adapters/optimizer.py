@@ -552,11 +552,16 @@ class ChainOptimizer(Optimizer):
             made = step.make_state(states, self.param_groups, journal)
             self._bindings.new = self._bindings.new | {id(own.params[i]) for i in made}
             self._adopt(own.params, own_grads, states, journal)
+        owners: dict[int, Any] = {}  # a number that parameters share is passed once, with the first of them
+        for p, g, entries in zip(own.params, own_grads, self._states(own), strict=True):
+            for x in entries.values() if g is not None else ():
+                owners.setdefault(id(x), p)
         for p in group["params"]:
             if p.grad is not None:
                 params.append(p)
                 grads.append(p.grad)
-                state.extend(x for x in self.state[p].values() if isinstance(x, torch.Tensor))
+                entries = self.state[p]
+                state.extend(x for x in entries.values() if isinstance(x, torch.Tensor) and owners[id(x)] is p)
         handle = self._bindings.handle
         OPTIMIZERS[handle] = self
         return handle
@@ -569,10 +574,14 @@ class ChainOptimizer(Optimizer):
         own_params, own_grads = list(own.params), list(map(GRAD, own.params))
         states = list(self._states(own))
         given, tensors = iter(zip(params, grads, strict=True)), iter(state)
+        standing: dict[int, torch.Tensor] = {}  # for which tensor of the state each stands
         for i, g in enumerate(own_grads):
             if g is not None:
                 own_params[i], own_grads[i] = next(given)
-                states[i] = {k: next(tensors) if isinstance(x, torch.Tensor) else x for k, x in states[i].items()}
+                for x in states[i].values():
+                    if isinstance(x, torch.Tensor) and id(x) not in standing:
+                        standing[id(x)] = next(tensors)
+        states = [{k: standing.get(id(x), x) for k, x in entries.items()} if entries else entries for entries in states]
         self._step_on(templates, own_params, own_grads, states, extra)
 
     def load_state_dict(self, state_dict: dict[str, Any], *, by_name: bool = False, strict: bool = True) -> None:

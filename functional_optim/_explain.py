@@ -243,7 +243,8 @@ def explain_params(
         else:
             found.add_opaque(stage.link.tx)
     chains = tuple(_chain_of(k, template, params, step.view) for k, template in enumerate(templates))
-    return found.explanation(step.present, [x for state in states for x in state.values()], chains)
+    entries = {id(x): x for state in states for x in state.values()}  # parameters may share a number
+    return found.explanation(step.present, list(entries.values()), chains)
 
 
 def _chain_of(position: int, template: Template, params: Params, view: View) -> OptimizerChain:

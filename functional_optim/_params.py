@@ -40,6 +40,7 @@ from ._runtime.shard import (
     whole_tensor,
 )
 from ._runtime.step import Launch, Numbers
+from ._state import shared_column
 from ._step import (
     CHANGED_MESSAGE,
     Guard,
@@ -257,12 +258,20 @@ class ParamStep:
         self.spans_tree = any(stage.region.spans_tree for stage in self.regions)
         self.traced = [stage.region for stage in self.regions if stage.region.traced]
         self.needed = {name for stage in self.regions for name in stage.region.extras}
+        # for each number that parameters share, by key, the parameters that do, whether or not they take part
+        self.shared: dict[str, list[int]] = {}
+        for stage in self.regions:
+            for stored in stage.region.stored:
+                if stored.slot is not None and stored.slot.per_tree:
+                    sharing = self.shared.setdefault(stage.keys[stored.key], [])
+                    sharing += [i for i, seen in enumerate(stored.seen) if seen]
         self.extras = extras_of([stage.region if isinstance(stage, ParamRegion) else stage for stage in self.stages])
         self.runs_python = bool(self.opaque) or any(stage.region.hosts or stage.leafwise for stage in self.regions)
         self.numels = [p.numel() * (1 + p.is_complex()) for p in params.params]
         self.devices = [
             tensor_of(p).device if g is not None else None for p, g in zip(params.params, grads, strict=True)
         ]
+        self.taking = frozenset(self.present)
         self.guard = Guard((), ())
         self.done = False
         self.launch: Launch | None = None  # of the last region of the last step
@@ -288,12 +297,13 @@ class ParamStep:
         scopes: list[int] = []
         keys: list[Any] = []
         steps = [False] * len(self.names)
+        places: dict[Path, int] = {}
         for t, template in enumerate(self.templates):
             if warn and len(steps) > 1:  # a parameter of its own may well be masked
                 template.tx._warn(self.view)
             own = template.tx._links(self.view.narrow([k == t for k in self.params.templates]), ())
             links += own
-            scopes += range(len(own))
+            scopes += [places.setdefault(link.path, len(places)) for link in own]
             keys += [template.keys] * len(own)
             for link in own:
                 if link.bound is not None and link.bound.uses_step:
@@ -352,14 +362,38 @@ class ParamStep:
         for stage in self.regions:
             for stored in stage.region.stored:
                 key = stage.keys[stored.key]
+                shared = self._tie(key, states, journal) if key in self.shared else None
                 for i in self.present:
                     if not stored.seen[i]:
                         continue
                     if states[i].get(key) is None:
-                        journal.set(states[i], key, self._make(stage.region, stored, i, options))
+                        if shared is None:
+                            made = self._make(stage.region, stored, i, options)
+                            shared = made if key in self.shared else None
+                        else:
+                            made = shared
+                        journal.set(states[i], key, made)
                         if stored.key != "step" and stored.key[0] in stage.first_slots:
                             new.add(i)
         return new
+
+    def _tie(self, key: str, states: Sequence[dict[str, Any]], journal: Journal) -> Any:
+        """Has parameters that share a number hold one tensor: that of the first which has one. A loaded state has many.
+
+        Args:
+          key: the key of the number.
+          states: the state of each parameter.
+          journal: takes note of entries that are replaced.
+
+        Returns:
+          The tensor; None if no parameter has one.
+        """
+        holders = [i for i in sorted(self.shared[key]) if states[i].get(key) is not None]
+        shared = states[holders[0]][key] if holders else None
+        for i in holders:
+            if states[i][key] is not shared:
+                journal.set(states[i], key, shared)
+        return shared
 
     def _make(self, region: Region, stored: Stored, i: int, options: Sequence[Mapping[str, Any]]) -> torch.Tensor | int:
         """The first value of a slot for a parameter."""
@@ -417,6 +451,12 @@ class ParamStep:
                 if stored.key in columns:
                     continue
                 key = stage.keys[stored.key]
+                if key in self.shared:
+                    found = self._shared_column(stored, key, states)
+                    if found is None:
+                        return None
+                    columns[stored.key] = found
+                    continue
                 try:
                     column, complete = list(map(itemgetter(key), states)), not exact
                 except KeyError:
@@ -430,6 +470,18 @@ class ParamStep:
                 else:
                     columns[stored.key] = self._local(stored.key, column, check_placed, f"{stored.name} at")
         return columns
+
+    def _shared_column(self, stored: Stored, key: str, states: Sequence[dict[str, Any]]) -> list[Any] | None:
+        """A number that parameters share, once per parameter; None if one does not have it, or has another."""
+        held = [states[i].get(key) for i in self.shared[key]]
+        value = next((x for x in held if x is not None), None)
+        if value is None or any(x is not None and x is not value for x in held):
+            return None
+        takers = [i for i in sorted(self.shared[key]) if i in self.taking]
+        if any(states[i].get(key) is None for i in takers):
+            return None
+        column = shared_column(stored.name, value, self.devices, takers, True)
+        return [x if seen else None for x, seen in zip(column, stored.seen, strict=True)]
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
@@ -684,12 +736,20 @@ class ParamStep:
         for stored in stage.region.stored:
             if stored.key not in results:
                 continue
+            key = stage.keys[stored.key]
+            if key in self.shared:
+                first = next(i for i in self.present if i in self.shared[key])
+                if stored.seen[first]:  # all have computed the same
+                    for i in self.shared[key]:
+                        if key in states[i]:
+                            journal.set(states[i], key, results[stored.key][first])
+                continue
             plain = stored.slot is not None and not stored.slot.like_leaf
             for i in self.present:
                 x = results[stored.key][i]
                 if x is not own[stored.key][i]:
                     new = x if plain or i not in wrapped else _like(x, self.params.params[i])
-                    journal.set(states[i], stage.keys[stored.key], new)
+                    journal.set(states[i], key, new)
 
     def _call(
         self,

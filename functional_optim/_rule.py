@@ -65,15 +65,18 @@ class RuleTransformation(Fusible):
 
     def _init(self, view: View) -> Any:
         rule, values = self.bound.rule, self.bound.values
+        seen = [p for p, own in zip(view.leaves, view.seen, strict=True) if own]
 
         def make(slot: Slot, p: torch.Tensor) -> Any:
             made = slot.make(p, values)
             return MaskedNode() if made is None else made  # which functions of torch.func pass by, as they do not None
 
-        fields = {name: view.map(functools.partial(make, slot)) for name, slot in rule.slots.items()}
+        fields = {
+            name: slot.make_shared(seen, values) if slot.per_tree else view.map(functools.partial(make, slot))
+            for name, slot in rule.slots.items()
+        }
         if self.bound.counted:
-            device = next((x.device for x, seen in zip(view.leaves, view.seen, strict=True) if seen), None)
-            fields["count"] = torch.zeros((), dtype=torch.int64, device=device)
+            fields["count"] = torch.zeros((), dtype=torch.int64, device=seen[0].device if seen else None)
         return self.bound.state_type(**fields)
 
     def _links(self, view: View, path: tuple[int | str, ...]) -> list[Link]:

@@ -37,13 +37,13 @@ class TreeRegion(BoundRegion):
 
     def __init__(self, region: Region, step: "TreeStep", device: torch.device | None) -> None:
         super().__init__(region, step.paths, step.present)
-        self.state = TreeState(region, step.read, device)
+        self.state = TreeState(region, step.read, device, step.present)
         self.moving = [k for k in self.state.counted if any(region.links[k].seen[i] for i in step.present)]
         self.leafwise = LeafwiseStep(region, step.paths, step.present) if isinstance(region, LeafwiseRegion) else None
 
-    def columns(self, columns: Columns, states: Mapping[int, Any]) -> Columns:
+    def columns(self, columns: Columns, states: Mapping[int, Any], in_place: bool = False) -> Columns:
         """All tensors that the programs read: the leaves, the state, and schedules that Python evaluates."""
-        own = self.state.columns(states, columns)
+        own = self.state.columns(states, columns, in_place)
         for name, (schedule, counter) in self.region.hosts.items():
             count = states[counter[0]].count  # type: ignore[index]
             count = 0 if count.is_meta else int(count)
@@ -174,7 +174,7 @@ class TreeStep:
                 continue
             in_place = donate and stage is self.stages[-1]
             states = stage.state.states(state)
-            own = stage.columns(columns, states)
+            own = stage.columns(columns, states, in_place)
             if guarded and not guard.holds(columns["params"]):
                 raise RuntimeError(CHANGED_MESSAGE)
             results = self._run(stage, own, states, given, in_place, dispatching)

@@ -174,6 +174,7 @@ class _Fusion:
         self.hosts: dict[str, HostSchedule] = {}
         self.slots: dict[str, tuple[int, str]] = {}
         self.per_leaf: set[str] = set()
+        self.own_numbers: set[str] = set()  # those per leaf that are not one for all leaves
         self.stored: dict[str, Symbol] = {}  # the content of every slot before the step
 
     def run(self, parts: Sequence[Part], apply: bool) -> Recipe:
@@ -261,10 +262,33 @@ class _Fusion:
             self.slots[full] = (position, slot_name)
             x = self.number_per_leaf(full) if slot.per_leaf else t.input("array", full)
             self.stored[full] = x
+            if slot.per_leaf and not slot.per_tree:
+                self.own_numbers.add(full)
             before.append(t.op("where", first, u, x) if slot.start == "first_update" else x)
         result = rule.fn(u, *([params] if rule.uses_params else []), *before, **keywords)
         u, *after = _results(rule, result)
+        for (slot_name, slot), x in zip(rule.slots.items(), after, strict=True):
+            if slot.per_tree and isinstance(x, Symbol):
+                self.refuse_parts(rule, slot_name, x)
         return t.spread(u), {f"{name}.{k}": x for k, x in zip(rule.slots, after, strict=True)}
+
+    def refuse_parts(self, rule: Rule, slot: str, x: Symbol) -> None:
+        """Refuses a new value of a number for the whole tree that follows from a single leaf."""
+        stack, known = [x.index], set[int]()
+        while stack:
+            i = stack.pop()
+            value = self.t.values[i]
+            if i in known or value.op.startswith("tree_"):
+                continue
+            known.add(i)
+            stack += value.args
+            if value.op == "size" or value.reduction or value.name in self.own_numbers:
+                sources = {"size": "the size of a leaf", "leaf": f"the slot `{value.name.partition('.')[2]}`"}
+                source = sources.get(value.op, "a reduction of a leaf")
+                raise RuleError(
+                    f"{_name(rule)}: the new value of `{slot}` follows from {source}, which differs from leaf to leaf, "
+                    f"but its slot holds one number per tree; reduce over the tree, with `tree_sum` and its siblings."
+                )
 
     def schedule(self, schedule: Callable[[Any], Any], count: Symbol, position: int, name: str) -> Any:
         """Traces a schedule; one that cannot be traced becomes a number that Python computes at every step."""
@@ -301,10 +325,15 @@ class _Fusion:
         return [read] if any(isinstance(x, torch.Tensor) for x in values) else [read, schedule]
 
 
+def _name(rule: Rule) -> str:
+    """A rule in messages, with the place of its formula."""
+    return f"{rule.name} ({rule.fn.__code__.co_filename}:{rule.fn.__code__.co_firstlineno})"
+
+
 def _results(rule: Rule, result: Any) -> list[Any]:
     """Checks the values that a rule returned: the update, then the new value of every slot."""
     slots = list(rule.slots)
-    name = f"{rule.name} ({rule.fn.__code__.co_filename}:{rule.fn.__code__.co_firstlineno})"
+    name = _name(rule)
     results = list(result) if isinstance(result, tuple) else [result]
     expected = ", ".join(["u", *slots])
     if len(results) != 1 + len(slots):
@@ -316,6 +345,7 @@ def _results(rule: Rule, result: Any) -> list[Any]:
         per_element = isinstance(x, Symbol) and x.tracer.values[x.index].level is Level.ELEMENT
         if per_element and slot is not None and slot.per_leaf:
             raise RuleError(
-                f"{name}: the new value of `{label}` differs per element, but its slot holds one number per leaf."
+                f"{name}: the new value of `{label}` differs per element, but its slot holds one number per "
+                f"{'tree' if slot.per_tree else 'leaf'}."
             )
     return results
