@@ -86,9 +86,6 @@ class Region:
         self.extras = {
             source.name for recipe in self.recipes.values() for source in recipe.scalars if source.kind == "extra"
         }
-        self.columns = {
-            name: bound.rule.name for bound in self.bounds.values() for name in bound.rule.columns
-        }  # extra arguments that are trees, with a rule that takes each
         schedules = [
             bound.values[hyper] for bound in self.bounds.values() for hyper in bound.values if bound.is_schedule(hyper)
         ]
@@ -106,6 +103,11 @@ class Region:
             if bound.counted and not own_counters:
                 stored.append(Stored((k, "count"), f"state {bound.rule.name}.count", None, self.links[k].seen))
         return stored
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Extra arguments that are trees, each with a rule that takes it."""
+        return {name: bound.rule.name for bound in self.bounds.values() for name in bound.rule.columns}
 
     @property
     def is_current(self) -> bool:

@@ -416,6 +416,13 @@ def _make(
                 f"the slot `{slot_name}` of {name} has a shape of its own, but the formula is one for an element; "
                 f"declare a rule for whole tensors with `leafwise`."
             )
+    trees = [k for k, kind in kinds.items() if kind == "element"]
+    trees += [slot_name for slot_name, slot in slots.items() if slot.per_tree]
+    if whole and trees:
+        raise TypeError(
+            f"`{trees[0]}` of {name} is declared per element or per tree, but the rule is called for some leaves at a "
+            f"time; declare an `elementwise` rule."
+        )
     if (slots or "step" in keywords) and not name.isidentifier():
         raise TypeError(f"{name} keeps a state, whose class is named after the rule; write it with `def`.")
     return RuleFactory(

@@ -322,6 +322,10 @@ def test_declarations_and_states_that_are_refused() -> None:
         fo.slot("param", per="tree")
     with pytest.raises(ValueError, match='`per` must be "element", "leaf" or "tree"'):
         fo.slot(per="row")  # type: ignore[arg-type]
+    with pytest.raises(
+        TypeError, match="`norm` of watched is declared per element or per tree, but the rule is called"
+    ):
+        fo.leafwise(state={"norm": TREE})(watched.rule.fn)
     state = prodigy().init(FIRST)
     for bad in (1.0, FIRST, torch.zeros(2), torch.zeros((), dtype=torch.int64)):
         with pytest.raises(
