@@ -8,6 +8,7 @@ import torch
 
 import functional_optim as fo
 from functional_optim import _walk
+from functional_optim._chain import Chain
 from functional_optim._compiler.rule import Option
 from functional_optim._params import Template
 from functional_optim._reading import slot_names, unique
@@ -84,6 +85,15 @@ class Naming:
             (self.scalars if scalar else self.switches)[name] = (path, hyper)
             self.defaults[name] = value
         self.rules = rules
+        schedules = [
+            (p, hyper) for p, rule in rules.items() for hyper in rule.bound.values if rule.bound.is_schedule(hyper)
+        ]
+        names = unique(
+            [hyper for _, hyper in schedules],
+            [(path, rules[path].bound.rule.name) for path, _ in schedules],
+            RESERVED | self.defaults.keys(),
+        )
+        self.schedules: dict[str, tuple[Path, str]] = dict(zip(names, schedules, strict=True))
 
     def check(self, options: Mapping[str, Any]) -> None:
         """Refuses an option that is out of the range of its hyper-parameter."""
@@ -143,11 +153,12 @@ def _varies(bound: Any, hyper: str) -> bool:
 
 def _before_averages(tx: fo.GradientTransformation, last: fo.GradientTransformation) -> fo.GradientTransformation:
     """A chain with one more member, before those at its end that need updates as they are added to parameters."""
-    members = _walk.members(tx)
+    members, names = _walk.members(tx), tx.names if isinstance(tx, Chain) else None
     end = len(members)
     while end and any(rule.bound.rule.final for rule in _walk.rules(members[end - 1]).values()):
         end -= 1
-    return fo.chain(*members[:end], last, *members[end:])
+    # the names of members are part of the names of their slots
+    return Chain((*members[:end], last, *members[end:]), None if names is None else (*names[:end], "", *names[end:]))
 
 
 def names_of(groups: Sequence[Mapping[str, Any]]) -> list[str]:
