@@ -188,7 +188,7 @@ def explanation(tx: Any, params: Tree | None) -> Explanation:
     columns = step.columns(tree, tree, False)
     assert columns is not None
     found = _Collector(step.paths, view.leaves, torch.is_grad_enabled())
-    columns |= dict.fromkeys(step.extras.columns, columns["updates"])
+    columns |= dict.fromkeys((*step.extras.columns, *_entered(step)), columns["updates"])
     for stage in step.stages:
         if isinstance(stage, TreeRegion) and stage.leafwise is not None:
             found.add_leafwise(stage.leafwise)
@@ -236,7 +236,12 @@ def explain_params(
         if isinstance(stage, ParamRegion) and stage.leafwise is not None:
             found.add_leafwise(stage.leafwise)
         elif isinstance(stage, ParamRegion):
-            own: Columns = {"updates": local, "params": local, **columns, **dict.fromkeys(step.extras.columns, local)}
+            own: Columns = {
+                "updates": local,
+                "params": local,
+                **columns,
+                **dict.fromkeys((*step.extras.columns, *_entered(step)), local),
+            }
             for name, (schedule, _) in stage.region.hosts.items():
                 own[name] = host_column(name, schedule, [0] * len(local), step.devices)
             found.add_region(stage, own, stage.leaves(own, params.owners, frozenset(), step.numels, step.shards))
@@ -245,6 +250,11 @@ def explain_params(
     chains = tuple(_chain_of(k, template, params, step.view) for k, template in enumerate(templates))
     entries = {id(x): x for state in states for x in state.values()}  # parameters may share a number
     return found.explanation(step.present, list(entries.values()), chains)
+
+
+def _entered(step: TreeStep | ParamStep) -> list[str]:
+    """The columns of updates that are kept for rules around other stages."""
+    return [stage.entered for stage in step.stages if stage.entered is not None]
 
 
 def _chain_of(position: int, template: Template, params: Params, view: View) -> OptimizerChain:

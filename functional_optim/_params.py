@@ -550,6 +550,8 @@ class ParamStep:
         if guarded:
             self.guard = Guard.of(self.guard, own["params"], self.present)
         for stage in self.stages:
+            if stage.entered is not None:
+                own[stage.entered] = own["updates"]
             if isinstance(stage, Opaque):
                 own["updates"], entries = self._call(stage, own, params, states, extra)
                 by_name = dict(zip(self.names, states, strict=True))

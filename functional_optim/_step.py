@@ -167,6 +167,8 @@ class TreeStep:
             guard = self.guard = Guard.of(self.guard, columns["params"], self.present)
         new_states: dict[tuple[int | str, ...], Any] = {}
         for stage in self.stages:
+            if stage.entered is not None:
+                columns = {**columns, stage.entered: columns["updates"]}
             if isinstance(stage, Opaque):
                 columns, new_states[stage.link.path] = self._call(stage, columns, state, extra)
                 if donate and "params" in columns:

@@ -81,11 +81,15 @@ class Part(NamedTuple):
       position: its position in the chain, by which its state is found.
       scope: its position as reductions over the tree know it: leaves meet where it is the same.
       bound: its rule and hyper-parameters.
+      opens: the position of the first transformation inside it, if it wraps some that are among those fused.
+      entered: the column of the updates that entered the transformations inside it, if they are not.
     """
 
     position: int
     scope: int
     bound: Bound
+    opens: int | None = None
+    entered: str | None = None
 
 
 class Counting(NamedTuple):
@@ -185,13 +189,18 @@ class _Fusion:
             u = t.op("div", u, self.scalar("grad_scale", Source("extra", -1, "grad_scale")))
         outputs: dict[str, Any] = {}
         names: list[str] = []
+        trail = [(-1, u)]  # the update behind each part
         for part in parts:
             rule = part.bound.rule
             numbered = (rule.name if k == 1 else f"{rule.name}_{k}" for k in itertools.count(1))
             name = next(n for n in numbered if n not in names)
             names.append(name)
             t.scope = f"{rule.name}@{part.scope}"
-            u, after = self.call(part, name, u, params)
+            before: Any = t.input("array", part.entered) if part.entered is not None else None
+            if part.opens is not None:
+                before = next(x for position, x in reversed(trail) if position < part.opens)
+            u, after = self.call(part, name, u, before, params)
+            trail.append((part.position, u))
             outputs.update({k: x for k, x in after.items() if not self.unchanged(k, x)})
         final = {"params": params + u} if apply else {"updates": u}
         if counting is not None and counting.advance:
@@ -223,8 +232,16 @@ class _Fusion:
         """The number of steps taken so far."""
         return self.number_per_leaf(name)
 
-    def call(self, part: Part, name: str, u: Any, params: Symbol) -> tuple[Any, dict[str, Any]]:
-        """Calls one rule: the new update, and the new values of its slots."""
+    def call(self, part: Part, name: str, u: Any, entered: Any, params: Symbol) -> tuple[Any, dict[str, Any]]:
+        """Calls one rule: the new update, and the new values of its slots.
+
+        Args:
+          part: the rule.
+          name: its name, which no other has.
+          u: the update.
+          entered: the update that entered the transformations inside it, if it wraps some.
+          params: the parameter.
+        """
         t, position, bound, rule = self.t, part.position, part.bound, part.bound.rule
         count = None
         if self.counting is None and bound.counted:
@@ -265,7 +282,8 @@ class _Fusion:
             if slot.per_leaf and not slot.per_tree:
                 self.own_numbers.add(full)
             before.append(t.op("where", first, u, x) if slot.start == "first_update" else x)
-        result = rule.fn(u, *([params] if rule.uses_params else []), *before, **keywords)
+        outer = [entered] if rule.wraps else []
+        result = rule.fn(u, *outer, *([params] if rule.uses_params else []), *before, **keywords)
         u, *after = _results(rule, result)
         for (slot_name, slot), x in zip(rule.slots.items(), after, strict=True):
             if slot.per_tree and isinstance(x, Symbol):

@@ -241,6 +241,7 @@ class Rule:
       hypers: hyper-parameters and their defaults, in order; `inspect.Parameter.empty` if there is none.
       extras: names of extra arguments of `update` that it needs, numbers.
       columns: names of those that are trees like the parameters.
+      wraps: whether it goes around an inner transformation, and takes the update that entered it, `before`.
       static: hyper-parameters that Python sees while the formula is traced.
       ranges: intervals that hyper-parameters must lie in, or the values that they may have; one that holds only with
         a switch has a key such as `"decay if debias"`.
@@ -268,6 +269,7 @@ class Rule:
     batched: bool = False
     factory: Any = None
     columns: tuple[str, ...] = ()
+    wraps: bool = False
 
     @property
     def uses_first(self) -> bool:

@@ -15,7 +15,8 @@ from .shard import MeshShard
 from .spec import TensorSpec, compute_dtype, walk_together
 
 
-# "params", "updates", "step", the name of a schedule or an extra argument; or a transformation's position and a slot
+# "params", "updates", "step", the name of a schedule or an extra argument, "updates@" and the position of the
+# transformation that they enter; or a transformation's position and a slot
 Key = str | tuple[int, str]
 Columns = dict[Key, Sequence[Any]]  # a tensor per leaf in each, None where there is none
 
@@ -105,6 +106,8 @@ class Group(NamedTuple):
         name = next((name for k, name in names if k == gather), "updates")
         if "." in name or name == "step":
             return f"state {name}"
+        if "@" in name:  # kept for a rule that wraps others
+            return "updates"
         return name if name in ("params", "updates") else f"the extra argument `{name}`"
 
 
