@@ -40,7 +40,7 @@ from ._runtime.shard import (
     whole_tensor,
 )
 from ._runtime.step import Launch, Numbers
-from ._state import shared_column
+from ._state import Copies, shared_column
 from ._step import (
     CHANGED_MESSAGE,
     Guard,
@@ -265,13 +265,15 @@ class ParamStep:
                 if stored.slot is not None and stored.slot.per_tree:
                     sharing = self.shared.setdefault(stage.keys[stored.key], [])
                     sharing += [i for i, seen in enumerate(stored.seen) if seen]
+        self.takers = {key: [i for i in self.present if i in set(sharing)] for key, sharing in self.shared.items()}
+        self.copies: dict[str, Copies] = {key: {} for key in self.shared}
         self.extras = extras_of([stage.region if isinstance(stage, ParamRegion) else stage for stage in self.stages])
+        self.needed |= self.extras.columns.keys()
         self.runs_python = bool(self.opaque) or any(stage.region.hosts or stage.leafwise for stage in self.regions)
         self.numels = [p.numel() * (1 + p.is_complex()) for p in params.params]
         self.devices = [
             tensor_of(p).device if g is not None else None for p, g in zip(params.params, grads, strict=True)
         ]
-        self.taking = frozenset(self.present)
         self.guard = Guard((), ())
         self.done = False
         self.launch: Launch | None = None  # of the last region of the last step
@@ -477,10 +479,11 @@ class ParamStep:
         value = next((x for x in held if x is not None), None)
         if value is None or any(x is not None and x is not value for x in held):
             return None
-        takers = [i for i in sorted(self.shared[key]) if i in self.taking]
+        takers = self.takers[key]
         if any(states[i].get(key) is None for i in takers):
             return None
-        column = shared_column(stored.name, value, self.devices, takers, True)
+        plain = not (torch.is_grad_enabled() or needs_dispatch())
+        column = shared_column(stored.name, value, self.devices, takers, True, self.copies[key] if plain else {})
         return [x if seen else None for x, seen in zip(column, stored.seen, strict=True)]
 
     # -- the step -----------------------------------------------------------------------------------------------------
@@ -515,8 +518,7 @@ class ParamStep:
         Raises:
           ValueError, TypeError, RuntimeError: something does not fit.
         """
-        needed = self.needed.union(self.extras.columns)
-        lacking = sorted(needed - extra.keys()) if needed else []
+        lacking = sorted(self.needed - extra.keys()) if self.needed else []
         if lacking:
             raise TypeError(f"`{lacking[0]}` is needed: call `step(closure, {lacking[0]}=...)`.")
         for name, rule in self.extras.needed.items():
@@ -740,7 +742,7 @@ class ParamStep:
                 continue
             key = stage.keys[stored.key]
             if key in self.shared:
-                first = next(i for i in self.present if i in self.shared[key])
+                first = self.takers[key][0]
                 if stored.seen[first]:  # all have computed the same
                     for i in self.shared[key]:
                         if key in states[i]:

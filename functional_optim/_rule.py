@@ -474,8 +474,9 @@ def _make(
     if positional != expected or len(positional) + len(keywords) != len(parameters):
         raise TypeError(
             f"{name} takes ({', '.join(parameters)}), expected ({', '.join(expected)}, *, ...): the update `u`, "
-            f"`p` if it wants the parameter, the slots of state in order, and the rest keyword-only."
-            f"{_misnamed(positional, slots)}"
+            f"{'`before`, ' if wraps else ''}`p` if it wants the parameter, the slots of state in order, and the rest "
+            f"keyword-only."
+            f"{_misnamed([k for k in positional if k in slots or k != 'before'], slots)}"
         )
     hypers = {k: v for k, v in keywords.items() if k not in ("step", "first", *kinds)}
     ranged = [name for key in ranges for name in key.split(" if ", 1)]

@@ -167,8 +167,28 @@ def broadcast_count(count: torch.Tensor, leaves: Sequence[Any]) -> list[Any]:
     return column
 
 
+# by device and dtype: the memory of the copies of a number, and a view of each
+Copies = dict[tuple[torch.device, torch.dtype], tuple[torch.Tensor, Sequence[torch.Tensor]]]
+
+
+def _copies(value: torch.Tensor, n: int, known: Copies) -> Sequence[torch.Tensor]:
+    """Copies of a number, in memory of earlier ones if there are some: kernels then find them where they were."""
+    key = value.device, value.dtype
+    if key in known:
+        known[key][0].copy_(value)
+    else:
+        memory = value.expand(n).clone()
+        known[key] = memory, memory.unbind()
+    return known[key][1]
+
+
 def shared_column(
-    name: str, value: Any, devices: Sequence[torch.device | None], takers: Sequence[int], in_place: bool
+    name: str,
+    value: Any,
+    devices: Sequence[torch.device | None],
+    takers: Sequence[int],
+    in_place: bool,
+    known: Copies | None = None,
 ) -> list[Any]:
     """A number that leaves share, once per leaf and on its device.
 
@@ -181,6 +201,7 @@ def shared_column(
       devices: the device of each leaf.
       takers: positions of the leaves that share it; the first one on its device writes it.
       in_place: whether it is written in place.
+      known: copies of earlier steps, whose memory is written anew; those that are made are added.
 
     Raises:
       ValueError: it is not one number, or in place on a device where no leaf is.
@@ -194,7 +215,7 @@ def shared_column(
     for device in dict.fromkeys(devices[i] for i in takers):
         own = [i for i in takers if devices[i] == device]
         one = value if value.is_meta else value.to(device)
-        copies = one.expand(len(own)).clone().unbind() if in_place else [one] * len(own)
+        copies = _copies(one, len(own), {} if known is None else known) if in_place else [one] * len(own)
         for i, copy in zip(own, copies, strict=True):
             column[i] = copy
     if in_place and takers and not value.is_meta:
