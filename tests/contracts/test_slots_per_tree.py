@@ -11,13 +11,15 @@ import pytest
 import torch
 
 import functional_optim as fo
-from _lib.backends import only
+from _lib.backends import BACKENDS, only
 from _lib.chains import is_matrix
 from _lib.compare import DOUBLE, assert_same_bits
+from _lib.marks import INTERPRETER
 from _lib.trees import clone, make_tree
 from functional_optim.adapters import TransformOptimizer
 
 
+pytestmark = INTERPRETER
 STEPS = 20
 D0 = 1e-3
 TREE = fo.slot(per="tree")
@@ -77,19 +79,19 @@ def slope(params: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("donate", [False, True])
-@pytest.mark.parametrize("backend", ["c", "foreach", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_one_number_for_the_tree(backend: str, donate: bool) -> None:
     tx, params, expected = prodigy(), clone(FIRST), ByHand(FIRST)
     state = tx.init(params)
 
     with only(backend):
-        for _ in range(STEPS):
+        for _ in range(4 if backend == "triton" else STEPS):  # Triton's interpreter is slow
             grads = slope(params)
             expected.step(grads)
             params, state = fo.apply_gradients(tx, params, grads, state, donate=donate)
 
     assert (state.d.shape, state.d.dtype) == ((), torch.float64)
-    assert expected.d > 10 * D0
+    assert expected.d > 2 * D0
     torch.testing.assert_close(params, expected.params, **DOUBLE)
     torch.testing.assert_close([float(state.d), float(state.r)], [expected.d, expected.r], **DOUBLE)
 
