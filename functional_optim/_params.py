@@ -5,6 +5,7 @@ parameter brings a flat dict of state, its counter `step` among it, and options,
 looked up in. All parameters still share one kernel per pass, whatever their options are.
 """
 
+import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
@@ -389,12 +390,22 @@ class ParamStep:
 
         Returns:
           The tensor; None if no parameter has one.
+
+        Raises:
+          ValueError: two parameters have other numbers.
         """
         holders = [i for i in sorted(self.shared[key]) if states[i].get(key) is not None]
         shared = states[holders[0]][key] if holders else None
         for i in holders:
-            if states[i][key] is not shared:
-                journal.set(states[i], key, shared)
+            x = states[i][key]
+            if x is shared:
+                continue
+            if not _is_equal(x, shared):
+                raise ValueError(
+                    f"state {key!r} is one number for all parameters, but it is {x!r:.60} at {self.names[i]!r} and "
+                    f"{shared!r:.60} at {self.names[holders[0]]!r}; set it for all of them."
+                )
+            journal.set(states[i], key, shared)
         return shared
 
     def _make(self, region: Region, stored: Stored, i: int, options: Sequence[Mapping[str, Any]]) -> torch.Tensor | int:
@@ -776,6 +787,14 @@ class ParamStep:
         check_updates(link, found, own["params"], self.names, self.present)
         present = [self.names[i] for i in self.present if link.seen[i]]
         return found, split.entries(new_state, present)
+
+
+def _is_equal(x: Any, y: Any) -> bool:
+    """Whether two entries of state are the same number, as far as one can tell."""
+    if not all(isinstance(z, torch.Tensor) and z.numel() == 1 and not z.is_meta for z in (x, y)):
+        return x is y or (isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) and (x.is_meta or y.is_meta))
+    a, b = float(x), float(y)
+    return a == b or (math.isnan(a) and math.isnan(b))
 
 
 def _is_counter(x: Any, device: torch.device | None) -> bool:

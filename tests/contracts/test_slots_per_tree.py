@@ -162,6 +162,24 @@ def test_groups_share_it(kind: str) -> None:
     assert len({id(opt.state[p]["d"]) for p in model.values()}) == 1
 
 
+def test_it_is_set_for_all_parameters() -> None:
+    model, opt = optimizer_of(prodigy())
+    step(model, opt)
+    before = clone(values(model))
+    opt.state[model["bias"]]["d"] = torch.tensor(0.5, dtype=torch.float64)
+
+    with pytest.raises(
+        ValueError, match=r"'d' is one number for all parameters, but it is tensor\(0.5.* at 'bias' and "
+    ):
+        step(model, opt)
+
+    assert_same_bits(values(model), before)
+    for p in model.values():
+        opt.state[p]["d"] = torch.tensor(0.5, dtype=torch.float64)
+    step(model, opt)
+    assert all(opt.state[p]["d"] is opt.state[model["weight"]]["d"] for p in model.values())
+
+
 def through_a_file(opt: Any) -> Any:
     file = io.BytesIO()
     torch.save(opt.state_dict(), file)
