@@ -637,7 +637,7 @@ class ChainOptimizer(Optimizer):
           The context manager.
 
         Raises:
-          ValueError: the chain keeps no averages, several, or none of that name, or no step has been taken; the model has
+          ValueError: the chain keeps no averages, several, or none of that name; no step has been taken; the model has
             no such buffer.
           RuntimeError: it is inside another one.
           TypeError: `model` is no module, or there are buffers and not one module.

@@ -535,7 +535,7 @@ class ParamStep:
         for name, rule in self.extras.needed.items():
             check_no_tree(name, rule, extra.get(name))
         given: Columns = {
-            name: self._extra_column(name, rule, extra[name]) for name, rule in self.extras.columns.items()
+            (-1, name): self._extra_column(name, rule, extra[name]) for name, rule in self.extras.columns.items()
         }
         if self.guarded and (self.opaque or any(stage.leafwise for stage in self.regions)):
             raise ValueError(
@@ -554,7 +554,7 @@ class ParamStep:
             )
         own: Columns = {"updates": grads, "params": params, **columns, **given}
         if self.wrapped:
-            own |= {k: self._local(k, x, placed_like, f"the extra argument `{k}` for") for k, x in given.items()}
+            own |= {k: self._local(k, x, placed_like, f"the extra argument `{k[1]}` for") for k, x in given.items()}
             if any(g is not None and g.layout is not torch.strided for g in map(grads.__getitem__, self.dtensors)):
                 return "sparse"
             own["updates"] = self._local("updates", grads, placed_like, "the gradient of")

@@ -342,7 +342,7 @@ class BoundRegion:
 
     def _check_extra(self, name: str, rule: str, i: int, own: Columns) -> None:
         """Refuses an entry of an extra argument that does not go with its leaf."""
-        x = own[name][i]
+        x = own[-1, name][i]
         if x is None or isinstance(x, MaskedNode):
             raise ValueError(
                 f"the extra argument `{name}`{at(self.paths[i])} is {x!r}, but {rule} computes an update for it; give "

@@ -328,8 +328,7 @@ def elementwise(
         whose value is None, a bool, a string or a dtype need not be named.
       ranges: intervals that hyper-parameters must lie in, such as `{"b1": "[0, 1)"}`, or the values that they may
         have, such as `{"mode": ("hard", "smooth")}`. `{"decay if debias": "[0, 1)"}` holds where a switch is on.
-      final: whether it needs updates as they will be added to the parameters; `chain` warns if more comes behind it,
-        and `eval_params` reads its first slot that starts as the parameter.
+      final: whether it needs updates as they will be added to the parameters; `chain` warns if more comes behind it.
 
     Returns:
       The function of hyper-parameters.

@@ -295,7 +295,7 @@ class TreeStep:
         """
         for name, rule in self.extras.columns.items():
             check_no_number(name, rule, extra[name], "a tree like the parameters", self.spec.is_leaf())
-        return {name: self._read(f"the extra argument `{name}`", extra[name]) for name in self.extras.columns}
+        return {(-1, name): self._read(f"the extra argument `{name}`", extra[name]) for name in self.extras.columns}
 
     def _refuse_donation(self, own: Columns) -> None:
         path = next(
@@ -313,7 +313,7 @@ class TreeStep:
         if not self.apply:
             return
         others = [*own["updates"]]  # state has the graph of earlier steps, as parameters have
-        others += [x for name in self.extras.columns for x in own[name]]
+        others += [x for name in self.extras.columns for x in own[-1, name]]
         others += [x for table in numbers for x in table]
         if any(isinstance(x, torch.Tensor) and x.requires_grad for x in others):
             return

@@ -265,6 +265,7 @@ class _Fusion:
         for extra in rule.extras:
             keywords[extra] = self.scalar(extra, Source("extra", position, extra))
         for extra in rule.columns:
+            self.slots[extra] = (-1, extra)
             keywords[extra] = t.input("array", extra)
         first: Any = None
         if rule.uses_first and self.counting is None:
