@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from functional_optim import _walk
+from functional_optim._reading import marked_slots
 from functional_optim._runtime.shard import gathered_anew, local_tensor
 
 
@@ -72,14 +73,15 @@ def averaged(
     optimizer: "ChainOptimizer",
     model: nn.Module | Iterable[nn.Module] | None,
     buffers: Mapping[str, torch.Tensor] | None,
+    slot: str | None = None,
 ) -> Iterator[None]:
     """Swaps averages in, and parameters and buffers back; see `ChainOptimizer.averaged_params`."""
     models = _modules(model)
-    pairs = _pairs(optimizer)
+    pairs = _pairs(optimizer, slot)
     if not pairs:
         raise ValueError(
             "there are no averaged parameters: put `params_ema(decay)` or `params_swa(start)` at the end of the chain, "
-            "and take a step."
+            "or mark a slot of your rule by `slot(..., evaluate=True)`, and take a step."
         )
     if "_averaged" in optimizer.__dict__:
         raise RuntimeError("averaged_params() was called inside itself, where parameters are averages already.")
@@ -123,16 +125,25 @@ def _undo(optimizer: "ChainOptimizer", swapped: list[_Registered | _Swapped]) ->
         raise failed
 
 
-def _pairs(optimizer: "ChainOptimizer") -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Parameters and their averages; where a chain has several, the last."""
+def _pairs(optimizer: "ChainOptimizer", slot: str | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Parameters and their averages.
+
+    Raises:
+      ValueError: a parameter has two, or there is none of that name.
+    """
     pairs = []
     for group in optimizer.param_groups:
         template = optimizer._template_of(group)
-        rules = _walk.rules(template.tx)
-        averages = [k for (path, slot), k in template.keys.items() if rules[path].bound.rule.evaluated_slot == slot]
+        places = marked_slots({path: rule.bound.rule for path, rule in _walk.rules(template.tx).items()}, slot)
+        averages = [template.keys[place] for place in places]
         for p in group["params"]:
-            found = [optimizer.state[p][key] for key in averages if p in optimizer.state and key in optimizer.state[p]]
-            pairs += [(p, average) for average in found[-1:]]
+            found = [key for key in averages if p in optimizer.state and key in optimizer.state[p]]
+            if len(found) > 1:
+                raise ValueError(
+                    f"there are two averages of one parameter, {found[0]!r} and {found[1]!r}; say which to swap in: "
+                    f"`averaged_params(slot={found[1]!r})`."
+                )
+            pairs += [(p, optimizer.state[p][key]) for key in found]
     return pairs
 
 

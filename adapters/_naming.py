@@ -1,16 +1,17 @@
 """Names: of options, of slots of state, and of parameters."""
 
 import numbers
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 import functional_optim as fo
 from functional_optim import _walk
+from functional_optim._chain import Chain
 from functional_optim._compiler.rule import Option
 from functional_optim._params import Template
+from functional_optim._reading import slot_names, unique
 from functional_optim._transform import Path
 
 
@@ -28,44 +29,9 @@ SYNONYMS: Mapping[str, frozenset[tuple[str | None, str]]] = {  # by rule, or for
 }
 
 
-def unique(names: Sequence[str], owners: Sequence[tuple[Path, str]], taken: frozenset[str]) -> list[str]:
-    """Names that differ: a clash is qualified by the keys that lead to the owner, else by its name and a number.
-
-    Args:
-      names: the names wanted.
-      owners: for each, the path and the name of the rule.
-      taken: names that are not to be had.
-
-    Returns:
-      The names.
-    """
-    chosen: dict[str, None] = {}
-    counts = Counter(names)
-    for name, (path, rule) in zip(names, owners, strict=True):
-        labels = "_".join(str(k) for k in path if isinstance(k, str))
-        plain = [name] if counts[name] == 1 else []
-        labelled = [f"{labels}_{name}"] if labels else []
-        for candidate in (*plain, *labelled, *_numbered(f"{rule}_{name}")):
-            if candidate not in taken and candidate not in chosen:
-                chosen[candidate] = None
-                break
-    return list(chosen)
-
-
-def _numbered(name: str) -> Iterator[str]:
-    yield name
-    yield from (f"{name}_{k}" for k in range(2, 1000))
-
-
 def template(tx: fo.GradientTransformation, names: Mapping[str, str]) -> Template:
     """A transformation with a key for each slot of its state; `names` renames some slots."""
-    slots = [
-        (path, slot, rule.bound.rule.name) for path, rule in _walk.rules(tx).items() for slot in rule.bound.rule.slots
-    ]
-    keys = unique(
-        [names.get(slot, slot) for _, slot, _ in slots], [(p, rule) for p, _, rule in slots], frozenset({"step"})
-    )
-    return Template(tx, {(path, slot): key for (path, slot, _), key in zip(slots, keys, strict=True)})
+    return Template(tx, slot_names({path: rule.bound.rule for path, rule in _walk.rules(tx).items()}, names))
 
 
 class Naming:
@@ -119,6 +85,15 @@ class Naming:
             (self.scalars if scalar else self.switches)[name] = (path, hyper)
             self.defaults[name] = value
         self.rules = rules
+        schedules = [
+            (p, hyper) for p, rule in rules.items() for hyper in rule.bound.values if rule.bound.is_schedule(hyper)
+        ]
+        names = unique(
+            [hyper for _, hyper in schedules],
+            [(path, rules[path].bound.rule.name) for path, _ in schedules],
+            RESERVED | self.defaults.keys(),
+        )
+        self.schedules: dict[str, tuple[Path, str]] = dict(zip(names, schedules, strict=True))
 
     def check(self, options: Mapping[str, Any]) -> None:
         """Refuses an option that is out of the range of its hyper-parameter."""
@@ -162,7 +137,8 @@ class Naming:
         elif self.factor is not None:
             factor = fo.scale(Option("lr"))
             tx = _walk.rewrite(tx, lambda path, rule: fo.chain(rule, factor) if path == self.factor else rule)
-        return template(fo.chain(fo.scale(-1.0), tx) if maximize else tx, names)
+        # one path for each transformation, whatever the switches are: reductions of all groups meet by it
+        return template(fo.chain(fo.scale(-1.0) if maximize else fo.identity(), tx), names)
 
 
 def is_number(x: Any) -> bool:
@@ -177,11 +153,12 @@ def _varies(bound: Any, hyper: str) -> bool:
 
 def _before_averages(tx: fo.GradientTransformation, last: fo.GradientTransformation) -> fo.GradientTransformation:
     """A chain with one more member, before those at its end that need updates as they are added to parameters."""
-    members = _walk.members(tx)
+    members, names = _walk.members(tx), tx.names if isinstance(tx, Chain) else None
     end = len(members)
     while end and any(rule.bound.rule.final for rule in _walk.rules(members[end - 1]).values()):
         end -= 1
-    return fo.chain(*members[:end], last, *members[end:])
+    # the names of members are part of the names of their slots
+    return Chain((*members[:end], last, *members[end:]), None if names is None else (*names[:end], "", *names[end:]))
 
 
 def names_of(groups: Sequence[Mapping[str, Any]]) -> list[str]:

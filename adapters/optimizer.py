@@ -29,8 +29,8 @@ from ._naming import names_of
 # types of options that are another object when they change
 CONSTANT = {float, int, bool, str, type(None)}
 BREAK = (
-    "a step of DTensors or of sparse gradients is a graph break: operations are handed DTensors only if they can place "
-    "their results, and sparse tensors never"
+    "a step of DTensors, of sparse gradients or with an extra argument that is no number is a graph break: operations "
+    "are handed DTensors only if they can place their results, and sparse tensors and trees never"
 )
 KEEP = 8  # sets of present gradients that an optimizer is bound to at once
 
@@ -161,7 +161,8 @@ class ChainOptimizer(Optimizer):
 
         Args:
           closure: evaluates the model again and returns the loss; it is called once, with gradients enabled.
-          **extra: arguments that transformations of the chain take, such as `value`. A closure's loss is `value`.
+          **extra: arguments that transformations of the chain take, such as `value`. A closure's loss is `value`. One
+            that is a tree for a rule is a list in the order of the parameters, or a dict by name or by parameter.
 
         Returns:
           What `closure` returned, or None.
@@ -180,7 +181,8 @@ class ChainOptimizer(Optimizer):
                 offered = frozenset({"value"})
         with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
             if torch.compiler.is_compiling():
-                if not self.COMPILES or any(is_dtensor(p) for group in self.param_groups for p in group["params"]):
+                breaks = not self.COMPILES or any(isinstance(x, (list, tuple, dict)) for x in extra.values())
+                if breaks or any(is_dtensor(p) for group in self.param_groups for p in group["params"]):
                     apart = torch.compiler.disable(ChainOptimizer._run, reason=BREAK)  # type: ignore[no-untyped-call]
                     apart(self, extra, offered)
                 else:
@@ -550,11 +552,16 @@ class ChainOptimizer(Optimizer):
             made = step.make_state(states, self.param_groups, journal)
             self._bindings.new = self._bindings.new | {id(own.params[i]) for i in made}
             self._adopt(own.params, own_grads, states, journal)
+        owners: dict[int, Any] = {}  # a number that parameters share is passed once, with the first of them
+        for p, g, entries in zip(own.params, own_grads, self._states(own), strict=True):
+            for x in entries.values() if g is not None else ():
+                owners.setdefault(id(x), p)
         for p in group["params"]:
             if p.grad is not None:
                 params.append(p)
                 grads.append(p.grad)
-                state.extend(x for x in self.state[p].values() if isinstance(x, torch.Tensor))
+                entries = self.state[p]
+                state.extend(x for x in entries.values() if isinstance(x, torch.Tensor) and owners[id(x)] is p)
         handle = self._bindings.handle
         OPTIMIZERS[handle] = self
         return handle
@@ -567,10 +574,14 @@ class ChainOptimizer(Optimizer):
         own_params, own_grads = list(own.params), list(map(GRAD, own.params))
         states = list(self._states(own))
         given, tensors = iter(zip(params, grads, strict=True)), iter(state)
+        standing: dict[int, torch.Tensor] = {}  # for which tensor of the state each stands
         for i, g in enumerate(own_grads):
             if g is not None:
                 own_params[i], own_grads[i] = next(given)
-                states[i] = {k: next(tensors) if isinstance(x, torch.Tensor) else x for k, x in states[i].items()}
+                for x in states[i].values():
+                    if isinstance(x, torch.Tensor) and id(x) not in standing:
+                        standing[id(x)] = next(tensors)
+        states = [{k: standing.get(id(x), x) for k, x in entries.items()} if entries else entries for entries in states]
         self._step_on(templates, own_params, own_grads, states, extra)
 
     def load_state_dict(self, state_dict: dict[str, Any], *, by_name: bool = False, strict: bool = True) -> None:
@@ -600,11 +611,13 @@ class ChainOptimizer(Optimizer):
         model: torch.nn.Module | Iterable[torch.nn.Module] | None = None,
         *,
         buffers: Mapping[str, torch.Tensor] | None = None,
+        slot: str | None = None,
     ) -> contextlib.AbstractContextManager[None]:
-        """Swaps in the averages that the chain keeps, for evaluation, and the parameters back at the end.
+        """Swaps in the parameters to evaluate at, and those that are trained back at the end.
 
-        Averages are those of `params_ema`, `params_swa` or a rule of your own, as in `eval_params`. A parameter that
-        has taken no step stays as it is.
+        They are the averages of `params_ema` or `params_swa`, or a slot of a rule with `slot(..., evaluate=True)`. A
+        parameter that has taken no step stays as it is.
+
 
         Parameters are put back in any case: after an exception or an interrupt, and where the block has replaced
         `.data` of a parameter. So are the buffers of the model, if it is given: `torch.optim.swa_utils.update_bn` in
@@ -618,12 +631,14 @@ class ChainOptimizer(Optimizer):
           model: the module, or modules, whose buffers are put back, and whose whole copies are freed on the way in and
             out, in all processes alike.
           buffers: values by name for buffers of the model, to be swapped in too, such as averages of them.
+          slot: the key of the averages in the state of a parameter, where a chain keeps several.
 
         Returns:
           The context manager.
 
         Raises:
-          ValueError: the chain has no average, or no step has been taken; the model has no such buffer.
+          ValueError: the chain keeps no averages, several, or none of that name; no step has been taken; the model has
+            no such buffer.
           RuntimeError: it is inside another one.
           TypeError: `model` is no module, or there are buffers and not one module.
 
@@ -641,4 +656,4 @@ class ChainOptimizer(Optimizer):
           >>> p.item()
           0.0
         """
-        return averaged(self, model, buffers)
+        return averaged(self, model, buffers, slot)

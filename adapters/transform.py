@@ -12,6 +12,7 @@ import torch
 import functional_optim as fo
 from functional_optim import _walk
 from functional_optim._params import Template
+from functional_optim._reading import scheduled
 from functional_optim._transform import Declared
 
 from ._groups import copied
@@ -143,6 +144,39 @@ class TransformOptimizer(ChainOptimizer):
                     f"there are {', '.join(map(repr, self.defaults))}."
                 )
         super().add_param_group(param_group)
+
+    def hyperparams(self) -> list[dict[str, Any]]:
+        """The hyper-parameters of each parameter group by name, as the next step will have them.
+
+        These are the options of the group, and the schedules of the chain: their values for the parameter of the group
+        that has taken the most steps. Where the learning rate is a schedule, it is `learning_rate`, and `lr` is the
+        factor of the group, so updates have their product.
+
+        Returns:
+          A dict for each group.
+
+        Raises:
+          ValueError: a schedule returned something else than a number.
+
+        Example:
+          >>> import torch
+          >>> import functional_optim as fo
+          >>> p = torch.nn.Parameter(torch.ones(1))
+          >>> opt = TransformOptimizer([p], fo.scale(fo.linear_schedule(-1.0, 0.0, 4)))
+          >>> p.grad = torch.ones(1)
+          >>> opt.step()
+          >>> opt.hyperparams()
+          [{'lr': 1.0, 'step_size': -0.75}]
+        """
+        naming, found = self._naming, []
+        for group in self.param_groups:
+            steps = [self.state[p]["step"] for p in group["params"] if "step" in self.state.get(p, {})]
+            count = int(max(map(float, steps), default=0.0))
+            own = {name: group[name] for name in naming.defaults if name in group}
+            for name, (path, hyper) in naming.schedules.items():
+                own[name] = scheduled(naming.rules[path].bound, hyper, count)
+            found.append(own)
+        return found
 
     def _warn(self, message: str) -> None:
         """Warns of a group that a caller of `add_param_group` gave; of the constructor's, when it is done."""

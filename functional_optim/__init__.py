@@ -1,7 +1,7 @@
 """Composable, pure gradient transformations on PyTorch tensors; any chain runs as one generated kernel.
 
 Steps
-  apply_gradients apply_updates eval_params update_average explain use_backend
+  apply_gradients apply_updates eval_params update_average hyperparams slots explain use_backend
 Combinators
   chain named_chain masked partition multi_transform identity stateless stateless_with_tree_map
 Rules
@@ -90,6 +90,10 @@ from ._optimizers import (
     sgd,
     sign_sgd,
     signum,
+)
+from ._reading import (
+    hyperparams,
+    slots,
 )
 from ._rule import (
     elementwise,
@@ -253,6 +257,7 @@ __all__ = [
     "explain",
     "exponential_decay",
     "from_torch_scheduler",
+    "hyperparams",
     "identity",
     "interpolate_schedule",
     "inverse_sqrt_schedule",
@@ -320,6 +325,7 @@ __all__ = [
     "sign_sgd",
     "signum",
     "slot",
+    "slots",
     "stateless",
     "stateless_with_tree_map",
     "trace",

@@ -16,7 +16,7 @@ from ._leafwise import LeafwiseStep
 from ._params import Journal, ParamRegion, Params, ParamStep, Template, tensor_of
 from ._regions import BoundRegion
 from ._runtime.backend import choose_backend
-from ._runtime.plan import Columns, Group, Leaf
+from ._runtime.plan import Columns, Group, Key, Leaf
 from ._runtime.shard import local_tensor
 from ._runtime.spec import TensorSpec
 from ._step import TreeRegion, TreeStep, host_column
@@ -188,6 +188,7 @@ def explanation(tx: Any, params: Tree | None) -> Explanation:
     columns = step.columns(tree, tree, False)
     assert columns is not None
     found = _Collector(step.paths, view.leaves, torch.is_grad_enabled())
+    columns |= dict.fromkeys(_given(step), columns["updates"])
     for stage in step.stages:
         if isinstance(stage, TreeRegion) and stage.leafwise is not None:
             found.add_leafwise(stage.leafwise)
@@ -235,14 +236,26 @@ def explain_params(
         if isinstance(stage, ParamRegion) and stage.leafwise is not None:
             found.add_leafwise(stage.leafwise)
         elif isinstance(stage, ParamRegion):
-            own: Columns = {"updates": local, "params": local, **columns}
+            own: Columns = {
+                "updates": local,
+                "params": local,
+                **columns,
+                **dict.fromkeys(_given(step), local),
+            }
             for name, (schedule, _) in stage.region.hosts.items():
                 own[name] = host_column(name, schedule, [0] * len(local), step.devices)
             found.add_region(stage, own, stage.leaves(own, params.owners, frozenset(), step.numels, step.shards))
         else:
             found.add_opaque(stage.link.tx)
     chains = tuple(_chain_of(k, template, params, step.view) for k, template in enumerate(templates))
-    return found.explanation(step.present, [x for state in states for x in state.values()], chains)
+    entries = {id(x): x for state in states for x in state.values()}  # parameters may share a number
+    return found.explanation(step.present, list(entries.values()), chains)
+
+
+def _given(step: TreeStep | ParamStep) -> list[Key]:
+    """The columns of extra arguments, and of updates that are kept for rules around other stages."""
+    kept = [stage.entered for stage in step.stages if stage.entered is not None]
+    return [*((-1, name) for name in step.extras.columns), *kept]
 
 
 def _chain_of(position: int, template: Template, params: Params, view: View) -> OptimizerChain:

@@ -5,6 +5,7 @@ parameter brings a flat dict of state, its counter `step` among it, and options,
 looked up in. All parameters still share one kernel per pass, whatever their options are.
 """
 
+import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
@@ -40,7 +41,18 @@ from ._runtime.shard import (
     whole_tensor,
 )
 from ._runtime.step import Launch, Numbers
-from ._step import CHANGED_MESSAGE, Guard, call_opaque, check_updates, host_column, updates_of
+from ._state import Copies, shared_column
+from ._step import (
+    CHANGED_MESSAGE,
+    Guard,
+    call_opaque,
+    check_no_number,
+    check_no_tree,
+    check_updates,
+    extras_of,
+    host_column,
+    updates_of,
+)
 from ._transform import GradientTransformation, Link, Path
 from ._tree import Reader, View
 
@@ -247,6 +259,17 @@ class ParamStep:
         self.spans_tree = any(stage.region.spans_tree for stage in self.regions)
         self.traced = [stage.region for stage in self.regions if stage.region.traced]
         self.needed = {name for stage in self.regions for name in stage.region.extras}
+        # for each number that parameters share, by key, the parameters that do, whether or not they take part
+        self.shared: dict[str, list[int]] = {}
+        for stage in self.regions:
+            for stored in stage.region.stored:
+                if stored.slot is not None and stored.slot.per_tree:
+                    sharing = self.shared.setdefault(stage.keys[stored.key], [])
+                    sharing += [i for i, seen in enumerate(stored.seen) if seen]
+        self.takers = {key: [i for i in self.present if i in set(sharing)] for key, sharing in self.shared.items()}
+        self.copies: dict[str, Copies] = {key: {} for key in self.shared}
+        self.extras = extras_of([stage.region if isinstance(stage, ParamRegion) else stage for stage in self.stages])
+        self.needed |= self.extras.columns.keys()
         self.runs_python = bool(self.opaque) or any(stage.region.hosts or stage.leafwise for stage in self.regions)
         self.numels = [p.numel() * (1 + p.is_complex()) for p in params.params]
         self.devices = [
@@ -277,12 +300,13 @@ class ParamStep:
         scopes: list[int] = []
         keys: list[Any] = []
         steps = [False] * len(self.names)
+        places: dict[Path, int] = {}
         for t, template in enumerate(self.templates):
             if warn and len(steps) > 1:  # a parameter of its own may well be masked
                 template.tx._warn(self.view)
             own = template.tx._links(self.view.narrow([k == t for k in self.params.templates]), ())
             links += own
-            scopes += range(len(own))
+            scopes += [places.setdefault(link.path, len(places)) for link in own]
             keys += [template.keys] * len(own)
             for link in own:
                 if link.bound is not None and link.bound.uses_step:
@@ -341,14 +365,48 @@ class ParamStep:
         for stage in self.regions:
             for stored in stage.region.stored:
                 key = stage.keys[stored.key]
+                shared = self._tie(key, states, journal) if key in self.shared else None
                 for i in self.present:
                     if not stored.seen[i]:
                         continue
                     if states[i].get(key) is None:
-                        journal.set(states[i], key, self._make(stage.region, stored, i, options))
+                        if shared is None:
+                            made = self._make(stage.region, stored, i, options)
+                            shared = made if key in self.shared else None
+                        else:
+                            made = shared
+                        journal.set(states[i], key, made)
                         if stored.key != "step" and stored.key[0] in stage.first_slots:
                             new.add(i)
         return new
+
+    def _tie(self, key: str, states: Sequence[dict[str, Any]], journal: Journal) -> Any:
+        """Has parameters that share a number hold one tensor: that of the first which has one. A loaded state has many.
+
+        Args:
+          key: the key of the number.
+          states: the state of each parameter.
+          journal: takes note of entries that are replaced.
+
+        Returns:
+          The tensor; None if no parameter has one.
+
+        Raises:
+          ValueError: two parameters have other numbers.
+        """
+        holders = [i for i in sorted(self.shared[key]) if states[i].get(key) is not None]
+        shared = states[holders[0]][key] if holders else None
+        for i in holders:
+            x = states[i][key]
+            if x is shared:
+                continue
+            if not _is_equal(x, shared):
+                raise ValueError(
+                    f"state {key!r} is one number for all parameters, but it is {x!r:.60} at {self.names[i]!r} and "
+                    f"{shared!r:.60} at {self.names[holders[0]]!r}; set it for all of them."
+                )
+            journal.set(states[i], key, shared)
+        return shared
 
     def _make(self, region: Region, stored: Stored, i: int, options: Sequence[Mapping[str, Any]]) -> torch.Tensor | int:
         """The first value of a slot for a parameter."""
@@ -406,6 +464,12 @@ class ParamStep:
                 if stored.key in columns:
                     continue
                 key = stage.keys[stored.key]
+                if key in self.shared:
+                    found = self._shared_column(stored, key, states)
+                    if found is None:
+                        return None
+                    columns[stored.key] = found
+                    continue
                 try:
                     column, complete = list(map(itemgetter(key), states)), not exact
                 except KeyError:
@@ -419,6 +483,19 @@ class ParamStep:
                 else:
                     columns[stored.key] = self._local(stored.key, column, check_placed, f"{stored.name} at")
         return columns
+
+    def _shared_column(self, stored: Stored, key: str, states: Sequence[dict[str, Any]]) -> list[Any] | None:
+        """A number that parameters share, once per parameter; None if one does not have it, or has another."""
+        held = [states[i].get(key) for i in self.shared[key]]
+        value = next((x for x in held if x is not None), None)
+        if value is None or any(x is not None and x is not value for x in held):
+            return None
+        takers = self.takers[key]
+        if any(states[i].get(key) is None for i in takers):
+            return None
+        plain = not (torch.is_grad_enabled() or needs_dispatch())
+        column = shared_column(stored.name, value, self.devices, takers, True, self.copies[key] if plain else {})
+        return [x if seen else None for x, seen in zip(column, stored.seen, strict=True)]
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
@@ -455,6 +532,11 @@ class ParamStep:
         lacking = sorted(self.needed - extra.keys()) if self.needed else []
         if lacking:
             raise TypeError(f"`{lacking[0]}` is needed: call `step(closure, {lacking[0]}=...)`.")
+        for name, rule in self.extras.needed.items():
+            check_no_tree(name, rule, extra.get(name))
+        given: Columns = {
+            (-1, name): self._extra_column(name, rule, extra[name]) for name, rule in self.extras.columns.items()
+        }
         if self.guarded and (self.opaque or any(stage.leafwise for stage in self.regions)):
             raise ValueError(
                 "gradients that are still multiplied by a loss scale reach transformations that torch operations "
@@ -470,8 +552,9 @@ class ParamStep:
                 "this chain reduces over the whole tree, so it needs the gradients of all parameters at once, but it "
                 "was given one parameter while its gradient is computed; call `step` after the backward pass."
             )
-        own: Columns = {"updates": grads, "params": params, **columns}
+        own: Columns = {"updates": grads, "params": params, **columns, **given}
         if self.wrapped:
+            own |= {k: self._local(k, x, placed_like, f"the extra argument `{k[1]}` for") for k, x in given.items()}
             if any(g is not None and g.layout is not torch.strided for g in map(grads.__getitem__, self.dtensors)):
                 return "sparse"
             own["updates"] = self._local("updates", grads, placed_like, "the gradient of")
@@ -480,6 +563,8 @@ class ParamStep:
         if guarded:
             self.guard = Guard.of(self.guard, own["params"], self.present)
         for stage in self.stages:
+            if stage.entered is not None:
+                own[stage.entered] = own["updates"]
             if isinstance(stage, Opaque):
                 own["updates"], entries = self._call(stage, own, params, states, extra)
                 by_name = dict(zip(self.names, states, strict=True))
@@ -508,6 +593,41 @@ class ParamStep:
             torch.autograd.graph.increment_version([params[i] for i in self.dtensors])
         self.done = True
         return "taken"
+
+    def _extra_column(self, name: str, rule: str, x: Any) -> list[Any]:
+        """An extra argument that is one tensor per parameter, as a column.
+
+        Args:
+          name: its name.
+          rule: a rule that takes it.
+          x: a list in the order of the parameters, or a dict by their names or by the parameters themselves.
+
+        Raises:
+          ValueError: it does not go with the parameters.
+        """
+        check_no_number(name, rule, x, "a list, or a dict by name or by parameter")
+        if isinstance(x, Mapping):
+            known = {key: i for i, p in enumerate(self.params.params) for key in (self.names[i], p)}
+            unknown = next((key for key in x if key not in known), None)
+            if unknown is not None:
+                shown = "a tensor" if isinstance(unknown, torch.Tensor) else repr(unknown)
+                raise ValueError(
+                    f"the extra argument `{name}` has the key {shown:.80}, which is no parameter of the optimizer; "
+                    f"there are {', '.join(map(repr, self.names[:5]))}{' ...' if len(self.names) > 5 else ''}."
+                )
+            entries = {known[key]: tensor for key, tensor in x.items()}
+            return [entries.get(i) for i in range(len(self.names))]
+        if not isinstance(x, Sequence) or isinstance(x, str):
+            raise ValueError(
+                f"the extra argument `{name}` is {type(x).__name__} {x!r:.60}, but {rule} takes a list, or a dict by "
+                f"name or by parameter, a tensor for each."
+            )
+        if len(x) != len(self.names):
+            raise ValueError(
+                f"the extra argument `{name}` has {len(x)} entries, but the optimizer has {len(self.names)} "
+                f"parameters; give None for one that has none."
+            )
+        return list(x)
 
     def begin(self) -> None:
         """Begins a step, of which nothing has been written."""
@@ -631,12 +751,20 @@ class ParamStep:
         for stored in stage.region.stored:
             if stored.key not in results:
                 continue
+            key = stage.keys[stored.key]
+            if key in self.shared:
+                first = self.takers[key][0]
+                if stored.seen[first]:  # all have computed the same
+                    for i in self.shared[key]:
+                        if key in states[i]:
+                            journal.set(states[i], key, results[stored.key][first])
+                continue
             plain = stored.slot is not None and not stored.slot.like_leaf
             for i in self.present:
                 x = results[stored.key][i]
                 if x is not own[stored.key][i]:
                     new = x if plain or i not in wrapped else _like(x, self.params.params[i])
-                    journal.set(states[i], stage.keys[stored.key], new)
+                    journal.set(states[i], key, new)
 
     def _call(
         self,
@@ -659,6 +787,14 @@ class ParamStep:
         check_updates(link, found, own["params"], self.names, self.present)
         present = [self.names[i] for i in self.present if link.seen[i]]
         return found, split.entries(new_state, present)
+
+
+def _is_equal(x: Any, y: Any) -> bool:
+    """Whether two entries of state are the same number, as far as one can tell."""
+    if not all(isinstance(z, torch.Tensor) and z.numel() == 1 and not z.is_meta for z in (x, y)):
+        return x is y or (isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) and (x.is_meta or y.is_meta))
+    a, b = float(x), float(y)
+    return a == b or (math.isnan(a) and math.isnan(b))
 
 
 def _is_counter(x: Any, device: torch.device | None) -> bool:

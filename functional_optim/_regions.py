@@ -1,5 +1,6 @@
 """Regions: a chain laid out over the leaves of a tree, cut into rules that fuse, rules that do not, and other steps."""
 
+import bisect
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,7 +9,7 @@ import torch
 
 from ._compiler.fuse import Counting, Part, Recipe, fuse_all
 from ._compiler.rule import Bound, Slot, slot
-from ._runtime.checks import at, check_slot
+from ._runtime.checks import at, check_fit, check_slot
 from ._runtime.join import Joins
 from ._runtime.plan import Columns, Key, Leaf
 from ._runtime.shard import MeshShard
@@ -16,6 +17,7 @@ from ._runtime.spec import TensorSpec, specs_of
 from ._runtime.step import BoundStep, Programs, Reading
 from ._schedules.traced import has_fixed_key, traced_key
 from ._transform import Link
+from ._tree import MaskedNode
 
 
 Kind = tuple[tuple[int, ...], Counting | None]  # the rules that see a leaf, and its counter
@@ -47,6 +49,7 @@ class Opaque(NamedTuple):
 
     position: int
     link: Link
+    entered: str | None = None
 
 
 class Region:
@@ -59,6 +62,8 @@ class Region:
       scopes: each transformation's position as reductions over the tree know it.
       counting: the counter of each leaf; None where transformations count for all leaves.
     """
+
+    entered: str | None = None  # the column that its updates are kept in, for a rule behind other stages
 
     def __init__(
         self,
@@ -78,7 +83,10 @@ class Region:
             (tuple(itertools.compress(positions, column)), count)
             for column, count in zip(columns, none if counting is None else counting, strict=True)
         ]
-        parts = {kind: tuple(Part(k, scopes[k], self.bounds[k]) for k in kind[0]) for kind in dict.fromkeys(self.kinds)}
+        parts = {
+            kind: tuple(Part(k, scopes[k], self.bounds[k], *self._entry(k)) for k in kind[0])
+            for kind in dict.fromkeys(self.kinds)
+        }
         own = None if counting is None else {kind: count for kind in parts if (count := kind[1]) is not None}
         self.recipes: dict[Kind, Recipe] = fuse_all(parts, apply, own)
         self.hosts = {name: host for recipe in self.recipes.values() for name, host in recipe.hosts.items()}
@@ -102,6 +110,18 @@ class Region:
             if bound.counted and not own_counters:
                 stored.append(Stored((k, "count"), f"state {bound.rule.name}.count", None, self.links[k].seen))
         return stored
+
+    def _entry(self, k: int) -> tuple[int | None, str | None]:
+        """For a rule that wraps others, the first of them, or the column of the updates that entered them."""
+        inside = self.links[k].wraps
+        if inside is None:
+            return None, None
+        return (k - inside, None) if k - inside >= min(self.links) else (None, entered_at(k - inside))
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Extra arguments that are trees, each with a rule that takes it."""
+        return {name: bound.rule.name for bound in self.bounds.values() for name in bound.rule.columns}
 
     @property
     def is_current(self) -> bool:
@@ -165,8 +185,13 @@ def cut_into_regions(
       Regions and opaque transformations, in order. With `apply` the last one is a region.
     """
     stages: list[Region | Opaque] = []
+    # a rule that wraps some which do not fuse is given the updates that entered them, from between two stages
+    cuts = sorted(
+        {k - n for k, link in enumerate(links) if (n := link.wraps) and not all(map(_fuses, links[k - n : k]))}
+    )
     numbered = list(enumerate(links))
-    runs = [(fuses, dict(run)) for fuses, run in itertools.groupby(numbered, key=lambda x: _fuses(x[1]))]
+    parts = itertools.groupby(numbered, key=lambda x: (_fuses(x[1]), bisect.bisect(cuts, x[0])))
+    runs = [(fuses, dict(run)) for (fuses, _), run in parts]
     if apply and not (runs and runs[-1][0]):
         runs.append((True, {}))
     still = None if counting is None else [c._replace(advance=False) for c in counting]
@@ -174,14 +199,23 @@ def cut_into_regions(
         last = k == len(runs) - 1
         if fuses:
             counts = counting if last else still
-            stages.append(Region(run, apply and last, n_leaves, scopes or range(len(links)), counts))
+            region = Region(run, apply and last, n_leaves, scopes or range(len(links)), counts)
+            region.entered = next((entered_at(k) for k in run if k in cuts), None)
+            stages.append(region)
             continue
         for position, link in run.items():
+            entered = entered_at(position) if position in cuts else None
             if link.bound is None:
-                stages.append(Opaque(position, link))
+                stages.append(Opaque(position, link, entered))
             else:
                 stages.append(LeafwiseRegion(position, link, counting is not None))
+                stages[-1].entered = entered  # type: ignore[misc]
     return stages
+
+
+def entered_at(position: int) -> str:
+    """The column of the updates that enter a transformation, which a rule around it and others is given."""
+    return f"updates@{position}"
 
 
 def _fuses(link: Link) -> bool:
@@ -218,6 +252,11 @@ class BoundRegion:
         self.region, self.paths, self.present = region, paths, present
         self.bound: list[tuple[Variant, BoundStep]] = []
         self.joins: Joins | None = None
+
+    @property
+    def entered(self) -> str | None:
+        """The column that its updates are kept in, for a rule behind other stages."""
+        return self.region.entered
 
     def find(self, own: Columns, variant: Variant) -> tuple[BoundStep, Reading] | None:
         """A step that is bound to such tensors, and these tensors read.
@@ -285,6 +324,10 @@ class BoundRegion:
                 if seen[i] and declared is not None and key != "step":  # counters are of any dtype
                     check_slot(name, self.paths[i], own[key][i], own["updates"][i], declared)
         kinds, recipes = self.region.kinds, self.region.recipes
+        for name, rule in self.region.columns.items():
+            for i in self.present:
+                if name in recipes[kinds[i]].program.arrays:
+                    self._check_extra(name, rule, i, own)
         return [
             Leaf(
                 i,
@@ -296,6 +339,16 @@ class BoundRegion:
             for i in self.present
             if kinds[i][0] or self.region.apply
         ]
+
+    def _check_extra(self, name: str, rule: str, i: int, own: Columns) -> None:
+        """Refuses an entry of an extra argument that does not go with its leaf."""
+        x = own[-1, name][i]
+        if x is None or isinstance(x, MaskedNode):
+            raise ValueError(
+                f"the extra argument `{name}`{at(self.paths[i])} is {x!r}, but {rule} computes an update for it; give "
+                f"a tensor, or mask the rule."
+            )
+        check_fit(f"the extra argument `{name}`", "update", self.paths[i], x, own["updates"][i])
 
     def specs(self, own: Columns) -> dict[Key, list[TensorSpec | None]]:
         """The specs of the tensors of leaves that take part."""

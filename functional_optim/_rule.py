@@ -11,11 +11,24 @@ from ._compiler.rule import Bound, Range, Rule, Slot, check_stored, restore_stat
 from ._compiler.trace import Symbol
 from ._runtime.checks import check_leaf
 from ._step import run
-from ._transform import GradientTransformation, Link
+from ._transform import GradientTransformation, Link, as_transformation, joined_names
 from ._tree import MaskedNode, Tree, View, paths, show
 
 
 EMPTY = inspect.Parameter.empty
+RESERVED = {
+    "updates",
+    "state",
+    "params",
+    "grads",
+    "tx",
+    "donate",
+    "closure",
+    "step",
+    "first",
+    "grad_scale",
+    "found_inf",
+}
 
 
 class Fusible(GradientTransformation):
@@ -48,19 +61,28 @@ class RuleTransformation(Fusible):
 
     def replace(self, **values: Any) -> "RuleTransformation":
         """The same rule with some hyper-parameters replaced."""
-        return self.factory(**{**self.bound.values, **values})
+        unknown = [name for name in values if name not in self.bound.values]
+        if unknown:
+            raise TypeError(
+                f"{self.bound.rule.name} has no hyper-parameter `{unknown[0]}`; its hyper-parameters are "
+                f"{self.factory.__signature__}."
+            )
+        return self.factory.make({**self.bound.values, **values})
 
     def _init(self, view: View) -> Any:
         rule, values = self.bound.rule, self.bound.values
+        seen = [p for p, own in zip(view.leaves, view.seen, strict=True) if own]
 
         def make(slot: Slot, p: torch.Tensor) -> Any:
             made = slot.make(p, values)
             return MaskedNode() if made is None else made  # which functions of torch.func pass by, as they do not None
 
-        fields = {name: view.map(functools.partial(make, slot)) for name, slot in rule.slots.items()}
+        fields = {
+            name: slot.make_shared(seen, values) if slot.per_tree else view.map(functools.partial(make, slot))
+            for name, slot in rule.slots.items()
+        }
         if self.bound.counted:
-            device = next((x.device for x, seen in zip(view.leaves, view.seen, strict=True) if seen), None)
-            fields["count"] = torch.zeros((), dtype=torch.int64, device=device)
+            fields["count"] = torch.zeros((), dtype=torch.int64, device=seen[0].device if seen else None)
         return self.bound.state_type(**fields)
 
     def _links(self, view: View, path: tuple[int | str, ...]) -> list[Link]:
@@ -79,7 +101,7 @@ class RuleTransformation(Fusible):
         }
 
     def _extra_names(self) -> frozenset[str] | None:
-        return frozenset(self.bound.rule.extras)
+        return frozenset((*self.bound.rule.extras, *self.bound.rule.columns))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RuleTransformation, (self.factory, self.bound.values)
@@ -91,6 +113,10 @@ class RuleTransformation(Fusible):
         return hash(self.bound.key)
 
     def __repr__(self) -> str:
+        return f"{self.bound.rule.name}({', '.join(self._shown())})"
+
+    def _shown(self) -> list[str]:
+        """The arguments of `repr`: hyper-parameters that are not their defaults."""
         shown = []
         for name, value in self.bound.values.items():
             default = self.bound.rule.hypers[name]
@@ -101,7 +127,53 @@ class RuleTransformation(Fusible):
                 or value != default
             ):
                 shown.append(f"{name}={show(value)}")
-        return f"{self.bound.rule.name}({', '.join(shown)})"
+        return shown
+
+
+class Wrapping(Fusible):
+    """A rule around an inner transformation: it sees the update that entered that beside the one that left it.
+
+    Args:
+      inner: the inner transformation.
+      own: the rule; in an optimizer a chain that begins with it.
+    """
+
+    def __init__(self, inner: GradientTransformation, own: GradientTransformation) -> None:
+        self.inner, self.own = inner, own
+
+    def _init(self, view: View) -> Any:
+        return self.inner._init(view), self.own._init(view)
+
+    def _warn(self, view: View) -> None:
+        self.inner._warn(view)
+
+    def _rewrite(self, fn: Any, path: tuple[int | str, ...]) -> GradientTransformation:
+        return Wrapping(self.inner._rewrite(fn, (*path, 0)), self.own._rewrite(fn, (*path, 1)))
+
+    def _links(self, view: View, path: tuple[int | str, ...]) -> list[Link]:
+        inside = self.inner._links(view, (*path, 0))
+        rule, *behind = self.own._links(view, (*path, 1))
+        return [*inside, rule._replace(wraps=len(inside)), *behind]
+
+    def _asks_leaves(self) -> bool:
+        return self.inner._asks_leaves()
+
+    def _extra_names(self) -> frozenset[str] | None:
+        return joined_names((self.inner, self.own))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Wrapping, (self.inner, self.own)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Wrapping) and (self.inner, self.own) == (other.inner, other.own)
+
+    def __hash__(self) -> int:
+        return hash((Wrapping, self.inner, self.own))
+
+    def __repr__(self) -> str:
+        if not isinstance(self.own, RuleTransformation):
+            return f"{self.own!r} around {self.inner!r}"
+        return f"{self.own.bound.rule.name}({', '.join([repr(self.inner), *self.own._shown()])})"
 
 
 class RuleFactory:
@@ -114,20 +186,37 @@ class RuleFactory:
         self.rule = rule
         rule.factory = self
         functools.update_wrapper(self, rule.fn)
+        hypers = {**({"inner": EMPTY} if rule.wraps else {}), **rule.hypers}
+        if rule.wraps:  # some hyper-parameter may have no default
+            kinds = [inspect.Parameter.POSITIONAL_OR_KEYWORD, *[inspect.Parameter.KEYWORD_ONLY] * len(rule.hypers)]
+        else:
+            kinds = [inspect.Parameter.POSITIONAL_OR_KEYWORD] * len(hypers)
         self.__signature__ = inspect.Signature(
-            [inspect.Parameter(k, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=v) for k, v in rule.hypers.items()],
-            return_annotation=RuleTransformation,
+            [inspect.Parameter(k, kind, default=v) for (k, v), kind in zip(hypers.items(), kinds, strict=True)],
+            return_annotation=Wrapping if rule.wraps else RuleTransformation,
         )
         # so that `torch.load(weights_only=True)` may load states
         torch.serialization.add_safe_globals([(self, f"{self.__module__}.{self.__qualname__}"), restore_state])
 
     def __call__(self, *args: Any, **kwargs: Any) -> RuleTransformation:
+        return self.make(self.bind(args, kwargs))
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by name, defaults among them.
+
+        Raises:
+          TypeError: an argument is missing or unknown.
+        """
         try:
             bound = self.__signature__.bind(*args, **kwargs)
         except TypeError as error:
             raise TypeError(f"{self.rule.name}: {error}; its hyper-parameters are {self.__signature__}.") from None
         bound.apply_defaults()
-        return RuleTransformation(self, bound.arguments)
+        return dict(bound.arguments)
+
+    def make(self, values: Mapping[str, Any]) -> RuleTransformation:
+        """The rule with its hyper-parameters."""
+        return RuleTransformation(self, values)
 
     def formula(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the formula itself, as a part of another rule's.
@@ -183,6 +272,14 @@ class RuleFactory:
         return self.__qualname__
 
 
+class WrappingFactory(RuleFactory):
+    """A function of an inner transformation and hyper-parameters that returns a transformation."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Wrapping:  # type: ignore[override]
+        values = self.bind(args, kwargs)
+        return Wrapping(as_transformation(values.pop("inner")), self.make(values))
+
+
 @overload
 def elementwise(fn: Callable[..., Any]) -> RuleFactory: ...
 
@@ -192,7 +289,7 @@ def elementwise(
     fn: None = None,
     *,
     state: Mapping[str, Slot] | None = None,
-    extra: Sequence[str] = (),
+    extra: Sequence[str] | Mapping[str, str] = (),
     static: Sequence[str] = (),
     ranges: Mapping[str, str | Sequence[Any]] | None = None,
     final: bool = False,
@@ -203,7 +300,7 @@ def elementwise(
     fn: Callable[..., Any] | None = None,
     *,
     state: Mapping[str, Slot] | None = None,
-    extra: Sequence[str] = (),
+    extra: Sequence[str] | Mapping[str, str] = (),
     static: Sequence[str] = (),
     ranges: Mapping[str, str | Sequence[Any]] | None = None,
     final: bool = False,
@@ -218,16 +315,20 @@ def elementwise(
     `leaf_norm`, `leaf_amax`, `leaf_size`, `tree_sum`, `tree_norm`, `tree_amax`. A hyper-parameter may be a number, a
     0-d tensor or a schedule. Another rule may call it as `formula`.
 
+    A formula that takes `before`, right behind `u`, goes around an inner transformation, the first argument of its
+    function: `u` is the update that left that, and `before` the one that entered it. The state is a pair, of the inner
+    one and its own.
+
     Args:
       fn: the formula, when used without parentheses.
       state: slots of state, in the order of the formula's arguments; see `slot`.
-      extra: extra arguments of `update` that the formula takes, such as `"value"`; numbers or 0-d tensors.
+      extra: extra arguments of `update` that the formula takes. `("value",)` are numbers or 0-d tensors;
+        `{"value": "number", "hessian": "element"}` says of each whether it is one, or a tree like the parameters.
       static: hyper-parameters that are switches, for Python's `if`; each value makes a kernel of its own. Those
         whose value is None, a bool, a string or a dtype need not be named.
       ranges: intervals that hyper-parameters must lie in, such as `{"b1": "[0, 1)"}`, or the values that they may
         have, such as `{"mode": ("hard", "smooth")}`. `{"decay if debias": "[0, 1)"}` holds where a switch is on.
-      final: whether it needs updates as they will be added to the parameters; `chain` warns if more comes behind it,
-        and `eval_params` reads its first slot that starts as the parameter.
+      final: whether it needs updates as they will be added to the parameters; `chain` warns if more comes behind it.
 
     Returns:
       The function of hyper-parameters.
@@ -353,7 +454,7 @@ def _misnamed(positional: Sequence[str], slots: Mapping[str, Slot]) -> str:
 def _make(
     fn: Callable[..., Any],
     slots: dict[str, Slot],
-    extra: Sequence[str],
+    extra: Sequence[str] | Mapping[str, str],
     static: Sequence[str],
     ranges: Mapping[str, str | Sequence[Any]],
     final: bool,
@@ -361,20 +462,24 @@ def _make(
     batched: bool = False,
 ) -> RuleFactory:
     name = fn.__name__.lstrip("_")
+    kinds = dict(extra) if isinstance(extra, Mapping) else dict.fromkeys(extra, "number")
+    _check_extra(name, kinds)
     parameters = inspect.signature(fn).parameters
+    wraps = "before" in parameters and "before" not in slots
     positional = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY)]
     keywords = {p.name: p.default for p in parameters.values() if p.kind is p.KEYWORD_ONLY}
     uses_params = "p" in positional
-    expected = ["u", *(["p"] if uses_params else []), *slots]
+    expected = ["u", *(["before"] if wraps else []), *(["p"] if uses_params else []), *slots]
     if positional != expected or len(positional) + len(keywords) != len(parameters):
         raise TypeError(
             f"{name} takes ({', '.join(parameters)}), expected ({', '.join(expected)}, *, ...): the update `u`, "
-            f"`p` if it wants the parameter, the slots of state in order, and the rest keyword-only."
-            f"{_misnamed(positional, slots)}"
+            f"{'`before`, ' if wraps else ''}`p` if it wants the parameter, the slots of state in order, and the rest "
+            f"keyword-only."
+            f"{_misnamed([k for k in positional if k in slots or k != 'before'], slots)}"
         )
-    hypers = {k: v for k, v in keywords.items() if k not in ("step", "first", *extra)}
+    hypers = {k: v for k, v in keywords.items() if k not in ("step", "first", *kinds)}
     ranged = [name for key in ranges for name in key.split(" if ", 1)]
-    for what, names in (("extra", extra), ("static", static), ("ranges", ranged)):
+    for what, names in (("extra", kinds), ("static", static), ("ranges", ranged)):
         unknown = [k for k in names if k not in (keywords if what == "extra" else hypers)]
         if unknown:
             raise TypeError(f"`{what}` of {name} names {unknown}, which are not among its keyword-only arguments.")
@@ -397,15 +502,28 @@ def _make(
                 f"the slot `{slot_name}` of {name} has a shape of its own, but the formula is one for an element; "
                 f"declare a rule for whole tensors with `leafwise`."
             )
+    trees = [k for k, kind in kinds.items() if kind == "element"]
+    trees += [slot_name for slot_name, slot in slots.items() if slot.per_tree]
+    if whole and trees:
+        raise TypeError(
+            f"`{trees[0]}` of {name} is declared per element or per tree, but the rule is called for some leaves at a "
+            f"time; declare an `elementwise` rule."
+        )
+    if wraps and (whole or "inner" in hypers):
+        raise TypeError(
+            f"{name} takes `before`, so it goes around an inner transformation, "
+            + ("which `leafwise` rules cannot." if whole else "which is its argument `inner`; rename the other one.")
+        )
     if (slots or "step" in keywords) and not name.isidentifier():
         raise TypeError(f"{name} keeps a state, whose class is named after the rule; write it with `def`.")
-    return RuleFactory(
+    return (WrappingFactory if wraps else RuleFactory)(
         Rule(
             name=name,
             fn=fn,
             slots=slots,
             hypers=hypers,
-            extras=tuple(extra),
+            extras=tuple(k for k, kind in kinds.items() if kind == "number"),
+            columns=tuple(k for k, kind in kinds.items() if kind == "element"),
             static=frozenset(static),
             ranges={k: Range.parse(v) if isinstance(v, str) else tuple(v) for k, v in ranges.items()},
             uses_params=uses_params,
@@ -414,5 +532,22 @@ def _make(
             final=final,
             whole=whole,
             batched=batched,
+            wraps=wraps,
         )
     )
+
+
+def _check_extra(name: str, kinds: Mapping[str, str]) -> None:
+    """Refuses extra arguments of a kind or a name that there is not.
+
+    Raises:
+      TypeError, ValueError: with the name of the rule and the argument.
+    """
+    for extra, kind in kinds.items():
+        if kind not in ("number", "element"):
+            raise ValueError(
+                f'the extra argument `{extra}` of {name} is "number" or "element", one number per element of the '
+                f"parameters, got {kind!r}."
+            )
+        if extra in RESERVED:
+            raise TypeError(f"`{extra}` of {name} is no name for an extra argument: functions of a step have it.")

@@ -46,14 +46,19 @@ class TreeState:
       region: the region.
       read: reads trees of the structure of the parameters.
       device: the device of all leaves that take part; None if there are several.
+      present: the leaves that take part.
     """
 
-    def __init__(self, region: Region, read: Reader, device: torch.device | None) -> None:
+    def __init__(self, region: Region, read: Reader, device: torch.device | None, present: Sequence[int]) -> None:
         self.region, self.reader, self.device = region, read, device
         self.expected = [(k, region.links[k].path, bound.state_type) for k, bound in region.bounds.items()]
         self.counted = [k for k, bound in region.bounds.items() if bound.counted]
-        self.fields = [(k, name, False) for k, bound in region.bounds.items() for name in bound.rule.slots]
+        slots = [(k, *slot) for k, bound in region.bounds.items() for slot in bound.rule.slots.items()]
+        self.fields = [(k, name, False) for k, name, slot in slots if not slot.per_tree]
         self.fields += [(k, "count", True) for k in self.counted]
+        self.shared = {
+            (k, name): [i for i in present if region.links[k].seen[i]] for k, name, slot in slots if slot.per_tree
+        }
 
     def states(self, state: Any) -> dict[int, Any]:
         """The NamedTuple of each transformation.
@@ -79,12 +84,13 @@ class TreeState:
             states[k] = found
         return states
 
-    def columns(self, states: Mapping[int, Any], columns: Columns) -> Columns:
+    def columns(self, states: Mapping[int, Any], columns: Columns, in_place: bool = False) -> Columns:
         """The leaves and the slots of all transformations; a counter is in its column once per leaf, on its device.
 
         Args:
           states: the NamedTuple of each transformation.
           columns: the leaves.
+          in_place: whether slots are written in place.
 
         Raises:
           ValueError, TypeError: a slot does not have the structure of the parameters, or a counter is not one.
@@ -110,6 +116,10 @@ class TreeState:
             else:
                 check_count(f"state {self.region.bounds[k].rule.name}.count", value)
                 own[k, name] = broadcast_count(value, columns["updates"])
+        for (k, name), takers in self.shared.items():
+            label = f"state {self.region.bounds[k].rule.name}.{name}"
+            devices = [getattr(u, "device", None) for u in columns["updates"]]
+            own[k, name] = shared_column(label, getattr(states[k], name), devices, takers, in_place)
         return own
 
     def replaced(
@@ -125,7 +135,15 @@ class TreeState:
         """
         new = {}
         for k, bound in self.region.bounds.items():
-            fields = {name: self.reader.rebuild(like, columns[k, name]) for name in bound.rule.slots}
+            fields = {
+                name: self.reader.rebuild(like, columns[k, name])
+                for name in bound.rule.slots
+                if (k, name) not in self.shared
+            }
+            for name in bound.rule.slots:
+                takers = self.shared.get((k, name))
+                if takers:  # all have computed the same
+                    fields[name] = columns[k, name][takers[0]]
             if k in moving:
                 fields["count"] = states[k].count + 1
             if fields:
@@ -146,4 +164,65 @@ def broadcast_count(count: torch.Tensor, leaves: Sequence[Any]) -> list[Any]:
         if x.device not in own:
             own[x.device] = count.to(device=x.device, dtype=torch.int64)
         column.append(own[x.device])
+    return column
+
+
+# by device and dtype: the memory of the copies of a number, and a view of each
+Copies = dict[tuple[torch.device, torch.dtype], tuple[torch.Tensor, Sequence[torch.Tensor]]]
+
+
+def _copies(value: torch.Tensor, n: int, known: Copies) -> Sequence[torch.Tensor]:
+    """Copies of a number, in memory of earlier ones if there are some: kernels then find them where they were."""
+    key = value.device, value.dtype
+    if key in known:
+        known[key][0].copy_(value)
+    else:
+        memory = value.expand(n).clone()
+        known[key] = memory, memory.unbind()
+    return known[key][1]
+
+
+def shared_column(
+    name: str,
+    value: Any,
+    devices: Sequence[torch.device | None],
+    takers: Sequence[int],
+    in_place: bool,
+    known: Copies | None = None,
+) -> list[Any]:
+    """A number that leaves share, once per leaf and on its device.
+
+    A kernel may read the number of one leaf after it has written that of another. So in place, one leaf writes the
+    number itself, and the others copies of it.
+
+    Args:
+      name: its name in messages.
+      value: the number.
+      devices: the device of each leaf.
+      takers: positions of the leaves that share it; the first one on its device writes it.
+      in_place: whether it is written in place.
+      known: copies of earlier steps, whose memory is written anew; those that are made are added.
+
+    Raises:
+      ValueError: it is not one number, or in place on a device where no leaf is.
+    """
+    if not isinstance(value, torch.Tensor) or value.ndim or not value.is_floating_point():
+        shown = type(value).__name__
+        if isinstance(value, torch.Tensor):
+            shown = f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
+        raise ValueError(f"{name} is {shown}, expected a tensor that holds one floating number for all leaves.")
+    column: list[Any] = [None] * len(devices)
+    for device in dict.fromkeys(devices[i] for i in takers):
+        own = [i for i in takers if devices[i] == device]
+        one = value if value.is_meta else value.to(device)
+        copies = _copies(one, len(own), {} if known is None else known) if in_place else [one] * len(own)
+        for i, copy in zip(own, copies, strict=True):
+            column[i] = copy
+    if in_place and takers and not value.is_meta:
+        writer = next((i for i in takers if devices[i] == value.device), None)
+        if writer is None:
+            raise ValueError(
+                f"{name} is on {value.device}, where no leaf that takes part is; move it to {devices[takers[0]]}."
+            )
+        column[writer] = value
     return column

@@ -4,10 +4,11 @@ The first step over trees of some structure binds the transformation to them; la
 transformation itself, and only have their tensors compared.
 """
 
+import numbers
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -36,13 +37,13 @@ class TreeRegion(BoundRegion):
 
     def __init__(self, region: Region, step: "TreeStep", device: torch.device | None) -> None:
         super().__init__(region, step.paths, step.present)
-        self.state = TreeState(region, step.read, device)
+        self.state = TreeState(region, step.read, device, step.present)
         self.moving = [k for k in self.state.counted if any(region.links[k].seen[i] for i in step.present)]
         self.leafwise = LeafwiseStep(region, step.paths, step.present) if isinstance(region, LeafwiseRegion) else None
 
-    def columns(self, columns: Columns, states: Mapping[int, Any]) -> Columns:
+    def columns(self, columns: Columns, states: Mapping[int, Any], in_place: bool = False) -> Columns:
         """All tensors that the programs read: the leaves, the state, and schedules that Python evaluates."""
-        own = self.state.columns(states, columns)
+        own = self.state.columns(states, columns, in_place)
         for name, (schedule, counter) in self.region.hosts.items():
             count = states[counter[0]].count  # type: ignore[index]
             count = 0 if count.is_meta else int(count)
@@ -85,7 +86,7 @@ class TreeStep:
         # user code runs between the first look at tensors and the last launch
         self.runs_python = any(isinstance(stage, Opaque | LeafwiseRegion) or stage.hosts for stage in stages)
         self.guard = Guard((), ())
-        self.extras = _extras(stages)
+        self.extras = extras_of(stages)
         self.traced = [stage for stage in stages if isinstance(stage, Region) and stage.traced]
 
     def _read(self, name: str, tree: Tree) -> list[Any]:
@@ -153,7 +154,8 @@ class TreeStep:
         Raises:
           ValueError, TypeError, RuntimeError: something does not fit; nothing has been written.
         """
-        numbers = self._extra_numbers(extra) if extra or self.extras.needed else extra
+        given = self._extra_numbers(extra) if extra or self.extras.needed or self.extras.columns else extra
+        columns = columns | self._extra_columns(extra) if self.extras.columns else columns
         dispatching = needs_dispatch()
         if donate and dispatching:
             raise RuntimeError(
@@ -165,6 +167,8 @@ class TreeStep:
             guard = self.guard = Guard.of(self.guard, columns["params"], self.present)
         new_states: dict[tuple[int | str, ...], Any] = {}
         for stage in self.stages:
+            if stage.entered is not None:
+                columns = {**columns, stage.entered: columns["updates"]}
             if isinstance(stage, Opaque):
                 columns, new_states[stage.link.path] = self._call(stage, columns, state, extra)
                 if donate and "params" in columns:
@@ -172,10 +176,10 @@ class TreeStep:
                 continue
             in_place = donate and stage is self.stages[-1]
             states = stage.state.states(state)
-            own = stage.columns(columns, states)
+            own = stage.columns(columns, states, in_place)
             if guarded and not guard.holds(columns["params"]):
                 raise RuntimeError(CHANGED_MESSAGE)
-            results = self._run(stage, own, states, numbers, in_place, dispatching)
+            results = self._run(stage, own, states, given, in_place, dispatching)
             if results is None:
                 return None
             if not in_place:
@@ -268,7 +272,7 @@ class TreeStep:
         Raises:
           TypeError: one is missing, or nothing in the chain takes one that is given.
         """
-        for name, rule in self.extras.needed.items():
+        for name, rule in (*self.extras.needed.items(), *self.extras.columns.items()):
             if name not in extra:
                 raise TypeError(
                     f"{rule} needs the extra argument `{name}`: call `update(updates, state, params, {name}=...)`."
@@ -279,7 +283,19 @@ class TreeStep:
                 f"no transformation of the chain takes the extra argument `{unknown[0]}`; "
                 f"they take {', '.join(map(repr, sorted(self.extras.taken or ()))) or 'none'}."
             )
+        for name, rule in self.extras.needed.items():
+            check_no_tree(name, rule, extra[name])
         return {name: check_number(f"the extra argument `{name}` is", extra[name]) for name in self.extras.needed}
+
+    def _extra_columns(self, extra: Mapping[str, Any]) -> Columns:
+        """The extra arguments that are trees, as columns.
+
+        Raises:
+          ValueError: one does not have the structure of the parameters.
+        """
+        for name, rule in self.extras.columns.items():
+            check_no_number(name, rule, extra[name], "a tree like the parameters", self.spec.is_leaf())
+        return {(-1, name): self._read(f"the extra argument `{name}`", extra[name]) for name in self.extras.columns}
 
     def _refuse_donation(self, own: Columns) -> None:
         path = next(
@@ -297,6 +313,7 @@ class TreeStep:
         if not self.apply:
             return
         others = [*own["updates"]]  # state has the graph of earlier steps, as parameters have
+        others += [x for name in self.extras.columns for x in own[-1, name]]
         others += [x for table in numbers for x in table]
         if any(isinstance(x, torch.Tensor) and x.requires_grad for x in others):
             return
@@ -405,24 +422,71 @@ ALWAYS_ACCEPTED = frozenset(
 )  # names that training loops pass to any transformation, as with optax
 
 
-class Extras:
-    """The extra arguments of a chain: names that rules need, each with a rule, and all names that are taken."""
+class Extras(NamedTuple):
+    """The extra arguments of a chain.
 
-    def __init__(self, needed: dict[str, str], taken: frozenset[str] | None) -> None:
-        self.needed, self.taken = needed, taken
+    Args:
+      needed: the numbers that rules need, each with a rule.
+      columns: the trees that rules need, each with a rule.
+      taken: all names that are taken; None if any is.
+    """
+
+    needed: dict[str, str]
+    columns: dict[str, str]
+    taken: frozenset[str] | None
 
 
-def _extras(stages: Sequence[Region | Opaque]) -> Extras:
+def extras_of(stages: Sequence[Region | Opaque]) -> Extras:
+    """The extra arguments of the stages of a chain.
+
+    Raises:
+      TypeError: one is a number for a rule and a tree for another.
+    """
     needed: dict[str, str] = {}
+    columns: dict[str, str] = {}
     taken: set[str] | None = set()
     for stage in stages:
         if isinstance(stage, Region):
             for bound in stage.bounds.values():
                 needed |= dict.fromkeys(bound.rule.extras, bound.rule.name)
+            columns |= stage.columns
         elif taken is not None:
             own = stage.link.tx._extra_names()
             taken = None if own is None else taken | own
-    return Extras(needed, None if taken is None else frozenset(taken | set(needed)) | ALWAYS_ACCEPTED)
+    both = next((name for name in needed if name in columns), None)
+    if both is not None:
+        raise TypeError(
+            f"the extra argument `{both}` is a number for {needed[both]} and a tree for {columns[both]}; rename one."
+        )
+    known = None if taken is None else frozenset(taken | set(needed) | set(columns)) | ALWAYS_ACCEPTED
+    return Extras(needed, columns, known)
+
+
+def check_no_tree(name: str, rule: str, x: Any) -> None:
+    """Refuses a tree where a rule takes a number.
+
+    Raises:
+      ValueError: it is one.
+    """
+    if isinstance(x, (Mapping, list, tuple)):
+        raise ValueError(
+            f"the extra argument `{name}` is a {type(x).__name__}, but {rule} takes a number; a rule that takes a tree "
+            f"like the parameters is declared with `extra={{{name!r}: 'element'}}`."
+        )
+
+
+def check_no_number(name: str, rule: str, x: Any, expected: str, one_leaf: bool = False) -> None:
+    """Refuses a number, or one tensor for all leaves, where a rule takes a tree.
+
+    Raises:
+      ValueError: it is one.
+    """
+    number = not isinstance(x, torch.Tensor) and isinstance(x, numbers.Number)
+    if number or (isinstance(x, torch.Tensor) and not one_leaf):
+        shown = repr(x) if number else f"one tensor of shape {tuple(x.shape)}"
+        raise ValueError(
+            f"the extra argument `{name}` is {shown}, but {rule} takes {expected}, a tensor for each leaf."
+        )
 
 
 def _present(columns: Columns) -> list[bool]:

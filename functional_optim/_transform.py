@@ -42,6 +42,7 @@ class Link(NamedTuple):
       seen: for each leaf of the tree, whether the transformation sees it.
       bound: the rule and its hyper-parameters, if it is made of one.
       lacking: slots of which some leaves have no entry, with the positions of those leaves.
+      wraps: the number of transformations right in front of it that are inside it; None if it wraps none.
     """
 
     tx: "GradientTransformation"
@@ -49,6 +50,7 @@ class Link(NamedTuple):
     seen: tuple[bool, ...]
     bound: Bound | None = None
     lacking: Mapping[str, frozenset[int]] = {}
+    wraps: int | None = None
 
 
 class Transformation(abc.ABC):

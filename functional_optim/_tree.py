@@ -112,8 +112,13 @@ def broadcast_prefix(prefix: Tree, spec: Spec) -> list[Any]:
     Raises:
       ValueError: it is not a prefix.
     """
-    full = spec.unflatten(range(spec.num_leaves))
-    return optree.broadcast_prefix(prefix, full, none_is_leaf=True, namespace=NAMESPACE)
+    leaves, own = flatten(prefix)
+    spread: list[Any] = [None] * spec.num_leaves
+    # by key: the leaves of a plain dict and of an ordered one with the same keys come in different orders
+    for x, part in zip(leaves, leaves_like(own, spec.unflatten(range(spec.num_leaves))), strict=True):
+        for k in flatten(part)[0]:
+            spread[k] = x
+    return spread
 
 
 def difference(expected: Spec, tree: Tree) -> str:

@@ -81,11 +81,15 @@ class Part(NamedTuple):
       position: its position in the chain, by which its state is found.
       scope: its position as reductions over the tree know it: leaves meet where it is the same.
       bound: its rule and hyper-parameters.
+      opens: the position of the first transformation inside it, if it wraps some that are among those fused.
+      entered: the column of the updates that entered the transformations inside it, if they are not.
     """
 
     position: int
     scope: int
     bound: Bound
+    opens: int | None = None
+    entered: str | None = None
 
 
 class Counting(NamedTuple):
@@ -174,6 +178,7 @@ class _Fusion:
         self.hosts: dict[str, HostSchedule] = {}
         self.slots: dict[str, tuple[int, str]] = {}
         self.per_leaf: set[str] = set()
+        self.own_numbers: set[str] = set()  # those per leaf that are not one for all leaves
         self.stored: dict[str, Symbol] = {}  # the content of every slot before the step
 
     def run(self, parts: Sequence[Part], apply: bool) -> Recipe:
@@ -184,13 +189,18 @@ class _Fusion:
             u = t.op("div", u, self.scalar("grad_scale", Source("extra", -1, "grad_scale")))
         outputs: dict[str, Any] = {}
         names: list[str] = []
+        trail = [(-1, u)]  # the update behind each part
         for part in parts:
             rule = part.bound.rule
             numbered = (rule.name if k == 1 else f"{rule.name}_{k}" for k in itertools.count(1))
             name = next(n for n in numbered if n not in names)
             names.append(name)
             t.scope = f"{rule.name}@{part.scope}"
-            u, after = self.call(part, name, u, params)
+            before: Any = t.input("array", part.entered) if part.entered is not None else None
+            if part.opens is not None:
+                before = next(x for position, x in reversed(trail) if position < part.opens)
+            u, after = self.call(part, name, u, before, params)
+            trail.append((part.position, u))
             outputs.update({k: x for k, x in after.items() if not self.unchanged(k, x)})
         final = {"params": params + u} if apply else {"updates": u}
         if counting is not None and counting.advance:
@@ -222,8 +232,16 @@ class _Fusion:
         """The number of steps taken so far."""
         return self.number_per_leaf(name)
 
-    def call(self, part: Part, name: str, u: Any, params: Symbol) -> tuple[Any, dict[str, Any]]:
-        """Calls one rule: the new update, and the new values of its slots."""
+    def call(self, part: Part, name: str, u: Any, entered: Any, params: Symbol) -> tuple[Any, dict[str, Any]]:
+        """Calls one rule: the new update, and the new values of its slots.
+
+        Args:
+          part: the rule.
+          name: its name, which no other has.
+          u: the update.
+          entered: the update that entered the transformations inside it, if it wraps some.
+          params: the parameter.
+        """
         t, position, bound, rule = self.t, part.position, part.bound, part.bound.rule
         count = None
         if self.counting is None and bound.counted:
@@ -246,6 +264,9 @@ class _Fusion:
                 keywords[hyper] = value
         for extra in rule.extras:
             keywords[extra] = self.scalar(extra, Source("extra", position, extra))
+        for extra in rule.columns:
+            self.slots[extra] = (-1, extra)
+            keywords[extra] = t.input("array", extra)
         first: Any = None
         if rule.uses_first and self.counting is None:
             first = t.op("eq", count, 0.0)
@@ -259,10 +280,34 @@ class _Fusion:
             self.slots[full] = (position, slot_name)
             x = self.number_per_leaf(full) if slot.per_leaf else t.input("array", full)
             self.stored[full] = x
+            if slot.per_leaf and not slot.per_tree:
+                self.own_numbers.add(full)
             before.append(t.op("where", first, u, x) if slot.start == "first_update" else x)
-        result = rule.fn(u, *([params] if rule.uses_params else []), *before, **keywords)
+        outer = [entered] if rule.wraps else []
+        result = rule.fn(u, *outer, *([params] if rule.uses_params else []), *before, **keywords)
         u, *after = _results(rule, result)
+        for (slot_name, slot), x in zip(rule.slots.items(), after, strict=True):
+            if slot.per_tree and isinstance(x, Symbol):
+                self.refuse_parts(rule, slot_name, x)
         return t.spread(u), {f"{name}.{k}": x for k, x in zip(rule.slots, after, strict=True)}
+
+    def refuse_parts(self, rule: Rule, slot: str, x: Symbol) -> None:
+        """Refuses a new value of a number for the whole tree that follows from a single leaf."""
+        stack, known = [x.index], set[int]()
+        while stack:
+            i = stack.pop()
+            value = self.t.values[i]
+            if i in known or value.op.startswith("tree_"):
+                continue
+            known.add(i)
+            stack += value.args
+            if value.op == "size" or value.reduction or value.name in self.own_numbers:
+                sources = {"size": "the size of a leaf", "leaf": f"the slot `{value.name.partition('.')[2]}`"}
+                source = sources.get(value.op, "a reduction of a leaf")
+                raise RuleError(
+                    f"{_name(rule)}: the new value of `{slot}` follows from {source}, which differs from leaf to leaf, "
+                    f"but its slot holds one number per tree; reduce over the tree, with `tree_sum` and its siblings."
+                )
 
     def schedule(self, schedule: Callable[[Any], Any], count: Symbol, position: int, name: str) -> Any:
         """Traces a schedule; one that cannot be traced becomes a number that Python computes at every step."""
@@ -299,10 +344,15 @@ class _Fusion:
         return [read] if any(isinstance(x, torch.Tensor) for x in values) else [read, schedule]
 
 
+def _name(rule: Rule) -> str:
+    """A rule in messages, with the place of its formula."""
+    return f"{rule.name} ({rule.fn.__code__.co_filename}:{rule.fn.__code__.co_firstlineno})"
+
+
 def _results(rule: Rule, result: Any) -> list[Any]:
     """Checks the values that a rule returned: the update, then the new value of every slot."""
     slots = list(rule.slots)
-    name = f"{rule.name} ({rule.fn.__code__.co_filename}:{rule.fn.__code__.co_firstlineno})"
+    name = _name(rule)
     results = list(result) if isinstance(result, tuple) else [result]
     expected = ", ".join(["u", *slots])
     if len(results) != 1 + len(slots):
@@ -314,6 +364,7 @@ def _results(rule: Rule, result: Any) -> list[Any]:
         per_element = isinstance(x, Symbol) and x.tracer.values[x.index].level is Level.ELEMENT
         if per_element and slot is not None and slot.per_leaf:
             raise RuleError(
-                f"{name}: the new value of `{label}` differs per element, but its slot holds one number per leaf."
+                f"{name}: the new value of `{label}` differs per element, but its slot holds one number per "
+                f"{'tree' if slot.per_tree else 'leaf'}."
             )
     return results

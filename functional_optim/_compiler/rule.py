@@ -71,13 +71,25 @@ Shape = Callable[..., Sequence[int] | None]
 
 @dataclass(frozen=True)
 class Slot:
-    """A slot of state of a rule; made by `slot`."""
+    """A slot of state of a rule; made by `slot`.
+
+    Args:
+      start: its first value.
+      dtype: its dtype.
+      per_leaf: whether a program sees one number per leaf.
+      square: whether it holds squares.
+      shape: its shape for a leaf, if it has one of its own.
+      evaluate: whether it holds the parameters to evaluate at.
+      per_tree: whether that number is one for all leaves.
+    """
 
     start: float | str | Callable[[torch.Tensor], torch.Tensor]
     dtype: torch.dtype | str | None
     per_leaf: bool
     square: bool = False
     shape: Shape | None = None
+    evaluate: bool = False
+    per_tree: bool = False
 
     @property
     def like_leaf(self) -> bool:
@@ -122,14 +134,22 @@ class Slot:
         first = complex(start, start) if p.is_complex() else start
         return torch.full_like(p, first, dtype=dtype or p.dtype, requires_grad=False)
 
+    def make_shared(self, leaves: Sequence[torch.Tensor], hypers: Mapping[str, Any]) -> torch.Tensor:
+        """The first value of a number that leaves share: on the device of the first, in the widest dtype of all."""
+        like = next((p for p in leaves if p.dtype is torch.float64), leaves[0] if leaves else torch.empty(()))
+        made = self.make(like, hypers)
+        assert made is not None, "a number has no shape of its own"
+        return made.to(leaves[0].device if leaves else "cpu")
+
 
 def slot(
     start: float | str | Callable[[torch.Tensor], torch.Tensor] = 0.0,
     *,
     dtype: torch.dtype | str | None = None,
-    per: Literal["element", "leaf"] = "element",
+    per: Literal["element", "leaf", "tree"] = "element",
     square: bool = False,
     shape: Shape | None = None,
+    evaluate: bool = False,
 ) -> Slot:
     """Declares a slot of state.
 
@@ -139,31 +159,35 @@ def slot(
         `leafwise` rule also a function of the parameter that returns a tensor, such as
         `lambda p: torch.eye(p.shape[0])`.
       dtype: how it is stored: a dtype, or the name of the hyper-parameter that holds one. By default as the
-        parameter is, or as float32 (float64 for float64 parameters) where there is one number per leaf.
-      per: one number per element of a leaf, or one per leaf.
+        parameter is, or as float32 (float64 for float64 parameters) where there is one number per leaf or tree.
+      per: one number per element of a leaf, one per leaf, or one for the tree of all leaves that the rule sees.
       square: whether it holds squares, of which float16 has too few: the square of 1e-4 is 0. Then it is stored as
         float32 where the parameter is float16, unless `dtype` says otherwise.
       shape: in a `leafwise` rule, the shape as a function of the parameter, such as `lambda p: p.shape[:1]`; None
         where a parameter has no such entry, of which the rule is then given None. Further arguments of the function
         are hyper-parameters of those names, which have to be static.
+      evaluate: whether it holds the parameters to evaluate a model at, such as an average of those that are trained:
+        `eval_params` and `averaged_params` of optimizers find it by this mark.
 
     Returns:
       The declaration.
 
     Raises:
-      ValueError: one number per leaf cannot start as a tensor, or have a shape.
+      ValueError: one number per leaf or tree cannot start as a tensor, have a shape, or be parameters.
 
     Example:
       >>> slot(1.0, per="leaf").make(torch.zeros(3), {})
       tensor(1.)
     """
-    if per not in ("element", "leaf"):
-        raise ValueError(f'`per` must be "element" or "leaf", got {per!r}.')
-    if per == "leaf" and (callable(start) or start in ("param", "first_update")):
-        raise ValueError(f"a slot with one number per leaf starts from a number, got start={start!r}.")
-    if shape is not None and (per == "leaf" or not isinstance(start, (int, float))):
+    if per not in ("element", "leaf", "tree"):
+        raise ValueError(f'`per` must be "element", "leaf" or "tree", got {per!r}.')
+    if per != "element" and (callable(start) or start in ("param", "first_update")):
+        raise ValueError(f"a slot with one number per {per} starts from a number, got start={start!r}.")
+    if shape is not None and (per != "element" or not isinstance(start, (int, float))):
         raise ValueError(f"a slot with a shape of its own starts from a number per element, got {start=!r}, {per=!r}.")
-    return Slot(start, dtype, per == "leaf", square, shape)
+    if evaluate and (per != "element" or shape is not None):
+        raise ValueError(f"a slot to evaluate at holds parameters, one number per element, got per={per!r}.")
+    return Slot(start, dtype, per != "element", square, shape, evaluate, per == "tree")
 
 
 STORED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -215,7 +239,9 @@ class Rule:
       fn: the formula.
       slots: slots of state, by name, in the order of the formula's arguments.
       hypers: hyper-parameters and their defaults, in order; `inspect.Parameter.empty` if there is none.
-      extras: names of extra arguments of `update` that it needs.
+      extras: names of extra arguments of `update` that it needs, numbers.
+      columns: names of those that are trees like the parameters.
+      wraps: whether it goes around an inner transformation, and takes the update that entered it, `before`.
       static: hyper-parameters that Python sees while the formula is traced.
       ranges: intervals that hyper-parameters must lie in, or the values that they may have; one that holds only with
         a switch has a key such as `"decay if debias"`.
@@ -242,20 +268,13 @@ class Rule:
     whole: bool = False
     batched: bool = False
     factory: Any = None
+    columns: tuple[str, ...] = ()
+    wraps: bool = False
 
     @property
     def uses_first(self) -> bool:
         """Whether the first step differs from others: to the formula, or because a slot starts from its update."""
         return self.takes_first or any(s.start == "first_update" for s in self.slots.values())
-
-    @property
-    def evaluated_slot(self) -> str | None:
-        """The slot to evaluate in place of the parameter, if there is one.
-
-        It is the first of a `final` rule that starts as the parameter, as an average of parameters does.
-        """
-        starts = (name for name, slot in self.slots.items() if slot.start == "param")
-        return next(starts, None) if self.final else None
 
     def check(self, hyper: str, value: Any, values: Mapping[str, Any]) -> Any:
         """Refuses a value of the wrong kind, or outside its range.

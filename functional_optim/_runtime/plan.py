@@ -15,7 +15,9 @@ from .shard import MeshShard
 from .spec import TensorSpec, compute_dtype, walk_together
 
 
-Key = str | tuple[int, str]  # "params", "updates", "step", a schedule's name; or a transformation's position and a slot
+# "params", "updates", "step", the name of a schedule, "updates@" and the position of a transformation that they enter;
+# or a transformation's position and a slot, or -1 and an extra argument
+Key = str | tuple[int, str]
 Columns = dict[Key, Sequence[Any]]  # a tensor per leaf in each, None where there is none
 
 
@@ -102,6 +104,11 @@ class Group(NamedTuple):
         names = [*zip(self.inputs, (*program.arrays, *program.leaves), strict=True)]
         names += [(k, o.name) for k, o in zip(self.outputs, program.outputs, strict=True) if k is not None]
         name = next((name for k, name in names if k == gather), "updates")
+        key = self.gathers[gather].places[0][0]
+        if isinstance(key, tuple) and key[0] < 0:
+            return f"the extra argument `{name}`"
+        if "@" in name:  # kept for a rule that wraps others
+            return "updates"
         return name if name in ("params", "updates") else f"state {name}"
 
 

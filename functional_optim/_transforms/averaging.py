@@ -1,17 +1,20 @@
 """Averages of parameters: in the last pass of a chain, and over values that no chain changes."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from .._compiler.rule import Leaf, OptionalDtype, Scalar, rule_of, slot
+from .._compiler.rule import Leaf, OptionalDtype, Scalar, slot
+from .._reading import marked_slots, rule_states
 from .._rule import elementwise
+from .._runtime.checks import at
 from .._transform import GradientTransformation
-from .._tree import MaskedNode, Tree, flatten, leaves_like, tree_map, unflatten
+from .._tree import MaskedNode, Tree, flatten, leaves_like, paths, tree_map, unflatten
 
 
-@elementwise(state={"ema": slot("param", dtype="accumulator_dtype")}, ranges={"decay": "[0, 1]"}, final=True)
+@elementwise(
+    state={"ema": slot("param", dtype="accumulator_dtype", evaluate=True)}, ranges={"decay": "[0, 1]"}, final=True
+)
 def params_ema(
     u: Leaf, p: Leaf, ema: Leaf, *, decay: Scalar, accumulator_dtype: OptionalDtype = None
 ) -> tuple[Leaf, Leaf]:
@@ -48,7 +51,7 @@ def params_ema(
 
 
 @elementwise(
-    state={"swa": slot("param", dtype="accumulator_dtype"), "n_averaged": slot(0.0, per="leaf")},
+    state={"swa": slot("param", dtype="accumulator_dtype", evaluate=True), "n_averaged": slot(0.0, per="leaf")},
     ranges={"start": "[0, inf)", "period": "[1, inf)"},
     final=True,
 )
@@ -138,19 +141,21 @@ def update_average(tx: GradientTransformation, values: Tree, state: Any) -> Any:
     return tx.update(zeros, state, values)[1]
 
 
-def eval_params(state: Any, params: Tree) -> Tree:
-    """The averaged parameters that `params_ema`, `params_swa` or a rule of your own keeps somewhere in a state.
+def eval_params(state: Any, params: Tree, slot: str | None = None) -> Tree:
+    """The parameters to evaluate at that a state holds, such as the averages of `params_ema` or `params_swa`.
+
+    They are in the slots of rules that are marked by `slot(..., evaluate=True)`.
 
     Args:
-      state: the state of a chain that holds one average, or one for each part of a partition. In the state of a rule
-        of your own, declared `final=True`, it is the first slot that starts as the parameter.
-      params: the current parameters; where a leaf is not averaged, its own value is returned.
+      state: the state of a chain that keeps one for each parameter, or for some.
+      params: the current parameters; where a leaf has none in the state, its own value is returned.
+      slot: the name of the slot to read where several are marked, as `slots` gives it.
 
     Returns:
       A tree like `params`, in their dtypes.
 
     Raises:
-      ValueError: the state has no average, or two of one parameter.
+      ValueError: the state has none, two of one parameter, or none of that name.
 
     Example:
       >>> import torch
@@ -160,28 +165,21 @@ def eval_params(state: Any, params: Tree) -> Tree:
       tensor([1.])
     """
     leaves, spec = flatten(params)
-    averages = list(_averages(state))
-    if not averages:
+    states = rule_states(state)
+    marked = marked_slots({path: own._rule for path, own in states.items()}, slot)
+    if not marked:
         raise ValueError(
             "the state holds no average of parameters; put `params_ema(decay)` or `params_swa(start)` at the end of "
-            "the chain."
+            "the chain, or mark a slot of your rule by `slot(..., evaluate=True)`."
         )
-    found: dict[int, Any] = {}
-    for average in averages:
-        for k, x in enumerate(leaves_like(spec, average)):
+    found: dict[int, tuple[str, Any]] = {}
+    for (path, field), name in marked.items():
+        for k, x in enumerate(leaves_like(spec, getattr(states[path], field))):
             if x is not None and not isinstance(x, MaskedNode):
                 if k in found:
-                    raise ValueError("the state holds two averages of one parameter; read the one you mean from it.")
-                found[k] = x
-    return unflatten(spec, [found[k].to(p.dtype) if k in found else p for k, p in enumerate(leaves)])
-
-
-def _averages(state: Any) -> Iterator[Tree]:
-    """Every slot to be evaluated in place of parameters, in a nest of states."""
-    rule = rule_of(state)
-    if rule is not None:
-        if rule.evaluated_slot is not None:
-            yield getattr(state, rule.evaluated_slot)
-    elif isinstance(state, (tuple, list, dict)):
-        for inner in state.values() if isinstance(state, dict) else state:
-            yield from _averages(inner)
+                    raise ValueError(
+                        f"the state holds two averages of one parameter{at(paths(spec)[k])}, {found[k][0]!r} and "
+                        f"{name!r}; say which to read: `eval_params(state, params, {name!r})`."
+                    )
+                found[k] = name, x
+    return unflatten(spec, [found[k][1].to(p.dtype) if k in found else p for k, p in enumerate(leaves)])

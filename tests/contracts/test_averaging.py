@@ -29,7 +29,10 @@ ROUNDING = {F32: 2.0**-24, F64: 2.0**-53, BF16: 2.0**-8}
 
 
 @fo.elementwise(
-    state={"average": fo.slot("param", dtype="accumulator_dtype"), "n_averaged": fo.slot(0.0, per="leaf")},
+    state={
+        "average": fo.slot("param", dtype="accumulator_dtype", evaluate=True),
+        "n_averaged": fo.slot(0.0, per="leaf"),
+    },
     ranges={"eta": "[0, inf)"},
     final=True,
 )

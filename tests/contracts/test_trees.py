@@ -12,6 +12,7 @@ import functional_optim as fo
 from _lib.compare import DOUBLE, Snapshot, assert_same_bits
 from _lib.training import train
 from _lib.trees import NAMESPACE, clone, leaves, like, make_tree, tree_map
+from functional_optim.adapters import TransformOptimizer
 
 
 STEPS = 20
@@ -326,3 +327,29 @@ def test_a_registered_class_names_its_leaves_in_messages() -> None:
 
     with pytest.raises(TypeError, match=r"params at 'layers\.0\.bias' has dtype torch\.int64"):
         fo.sgd(0.1).init(params)
+
+
+@pytest.mark.parametrize("labels", [{"w": "a", "b": "b", "s": "b"}, {"s": "b", "b": "b", "w": "a"}])
+def test_a_plain_dict_of_labels_for_an_ordered_one(labels: dict[str, str]) -> None:
+    """optree sorts the keys of a plain dict, and keeps the order of others."""
+    params = collections.OrderedDict(w=torch.ones(1), b=torch.ones(1), s=torch.ones(1))
+    nested = collections.OrderedDict(layer=params)
+    tx = fo.partition({"a": fo.scale(2.0), "b": fo.scale(3.0)}, labels)
+    within = fo.partition({"a": fo.scale(2.0), "b": fo.scale(3.0)}, {"layer": labels})
+
+    updates, _ = tx.update(params, tx.init(params))
+    others, _ = within.update(nested, within.init(nested))
+
+    assert {k: float(u) for k, u in updates.items()} == {"w": 2.0, "b": 3.0, "s": 3.0}
+    assert {k: float(u) for k, u in others["layer"].items()} == {"w": 2.0, "b": 3.0, "s": 3.0}
+
+
+def test_a_plain_dict_of_labels_in_an_optimizer() -> None:
+    model = {k: torch.nn.Parameter(torch.ones(1)) for k in ("w", "b", "s")}
+    opt = TransformOptimizer(list(model.items()), fo.masked(fo.scale(0.0), {"w": True, "b": False, "s": False}))
+    for p in model.values():
+        p.grad = torch.ones(1)
+
+    opt.step()
+
+    assert {k: p.item() for k, p in model.items()} == {"w": 1.0, "b": 2.0, "s": 2.0}

@@ -41,7 +41,15 @@ def schedule(params: Any, lr: Any) -> Any:
     return optimizer
 
 
+@fo.elementwise(state={"mu": fo.zeros, "mean": fo.slot(per="tree")})
+def normalized(u, mu, mean):  # type: ignore[no-untyped-def]
+    mean = 0.9 * mean + 0.1 * fo.tree_norm(u)
+    mu = 0.9 * mu + u / mean
+    return mu, mu, mean
+
+
 OPTIMIZERS: dict[str, Callable[[Any, Any], Any]] = {
+    "a number of the tree": lambda p, lr: adapters.TransformOptimizer(p, fo.chain(normalized(), fo.sgd(lr))),
     "SGD": lambda p, lr: adapters.SGD(p, lr=lr),
     "SGD with dampened momentum": lambda p, lr: adapters.SGD(p, lr=lr, momentum=0.9, dampening=0.5),
     "AdamW": lambda p, lr: adapters.AdamW(p, lr=lr, weight_decay=0.1),

@@ -1,0 +1,194 @@
+"""Reading back: hyper-parameters and slots by name, from the state of a chain."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from . import _walk
+from ._compiler.rule import Bound, Rule, rule_of
+from ._runtime.checks import check_number
+from ._runtime.internals import needs_dispatch
+from ._state import get_state
+from ._transform import GradientTransformation, Path, as_transformation
+from ._tree import Tree
+
+
+def unique(names: Sequence[str], owners: Sequence[tuple[Path, str]], taken: frozenset[str]) -> list[str]:
+    """Names that differ: a clash is qualified by the keys that lead to the owner, else by its name and a number.
+
+    Args:
+      names: the names wanted.
+      owners: for each, the path and the name of the rule.
+      taken: names that are not to be had.
+
+    Returns:
+      The names.
+    """
+    chosen: dict[str, None] = {}
+    counts = Counter(names)
+    for name, (path, rule) in zip(names, owners, strict=True):
+        labels = "_".join(str(k) for k in path if isinstance(k, str))
+        plain = [name] if counts[name] == 1 else []
+        labelled = [f"{labels}_{name}"] if labels else []
+        for candidate in (*plain, *labelled, *_numbered(f"{rule}_{name}")):
+            if candidate not in taken and candidate not in chosen:
+                chosen[candidate] = None
+                break
+    return list(chosen)
+
+
+def _numbered(name: str) -> Iterator[str]:
+    yield name
+    yield from (f"{name}_{k}" for k in range(2, 1000))
+
+
+def slot_names(rules: Mapping[Path, Rule], renamed: Mapping[str, str] | None = None) -> dict[tuple[Path, str], str]:
+    """The name of each slot of a chain, by the path of its rule and its name there.
+
+    Args:
+      rules: the rules, by path.
+      renamed: other names of some slots.
+    """
+    places = [(path, slot) for path, rule in rules.items() for slot in rule.slots]
+    wanted = [(renamed or {}).get(slot, slot) for _, slot in places]
+    names = unique(wanted, [(path, rules[path].name) for path, _ in places], frozenset({"step"}))
+    return dict(zip(places, names, strict=True))
+
+
+def marked_slots(rules: Mapping[Path, Rule], chosen: str | None = None) -> dict[tuple[Path, str], str]:
+    """The slots that hold the parameters to evaluate at, with their names.
+
+    Args:
+      rules: the rules, by path.
+      chosen: the name of the one to read: its name in the chain, or in its rule, or both with a point between.
+
+    Raises:
+      ValueError: none has that name.
+    """
+    names = slot_names(rules)
+    marked = {(path, slot): name for (path, slot), name in names.items() if rules[path].slots[slot].evaluate}
+    if chosen is None:
+        return marked
+    found = {
+        (path, slot): name
+        for (path, slot), name in marked.items()
+        if chosen in (name, slot, f"{rules[path].name}.{slot}")
+    }
+    if not found:
+        raise ValueError(
+            f"no slot that is marked by `slot(..., evaluate=True)` is called {chosen!r}; there are "
+            f"{', '.join(map(repr, marked.values())) or 'none'}."
+        )
+    return found
+
+
+def rule_states(state: Any, path: Path = ()) -> dict[Path, Any]:
+    """The states of rules within the state of a chain, by path; those that keep nothing are left out."""
+    if rule_of(state) is not None:
+        return {path: state}
+    if not isinstance(state, (tuple, list, dict)):
+        return {}
+    entries = state.items() if isinstance(state, dict) else enumerate(state)
+    return {k: own for key, inner in entries for k, own in rule_states(inner, (*path, key)).items()}
+
+
+def hyperparams(tx: GradientTransformation, state: Any) -> dict[str, Any]:
+    """The hyper-parameters of a chain by name, as the next step will have them: schedules are evaluated.
+
+    Where two have one name, the names of a `named_chain` and the labels of a `partition` come first, else the name of
+    the rule, as in options of parameter groups: `scale_by_adam_b1`. Numbers that only say how state is stored, such as
+    dtypes, are left out. A transformation that is not made of rules has those of the mapping `hyperparams` in its
+    state, if there is one.
+
+    Args:
+      tx: the chain.
+      state: the result of `tx.init(params)`, or the state of the last step.
+
+    Returns:
+      The values by name: as they were given, or as schedules compute them, a tensor where it has a derivative.
+
+    Raises:
+      TypeError: the state was made by another transformation.
+      ValueError: a schedule returned something else than a number.
+
+    Example:
+      >>> import functional_optim as fo, torch
+      >>> tx = fo.adamw(fo.linear_schedule(1.0, 0.0, 4))
+      >>> params = torch.ones(1)
+      >>> params, state = fo.apply_gradients(tx, params, torch.ones(1), tx.init(params))
+      >>> hyperparams(tx, state)["learning_rate"]
+      0.75
+    """
+    found: list[tuple[str, tuple[Path, str], Any]] = []
+    for path, part in _walk.parts(as_transformation(tx)).items():
+        bound = getattr(part, "bound", None)
+        if isinstance(bound, Bound):
+            own = _state_of(state, path, bound)
+            for name, value in bound.values.items():
+                if value is not None and not isinstance(value, torch.dtype):
+                    value = scheduled(bound, name, int(own.count)) if bound.is_schedule(name) else value
+                    found.append((name, (path, bound.rule.name), value))
+        else:
+            injected = getattr(get_state(state, path), "hyperparams", None)
+            for name, value in injected.items() if isinstance(injected, Mapping) else ():
+                found.append((str(name), (path, "transformation"), value))
+    names = unique([name for name, _, _ in found], [owner for _, owner, _ in found], frozenset())
+    return {name: value for name, (_, _, value) in zip(names, found, strict=True)}
+
+
+def scheduled(bound: Bound, name: str, count: int) -> Any:
+    """The value of a schedule after some steps.
+
+    Raises:
+      ValueError: it is no number.
+    """
+    value = check_number(f"the schedule of {bound.rule.name}.{name} returned", bound.values[name](count))
+    return value if isinstance(value, torch.Tensor) and (value.requires_grad or needs_dispatch()) else float(value)
+
+
+def slots(tx: GradientTransformation, state: Any) -> dict[str, Tree]:
+    """The slots of state of a chain by name, as in the state of a parameter in an optimizer.
+
+    Where two have one name, the names of a `named_chain` and the labels of a `partition` come first, else the name of
+    the rule: `scale_by_adam_mu`.
+
+    Args:
+      tx: the chain.
+      state: the result of `tx.init(params)`, or the state of the last step.
+
+    Returns:
+      By name, a tree like the parameters, or a tensor where a slot holds one number for the tree.
+
+    Raises:
+      TypeError: the state was made by another transformation.
+
+    Example:
+      >>> import functional_optim as fo, torch
+      >>> tx = fo.adam(1e-3)
+      >>> slots(tx, tx.init({"w": torch.ones(2)}))["mu"]
+      {'w': tensor([0., 0.])}
+    """
+    bounds = {path: rule.bound for path, rule in _walk.rules(as_transformation(tx)).items()}
+    names = slot_names({path: bound.rule for path, bound in bounds.items()})
+    return {name: getattr(_state_of(state, path, bounds[path]), slot) for (path, slot), name in names.items()}
+
+
+def _state_of(state: Any, path: Path, bound: Bound) -> Any:
+    """The state of a rule.
+
+    Raises:
+      TypeError: the state was made by another transformation.
+    """
+    try:
+        found = get_state(state, path)
+    except (KeyError, IndexError, TypeError):
+        found = None
+    if type(found) is not bound.state_type:
+        where = "".join(f"[{key!r}]" for key in path)
+        raise TypeError(
+            f"state{where} is {type(found).__name__}, expected the {bound.state_type.__name__} of {bound.rule.name}; "
+            f"pass the transformation that made the state."
+        )
+    return found
