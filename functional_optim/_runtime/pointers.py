@@ -68,9 +68,9 @@ def operations() -> Any:
         own = library()
         torch_library = ctypes.CDLL(torch._C.__file__)
         n = ctypes.c_int.in_dll(own, "n_functions").value
-        names: list[bytes] = list((ctypes.c_char_p * n).in_dll(own, "function_names"))
-        functions = [ctypes.cast(getattr(torch_library, name.decode()), ctypes.c_void_p) for name in names]
-        own.resolve((ctypes.c_void_p * len(functions))(*functions))
+        names = [(name or b"").decode() for name in (ctypes.c_char_p * n).in_dll(own, "function_names")]
+        functions = [getattr(ctypes.pythonapi if name.startswith("Py") else torch_library, name) for name in names]
+        own.resolve((ctypes.c_void_p * n)(*[ctypes.cast(function, ctypes.c_void_p) for function in functions]))
         if own.register_operations(NAMESPACE.encode(), ctypes.c_uint64(ABI_VERSION)):
             return None
     except (BuildError, OSError, AttributeError):
