@@ -414,8 +414,7 @@ class BoundStep(Programs):
                 continue
             for k, column in zip(group.outputs, values, strict=True):
                 assert k is not None  # updates are never written in place
-                for target, x in zip(columns_of[k], column, strict=True):
-                    target.copy_(x)
+                torch._foreach_copy_(columns_of[k], column)
 
     def _allocate(self, reading: Reading) -> list[list[Column]]:
         """New tensors for the outputs of kernels, with their pointers among those of the step."""
