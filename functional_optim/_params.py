@@ -414,10 +414,10 @@ class ParamStep:
                     column = [state.get(key) for state in states]
                     if any(column[i] is None and stored.seen[i] for i in self.present):
                         return None
-                if stored.key == "step" or (stored.slot is not None and not stored.slot.like_leaf):
-                    columns[stored.key] = column
-                else:
+                if self.wrapped and stored.key != "step" and (stored.slot is None or stored.slot.like_leaf):
                     columns[stored.key] = self._local(stored.key, column, check_placed, f"{stored.name} at")
+                else:
+                    columns[stored.key] = column
         return columns
 
     # -- the step -----------------------------------------------------------------------------------------------------
