@@ -472,9 +472,13 @@ class ParamStep:
             )
         own: Columns = {"updates": grads, "params": params, **columns}
         if self.wrapped:
-            if any(g is not None and g.layout is not torch.strided for g in map(grads.__getitem__, self.dtensors)):
+            known = self._known_local("updates", grads)
+            # a region finds sparse gradients when it reads tensors
+            if (known is None or len(self.stages) > 1) and any(
+                g is not None and g.layout is not torch.strided for g in map(grads.__getitem__, self.dtensors)
+            ):
                 return "sparse"
-            own["updates"] = self._local("updates", grads, placed_like, "the gradient of")
+            own["updates"] = known or self._local("updates", grads, placed_like, "the gradient of")
             own["params"] = self._local("params", params)
         guarded = self.runs_python and not needs_dispatch()
         if guarded:
@@ -529,10 +533,9 @@ class ParamStep:
         """
         if not self.wrapped:
             return tensors
-        if self.dtensors and not self.complex:
-            found = self.locals.find(key, tensors)
-            if found is not None:
-                return found
+        found = self._known_local(key, tensors)
+        if found is not None:
+            return found
         column = list(tensors)
         if place is not None:
             for i in self.dtensors:
@@ -542,6 +545,10 @@ class ParamStep:
         for i in self.wrapped:
             column[i] = tensor_of(column[i])
         return column
+
+    def _known_local(self, key: Key, tensors: Sequence[Any]) -> list[Any] | None:
+        """The local tensors of a column that is placed as it was before."""
+        return self.locals.find(key, tensors) if self.dtensors and not self.complex else None
 
     def _run(
         self,

@@ -428,7 +428,11 @@ class BoundStep(Programs):
                 continue
             for k, column in zip(group.outputs, values, strict=True):
                 assert k is not None  # updates are never written in place
-                torch._foreach_copy_(columns_of[k], column)
+                if backend == "foreach":
+                    torch._foreach_copy_(columns_of[k], column)
+                else:  # other classes of tensors may have no foreach operations
+                    for target, x in zip(columns_of[k], column, strict=True):
+                        target.copy_(x)
 
     def _allocate(self, reading: Reading) -> list[list[Column]]:
         """New tensors for the outputs of kernels, with their pointers among those of the step."""
