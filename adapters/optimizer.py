@@ -47,11 +47,6 @@ def _check_rate(group: int, lr: Any) -> None:
         raise ValueError(f"lr of parameter group {group} is {lr!r:.60}, expected a finite number.")
 
 
-def _same_objects(some: Iterable[Any], others: Iterable[Any]) -> bool:
-    """Whether two iterables of one length hold the same objects."""
-    return all(map(is_, some, others))
-
-
 def _is_dense(grad: torch.Tensor | None) -> bool:
     """Whether a gradient is not sparse; one that is not there is not."""
     return grad is None or grad.layout is torch.strided
@@ -234,7 +229,7 @@ class ChainOptimizer(Optimizer):
             or own.used != (templates, kinds)
             or sizes != own.sizes
             or names != own.names
-            or not _same_objects(params, known.params)
+            or not all(map(is_, params, known.params))
         ):
             owners = [g for g, size in enumerate(sizes) for _ in range(size)]
             self._check_names(sizes)
@@ -260,7 +255,7 @@ class ChainOptimizer(Optimizer):
         """
         own, groups = self._bindings, self.param_groups
         values = list(chain.from_iterable(map(dict.values, groups)))
-        if own.options is not None and len(values) == len(own.options) and _same_objects(values, own.options):
+        if own.options is not None and len(values) == len(own.options) and all(map(is_, values, own.options)):
             return *own.used, own.options
         templates: list[Template] = []
         kinds: list[int] = []
@@ -282,7 +277,7 @@ class ChainOptimizer(Optimizer):
         """The state of each parameter; a dict that is not the optimizer's yet for one that has none."""
         own, state = self._bindings, self.state
         keys, values = own.known
-        same = len(state) == len(keys) and _same_objects(state, keys) and _same_objects(state.values(), values)
+        same = len(state) == len(keys) and all(map(is_, state, keys)) and all(map(is_, state.values(), values))
         if not own.states or not same:
             found = [state.get(p) for p in params.params]
             own.states = [{} if x is None else x for x in found]

@@ -478,10 +478,10 @@ class ParamStep:
                     column = [state.get(key) for state in states]
                     if any(column[i] is None and stored.seen[i] for i in self.present):
                         return None
-                if stored.key == "step" or (stored.slot is not None and not stored.slot.like_leaf):
-                    columns[stored.key] = column
-                else:
+                if self.wrapped and stored.key != "step" and (stored.slot is None or stored.slot.like_leaf):
                     columns[stored.key] = self._local(stored.key, column, check_placed, f"{stored.name} at")
+                else:
+                    columns[stored.key] = column
         return columns
 
     def _shared_column(self, stored: Stored, key: str, states: Sequence[dict[str, Any]]) -> list[Any] | None:
@@ -555,9 +555,13 @@ class ParamStep:
         own: Columns = {"updates": grads, "params": params, **columns, **given}
         if self.wrapped:
             own |= {k: self._local(k, x, placed_like, f"the extra argument `{k[1]}` for") for k, x in given.items()}
-            if any(g is not None and g.layout is not torch.strided for g in map(grads.__getitem__, self.dtensors)):
+            known = self._known_local("updates", grads)
+            # a region finds sparse gradients when it reads tensors
+            if (known is None or len(self.stages) > 1) and any(
+                g is not None and g.layout is not torch.strided for g in map(grads.__getitem__, self.dtensors)
+            ):
                 return "sparse"
-            own["updates"] = self._local("updates", grads, placed_like, "the gradient of")
+            own["updates"] = known or self._local("updates", grads, placed_like, "the gradient of")
             own["params"] = self._local("params", params)
         guarded = self.runs_python and not needs_dispatch()
         if guarded:
@@ -649,10 +653,9 @@ class ParamStep:
         """
         if not self.wrapped:
             return tensors
-        if self.dtensors and not self.complex:
-            found = self.locals.find(key, tensors)
-            if found is not None:
-                return found
+        found = self._known_local(key, tensors)
+        if found is not None:
+            return found
         column = list(tensors)
         if place is not None:
             for i in self.dtensors:
@@ -662,6 +665,10 @@ class ParamStep:
         for i in self.wrapped:
             column[i] = tensor_of(column[i])
         return column
+
+    def _known_local(self, key: Key, tensors: Sequence[Any]) -> list[Any] | None:
+        """The local tensors of a column that is placed as it was before."""
+        return self.locals.find(key, tensors) if self.dtensors and not self.complex else None
 
     def _run(
         self,

@@ -13,7 +13,7 @@ from ._params import Journal, ParamStep, tensor_of
 from ._regions import Stored
 from ._runtime.checks import at, check_fit, check_leaf
 from ._runtime.internals import needs_dispatch
-from ._runtime.overlap import SharedMemoryError, find_clash
+from ._runtime.overlap import OverlapCheck, SharedMemoryError
 from ._runtime.plan import Columns, Key
 from ._runtime.spec import TensorSpec
 
@@ -149,7 +149,7 @@ class RowStep:
         specs = [spec for _, spec in addresses]
         clash: tuple[int, int] | None = next(((k, k) for k, spec in enumerate(specs) if spec.repeats), None)
         if clash is None:
-            clash = find_clash([address for address, _ in addresses], specs, [True] * len(specs))
+            clash = OverlapCheck(specs, [True] * len(specs)).find([address for address, _ in addresses])
         if clash is not None:
             (a, i, _), (b, j, _) = found[clash[0]], found[clash[1]]
             raise SharedMemoryError(self._label(a, i), self._label(b, j), i, j)

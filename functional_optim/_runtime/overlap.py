@@ -46,60 +46,63 @@ class Clash(NamedTuple):
     second: int
 
 
-def find_clash(addresses: Sequence[int], specs: Sequence[TensorSpec], written: Sequence[bool]) -> Clash | None:
-    """Two tensors that share an element which one of them writes.
+class OverlapCheck:
+    """Search for two tensors that share an element which one of them writes.
 
     Args:
-      addresses: data pointers.
       specs: the specs.
       written: for each tensor, whether it is written; the others are read.
 
-    Returns:
-      The first clash, or None.
-
     Example:
       >>> x = torch.zeros(4, 2)
-      >>> columns = [x[:, 0], x[:, 1]]
-      >>> find_clash([c.data_ptr() for c in columns], [TensorSpec.of(c) for c in columns], [True, True])
-      >>> find_clash([x.data_ptr()] * 2, [TensorSpec.of(x)] * 2, [True, False])
+      >>> def find(tensors, written):
+      ...     return OverlapCheck([TensorSpec.of(t) for t in tensors], written).find([t.data_ptr() for t in tensors])
+      >>> find([x[:, 0], x[:, 1]], [True, True])
+      >>> find([x, x], [True, False])
       Clash(first=1, second=0)
     """
-    spans = {spec: spec.span for spec in set(specs)}
-    starts = torch.tensor(addresses, dtype=torch.int64, device="cpu")
-    stops = starts + torch.tensor([spans[spec] for spec in specs], dtype=torch.int64, device="cpu")
-    writes = torch.tensor(written, dtype=torch.bool, device="cpu")
-    order = starts.argsort(stable=True)
-    order = order[stops[order] > starts[order]]  # tensors without elements share nothing
-    # the extent of all that is written before a tensor starts reaches into it, or it reaches into one that is written
-    ends = torch.where(writes, stops, torch.iinfo(torch.int64).min)[order].cummax(0).values
-    before = torch.where(ends.roll(1) > starts[order], 1, 0)
-    before[:1] = 0
-    reads = stops[order].cummax(0).values.roll(1) > starts[order]
-    reads[:1] = False
-    suspects = (before.bool() | (reads & writes[order])).nonzero()[:, 0].tolist()
-    for k in suspects:
-        found = _clash_with_earlier(k, order, starts, stops, writes, addresses, specs)
-        if found is not None:
-            return found
-    return None
 
+    def __init__(self, specs: Sequence[TensorSpec], written: Sequence[bool]) -> None:
+        spans = {spec: spec.span for spec in set(specs)}
+        self.specs = specs
+        self.spans = torch.tensor([spans[spec] for spec in specs], dtype=torch.int64, device="cpu")
+        self.writes = torch.tensor(written, dtype=torch.bool, device="cpu")
 
-def _clash_with_earlier(
-    k: int,
-    order: torch.Tensor,
-    starts: torch.Tensor,
-    stops: torch.Tensor,
-    writes: torch.Tensor,
-    addresses: Sequence[int],
-    specs: Sequence[TensorSpec],
-) -> Clash | None:
-    """A clash of a tensor with one that starts before it."""
-    i = int(order[k])
-    earlier = order[:k]
-    for j in earlier[(stops[earlier] > starts[i]) & (writes[earlier] | writes[i])].tolist():
-        if _share_elements((addresses[i], specs[i]), (addresses[j], specs[j])):
-            return Clash(j, i) if writes[i] else Clash(i, j)
-    return None
+    def find(self, addresses: torch.Tensor | Sequence[int]) -> Clash | None:
+        """The first clash, or None.
+
+        Args:
+          addresses: data pointers, all but those of tensors without elements.
+        """
+        starts = torch.as_tensor(addresses, dtype=torch.int64, device="cpu")
+        stops, (first, order) = starts + self.spans, starts.sort(stable=True)
+        if bool((stops[order][:-1] <= first[1:]).all()):
+            return None  # each ends before the next one starts
+        if ((starts == 0) & (self.spans > 0)).any():
+            return None  # tensors on meta, or wrappers without memory of their own
+        order = order[stops[order] > first]  # tensors without elements share nothing
+        # the extent of all that is written before a tensor starts reaches into it, or it reaches into one that is
+        # written
+        ends = torch.where(self.writes, stops, torch.iinfo(torch.int64).min)[order].cummax(0).values
+        before = torch.where(ends.roll(1) > starts[order], 1, 0)
+        before[:1] = 0
+        reads = stops[order].cummax(0).values.roll(1) > starts[order]
+        reads[:1] = False
+        suspects = (before.bool() | (reads & self.writes[order])).nonzero()[:, 0].tolist()
+        for k in suspects:
+            found = self._find_earlier(k, order, starts, stops)
+            if found is not None:
+                return found
+        return None
+
+    def _find_earlier(self, k: int, order: torch.Tensor, starts: torch.Tensor, stops: torch.Tensor) -> Clash | None:
+        """A clash of a tensor with one that starts before it."""
+        i = int(order[k])
+        earlier = order[:k]
+        for j in earlier[(stops[earlier] > starts[i]) & (self.writes[earlier] | self.writes[i])].tolist():
+            if _share_elements((int(starts[i]), self.specs[i]), (int(starts[j]), self.specs[j])):
+                return Clash(j, i) if self.writes[i] else Clash(i, j)
+        return None
 
 
 def _share_elements(a: tuple[int, TensorSpec], b: tuple[int, TensorSpec]) -> bool:

@@ -1,7 +1,7 @@
 """Groups: leaves that share a program, its dtypes and a device, and the columns that each of its arrays comes from."""
 
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -47,24 +47,32 @@ class Gather(NamedTuple):
       key: the column, if it is the same for all leaves.
       pick: takes them from the column, or from all columns if there is no `key`; None if they are the whole column.
       places: each leaf's column and position.
+      shared: whether all leaves have one tensor, which is taken once.
     """
 
     key: Key | None
     pick: Callable[[Any], Sequence[Any]] | None
     places: tuple[tuple[Key, int], ...]
+    shared: bool
 
     @classmethod
-    def of(cls, places: Sequence[tuple[Key, int]], n_leaves: int) -> "Gather":
-        """The gather of some places among columns of `n_leaves` tensors."""
+    def of(cls, places: Sequence[tuple[Key, int]], n_leaves: int, shared: Container[Key]) -> "Gather":
+        """The gather of some places among columns of `n_leaves` tensors; those in `shared` hold one tensor."""
         keys = {key for key, _ in places}
         if len(keys) > 1:
-            return cls(None, lambda columns: [columns[key][i] for key, i in places], tuple(places))
-        positions = [i for _, i in places]
-        if positions == list(range(n_leaves)):
-            return cls(places[0][0], None, tuple(places))
+            return cls(None, lambda columns: [columns[key][i] for key, i in places], tuple(places), False)
+        positions, is_shared = [i for _, i in places], places[0][0] in shared
+        if positions == list(range(n_leaves)) and not is_shared:
+            return cls(places[0][0], None, tuple(places), False)
         # an itemgetter of one item returns no sequence
-        pick = itemgetter(*positions) if len(positions) > 1 else itemgetter(slice(positions[0], positions[0] + 1))
-        return cls(places[0][0], pick, tuple(places))
+        one = len(positions) == 1 or is_shared
+        pick = itemgetter(slice(positions[0], positions[0] + 1)) if one else itemgetter(*positions)
+        return cls(places[0][0], pick, tuple(places), is_shared)
+
+    @property
+    def width(self) -> int:
+        """Number of tensors."""
+        return 1 if self.shared else len(self.places)
 
 
 class Group(NamedTuple):
@@ -128,12 +136,15 @@ class _Fit(NamedTuple):
     copied: bool
 
 
-def group_leaves(leaves: Sequence[Leaf], specs: Mapping[Key, Sequence[TensorSpec | None]]) -> list[Group]:
+def group_leaves(
+    leaves: Sequence[Leaf], specs: Mapping[Key, Sequence[TensorSpec | None]], shared: Container[Key] = ()
+) -> list[Group]:
     """Sorts leaves into groups.
 
     Args:
       leaves: the leaves that a program computes.
       specs: the spec of each tensor, by column.
+      shared: columns in which all leaves on a device have one tensor.
 
     Returns:
       The groups, in the order of their first leaves.
@@ -149,7 +160,7 @@ def group_leaves(leaves: Sequence[Leaf], specs: Mapping[Key, Sequence[TensorSpec
             fits[known] = _fit(leaf.recipe, dict(own))
         fit = fits[known]
         members.setdefault((fit.signature, fit.device, leaf.shard), []).append((leaf, fit))
-    return [_group(some, len(specs["updates"])) for some in members.values()]
+    return [_group(some, len(specs["updates"]), shared) for some in members.values()]
 
 
 def _fit(recipe: Recipe, specs: Mapping[Key, TensorSpec | None]) -> _Fit:
@@ -173,7 +184,7 @@ def _fit(recipe: Recipe, specs: Mapping[Key, TensorSpec | None]) -> _Fit:
     return _Fit(Signature(program, ins, outs, compute_dtype(elements)), u.device, u.numel, not together)
 
 
-def _group(members: Sequence[tuple[Leaf, _Fit]], n_leaves: int) -> Group:
+def _group(members: Sequence[tuple[Leaf, _Fit]], n_leaves: int, shared: Container[Key]) -> Group:
     (first, fit), leaves = members[0], [leaf for leaf, _ in members]
     program = fit.signature.program
     rows = {leaf.row: k for k, leaf in enumerate({leaf.row: leaf for leaf in leaves}.values())}
@@ -193,7 +204,7 @@ def _group(members: Sequence[tuple[Leaf, _Fit]], n_leaves: int) -> Group:
         fit.signature,
         fit.device,
         tuple(leaf.position for leaf in leaves),
-        tuple(Gather.of(places, n_leaves) for places in gathers),
+        tuple(Gather.of(places, n_leaves, shared) for places in gathers),
         updates,
         inputs,
         outputs,

@@ -16,14 +16,14 @@ typedef void *Handle;
 typedef int32_t Error;
 typedef void (*Kernel)(StableIValue *, uint64_t, uint64_t);
 
-/* The functions of torch in use. Python resolves each by its name, so no library has to be linked. */
+/* The functions of torch and of Python in use. Python resolves each by its name, so no library has to be linked. */
 #define FUNCTIONS(X)                                                                    \
   X(aoti_torch_library_init_fragment, (const char *, const char *, uint32_t, Handle *)) \
   X(aoti_torch_library_init_impl, (const char *, const char *, const char *, uint32_t, Handle *)) \
   X(aoti_torch_library_def, (Handle, const char *))                                     \
   X(torch_library_impl, (Handle, const char *, Kernel, uint64_t))                       \
   X(torch_list_size, (Handle, size_t *))                                                \
-  X(torch_list_get_item, (Handle, size_t, StableIValue *))                              \
+  X(torch_list_get_item, (Handle, size_t, StableIValue *)) /* the caller owns the item */ \
   X(torch_delete_list, (Handle))                                                        \
   X(aoti_torch_delete_tensor_object, (Handle))                                          \
   X(aoti_torch_get_data_ptr, (Handle, void **))                                         \
@@ -35,7 +35,9 @@ typedef void (*Kernel)(StableIValue *, uint64_t, uint64_t);
   X(aoti_torch_get_sizes, (Handle, int64_t **))                                         \
   X(aoti_torch_get_strides, (Handle, int64_t **))                                       \
   X(aoti_torch_get_storage_offset, (Handle, int64_t *))                                 \
-  X(aoti_torch_get_storage_size, (Handle, int64_t *))
+  X(aoti_torch_get_storage_size, (Handle, int64_t *))                                   \
+  X(PyGILState_Ensure, (void))                                                          \
+  X(PyGILState_Release, (int))
 
 #define POINTER(name, arguments) static Error(*name) arguments;
 FUNCTIONS(POINTER)
@@ -68,6 +70,23 @@ static int64_t size_of(Handle tensor, int64_t dim, int64_t k) {
   int64_t found, *sizes;
   if (aoti_torch_get_dim(tensor, &found) || found != dim || aoti_torch_get_sizes(tensor, &sizes)) return 0;
   return sizes[k];
+}
+
+static size_t length_of(Handle list) {
+  size_t n = 0;
+  return torch_list_size(list, &n) ? 0 : n;
+}
+
+/* A tensor of a list, to be deleted by the caller; NULL if torch does not hand it over. */
+static Handle tensor_at(Handle list, size_t i) {
+  StableIValue item;
+  return torch_list_get_item(list, i, &item) ? NULL : (Handle)item;
+}
+
+/* Deletes a list and its tensors from the first on that has not been deleted yet. */
+static void delete_list(Handle list, size_t first) {
+  for (size_t i = first, n = length_of(list); i < n; i++) aoti_torch_delete_tensor_object(tensor_at(list, i));
+  torch_delete_list(list);
 }
 
 static int describe_one(Handle t, int64_t *row) {
@@ -112,16 +131,13 @@ static int outside(Handle t, const int64_t *spec) {
 static void describe(StableIValue *stack, uint64_t n_in, uint64_t n_out) {
   Handle list = (Handle)stack[0], rows = (Handle)stack[1];
   int64_t *row = data_of(rows), width = size_of(rows, 2, 1);
-  size_t n = 0;
-  if (torch_list_size(list, &n) || size_of(rows, 2, 0) < (int64_t)n) n = 0;
-  for (size_t i = 0; i < n; i++, row += width) {
-    StableIValue item;
-    row[DIM] = -1;
-    if (torch_list_get_item(list, i, &item)) continue;
-    if (describe_one((Handle)item, row)) row[DIM] = -1;
-    aoti_torch_delete_tensor_object((Handle)item);
+  size_t i = 0, n = length_of(list);
+  for (int fits = size_of(rows, 2, 0) >= (int64_t)n; fits && i < n; i++, row += width) {
+    Handle tensor = tensor_at(list, i);
+    if (!tensor || describe_one(tensor, row)) row[DIM] = -1;
+    aoti_torch_delete_tensor_object(tensor);
   }
-  torch_delete_list(list);
+  delete_list(list, i);
   aoti_torch_delete_tensor_object(rows);
 }
 
@@ -129,31 +145,31 @@ static void read_pointers(StableIValue *stack, uint64_t n_in, uint64_t n_out) {
   Handle list = (Handle)stack[0], index = (Handle)stack[1], table = (Handle)stack[2], result = (Handle)stack[3];
   const int64_t *spec_index = data_of(index), *specs = data_of(table), width = size_of(table, 2, 1);
   int64_t *pointers = data_of(result), found = -1;
-  size_t n = 0;
-  int fits = !torch_list_size(list, &n) && size_of(index, 1, 0) == (int64_t)n && size_of(result, 1, 0) > (int64_t)n;
-  for (size_t i = 0; fits && i < n && found < 0; i++) {
-    StableIValue item;
-    if (torch_list_get_item(list, i, &item)) {
-      found = 2 * (int64_t)i;
-      break;
-    }
+  size_t i = 0, n = length_of(list);
+  int fits = size_of(index, 1, 0) == (int64_t)n && size_of(result, 1, 0) > (int64_t)n;
+  /* the interpreter's lock, once: a tensor that only Python owns takes it whenever a reference to it is deleted */
+  int lock = PyGILState_Ensure();
+  for (; fits && i < n && found < 0; i++) {
+    Handle tensor = tensor_at(list, i);
     const int64_t *spec = specs + spec_index[i] * width;
-    if (differs((Handle)item, spec)) found = 2 * (int64_t)i;
-    else if (outside((Handle)item, spec)) found = 2 * (int64_t)i + 1;
-    else pointers[i] = (int64_t)(intptr_t)data_of((Handle)item);
-    aoti_torch_delete_tensor_object((Handle)item);
+    if (!tensor || differs(tensor, spec)) found = 2 * (int64_t)i;
+    else if (outside(tensor, spec)) found = 2 * (int64_t)i + 1;
+    else pointers[i] = (int64_t)(intptr_t)data_of(tensor);
+    aoti_torch_delete_tensor_object(tensor);
   }
+  delete_list(list, i);
+  PyGILState_Release(lock);
   if (fits) pointers[n] = found; /* otherwise the status stays as it was */
-  torch_delete_list(list);
   aoti_torch_delete_tensor_object(index);
   aoti_torch_delete_tensor_object(table);
   aoti_torch_delete_tensor_object(result);
 }
 
 /* The same operation where the memory of a tensor does not hold its elements as they are: they are conjugated or
-   negated when they are read, or all zero. torch's own fallback would hand over a copy that is gone after the call. The status stays as it was. */
+   negated when they are read, or all zero. torch's own fallback would hand over a copy that is gone after the call.
+   The status stays as it was. */
 static void refuse_pointers(StableIValue *stack, uint64_t n_in, uint64_t n_out) {
-  torch_delete_list((Handle)stack[0]);
+  delete_list((Handle)stack[0], 0);
   for (int k = 1; k < 4; k++) aoti_torch_delete_tensor_object((Handle)stack[k]);
 }
 

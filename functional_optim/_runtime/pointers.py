@@ -7,6 +7,7 @@ same comparison runs in Python; no kernel is launched then, so nothing needs the
 import ctypes
 import functools
 from collections.abc import Sequence
+from operator import attrgetter, eq, le
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,9 +69,9 @@ def operations() -> Any:
         own = library()
         torch_library = ctypes.CDLL(torch._C.__file__)
         n = ctypes.c_int.in_dll(own, "n_functions").value
-        names: list[bytes] = list((ctypes.c_char_p * n).in_dll(own, "function_names"))
-        functions = [ctypes.cast(getattr(torch_library, name.decode()), ctypes.c_void_p) for name in names]
-        own.resolve((ctypes.c_void_p * len(functions))(*functions))
+        names = [(name or b"").decode() for name in (ctypes.c_char_p * n).in_dll(own, "function_names")]
+        functions = [getattr(ctypes.pythonapi if name.startswith("Py") else torch_library, name) for name in names]
+        own.resolve((ctypes.c_void_p * n)(*[ctypes.cast(function, ctypes.c_void_p) for function in functions]))
         if own.register_operations(NAMESPACE.encode(), ctypes.c_uint64(ABI_VERSION)):
             return None
     except (BuildError, OSError, AttributeError):
@@ -123,6 +124,15 @@ class PointerReader:
         if own is not None and not any(map(is_wrapper_of_a_transformation, tensors)):
             self.operation = own.read_pointers.default
             self._describe(own.describe.default, tensors)
+        else:
+            self.asked = [(torch.strided, spec.dtype, spec.shape, spec.device) for spec in specs]
+            self.strides = [spec.stride for spec in specs]
+            self.offsets = [x.storage_offset() if self.plain else 0 for x in tensors]
+            # bytes of a storage up to the last element
+            self.ends = [
+                spec.span and offset * spec.dtype.itemsize + spec.span
+                for spec, offset in zip(specs, self.offsets, strict=True)
+            ]
 
     def _describe(self, describe: Any, tensors: Sequence[torch.Tensor]) -> None:
         """Fills the table of specs, a row for each that differs."""
@@ -149,16 +159,31 @@ class PointerReader:
         if not self.classes.issuperset(map(type, tensors)):
             return Difference(next(k for k, x in enumerate(tensors) if type(x) not in self.classes), False)
         if self.operation is None:
-            found = self._compare(tensors)
+            found = None if self._fit(tensors) else self._find_difference(tensors)
             if found is None and self.stored:
-                pointers.memory[: pointers.n] = list(map(_data_ptr, tensors))
+                data_ptr = torch.Tensor.data_ptr if self.plain else _data_ptr
+                pointers.memory[: pointers.n] = list(map(data_ptr, tensors))
             return found
         pointers.memory[pointers.n] = 0  # stays where torch finds another implementation than ours, as for meta tensors
         self.operation(tensors, self.spec_index, self.table, pointers.tensor)
         status = pointers.memory[pointers.n]
         return None if status < 0 else Difference(status >> 1, bool(status & 1))
 
-    def _compare(self, tensors: Sequence[Any]) -> Difference | None:
+    def _fit(self, tensors: Sequence[Any]) -> bool:
+        """Whether tensors are as they were when the step was bound, asked of all at once.
+
+        If not, they may fit nevertheless: offsets in storages are compared, too, which specs leave open.
+        """
+        return (
+            self.plain
+            and all(map(eq, map(_ASK, tensors), self.asked))  # no lists: 700 tuples start the garbage collector
+            and all(map(eq, map(torch.Tensor.stride, tensors), self.strides))
+            and not any(any(map(ask, tensors)) for ask in _ASK_LAZY)
+            and list(map(_OFFSET, tensors)) == self.offsets
+            and all(map(le, self.ends, map(_NBYTES, map(_STORAGE, tensors))))
+        )
+
+    def _find_difference(self, tensors: Sequence[Any]) -> Difference | None:
         for k, (x, spec) in enumerate(zip(tensors, self.specs, strict=True)):
             if x.layout is not torch.strided or not _same(TensorSpec.of(x), spec):
                 return Difference(k, False)
@@ -169,6 +194,11 @@ class PointerReader:
             ):
                 return Difference(k, True)
         return None
+
+
+_ASK = attrgetter("layout", "dtype", "shape", "device")
+_ASK_LAZY = torch.Tensor.is_neg, torch.Tensor.is_conj, torch.Tensor._is_zerotensor
+_OFFSET, _STORAGE, _NBYTES = torch.Tensor.storage_offset, torch.Tensor.untyped_storage, torch.UntypedStorage.nbytes
 
 
 def _same(a: TensorSpec, b: TensorSpec) -> bool:

@@ -5,6 +5,8 @@ gathers its tensors, has them compared and their data pointers read in one opera
 """
 
 import ctypes
+import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -21,8 +23,8 @@ from .cuda import TritonLaunch, compile_triton
 from .evaluate import evaluate
 from .join import Joins
 from .numbers import Number, Table
-from .overlap import SharedMemoryError, find_clash
-from .plan import Columns, Key, Leaf, group_leaves
+from .overlap import OverlapCheck, SharedMemoryError
+from .plan import Columns, Group, Key, Leaf, group_leaves
 from .pointers import Difference, PointerReader, Pointers
 from .spec import TensorSpec
 
@@ -40,20 +42,27 @@ class Programs:
       leaves: the leaves that programs compute.
       specs: the specs of their tensors, by column.
       joins: the reductions over processes, if there are any.
+      shared: columns in which all leaves on a device have one tensor.
     """
 
-    def __init__(self, leaves: Sequence[Leaf], specs: Specs, joins: Joins | None = None) -> None:
+    def __init__(
+        self, leaves: Sequence[Leaf], specs: Specs, joins: Joins | None = None, shared: Sequence[Key] = ()
+    ) -> None:
         self.joins = joins
-        self.groups = group_leaves(leaves, specs)
+        self.groups = group_leaves(leaves, specs, shared)
         self.tables = [Table(group) for group in self.groups]
         self.gathers = [(gather.key, gather.pick) for group in self.groups for gather in group.gathers]
+        ends = itertools.accumulate([gather.width for group in self.groups for gather in group.gathers], initial=0)
+        bounds = itertools.pairwise(ends)
+        # for each group and gather, the bounds of its tensors among all that are gathered
+        self.bounds = [list(itertools.islice(bounds, len(group.gathers))) for group in self.groups]
 
     def numbers(self, options: Sequence[Mapping[str, Any]], extra: Mapping[str, Any]) -> list[list[Number]]:
         """The numbers of this step; see `Table.numbers`."""
         return [table.numbers(options, extra) for table in self.tables]
 
     def gather(self, columns: Columns) -> list[Any]:
-        """The tensors of all groups: for each group and gather, one per leaf."""
+        """The tensors of all groups: for each group and gather, one per leaf, or one that leaves share."""
         tensors: list[Any] = []
         for key, pick in self.gathers:
             source: Any = columns if key is None else columns[key]
@@ -62,12 +71,13 @@ class Programs:
 
     def split(self, tensors: Sequence[Any]) -> list[list[Column]]:
         """Gathered tensors as columns of each group."""
-        columns, start = [], 0
-        for group in self.groups:
-            n = len(group.leaves)
-            columns.append([list(tensors[start + k * n : start + (k + 1) * n]) for k in range(len(group.gathers))])
-            start += n * len(group.gathers)
-        return columns
+        return [
+            [
+                list(tensors[start:stop]) * (len(group.leaves) if gather.shared else 1)
+                for gather, (start, stop) in zip(group.gathers, bounds, strict=True)
+            ]
+            for group, bounds in zip(self.groups, self.bounds, strict=True)
+        ]
 
     def evaluate(self, columns: Columns, numbers: Numbers) -> Columns:
         """New values by the reference, which autograd and transformations follow. Nothing is written.
@@ -109,7 +119,7 @@ class Launch:
     """Memory for data pointers, and the launches of C kernels on it. Threads that share a step have one each."""
 
     def __init__(self, step: "BoundStep", n_threads: int) -> None:
-        self.n_threads, self.pointers = n_threads, Pointers(step.n_gathered, step.n_outputs)
+        self.n_threads, self.pointers = n_threads, Pointers(step.n_gathered, step.n_outputs + step.n_copies)
         self.disjoint = b""  # pointers that were found to share no memory
         self.status = ctypes.c_int64()
         self.status_address = ctypes.addressof(self.status)
@@ -136,7 +146,7 @@ class BoundStep(Programs):
       columns: tensors of these specs.
       paths: the path of each leaf of the tree.
       in_place: whether results are written to the tensors that are there; otherwise they are new tensors.
-      counters: columns of counters that all leaves share, which a step in place moves on by one.
+      counters: columns of counters that all leaves on a device share, which a step in place moves on by one.
       joins: the reductions over processes, if there are any.
     """
 
@@ -150,7 +160,7 @@ class BoundStep(Programs):
         counters: Sequence[Key] = (),
         joins: Joins | None = None,
     ) -> None:
-        super().__init__(leaves, specs, joins)
+        super().__init__(leaves, specs, joins, counters)
         self.paths, self.in_place, self.requested = paths, in_place, requested_backend()
         self.specs: list[TensorSpec] = self.gather(dict(specs))
         self.plain = all(spec.plain for spec in set(self.specs))
@@ -161,7 +171,10 @@ class BoundStep(Programs):
         launched = [g for backend, own in self.parts for g in own if backend in COMPILE]
         self.allocates = bool(launched) and not in_place
         self.n_outputs = sum(len(g.leaves) * len(g.outputs) for g in self.groups) if self.allocates else 0
+        self.copies: list[tuple[int, int, int]] = []  # of pointers to shared tensors: from, to, and how many
         self.places = self._kernel_columns()
+        self.makers = [self._makers(group, bounds) for group, bounds in zip(self.groups, self.bounds, strict=True)]
+        self.n_copies = sum(n for _, _, n in self.copies)
         self.triton = {
             k: TritonLaunch([self.groups[g] for g in own], [self.places[g] for g in own], joins)
             for k, (backend, own) in enumerate(self.parts)
@@ -170,6 +183,7 @@ class BoundStep(Programs):
         self.copied = self._find_copied(launched)
         self.written = self._find_written() if in_place else []
         self.repeated = self._find_repeated() if in_place else None
+        self.overlap = OverlapCheck(self.specs, self._is_written())
         self.counters = self._find_counters(counters) if in_place else {}
         tensors = self.gather(columns)
         for i in self.copied:
@@ -202,49 +216,74 @@ class BoundStep(Programs):
         return parts
 
     def _kernel_columns(self) -> list[list[int]]:
-        """For each group, the positions among the pointers at which the columns of its kernel begin."""
-        places, start, new = [], 0, self.n_gathered + 1  # one number between them is the status of the reading
-        for group in self.groups:
-            n = len(group.leaves)
-            own = [start + k * n for k in group.inputs]
+        """For each group, the positions among the pointers at which the columns of its kernel begin.
+
+        Gathered tensors come first, then the status of reading them, new tensors, and copies: a kernel reads a pointer
+        per leaf, also of a tensor that leaves share.
+        """
+        places, new = [], self.n_gathered + 1
+        copy = new + self.n_outputs
+        for group, bounds in zip(self.groups, self.bounds, strict=True):
+            n, own = len(group.leaves), []
+            for i in group.inputs:
+                if group.gathers[i].shared:
+                    self.copies.append((bounds[i][0], copy, n))
+                    own.append(copy)
+                    copy += n
+                else:
+                    own.append(bounds[i][0])
             for k in group.outputs:
                 if self.allocates:
                     own.append(new)
                     new += n
                 elif k is not None:
-                    own.append(start + k * n)
+                    own.append(bounds[k][0])
             places.append(own)
-            start += n * len(group.gathers)
         return places
+
+    def _makers(self, group: Group, bounds: Sequence[tuple[int, int]]) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+        """For each output of a group, a function that makes a new tensor for it, like an update."""
+        start, stop = bounds[group.updates]
+        like = {spec.dtype for spec in set(self.specs[start:stop])}
+        makers: list[Callable[[torch.Tensor], torch.Tensor]] = []
+        for output, dtype in zip(group.signature.program.outputs, group.signature.outputs, strict=True):
+            if output.level is Level.LEAF:
+                makers.append(functools.partial(torch.Tensor.new_empty, size=(), dtype=dtype))
+            else:  # an argument costs a quarter of the time
+                makers.append(torch.empty_like if like == {dtype} else functools.partial(torch.empty_like, dtype=dtype))
+        return makers
 
     def _find_copied(self, launched: Sequence[int]) -> list[int]:
         """Positions of the tensors that kernels are handed copies of."""
-        copied, start = [], 0
-        for g, group in enumerate(self.groups):
-            n, program = len(group.leaves), group.signature.program
+        copied = []
+        for g, (group, bounds) in enumerate(zip(self.groups, self.bounds, strict=True)):
+            program = group.signature.program
             if g in launched and group.copied:
                 own = {group.updates, *group.inputs[: len(program.arrays)]}
                 for k, output in zip(group.outputs, program.outputs, strict=True):
                     if k is not None and output.level is Level.ELEMENT:
                         own.add(k)
-                copied += [start + k * n + i for k in sorted(own) for i in group.copied]
-            start += n * len(group.gathers)
+                copied += [bounds[k][0] + i for k in sorted(own) for i in group.copied]
         return copied
 
     def _find_written(self) -> list[tuple[int, int]]:
         """Bounds of the runs of gathered tensors that are written in place."""
-        bounds: list[tuple[int, int]] = []
-        start = 0
-        for group in self.groups:
-            n = len(group.leaves)
+        runs: list[tuple[int, int]] = []
+        for group, bounds in zip(self.groups, self.bounds, strict=True):
             for k in sorted({k for k in group.outputs if k is not None}):
-                first = start + k * n
-                if bounds and bounds[-1][1] == first:
-                    bounds[-1] = (bounds[-1][0], first + n)
+                start, stop = bounds[k]
+                if runs and runs[-1][1] == start:
+                    runs[-1] = (runs[-1][0], stop)
                 else:
-                    bounds.append((first, first + n))
-            start += n * len(group.gathers)
-        return bounds
+                    runs.append((start, stop))
+        return runs
+
+    def _is_written(self) -> list[bool]:
+        """For each gathered tensor, whether it is written in place."""
+        written = [False] * self.n_gathered
+        for start, stop in self.written:
+            written[start:stop] = [True] * (stop - start)
+        return written
 
     def _find_repeated(self) -> int | None:
         """The position of a tensor that is written and several of whose elements share memory."""
@@ -255,21 +294,18 @@ class BoundStep(Programs):
     def _find_counters(self, keys: Sequence[Key]) -> dict[Key, int]:
         """The position of each shared counter among the gathered tensors, where a program reads it."""
         found: dict[Key, int] = {}
-        start = 0
-        for group in self.groups:
-            for k, gather in enumerate(group.gathers):
+        for group, bounds in zip(self.groups, self.bounds, strict=True):
+            for gather, (start, _) in zip(group.gathers, bounds, strict=True):
                 if gather.places[0][0] in keys:
-                    found.setdefault(gather.places[0][0], start + k * len(group.leaves))
-            start += len(group.leaves) * len(group.gathers)
+                    found.setdefault(gather.places[0][0], start)
         return found
 
     def name_of(self, position: int) -> tuple[str, int]:
         """The name of a gathered tensor's column in messages, and the position of its leaf."""
-        for group in self.groups:
-            n = len(group.leaves)
-            if position < n * len(group.gathers):
-                return group.name_of(position // n), group.leaves[position % n]
-            position -= n * len(group.gathers)
+        for group, bounds in zip(self.groups, self.bounds, strict=True):
+            for k, (start, stop) in enumerate(bounds):
+                if position < stop:
+                    return group.name_of(k), group.leaves[position - start]
         raise IndexError(position)
 
     # -- stepping -----------------------------------------------------------------------------------------------------
@@ -302,6 +338,10 @@ class BoundStep(Programs):
         if found is not None:
             self.launches.append(launch)
             return found
+        memory = launch.pointers.memory
+        for start, copy, n in self.copies:
+            if memory[copy] != memory[start]:
+                memory[copy : copy + n] = [memory[start]] * n
         return Reading(tensors, originals, launch)
 
     def requires_grad(self, reading: Reading, numbers: Numbers) -> bool:
@@ -388,24 +428,22 @@ class BoundStep(Programs):
                 continue
             for k, column in zip(group.outputs, values, strict=True):
                 assert k is not None  # updates are never written in place
-                for target, x in zip(columns_of[k], column, strict=True):
-                    target.copy_(x)
+                if backend == "foreach":
+                    torch._foreach_copy_(columns_of[k], column)
+                else:  # other classes of tensors may have no foreach operations
+                    for target, x in zip(columns_of[k], column, strict=True):
+                        target.copy_(x)
 
     def _allocate(self, reading: Reading) -> list[list[Column]]:
         """New tensors for the outputs of kernels, with their pointers among those of the step."""
         outputs: list[list[Column]] = []
-        for group, columns in zip(self.groups, self.split(reading.tensors), strict=True):
-            like = columns[group.updates]
-            own: list[Column] = []
-            for output, dtype in zip(group.signature.program.outputs, group.signature.outputs, strict=True):
-                if output.level is Level.LEAF:
-                    own.append([torch.empty((), dtype=dtype, device=group.device) for _ in like])
-                else:
-                    own.append([torch.empty_like(x, dtype=dtype, requires_grad=False) for x in like])
-            outputs.append(own)
+        for group, makers, bounds in zip(self.groups, self.makers, self.bounds, strict=True):
+            start, stop = bounds[group.updates]
+            like = reading.tensors[start:stop]
+            outputs.append([list(map(make, like)) for make in makers])
         new = _flat(outputs)
         memory = reading.launch.pointers.memory
-        memory[self.n_gathered + 1 : self.n_gathered + 1 + len(new)] = [x.data_ptr() for x in new]
+        memory[self.n_gathered + 1 : self.n_gathered + 1 + len(new)] = list(map(torch.Tensor.data_ptr, new))
         return outputs
 
     def _copy_back(self, reading: Reading) -> None:
@@ -416,15 +454,12 @@ class BoundStep(Programs):
 
     def _restore_layout(self, reading: Reading, outputs: list[list[Column]]) -> None:
         """Gives new tensors of leaves that were copied the layout of the tensors that they follow."""
-        start = 0
-        for group, own in zip(self.groups, outputs, strict=True):
-            n = len(group.leaves)
+        for group, bounds, own in zip(self.groups, self.bounds, outputs, strict=True):
             for k, output, column in zip(group.outputs, group.signature.program.outputs, own, strict=True):
                 for i in group.copied if output.level is Level.ELEMENT else ():
-                    like = reading.originals.get(start + (group.updates if k is None else k) * n + i)
+                    like = reading.originals.get(bounds[group.updates if k is None else k][0] + i)
                     if like is not None:
                         column[i] = torch.empty_like(like, dtype=column[i].dtype, requires_grad=False).copy_(column[i])
-            start += n * len(group.gathers)
 
     def _refuse_overlap(self, reading: Reading) -> None:
         """Refuses to write to memory that two tensors share, if pointers are not those of the last time.
@@ -439,15 +474,12 @@ class BoundStep(Programs):
         content = pointers.content()
         if content == reading.launch.disjoint and not reading.originals:
             return
-        addresses = pointers.memory[: self.n_gathered]
-        for i, x in reading.originals.items():
-            addresses[i] = x.data_ptr()
-        written = [False] * self.n_gathered
-        for start, stop in self.written:
-            written[start:stop] = [True] * (stop - start)
-        if not all(address or not spec.span for address, spec in zip(addresses, self.specs, strict=True)):
-            return  # tensors on meta, or wrappers without memory of their own
-        clash = find_clash(addresses, self.specs, written)
+        addresses = pointers.tensor[: self.n_gathered]
+        if reading.originals:
+            addresses = addresses.clone()
+            for i, x in reading.originals.items():
+                addresses[i] = x.data_ptr()
+        clash = self.overlap.find(addresses)
         if clash is not None:
             leaves = self.name_of(clash.first)[1], self.name_of(clash.second)[1]
             raise SharedMemoryError(self._label(clash.first), self._label(clash.second), *leaves)

@@ -11,23 +11,24 @@ from functional_optim._compiler.fuse import Recipe, Source
 from functional_optim._compiler.program import Program
 from functional_optim._compiler.rule import Option
 from functional_optim._runtime import plan
-from functional_optim._runtime.plan import Columns, Leaf
+from functional_optim._runtime.plan import Columns, Key, Leaf
 from functional_optim._runtime.spec import specs_of
 from functional_optim._runtime.step import BoundStep, Reading
 
 
-def bind(program: Program, columns: Columns, in_place: bool = False) -> BoundStep:
+def bind(program: Program, columns: Columns, in_place: bool = False, counters: Sequence[Key] = ()) -> BoundStep:
     """Binds a program to columns; each leaf has a row of the scalar table.
 
     Args:
       program: the program.
       columns: a tensor per leaf for `updates`, and for each input and output of the program.
       in_place: whether outputs are written to their columns.
+      counters: columns of one counter, which a step in place moves on.
     """
     recipe = Recipe(program, tuple(Source("option", -1, name, Option(name)) for name in program.scalars), {}, {})
     leaves = [Leaf(k, recipe, ("leaf", k, False), x.numel(), None) for k, x in enumerate(columns["updates"])]
     specs = {key: specs_of(column) for key, column in columns.items()}
-    return BoundStep(leaves, specs, columns, [f"p{k}" for k in range(len(leaves))], in_place)
+    return BoundStep(leaves, specs, columns, [f"p{k}" for k in range(len(leaves))], in_place, counters)
 
 
 def run(step: BoundStep, columns: Columns, numbers: Mapping[str, Sequence[float]]) -> Columns:

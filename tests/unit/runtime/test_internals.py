@@ -70,9 +70,10 @@ def test_functions_of_the_c_abi_are_there() -> None:
     n = ctypes.c_int.in_dll(library(), "n_functions").value
     names = [name.decode() for name in (ctypes.c_char_p * n).in_dll(library(), "function_names")]
     torch_library = ctypes.CDLL(torch._C.__file__)
-    missing = [name for name in names if not hasattr(torch_library, name)]
+    libraries = {name: ctypes.pythonapi if name.startswith("Py") else torch_library for name in names}
+    missing = [name for name, found in libraries.items() if not hasattr(found, name)]
     assert not missing, (
-        f"torch {torch.__version__} lacks {missing} of its C ABI, which pointers.c calls: see the headers of "
+        f"torch {torch.__version__} or Python lacks {missing} of its C ABI, which pointers.c calls: see the headers of "
         f"torch/csrc/stable for their successors. Without them tensors are checked in Python, which is slower."
     )
     assert operations() is not None, "all functions are there, but torch did not register the operations"

@@ -11,12 +11,12 @@ from hypothesis import (
     strategies as st,
 )
 
-from functional_optim._runtime.overlap import Clash, find_clash
+from functional_optim._runtime.overlap import Clash, OverlapCheck
 from functional_optim._runtime.spec import TensorSpec
 
 
 def find(tensors: Sequence[torch.Tensor], written: Sequence[bool]) -> Clash | None:
-    return find_clash([x.data_ptr() for x in tensors], [TensorSpec.of(x) for x in tensors], written)
+    return OverlapCheck([TensorSpec.of(x) for x in tensors], written).find([x.data_ptr() for x in tensors])
 
 
 def bytes_of(x: torch.Tensor) -> set[int]:

@@ -1,6 +1,7 @@
 """The check of tensors against their specs, in C and in Python: each difference is found, and each pointer is right."""
 
 import itertools
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -209,6 +210,18 @@ def test_a_reader_answers_again_after_a_difference(form: str) -> None:
     reader = PointerReader([x, x], [s for s in specs_of([x, x]) if s])
     for tensors, found in [([x, x], None), ([x, torch.zeros(3)], Difference(1, False))] * 3:
         assert reader.read(tensors, memory) == found
+
+
+@pytest.mark.parametrize("name", ["nothing", "sizes", "cut storage", "zero without memory"])
+def test_tensors_are_freed_after_they_were_read(form: str, name: str) -> None:
+    """An operation owns the list that it is given, those tensors among it that come after a difference."""
+    tensors = [torch.zeros(3, 3) for _ in range(4)]
+    bound, last = [torch.zeros(3, 3) for _ in range(4)], weakref.ref(tensors[3])
+    if name != "nothing":
+        tensors[1] = DIFFERENCES[name][0](tensors[1])
+    assert (read(bound, tensors).difference is None) is (name == "nothing")  # type: ignore[arg-type]
+    tensors.clear()
+    assert last() is None
 
 
 @pytest.mark.parametrize("n", [0, 1, 3, 4])

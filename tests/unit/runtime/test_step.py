@@ -79,6 +79,36 @@ def test_step_after_step_on_other_tensors(backend: str, in_place: bool) -> None:
         check(own if in_place else results, wanted)
 
 
+@pytest.mark.parametrize("in_place", [False, True], ids=["new", "in place"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_counter_that_leaves_share_is_read_once(backend: str, in_place: bool) -> None:
+    """Leaves of two dtypes are two groups, each of which reads the counter of this step."""
+    t = Tracer()
+    t.scope = "step"
+    u, p, count = t.input("array", "updates"), t.input("array", "params"), t.input("leaf", "step")
+    program = t.finish({"params": p - u * count}, frozenset())
+
+    def make(count: torch.Tensor) -> Columns:
+        dtypes = (torch.float64, torch.float32, torch.float64, torch.float32)
+        own = {
+            key: [torch.full((3,), x, dtype=dtype) for dtype in dtypes] for key, x in (("updates", 2), ("params", 1))
+        }
+        return {**own, "step": [count] * len(dtypes)}
+
+    count = torch.tensor(3)
+    with only(backend):
+        step = bind(program, make(count), in_place, ["step"])
+    assert len(step.specs) == 2 * 4 + 2
+    for k in range(4):
+        if k == 2:
+            count = torch.tensor(7)
+        own, before = make(count), int(count)
+        results = run(step, own, {})
+        for x in (own if in_place else results)["params"]:
+            assert x.tolist() == [1 - 2 * before] * 3
+        assert int(count) == before + in_place
+
+
 def test_difference_of_a_step_names_its_column_and_leaf() -> None:
     step, own = bind(momentum(), columns(0)), columns(1)
     own["mu"] = [own["mu"][0], torch.zeros(4, dtype=torch.float64)]
