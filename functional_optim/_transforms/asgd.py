@@ -47,7 +47,7 @@ def scale_by_asgd(
     state={
         "eta": slot("learning_rate", dtype="number_dtype", per="leaf"),
         "mu": slot(1.0, dtype="number_dtype", per="leaf"),
-        "ax": slot("param"),  # in torch 0, until the first step, which puts the parameter there
+        "ax": slot("param", evaluate=True),  # in torch 0, until the first step, which puts the parameter there
     },
     final=True,
 )

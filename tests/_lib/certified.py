@@ -177,18 +177,19 @@ NO_KERNEL = {"SparseAdam": "whole, over the rows touched", "LBFGS": "torch opera
 COSTS = ("fused on C and Triton", "passes", "launches", "bytes", "state bytes")
 HEAD = """# Certified
 
-The algorithms of torch.optim, as measured when this page was made. Written by `docs/make_certified.py`; a test makes
-the table anew and compares.
+The algorithms of torch.optim, as measured when this page was made. Written by `docs/make_certified.py`; a
+test makes the table anew and compares.
 
-- *Equals optax*: the largest difference of a parameter after 20 steps in float64. A reason stands there if there is
-  nothing to compare with: optax has no such algorithm, or its own has a fault
+- *Equals optax*: the largest difference of a parameter after 20 steps in float64. A reason stands there if
+  there is nothing to compare with: optax has no such algorithm, or its own has a fault
   ([numerics.md](numerics.md)).
-- *Equals torch.optim*: parameters and state of the class beside torch's, float64, 20 steps. A unit is one in the last
-  place of the largest number in a sum.
-- *Switches* of torch's class that ours takes, besides `foreach`, `capturable`, `differentiable` and `fused`.
-- *Passes* over memory, *launches* of kernels, and *bytes* read and written per element, float32, of a step of the
-  class with its defaults (SGD with momentum); *state bytes* per element. Rules for whole tensors are computed by torch
-  operations, whose bytes are not counted.
+- *Equals torch.optim*: parameters and state of the class beside torch's, float64, 20 steps. A unit is one
+  in the last place of the largest number in a sum.
+- *Switches* of torch's class that ours takes, besides `foreach`, `capturable`, `differentiable` and
+  `fused`.
+- *Passes* over memory, *launches* of kernels, and *bytes* read and written per element, float32, of a step
+  of the class with its defaults (SGD with momentum); *state bytes* per element. Rules for whole tensors are
+  computed by torch operations, whose bytes are not counted.
 
 """
 

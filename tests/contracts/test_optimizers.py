@@ -247,14 +247,14 @@ def test_parameters_are_those_of_torch(row: int, backend: str) -> None:
     torch.testing.assert_close(actual, torch_params(row), rtol=RTOL, atol=ATOL)
 
 
-MATRIX_METHODS = {"muon", "adafactor"}  # in test_matrix_methods.py
+OTHERS = {"muon", "adafactor", "lbfgs"}  # in test_matrix_methods.py, test_lbfgs.py
 
 
 def test_every_optimizer_has_a_row() -> None:
     module = functional_optim._optimizers
     own = {name for name, x in vars(module).items() if getattr(x, "__module__", None) == module.__name__}
     public = {name for name in own if not name.startswith("_")}
-    assert {case.id.partition("-")[0] for case in CASES} == public - MATRIX_METHODS
+    assert {case.id.partition("-")[0] for case in CASES} == public - OTHERS
 
 
 # In float64 a value is not rounded when it leaves a kernel, so that one pass does what two do, bit for bit.
