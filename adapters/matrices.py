@@ -8,11 +8,11 @@ import torch
 import functional_optim as fo
 from functional_optim._compiler.rule import Option
 from functional_optim._params import Template
-from functional_optim._transforms.decay import decay_then_add, shrink_and_descend
-from functional_optim._transforms.factored import adafactor_step
+from functional_optim._transforms.decay import shrink_and_descend
+from functional_optim._transforms.factored import adafactor_descend, factored_square
 from functional_optim._transforms.muon import torch_muon_momentum
 
-from ._named import DECAY, LR, MOMENTUM, NamedClass, nonzero
+from ._named import DECAY, LR, MOMENTUM, NamedClass, before
 from ._naming import template
 
 
@@ -76,12 +76,15 @@ class Adafactor(NamedClass, torch.optim.Adafactor):  # type: ignore[misc]
 
     def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
         _refuse_complex(self, group)
-        return bool(group["maximize"]), nonzero(group["weight_decay"]), group["eps"][0]
+        return bool(group["maximize"]), group["eps"][0]
 
     def _template(self, switches: tuple[Any, ...]) -> Template:
-        maximize, decay, eps1 = switches
-        parts: list[fo.GradientTransformation] = [fo.scale(-1.0)] if maximize else []
-        parts.append(adafactor_step(LR, Option("beta2_decay"), eps1, Option("eps", 1), Option("d")))
-        if decay:
-            parts.append(decay_then_add(LR, DECAY))
-        return template(fo.chain(*parts), self.SLOTS)
+        maximize, eps1 = switches
+        step = adafactor_descend(
+            factored_square(Option("beta2_decay"), eps1),
+            learning_rate=LR,
+            eps2=Option("eps", 1),
+            d=Option("d"),
+            weight_decay=DECAY,
+        )
+        return template(fo.chain(*before(maximize, l2=False), step), self.SLOTS)

@@ -105,7 +105,11 @@ class LeafwiseStep:
         """Columns of results for columns of arguments, of leaves that are alike."""
         n = len(arrays[0])
         if self.batched and (n > 1 or call.rule.batched):
-            stacked = [torch.stack(list(column)) if column[0] is not None else None for column in arrays]
+            alone = n == 1 and self.checked  # a view will do for a rule that leaves its arguments alone
+            stacked = [
+                None if column[0] is None else column[0].unsqueeze(0) if alone else torch.stack(list(column))
+                for column in arrays
+            ]
             try:
                 results = call(*stacked) if call.rule.batched else call.mapped(stacked)
             except RuleError:

@@ -1,12 +1,12 @@
 """Adafactor: updates divided by the root of a second moment that is kept as rows and columns."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 
+from .._compiler.functions import leaf_mean
 from .._compiler.rule import Leaf, Scalar, slot
-from .._rule import leafwise
+from .._rule import elementwise, leafwise
 
 
 def _factored_dims(shape: Sequence[int], factored: bool, min_dim_size_to_factor: int) -> tuple[int, int] | None:
@@ -116,60 +116,87 @@ def _torch_elements(p: torch.Tensor) -> Sequence[int] | None:
     static=("eps1",),
     batched=True,
 )
-def adafactor_step(
+def factored_square(
     u: Leaf,
-    p: Leaf,
     row_var: Leaf | None,
     col_var: Leaf | None,
     variance: Leaf | None,
     *,
     step: Scalar,
-    learning_rate: Scalar,
     beta2_decay: Scalar = -0.8,
     eps1: float | None = None,
-    eps2: Scalar = 1e-3,
-    d: Scalar = 1.0,
 ) -> tuple[Leaf, Leaf | None, Leaf | None, Leaf | None]:
-    r"""A step of Adafactor as torch has it: the last two dimensions are factored, and the step size is relative.
+    r"""The second moment of Adafactor as torch has it: the last two dimensions are factored.
 
-    $$\hat V_t = R_t C_t / \max(\operatorname{mean}(R_t), \epsilon_1), \quad
-      U_t = G_t / \max(\sqrt{\hat V_t}, \epsilon_1), \quad
-      u_t = -\max(\epsilon_2, \operatorname{RMS}(\theta)) \min(\eta, 1 / \sqrt t)
-      \frac{U_t}{\max(1, \operatorname{RMS}(U_t) / d)}$$
+    $$\hat V_t = R_t C_t / \max(\operatorname{mean}(R_t), \epsilon_1)$$
 
     Args:
-      learning_rate: $\eta$.
       beta2_decay: $\tau$ in the weight $t^\tau$ of new squares.
-      eps1: $\epsilon_1$; None for the machine epsilon of the parameter.
-      eps2: $\epsilon_2$.
-      d: the largest root mean square of a leaf's update.
+      eps1: $\epsilon_1$; None for the machine epsilon of the update's dtype.
 
     Returns:
-      The transformation. It needs the parameters.
+      The transformation, whose update is $\max(\hat V_t, \epsilon_1^2)$.
 
     Example:
-      >>> tx = adafactor_step(0.1)
+      >>> tx = factored_square()
+      >>> squares, _ = tx.update({"w": torch.full((2, 2), 3.0)}, tx.init({"w": torch.ones(2, 2)}))
+      >>> squares["w"][0].round(decimals=3)
+      tensor([9., 9.])
+
+    Source: Shazeer & Stern 2018, arXiv:1804.04235, algorithm 4.
+    """
+    least = torch.finfo(u.dtype).eps if eps1 is None else eps1
+    weight = (step**beta2_decay).to(u.dtype)
+    if u.ndim < 3:  # a stack of vectors or numbers
+        assert variance is not None
+        variance = torch.lerp(variance, u * u, weight)
+        return variance.clamp(min=least * least), row_var, col_var, variance
+    assert row_var is not None
+    assert col_var is not None
+    rows, columns = (torch.linalg.vector_norm(u, dim=k, keepdim=True).square() / u.shape[k] for k in (-1, -2))
+    row_var, col_var = torch.lerp(row_var, rows, weight), torch.lerp(col_var, columns, weight)
+    share = row_var / row_var.mean(-2, keepdim=True).clamp(min=least)
+    return (share * col_var).clamp_(min=least * least), row_var, col_var, variance
+
+
+@elementwise
+def adafactor_descend(
+    u: Leaf,
+    before: Leaf,
+    p: Leaf,
+    *,
+    step: Scalar,
+    learning_rate: Scalar,
+    eps2: Scalar = 1e-3,
+    d: Scalar = 1.0,
+    weight_decay: Scalar = 0.0,
+) -> Leaf:
+    r"""A step of Adafactor as torch has it, from gradients and their second moment: the step size is relative.
+
+    $$U_t = G_t / \sqrt{\hat V_t}, \quad
+      \theta_t = (1 - \eta\lambda)\, \theta_{t-1} - \max(\epsilon_2, \operatorname{RMS}(\theta_{t-1}))
+      \min(\eta, 1 / \sqrt t) \frac{U_t}{\max(1, \operatorname{RMS}(U_t) / d)}$$
+
+    Args:
+      inner: the transformation that makes $\hat V_t$ of $G_t$, `factored_square`.
+      learning_rate: $\eta$.
+      eps2: $\epsilon_2$.
+      d: the largest root mean square of a leaf's update.
+      weight_decay: $\lambda$.
+
+    Returns:
+      The transformation; its update is the difference of the parameters.
+
+    Example:
+      >>> tx = adafactor_descend(factored_square(), learning_rate=0.1)
       >>> params = {"w": torch.ones(2, 2)}
       >>> tx.update({"w": torch.ones(2, 2)}, tx.init(params), params)[0]["w"][0]
       tensor([-0.1000, -0.1000])
 
     Source: Shazeer & Stern 2018, arXiv:1804.04235, algorithms 4 and 5.
     """
-    least = torch.finfo(p.dtype).eps if eps1 is None else eps1
-    weight = (step**beta2_decay).to(u.dtype)
-    rate = torch.minimum(torch.as_tensor(learning_rate, dtype=torch.float64), step**-0.5).to(p.device)
-    if u.ndim > 2:  # a stack of tensors of at least two dimensions
-        assert row_var is not None
-        assert col_var is not None
-        rows, columns = (torch.linalg.vector_norm(u, dim=k, keepdim=True).square() / u.shape[k] for k in (-1, -2))
-        row_var, col_var = torch.lerp(row_var, rows, weight), torch.lerp(col_var, columns, weight)
-        square = (row_var @ col_var).div_(row_var.mean(-2, keepdim=True).clamp_(min=least))
-    else:
-        assert variance is not None
-        square = variance = torch.lerp(variance, u * u, weight)
-    update = square.clamp(min=least * least).rsqrt_().mul_(u)
-    others, root = tuple(range(1, u.ndim)), math.sqrt(u[0].numel())
-    own = torch.linalg.vector_norm(p, dim=others, keepdim=True).double() / root
-    length = torch.linalg.vector_norm(update, dim=others, keepdim=True).double() / (root * d)
-    size = torch.maximum(own, torch.as_tensor(eps2, dtype=torch.float64)) * rate / length.clamp(min=1.0)
-    return update.mul_(-size.to(u.dtype)), row_var, col_var, variance
+    update = before * torch.rsqrt(u)
+    length = torch.sqrt(leaf_mean(update * update))
+    own = torch.sqrt(leaf_mean(p * p))
+    size = torch.maximum(own, eps2) * torch.minimum(learning_rate, step**-0.5) / torch.clamp(length / d, min=1.0)
+    return torch.addcmul(p * (1 - learning_rate * weight_decay), update, -size) - p
