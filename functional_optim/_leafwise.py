@@ -1,6 +1,7 @@
 """Rules for whole tensors: torch operations compute them, for all leaves of one shape at once where that can be."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,9 @@ from ._regions import LeafwiseRegion
 from ._runtime.checks import at, check_number
 from ._runtime.internals import needs_dispatch, version
 from ._runtime.plan import Columns, Key
+
+
+_LOOK = attrgetter("shape", "dtype", "device", "requires_grad")
 
 
 class LeafwiseStep:
@@ -35,6 +39,8 @@ class LeafwiseStep:
         rule, position = region.bound.rule, region.position
         self.slots: list[Key] = [(position, name) for name in rule.slots]
         self.keys: list[Key] = ["updates", *(["params"] if rule.uses_params else []), *self.slots]
+        self.looks: list[Any] = []  # shapes, dtypes and devices of all tensors of the last step
+        self.kinds: list[int] = []  # for each leaf, the number that leaves which looked alike share
         self.batched = True  # until the rule turns out to be one that cannot be
         self.checked = False  # whether it has been seen to leave its arguments alone
 
@@ -63,28 +69,58 @@ class LeafwiseStep:
           ValueError: a slot has another shape than the rule declares.
         """
         results: dict[Key, list[Any]] = {key: list(columns[key]) for key in ("updates", *self.slots)}
-        known: dict[Hashable, _Values] = {}
-        batches: dict[Hashable, tuple[_Values, list[int]]] = {}
-        like = self.params or columns["params" if "params" in columns else "updates"]
-        for i in self.leaves:
-            owner = owners[i] if owners is not None else 0
-            count = _number(columns[self.region.counter][i]) if self.region.counter in columns else None
-            is_first = count == 0 if first is None else i in first
-            token = (owner, *(id(x) if isinstance(x, torch.Tensor) else x for x in (count, is_first)))
-            if token not in known:
-                known[token] = _Values.of(self.bound, options[owner], count, is_first, extra)
-            arrays = [_tensor(columns[key][i]) for key in self.keys]
-            self._check_slots(arrays, self.paths[i], like[i])
-            kind = tuple((x.shape, x.dtype, x.device, x.requires_grad) if x is not None else None for x in arrays)
-            batches.setdefault((token, kind), (known[token], []))[1].append(i)
-        for values, batch in batches.values():
-            call = _Call(self.bound.rule, values, self.paths[batch[0]])
-            outputs = self._run(call, [[_tensor(columns[key][i]) for i in batch] for key in self.keys])
-            for key, column in zip(("updates", *self.slots), outputs, strict=True):
-                for i, x in zip(batch, column, strict=True):
-                    results[key][i] = x if x is not None else results[key][i]
+        arrays = [[_tensor(columns[key][i]) for i in self.leaves] for key in self.keys]
+        kinds = self._kinds_of(arrays, self.params or columns["params" if "params" in columns else "updates"])
+        values: dict[Hashable, _Values] = {}
+        batches: dict[Hashable, list[int]] = {}
+        of_batch: dict[Hashable, _Values] = {}
+        tokens = self._tokens(columns.get(self.region.counter), owners, first)
+        for k, ((owner, count, is_first), kind) in enumerate(zip(tokens, kinds, strict=True)):
+            token = owner, *(id(x) if isinstance(x, torch.Tensor) else x for x in (count, is_first))
+            if token not in values:
+                values[token] = _Values.of(self.bound, options[owner], count, is_first, extra)
+            batches.setdefault((token, kind), []).append(k)
+            of_batch[token, kind] = values[token]
+        for key, batch in batches.items():
+            call = _Call(self.bound.rule, of_batch[key], self.paths[self.leaves[batch[0]]])
+            outputs = self._run(call, [[column[k] for k in batch] for column in arrays])
+            for result, column in zip(results.values(), outputs, strict=True):
+                for k, x in zip(batch, column, strict=True):
+                    if x is not None:
+                        result[self.leaves[k]] = x
         self.checked = True
         return dict(results)
+
+    def _tokens(
+        self, counter: Sequence[Any] | None, owners: Sequence[int] | None, first: frozenset[int] | None
+    ) -> Iterator[tuple[int, Any, Any]]:
+        """For each leaf, whose options it looks up, its number of steps so far, and whether this is its first."""
+        follows = needs_dispatch()
+        numbers: dict[int, Any] = {}  # a counter that leaves share is asked once
+        for i in self.leaves:
+            count = None if counter is None else counter[i]
+            # Python's number where that costs nothing: on the CPU, outside of transformations
+            if isinstance(count, torch.Tensor) and count.device.type == "cpu" and not follows:
+                known = id(count)
+                if known not in numbers:
+                    numbers[known] = count.item()
+                count = numbers[known]
+            yield owners[i] if owners is not None else 0, count, count == 0 if first is None else i in first
+
+    def _kinds_of(self, arrays: Sequence[Sequence[Any]], like: Sequence[torch.Tensor]) -> list[int]:
+        """For each leaf, a number that leaves of the same shapes, dtypes and devices share.
+
+        Raises:
+          ValueError: a slot does not go with its leaf.
+        """
+        looks = [[None if x is None else _LOOK(x) for x in column] for column in arrays]
+        if looks != self.looks:
+            for k, i in enumerate(self.leaves):
+                self._check_slots([column[k] for column in arrays], self.paths[i], like[i])
+            numbers: dict[Hashable, int] = {}
+            self.kinds = [numbers.setdefault(look, len(numbers)) for look in zip(*looks, strict=True)]
+            self.looks = looks
+        return self.kinds
 
     def _check_slots(self, arrays: Sequence[Any], path: str, p: torch.Tensor) -> None:
         """Refuses slots that do not go with their leaf."""
@@ -150,13 +186,6 @@ class LeafwiseStep:
 def _tensor(x: Any) -> torch.Tensor | None:
     """An entry of a column; None where a leaf has none, for which trees have a node without leaves."""
     return x if isinstance(x, torch.Tensor) else None
-
-
-def _number(count: Any) -> Any:
-    """A counter as Python's number where that costs nothing: on the CPU, outside of transformations."""
-    if isinstance(count, torch.Tensor) and count.device.type == "cpu" and not needs_dispatch():
-        return count.item()
-    return count
 
 
 class _Values(NamedTuple):
