@@ -219,24 +219,24 @@ class ChainOptimizer(Optimizer):
     def _params(self) -> tuple[list[Template], Params]:
         """The chains of the groups, and the parameters."""
         own = self._bindings
-        templates, kinds, options = self._templates()
+        templates, of_group, options = self._templates()
         lists = [group["params"] for group in self.param_groups]
         params = list(chain.from_iterable(lists))
         known, sizes = own.params, list(map(len, lists))
         names = [group.get("param_names") for group in self.param_groups]
         if (
             known is None
-            or own.used != (templates, kinds)
+            or own.used != (templates, of_group)
             or sizes != own.sizes
             or names != own.names
             or not all(map(is_, params, known.params))
         ):
             owners = [g for g, size in enumerate(sizes) for _ in range(size)]
             self._check_names(sizes)
-            known = Params(names_of(self.param_groups), params, [kinds[g] for g in owners], owners)
+            known = Params(names_of(self.param_groups), params, [of_group[g] for g in owners], owners)
             own.steps, own.row_steps, own.states = [], [], []
             own.names = [None if x is None else list(x) for x in names]
-            own.params, own.sizes, own.used = known, sizes, (templates, kinds)
+            own.params, own.sizes, own.used = known, sizes, (templates, of_group)
         own.options = options  # last: they say that all the rest is up to date
         return templates, known
 
@@ -258,14 +258,14 @@ class ChainOptimizer(Optimizer):
         if own.options is not None and len(values) == len(own.options) and all(map(is_, values, own.options)):
             return *own.used, own.options
         templates: list[Template] = []
-        kinds: list[int] = []
+        of_group: list[int] = []
         for g, group in enumerate(groups):
             _check_rate(g, group.get("lr"))
             template = self._template_of(group)
             if not any(template is t for t in templates):
                 templates.append(template)
-            kinds.append(next(k for k, t in enumerate(templates) if t is template))
-        return templates, kinds, values if self._is_constant() else None
+            of_group.append(next(k for k, t in enumerate(templates) if t is template))
+        return templates, of_group, values if self._is_constant() else None
 
     def _is_constant(self) -> bool:
         """Whether no option can change and be the same object, apart from lists of parameters and names."""
@@ -342,6 +342,7 @@ class ChainOptimizer(Optimizer):
           extra: the extra arguments.
         """
         own = self._bindings
+        # `torch.amp.GradScaler` sets both where an optimizer offers to unscale gradients itself
         guarded = getattr(self, "found_inf", None) is not None or getattr(self, "grad_scale", None) is not None
         if guarded:
             for name, default in (("grad_scale", 1.0), ("found_inf", 0.0)):

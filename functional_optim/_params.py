@@ -563,8 +563,8 @@ class ParamStep:
                 return "sparse"
             own["updates"] = known or self._local("updates", grads, placed_like, "the gradient of")
             own["params"] = self._local("params", params)
-        guarded = self.runs_python and not needs_dispatch()
-        if guarded:
+        watched = self.runs_python and not needs_dispatch()
+        if watched:
             self.guard = Guard.of(self.guard, own["params"], self.present)
         for stage in self.stages:
             if stage.entered is not None:
@@ -578,7 +578,7 @@ class ParamStep:
             for name, (schedule, _) in stage.region.hosts.items():
                 counts = [int(states[i]["step"]) if "step" in states[i] else None for i in range(len(states))]
                 own[name] = host_column(name, schedule, counts, self.devices)
-            if guarded:
+            if watched:
                 own["params"] = self._local("params", params)
                 if not self.guard.holds(own["params"]):
                     raise RuntimeError(CHANGED_MESSAGE)

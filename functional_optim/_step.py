@@ -202,7 +202,12 @@ class TreeStep:
         in_place: bool,
         dispatching: bool,
     ) -> Columns | None:
-        """Runs a region; returns the columns that change, or None if other leaves are there than before."""
+        """Runs a region.
+
+        Returns:
+          The columns that change, none of them if the step is in place; None, and nothing is done, if other leaves are
+          there than before.
+        """
         variant = Variant(in_place, requested_backend())
         found = None if dispatching or stage.leafwise else stage.find(own, variant)
         if found is None:

@@ -50,7 +50,7 @@ def compile_c(signature: Signature) -> tuple[Any, ...]:
     Raises:
       BuildError: there is no working compiler.
     """
-    run_passes()  # without it nothing starts a kernel
+    starter()  # without it nothing starts a kernel
     library = load_c(emit_c(signature))
     try:
         functions = tuple(getattr(library, f"pass_{k}") for k in range(len(plan(signature))))
@@ -68,7 +68,7 @@ class _Pass(ctypes.Structure):
 
 
 @functools.lru_cache(maxsize=1)
-def run_passes() -> Any:
+def starter() -> Any:
     """The function of `pointers.c` that starts kernels.
 
     Raises:
@@ -128,7 +128,9 @@ class CpuLaunch:
             s = _Struct(n_leaves=len(group.leaves), n_rows=len(group.sources), n_partials=total, first_partial=first)
             s.n_threads, s.n_runs, s.parallel_for = own_threads, len(runs) - 1, parallel_address()
             s.chunk_leaf, s.chunk_start, s.chunk_stop, s.leaf_chunk = map(self._integers, chunks)
+            # sizes of whole leaves, also of those of which this process has a part
             s.leaf_size, s.leaf_row = self._integers(group.table.wholes), self._integers(group.table.rows)
+            # columns point into the memory that every reading fills with data pointers, so they stay as they are
             s.runs, s.columns = self._integers(runs), self._integers([pointers.address + 8 * place for place in at])
             s.partials = self._integers([x.data_ptr() for x in own])
             s.scalars = ctypes.addressof(table)
@@ -143,7 +145,7 @@ class CpuLaunch:
         if self.join is None:  # nothing happens between stages
             stages = [list(itertools.chain.from_iterable(stages))]
         self.stages = [(_Pass * len(own))(*[_Pass(_address(f), ctypes.addressof(s)) for f, s in own]) for own in stages]
-        self.run_passes = run_passes()
+        self.run_passes = starter()
 
     def _integers(self, numbers: Sequence[int]) -> int:
         """The address of 64-bit integers in memory of this launch."""
@@ -159,7 +161,7 @@ class CpuLaunch:
           counters: addresses of 64-bit integers that are moved on by one at the end.
         """
         for (form, table), row in zip(self.numbers, numbers, strict=True):
-            form.pack_into(table, 0, *row)  # tensors are asked for their numbers
+            form.pack_into(table, 0, *row)  # calls `float` on 0-d tensors
         addresses = (ctypes.c_int64 * len(counters))(*counters)
         if self.join is None:
             self.run_passes(self.stages[0], len(self.stages[0]), addresses, len(counters))

@@ -16,7 +16,7 @@ import torch
 from .._compiler.cache import BuildError
 from .._compiler.call import Column
 from .._compiler.program import Level
-from .backend import choose_backend, give_up, requested_backend
+from .backend import choose_backend, give_up
 from .checks import at
 from .cpu import CpuLaunch, compile_c, usable_threads
 from .cuda import TritonLaunch, compile_triton
@@ -161,7 +161,7 @@ class BoundStep(Programs):
         joins: Joins | None = None,
     ) -> None:
         super().__init__(leaves, specs, joins, counters)
-        self.paths, self.in_place, self.requested = paths, in_place, requested_backend()
+        self.paths, self.in_place = paths, in_place
         self.specs: list[TensorSpec] = self.gather(dict(specs))
         self.plain = all(spec.plain for spec in set(self.specs))
         self.devices = {group.device for group in self.groups}
@@ -198,22 +198,32 @@ class BoundStep(Programs):
     # -- binding ------------------------------------------------------------------------------------------------------
 
     def _choose_backends(self) -> list[tuple[str, list[int]]]:
-        """The backends, and the groups that each computes; those on one device run together."""
+        """The backends, and the groups that each computes; those on one device run together.
+
+        Kernels are built here, so that a backend that cannot build one is given up before anything is bound.
+        """
         if not self.plain or self.spans_devices or (self.joins and len(self.devices) != 1):
             return [("reference", list(range(len(self.groups))))]
         parts = []
         for device in dict.fromkeys(group.device for group in self.groups):
             own = [k for k, group in enumerate(self.groups) if group.device == device]
             backend, _ = choose_backend(device)
-            if backend in COMPILE:
-                try:
-                    for k in own:
-                        COMPILE[backend](self.groups[k].signature)
-                except BuildError as error:
-                    give_up(backend, str(error))
-                    backend = "foreach"
-            parts.append((backend, own))
+            parts.append((self._built(backend, own), own))
         return parts
+
+    def _built(self, backend: str, own: Sequence[int]) -> str:
+        """The backend, if it builds the kernels of some groups; else the one that takes its place.
+
+        The kernels stay in the cache of the backend, where launches find them.
+        """
+        if backend in COMPILE:
+            try:
+                for k in own:
+                    COMPILE[backend](self.groups[k].signature)
+            except BuildError as error:
+                give_up(backend, str(error))
+                return "foreach"
+        return backend
 
     def _kernel_columns(self) -> list[list[int]]:
         """For each group, the positions among the pointers at which the columns of its kernel begin.
@@ -329,7 +339,7 @@ class BoundStep(Programs):
         n_threads = usable_threads()
         try:
             launch = self.launches.pop()
-        except IndexError:  # other threads have them
+        except IndexError:  # the first step, or other threads have them
             launch = Launch(self, n_threads)
         if launch.n_threads != n_threads:
             launch = Launch(self, n_threads)

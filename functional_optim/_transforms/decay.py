@@ -77,7 +77,7 @@ def decay_then_add(u: Leaf, p: Leaf, *, learning_rate: Scalar, weight_decay: Sca
 
     Source: Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2, line 12.
     """
-    return (p * (1 - learning_rate * weight_decay) + u) - p
+    return (p * (1 - learning_rate * weight_decay) + u) - p  # the program adds `p` again, and drops both
 
 
 @elementwise

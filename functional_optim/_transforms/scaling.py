@@ -156,4 +156,4 @@ def descend(u: Leaf, p: Leaf, *, learning_rate: Scalar) -> Leaf:
       >>> tx.update(torch.ones(1), tx.init(params), params)[0]
       tensor([-0.5000])
     """
-    return torch.addcmul(p, u, -learning_rate) - p
+    return torch.addcmul(p, u, -learning_rate) - p  # the program adds `p` again, and drops both

@@ -1,9 +1,9 @@
 """Emit one pass of a program as C: a function over every chunk of every leaf.
 
-The text is meant to be read; the cache keeps it beside the compiled kernel. A pass has three parts. `prologue`
-computes the uniform values in double precision, once per row of the scalar table and once per leaf, and keeps those
-that later passes need. `work` runs on every thread: it takes runs of chunks until none is left. `epilogue` stores the
-numbers that a leaf keeps.
+The text is meant to be read; the cache keeps it beside the compiled kernel. A pass is a function `pass_k`. It begins
+with the uniform values in double precision, computed once per row of the scalar table and once per leaf, and keeps
+those that later passes need. Then it runs `work_k` on every thread, which takes runs of chunks until none is left. It
+ends by storing the numbers that a leaf keeps.
 
 Reductions give the same bits for any number of threads: a chunk sums blocks of its elements into eight lanes of
 double precision, and the next pass adds the chunks in order.
