@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import optax
 import pytest
 import torch
 
 import functional_optim as fo
+from functional_optim import adapters
 from functional_optim._compiler.names import HIDDEN, NAMES, PUBLIC, names_of
 from functional_optim._compiler.ops import OPS
 from functional_optim._compiler.trace import REWRITES
@@ -30,27 +32,15 @@ def code(page: str) -> str:
 
 
 # the names that a page says are the reader's
-READERS = {
-    "README.md": """
-import torch
-model, data = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1)), range(3)
-""",
-    "docs/rules.md": "import torch\nparams = {'w': torch.zeros(2, 2)}\n",
-}
-# README.md leaves gradients to the reader
-GRADIENTS = {"grads = ...": "grads = {name: torch.ones_like(p) for name, p in params.items()}"}
+READERS = {"docs/rules.md": "import torch\nparams = {'w': torch.zeros(2, 2)}\n"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if code(page)])
 def test_the_code_of_a_page_runs(page: str, tmp_path: Path) -> None:
     """In a process of its own, because some of it starts `torch.distributed`."""
-    text = code(page)
-    for old, new in GRADIENTS.items():
-        assert page != "README.md" or old in text
-        text = text.replace(old, new)
     script = tmp_path / "page.py"  # rules are read from their file when an error quotes them
-    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{READERS.get(page, '')}{text}")
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{READERS.get(page, '')}{code(page)}")
 
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, cwd=tmp_path)
 
@@ -60,7 +50,7 @@ def test_the_code_of_a_page_runs(page: str, tmp_path: Path) -> None:
 def test_the_explanation_in_the_readme() -> None:
     (shown,) = re.findall(r">>> print\(fo\.explain\(tx, params\)\)\n(.*?)```", PAGES["README.md"], re.DOTALL)
     names: dict[str, object] = {"fo": fo}
-    (recipe,) = re.findall(r"^tx = fo\.chain\(\n.*?^\)$", PAGES["README.md"], re.MULTILINE | re.DOTALL)
+    (recipe,) = re.findall(r"^schedule = .*?^\)$", PAGES["README.md"], re.MULTILINE | re.DOTALL)
     exec(recipe, names)
 
     shapes = {"embedding": (1000, 768), "norm": (768,), "linear": (768, 768)}
@@ -119,6 +109,33 @@ def test_the_table_of_operations() -> None:
     assert len(PUBLIC) == len(set(PUBLIC))
     assert {*PUBLIC} | HIDDEN == {*OPS, *REWRITES}
     assert not {*PUBLIC} & HIDDEN
+
+
+def first_cells(page: str, heading: str) -> list[list[str]]:
+    """The names in the first column of the tables of a section, row by row."""
+    section = PAGES[page].partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    return [re.findall(r"`(\w+)`", cell) for cell in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)]
+
+
+def test_every_class_of_torch_optim_has_a_row() -> None:
+    classes = {
+        name for name, x in vars(torch.optim).items() if isinstance(x, type) and issubclass(x, torch.optim.Optimizer)
+    }
+    rows = first_cells("docs/from_torch.md", "Classes")
+
+    assert sorted(name for row in rows for name in row) == sorted(classes - {"Optimizer"})
+    assert all(hasattr(adapters, name) for row in rows for name in row)
+
+
+def test_every_function_of_optax_is_here_or_in_a_table() -> None:
+    page = PAGES["docs/from_optax.md"]
+    functions = {
+        name for of in (optax, optax.contrib) for name in dir(of) if callable(getattr(of, name)) and name.islower()
+    }
+    told = {name for row in first_cells("docs/from_optax.md", "Names that are not here") for name in row}
+
+    assert {name for name in functions if not hasattr(fo, name) and f"`{name}`" not in page} == set()
+    assert {name for name in told if hasattr(fo, name)} == set()
 
 
 def test_the_words_of_the_glossary_are_explained_once() -> None:
