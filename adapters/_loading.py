@@ -275,8 +275,12 @@ def _slot(key: str, value: Any, p: torch.Tensor, name: str, declared: Any, hyper
         )
     if not declared.like_leaf and not declared.per_leaf:
         return value.detach().to(dtype=dtype or p.dtype, device=p.device, copy=True)
-    if value.is_complex() != (p.is_complex() and not declared.per_leaf) or not (
-        value.is_floating_point() or value.is_complex()
+    numbers_of_its_own = dtype is not None and not dtype.is_floating_point  # bits or counts of a rule for whole tensors
+    if numbers_of_its_own and value.dtype != dtype:
+        raise ValueError(f"the saved {key!r} of {name!r} has dtype {value.dtype}, but the chain keeps it as {dtype}.")
+    if not numbers_of_its_own and (
+        value.is_complex() != (p.is_complex() and not declared.per_leaf)
+        or not (value.is_floating_point() or value.is_complex())
     ):
         raise ValueError(f"the saved {key!r} of {name!r} has dtype {value.dtype}, but the parameter has {p.dtype}.")
     if declared.per_leaf:

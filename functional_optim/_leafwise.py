@@ -247,8 +247,12 @@ class _Call:
             for start, x in zip(starts, slots, strict=True)
         ]
         params = [arrays[1]] if rule.uses_params else []
-        result = rule.fn(u, *params, *before, **self.values.keywords)
-        results = list(result) if isinstance(result, tuple) else [result]
+        try:
+            result = rule.fn(u, *params, *before, **self.values.keywords)
+        except Exception as error:
+            error.add_note(f"in {rule.name}, for a tensor of shape {tuple(u.shape)}{at(self.path)}")
+            raise
+        results = list(result) if isinstance(result, (tuple, list)) else [result]
         if len(results) != 1 + len(slots):
             expected = ", ".join(["u", *rule.slots])
             raise RuleError(f"{rule.name} returned {len(results)} results, expected {1 + len(slots)}: ({expected}).")

@@ -90,7 +90,7 @@ class RuleTransformation(Fusible):
 
     def _lacking(self, view: View) -> Mapping[str, frozenset[int]]:
         """The slots of which some leaves have no entry, with the positions of those leaves."""
-        shaped = {name: slot for name, slot in self.bound.rule.slots.items() if slot.shape is not None}
+        shaped = {name: slot for name, slot in self.bound.rule.slots.items() if slot.may_lack}
         return {
             name: frozenset(
                 i
@@ -486,8 +486,9 @@ def _make(
     for slot_name, slot in slots.items():
         for what, source in (("dtype", slot.dtype), ("start", slot.start)):
             if isinstance(source, str) and source not in (*hypers, "param", "first_update"):
+                starts = ' A slot may also start as "param" or "first_update".' if what == "start" else ""
                 raise TypeError(
-                    f"the slot `{slot_name}` of {name} takes its {what} from `{source}`, which is no argument."
+                    f"the slot `{slot_name}` of {name} takes its {what} from `{source}`, which is no argument.{starts}"
                 )
         unknown = [k for k in slot.shape_hypers if k not in hypers or k not in static]
         if unknown:

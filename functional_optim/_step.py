@@ -515,7 +515,7 @@ def call_opaque(
 
 
 def updates_of(link: Any, tree: Tree, before: Sequence[Any], read: Reader) -> list[Any]:
-    """The updates that a transformation returned; where it does not see a leaf, the update from before.
+    """The updates that a transformation returned; where it does not see a leaf, or there is no gradient, those before.
 
     Raises:
       ValueError: the tree has another structure than the parameters.
@@ -528,7 +528,8 @@ def updates_of(link: Any, tree: Tree, before: Sequence[Any], read: Reader) -> li
             f"{difference(read.spec, tree)}."
         ) from None
     return [
-        x if seen and not isinstance(x, MaskedNode) else u for x, u, seen in zip(found, before, link.seen, strict=True)
+        x if seen and u is not None and not isinstance(x, MaskedNode) else u
+        for x, u, seen in zip(found, before, link.seen, strict=True)
     ]
 
 

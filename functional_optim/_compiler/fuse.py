@@ -353,7 +353,7 @@ def _results(rule: Rule, result: Any) -> list[Any]:
     """Checks the values that a rule returned: the update, then the new value of every slot."""
     slots = list(rule.slots)
     name = _name(rule)
-    results = list(result) if isinstance(result, tuple) else [result]
+    results = list(result) if isinstance(result, (tuple, list)) else [result]
     expected = ", ".join(["u", *slots])
     if len(results) != 1 + len(slots):
         raise RuleError(f"{name} returned {len(results)} results, expected {1 + len(slots)}: ({expected}).")

@@ -38,10 +38,7 @@ def names_of(kind: str) -> list[list[str]]:
 
 PUBLIC = [name for kind in NAMES for entry in names_of(kind) for name in entry]
 
-RANDOM = (
-    "A rule has no random numbers. Draw them in a `GradientTransformation` that stands before it in the chain, and "
-    "add them to its updates there."
-)
+RANDOM = "A rule has no random numbers. Declare `extra={'noise': 'element'}`, and pass a tree of them to every step."
 WHOLE = (
     "A rule is the formula for one element of any leaf, and its reductions are over the whole leaf. What looks at "
     "shapes, at other elements or along a dimension belongs in a rule for whole tensors: `leafwise`."

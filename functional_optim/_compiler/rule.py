@@ -83,7 +83,7 @@ class Slot:
       per_tree: whether that number is one for all leaves.
     """
 
-    start: float | str | Callable[[torch.Tensor], torch.Tensor]
+    start: float | str | Callable[..., torch.Tensor | None]
     dtype: torch.dtype | str | None
     per_leaf: bool
     square: bool = False
@@ -98,17 +98,29 @@ class Slot:
 
     @cached_property
     def shape_hypers(self) -> tuple[str, ...]:
-        """The hyper-parameters that its shape depends on."""
-        return () if self.shape is None else tuple(inspect.signature(self.shape).parameters)[1:]
+        """The hyper-parameters that its shape, or the tensor that it starts as, depends on."""
+        function = self.start if callable(self.start) else self.shape
+        return () if function is None else tuple(inspect.signature(function).parameters)[1:]
+
+    @property
+    def may_lack(self) -> bool:
+        """Whether some leaves may have no entry."""
+        return self.shape is not None or callable(self.start)
+
+    def _from_function(self, function: Callable[..., Any], p: torch.Tensor, hypers: Mapping[str, Any]) -> Any:
+        return function(p, **{name: hypers[name] for name in self.shape_hypers})
 
     def shape_for(self, p: torch.Tensor, hypers: Mapping[str, Any]) -> tuple[int, ...] | None:
         """The shape that it has for a leaf; None if it has no entry there."""
         if self.per_leaf:
             return ()
         if self.shape is not None:
-            shape = self.shape(p, **{name: hypers[name] for name in self.shape_hypers})
+            shape = self._from_function(self.shape, p, hypers)
             return None if shape is None else tuple(shape)
-        return tuple(self.start(p).shape if callable(self.start) else p.shape)
+        if callable(self.start):
+            made = self._from_function(self.start, p, hypers)
+            return None if made is None else tuple(made.shape)
+        return tuple(p.shape)
 
     def stored_as(self, p: torch.Tensor, hypers: Mapping[str, Any]) -> torch.dtype | None:
         """The dtype that is asked for, or that squares need; None if it is the default one."""
@@ -119,7 +131,8 @@ class Slot:
         """The slot's first value for one leaf; None if it has no entry there."""
         dtype = self.stored_as(p, hypers)
         if callable(self.start):
-            return self.start(p).detach().to(dtype=dtype or p.dtype, device=p.device, copy=True)
+            made = self._from_function(self.start, p, hypers)
+            return None if made is None else made.detach().to(dtype=dtype or p.dtype, device=p.device, copy=True)
         if self.start == "param":
             # a leaf of autograd's graph starts a state of its own; anything else is followed to where it came from
             return (p.detach() if p.is_leaf else p).to(dtype or p.dtype, copy=True)
@@ -143,7 +156,7 @@ class Slot:
 
 
 def slot(
-    start: float | str | Callable[[torch.Tensor], torch.Tensor] = 0.0,
+    start: float | str | Callable[..., torch.Tensor | None] = 0.0,
     *,
     dtype: torch.dtype | str | None = None,
     per: Literal["element", "leaf", "tree"] = "element",
@@ -157,15 +170,15 @@ def slot(
       start: its value before the first update: a number, the name of the hyper-parameter that holds one, a copy of
         the parameter (`"param"`), or the update that reaches the rule at its first step (`"first_update"`). In a
         `leafwise` rule also a function of the parameter that returns a tensor, such as
-        `lambda p: torch.eye(p.shape[0])`.
+        `lambda p: torch.eye(p.shape[0])`, or None for a parameter that has no such entry.
       dtype: how it is stored: a dtype, or the name of the hyper-parameter that holds one. By default as the
         parameter is, or as float32 (float64 for float64 parameters) where there is one number per leaf or tree.
       per: one number per element of a leaf, one per leaf, or one for the tree of all leaves that the rule sees.
       square: whether it holds squares, of which float16 has too few: the square of 1e-4 is 0. Then it is stored as
         float32 where the parameter is float16, unless `dtype` says otherwise.
       shape: in a `leafwise` rule, the shape as a function of the parameter, such as `lambda p: p.shape[:1]`; None
-        where a parameter has no such entry, of which the rule is then given None. Further arguments of the function
-        are hyper-parameters of those names, which have to be static.
+        where a parameter has no such entry, of which the rule is then given None. Further arguments of this function,
+        and of `start`, are hyper-parameters of those names, which have to be static.
       evaluate: whether it holds the parameters to evaluate a model at, such as an average of those that are trained:
         `eval_params` and `averaged_params` of optimizers find it by this mark.
 

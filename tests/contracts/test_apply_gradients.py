@@ -231,3 +231,14 @@ def test_a_tensor_within_a_schedule_is_read_at_every_step(backend: str) -> None:
             params, state = fo.apply_gradients(tx, params, {"w": torch.ones(())}, state)
 
     torch.testing.assert_close(params["w"], torch.tensor(-(1.0 + 2 * 10.0 + 4 * 100.0)))
+
+
+def test_an_update_that_an_opaque_transformation_makes_up_leaves_a_leaf_without_a_gradient_alone() -> None:
+    ones = {"a": torch.ones(2), "b": torch.ones(2)}
+    tx = fo.chain(
+        fo.GradientTransformation(lambda p: fo.EmptyState(), lambda u, s, params=None: (ones, s)), fo.scale(-1.0)
+    )
+    params = {"a": torch.zeros(2), "b": torch.zeros(2)}
+    for _ in range(2):
+        new, _ = fo.apply_gradients(tx, params, {"a": torch.ones(2), "b": None}, tx.init(params))
+        torch.testing.assert_close(new, {"a": -torch.ones(2), "b": torch.zeros(2)})

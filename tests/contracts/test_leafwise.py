@@ -232,6 +232,50 @@ def test_results_are_stored_in_the_dtypes_of_gradients_and_slots() -> None:
         assert {x.dtype for x in state.seen.values()} == {torch.int8}
 
 
+def test_slots_of_whole_numbers_go_through_checkpoints() -> None:
+    for slot in (fo.slot(dtype=torch.int8), fo.slot(dtype=torch.int64, per="leaf"), fo.slot(dtype=torch.bool)):
+
+        @fo.leafwise(state={"q": slot})
+        def keep(u: Any, q: Any) -> Any:
+            return u, ~q if q.dtype is torch.bool else q + 1
+
+        ours, theirs = ([nn.Parameter(p) for p in tree(0).values()] for _ in range(2))
+        opts = [TransformOptimizer(params, fo.chain(keep(), fo.scale(-0.1))) for params in (ours, theirs)]
+        take(opts[0], dict(zip(SHAPES, ours, strict=True)), 1)
+        opts[1].load_state_dict(opts[0].state_dict())
+        assert_same_bits([opts[1].state[p]["q"] for p in theirs], [opts[0].state[p]["q"] for p in ours])
+        saved = opts[0].state_dict()
+        saved["state"][0]["q"] = saved["state"][0]["q"].float()
+        with pytest.raises(ValueError, match=r"has dtype torch.float32, but the chain keeps it as"):
+            opts[1].load_state_dict(saved)
+
+
+def test_a_start_may_depend_on_hypers_and_be_missing() -> None:
+    def start(p: Any, eps: float) -> Any:
+        return eps * torch.eye(p.shape[0], dtype=p.dtype) if p.ndim == 2 else None
+
+    @fo.leafwise(state={"left": fo.slot(start)}, static=("eps",))
+    def side(u: Any, left: Any, *, eps: float = 0.5) -> Any:
+        return u, left if left is None else left + u @ u.T
+
+    state = side(eps=0.25).init(tree(0))
+    assert_same_bits(state.left["a"], 0.25 * torch.eye(4, dtype=torch.float64))
+    assert isinstance(state.left["b"], fo.MaskedNode)
+    _, state = side(eps=0.25).update(tree(1), state)
+    g = tree(1)["a"]
+    close(state.left["a"], 0.25 * torch.eye(4, dtype=torch.float64) + g @ g.T)
+
+
+def test_an_error_of_the_function_names_the_rule_and_the_leaf() -> None:
+    @fo.leafwise
+    def fails(u: Any) -> Any:
+        return u @ u
+
+    with pytest.raises(RuntimeError) as caught:
+        fails().update({"w": torch.ones(2, 3)}, fails().init({"w": torch.ones(2, 3)}))
+    assert "in fails, for a tensor of shape (2, 3) at 'w'" in caught.value.__notes__
+
+
 # -- transformations --------------------------------------------------------------------------------------------------
 
 
