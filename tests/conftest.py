@@ -20,8 +20,12 @@ settings.load_profile("tests")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the cases that run in Triton's interpreter, by the backend that is their parameter."""
+    """Marks the cases that run in Triton's interpreter, by the backend that is their parameter; slow ones come first.
+
+    A worker runs whole files, so a long one that comes last would run alone.
+    """
     for item in items:
         callspec = getattr(item, "callspec", None)
         if callspec and any(isinstance(x, str) and x == "triton" for x in callspec.params.values()):
             item.add_marker("triton")
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
