@@ -2,6 +2,8 @@
 
 Steps
   apply_gradients apply_updates eval_params update_average hyperparams slots explain use_backend
+Packing
+  pack unpack Packed
 Combinators
   chain named_chain masked partition multi_transform identity stateless stateless_with_tree_map
 Rules
@@ -91,6 +93,11 @@ from ._optimizers import (
     sign_sgd,
     signum,
 )
+from ._pack import (
+    pack,
+    unpack,
+)
+from ._packed import Packed
 from ._reading import (
     hyperparams,
     slots,
@@ -222,6 +229,7 @@ __all__ = [
     "GradientTransformation",
     "MaskedNode",
     "MaskedState",
+    "Packed",
     "PartitionState",
     "RuleError",
     "Schedule",
@@ -283,6 +291,7 @@ __all__ = [
     "nadamw",
     "named_chain",
     "orthogonalize",
+    "pack",
     "params_ema",
     "params_swa",
     "partition",
@@ -332,6 +341,7 @@ __all__ = [
     "tree_amax",
     "tree_norm",
     "tree_sum",
+    "unpack",
     "update_average",
     "use_backend",
     "value_and_grad_from_state",

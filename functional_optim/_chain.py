@@ -7,7 +7,7 @@ from ._rule import Fusible, RuleTransformation
 from ._runtime.checks import check_fit, check_leaf
 from ._step import run
 from ._transform import GradientTransformation, Link, as_transformation, joined_names
-from ._tree import Tree, View, difference, flatten, leaves_like, paths, unflatten
+from ._tree import Tree, View, difference, flatten, leaves_like, packed_like, paths, unflatten
 
 
 class Chain(Fusible):
@@ -175,9 +175,8 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
     for path, p, u in zip(paths(spec), leaves, others, strict=True):
         if p is not None and u is not None:
             check_fit("updates", "parameter", path, u, check_leaf("params", path, p))
-    return unflatten(
-        spec, [p if p is None or u is None else (p + u).to(p.dtype) for p, u in zip(leaves, others, strict=True)]
-    )
+    new = [p if p is None or u is None else (p + u).to(p.dtype) for p, u in zip(leaves, others, strict=True)]
+    return packed_like(params, unflatten(spec, new))
 
 
 def apply_gradients(

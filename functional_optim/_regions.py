@@ -9,8 +9,10 @@ import torch
 
 from ._compiler.fuse import Counting, Part, Recipe, fuse_all
 from ._compiler.rule import Bound, Slot, slot
+from ._packed import Form
 from ._runtime.checks import at, check_fit, check_slot
 from ._runtime.join import Joins
+from ._runtime.packed_step import PackedStep
 from ._runtime.plan import Columns, Key, Leaf
 from ._runtime.shard import MeshShard
 from ._runtime.spec import TensorSpec, specs_of
@@ -230,11 +232,13 @@ class Variant(NamedTuple):
       in_place: whether results are written in place.
       backend: the backend that is asked for, if any.
       first: the leaves that take their first step, where that makes a difference.
+      forms: the form of each column that is packed, by its position among the columns.
     """
 
     in_place: bool
     backend: str | None
     first: frozenset[int] = frozenset()
+    forms: tuple[Form | None, ...] = ()
 
 
 class BoundRegion:
@@ -293,7 +297,9 @@ class BoundRegion:
           leaves: the leaves that programs compute.
           counters: columns of counters that all leaves share.
         """
-        bound = BoundStep(leaves, self.specs(own), own, self.paths, variant.in_place, counters, self.joins)
+        arguments = (leaves, self.specs(own), own, self.paths, variant.in_place, counters, self.joins)
+        packed = PackedStep(*arguments) if any(variant.forms) else None
+        bound = packed if packed is not None and packed.fits else BoundStep(*arguments)
         self.bound = [(variant, bound), *self.bound[: self.KEEP - 1]]
         found = self.find(own, variant)
         assert found is not None, "a step is bound to the tensors that it was made for"

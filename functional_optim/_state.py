@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from ._packed import Packed
 from ._regions import Region
 from ._runtime.checks import check_count
+from ._runtime.packing import Repeated
 from ._runtime.plan import Columns
-from ._tree import Reader, Tree, difference
+from ._tree import Reader, Tree, difference, unpacked
 
 
 Path = Sequence[int | str]
@@ -112,7 +114,7 @@ class TreeState:
                 and not value.ndim
                 and value.device == self.device
             ):
-                own[k, name] = [value] * len(columns["updates"])
+                own[k, name] = Repeated([value] * len(columns["updates"]))
             else:
                 check_count(f"state {self.region.bounds[k].rule.name}.count", value)
                 own[k, name] = broadcast_count(value, columns["updates"])
@@ -130,13 +132,13 @@ class TreeState:
         Args:
           states: the old ones.
           columns: the slots, old or new.
-          like: a tree whose containers slots have.
+          like: a tree whose containers slots have; a slot that is packed stays so.
           moving: the transformations whose counter moves on.
         """
         new = {}
         for k, bound in self.region.bounds.items():
             fields = {
-                name: self.reader.rebuild(like, columns[k, name])
+                name: self._rebuild(getattr(states[k], name), like, columns[k, name])
                 for name in bound.rule.slots
                 if (k, name) not in self.shared
             }
@@ -149,6 +151,9 @@ class TreeState:
             if fields:
                 new[tuple(self.region.links[k].path)] = states[k]._replace(**fields)
         return new
+
+    def _rebuild(self, slot: Tree, like: Tree, leaves: Sequence[Any]) -> Tree:
+        return self.reader.rebuild(slot if isinstance(slot, Packed) else unpacked(like), leaves)
 
 
 def broadcast_count(count: torch.Tensor, leaves: Sequence[Any]) -> list[Any]:

@@ -15,6 +15,7 @@ import torch
 from ._compiler.trace import ShortTracebacks
 from ._leafwise import LeafwiseStep
 from ._opaque import check_apart
+from ._packed import packed_form
 from ._regions import BoundRegion, LeafwiseRegion, Opaque, Region, Variant, cut_into_regions
 from ._runtime.backend import requested_backend
 from ._runtime.checks import at, check_fit, check_leaf, check_number
@@ -26,7 +27,7 @@ from ._runtime.spec import TensorSpec
 from ._runtime.step import BoundStep, Numbers, Reading
 from ._state import TreeState, get_state, set_states
 from ._transform import GradientTransformation, Link
-from ._tree import MaskedNode, Reader, Tree, View, difference, flatten, paths
+from ._tree import MaskedNode, Reader, Tree, View, difference, flatten, packed_inside, paths
 
 
 KEEP = 8  # trees that a transformation is bound to at once
@@ -89,7 +90,10 @@ class TreeStep:
         self.extras = extras_of(stages)
         self.traced = [stage for stage in stages if isinstance(stage, Region) and stage.traced]
 
-    def _read(self, name: str, tree: Tree) -> list[Any]:
+    def _read(self, name: str, tree: Tree) -> Sequence[Any]:
+        path = packed_inside(tree)
+        if path is not None:
+            raise TypeError(f"{name}{at(path)} is packed, but not the whole tree: call `pack` of the whole tree.")
         try:
             return self.read(tree)
         except (ValueError, TypeError):
@@ -117,7 +121,7 @@ class TreeStep:
             return None
         like = updates if params is None else params
         # a donated step returns its very arguments; any other returns trees whose containers are those it was given
-        if not (donate or self.read.is_plain(like)) and flatten(like)[1] != self.spec:
+        if not (donate or self.read.is_fixed(like)) and flatten(like)[1] != self.spec:
             return None
         try:
             columns: Columns = {"updates": self.read(updates)}
@@ -208,7 +212,7 @@ class TreeStep:
           The columns that change, none of them if the step is in place; None, and nothing is done, if other leaves are
           there than before.
         """
-        variant = Variant(in_place, requested_backend())
+        variant = Variant(in_place, requested_backend(), forms=tuple(map(packed_form, own.values())))
         found = None if dispatching or stage.leafwise else stage.find(own, variant)
         if found is None:
             if [i for i, x in enumerate(_present(own)) if x] != list(self.present) or self._has_containers(own):
@@ -254,7 +258,7 @@ class TreeStep:
         return [
             states[k].count
             for k, place in places.items()
-            if place is None or reading.tensors[place] is not states[k].count
+            if place is None or bound.tensor_at(reading, place) is not states[k].count
         ]
 
     def _call(self, stage: Opaque, columns: Columns, state: Any, extra: Mapping[str, Any]) -> tuple[Columns, Any]:

@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import copyreg
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -12,6 +13,11 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 import optree
+import torch
+
+from ._packed import Form, Packed, form
+from ._runtime.internals import register_with_torch
+from ._runtime.packing import PackedColumn, Place
 
 
 Tree = Any
@@ -24,7 +30,12 @@ class MaskedNode(NamedTuple):
 
 
 def flatten(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], Spec]:
-    """The leaves of a tree, and its structure; a node that `is_leaf` accepts is a leaf."""
+    """The leaves of a tree, and its structure; a node that `is_leaf` accepts is a leaf.
+
+    Those of a packed tree are the views of its buffers.
+    """
+    if isinstance(tree, Packed):
+        return list(tree.views), tree.form.spec
     return optree.tree_flatten(tree, is_leaf=is_leaf, none_is_leaf=True, namespace=NAMESPACE)
 
 
@@ -34,7 +45,28 @@ def leaves_like(spec: Spec, tree: Tree) -> list[Any]:
     Raises:
       ValueError: the tree has another structure.
     """
-    return spec.flatten_up_to(tree)
+    return spec.flatten_up_to(unpacked(tree))
+
+
+def unpacked(tree: Tree) -> Tree:
+    """The tree of views that a packed tree stands for; any other as it is."""
+    return tree.tree() if isinstance(tree, Packed) else tree
+
+
+def packed_like(like: Tree, tree: Tree) -> Tree:
+    """A tree, packed if another one is."""
+    if not isinstance(like, Packed) or isinstance(tree, Packed):
+        return tree
+    leaves, spec = flatten(tree)
+    return Packed.of(spec, leaves)
+
+
+def packed_inside(tree: Tree) -> str | None:
+    """The path of a packed tree that is only a part of a tree."""
+    if isinstance(tree, Packed):
+        return None
+    leaves, spec = flatten(tree, is_leaf=lambda x: isinstance(x, Packed))
+    return next((path for path, x in zip(paths(spec), leaves, strict=True) if isinstance(x, Packed)), None)
 
 
 class Reader:
@@ -48,34 +80,73 @@ class Reader:
       [2, 1]
     """
 
+    KEEP = 16  # forms of packed trees
+
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
         flat = spec.type is dict and spec.num_nodes == spec.num_leaves + 1 > 2
         self.keys = spec.entries() if flat else None
         self.get = itemgetter(*spec.entries()) if flat else None
+        self.forms: list[tuple[Form, tuple[Any, ...] | None]] = []  # of packed trees that were read last
 
-    def __call__(self, tree: Tree) -> list[Any]:
+    def __call__(self, tree: Tree) -> Sequence[Any]:
         """The objects that a tree has in the places of the leaves.
 
         Raises:
           ValueError: the tree has another structure.
         """
+        if isinstance(tree, Packed):
+            picks = self._picks(tree.form)
+            if picks is None:
+                raise ValueError("the packed tree has another structure.")
+            return PackedColumn(tree, picks)
         if self.get is not None and type(tree) is dict and len(tree) == self.spec.num_leaves:
             with contextlib.suppress(KeyError):
                 return list(self.get(tree))
         return leaves_like(self.spec, tree)
 
+    def _picks(self, form: Form) -> tuple[Any, ...] | None:
+        """For each leaf, its position among those of a packed tree, or the object in its place.
+
+        None if the packed tree has another structure.
+        """
+        for known, picks in self.forms:
+            if known is form:
+                return picks
+        positions = range(form.spec.num_leaves)
+        picks: tuple[Any, ...] | None = tuple(positions)
+        if form.spec != self.spec:
+            try:
+                picks = tuple(self.spec.flatten_up_to(form.spec.unflatten(positions)))
+            except (ValueError, TypeError):
+                picks = None
+            if picks is not None and not all(type(k) is int or isinstance(k, MaskedNode) for k in picks):
+                picks = None
+        self.forms = [(form, picks), *self.forms[: self.KEEP - 1]]
+        return picks
+
     def rebuild(self, like: Tree, leaves: Sequence[Any]) -> Tree:
-        """A tree with other leaves and the containers of `like`, which has the structure too.
+        """A tree with other leaves and the containers of `like`, which has the structure too; packed if `like` is.
 
         Example:
           >>> Reader(flatten({"b": 0, "a": 0})[1]).rebuild({"b": 0, "a": 0}, [1, 2])
           {'b': 2, 'a': 1}
         """
+        if isinstance(like, Packed):
+            if isinstance(leaves, PackedColumn) and leaves.packed.layout is like.layout:
+                return like.with_buffers(leaves.packed.buffers)
+            return packed_like(like, self.spec.unflatten(leaves))
         if self.is_plain(like):
             found = dict(zip(self.keys or (), leaves, strict=True))
             return {key: found[key] for key in like}
         return flatten(like)[1].unflatten(leaves)
+
+    def is_fixed(self, tree: Tree) -> bool:
+        """Whether a tree that has been read has the very containers of the structure.
+
+        It is a plain dict of leaves, as the structure is, or packed: then every leaf has a place of its own.
+        """
+        return self.is_plain(tree) or (isinstance(tree, Packed) and self._picks(tree.form) is not None)
 
     def is_plain(self, tree: Tree) -> bool:
         """Whether a tree is a plain dict of leaves, as the structure is."""
@@ -96,8 +167,10 @@ def unflatten(spec: Spec, leaves: Sequence[Any]) -> Tree:
 
 
 def tree_map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
-    """Applies a function to the leaves of trees of one structure."""
-    return optree.tree_map(fn, tree, *rest, none_is_leaf=True, namespace=NAMESPACE)
+    """Applies a function to the leaves of trees of one structure; the result is packed if the first one is."""
+    if isinstance(tree, Packed):
+        return packed_like(tree, tree_map(fn, tree.tree(), *rest))
+    return optree.tree_map(fn, tree, *map(unpacked, rest), none_is_leaf=True, namespace=NAMESPACE)
 
 
 @functools.lru_cache(maxsize=64)
@@ -141,16 +214,26 @@ class View(NamedTuple):
       spec: structure of the whole tree.
       leaves: leaves of the whole tree.
       seen: for each leaf, whether the transformation sees it.
+      packed: whether the tree is packed.
     """
 
     spec: Spec
     leaves: tuple[Any, ...]
     seen: tuple[bool, ...]
+    packed: bool = False
 
     @classmethod
     def of(cls, tree: Tree) -> "View":
+        """The view of a tree all of whose leaves are seen.
+
+        Raises:
+          TypeError: a part of the tree is packed.
+        """
+        path = packed_inside(tree)
+        if path is not None:
+            raise TypeError(f"the tree at {path!r} is packed, but not the whole tree: call `pack` of the whole tree.")
         leaves, spec = flatten(tree)
-        return cls(spec, tuple(leaves), tuple(x is not None for x in leaves))
+        return cls(spec, tuple(leaves), tuple(x is not None for x in leaves), isinstance(tree, Packed))
 
     def narrow(self, mask: Sequence[bool]) -> "View":
         """The same tree with fewer leaves seen."""
@@ -164,10 +247,38 @@ class View(NamedTuple):
         )
 
     def map(self, fn: Callable[[Any], Any]) -> Tree:
-        """Applies a function to the leaves that are seen."""
-        return self.tree([fn(x) if seen else x for x, seen in zip(self.leaves, self.seen, strict=True)])
+        """Applies a function to the leaves that are seen; the result is packed if the tree is."""
+        made = self.tree([fn(x) if seen else x for x, seen in zip(self.leaves, self.seen, strict=True)])
+        if not self.packed:
+            return made
+        leaves, spec = flatten(made)
+        return Packed.of(spec, leaves)
 
 
 def show(x: Any) -> str:
     """A value as it stands in a call; a function by its name."""
     return x.__qualname__ if inspect.isfunction(x) else repr(x)
+
+
+def restore_packed(skeleton: Tree, places: Sequence[Any], buffers: Sequence[Any]) -> Packed:
+    """A packed tree from the parts that `pickle` keeps: the tree with positions for leaves, the places, the buffers."""
+    found = tuple(None if place is None else Place(*place) for place in places)
+    return Packed(form(flatten(skeleton)[1], found), buffers)
+
+
+def _reduce(packed: Packed) -> tuple[Any, ...]:
+    places = [None if place is None else tuple(place) for place in packed.layout.places]
+    return restore_packed, (packed.form.spec.unflatten(range(len(places))), places, list(packed.buffers))
+
+
+copyreg.pickle(Packed, _reduce)
+optree.register_pytree_node(
+    Packed,
+    lambda packed: (packed.buffers, packed.form),
+    lambda form, buffers: Packed(form, tuple(buffers)),
+    namespace=NAMESPACE,
+)
+register_with_torch(
+    Packed, lambda packed: (list(packed.buffers), packed.form), lambda buffers, form: Packed(form, tuple(buffers))
+)
+torch.serialization.add_safe_globals([restore_packed, MaskedNode])

@@ -4,6 +4,7 @@ Nothing here is guessed: each is a name of a Python module, read and never writt
 """
 
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -56,6 +57,19 @@ def is_wrapper_of_a_transformation(x: Any) -> bool:
     no public question.
     """
     return torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def register_with_torch(
+    cls: type, flatten: Callable[[Any], tuple[list[Any], Any]], unflatten: Callable[[Any, Any], Any]
+) -> None:
+    """Registers a container with torch's own pytrees, which `torch.func` works on.
+
+    There is no public name: `torch.utils._pytree.register_pytree_node` is the one that torch's documentation of
+    `torch.export` has for user classes. The name for serialization keeps `torch.export` from warning.
+    """
+    torch.utils._pytree.register_pytree_node(
+        cls, flatten, unflatten, serialized_type_name=f"functional_optim.{cls.__name__}"
+    )
 
 
 def version(x: Any) -> int:

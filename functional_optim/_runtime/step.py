@@ -131,6 +131,10 @@ class Launch:
             if backend == "c"
         }
 
+    def content(self) -> bytes:
+        """The data pointers that have been read, as bytes."""
+        return self.pointers.content()
+
     @property
     def completed(self) -> bool:
         """Whether everything has been written, which C notes in the call that writes."""
@@ -149,6 +153,8 @@ class BoundStep(Programs):
       counters: columns of counters that all leaves on a device share, which a step in place moves on by one.
       joins: the reductions over processes, if there are any.
     """
+
+    launch_type: "type[Launch]" = Launch
 
     def __init__(
         self,
@@ -336,14 +342,7 @@ class BoundStep(Programs):
             if span and x.storage_offset() * x.element_size() + span > x.untyped_storage().nbytes():
                 return Difference(i, True)
             tensors[i] = x.contiguous()
-        n_threads = usable_threads()
-        try:
-            launch = self.launches.pop()
-        except IndexError:  # the first step, or other threads have them
-            launch = Launch(self, n_threads)
-        if launch.n_threads != n_threads:
-            launch = Launch(self, n_threads)
-        launch.status.value = 0
+        launch = self.take_launch()
         found = self.reader.read(tensors, launch.pointers)
         if found is not None:
             self.launches.append(launch)
@@ -353,6 +352,22 @@ class BoundStep(Programs):
             if memory[copy] != memory[start]:
                 memory[copy : copy + n] = [memory[start]] * n
         return Reading(tensors, originals, launch)
+
+    def take_launch(self) -> Launch:
+        """A launch that no other thread uses."""
+        n_threads = usable_threads()
+        try:
+            launch = self.launches.pop()
+        except IndexError:  # other threads have them
+            launch = self.launch_type(self, n_threads)
+        if launch.n_threads != n_threads:
+            launch = self.launch_type(self, n_threads)
+        launch.status.value = 0
+        return launch
+
+    def tensor_at(self, reading: Reading, position: int) -> torch.Tensor:
+        """The gathered tensor at a position."""
+        return reading.tensors[position]
 
     def requires_grad(self, reading: Reading, numbers: Numbers) -> bool:
         """Whether a tensor or a number requires a gradient, so that autograd has to record the step."""
@@ -377,16 +392,14 @@ class BoundStep(Programs):
         Raises:
           SharedMemoryError: tensors that are written share memory. Nothing has been written.
         """
-        launch, tensors = reading.launch, reading.tensors
-        outputs: list[list[Column]] = self._allocate(reading) if self.allocates else [[]] * len(self.groups)
+        launch = reading.launch
+        outputs: list[list[Column]] = self._allocate(reading, columns) if self.allocates else [[]] * len(self.groups)
         counters: list[int] = []  # addresses
         if self.in_place:
             self._refuse_overlap(reading)
-            written = []
-            for start, stop in self.written:
-                written += tensors[start:stop]
+            written = self._written_tensors(reading)
             for i in self.counters.values():
-                written.append(tensors[i])
+                written.append(self.tensor_at(reading, i))
                 counters.append(launch.pointers.memory[i])
             # before anything is written, so that no interrupt comes between a write and its version
             torch.autograd.graph.increment_version(written)
@@ -398,7 +411,7 @@ class BoundStep(Programs):
             outputs = list(outputs)
             self._run_parts(reading, numbers, outputs)
             for i in self.counters.values():
-                tensors[i].add_(1)
+                self.tensor_at(reading, i).add_(1)
         if reading.originals:
             if self.in_place:
                 self._copy_back(reading)
@@ -406,7 +419,18 @@ class BoundStep(Programs):
                 self._restore_layout(reading, outputs)
         launch.status.value = 1
         self.launches.append(launch)
-        return {} if self.in_place else self.scatter(columns, outputs)
+        return {} if self.in_place else self._results(columns, outputs)
+
+    def _results(self, columns: Columns, outputs: Sequence[Sequence[Sequence[Any]]]) -> Columns:
+        """The columns that change, with what has been computed."""
+        return self.scatter(columns, outputs)
+
+    def _written_tensors(self, reading: Reading) -> list[torch.Tensor]:
+        """The tensors that are written in place."""
+        written = []
+        for start, stop in self.written:
+            written += reading.tensors[start:stop]
+        return written
 
     def _run_parts(self, reading: Reading, numbers: Numbers, outputs: list[list[Column]]) -> None:
         """Runs the groups of several devices, or of a backend that is not one call."""
@@ -444,7 +468,7 @@ class BoundStep(Programs):
                     for target, x in zip(columns_of[k], column, strict=True):
                         target.copy_(x)
 
-    def _allocate(self, reading: Reading) -> list[list[Column]]:
+    def _allocate(self, reading: Reading, columns: Columns) -> list[list[Column]]:
         """New tensors for the outputs of kernels, with their pointers among those of the step."""
         outputs: list[list[Column]] = []
         for group, makers, bounds in zip(self.groups, self.makers, self.bounds, strict=True):
@@ -481,7 +505,7 @@ class BoundStep(Programs):
         if self.repeated is not None:
             label, leaf = self._label(self.repeated), self.name_of(self.repeated)[1]
             raise SharedMemoryError(label, label, leaf, leaf)
-        content = pointers.content()
+        content = reading.launch.content()
         if content == reading.launch.disjoint and not reading.originals:
             return
         addresses = pointers.tensor[: self.n_gathered]

@@ -9,7 +9,7 @@ from .._reading import marked_slots, rule_states
 from .._rule import elementwise
 from .._runtime.checks import at
 from .._transform import GradientTransformation
-from .._tree import MaskedNode, Tree, flatten, leaves_like, paths, tree_map, unflatten
+from .._tree import MaskedNode, Tree, flatten, leaves_like, packed_like, paths, tree_map, unflatten
 
 
 @elementwise(
@@ -182,4 +182,5 @@ def eval_params(state: Any, params: Tree, slot: str | None = None) -> Tree:
                         f"{name!r}; say which to read: `eval_params(state, params, {name!r})`."
                     )
                 found[k] = name, x
-    return unflatten(spec, [found[k][1].to(p.dtype) if k in found else p for k, p in enumerate(leaves)])
+    new = [found[k][1].to(p.dtype) if k in found else p for k, p in enumerate(leaves)]
+    return packed_like(params, unflatten(spec, new))

@@ -1,0 +1,244 @@
+"""PackedStep: a step whose tensors are views of few buffers, which are all that it reads from Python.
+
+Groups, kernels, launch structures and errors are those of any step: leaves are bound as views. What is left for every
+step is to compare the buffers, and to add constant offsets to their data pointers.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from .._compiler.call import Column
+from .._compiler.program import Level
+from .packing import PackedColumn, Place, Repeated
+from .plan import Columns, Key
+from .pointers import Difference, PointerReader, Pointers
+from .spec import TensorSpec
+from .step import BoundStep, Launch, Reading
+
+
+class Source(NamedTuple):
+    """The origin of tensors of a step: a buffer of a packed column, or an entry of another one.
+
+    Args:
+      key: the column.
+      position: the position of the buffer or entry.
+      packed: whether the column is packed.
+    """
+
+    key: Key
+    position: int
+    packed: bool
+
+    def of(self, columns: Columns) -> Any:
+        """The tensor."""
+        column: Any = columns[self.key]
+        return column.packed.buffers[self.position] if self.packed else column[self.position]
+
+
+class Offsets:
+    """Data pointers as constant offsets from others.
+
+    Args:
+      entries: for each pointer, the position of the other one, and the number of bytes behind it.
+    """
+
+    def __init__(self, entries: Sequence[tuple[int, int]]) -> None:
+        self.index = torch.tensor([k for k, _ in entries], dtype=torch.int64, device="cpu")
+        self.bytes = torch.tensor([n for _, n in entries], dtype=torch.int64, device="cpu")
+
+    def write(self, bases: torch.Tensor, pointers: torch.Tensor) -> None:
+        """Writes the pointers."""
+        torch.add(bases.index_select(0, self.index), self.bytes, out=pointers)
+
+
+class Made(NamedTuple):
+    """A buffer of results.
+
+    Args:
+      key: the column of which it will be a buffer.
+      position: its position there.
+      like: the column whose layout and device it has.
+      dtype: its dtype.
+      kept: whether some of its leaves are not computed but stay as they are in the column, or lie apart.
+    """
+
+    key: Key
+    position: int
+    like: Key
+    dtype: torch.dtype
+    kept: bool
+
+    def make(self, columns: Columns) -> torch.Tensor:
+        """The buffer, with everything in it that kernels do not write."""
+        like = columns[self.like]
+        assert isinstance(like, PackedColumn)
+        x = like.packed.buffers[self.position].detach()
+        if self.kept:
+            own = columns[self.key]
+            assert isinstance(own, PackedColumn)
+            return own.packed.buffers[self.position].detach().clone()
+        if like.packed.layout.gaps[self.position]:
+            return torch.zeros_like(x, dtype=self.dtype)
+        return torch.empty_like(x, dtype=self.dtype)
+
+
+class PackedLaunch(Launch):
+    """A launch with memory for the data pointers of buffers, and pointers that are offsets from them."""
+
+    def __init__(self, step: "PackedStep", n_threads: int) -> None:
+        super().__init__(step, n_threads)
+        self.bases, self.new_bases = Pointers(len(step.sources)), Pointers(len(step.made))
+        self.read_bases = self.bases.tensor[: len(step.sources)]
+        self.made_bases = self.new_bases.tensor[: len(step.made)]
+        self.read = self.pointers.tensor[: step.n_gathered]
+        self.known = b""  # the data pointers of buffers that `read` follows from
+        self.made = self.pointers.tensor[step.n_gathered + 1 :]
+
+    def content(self) -> bytes:
+        """The pointers that have been read: those of buffers, which others follow from."""
+        return self.bases.content()
+
+
+class PackedStep(BoundStep):
+    """Programs bound to tensors some of which are views of buffers; see `BoundStep`.
+
+    Attributes:
+      fits: whether kernels compute the whole step on buffers. If not, a `BoundStep` is to compute it on the views.
+    """
+
+    launch_type: type[Launch] = PackedLaunch
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        columns: Columns = arguments[2]
+        self.fits = self._runs_kernels()
+        self.sources: list[Source] = []
+        self.made: list[Made] = []
+        if not self.fits:
+            return
+        places = [place for group in self.groups for gather in group.gathers for place in gather.places]
+        found: dict[Source, int] = {}
+        firsts: dict[Key, int] = {}
+        entries = []
+        for (key, i), spec in zip(places, self.specs, strict=True):
+            source, offset = self._source(columns, key, i, firsts.setdefault(key, i))
+            entries.append((found.setdefault(source, len(found)), offset * spec.dtype.itemsize))
+        self.sources, self.offsets = list(found), Offsets(entries)
+        self.owner = [k for k, _ in entries]  # the source of each gathered tensor
+        self.first = {k: position for position, k in reversed(list(enumerate(self.owner)))}
+        written = dict.fromkeys(self.owner[i] for start, stop in self.written for i in range(start, stop))
+        self.written_sources = list(written)
+        tensors = [source.of(columns) for source in self.sources]
+        self.buffer_reader = PointerReader(tensors, list(map(TensorSpec.of, tensors)))
+        if self.allocates:
+            self._lay_out_results(columns)
+
+    def _runs_kernels(self) -> bool:
+        """Whether kernels compute all groups, and need no tensors for it but pointers."""
+        numbers = any(o.level is Level.LEAF for group in self.groups for o in group.signature.program.outputs)
+        kernels = {"c"} if numbers else {"c", "triton"}  # the launch of the latter copies numbers in torch operations
+        return self.plain and not self.copied and all(backend in kernels for backend, _ in self.parts)
+
+    @staticmethod
+    def _source(columns: Columns, key: Key, i: int, first: int) -> tuple[Source, int]:
+        """The origin of a tensor, and its offset there in elements."""
+        column = columns[key]
+        if isinstance(column, PackedColumn):
+            place = column.place(i)
+            assert place is not None, "a leaf that takes part has all its tensors"
+            return Source(key, place.buffer, True), place.offset
+        return Source(key, first if isinstance(column, Repeated) else i, False), 0
+
+    def _lay_out_results(self, columns: Columns) -> None:
+        """Decides which buffers the results have; the step does not fit if they cannot have any."""
+        found: dict[tuple[Key, int], list[tuple[Place, torch.dtype]]] = {}
+        entries: list[tuple[tuple[Key, int], Place, torch.dtype]] = []
+        likes: dict[Key, Key] = {}
+        for group in self.groups:
+            for k, dtype in zip(group.outputs, group.signature.outputs, strict=True):
+                places = [("updates", i) for i in group.leaves] if k is None else group.gathers[k].places
+                for key, i in places:
+                    likes[key] = "params" if key == "updates" and "params" in columns else key
+                    column = columns[likes[key]]
+                    place = column.place(i) if isinstance(column, PackedColumn) else None
+                    if place is None:
+                        self.fits = False
+                        return
+                    found.setdefault((key, place.buffer), []).append((place, dtype))
+                    entries.append(((key, place.buffer), place, dtype))
+        for (key, b), own in found.items():
+            like = columns[likes[key]]
+            assert isinstance(like, PackedColumn)
+            dtypes = {dtype for _, dtype in own}
+            kept = len({place for place, _ in own}) < len(like.packed.layout.owners[b])
+            if len(dtypes) > 1 or (kept and not self._may_keep(columns, key, likes[key], b, *dtypes)):
+                self.fits = False
+                return
+            self.made.append(Made(key, b, likes[key], *dtypes, kept))
+        positions = {(made.key, made.position): k for k, made in enumerate(self.made)}
+        for key in {made.key for made in self.made}:
+            like = columns[likes[key]]
+            assert isinstance(like, PackedColumn)
+            for b, x in enumerate(like.packed.buffers):
+                if (key, b) not in positions and not self._may_keep(columns, key, likes[key], b, x.dtype):
+                    self.fits = False
+                    return
+        self.made_offsets = Offsets([(positions[k], place.offset * dtype.itemsize) for k, place, dtype in entries])
+
+    @staticmethod
+    def _may_keep(columns: Columns, key: Key, like: Key, b: int, dtype: torch.dtype) -> bool:
+        """Whether leaves of a buffer that are not computed are in the column as they would be in the result."""
+        own, other = columns[key], columns[like]
+        return (
+            isinstance(own, PackedColumn)
+            and isinstance(other, PackedColumn)
+            and own.packed.layout is other.packed.layout
+            and own.packed.buffers[b].dtype == dtype
+        )
+
+    def read(self, columns: Columns) -> Reading | Difference:
+        """The buffers and other tensors of this step, if they have the specs that it is bound to."""
+        tensors = [source.of(columns) for source in self.sources]
+        launch = self.take_launch()
+        assert isinstance(launch, PackedLaunch)
+        found = self.buffer_reader.read(tensors, launch.bases)
+        if found is not None:
+            self.launches.append(launch)
+            return Difference(self.first[found.position], found.outside)
+        content = launch.content()
+        if content != launch.known:  # a step in place finds the buffers of the last one
+            self.offsets.write(launch.read_bases, launch.read)
+            launch.known = content
+        return Reading(tensors, {}, launch)
+
+    def tensor_at(self, reading: Reading, position: int) -> torch.Tensor:
+        """The tensor or buffer that a gathered tensor is, or is a view of."""
+        return reading.tensors[self.owner[position]]
+
+    def _written_tensors(self, reading: Reading) -> list[torch.Tensor]:
+        return [reading.tensors[k] for k in self.written_sources]
+
+    def _allocate(self, reading: Reading, columns: Columns) -> list[list[Column]]:
+        """New buffers as one column, with the pointers of results among those of the step."""
+        launch = reading.launch
+        assert isinstance(launch, PackedLaunch)
+        buffers = [made.make(columns) for made in self.made]
+        launch.new_bases.memory[: len(buffers)] = [x.data_ptr() for x in buffers]
+        self.made_offsets.write(launch.made_bases, launch.made)
+        return [[buffers]]
+
+    def _results(self, columns: Columns, outputs: Sequence[Sequence[Sequence[Any]]]) -> Columns:
+        """The columns that change, with new buffers."""
+        results: dict[Key, PackedColumn] = {}
+        for made, x in zip(self.made, outputs[0][0], strict=True):
+            if made.key not in results:
+                like, own = columns[made.like], columns[made.key]
+                assert isinstance(like, PackedColumn)
+                is_alike = isinstance(own, PackedColumn) and own.packed.layout is like.packed.layout
+                results[made.key] = own if is_alike else like  # all buffers that are not made are those of the column
+            buffers = list(results[made.key].packed.buffers)
+            buffers[made.position] = x
+            results[made.key] = results[made.key].with_buffers(buffers)
+        return dict(results)

@@ -1,0 +1,164 @@
+"""Layouts: many tensors as views of few buffers, and columns whose tensors are such views."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, NamedTuple, Self
+
+import torch
+
+
+ALIGNMENT = 8  # elements: 16 bytes of the half types; not bytes, so that layouts of several dtypes agree
+
+
+class Place(NamedTuple):
+    """A leaf within buffers.
+
+    Args:
+      buffer: the buffer, by position.
+      offset: the position of its first element in the buffer.
+      shape: its sizes.
+      stride: its strides, in elements.
+    """
+
+    buffer: int
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return torch.Size(self.shape).numel()
+
+    def view(self, chunk: torch.Tensor) -> torch.Tensor:
+        """The leaf as a view of the chunk of its buffer that begins at `offset`."""
+        if chunk.shape[0] != self.numel:
+            chunk = chunk[: self.numel]
+        order = memory_order(self.shape, self.stride)
+        if order == tuple(range(len(order))):
+            return chunk.view(self.shape)
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        return chunk.view([self.shape[k] for k in order]).permute(inverse)
+
+
+class Layout:
+    """The places of leaves in buffers.
+
+    Args:
+      places: the place of each leaf; None for a leaf that is absent.
+    """
+
+    def __init__(self, places: tuple[Place | None, ...]) -> None:
+        self.places = places
+        owners: dict[int, list[int]] = {}
+        for i, place in enumerate(places):
+            if place is not None:
+                owners.setdefault(place.buffer, []).append(i)
+        self.owners = [sorted(owners[b], key=self._order) for b in range(len(owners))]
+        found = [[p for i in own if (p := places[i]) is not None] for own in self.owners]
+        self.chunks = [[aligned(place.numel) for place in own] for own in found]
+        self.sizes = tuple(map(sum, self.chunks))
+        self.gaps = tuple(size > sum(place.numel for place in own) for size, own in zip(self.sizes, found, strict=True))
+
+    def _order(self, i: int) -> tuple[int, int]:
+        place = self.places[i]
+        return (place.offset if place is not None else 0, i)
+
+    def views(self, buffers: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        """The leaves as views of buffers.
+
+        Raises:
+          TypeError, ValueError: a buffer is no tensor, or not one of the right length.
+        """
+        found: list[torch.Tensor | None] = [None] * len(self.places)
+        for b, (x, size, chunks, owners) in enumerate(zip(buffers, self.sizes, self.chunks, self.owners, strict=True)):
+            if not isinstance(x, torch.Tensor):
+                raise TypeError(f"buffer {b} of a packed tree is {type(x).__name__} {x!r:.60}, expected a tensor.")
+            if x.shape != (size,):
+                raise ValueError(
+                    f"buffer {b} of a packed tree has shape {tuple(x.shape)}, but its layout has {(size,)}; leaves are "
+                    f"views of buffers, so change their values and not their number."
+                )
+            # the derivative of one split is one concatenation, that of many slices a sum of as many whole buffers
+            for i, chunk in zip(owners, x.split(chunks), strict=True):
+                place = self.places[i]
+                assert place is not None
+                found[i] = place.view(chunk)
+        return found
+
+
+def aligned(n: int) -> int:
+    """Number of elements that a leaf of `n` elements takes in a buffer.
+
+    Example:
+      >>> [aligned(n) for n in (0, 1, 8, 9)]
+      [0, 8, 8, 16]
+    """
+    return -(-n // ALIGNMENT) * ALIGNMENT
+
+
+def memory_order(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
+    """Dimensions by stride, outermost first; those of size one do not count and stay behind their neighbour."""
+    last, keys = 0, []
+    for k in reversed(range(len(shape))):
+        last = stride[k] if shape[k] != 1 else last
+        keys.append((-last, k))
+    return tuple(k for _, k in sorted(keys))
+
+
+class PackedTensors:
+    """Tensors that are views of buffers.
+
+    Args:
+      layout: their places.
+      buffers: the buffers.
+    """
+
+    def __init__(self, layout: Layout, buffers: Sequence[Any]) -> None:
+        self.layout, self.buffers = layout, tuple(buffers)
+
+    @cached_property
+    def views(self) -> list[torch.Tensor | None]:
+        """The tensors, None for one that is absent."""
+        return self.layout.views(self.buffers)
+
+    def with_buffers(self, buffers: Sequence[Any]) -> Self:
+        """Tensors of the same layout in other buffers."""
+        return type(self)(self.layout, buffers)
+
+
+class PackedColumn(Sequence[Any]):
+    """A column whose tensors are views of buffers, which are made when somebody looks at them.
+
+    Args:
+      packed: the tensors.
+      picks: for each leaf of the column, the position of its tensor, or the object that stands for one that has none.
+    """
+
+    def __init__(self, packed: PackedTensors, picks: tuple[Any, ...]) -> None:
+        self.packed, self.picks = packed, picks
+
+    def __len__(self) -> int:
+        return len(self.picks)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.leaves[i]
+
+    @cached_property
+    def leaves(self) -> list[Any]:
+        """The tensors."""
+        views = self.packed.views
+        return [views[k] if type(k) is int else k for k in self.picks]
+
+    def place(self, i: int) -> Place | None:
+        """The place of a tensor; None if there is none."""
+        k = self.picks[i]
+        return self.packed.layout.places[k] if type(k) is int else None
+
+    def with_buffers(self, buffers: Sequence[torch.Tensor]) -> "PackedColumn":
+        """A column of the same layout in other buffers."""
+        return PackedColumn(self.packed.with_buffers(buffers), self.picks)
+
+
+class Repeated(list[Any]):
+    """A column that has one and the same tensor for all leaves."""
