@@ -3,7 +3,7 @@
 Steps
   apply_gradients apply_updates eval_params update_average hyperparams slots explain use_backend
 Packing
-  pack unpack Packed
+  pack unpack pack_module Packed PackedModule
 Combinators
   chain named_chain masked partition multi_transform identity stateless stateless_with_tree_map
 Rules
@@ -96,6 +96,10 @@ from ._optimizers import (
 from ._pack import (
     pack,
     unpack,
+)
+from ._pack_module import (
+    PackedModule,
+    pack_module,
 )
 from ._packed import Packed
 from ._reading import (
@@ -230,6 +234,7 @@ __all__ = [
     "MaskedNode",
     "MaskedState",
     "Packed",
+    "PackedModule",
     "PartitionState",
     "RuleError",
     "Schedule",
@@ -292,6 +297,7 @@ __all__ = [
     "named_chain",
     "orthogonalize",
     "pack",
+    "pack_module",
     "params_ema",
     "params_swa",
     "partition",

@@ -54,7 +54,7 @@ def _check(path: str, x: object) -> None:
         raise TypeError(f"the leaf{at(path)} is {type(x).__name__} {x!r:.60}, expected a tensor.")
     if type(x) not in PLAIN:
         raise TypeError(
-            f"the leaf{at(path)} is {type(x).__name__}, whose memory is not that of one tensor; leave the tree unpacked."
+            f"the leaf{at(path)} is {type(x).__name__}, whose memory is not that of a tensor; pass the tree as it is."
         )
     if x.layout is not torch.strided:
         raise TypeError(f"the leaf{at(path)} is sparse ({x.layout}), expected a dense tensor; pass `x.to_dense()`.")

@@ -115,7 +115,8 @@ class Packed(PackedTensors):
 
 def packed_form(column: Any) -> Form | None:
     """The form of a packed column; None of any other."""
-    return column.packed.form if type(column) is PackedColumn else None
+    packed = column.packed if type(column) is PackedColumn else None
+    return packed.form if isinstance(packed, Packed) else None
 
 
 def _dense_order(x: torch.Tensor) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import contextlib
 import copyreg
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -110,9 +110,9 @@ class Reader:
 
         None if the packed tree has another structure.
         """
-        for known, picks in self.forms:
+        for known, found in self.forms:
             if known is form:
-                return picks
+                return found
         positions = range(form.spec.num_leaves)
         picks: tuple[Any, ...] | None = tuple(positions)
         if form.spec != self.spec:
@@ -272,13 +272,16 @@ def _reduce(packed: Packed) -> tuple[Any, ...]:
 
 
 copyreg.pickle(Packed, _reduce)
-optree.register_pytree_node(
-    Packed,
-    lambda packed: (packed.buffers, packed.form),
-    lambda form, buffers: Packed(form, tuple(buffers)),
-    namespace=NAMESPACE,
-)
-register_with_torch(
-    Packed, lambda packed: (list(packed.buffers), packed.form), lambda buffers, form: Packed(form, tuple(buffers))
-)
+
+
+def _buffers(packed: Any) -> tuple[list[Any], Any]:
+    return list(packed.buffers), packed.form
+
+
+def _of_buffers(form: Any, buffers: Iterable[Any]) -> Any:
+    return Packed(form, tuple(buffers))
+
+
+optree.register_pytree_node(Packed, _buffers, _of_buffers, namespace=NAMESPACE)  # type: ignore[arg-type]
+register_with_torch(Packed, _buffers, lambda buffers, form: _of_buffers(form, buffers))
 torch.serialization.add_safe_globals([restore_packed, MaskedNode])

@@ -74,11 +74,12 @@ class Made(NamedTuple):
         """The buffer, with everything in it that kernels do not write."""
         like = columns[self.like]
         assert isinstance(like, PackedColumn)
-        x = like.packed.buffers[self.position].detach()
+        x: torch.Tensor = like.packed.buffers[self.position].detach()
         if self.kept:
             own = columns[self.key]
             assert isinstance(own, PackedColumn)
-            return own.packed.buffers[self.position].detach().clone()
+            kept: torch.Tensor = own.packed.buffers[self.position].detach().clone()
+            return kept
         if like.packed.layout.gaps[self.position]:
             return torch.zeros_like(x, dtype=self.dtype)
         return torch.empty_like(x, dtype=self.dtype)
@@ -171,12 +172,12 @@ class PackedStep(BoundStep):
         for (key, b), own in found.items():
             like = columns[likes[key]]
             assert isinstance(like, PackedColumn)
-            dtypes = {dtype for _, dtype in own}
+            dtype, is_one = own[0][1], len({dtype for _, dtype in own}) == 1
             kept = len({place for place, _ in own}) < len(like.packed.layout.owners[b])
-            if len(dtypes) > 1 or (kept and not self._may_keep(columns, key, likes[key], b, *dtypes)):
+            if not is_one or (kept and not self._may_keep(columns, key, likes[key], b, dtype)):
                 self.fits = False
                 return
-            self.made.append(Made(key, b, likes[key], *dtypes, kept))
+            self.made.append(Made(key, b, likes[key], dtype, kept))
         positions = {(made.key, made.position): k for k, made in enumerate(self.made)}
         for key in {made.key for made in self.made}:
             like = columns[likes[key]]
@@ -236,8 +237,9 @@ class PackedStep(BoundStep):
             if made.key not in results:
                 like, own = columns[made.like], columns[made.key]
                 assert isinstance(like, PackedColumn)
-                is_alike = isinstance(own, PackedColumn) and own.packed.layout is like.packed.layout
-                results[made.key] = own if is_alike else like  # all buffers that are not made are those of the column
+                results[made.key] = like  # all buffers are made, or those that are not are those of the column
+                if isinstance(own, PackedColumn) and own.packed.layout is like.packed.layout:
+                    results[made.key] = own
             buffers = list(results[made.key].packed.buffers)
             buffers[made.position] = x
             results[made.key] = results[made.key].with_buffers(buffers)

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, Self
 
 import torch
 
+from .internals import is_wrapper_of_a_transformation
+
 
 ALIGNMENT = 8  # elements: 16 bytes of the half types; not bytes, so that layouts of several dtypes agree
 
@@ -80,7 +82,7 @@ class Layout:
                     f"views of buffers, so change their values and not their number."
                 )
             # the derivative of one split is one concatenation, that of many slices a sum of as many whole buffers
-            for i, chunk in zip(owners, x.split(chunks), strict=True):
+            for i, chunk in zip(owners, torch.split(x, chunks), strict=True):
                 place = self.places[i]
                 assert place is not None
                 found[i] = place.view(chunk)
@@ -106,6 +108,11 @@ def memory_order(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]
     return tuple(k for _, k in sorted(keys))
 
 
+def _is_settled(x: Any) -> bool:
+    """Whether a buffer is a plain tensor that no derivative is taken by."""
+    return type(x) is torch.Tensor and not (x.requires_grad or x.is_meta or is_wrapper_of_a_transformation(x))
+
+
 class PackedTensors:
     """Tensors that are views of buffers.
 
@@ -116,11 +123,21 @@ class PackedTensors:
 
     def __init__(self, layout: Layout, buffers: Sequence[Any]) -> None:
         self.layout, self.buffers = layout, tuple(buffers)
+        self._kept: tuple[Any, list[torch.Tensor | None]] = (None, [])
 
-    @cached_property
+    @property
     def views(self) -> list[torch.Tensor | None]:
-        """The tensors, None for one that is absent."""
-        return self.layout.views(self.buffers)
+        """The tensors, None for one that is absent.
+
+        Views are kept while buffers have their memory. Those that autograd or `torch.func` follow are made anew, for
+        they belong to the mode that they were made in.
+        """
+        if not all(map(_is_settled, self.buffers)):
+            return self.layout.views(self.buffers)
+        key = [(x.data_ptr(), x.shape, x.dtype, x.device) for x in self.buffers]
+        if self._kept[0] != key:
+            self._kept = (key, self.layout.views(self.buffers))
+        return self._kept[1]
 
     def with_buffers(self, buffers: Sequence[Any]) -> Self:
         """Tensors of the same layout in other buffers."""

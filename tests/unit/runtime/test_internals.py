@@ -44,6 +44,10 @@ NAMES = {
         "spec.TensorSpec.of",
         "see how the printing of tensors tells those that are zero without memory",
     ),
+    "utils._pytree.register_pytree_node": (
+        "internals.register_with_torch",
+        "see how the documentation of `torch.export` registers containers",
+    ),
     "Tensor._version": (
         "internals.version",
         "see how the notes on autograd tell that a tensor has been written to",

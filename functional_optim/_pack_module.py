@@ -1,0 +1,149 @@
+"""`pack_module`: the parameters of a module, and their gradients, as views of buffers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ._pack import pack
+from ._packed import Packed
+from ._runtime.overlap import SharedMemoryError, find_clash
+from ._runtime.spec import PLAIN, TensorSpec
+
+
+class PackedModule:
+    """The parameters of a module and their gradients, as packed trees; made by `pack_module`.
+
+    Args:
+      parameters: the parameters, by name.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._parameters = dict(parameters)
+        self._params = pack({name: p.detach() for name, p in parameters.items()})
+        self._grads = self._params.map(torch.zeros_like)
+        self._views: dict[str, torch.Tensor] = self._params.tree()
+        self._grad_views: dict[str, torch.Tensor] = self._grads.tree()
+        for name, p in self._parameters.items():
+            if p.grad is not None:
+                self._grad_views[name].copy_(p.grad)
+            p.grad, p.data = None, self._views[name]
+            p.grad = self._grad_views[name]
+
+    @property
+    def params(self) -> Packed:
+        """The parameters. To write to one is to write to the other.
+
+        Raises:
+          RuntimeError: a parameter has been given other memory since, as `module.to(...)` does.
+        """
+        for name, p in self._parameters.items():
+            view = self._views[name]
+            if p.data_ptr() != view.data_ptr() or p.dtype != view.dtype or p.shape != view.shape:
+                raise RuntimeError(
+                    f"the parameter {name!r} has been given other memory since its module was packed; move and convert "
+                    f"a module first, then call `pack_module`."
+                )
+        return self._params
+
+    @property
+    def grads(self) -> Packed:
+        """The gradients, zeros where a parameter has none.
+
+        `backward` adds to them in place. A gradient that something has replaced, as `zero_grad` does by default, is
+        copied to its place, and the parameter given the view again.
+        """
+        for name, p in self._parameters.items():
+            view = self._grad_views[name]
+            if p.grad is view:
+                continue
+            if p.grad is None:
+                view.zero_()
+            else:
+                view.copy_(p.grad.detach())
+            p.grad = view
+        return self._grads
+
+    def zero_grad(self) -> None:
+        """Sets all gradients to zero, one operation for each buffer."""
+        for name, p in self._parameters.items():
+            if p.grad is not self._grad_views[name]:
+                p.grad = self._grad_views[name]
+        for x in self._grads.buffers:
+            x.zero_()
+
+    def __repr__(self) -> str:
+        return f"PackedModule({self._params})"
+
+
+def pack_module(module: nn.Module) -> PackedModule:
+    """Makes the parameters of a module that require a gradient, and their gradients, views of a few buffers.
+
+    Parameters stay the objects that they are, so optimizers that have them keep working; tied ones stay tied. Frozen
+    parameters and buffers of the module stay where they are. The result gives packed trees of both: steps of
+    `apply_gradients` that are donated train the module, and a process group reduces one buffer of gradients.
+
+    A parameter that a loss does not depend on has a gradient of zeros in place of none, so momentum and decay change
+    it; freeze it before if they should not. Autograd does not notice that a step writes to parameters between a
+    forward pass and its backward pass, so step after `backward`. Move and convert a module before it is packed.
+
+    Args:
+      module: the module.
+
+    Returns:
+      An object with the packed trees `params` and `grads`, by the names of `module.named_parameters()`, and
+      `zero_grad()`.
+
+    Raises:
+      TypeError: the module has no parameters that require a gradient, or one that is no plain tensor: one that is on
+        meta, has not been initialized, is spread over processes, or has a sparse gradient. Nothing has been changed.
+      ValueError: parameters share memory without being tied.
+
+    Example:
+      >>> import functional_optim as fo
+      >>> model = torch.nn.Linear(3, 1)
+      >>> packed = fo.pack_module(model)
+      >>> tx = fo.adamw(1e-2)
+      >>> state = tx.init(packed.params)
+      >>> for _ in range(3):
+      ...     packed.zero_grad()
+      ...     model(torch.ones(2, 3)).square().sum().backward()
+      ...     _, state = fo.apply_gradients(tx, packed.params, packed.grads, state, donate=True)
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"pack_module takes a module, got {type(module).__name__}; `pack` takes trees.")
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise TypeError("the module has no parameters that require a gradient, so there is nothing to pack.")
+    for name, p in parameters.items():
+        _check(name, p)
+    others = dict(module.named_buffers()) | {k: p for k, p in module.named_parameters() if not p.requires_grad}
+    _refuse_overlap(parameters, others)
+    with torch.no_grad():
+        return PackedModule(parameters)
+
+
+def _check(name: str, p: Any) -> None:
+    """Refuses a parameter that cannot be a view of a buffer."""
+    label = f"the parameter {name!r}"
+    if type(p) not in PLAIN:
+        raise TypeError(f"{label} is {type(p).__name__}, whose memory is not that of a tensor; leave it unpacked.")
+    if p.is_meta:
+        raise TypeError(f"{label} is on meta and has no memory; call `module.to_empty(device=...)` first.")
+    if p.layout is not torch.strided or (p.grad is not None and p.grad.layout is not torch.strided):
+        raise TypeError(f"{label} or its gradient is sparse; use `nn.Embedding(..., sparse=False)`.")
+
+
+def _refuse_overlap(parameters: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> None:
+    """Refuses parameters that share memory with another tensor of the module."""
+    plain = {k: x for k, x in others.items() if type(x) in PLAIN and x.layout is torch.strided and not x.is_meta}
+    names, tensors = [*parameters, *plain], [*parameters.values(), *plain.values()]
+    specs = [TensorSpec.of(x) for x in tensors]
+    written = [k < len(parameters) for k in range(len(tensors))]
+    pairs = ((k, k) for k, spec in enumerate(specs) if written[k] and spec.repeats)
+    clash = next(pairs, None) or find_clash([x.data_ptr() for x in tensors], specs, written)
+    if clash is not None:
+        first, second = (f"the {'parameter' if written[k] else 'tensor'} {names[k]!r}" for k in clash)
+        remedy = "make them one parameter, or clone one of the two"
+        raise ValueError(SharedMemoryError.text(first, second, "pack_module", remedy))
