@@ -8,7 +8,7 @@ from torch import nn
 
 from ._pack import pack
 from ._packed import Packed
-from ._runtime.overlap import SharedMemoryError, find_clash
+from ._runtime.overlap import OverlapCheck, SharedMemoryError
 from ._runtime.spec import PLAIN, TensorSpec
 
 
@@ -142,7 +142,7 @@ def _refuse_overlap(parameters: Mapping[str, torch.Tensor], others: Mapping[str,
     specs = [TensorSpec.of(x) for x in tensors]
     written = [k < len(parameters) for k in range(len(tensors))]
     pairs = ((k, k) for k, spec in enumerate(specs) if written[k] and spec.repeats)
-    clash = next(pairs, None) or find_clash([x.data_ptr() for x in tensors], specs, written)
+    clash = next(pairs, None) or OverlapCheck(specs, written).find([x.data_ptr() for x in tensors])
     if clash is not None:
         first, second = (f"the {'parameter' if written[k] else 'tensor'} {names[k]!r}" for k in clash)
         remedy = "make them one parameter, or clone one of the two"

@@ -11,7 +11,6 @@ import torch
 from ._packed import Packed
 from ._regions import Region
 from ._runtime.checks import check_count
-from ._runtime.packing import Repeated
 from ._runtime.plan import Columns
 from ._tree import Reader, Tree, difference, unpacked
 
@@ -114,7 +113,7 @@ class TreeState:
                 and not value.ndim
                 and value.device == self.device
             ):
-                own[k, name] = Repeated([value] * len(columns["updates"]))
+                own[k, name] = [value] * len(columns["updates"])
             else:
                 check_count(f"state {self.region.bounds[k].rule.name}.count", value)
                 own[k, name] = broadcast_count(value, columns["updates"])

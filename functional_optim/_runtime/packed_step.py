@@ -11,7 +11,7 @@ import torch
 
 from .._compiler.call import Column
 from .._compiler.program import Level
-from .packing import PackedColumn, Place, Repeated
+from .packing import PackedColumn, Place
 from .plan import Columns, Key
 from .pointers import Difference, PointerReader, Pointers
 from .spec import TensorSpec
@@ -95,7 +95,7 @@ class PackedLaunch(Launch):
         self.made_bases = self.new_bases.tensor[: len(step.made)]
         self.read = self.pointers.tensor[: step.n_gathered]
         self.known = b""  # the data pointers of buffers that `read` follows from
-        self.made = self.pointers.tensor[step.n_gathered + 1 :]
+        self.made = self.pointers.tensor[step.n_gathered + 1 :][: step.n_outputs]
 
     def content(self) -> bytes:
         """The pointers that have been read: those of buffers, which others follow from."""
@@ -119,12 +119,12 @@ class PackedStep(BoundStep):
         self.made: list[Made] = []
         if not self.fits:
             return
-        places = [place for group in self.groups for gather in group.gathers for place in gather.places]
+        gathers = [gather for group in self.groups for gather in group.gathers]
+        places = [place for gather in gathers for place in gather.places[: gather.width]]
         found: dict[Source, int] = {}
-        firsts: dict[Key, int] = {}
         entries = []
         for (key, i), spec in zip(places, self.specs, strict=True):
-            source, offset = self._source(columns, key, i, firsts.setdefault(key, i))
+            source, offset = self._source(columns, key, i)
             entries.append((found.setdefault(source, len(found)), offset * spec.dtype.itemsize))
         self.sources, self.offsets = list(found), Offsets(entries)
         self.owner = [k for k, _ in entries]  # the source of each gathered tensor
@@ -143,14 +143,14 @@ class PackedStep(BoundStep):
         return self.plain and not self.copied and all(backend in kernels for backend, _ in self.parts)
 
     @staticmethod
-    def _source(columns: Columns, key: Key, i: int, first: int) -> tuple[Source, int]:
+    def _source(columns: Columns, key: Key, i: int) -> tuple[Source, int]:
         """The origin of a tensor, and its offset there in elements."""
         column = columns[key]
         if isinstance(column, PackedColumn):
             place = column.place(i)
             assert place is not None, "a leaf that takes part has all its tensors"
             return Source(key, place.buffer, True), place.offset
-        return Source(key, first if isinstance(column, Repeated) else i, False), 0
+        return Source(key, i, False), 0
 
     def _lay_out_results(self, columns: Columns) -> None:
         """Decides which buffers the results have; the step does not fit if they cannot have any."""
@@ -211,6 +211,7 @@ class PackedStep(BoundStep):
         content = launch.content()
         if content != launch.known:  # a step in place finds the buffers of the last one
             self.offsets.write(launch.read_bases, launch.read)
+            self._copy_pointers(launch)
             launch.known = content
         return Reading(tensors, {}, launch)
 

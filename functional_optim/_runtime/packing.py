@@ -175,7 +175,3 @@ class PackedColumn(Sequence[Any]):
     def with_buffers(self, buffers: Sequence[torch.Tensor]) -> "PackedColumn":
         """A column of the same layout in other buffers."""
         return PackedColumn(self.packed.with_buffers(buffers), self.picks)
-
-
-class Repeated(list[Any]):
-    """A column that has one and the same tensor for all leaves."""

@@ -347,18 +347,22 @@ class BoundStep(Programs):
         if found is not None:
             self.launches.append(launch)
             return found
+        self._copy_pointers(launch)
+        return Reading(tensors, originals, launch)
+
+    def _copy_pointers(self, launch: Launch) -> None:
+        """Copies the pointers to tensors that leaves share, for kernels read one per leaf."""
         memory = launch.pointers.memory
         for start, copy, n in self.copies:
             if memory[copy] != memory[start]:
                 memory[copy : copy + n] = [memory[start]] * n
-        return Reading(tensors, originals, launch)
 
     def take_launch(self) -> Launch:
         """A launch that no other thread uses."""
         n_threads = usable_threads()
         try:
             launch = self.launches.pop()
-        except IndexError:  # other threads have them
+        except IndexError:  # the first step, or other threads have them
             launch = self.launch_type(self, n_threads)
         if launch.n_threads != n_threads:
             launch = self.launch_type(self, n_threads)

@@ -120,7 +120,7 @@ def test_updates_are_packed_on_every_backend(backend: str) -> None:
     params, grads = tree(0), tree(1)
     with fo.use_backend(backend):
         expected, _ = tx.update(grads, tx.init(params), params)
-        updates, state = tx.update(fo.pack(grads), tx.init(fo.pack(params)), fo.pack(params))
+        updates, _ = tx.update(fo.pack(grads), tx.init(fo.pack(params)), fo.pack(params))
         without, _ = fo.trace(0.9).update(fo.pack(grads), fo.trace(0.9).init(fo.pack(params)))
 
     assert isinstance(updates, fo.Packed)
