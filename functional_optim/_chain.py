@@ -3,6 +3,9 @@
 import warnings
 from typing import Any
 
+import torch
+
+from ._packed import Packed
 from ._rule import Fusible, RuleTransformation
 from ._runtime.checks import check_fit, check_leaf
 from ._step import run
@@ -175,8 +178,14 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
     for path, p, u in zip(paths(spec), leaves, others, strict=True):
         if p is not None and u is not None:
             check_fit("updates", "parameter", path, u, check_leaf("params", path, p))
-    new = [p if p is None or u is None else (p + u).to(p.dtype) for p, u in zip(leaves, others, strict=True)]
+    if isinstance(params, Packed) and isinstance(updates, Packed) and params.form is updates.form:
+        return params.with_buffers(list(map(_add, params.buffers, updates.buffers)))
+    new = [p if p is None or u is None else _add(p, u) for p, u in zip(leaves, others, strict=True)]
     return packed_like(params, unflatten(spec, new))
+
+
+def _add(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    return (p + u).to(p.dtype)
 
 
 def apply_gradients(

@@ -24,6 +24,26 @@ from functional_optim import adapters
 
 
 STEPS = 5
+
+
+@fo.elementwise(state={"norm": fo.slot(per="tree")})
+def watch(u: Any, norm: Any) -> tuple[Any, Any]:
+    """A rule with one number for the tree."""
+    return u, fo.tree_norm(u)
+
+
+@fo.elementwise
+def cautious(u: Any, before: Any) -> Any:
+    """A rule around another."""
+    return torch.where(u * before < 0, u, 0.0)
+
+
+@fo.elementwise(extra={"hessian": "element"})
+def precondition(u: Any, *, hessian: Any) -> Any:
+    """A rule with a tree as an extra argument."""
+    return u / (1 + hessian * hessian)
+
+
 SHAPES = {"embed": (7, 3), "bias": (5,), "gain": (), "kernel": (2, 3, 4), "empty": (0, 2), "head": (40, 8)}
 MORE: dict[str, Any] = {
     "adafactor": fo.adafactor(1e-2, min_dim_size_to_factor=4),
@@ -35,6 +55,8 @@ MORE: dict[str, Any] = {
         {"a": fo.chain(fo.clip_by_global_norm(0.1), fo.sgd(0.1, 0.9)), "b": fo.rprop(1e-2)},
         {re.compile("bias|kernel"): "a", re.compile(""): "b"},
     ),
+    "a number of the tree": fo.chain(fo.trace(0.9), watch(), fo.scale(-0.1)),
+    "wrapped": cautious(fo.adam(1e-2)),
     "average of the last": fo.chain(fo.sgd(0.1), fo.params_swa(start=1)),
 }
 ALL = {name: tx for name, tx in (CHAINS | MORE).items() if "barrier" not in name} | {
@@ -129,6 +151,18 @@ def test_updates_are_packed_on_every_backend(backend: str) -> None:
     assert_same_bits(without.tree(), grads)
     assert_same_bits(fo.apply_updates(fo.pack(params), updates).tree(), fo.apply_updates(params, expected))
     assert_same_bits(fo.apply_updates(fo.pack(params), expected).tree(), fo.apply_updates(params, expected))
+
+
+@pytest.mark.parametrize("donate", [False, True], ids=["pure", "donated"])
+def test_extra_arguments_that_are_trees(donate: bool) -> None:
+    tx = fo.chain(precondition(), fo.sgd(0.1, 0.9))
+    plain, packed = tree(0), fo.pack(tree(0))
+    expected, state = tx.init(plain), tx.init(packed)
+    for k, form in enumerate((fo.pack, fo.unpack)):  # a packed one, and a plain one
+        grads, hessian = tree(1 + k), tree(7 + k)
+        plain, expected = fo.apply_gradients(tx, plain, grads, expected, donate=donate, hessian=hessian)
+        packed, state = fo.apply_gradients(tx, packed, fo.pack(grads), state, donate=donate, hessian=form(hessian))
+        assert_same_bits(unpacked((packed, state)), (plain, expected))
 
 
 def test_averages_of_packed_parameters_are_packed() -> None:
