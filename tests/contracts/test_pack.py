@@ -205,6 +205,23 @@ def test_a_packed_tree_is_views_of_its_buffers() -> None:
     assert_same_bits(fo.pack(nested).tree(), nested)
 
 
+def test_elements_between_leaves_are_zeros() -> None:
+    tx = fo.chain(fo.scale_by_adam(mu_dtype=BF16), fo.scale(-0.1))
+    packed = fo.pack(tree(0))
+    state = tx.init(packed)
+    torch.use_deterministic_algorithms(True)  # new memory is filled with NaN
+    try:
+        updates, _ = tx.update(fo.pack(tree(1)), state, packed)
+        missing = fo.pack(tree(1) | {"bias": None})
+        packed, state = fo.apply_gradients(tx, packed, missing, state)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+    for x in (updates, *packed_parts((packed, state))):
+        for buffer in x.buffers:
+            assert buffer.count_nonzero() == sum(leaf.count_nonzero() for leaf in x.tree().values())
+
+
 def test_memory_that_a_buffer_is_given_is_that_of_the_next_step() -> None:
     tx = fo.masked(fo.sgd(1.0), lambda path, p: p.ndim > 0)
     packed = fo.pack([torch.ones(3), torch.ones(())])
@@ -442,6 +459,22 @@ def test_a_packed_module_trains_as_the_module_does() -> None:
     assert all(p is objects[k] for k, p in model.named_parameters())
     assert model.back.weight is model.into.weight
     assert len(packed.grads.buffers) == 1
+
+
+def test_gradients_that_are_taken_away_are_zeros() -> None:
+    model = torch.nn.Linear(3, 2)
+    packed = fo.pack_module(model)
+    model(torch.ones(1, 3)).sum().backward()
+    assert packed.grads.buffers[0].any()
+
+    model.zero_grad()
+
+    assert not packed.grads.buffers[0].any()
+    assert model.weight.grad is not None
+    model.bias.grad = torch.ones(2)
+    assert_same_bits(packed.grads.tree()["bias"], torch.ones(2))
+    packed.zero_grad()
+    assert not model.bias.grad.any()
 
 
 @pytest.mark.parametrize("make", [adapters.AdamW, torch.optim.AdamW], ids=["ours", "torch"])
