@@ -23,13 +23,14 @@ class PackedModule:
         self._parameters = dict(parameters)
         self._params = pack({name: p.detach() for name, p in parameters.items()})
         self._grads = self._params.map(torch.zeros_like)
-        self._views: dict[str, torch.Tensor] = self._params.tree()
+        views: dict[str, torch.Tensor] = self._params.tree()
         self._grad_views: dict[str, torch.Tensor] = self._grads.tree()
         for name, p in self._parameters.items():
             if p.grad is not None:
                 self._grad_views[name].copy_(p.grad)
-            p.grad, p.data = None, self._views[name]
+            p.grad, p.data = None, views[name]
             p.grad = self._grad_views[name]
+        self._known = self._pointers()
 
     @property
     def params(self) -> Packed:
@@ -38,14 +39,17 @@ class PackedModule:
         Raises:
           RuntimeError: a parameter has been given other memory since, as `module.to(...)` does.
         """
-        for name, p in self._parameters.items():
-            view = self._views[name]
-            if p.data_ptr() != view.data_ptr() or p.dtype != view.dtype or p.shape != view.shape:
-                raise RuntimeError(
-                    f"the parameter {name!r} has been given other memory since its module was packed; move and convert "
-                    f"a module first, then call `pack_module`."
-                )
+        found = self._pointers()
+        if found != self._known:
+            name = next(n for n, x, y in zip(self._parameters, found, self._known, strict=True) if x != y)
+            raise RuntimeError(
+                f"the parameter {name!r} has been given other memory since its module was packed; move and convert a "
+                f"module first, then call `pack_module`."
+            )
         return self._params
+
+    def _pointers(self) -> list[int]:
+        return list(map(torch.Tensor.data_ptr, self._parameters.values()))
 
     @property
     def grads(self) -> Packed:

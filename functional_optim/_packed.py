@@ -36,7 +36,7 @@ class Packed(PackedTensors):
     `torch.save`, with its structure.
 
     Attributes:
-      buffers: the buffers, vectors. Elements between leaves are zeros that nothing reads.
+      buffers: the buffers, vectors. Elements between leaves are zeros that no step reads.
 
     Example:
       >>> import functional_optim as fo, torch

@@ -192,7 +192,7 @@ def test_a_packed_tree_is_views_of_its_buffers() -> None:
     before.check()
     assert_same_bits(packed.tree(), params)
     assert packed.tree()["kernel"].stride() == params["kernel"].stride()
-    assert sorted(map(len, packed.buffers)) == [24 + 8, 8 + 24 + 320]  # each leaf fills whole eighths
+    assert sorted(map(len, packed.buffers)) == [24 + 8, 8 + 24 + 320]  # each leaf takes a multiple of eight
     places = [x.data_ptr() for x in packed.buffers]
     assert {x.untyped_storage().data_ptr() for x in packed.tree().values()} == set(places)
     packed.tree()["head"].zero_()
