@@ -25,6 +25,26 @@ def needs_dispatch() -> bool:
     )
 
 
+def in_transformation() -> bool:
+    """Whether a `torch.func` transformation is active; see `needs_dispatch`."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def has_tangent(x: torch.Tensor) -> bool:
+    """Whether forward-mode AD carries a tangent along with a tensor; see `needs_dispatch`."""
+    forward_ad: Any = torch.autograd.forward_ad
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+
+
+def below_autograd() -> Any:
+    """A context in which operations are dispatched to what stands below autograd.
+
+    `torch._C._AutoDispatchBelowAutograd`; C++ has it as `at::AutoDispatchBelowAutograd`, for kernels of autograd that
+    call the operation that they belong to. In Python there is no public name.
+    """
+    return torch._C._AutoDispatchBelowAutograd()
+
+
 def in_checkpoint() -> bool:
     """Whether torch's checkpoints take a step for the sake of the state that it makes.
 

@@ -1,0 +1,176 @@
+"""The operations of a step: one that returns new tensors, one that writes in place, and the reference.
+
+A compiler keeps the first two whole, as calls of the kernels of eager mode. It traces the third, so that the formulas
+are part of its graph. What a derivative is asked of is computed by the third, too.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from .._runtime.internals import below_autograd, has_tangent, in_transformation
+from .programs import Program, find_program
+
+
+Tensors = Sequence[torch.Tensor]
+
+LIBRARY: Any = torch.library.Library("functional_optim", "FRAGMENT")  # type: ignore[no-untyped-call]
+ARGUMENTS = "str program, Tensor[] updates, Tensor[] params, Tensor[] state, Tensor[] numbers"
+IN_PLACE = "str program, Tensor[] updates, Tensor(a!)[] params, Tensor(b!)[] state, Tensor[] numbers"
+LIBRARY.define(f"pure_step({ARGUMENTS}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
+LIBRARY.define(f"donated_step({IN_PLACE}) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+LIBRARY.define(f"traced_step({ARGUMENTS}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _pure_step(text: str, updates: Tensors, params: Tensors, state: Tensors, numbers: Tensors) -> list[torch.Tensor]:
+    """The step by kernels, in new tensors."""
+    program = find_program(text)
+    results, new = program.take(updates, params, state, numbers)
+    likes = [*_likes(program, updates, params), *state]
+    results += new
+    _check(program, results, likes)
+    given = (*updates, *params, *state, *numbers)
+    return [
+        _in_layout_of(like, x) for like, x in zip(likes, _apart(results, given, program.may_return_views), strict=True)
+    ]
+
+
+def _donated_step(text: str, updates: Tensors, params: Tensors, state: Tensors, numbers: Tensors) -> None:
+    """The step by kernels, in place. The state of steps that run in Python is copied to where it was."""
+    program = find_program(text)
+    in_place = not program.runs_foreign_code
+    results, new = program.take(updates, params, state, numbers, donate=in_place)
+    pairs = list(zip(state, new, strict=True))
+    if not in_place:  # all of it can be refused before anything is written
+        _check(program, [*results, *new], [*_likes(program, updates, params), *state])
+        pairs += zip(_likes(program, updates, params), results, strict=True)
+    pairs = [(x, y) for x, y in pairs if x is not y]
+    moved = _apart([y for _, y in pairs], [*state, *params], program.may_return_views)
+    for (x, _), y in zip(pairs, moved, strict=True):
+        x.copy_(y)
+
+
+def _traced_step(text: str, updates: Tensors, params: Tensors, state: Tensors, numbers: Tensors) -> list[torch.Tensor]:
+    """The step by operations of torch, which autograd, transformations and compilers follow."""
+    program = find_program(text)
+    results, new = program.take(updates, params, state, numbers, reference=True)
+    results += new
+    return _apart(results, (*updates, *params, *state, *numbers), False)
+
+
+def _likes(program: Program, updates: Tensors, params: Tensors) -> list[torch.Tensor]:
+    """The tensors that the computed results are like."""
+    base = params if program.apply else updates
+    return [base[k] for k in program.picked]
+
+
+def _check(program: Program, results: Tensors, likes: Tensors) -> None:
+    """Refuses results that are not like what they replace.
+
+    Raises:
+      ValueError: a transformation returned another shape or dtype.
+    """
+    for x, like in zip(results, likes, strict=True):
+        if x.shape != like.shape or x.dtype != like.dtype or x.device != like.device:
+            raise ValueError(
+                f"{program.tx!r:.100} made {x.dtype} of shape {tuple(x.shape)} on {x.device} of {like.dtype} of shape "
+                f"{tuple(like.shape)} on {like.device}. A compiled step returns updates and a state of the shapes and "
+                f"dtypes that it was given."
+            )
+
+
+def _apart(results: Tensors, given: Iterable[torch.Tensor], views: bool) -> list[torch.Tensor]:
+    """Results that share memory neither with what was given nor with each other, as operations promise.
+
+    Args:
+      results: the results.
+      given: the arguments.
+      views: whether results may be views, as those of a caller's functions may be.
+    """
+    taken = {id(x) for x in given}
+    memory = {x.untyped_storage().data_ptr() for x in given} if views else set()
+    own = []
+    for x in results:
+        if id(x) in taken or (views and x.untyped_storage().data_ptr() in memory):
+            x = x.clone()
+        taken.add(id(x))
+        if views:
+            memory.add(x.untyped_storage().data_ptr())
+        own.append(x)
+    return own
+
+
+def _in_layout_of(like: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A result in the layout that the fake implementation promises."""
+    if x.stride() == like.stride():
+        return x
+    promised = torch.empty_like(like, requires_grad=False)
+    return x if promised.stride() == x.stride() else promised.copy_(x)
+
+
+def _fake_step(text: str, updates: Tensors, params: Tensors, state: Tensors, numbers: Tensors) -> list[torch.Tensor]:
+    """Tensors as the step returns them, without numbers."""
+    likes = [*_likes(find_program(text), updates, params), *state]
+    return [torch.empty_like(x, requires_grad=False) for x in likes]
+
+
+def _wants_derivative(*lists: Tensors) -> bool:
+    """Whether autograd records, or a tangent is carried along."""
+    tensors = [x for tensors in lists for x in tensors]
+    return (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)) or any(map(has_tangent, tensors))
+
+
+def _pure_autograd(
+    text: str, updates: Tensors, params: Tensors, state: Tensors, numbers: Tensors
+) -> Sequence[torch.Tensor]:
+    if _wants_derivative(updates, params, state, numbers):
+        return _traced_step(text, updates, params, state, numbers)
+    with below_autograd():
+        return torch.ops.functional_optim.pure_step.default(  # type: ignore[no-any-return]
+            text, updates, params, state, numbers
+        )
+
+
+INSIDE = (
+    "donate=True writes in place, which a torch.func transformation cannot follow; use donate=False inside of it, or "
+    "take the step outside."
+)
+
+
+def _donated_autograd(text: str, updates: Tensors, params: Tensors, state: Tensors, numbers: Tensors) -> None:
+    if in_transformation():
+        raise RuntimeError(INSIDE)
+    if _wants_derivative(updates, params, state, numbers):
+        raise RuntimeError(
+            "a parameter, an update, a state or a hyper-parameter requires a gradient, and donate=True would write in "
+            "place while autograd is recording; wrap the step in `torch.no_grad()`, or use donate=False to "
+            "differentiate through it."
+        )
+    with below_autograd():
+        torch.ops.functional_optim.donated_step.default(text, updates, params, state, numbers)
+
+
+def _pure_vmap(info: Any, in_dims: Any, text: str, *tensors: Tensors) -> tuple[list[torch.Tensor], list[int]]:
+    mapped: Callable[..., Any] = torch.func.vmap(
+        lambda *lists: _traced_step(text, *lists),
+        in_dims=tuple(list(dims) if dims else None for dims in in_dims[1:]),
+        randomness="different",
+    )
+    results = mapped(*map(list, tensors))
+    return results, [0] * len(results)
+
+
+def _donated_vmap(info: Any, in_dims: Any, *args: Any) -> None:
+    raise RuntimeError(INSIDE)
+
+
+LIBRARY.impl("pure_step", _pure_step, "CompositeExplicitAutograd")
+LIBRARY.impl("donated_step", _donated_step, "CompositeExplicitAutograd")
+LIBRARY.impl("traced_step", _traced_step, "CompositeImplicitAutograd")
+LIBRARY.impl("pure_step", _pure_autograd, "Autograd")
+LIBRARY.impl("donated_step", _donated_autograd, "Autograd")
+torch.library.register_fake("functional_optim::pure_step", _fake_step, lib=LIBRARY)
+torch.library.register_fake("functional_optim::donated_step", lambda *args: None, lib=LIBRARY)
+torch.library.register_vmap("functional_optim::pure_step", _pure_vmap, lib=LIBRARY)
+torch.library.register_vmap("functional_optim::donated_step", _donated_vmap, lib=LIBRARY)
