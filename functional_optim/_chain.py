@@ -23,7 +23,7 @@ class Chain(Fusible):
 
     def __init__(self, members: tuple[GradientTransformation, ...], names: tuple[str, ...] | None = None) -> None:
         self.members, self.names = members, names
-        self._hash = hash((members, names))  # differs between processes
+        self._hash: int | None = None  # computed when it is asked for
         self._tensors = joined_tensors(members)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -59,6 +59,8 @@ class Chain(Fusible):
         return isinstance(other, Chain) and (self.members, self.names) == (other.members, other.names)
 
     def __hash__(self) -> int:
+        if self._hash is None:
+            self._hash = hash((self.members, self.names))  # differs between processes
         return self._hash
 
     def __repr__(self) -> str:

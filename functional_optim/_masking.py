@@ -10,6 +10,7 @@ import torch
 
 from ._compiler.rule import Option
 from ._rule import Fusible, RuleTransformation
+from ._runtime.internals import register_in_exports
 from ._transform import EmptyState, GradientTransformation, Link, as_transformation, joined_names, joined_tensors
 from ._tree import MaskedNode, View, broadcast_prefix, leaves_like, paths, show, tree_map
 
@@ -27,6 +28,8 @@ class PartitionState(NamedTuple):
 
 
 torch.serialization.add_safe_globals([EmptyState, MaskedNode, MaskedState, PartitionState])
+for _cls in (EmptyState, MaskedNode, MaskedState, PartitionState):
+    register_in_exports(_cls)
 
 
 def resolve(choice: Any, view: View, what: str) -> list[Any]:

@@ -11,6 +11,7 @@ from ._compiler.rule import Bound, Range, Rule, Slot, check_stored, restore_stat
 from ._compiler.trace import Symbol
 from ._graph.run import run
 from ._runtime.checks import check_leaf
+from ._runtime.internals import register_in_exports
 from ._schedules.schedule import swap_tensors, tensors_of
 from ._transform import GradientTransformation, Link, as_transformation, joined_names, joined_tensors
 from ._tree import MaskedNode, Tree, View, paths, show
@@ -89,6 +90,7 @@ class RuleTransformation(Fusible):
         }
         if self.bound.counted:
             fields["count"] = torch.zeros((), dtype=torch.int64, device=seen[0].device if seen else None)
+        register_in_exports(self.bound.state_type)
         return self.bound.state_type(**fields)
 
     def _links(self, view: View, path: tuple[int | str, ...]) -> list[Link]:

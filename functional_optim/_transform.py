@@ -121,6 +121,8 @@ class GradientTransformation(Transformation):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         self = super().__new__(cls)
+        if torch.compiler.is_dynamo_compiling():  # a step refuses it
+            return self
         self._serial = f"transformation {next(_SERIALS)}"
         TRANSFORMATIONS[self._serial] = self
         return self

@@ -4,7 +4,7 @@ A compiler keeps the first two whole, as calls of the kernels of eager mode. It 
 are part of its graph. What a derivative is asked of is computed by the third, too.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -28,12 +28,12 @@ def _pure_step(text: str, updates: Tensors, params: Tensors, state: Tensors, num
     program = find_program(text)
     results, new = program.take(updates, params, state, numbers)
     likes = [*_likes(program, updates, params), *state]
+    dtypes = [*_dtypes(program, updates, params), *(x.dtype for x in state)]
     results += new
-    _check(program, results, likes)
+    _check(program, results, likes, dtypes)
     given = (*updates, *params, *state, *numbers)
-    return [
-        _in_layout_of(like, x) for like, x in zip(likes, _apart(results, given, program.may_return_views), strict=True)
-    ]
+    own = _apart(results, given, program.may_return_views)
+    return [_in_layout_of(like, x, dtype) for like, x, dtype in zip(likes, own, dtypes, strict=True)]
 
 
 def _donated_step(text: str, updates: Tensors, params: Tensors, state: Tensors, numbers: Tensors) -> None:
@@ -43,7 +43,8 @@ def _donated_step(text: str, updates: Tensors, params: Tensors, state: Tensors, 
     results, new = program.take(updates, params, state, numbers, donate=in_place)
     pairs = list(zip(state, new, strict=True))
     if not in_place:  # all of it can be refused before anything is written
-        _check(program, [*results, *new], [*_likes(program, updates, params), *state])
+        likes = [*_likes(program, updates, params), *state]
+        _check(program, [*results, *new], likes, [x.dtype for x in likes])
         pairs += zip(_likes(program, updates, params), results, strict=True)
     pairs = [(x, y) for x, y in pairs if x is not y]
     moved = _apart([y for _, y in pairs], [*state, *params], program.may_return_views)
@@ -65,16 +66,26 @@ def _likes(program: Program, updates: Tensors, params: Tensors) -> list[torch.Te
     return [base[k] for k in program.picked]
 
 
-def _check(program: Program, results: Tensors, likes: Tensors) -> None:
+def _dtypes(program: Program, updates: Tensors, params: Tensors) -> list[torch.dtype]:
+    """The dtypes of the computed results: those of parameters, or of updates if these are not narrower."""
+    likes = _likes(program, updates, params)
+    if program.apply or not params:
+        return [x.dtype for x in likes]
+    partners = [x if k is None else params[k] for x, k in zip(likes, program.partners, strict=True)]
+    return [torch.promote_types(x.dtype, p.dtype) for x, p in zip(likes, partners, strict=True)]
+
+
+def _check(program: Program, results: Tensors, likes: Tensors, dtypes: Sequence[torch.dtype]) -> None:
     """Refuses results that are not like what they replace.
 
     Raises:
       ValueError: a transformation returned another shape or dtype.
     """
-    for x, like in zip(results, likes, strict=True):
-        if x.shape != like.shape or x.dtype != like.dtype or x.device != like.device:
+    for x, like, dtype in zip(results, likes, dtypes, strict=True):
+        fits = x.dtype == dtype or torch.promote_types(x.dtype, dtype) == dtype
+        if x.shape != like.shape or not fits or x.device != like.device:
             raise ValueError(
-                f"{program.tx!r:.100} made {x.dtype} of shape {tuple(x.shape)} on {x.device} of {like.dtype} of shape "
+                f"{program.tx!r:.100} made {x.dtype} of shape {tuple(x.shape)} on {x.device} of {dtype} of shape "
                 f"{tuple(like.shape)} on {like.device}. A compiled step returns updates and a state of the shapes and "
                 f"dtypes that it was given."
             )
@@ -101,18 +112,20 @@ def _apart(results: Tensors, given: Iterable[torch.Tensor], views: bool) -> list
     return own
 
 
-def _in_layout_of(like: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """A result in the layout that the fake implementation promises."""
-    if x.stride() == like.stride():
+def _in_layout_of(like: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A result in the layout and dtype that the fake implementation promises."""
+    if x.stride() == like.stride() and x.dtype == dtype:
         return x
-    promised = torch.empty_like(like, requires_grad=False)
-    return x if promised.stride() == x.stride() else promised.copy_(x)
+    promised = torch.empty_like(like, dtype=dtype, requires_grad=False)
+    return x if promised.stride() == x.stride() and x.dtype == dtype else promised.copy_(x)
 
 
 def _fake_step(text: str, updates: Tensors, params: Tensors, state: Tensors, numbers: Tensors) -> list[torch.Tensor]:
     """Tensors as the step returns them, without numbers."""
-    likes = [*_likes(find_program(text), updates, params), *state]
-    return [torch.empty_like(x, requires_grad=False) for x in likes]
+    program = find_program(text)
+    likes = [*_likes(program, updates, params), *state]
+    dtypes = [*_dtypes(program, updates, params), *(x.dtype for x in state)]
+    return [torch.empty_like(x, dtype=dtype, requires_grad=False) for x, dtype in zip(likes, dtypes, strict=True)]
 
 
 def _wants_derivative(*lists: Tensors) -> bool:
@@ -151,17 +164,7 @@ def _donated_autograd(text: str, updates: Tensors, params: Tensors, state: Tenso
         torch.ops.functional_optim.donated_step.default(text, updates, params, state, numbers)
 
 
-def _pure_vmap(info: Any, in_dims: Any, text: str, *tensors: Tensors) -> tuple[list[torch.Tensor], list[int]]:
-    mapped: Callable[..., Any] = torch.func.vmap(
-        lambda *lists: _traced_step(text, *lists),
-        in_dims=tuple(list(dims) if dims else None for dims in in_dims[1:]),
-        randomness="different",
-    )
-    results = mapped(*map(list, tensors))
-    return results, [0] * len(results)
-
-
-def _donated_vmap(info: Any, in_dims: Any, *args: Any) -> None:
+def _donated_vmap(*args: Any) -> None:
     raise RuntimeError(INSIDE)
 
 
@@ -172,5 +175,6 @@ LIBRARY.impl("pure_step", _pure_autograd, "Autograd")
 LIBRARY.impl("donated_step", _donated_autograd, "Autograd")
 torch.library.register_fake("functional_optim::pure_step", _fake_step, lib=LIBRARY)
 torch.library.register_fake("functional_optim::donated_step", lambda *args: None, lib=LIBRARY)
-torch.library.register_vmap("functional_optim::pure_step", _pure_vmap, lib=LIBRARY)
-torch.library.register_vmap("functional_optim::donated_step", _donated_vmap, lib=LIBRARY)
+# under `vmap` a step is the operations that it is traced as
+LIBRARY.impl("pure_step", _traced_step, "FuncTorchBatched")
+LIBRARY.impl("donated_step", _donated_vmap, "FuncTorchBatched")

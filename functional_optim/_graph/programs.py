@@ -12,6 +12,7 @@ import contextlib
 import functools
 import importlib
 import io
+import itertools
 import pickle
 import re
 import sys
@@ -64,6 +65,16 @@ class Trees(NamedTuple):
         both = zip(base.there, other.there if self.same_containers and other else base.there, strict=True)
         return [i for i, (one, two) in enumerate(both) if one and two]
 
+    def partners(self, leaves: Sequence[int]) -> list[int | None]:
+        """The positions, among the tensors of the parameters, of those that go with some leaves of the updates."""
+        assert self.params is not None
+        n = len(self.params.there)
+        order = list(range(n))
+        if not self.same_containers:
+            order = _reordered(order, self.params.structure, self.updates.structure)
+        positions = list(itertools.accumulate(self.params.there, initial=0))
+        return [positions[order[i]] if self.params.there[order[i]] else None for i in leaves]
+
     def check(self) -> None:
         """Refuses updates in another structure than the parameters.
 
@@ -110,6 +121,7 @@ class Program:
         assert base is not None
         positions = {i: k for k, i in enumerate(i for i, there in enumerate(base.there) if there)}
         self.picked = [positions[i] for i in self.computed]
+        self.partners = trees.partners(self.computed) if not apply and trees.params is not None else []
         self._own: collections.OrderedDict[Any, GradientTransformation] = collections.OrderedDict()
 
     def take(

@@ -18,7 +18,12 @@ REASON = (
     "arguments are tensors or numbers, or such trees; a step with anything else, such as a number in a state, runs "
     "outside of the graph"
 )
+MADE_INSIDE = (
+    "the chain is made inside of the compiled function; make it outside, and give numbers that change as extra "
+    "arguments, 0-d tensors or schedules"
+)
 outside = torch.compiler.disable(take_step, reason=REASON)  # type: ignore[no-untyped-call]
+outside_with_chain = torch.compiler.disable(take_step, reason=MADE_INSIDE)  # type: ignore[no-untyped-call]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -43,6 +48,8 @@ def trace_step(
 
     With the backend `"reference"` the operation is one that the compiler looks into.
     """
+    if not hasattr(tx, "_serial"):
+        return outside_with_chain(tx, apply, updates, state, params, extra, donate)  # type: ignore[no-any-return]
     u: list[Any] = []
     p: list[Any] = []
     s: list[Any] = []

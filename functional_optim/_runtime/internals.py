@@ -3,6 +3,7 @@
 Nothing here is guessed: each is a name of a Python module, read and never written.
 """
 
+import functools
 import sys
 from types import FrameType
 from typing import Any
@@ -31,9 +32,13 @@ def in_transformation() -> bool:
 
 
 def has_tangent(x: torch.Tensor) -> bool:
-    """Whether forward-mode AD carries a tangent along with a tensor; see `needs_dispatch`."""
+    """Whether forward-mode AD carries a tangent along with a tensor; see `needs_dispatch`.
+
+    There is one level of dual numbers, which a compiler may have opened without the knowledge of `forward_ad`.
+    """
     forward_ad: Any = torch.autograd.forward_ad
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+    opened = forward_ad._current_level >= 0 or in_transformation()
+    return opened and forward_ad.unpack_dual(x, level=0).tangent is not None
 
 
 def below_autograd() -> Any:
@@ -43,6 +48,17 @@ def below_autograd() -> Any:
     call the operation that they belong to. In Python there is no public name.
     """
     return torch._C._AutoDispatchBelowAutograd()
+
+
+@functools.cache
+def register_in_exports(cls: type) -> None:
+    """Registers a NamedTuple, so that `torch.export.save` can write the structure of trees that it is in.
+
+    `torch.utils._pytree._register_namedtuple` gives it a name in files; public names are there for dataclasses only.
+    """
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    if cls.__module__ != "__main__" and name not in torch.utils._pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE:
+        torch.utils._pytree._register_namedtuple(cls, serialized_type_name=name)
 
 
 def in_checkpoint() -> bool:
