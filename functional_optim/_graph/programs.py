@@ -16,6 +16,7 @@ import itertools
 import pickle
 import re
 import sys
+import uuid
 import zlib
 from collections.abc import Iterator, Sequence
 from itertools import repeat
@@ -269,6 +270,7 @@ def find_program(text: str) -> Program:
     return _read(text)
 
 
+PROCESS = uuid.uuid4().hex  # serial numbers of another process are of other transformations
 # NamedTuples that are defined within functions, by identity, for texts that only this process can read
 CLASSES: "WeakValueDictionary[int, type]" = WeakValueDictionary()
 
@@ -282,7 +284,7 @@ class _Writer(pickle.Pickler):
 
     def persistent_id(self, x: Any) -> Any:
         if self.by_serial and x is self.tx:
-            return "chain", x._serial
+            return "chain", x._serial, PROCESS
         if isinstance(x, torch.Tensor):
             position = next((k for k, own in enumerate(self.tx._tensors) if own is x), None)
             if position is None:
@@ -313,7 +315,8 @@ class _Reader(pickle.Unpickler):
             return state_type(rest[0].rule, rest[1])
         if kind == "class":
             return CLASSES[rest[0]]
-        tx = TRANSFORMATIONS.get(rest[0])
+        serial, process = rest
+        tx = TRANSFORMATIONS.get(serial) if process == PROCESS else None
         if tx is None:
             raise RuntimeError(
                 "the chain of this compiled step is not in this process. It is found by its description in any "
