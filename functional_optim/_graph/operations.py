@@ -4,12 +4,13 @@ A compiler keeps the first two whole, as calls of the kernels of eager mode. It 
 are part of its graph. What a derivative is asked of is computed by the third, too.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
-from .._runtime.internals import below_autograd, has_tangent, in_transformation
+from .._runtime.internals import below_autograd, has_tangent, in_transformation, may_have_tangents
 from .programs import Program, find_program
 
 
@@ -41,6 +42,8 @@ def _donated_step(text: str, updates: Tensors, params: Tensors, state: Tensors, 
     program = find_program(text)
     in_place = not program.runs_foreign_code
     results, new = program.take(updates, params, state, numbers, donate=in_place)
+    if not new and not results:
+        return
     pairs = list(zip(state, new, strict=True))
     if not in_place:  # all of it can be refused before anything is written
         likes = [*_likes(program, updates, params), *state]
@@ -130,8 +133,10 @@ def _fake_step(text: str, updates: Tensors, params: Tensors, state: Tensors, num
 
 def _wants_derivative(*lists: Tensors) -> bool:
     """Whether autograd records, or a tangent is carried along."""
-    tensors = [x for tensors in lists for x in tensors]
-    return (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)) or any(map(has_tangent, tensors))
+    tensors = list(itertools.chain(*lists))
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return True
+    return may_have_tangents() and any(map(has_tangent, tensors))
 
 
 def _pure_autograd(

@@ -18,7 +18,7 @@ import re
 import sys
 import uuid
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import repeat
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ from .._runtime.backend import use_backend
 from .._schedules.schedule import Schedule, ScheduleFactory
 from .._step import take_step
 from .._transform import TRANSFORMATIONS, GradientTransformation
-from .._tree import Tree, difference, flatten, leaves_like
+from .._tree import Tree, difference, flatten, leaves_like, unflatten
 from .structures import Structure, rebuild
 
 
@@ -41,9 +41,32 @@ class Shape(NamedTuple):
     structure: Structure
     there: tuple[bool, ...]
 
-    def tree(self, tensors: Iterator[torch.Tensor]) -> Tree:
+
+class Form:
+    """Makes trees of a shape from their tensors, and reads them, by the pytree library, which takes no Python.
+
+    Args:
+      shape: the shape.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        # a tensor's position in the order of `structures.read`, for each leaf in the order of the pytree library
+        order, self.spec = flatten(rebuild(shape.structure, iter(range(len(shape.there)))))
+        positions = list(itertools.accumulate(shape.there, initial=0))
+        self.sources = [positions[i] if shape.there[i] else None for i in order]
+        places = {i: k for k, i in enumerate(order)}
+        self.leaves = [places[i] for i in range(len(order))] if order != sorted(order) else None
+
+    def tree(self, tensors: Sequence[torch.Tensor]) -> Tree:
         """The tree with these tensors."""
-        return rebuild(self.structure, iter([next(tensors) if there else None for there in self.there]))
+        return unflatten(self.spec, [None if k is None else tensors[k] for k in self.sources])
+
+    def read(self, tree: Tree) -> list[Any] | None:
+        """The leaves of a tree, None where one is absent; None for a tree of another structure."""
+        leaves, spec = flatten(tree)
+        if spec != self.spec:
+            return None
+        return leaves if self.leaves is None else [leaves[k] for k in self.leaves]
 
 
 class Trees(NamedTuple):
@@ -118,6 +141,8 @@ class Program:
         self.may_return_views = any(bound is None or bound.rule.whole for bound in rules)
         self.n_extra = sum(trees.extra.there)
         self.computed = trees.computed(apply)
+        self.updates, self.state, self.extra = Form(trees.updates), Form(trees.state), Form(trees.extra)
+        self.params = None if trees.params is None else Form(trees.params)
         base = trees.params if apply else trees.updates
         assert base is not None
         positions = {i: k for k, i in enumerate(i for i, there in enumerate(base.there) if there)}
@@ -145,36 +170,32 @@ class Program:
           reference: whether to compute with operations of torch, which are traced and differentiated.
 
         Returns:
-          The tensors of the result that are computed, and those of the new state.
+          The tensors of the result that are computed, and those of the new state; none if all are written in place.
 
         Raises:
           ValueError: a transformation returned a state in another structure than it was given.
         """
-        trees = self.trees
-        extra = trees.extra.tree(iter(numbers[: self.n_extra]))
+        extra = self.extra.tree(numbers[: self.n_extra])
         given = numbers[self.n_extra :]
         tx = self.tx._with_tensors(list(given)) if reference else self._chain_of(given)
         backend = "reference" if reference else self.backend
         with use_backend(backend) if backend else contextlib.nullcontext():
-            result, new = take_step(
-                tx,
-                self.apply,
-                trees.updates.tree(iter(updates)),
-                trees.state.tree(iter(state)),
-                None if trees.params is None else trees.params.tree(iter(params)),
-                extra,
-                donate,
+            before, like = self.state.tree(state), None if self.params is None else self.params.tree(params)
+            result, after = take_step(tx, self.apply, self.updates.tree(updates), before, like, extra, donate)
+        if donate and after is before:
+            return [], []
+        form = self.updates if self.params is None else self.params  # the containers that results have
+        leaves, states = form.read(result), self.state.read(after)
+        there = () if states is None else tuple(x is not None for x in states)
+        if leaves is None or there != self.trees.state.there:
+            raise ValueError(
+                f"a transformation of {self.tx!r:.100} returned updates or a state in another structure than it was "
+                f"given, which a compiled step cannot; keep the state's structure as `init` makes it."
             )
-        base = trees.params if self.apply else trees.updates
-        assert base is not None
-        like = base if self.apply or trees.params is None else trees.params  # whose containers the result has
-        leaves = _leaves(like.structure, result, "an update")
-        if like is not base and not trees.same_containers:
-            leaves = _reordered(leaves, like.structure, base.structure)
-        states = _leaves(trees.state.structure, new, "a state")
-        if any((x is not None) is not there for x, there in zip(states, trees.state.there, strict=True)):
-            raise ValueError(f"{self.tx!r:.100} returned a state in which other tensors are None than before.")
-        return [leaves[i] for i in self.computed], [x for x in states if x is not None]
+        if self.params is not None and not self.apply and not self.trees.same_containers:
+            assert self.trees.params is not None
+            leaves = _reordered(leaves, self.trees.params.structure, self.trees.updates.structure)
+        return [leaves[i] for i in self.computed], [x for x in states or () if x is not None]
 
     def _chain_of(self, given: Sequence[torch.Tensor]) -> GradientTransformation:
         """The chain with tensors of its own, which hold these numbers: a kernel stays bound to it."""
@@ -189,29 +210,6 @@ class Program:
         for mine, x in zip(own._tensors, given, strict=True):
             mine.copy_(x.detach())
         return own
-
-
-def _leaves(structure: Structure, tree: Tree, what: str) -> list[Any]:
-    """The leaves of a tree that is to have a structure; None where one is absent.
-
-    Raises:
-      ValueError: it has another.
-    """
-    if isinstance(structure, str):
-        if tree is not None and not isinstance(tree, torch.Tensor):
-            raise ValueError(
-                f"a transformation returned {what} that holds {tree!r:.60} in the place of a tensor. A compiled step "
-                f"returns {what} of the structure that it was given."
-            )
-        return [tree]
-    kind, keys, inside = structure
-    if type(tree) is not kind or (keys is not None and set(tree) != set(keys)) or len(tree) != len(inside):
-        raise ValueError(
-            f"a transformation returned {what} in another structure, {tree!r:.60}. A compiled step returns {what} of "
-            f"the structure that it was given."
-        )
-    children = [tree[k] for k in keys] if keys is not None else list(tree)
-    return [x for child, own in zip(children, inside, strict=True) for x in _leaves(own, child, what)]
 
 
 def _reordered(leaves: Sequence[Any], old: Structure, new: Structure) -> list[Any]:

@@ -31,14 +31,15 @@ def in_transformation() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def has_tangent(x: torch.Tensor) -> bool:
-    """Whether forward-mode AD carries a tangent along with a tensor; see `needs_dispatch`.
+def may_have_tangents() -> bool:
+    """Whether forward-mode AD is active; a compiler may have opened its level without the knowledge of `forward_ad`."""
+    return torch.autograd.forward_ad._current_level >= 0 or in_transformation()
 
-    There is one level of dual numbers, which a compiler may have opened without the knowledge of `forward_ad`.
-    """
+
+def has_tangent(x: torch.Tensor) -> bool:
+    """Whether forward-mode AD, which has one level of dual numbers, carries a tangent along with a tensor."""
     forward_ad: Any = torch.autograd.forward_ad
-    opened = forward_ad._current_level >= 0 or in_transformation()
-    return opened and forward_ad.unpack_dual(x, level=0).tangent is not None
+    return forward_ad.unpack_dual(x, level=0).tangent is not None
 
 
 def below_autograd() -> Any:
