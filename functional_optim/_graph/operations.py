@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from .._runtime.internals import below_autograd, has_tangent, in_transformation, may_have_tangents
-from .programs import Program, find_program
+from .descriptions import DescribedStep, find_step
 
 
 Tensors = Sequence[torch.Tensor]
 
 LIBRARY: Any = torch.library.Library("functional_optim", "FRAGMENT")  # type: ignore[no-untyped-call]
-ARGUMENTS = "str program, Tensor[] updates, Tensor[] params, Tensor[] state, Tensor[] numbers"
-IN_PLACE = "str program, Tensor[] updates, Tensor(a!)[] params, Tensor(b!)[] state, Tensor[] numbers"
+ARGUMENTS = "str description, Tensor[] updates, Tensor[] params, Tensor[] state, Tensor[] numbers"
+IN_PLACE = "str description, Tensor[] updates, Tensor(a!)[] params, Tensor(b!)[] state, Tensor[] numbers"
 LIBRARY.define(f"pure_step({ARGUMENTS}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
 LIBRARY.define(f"donated_step({IN_PLACE}) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
 LIBRARY.define(f"traced_step({ARGUMENTS}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
@@ -26,59 +26,59 @@ LIBRARY.define(f"traced_step({ARGUMENTS}) -> Tensor[]", tags=(torch.Tag.pt2_comp
 
 def _pure_step(text: str, updates: Tensors, params: Tensors, state: Tensors, numbers: Tensors) -> list[torch.Tensor]:
     """The step by kernels, in new tensors."""
-    program = find_program(text)
-    results, new = program.take(updates, params, state, numbers)
-    likes = [*_likes(program, updates, params), *state]
-    dtypes = [*_dtypes(program, updates, params), *(x.dtype for x in state)]
+    step = find_step(text)
+    results, new = step.take(updates, params, state, numbers)
+    likes = [*_likes(step, updates, params), *state]
+    dtypes = [*_dtypes(step, updates, params), *(x.dtype for x in state)]
     results += new
-    _check(program, results, likes, dtypes)
+    _check(step, results, likes, dtypes)
     given = (*updates, *params, *state, *numbers)
-    own = _apart(results, given, program.may_return_views)
+    own = _apart(results, given, step.may_return_views)
     return [_in_layout_of(like, x, dtype) for like, x, dtype in zip(likes, own, dtypes, strict=True)]
 
 
 def _donated_step(text: str, updates: Tensors, params: Tensors, state: Tensors, numbers: Tensors) -> None:
     """The step by kernels, in place. The state of steps that run in Python is copied to where it was."""
-    program = find_program(text)
-    in_place = not program.runs_foreign_code
-    results, new = program.take(updates, params, state, numbers, donate=in_place)
+    step = find_step(text)
+    in_place = not step.runs_foreign_code
+    results, new = step.take(updates, params, state, numbers, donate=in_place)
     if not new and not results:
         return
     pairs = list(zip(state, new, strict=True))
     if not in_place:  # all of it can be refused before anything is written
-        likes = [*_likes(program, updates, params), *state]
-        _check(program, [*results, *new], likes, [x.dtype for x in likes])
-        pairs += zip(_likes(program, updates, params), results, strict=True)
+        likes = [*_likes(step, updates, params), *state]
+        _check(step, [*results, *new], likes, [x.dtype for x in likes])
+        pairs += zip(_likes(step, updates, params), results, strict=True)
     pairs = [(x, y) for x, y in pairs if x is not y]
-    moved = _apart([y for _, y in pairs], [*state, *params], program.may_return_views)
+    moved = _apart([y for _, y in pairs], [*state, *params], step.may_return_views)
     for (x, _), y in zip(pairs, moved, strict=True):
         x.copy_(y)
 
 
 def _traced_step(text: str, updates: Tensors, params: Tensors, state: Tensors, numbers: Tensors) -> list[torch.Tensor]:
     """The step by operations of torch, which autograd, transformations and compilers follow."""
-    program = find_program(text)
-    results, new = program.take(updates, params, state, numbers, reference=True)
+    step = find_step(text)
+    results, new = step.take(updates, params, state, numbers, reference=True)
     results += new
     return _apart(results, (*updates, *params, *state, *numbers), False)
 
 
-def _likes(program: Program, updates: Tensors, params: Tensors) -> list[torch.Tensor]:
+def _likes(step: DescribedStep, updates: Tensors, params: Tensors) -> list[torch.Tensor]:
     """The tensors that the computed results are like."""
-    base = params if program.apply else updates
-    return [base[k] for k in program.picked]
+    base = params if step.apply else updates
+    return [base[k] for k in step.picked]
 
 
-def _dtypes(program: Program, updates: Tensors, params: Tensors) -> list[torch.dtype]:
+def _dtypes(step: DescribedStep, updates: Tensors, params: Tensors) -> list[torch.dtype]:
     """The dtypes of the computed results: those of parameters, or of updates if these are not narrower."""
-    likes = _likes(program, updates, params)
-    if program.apply or not params:
+    likes = _likes(step, updates, params)
+    if step.apply or not params:
         return [x.dtype for x in likes]
-    partners = [x if k is None else params[k] for x, k in zip(likes, program.partners, strict=True)]
+    partners = [x if k is None else params[k] for x, k in zip(likes, step.partners, strict=True)]
     return [torch.promote_types(x.dtype, p.dtype) for x, p in zip(likes, partners, strict=True)]
 
 
-def _check(program: Program, results: Tensors, likes: Tensors, dtypes: Sequence[torch.dtype]) -> None:
+def _check(step: DescribedStep, results: Tensors, likes: Tensors, dtypes: Sequence[torch.dtype]) -> None:
     """Refuses results that are not like what they replace.
 
     Raises:
@@ -88,7 +88,7 @@ def _check(program: Program, results: Tensors, likes: Tensors, dtypes: Sequence[
         fits = x.dtype == dtype or torch.promote_types(x.dtype, dtype) == dtype
         if x.shape != like.shape or not fits or x.device != like.device:
             raise ValueError(
-                f"{program.tx!r:.100} made {x.dtype} of shape {tuple(x.shape)} on {x.device} of {dtype} of shape "
+                f"{step.tx!r:.100} made {x.dtype} of shape {tuple(x.shape)} on {x.device} of {dtype} of shape "
                 f"{tuple(like.shape)} on {like.device}. A compiled step returns updates and a state of the shapes and "
                 f"dtypes that it was given."
             )
@@ -125,9 +125,9 @@ def _in_layout_of(like: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> to
 
 def _fake_step(text: str, updates: Tensors, params: Tensors, state: Tensors, numbers: Tensors) -> list[torch.Tensor]:
     """Tensors as the step returns them, without numbers."""
-    program = find_program(text)
-    likes = [*_likes(program, updates, params), *state]
-    dtypes = [*_dtypes(program, updates, params), *(x.dtype for x in state)]
+    step = find_step(text)
+    likes = [*_likes(step, updates, params), *state]
+    dtypes = [*_dtypes(step, updates, params), *(x.dtype for x in state)]
     return [torch.empty_like(x, dtype=dtype, requires_grad=False) for x, dtype in zip(likes, dtypes, strict=True)]
 
 

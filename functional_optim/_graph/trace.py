@@ -9,7 +9,7 @@ from .._runtime.backend import ASKED
 from .._step import take_step
 from .._transform import GradientTransformation
 from .._tree import Tree
-from .programs import Shape, Trees, describe
+from .descriptions import Outline, Trees, describe
 from .structures import read, rebuild
 
 
@@ -27,12 +27,12 @@ outside_with_chain = torch.compiler.disable(take_step, reason=MADE_INSIDE)  # ty
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def program_text(
+def description_of(
     serial: str, apply: bool, updates: Any, params: Any, state: Any, extra: Any, backend: str | None
 ) -> str:
-    """The text of a program, a constant of the graph."""
-    shapes = [None if x is None else Shape(*x) for x in (updates, params, state, extra)]
-    return describe(serial, apply, Trees(*shapes), backend)  # type: ignore[arg-type]
+    """The text of a step, a constant of the graph."""
+    outlines = [None if x is None else Outline(*x) for x in (updates, params, state, extra)]
+    return describe(serial, apply, Trees(*outlines), backend)  # type: ignore[arg-type]
 
 
 def trace_step(
@@ -62,7 +62,7 @@ def trace_step(
     if strange or (apply and params is None):
         return outside(tx, apply, updates, state, params, extra, donate)  # type: ignore[no-any-return]
     backend = ASKED[-1] if ASKED else None
-    text = program_text(
+    text = description_of(
         tx._serial,
         apply,
         (u_tree, _there(u)),

@@ -3,7 +3,6 @@
 Nothing here is guessed: each is a name of a Python module, read and never written.
 """
 
-import functools
 import sys
 from types import FrameType
 from typing import Any
@@ -51,14 +50,14 @@ def below_autograd() -> Any:
     return torch._C._AutoDispatchBelowAutograd()
 
 
-@functools.cache
 def register_in_exports(cls: type) -> None:
     """Registers a NamedTuple, so that `torch.export.save` can write the structure of trees that it is in.
 
     `torch.utils._pytree._register_namedtuple` gives it a name in files; public names are there for dataclasses only.
     """
-    name = f"{cls.__module__}.{cls.__qualname__}"
-    if cls.__module__ != "__main__" and name not in torch.utils._pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE:
+    fields = getattr(cls, "_fields", ())
+    name = f"{cls.__module__}.{cls.__qualname__}({', '.join(fields)})"  # a rule has a state with a counter and without
+    if name not in torch.utils._pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE:
         torch.utils._pytree._register_namedtuple(cls, serialized_type_name=name)
 
 

@@ -38,6 +38,18 @@ def scale_rows(u: Any, rows: Any, *, decay: Any = 0.9) -> Any:
     return u / (rows.sqrt() + 1e-3).reshape(-1, *[1] * (u.ndim - 1)), rows
 
 
+@fo.elementwise(state={"total": fo.slot(per="tree")})
+def keep_direction(u: Any, before: Any, total: Any) -> Any:
+    """A rule around another one, with a number that all leaves share."""
+    total = total + fo.tree_sum(u * u)
+    return torch.where(u * before > 0, u, 0.0) / (1 + total), total
+
+
+@fo.elementwise(extra={"scale": "element"})
+def scale_by_tree(u: Any, *, scale: Any) -> Any:
+    return u * scale
+
+
 def counting(params: Any) -> Any:
     return {"n": torch.zeros(())}
 
@@ -60,6 +72,7 @@ CHAINS: dict[str, Callable[[], Any]] = {
         {"a": fo.adam(1e-2), "b": fo.masked(fo.sgd(0.1), re.compile("0"))},
         {re.compile("bias"): "b", re.compile(""): "a"},
     ),
+    "wrapping": lambda: fo.chain(keep_direction(fo.trace(0.9)), fo.scale_by_learning_rate(0.1)),
     "opaque": lambda: fo.chain(fo.trace(0.5), fo.GradientTransformation(counting, halve), fo.sgd(0.1, momentum=0.9)),
     "leafwise": lambda: fo.named_chain(("clip", fo.clip(0.1)), ("rows", scale_rows()), ("lr", fo.sgd(0.1))),
 }
@@ -167,6 +180,18 @@ def test_a_number_that_changes_is_compiled_twice_at_most(form: str) -> None:
         theirs = eager(*theirs[:2], batch(k), lr=0.1 * 0.9**k)
     assert_equal(mine, theirs)
     assert backend.frame_count == 2
+
+
+def test_extra_arguments_that_are_trees() -> None:
+    tx = fo.chain(scale_by_tree(), fo.sgd(0.1))
+    params, state = start(tx)
+
+    def step(params: Any, state: Any, scale: Any) -> Any:
+        return fo.apply_gradients(tx, params, params, state, scale=scale, value=1.0)
+
+    scale = {k: p + 1 for k, p in params.items()}
+    actual = torch.compile(step, fullgraph=True, backend="eager")(params, state, scale)
+    assert_equal(actual, step(params, state, scale))
 
 
 def test_another_chain_in_the_same_name_is_compiled_anew() -> None:
@@ -317,6 +342,7 @@ def test_the_reference_is_traced_into_the_graph(inside: bool) -> None:
         assert len(sizes) == 2
 
 
+@pytest.mark.slow
 def test_derivatives_and_members_of_an_ensemble() -> None:
     """Reverse mode, forward mode, an argument that is differentiated by autograd, and `vmap`, as in eager mode."""
     rate = torch.tensor(0.1, requires_grad=True)
@@ -434,6 +460,7 @@ def test_make_fx_traces_the_reference() -> None:
     assert_close(graph(params, params, state), fo.apply_gradients(tx, params, params, state))
 
 
+@pytest.mark.slow
 def test_an_exported_step_is_saved_and_loaded(tmp_path: Path) -> None:
     """In this process, and in one that knows nothing but the package and the classes of the state."""
     tx = fo.chain(fo.clip_by_global_norm(0.1), fo.adamw(fo.cosine_decay_schedule(0.1, STEPS)))

@@ -1,4 +1,4 @@
-"""Programs of compiled steps: texts that any process can read, and operations that keep their promises."""
+"""Descriptions of compiled steps: texts that any process can read, and operations that keep their promises."""
 
 import base64
 import collections
@@ -15,7 +15,7 @@ import torch
 
 import functional_optim as fo
 from functional_optim._graph import operations
-from functional_optim._graph.programs import Shape, Trees, describe, find_program
+from functional_optim._graph.descriptions import Outline, Trees, describe, find_step
 from functional_optim._graph.structures import read
 
 
@@ -35,21 +35,21 @@ CHAINS: dict[str, Callable[[], Any]] = {
 }
 
 
-def program_of(tx: Any, params: Any = PARAMS) -> tuple[str, list[list[torch.Tensor]]]:
+def step_of(tx: Any, params: Any = PARAMS) -> tuple[str, list[list[torch.Tensor]]]:
     """The text of a step, and the arguments of its operation."""
-    shapes, tensors = [], []
+    outlines, tensors = [], []
     for tree in (params, params, tx.init(params), {}):
         leaves: list[Any] = []
-        shapes.append(Shape(read(tree, leaves, []), (True,) * len(leaves)))
+        outlines.append(Outline(read(tree, leaves, []), (True,) * len(leaves)))
         tensors.append(leaves)
-    return describe(tx._serial, True, Trees(*shapes), None), [*tensors[:3], list(tx._tensors)]
+    return describe(tx._serial, True, Trees(*outlines), None), [*tensors[:3], list(tx._tensors)]
 
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_operations_keep_their_promises(name: str) -> None:
     """torch's own checks: no argument is written that is not declared, and fake results are like real ones."""
     tx = CHAINS[name]()
-    text, tensors = program_of(tx)
+    text, tensors = step_of(tx)
     for op in ("pure_step", "donated_step"):
         torch.library.opcheck(getattr(torch.ops.functional_optim, op).default, (text, *copy.deepcopy(tensors)))
 
@@ -59,12 +59,12 @@ def test_a_description_stands_for_an_equal_chain(name: str) -> None:
     """The chain is made anew of the text alone: the one that it describes is gone."""
     tx = CHAINS[name]()
     expected, shown = fo.apply_gradients(tx, PARAMS, PARAMS, tx.init(PARAMS)), repr(tx)
-    text, tensors = program_of(tx)
+    text, tensors = step_of(tx)
     del tx
-    find_program.cache_clear()
-    program = find_program(text)
-    assert re.sub(r"tensor\([^)]*\)", "", repr(program.tx)) == re.sub(r"tensor\([^)]*\)", "", shown)
-    results, _ = program.take(*tensors)
+    find_step.cache_clear()
+    step = find_step(text)
+    assert re.sub(r"tensor\([^)]*\)", "", repr(step.tx)) == re.sub(r"tensor\([^)]*\)", "", shown)
+    results, _ = step.take(*tensors)
     for x, y in zip(results, expected[0].values(), strict=True):
         assert torch.equal(x, y)
 
@@ -72,12 +72,12 @@ def test_a_description_stands_for_an_equal_chain(name: str) -> None:
 @pytest.mark.parametrize("name", ["function", "opaque"])
 def test_a_chain_with_functions_is_found_in_its_process_alone(name: str) -> None:
     tx = CHAINS[name]()
-    text, _ = program_of(tx)
-    assert find_program(text).tx is tx
-    find_program.cache_clear()
+    text, _ = step_of(tx)
+    assert find_step(text).tx is tx
+    find_step.cache_clear()
     del tx
     with pytest.raises(RuntimeError, match="give masks as trees or regular expressions in place of functions"):
-        find_program(text)
+        find_step(text)
 
 
 def test_containers_of_a_caller() -> None:
@@ -85,8 +85,8 @@ def test_containers_of_a_caller() -> None:
     pair = collections.namedtuple("pair", ["w", "b"])
     pair.__qualname__ = "f.<locals>.pair"
     tx = fo.sgd(0.1)
-    text, tensors = program_of(tx, pair(**PARAMS))
-    assert torch.equal(find_program(text).take(*tensors)[0][0], torch.full((2, 3), 0.9))
+    text, tensors = step_of(tx, pair(**PARAMS))
+    assert torch.equal(find_step(text).take(*tensors)[0][0], torch.full((2, 3), 0.9))
 
 
 HARMFUL = {
@@ -111,13 +111,13 @@ def test_a_description_makes_nothing_but_parts_of_chains(name: str) -> None:
     """Texts stand in files, which may come from anywhere."""
     text = base64.b85encode(zlib.compress(pickle.dumps(HARMFUL[name](), protocol=4))).decode()
     with pytest.raises(pickle.UnpicklingError, match="is no part of a chain"):
-        find_program(text)
+        find_step(text)
 
 
 def test_a_module_that_is_not_imported_is_named() -> None:
     payload = b"\x80\x04\x8c\x08no_suchm\x8c\x04rule\x93."
     with pytest.raises(RuntimeError, match="uses rule of the module no_suchm; import no_suchm before"):
-        find_program(base64.b85encode(zlib.compress(payload)).decode())
+        find_step(base64.b85encode(zlib.compress(payload)).decode())
 
 
 def test_results_share_no_memory() -> None:

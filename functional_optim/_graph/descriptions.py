@@ -1,8 +1,8 @@
-"""Programs of compiled steps: a chain and the structure of its trees, named by a text that makes them again.
+"""Descriptions of steps: texts that name a chain and the structure of its trees, and from which both are made again.
 
-A compiled graph refers to its program by the text alone, and so do files of graphs: a cache, or an exported program. So
-the text is a description, wherever one is possible: a pickle in which only transformations, schedules, rules and
-structures may occur. A chain with functions that no description can hold (an opaque transformation, a mask or a
+A compiled graph refers to its step by a text alone, and so do files of graphs: a cache, or an exported program. So the
+text says what the step is, wherever that is possible: it is a pickle in which only transformations, schedules, rules
+and structures may occur. A chain with functions that no description can hold (an opaque transformation, a mask or a
 schedule that is a function of the caller's) is looked up in this process by its serial number.
 """
 
@@ -35,7 +35,7 @@ from .._tree import Tree, difference, flatten, leaves_like, unflatten
 from .structures import Structure, rebuild
 
 
-class Shape(NamedTuple):
+class Outline(NamedTuple):
     """The structure of a tree, and which of its leaves are there."""
 
     structure: Structure
@@ -43,17 +43,17 @@ class Shape(NamedTuple):
 
 
 class Form:
-    """Makes trees of a shape from their tensors, and reads them, by the pytree library, which takes no Python.
+    """Makes trees of one outline from their tensors, and reads them, by the pytree library, which takes no Python.
 
     Args:
-      shape: the shape.
+      outline: the structure, and which leaves are there.
     """
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, outline: Outline) -> None:
         # a tensor's position in the order of `structures.read`, for each leaf in the order of the pytree library
-        order, self.spec = flatten(rebuild(shape.structure, iter(range(len(shape.there)))))
-        positions = list(itertools.accumulate(shape.there, initial=0))
-        self.sources = [positions[i] if shape.there[i] else None for i in order]
+        order, self.spec = flatten(rebuild(outline.structure, iter(range(len(outline.there)))))
+        positions = list(itertools.accumulate(outline.there, initial=0))
+        self.sources = [positions[i] if outline.there[i] else None for i in order]
         places = {i: k for k, i in enumerate(order)}
         self.leaves = [places[i] for i in range(len(order))] if order != sorted(order) else None
 
@@ -72,10 +72,10 @@ class Form:
 class Trees(NamedTuple):
     """The trees of a step: updates, parameters if there are any, the state, and extra arguments by name."""
 
-    updates: Shape
-    params: Shape | None
-    state: Shape
-    extra: Shape
+    updates: Outline
+    params: Outline | None
+    state: Outline
+    extra: Outline
 
     @property
     def same_containers(self) -> bool:
@@ -115,7 +115,7 @@ class Trees(NamedTuple):
             raise ValueError(f"updates does not have the structure of params: {difference(spec, updates)}.") from None
 
 
-class Program:
+class DescribedStep:
     """A step of a chain on trees of some structure.
 
     Args:
@@ -221,7 +221,7 @@ def _reordered(leaves: Sequence[Any], old: Structure, new: Structure) -> list[An
 
 
 def describe(serial: str, apply: bool, trees: Trees, backend: str | None) -> str:
-    """The text of a program.
+    """The text of a step.
 
     Args:
       serial: the serial number of the chain.
@@ -252,15 +252,15 @@ def _write(tx: GradientTransformation, rest: tuple[Any, ...], by_serial: bool) -
     return base64.b85encode(zlib.compress(file.getvalue())).decode()
 
 
-def _read(text: str) -> Program:
+def _read(text: str) -> DescribedStep:
     n, tx, apply, updates, params, state, extra, backend = _Reader(text).load()
     assert n == len(tx._tensors)
-    return Program(tx, apply, Trees(updates, params, state, extra), backend)
+    return DescribedStep(tx, apply, Trees(updates, params, state, extra), backend)
 
 
 @functools.lru_cache(maxsize=256)
-def find_program(text: str) -> Program:
-    """The program of a text.
+def find_step(text: str) -> DescribedStep:
+    """The step that a text describes.
 
     Raises:
       RuntimeError: it cannot be found in this process.
@@ -330,7 +330,12 @@ class _Reader(pickle.Unpickler):
             raise RuntimeError(
                 f"the chain of this compiled step uses {name} of the module {module}; import {module} before."
             )
-        found = attrgetter(name)(importlib.import_module(module) if own else sys.modules[module])
+        try:
+            found = attrgetter(name)(importlib.import_module(module) if own else sys.modules[module])
+        except AttributeError:
+            raise RuntimeError(
+                f"the chain of this compiled step uses {name} of the module {module}, which has no such name here."
+            ) from None
         if not (found in _CALLED if isinstance(found, type(re.compile)) else _is_harmless(found)):
             raise pickle.UnpicklingError(f"{module}.{name} is no part of a chain")
         return found
