@@ -19,7 +19,6 @@ import sys
 import uuid
 import zlib
 from collections.abc import Sequence
-from itertools import repeat
 from operator import attrgetter
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -51,7 +50,7 @@ class Form:
 
     def __init__(self, outline: Outline) -> None:
         # a tensor's position in the order of `structures.read`, for each leaf in the order of the pytree library
-        order, self.spec = flatten(rebuild(outline.structure, iter(range(len(outline.there)))))
+        order, self.spec = flatten(rebuild(outline.structure, range(len(outline.there))))
         positions = list(itertools.accumulate(outline.there, initial=0))
         self.sources = [positions[i] if outline.there[i] else None for i in order]
         places = {i: k for k, i in enumerate(order)}
@@ -107,7 +106,7 @@ class Trees(NamedTuple):
         """
         if self.params is None or self.same_containers:
             return
-        params, updates = (rebuild(x.structure, repeat(0)) for x in (self.params, self.updates))
+        params, updates = (rebuild(x.structure, [0] * len(x.there)) for x in (self.params, self.updates))
         spec = flatten(params)[1]
         try:
             leaves_like(spec, updates)
@@ -214,8 +213,8 @@ class DescribedStep:
 
 def _reordered(leaves: Sequence[Any], old: Structure, new: Structure) -> list[Any]:
     """Leaves in the order of another structure, which the pytree library takes for the same."""
-    olds, spec = flatten(rebuild(old, iter(range(len(leaves)))))
-    news = leaves_like(spec, rebuild(new, iter(range(len(leaves)))))
+    olds, spec = flatten(rebuild(old, range(len(leaves))))
+    news = leaves_like(spec, rebuild(new, range(len(leaves))))
     places = dict(zip(news, olds, strict=True))
     return [leaves[places[i]] for i in range(len(leaves))]
 

@@ -1,7 +1,7 @@
 """Trees read and made in plain Python, which a compiler follows at less cost than it follows a pytree library."""
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from .._tree import Tree
 
 
 LEAF = "*"
-# LEAF, or the class of a container with the keys of a dict (else None) and the structures of its children
+# LEAF, or the class of a container, the keys of a dict (else None), and the structures of its children: their number if
+# all are leaves
 Structure = Any
 DICTS = (dict, collections.OrderedDict)
 
@@ -25,8 +26,8 @@ def read(tree: Tree, leaves: list[Any], strange: list[str]) -> Structure:
       strange: a list that anything else is noted in.
 
     Example:
-      >>> read({"a": None, "b": (None,)}, [], [])
-      (<class 'dict'>, ('a', 'b'), ('*', (<class 'tuple'>, None, ('*',))))
+      >>> read({"a": None, "b": (None, [None])}, [], [])
+      (<class 'dict'>, ('a', 'b'), ('*', (<class 'tuple'>, None, ('*', (<class 'list'>, None, 1)))))
     """
     if tree is None:
         leaves.append(None)
@@ -37,27 +38,50 @@ def read(tree: Tree, leaves: list[Any], strange: list[str]) -> Structure:
         leaves.append(tree)
         return LEAF
     if type(tree) in DICTS:
-        return type(tree), tuple(tree), tuple([read(x, leaves, strange) for x in tree.values()])
-    if isinstance(tree, (tuple, list)):
-        return type(tree), None, tuple([read(x, leaves, strange) for x in tree])
-    strange.append("another object")
-    return LEAF
+        keys, children = tuple(tree), tree.values()
+    elif isinstance(tree, (tuple, list)):
+        keys, children = None, tree
+    else:
+        strange.append("another object")
+        return LEAF
+    inside: list[Structure] = []
+    flat = True
+    for x in children:
+        if x is None or type(x) in PLAIN:  # a call for each leaf is what a compiler would be slow to follow
+            leaves.append(x)
+            inside.append(LEAF)
+        else:
+            flat = False
+            inside.append(read(x, leaves, strange))
+    return type(tree), keys, len(inside) if flat else tuple(inside)
 
 
-def rebuild(structure: Structure, leaves: Iterator[Any]) -> Tree:
+def rebuild(structure: Structure, leaves: Sequence[Any]) -> Tree:
     """The tree of a structure with these leaves.
 
     Example:
-      >>> rebuild((dict, ("a",), ((list, None, ("*", "*")),)), iter([1, 2]))
-      {'a': [1, 2]}
+      >>> rebuild((dict, ("a", "b"), ((list, None, 2), "*")), [1, 2, 3])
+      {'a': [1, 2], 'b': 3}
     """
+    return _rebuild(structure, leaves, 0)[0]
+
+
+def _rebuild(structure: Structure, leaves: Sequence[Any], start: int) -> tuple[Tree, int]:
+    """The tree, and the position of the first leaf behind it."""
     if isinstance(structure, str):
-        return next(leaves)
+        return leaves[start], start + 1
     kind, keys, inside = structure
-    children = [rebuild(x, leaves) for x in inside]
+    if isinstance(inside, int):
+        stop = start + inside
+        children = list(leaves[start:stop])
+    else:
+        children, stop = [], start
+        for x in inside:
+            child, stop = _rebuild(x, leaves, stop)
+            children.append(child)
     if keys is not None:
-        return kind(zip(keys, children, strict=True))
-    return kind(*children) if hasattr(kind, "_fields") else kind(children)
+        return kind(zip(keys, children, strict=True)), stop
+    return kind(*children) if hasattr(kind, "_fields") else kind(children), stop
 
 
 def add(params: Tree, updates: Tree) -> Tree | None:
@@ -71,7 +95,5 @@ def add(params: Tree, updates: Tree) -> Tree | None:
     for x, y in zip(p, u, strict=True):
         if x is not None and y is not None and (x.shape != y.shape or not x.dtype.is_floating_point):
             return None
-    return rebuild(
-        structure,
-        iter([x if x is None or y is None else (x + y).to(x.dtype) for x, y in zip(p, u, strict=True)]),
-    )
+    both = zip(p, u, strict=True)
+    return rebuild(structure, [x if x is None or y is None else (x + y).to(x.dtype) for x, y in both])

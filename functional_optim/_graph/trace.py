@@ -89,7 +89,7 @@ def trace_step(
             if x is not y:
                 x.copy_(y)
         return params if apply else updates, state
-    return rebuild(base_tree, iter(leaves)), rebuild(s_tree, iter(new_state))
+    return rebuild(base_tree, leaves), rebuild(s_tree, new_state)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
