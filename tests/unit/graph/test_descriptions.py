@@ -31,6 +31,13 @@ CHAINS: dict[str, Callable[[], Any]] = {
         {re.compile("b"): "b", re.compile(""): "a"},
     ),
     "function": lambda: fo.adamw(lambda count: 0.1 / (1 + count), mask=lambda path, p: p.ndim > 1),
+    # a state in another layout than before, and updates that are views of it
+    "layouts": lambda: fo.chain(
+        fo.GradientTransformation(
+            lambda params: torch.ones(2, 3), lambda u, m, p=None: ({**u, "w": m.view(2, 3)}, (m + 1).T.contiguous().T)
+        ),
+        fo.sgd(0.1),
+    ),
     "opaque": lambda: fo.chain(fo.GradientTransformation(lambda params: (), lambda u, s, p=None: (u, s)), fo.sgd(0.1)),
 }
 
