@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 
+from ._graph.run import run
+from ._graph.structures import add
 from ._packed import Packed
 from ._rule import Fusible, RuleTransformation
 from ._runtime.checks import check_fit, check_leaf
-from ._step import run
-from ._transform import GradientTransformation, Link, as_transformation, joined_names
+from ._transform import GradientTransformation, Link, as_transformation, joined_names, joined_tensors
 from ._tree import Tree, View, difference, flatten, leaves_like, packed_like, paths, unflatten
 
 
@@ -23,7 +24,8 @@ class Chain(Fusible):
 
     def __init__(self, members: tuple[GradientTransformation, ...], names: tuple[str, ...] | None = None) -> None:
         self.members, self.names = members, names
-        self._hash = hash((members, names))  # differs between processes
+        self._hash: int | None = None  # computed when it is asked for
+        self._tensors = joined_tensors(members)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Chain, (self.members, self.names)
@@ -58,6 +60,8 @@ class Chain(Fusible):
         return isinstance(other, Chain) and (self.members, self.names) == (other.members, other.names)
 
     def __hash__(self) -> int:
+        if self._hash is None:
+            self._hash = hash((self.members, self.names))  # differs between processes
         return self._hash
 
     def __repr__(self) -> str:
@@ -169,7 +173,10 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
       >>> apply_updates({"w": torch.ones(2)}, {"w": torch.full((2,), 0.5)})
       {'w': tensor([1.5000, 1.5000])}
     """
-
+    if torch.compiler.is_dynamo_compiling():
+        added = add(params, updates)
+        if added is not None:
+            return added
     leaves, spec = flatten(params)
     try:
         others = leaves_like(spec, updates)

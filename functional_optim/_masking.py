@@ -10,7 +10,8 @@ import torch
 
 from ._compiler.rule import Option
 from ._rule import Fusible, RuleTransformation
-from ._transform import EmptyState, GradientTransformation, Link, as_transformation, joined_names
+from ._runtime.internals import register_in_exports
+from ._transform import EmptyState, GradientTransformation, Link, as_transformation, joined_names, joined_tensors
 from ._tree import MaskedNode, View, broadcast_prefix, leaves_like, paths, show, tree_map
 
 
@@ -27,6 +28,8 @@ class PartitionState(NamedTuple):
 
 
 torch.serialization.add_safe_globals([EmptyState, MaskedNode, MaskedState, PartitionState])
+for _cls in (EmptyState, MaskedNode, MaskedState, PartitionState):
+    register_in_exports(_cls)
 
 
 def resolve(choice: Any, view: View, what: str) -> list[Any]:
@@ -90,6 +93,7 @@ class Masked(Fusible):
 
     def __init__(self, inner: GradientTransformation, mask: Any) -> None:
         self.inner, self.mask = inner, copied(mask)
+        self._tensors = inner._tensors
 
     def _narrow(self, view: View) -> View:
         mask = resolve(self.mask, view, f"the mask of {_called(self.inner)}")
@@ -172,6 +176,7 @@ class Partition(Fusible):
 
     def __init__(self, transforms: Mapping[Any, GradientTransformation], labels: Any) -> None:
         self.transforms, self.labels = dict(transforms), copied(labels)
+        self._tensors = joined_tensors(self.transforms.values())
 
     def _parts(self, view: View) -> dict[Any, View]:
         labels = resolve(self.labels, view, "the labels of partition")

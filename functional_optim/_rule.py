@@ -9,9 +9,11 @@ import torch
 
 from ._compiler.rule import Bound, Range, Rule, Slot, check_stored, restore_state
 from ._compiler.trace import Symbol
+from ._graph.run import run
 from ._runtime.checks import check_leaf
-from ._step import run
-from ._transform import GradientTransformation, Link, as_transformation, joined_names
+from ._runtime.internals import register_in_exports
+from ._schedules.schedule import swap_tensors, tensors_of
+from ._transform import GradientTransformation, Link, as_transformation, joined_names, joined_tensors
 from ._tree import MaskedNode, Tree, View, paths, show
 
 
@@ -58,6 +60,7 @@ class RuleTransformation(Fusible):
     def __init__(self, factory: "RuleFactory", values: Mapping[str, Any]) -> None:
         self.factory = factory
         self.bound = Bound(factory.rule, dict(values))
+        self._tensors = tensors_of(self.bound.values)
 
     def replace(self, **values: Any) -> "RuleTransformation":
         """The same rule with some hyper-parameters replaced."""
@@ -68,6 +71,10 @@ class RuleTransformation(Fusible):
                 f"{self.factory.__signature__}."
             )
         return self.factory.make({**self.bound.values, **values})
+
+    def _swap(self, tensor: Callable[[torch.Tensor], torch.Tensor]) -> "RuleTransformation":
+        values = swap_tensors(self.bound.values, tensor)
+        return RuleTransformation(self.factory, values) if self._tensors else self
 
     def _init(self, view: View) -> Any:
         rule, values = self.bound.rule, self.bound.values
@@ -83,6 +90,7 @@ class RuleTransformation(Fusible):
         }
         if self.bound.counted:
             fields["count"] = torch.zeros((), dtype=torch.int64, device=seen[0].device if seen else None)
+        register_in_exports(self.bound.state_type)
         return self.bound.state_type(**fields)
 
     def _links(self, view: View, path: tuple[int | str, ...]) -> list[Link]:
@@ -140,6 +148,7 @@ class Wrapping(Fusible):
 
     def __init__(self, inner: GradientTransformation, own: GradientTransformation) -> None:
         self.inner, self.own = inner, own
+        self._tensors = joined_tensors((inner, own))
 
     def _init(self, view: View) -> Any:
         return self.inner._init(view), self.own._init(view)

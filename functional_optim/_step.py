@@ -5,7 +5,6 @@ transformation itself, and only have their tensors compared.
 """
 
 import numbers
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -537,7 +536,7 @@ def updates_of(link: Any, tree: Tree, before: Sequence[Any], read: Reader) -> li
     ]
 
 
-def run(
+def take_step(
     tx: GradientTransformation,
     apply: bool,
     updates: Tree,
@@ -546,7 +545,7 @@ def run(
     extra: Mapping[str, Any],
     donate: bool,
 ) -> tuple[Tree, Any]:
-    """Takes a step of a transformation; under `torch.compile` as one call that the compiler does not look into.
+    """Takes a step of a transformation.
 
     Args:
       tx: the transformation.
@@ -560,26 +559,6 @@ def run(
     Returns:
       The new parameters if `apply`, else the new updates; and the new state.
     """
-    if "torch._dynamo" not in sys.modules:  # importing it takes seconds, and without it nothing is compiled
-        return _run(tx, apply, updates, state, params, extra, donate)
-    if not _uncompiled:
-        reason = "functional_optim runs kernels of its own, so a step is a graph break; optimizers of adapters are none"
-        _uncompiled.append(torch.compiler.disable(_run, reason=reason))  # type: ignore[no-untyped-call]
-    return _uncompiled[0](tx, apply, updates, state, params, extra, donate)
-
-
-_uncompiled: list[Callable[..., tuple[Tree, Any]]] = []  # the compiler would look through a functools.cache
-
-
-def _run(
-    tx: GradientTransformation,
-    apply: bool,
-    updates: Tree,
-    state: Any,
-    params: Tree | None,
-    extra: Mapping[str, Any],
-    donate: bool,
-) -> tuple[Tree, Any]:
     like = updates if params is None else params
     bound = tx._bound_steps
     for step in bound:

@@ -18,9 +18,13 @@ and fused. `Transformation` lists these questions. All are asked about a `View`,
 
 import abc
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
+from weakref import WeakValueDictionary
+
+import torch
 
 from ._compiler.rule import (
     Bound,
@@ -29,6 +33,8 @@ from ._compiler.rule import (
 from ._tree import Tree, View
 
 
+TRANSFORMATIONS: "WeakValueDictionary[str, GradientTransformation]" = WeakValueDictionary()  # by serial number
+_SERIALS = itertools.count()
 Path = tuple[int | str, ...]
 Rewrite = Callable[[Path, "GradientTransformation"], "GradientTransformation"]
 
@@ -110,6 +116,16 @@ class GradientTransformation(Transformation):
     """
 
     _bound_steps: list[Any] = []  # of this very object; assigned anew, never changed in place  # noqa: RUF012
+    _serial: str  # of this very object; compiled graphs are guarded by it, and find the object by it
+    _tensors: tuple[torch.Tensor, ...] = ()  # hyper-parameters that are tensors, each once
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        self = super().__new__(cls)
+        if torch.compiler.is_dynamo_compiling():  # a step refuses it
+            return self
+        self._serial = f"transformation {next(_SERIALS)}"
+        TRANSFORMATIONS[self._serial] = self
+        return self
 
     def __init__(self, init: Callable[[Any], Any], update: Callable[..., tuple[Any, Any]]) -> None:
         self._functions = (init, update)
@@ -118,7 +134,7 @@ class GradientTransformation(Transformation):
         self._extras = None if takes_all else frozenset(p.name for p in parameters)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_bound_steps"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_bound_steps", "_serial")}
 
     def init(self, params: Tree) -> Any:
         """Makes the state for a tree of parameters."""
@@ -162,6 +178,17 @@ class GradientTransformation(Transformation):
 
     def _rewrite(self, fn: Rewrite, path: Path) -> "GradientTransformation":
         return fn(path, self)
+
+    def _swap(self, tensor: Callable[[torch.Tensor], torch.Tensor]) -> "GradientTransformation":
+        """The same transformation with other tensors as hyper-parameters, if it is one that is not made of others."""
+        return self
+
+    def _with_tensors(self, tensors: Sequence[torch.Tensor]) -> "GradientTransformation":
+        """The same transformation with other tensors in the places of `_tensors`."""
+        if not self._tensors:
+            return self
+        new = {id(x): y for x, y in zip(self._tensors, tensors, strict=True)}
+        return self._rewrite(lambda path, inner: inner._swap(lambda x: new[id(x)]), ())
 
     def _links(self, view: View, path: Path) -> list[Link]:
         return [Link(self, path, view.seen)]
@@ -226,6 +253,11 @@ def as_transformation(x: Any) -> GradientTransformation:
             f"{'; did you forget to call it?' if callable(x) else ''}"
         )
     return GradientTransformation(x.init, x.update)
+
+
+def joined_tensors(members: Iterable[GradientTransformation]) -> tuple[torch.Tensor, ...]:
+    """The tensors among the hyper-parameters of several transformations, each once."""
+    return tuple({id(x): x for tx in members for x in tx._tensors}.values())
 
 
 def joined_names(members: Iterable[GradientTransformation]) -> frozenset[str] | None:

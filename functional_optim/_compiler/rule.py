@@ -354,7 +354,7 @@ def state_type(rule: Rule, counted: bool) -> Any:
     namedtuple: Any = collections.namedtuple  # a type checker wants fields that it can read
     made = namedtuple(name, fields, module=rule.fn.__module__)
     made.__doc__ = f"The state of `{rule.name}`."
-    made._rule = rule  # no field can have this name
+    made._rule, made._counted = rule, counted  # no field can have these names
     # pickled by way of the rule's public name, since this class has none
     made.__reduce__ = lambda self: (restore_state, (rule.factory, counted, *self))
     return made

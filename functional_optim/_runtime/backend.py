@@ -14,6 +14,8 @@ from .._compiler.c.build import find_compiler
 
 BACKENDS = ("reference", "foreach", "c", "triton")
 _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
+# the same as a list, of all threads: a compiler follows no context variables, and guards its graphs by this
+ASKED: list[str] = []
 _given_up: dict[str, str] = {}  # backends that failed to build a kernel in this process, and the reason
 
 
@@ -39,11 +41,14 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; there are {', '.join(map(repr, BACKENDS))}.")
-    token = _requested.set(name)
+    token = None if torch.compiler.is_dynamo_compiling() else _requested.set(name)
+    ASKED.append(name)
     try:
         yield
     finally:
-        _requested.reset(token)
+        ASKED.pop()
+        if token is not None:
+            _requested.reset(token)
 
 
 def requested_backend() -> str | None:

@@ -26,6 +26,42 @@ def needs_dispatch() -> bool:
     )
 
 
+def in_transformation() -> bool:
+    """Whether a `torch.func` transformation is active; see `needs_dispatch`."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def may_have_tangents() -> bool:
+    """Whether forward-mode AD is active; a compiler may have opened its level without the knowledge of `forward_ad`."""
+    return torch.autograd.forward_ad._current_level >= 0 or in_transformation()
+
+
+def has_tangent(x: torch.Tensor) -> bool:
+    """Whether forward-mode AD, which has one level of dual numbers, carries a tangent along with a tensor."""
+    forward_ad: Any = torch.autograd.forward_ad
+    return forward_ad.unpack_dual(x, level=0).tangent is not None
+
+
+def below_autograd() -> Any:
+    """A context in which operations are dispatched to what stands below autograd.
+
+    `torch._C._AutoDispatchBelowAutograd`; C++ has it as `at::AutoDispatchBelowAutograd`, for kernels of autograd that
+    call the operation that they belong to. In Python there is no public name.
+    """
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+def register_in_exports(cls: type) -> None:
+    """Registers a NamedTuple, so that `torch.export.save` can write the structure of trees that it is in.
+
+    `torch.utils._pytree._register_namedtuple` gives it a name in files; public names are there for dataclasses only.
+    """
+    fields = getattr(cls, "_fields", ())
+    name = f"{cls.__module__}.{cls.__qualname__}({', '.join(fields)})"  # a rule has a state with a counter and without
+    if name not in torch.utils._pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE:
+        torch.utils._pytree._register_namedtuple(cls, serialized_type_name=name)
+
+
 def in_checkpoint() -> bool:
     """Whether torch's checkpoints take a step for the sake of the state that it makes.
 

@@ -144,6 +144,38 @@ def _replace(label: str, x: Any, number: Callable[[str, Any], Any]) -> Any:
     return x
 
 
+def swap_tensors(values: Mapping[str, Any], tensor: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+    """Hyper-parameters with other tensors: those that are tensors, and those in schedules.
+
+    Args:
+      values: the hyper-parameters by name.
+      tensor: a function that returns the tensor in place of one.
+    """
+
+    def number(label: str, x: Any) -> Any:
+        return tensor(x) if isinstance(x, torch.Tensor) else x
+
+    return {k: v.replace_numbers(number) if isinstance(v, Schedule) else number(k, v) for k, v in values.items()}
+
+
+def tensors_of(values: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
+    """The tensors among hyper-parameters and in their schedules, each once.
+
+    Example:
+      >>> from functional_optim import constant_schedule
+      >>> tensors_of({"decay": 0.9, "learning_rate": constant_schedule(torch.tensor(0.5))})
+      (tensor(0.5000),)
+    """
+    found: dict[int, torch.Tensor] = {}
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        return found.setdefault(id(x), x)
+
+    if any(isinstance(v, (torch.Tensor, Schedule)) for v in values.values()):
+        swap_tensors(values, note)
+    return tuple(found.values())
+
+
 def _own(x: Any) -> Any:
     """An argument that its caller cannot change: containers copied, numbers of NumPy and JAX as Python's."""
     if isinstance(x, Mapping):

@@ -36,6 +36,18 @@ NAMES = {
         "internals.in_backward",
         "see how `torch.utils.checkpoint` tells that a backward pass runs",
     ),
+    "_C._AutoDispatchBelowAutograd": (
+        "internals.below_autograd",
+        "see how `torch.library` runs what stands below a kernel of autograd",
+    ),
+    "utils._pytree._register_namedtuple": (
+        "internals.register_in_exports",
+        "see how `torch.export.save` finds the names of NamedTuples",
+    ),
+    "utils._pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE": (
+        "internals.register_in_exports",
+        "see how `torch.utils._pytree` knows the classes that are registered",
+    ),
     "_C._functorch.is_functorch_wrapped_tensor": (
         "internals.is_wrapper_of_a_transformation",
         "see how `torch._functorch` tells wrapped tensors",

@@ -1,0 +1,352 @@
+"""Descriptions of steps: texts that name a chain and the structure of its trees, and from which both are made again.
+
+A compiled graph refers to its step by a text alone, and so do files of graphs: a cache, or an exported program. So the
+text says what the step is, wherever that is possible: it is a pickle in which only transformations, schedules, rules
+and structures may occur. A chain with functions that no description can hold (an opaque transformation, a mask or a
+schedule that is a function of the caller's) is looked up in this process by its serial number.
+"""
+
+import base64
+import collections
+import contextlib
+import functools
+import importlib
+import io
+import itertools
+import pickle
+import re
+import sys
+import uuid
+import zlib
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+
+from .._compiler.rule import Rule, state_type
+from .._runtime.backend import use_backend
+from .._schedules.schedule import Schedule, ScheduleFactory
+from .._step import take_step
+from .._transform import TRANSFORMATIONS, GradientTransformation
+from .._tree import Tree, difference, flatten, leaves_like, unflatten
+from .structures import Structure, rebuild
+
+
+class Outline(NamedTuple):
+    """The structure of a tree, and which of its leaves are there."""
+
+    structure: Structure
+    there: tuple[bool, ...]
+
+
+class Form:
+    """Makes trees of one outline from their tensors, and reads them, by the pytree library, which takes no Python.
+
+    Args:
+      outline: the structure, and which leaves are there.
+    """
+
+    def __init__(self, outline: Outline) -> None:
+        # a tensor's position in the order of `structures.read`, for each leaf in the order of the pytree library
+        order, self.spec = flatten(rebuild(outline.structure, range(len(outline.there))))
+        positions = list(itertools.accumulate(outline.there, initial=0))
+        self.sources = [positions[i] if outline.there[i] else None for i in order]
+        places = {i: k for k, i in enumerate(order)}
+        self.leaves = [places[i] for i in range(len(order))] if order != sorted(order) else None
+
+    def tree(self, tensors: Sequence[torch.Tensor]) -> Tree:
+        """The tree with these tensors."""
+        return unflatten(self.spec, [None if k is None else tensors[k] for k in self.sources])
+
+    def read(self, tree: Tree) -> list[Any] | None:
+        """The leaves of a tree, None where one is absent; None for a tree of another structure."""
+        leaves, spec = flatten(tree)
+        if spec != self.spec:
+            return None
+        return leaves if self.leaves is None else [leaves[k] for k in self.leaves]
+
+
+class Trees(NamedTuple):
+    """The trees of a step: updates, parameters if there are any, the state, and extra arguments by name."""
+
+    updates: Outline
+    params: Outline | None
+    state: Outline
+    extra: Outline
+
+    @property
+    def same_containers(self) -> bool:
+        """Whether updates and parameters are in the same containers, in the same order."""
+        return self.params is not None and self.params.structure == self.updates.structure
+
+    def computed(self, apply: bool) -> list[int]:
+        """The leaves of the result that a step computes; others it returns as they are."""
+        base, other = (self.params, self.updates) if apply else (self.updates, self.params)
+        assert base is not None
+        both = zip(base.there, other.there if self.same_containers and other else base.there, strict=True)
+        return [i for i, (one, two) in enumerate(both) if one and two]
+
+    def partners(self, leaves: Sequence[int]) -> list[int | None]:
+        """The positions, among the tensors of the parameters, of those that go with some leaves of the updates."""
+        assert self.params is not None
+        n = len(self.params.there)
+        order = list(range(n))
+        if not self.same_containers:
+            order = _reordered(order, self.params.structure, self.updates.structure)
+        positions = list(itertools.accumulate(self.params.there, initial=0))
+        return [positions[order[i]] if self.params.there[order[i]] else None for i in leaves]
+
+    def check(self) -> None:
+        """Refuses updates in another structure than the parameters.
+
+        Raises:
+          ValueError: with the paths of both that differ.
+        """
+        if self.params is None or self.same_containers:
+            return
+        params, updates = (rebuild(x.structure, [0] * len(x.there)) for x in (self.params, self.updates))
+        spec = flatten(params)[1]
+        try:
+            leaves_like(spec, updates)
+        except (ValueError, TypeError):
+            raise ValueError(f"updates does not have the structure of params: {difference(spec, updates)}.") from None
+
+
+class DescribedStep:
+    """A step of a chain on trees of some structure.
+
+    Args:
+      tx: the chain.
+      apply: whether to add the updates to the parameters.
+      trees: the structure of the trees.
+      backend: the backend that is asked for where the step is written, if any.
+    """
+
+    KEEP = 8
+
+    def __init__(self, tx: GradientTransformation, apply: bool, trees: Trees, backend: str | None) -> None:
+        self.tx, self.apply, self.trees, self.backend = tx, apply, trees, backend
+        parts: list[GradientTransformation] = []
+
+        def note(path: Any, part: GradientTransformation) -> GradientTransformation:
+            parts.append(part)
+            return part
+
+        tx._rewrite(note, ())
+        rules = [getattr(part, "bound", None) for part in parts]
+        self.runs_foreign_code = any(bound is None for bound in rules)
+        self.may_return_views = any(bound is None or bound.rule.whole for bound in rules)
+        self.n_extra = sum(trees.extra.there)
+        self.computed = trees.computed(apply)
+        self.updates, self.state, self.extra = Form(trees.updates), Form(trees.state), Form(trees.extra)
+        self.params = None if trees.params is None else Form(trees.params)
+        base = trees.params if apply else trees.updates
+        assert base is not None
+        positions = {i: k for k, i in enumerate(i for i, there in enumerate(base.there) if there)}
+        self.picked = [positions[i] for i in self.computed]
+        self.partners = trees.partners(self.computed) if not apply and trees.params is not None else []
+        self._own: collections.OrderedDict[Any, GradientTransformation] = collections.OrderedDict()
+
+    def take(
+        self,
+        updates: Sequence[torch.Tensor],
+        params: Sequence[torch.Tensor],
+        state: Sequence[torch.Tensor],
+        numbers: Sequence[torch.Tensor],
+        donate: bool = False,
+        reference: bool = False,
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Takes the step.
+
+        Args:
+          updates: the tensors of the updates.
+          params: those of the parameters.
+          state: those of the state.
+          numbers: those of the extra arguments, and of hyper-parameters that are tensors.
+          donate: whether to write in place.
+          reference: whether to compute with operations of torch, which are traced and differentiated.
+
+        Returns:
+          The tensors of the result that are computed, and those of the new state; none if all are written in place.
+
+        Raises:
+          ValueError: a transformation returned a state in another structure than it was given.
+        """
+        extra = self.extra.tree(numbers[: self.n_extra])
+        given = numbers[self.n_extra :]
+        tx = self.tx._with_tensors(list(given)) if reference else self._chain_of(given)
+        backend = "reference" if reference else self.backend
+        with use_backend(backend) if backend else contextlib.nullcontext():
+            before, like = self.state.tree(state), None if self.params is None else self.params.tree(params)
+            result, after = take_step(tx, self.apply, self.updates.tree(updates), before, like, extra, donate)
+        if donate and after is before:
+            return [], []
+        form = self.updates if self.params is None else self.params  # the containers that results have
+        leaves, states = form.read(result), self.state.read(after)
+        there = () if states is None else tuple(x is not None for x in states)
+        if leaves is None or there != self.trees.state.there:
+            raise ValueError(
+                f"a transformation of {self.tx!r:.100} returned updates or a state in another structure than it was "
+                f"given, which a compiled step cannot; keep the state's structure as `init` makes it."
+            )
+        if self.params is not None and not self.apply and not self.trees.same_containers:
+            assert self.trees.params is not None
+            leaves = _reordered(leaves, self.trees.params.structure, self.trees.updates.structure)
+        return [leaves[i] for i in self.computed], [x for x in states or () if x is not None]
+
+    def _chain_of(self, given: Sequence[torch.Tensor]) -> GradientTransformation:
+        """The chain with tensors of its own, which hold these numbers: a kernel stays bound to it."""
+        if not given:
+            return self.tx
+        key = tuple((x.dtype, x.device) for x in given)
+        if key not in self._own:
+            while len(self._own) >= self.KEEP:
+                self._own.popitem(last=False)
+            self._own[key] = self.tx._with_tensors([torch.empty_like(x) for x in given])
+        own = self._own[key]
+        for mine, x in zip(own._tensors, given, strict=True):
+            mine.copy_(x.detach())
+        return own
+
+
+def _reordered(leaves: Sequence[Any], old: Structure, new: Structure) -> list[Any]:
+    """Leaves in the order of another structure, which the pytree library takes for the same."""
+    olds, spec = flatten(rebuild(old, range(len(leaves))))
+    news = leaves_like(spec, rebuild(new, range(len(leaves))))
+    places = dict(zip(news, olds, strict=True))
+    return [leaves[places[i]] for i in range(len(leaves))]
+
+
+def describe(serial: str, apply: bool, trees: Trees, backend: str | None) -> str:
+    """The text of a step.
+
+    Args:
+      serial: the serial number of the chain.
+      apply: whether to add the updates to the parameters.
+      trees: the structure of the trees.
+      backend: the backend that is asked for.
+
+    Raises:
+      ValueError: the trees do not fit each other.
+    """
+    trees.check()
+    tx = TRANSFORMATIONS[serial]
+    for by_serial in (False, True):
+        try:
+            text = _write(tx, (apply, *trees, backend), by_serial)
+            if not by_serial:
+                _read(text)
+            return text
+        except Exception:  # pickles fail in many ways, depending on the object
+            if by_serial:
+                raise
+    raise AssertionError
+
+
+def _write(tx: GradientTransformation, rest: tuple[Any, ...], by_serial: bool) -> str:
+    file = io.BytesIO()
+    _Writer(file, tx, by_serial).dump((len(tx._tensors), tx, *rest))
+    return base64.b85encode(zlib.compress(file.getvalue())).decode()
+
+
+def _read(text: str) -> DescribedStep:
+    n, tx, apply, updates, params, state, extra, backend = _Reader(text).load()
+    assert n == len(tx._tensors)
+    return DescribedStep(tx, apply, Trees(updates, params, state, extra), backend)
+
+
+@functools.lru_cache(maxsize=256)
+def find_step(text: str) -> DescribedStep:
+    """The step that a text describes.
+
+    Raises:
+      RuntimeError: it cannot be found in this process.
+    """
+    return _read(text)
+
+
+PROCESS = uuid.uuid4().hex  # serial numbers of another process are of other transformations
+# NamedTuples that are defined within functions, by identity, for texts that only this process can read
+CLASSES: "WeakValueDictionary[int, type]" = WeakValueDictionary()
+
+
+class _Writer(pickle.Pickler):
+    """Writes a description of a chain: its tensors by position, classes of states by the rule that declares them."""
+
+    def __init__(self, file: Any, tx: GradientTransformation, by_serial: bool) -> None:
+        super().__init__(file, protocol=4)
+        self.tx, self.by_serial = tx, by_serial
+
+    def persistent_id(self, x: Any) -> Any:
+        if self.by_serial and x is self.tx:
+            return "chain", x._serial, PROCESS
+        if isinstance(x, torch.Tensor):
+            position = next((k for k, own in enumerate(self.tx._tensors) if own is x), None)
+            if position is None:
+                raise pickle.PicklingError("a tensor that is no hyper-parameter")
+            return "number", position
+        if not (isinstance(x, type) and issubclass(x, tuple) and hasattr(x, "_fields")):
+            return None
+        if hasattr(x, "_rule"):
+            return "state", x._rule.factory, vars(x)["_counted"]
+        if self.by_serial and "<locals>" in x.__qualname__:
+            CLASSES[id(x)] = x
+            return "class", id(x)
+        return None
+
+
+class _Reader(pickle.Unpickler):
+    """Reads a description. Files hold them, so nothing is called but what makes chains, schedules and structures."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(io.BytesIO(zlib.decompress(base64.b85decode(text))))
+        self.numbers: dict[int, torch.Tensor] = {}
+
+    def persistent_load(self, pid: Any) -> Any:
+        kind, *rest = pid
+        if kind == "number":
+            return self.numbers.setdefault(rest[0], torch.zeros((), dtype=torch.float64))
+        if kind == "state":
+            return state_type(rest[0].rule, rest[1])
+        if kind == "class":
+            return CLASSES[rest[0]]
+        serial, process = rest
+        tx = TRANSFORMATIONS.get(serial) if process == PROCESS else None
+        if tx is None:
+            raise RuntimeError(
+                "the chain of this compiled step is not in this process. It is found by its description in any "
+                "process if it holds no functions: give masks as trees or regular expressions in place of functions, "
+                "schedules as schedules of functional_optim, and rules in place of opaque transformations. Otherwise "
+                "keep the chain as long as the compiled function, and compile in the process that runs it."
+            )
+        return tx
+
+    def find_class(self, module: str, name: str) -> Any:
+        own = module.partition(".")[0] == __name__.partition(".")[0]
+        if not own and module not in sys.modules:
+            raise RuntimeError(
+                f"the chain of this compiled step uses {name} of the module {module}; import {module} before."
+            )
+        try:
+            found = attrgetter(name)(importlib.import_module(module) if own else sys.modules[module])
+        except AttributeError:
+            raise RuntimeError(
+                f"the chain of this compiled step uses {name} of the module {module}, which has no such name here."
+            ) from None
+        if not (found in _CALLED if isinstance(found, type(re.compile)) else _is_harmless(found)):
+            raise pickle.UnpicklingError(f"{module}.{name} is no part of a chain")
+        return found
+
+
+_CALLED = (re._compile,)  # type: ignore[attr-defined]  # the function that patterns name when they are pickled
+
+
+def _is_harmless(x: Any) -> bool:
+    """Whether an object of a description is a class or a function of parts of chains."""
+    if not isinstance(x, type):
+        return isinstance(x, (torch.dtype, ScheduleFactory)) or isinstance(getattr(x, "rule", None), Rule)
+    if issubclass(x, tuple) and hasattr(x, "_fields"):
+        return True
+    return issubclass(x, (GradientTransformation, Schedule)) or x in (dict, list, tuple, collections.OrderedDict)

@@ -1,0 +1,41 @@
+"""Taking a step: by kernels, or while a compiler traces, as an operation in its graph."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .._step import take_step
+from .._transform import GradientTransformation
+from .._tree import Tree
+from . import operations as operations  # registered where files of graphs are loaded
+
+
+def run(
+    tx: GradientTransformation,
+    apply: bool,
+    updates: Tree,
+    state: Any,
+    params: Tree | None,
+    extra: Mapping[str, Any],
+    donate: bool,
+) -> tuple[Tree, Any]:
+    """Takes a step of a transformation.
+
+    Args:
+      tx: the transformation.
+      apply: whether to add the updates to the parameters.
+      updates: the updates.
+      state: its state.
+      params: the parameters.
+      extra: extra arguments of `update`.
+      donate: whether to write in place.
+
+    Returns:
+      The new parameters if `apply`, else the new updates; and the new state.
+    """
+    if torch.compiler.is_compiling():
+        from .trace import trace_step  # which imports the compiler, and that takes seconds
+
+        return trace_step(tx, apply, updates, state, params, extra, donate)
+    return take_step(tx, apply, updates, state, params, extra, donate)

@@ -1,0 +1,115 @@
+"""Tracing a step: plain Python that a compiler follows, around one operation. Imported while a compiler runs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .._runtime.backend import ASKED
+from .._step import take_step
+from .._transform import GradientTransformation
+from .._tree import Tree
+from .descriptions import Outline, Trees, describe
+from .structures import read, rebuild
+
+
+REASON = (
+    "the trees of a compiled step are dicts, lists, tuples and NamedTuples of plain tensors and None, and extra "
+    "arguments are tensors or numbers, or such trees; a step with anything else, such as a number in a state, runs "
+    "outside of the graph"
+)
+MADE_INSIDE = (
+    "the chain is made inside of the compiled function; make it outside, and give numbers that change as extra "
+    "arguments, 0-d tensors or schedules"
+)
+outside = torch.compiler.disable(take_step, reason=REASON)  # type: ignore[no-untyped-call]
+outside_with_chain = torch.compiler.disable(take_step, reason=MADE_INSIDE)  # type: ignore[no-untyped-call]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def description_of(
+    serial: str, apply: bool, updates: Any, params: Any, state: Any, extra: Any, backend: str | None
+) -> str:
+    """The text of a step, a constant of the graph."""
+    outlines = [None if x is None else Outline(*x) for x in (updates, params, state, extra)]
+    return describe(serial, apply, Trees(*outlines), backend)  # type: ignore[arg-type]
+
+
+def trace_step(
+    tx: GradientTransformation,
+    apply: bool,
+    updates: Tree,
+    state: Any,
+    params: Tree | None,
+    extra: Mapping[str, Any],
+    donate: bool,
+) -> tuple[Tree, Any]:
+    """Takes a step as an operation; see `run`.
+
+    With the backend `"reference"` the operation is one that the compiler looks into.
+    """
+    if not hasattr(tx, "_serial"):
+        return outside_with_chain(tx, apply, updates, state, params, extra, donate)  # type: ignore[no-any-return]
+    u: list[Any] = []
+    p: list[Any] = []
+    s: list[Any] = []
+    e: list[Any] = []
+    strange: list[str] = []
+    numbers = {name: as_numbers(x) for name, x in extra.items()}
+    u_tree = read(updates, u, strange)
+    p_tree = read(params, p, strange) if params is not None else None
+    s_tree, e_tree = read(state, s, strange), read(numbers, e, strange)
+    if strange or (apply and params is None):
+        return outside(tx, apply, updates, state, params, extra, donate)  # type: ignore[no-any-return]
+    backend = ASKED[-1] if ASKED else None
+    text = description_of(
+        tx._serial,
+        apply,
+        (u_tree, _there(u)),
+        None if p_tree is None else (p_tree, _there(p)),
+        (s_tree, _there(s)),
+        (e_tree, _there(e)),
+        backend,
+    )
+    arguments = (_tensors(u), _tensors(p), _tensors(s), [*_tensors(e), *tx._tensors])
+    if donate and backend != "reference":
+        torch.ops.functional_optim.donated_step(text, *arguments)
+        return params if apply else updates, state
+    step = torch.ops.functional_optim.traced_step if backend == "reference" else torch.ops.functional_optim.pure_step
+    results = iter(step(text, *arguments))
+    base, base_tree, other = (p, p_tree, u) if apply else (u, u_tree, p)
+    passes = p_tree is not None and same(u_tree, p_tree)
+    leaves = [
+        x if x is None or (passes and y is None) else next(results)
+        for x, y in zip(base, other if passes else base, strict=True)
+    ]
+    new_state = [x if x is None else next(results) for x in s]
+    if donate:
+        for x, y in zip([*base, *s], [*leaves, *new_state], strict=True):
+            if x is not y:
+                x.copy_(y)
+        return params if apply else updates, state
+    return rebuild(base_tree, leaves), rebuild(s_tree, new_state)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def same(a: Any, b: Any) -> bool:
+    """Whether two structures are one, a constant of the graph."""
+    return bool(a == b)
+
+
+def as_numbers(x: Any) -> Any:
+    """An extra argument with numbers as tensors.
+
+    A number that a compiler takes for a variable stays one in the product with a tensor; `torch.tensor` of it would be
+    a constant, and each value a graph of its own.
+    """
+    return torch.ones((), dtype=torch.float64) * x if isinstance(x, (int, float)) else x
+
+
+def _there(leaves: list[Any]) -> tuple[bool, ...]:
+    return tuple([x is not None for x in leaves])
+
+
+def _tensors(leaves: list[Any]) -> list[Any]:
+    return [x for x in leaves if x is not None]

@@ -1,0 +1,506 @@
+"""Train steps of the pure API inside `torch.compile` and `torch.export`: one graph, and the numbers of eager mode."""
+
+import collections
+import contextlib
+import copy
+import io
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.func import functional_call, grad_and_value
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+import functional_optim as fo
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
+
+ROOT = Path(__file__).parents[2]
+STEPS = 20
+MODEL = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+
+
+@fo.elementwise(extra=("lr",))
+def scale_by_given_rate(u: Any, *, lr: Any) -> Any:
+    return -lr * u
+
+
+@fo.leafwise(state={"rows": fo.slot(shape=lambda p: p.shape[:1])})
+def scale_rows(u: Any, rows: Any, *, decay: Any = 0.9) -> Any:
+    rows = decay * rows + u.reshape(u.shape[0], -1).square().mean(1)
+    return u / (rows.sqrt() + 1e-3).reshape(-1, *[1] * (u.ndim - 1)), rows
+
+
+@fo.elementwise(state={"total": fo.slot(per="tree")})
+def keep_direction(u: Any, before: Any, total: Any) -> Any:
+    """A rule around another one, with a number that all leaves share."""
+    total = total + fo.tree_sum(u * u)
+    return torch.where(u * before > 0, u, 0.0) / (1 + total), total
+
+
+@fo.elementwise(extra={"scale": "element"})
+def scale_by_tree(u: Any, *, scale: Any) -> Any:
+    return u * scale
+
+
+def counting(params: Any) -> Any:
+    return {"n": torch.zeros(())}
+
+
+def halve(updates: Any, state: Any, params: Any = None) -> Any:
+    """An opaque transformation: the first update is halved, the second divided by three."""
+    n = state["n"] + 1
+    return {k: u / (1 + n) for k, u in updates.items()}, {"n": n}
+
+
+RATE = torch.tensor(0.1)  # tests change it between steps
+CHAINS: dict[str, Callable[[], Any]] = {
+    "schedule": lambda: fo.chain(
+        fo.clip_by_global_norm(0.1),
+        fo.adamw(fo.cosine_decay_schedule(0.1, STEPS), mask=lambda path, p: p.ndim > 1),
+        fo.params_ema(0.9),
+    ),
+    "tensor": lambda: fo.sgd(RATE, momentum=0.9),
+    "partition": lambda: fo.partition(
+        {"a": fo.adam(1e-2), "b": fo.masked(fo.sgd(0.1), re.compile("0"))},
+        {re.compile("bias"): "b", re.compile(""): "a"},
+    ),
+    "wrapping": lambda: fo.chain(keep_direction(fo.trace(0.9)), fo.scale_by_learning_rate(0.1)),
+    "opaque": lambda: fo.chain(fo.trace(0.5), fo.GradientTransformation(counting, halve), fo.sgd(0.1, momentum=0.9)),
+    "leafwise": lambda: fo.named_chain(("clip", fo.clip(0.1)), ("rows", scale_rows()), ("lr", fo.sgd(0.1))),
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@contextlib.contextmanager
+def dynamo(**config: Any) -> Iterator[None]:
+    """Settings of the compiler, which takes seconds to import."""
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(**config):
+        yield
+
+
+def counter(backend: str = "aot_eager") -> Any:
+    """A backend that counts graphs."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    return CompileCounterWithBackend(backend)
+
+
+def loss(params: Any, x: torch.Tensor) -> torch.Tensor:
+    return functional_call(MODEL, params, (x,)).square().mean()
+
+
+def train_step(tx: Any, form: str) -> Callable[..., Any]:
+    """A train step in one of the forms of the pure API."""
+
+    def step(params: Any, state: Any, x: torch.Tensor, **extra: Any) -> Any:
+        grads, value = grad_and_value(loss)(params, x)
+        if form == "update":
+            updates, state = tx.update(grads, state, params, **extra)
+            params = fo.apply_updates(params, updates)
+        else:
+            params, state = fo.apply_gradients(tx, params, grads, state, donate=form == "donate", **extra)
+        return params, state, value
+
+    return step
+
+
+def start(tx: Any) -> Any:
+    params = {k: p.detach().clone() for k, p in MODEL.named_parameters()}
+    return params, tx.init(params)
+
+
+def batch(k: int) -> torch.Tensor:
+    return torch.randn(8, 3, generator=torch.Generator().manual_seed(k))
+
+
+def assert_equal(actual: Any, expected: Any) -> None:
+    """The same containers, and the same bits in every tensor."""
+    assert pytree.tree_structure(actual) == pytree.tree_structure(expected)
+    for x, y in zip(pytree.tree_leaves(actual), pytree.tree_leaves(expected), strict=True):
+        assert x.dtype == y.dtype
+        assert torch.equal(x, y)
+
+
+def assert_close(actual: Any, expected: Any) -> None:
+    """The same but for rounding: a few units in the last place of float32, of numbers up to 1."""
+    for x, y in zip(pytree.tree_leaves(actual), pytree.tree_leaves(expected), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+# -- one graph, the same numbers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["apply", "update", "donate"])
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_train_step_is_one_graph_and_equals_eager_mode(name: str, form: str) -> None:
+    """Bit by bit over a schedule, a tensor that changes, and a state that has been written to a file and read again."""
+    tx, backend = CHAINS[name](), counter()
+    eager = train_step(tx, form)
+    compiled = torch.compile(eager, fullgraph=True, backend=backend)
+    mine, theirs = start(tx), start(tx)
+    with dynamo(error_on_recompile=True):
+        for k in range(STEPS):
+            RATE.fill_(0.1 * 0.9**k)
+            mine, theirs = compiled(*mine[:2], batch(k)), eager(*theirs[:2], batch(k))
+            assert_equal(mine, theirs)
+            if k == STEPS // 2:
+                file = io.BytesIO()
+                torch.save(mine, file)
+                file.seek(0)
+                mine = torch.load(file)
+    assert backend.frame_count == 1
+
+
+@pytest.mark.parametrize("form", ["apply", "donate"])
+def test_a_number_that_changes_is_compiled_twice_at_most(form: str) -> None:
+    """An extra argument is compiled as a constant first, as Python's numbers are, and as a variable from then on."""
+    tx, backend = fo.chain(fo.scale_by_adam(), scale_by_given_rate()), counter("eager")
+    eager = train_step(tx, form)
+    compiled = torch.compile(eager, fullgraph=True, backend=backend)
+    mine, theirs = start(tx), start(tx)
+    for k in range(STEPS):
+        mine = compiled(*mine[:2], batch(k), lr=0.1 * 0.9**k)
+        theirs = eager(*theirs[:2], batch(k), lr=0.1 * 0.9**k)
+    assert_equal(mine, theirs)
+    assert backend.frame_count == 2
+
+
+def test_extra_arguments_that_are_trees() -> None:
+    tx = fo.chain(scale_by_tree(), fo.sgd(0.1))
+    params, state = start(tx)
+
+    def step(params: Any, state: Any, scale: Any) -> Any:
+        return fo.apply_gradients(tx, params, params, state, scale=scale, value=1.0)
+
+    scale = {k: p + 1 for k, p in params.items()}
+    actual = torch.compile(step, fullgraph=True, backend="eager")(params, state, scale)
+    assert_equal(actual, step(params, state, scale))
+
+
+def test_another_chain_in_the_same_name_is_compiled_anew() -> None:
+    holder, backend = {"tx": fo.sgd(0.1)}, counter("eager")
+
+    def step(params: Any, grads: Any, state: Any) -> Any:
+        return fo.apply_gradients(holder["tx"], params, grads, state)
+
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    params, state = start(holder["tx"])
+    for tx in (fo.sgd(0.1), fo.sgd(0.5)):
+        holder["tx"] = tx
+        assert_equal(compiled(params, params, state), step(params, params, state))
+    assert backend.frame_count == 2
+
+
+def test_tensors_that_the_step_itself_changes() -> None:
+    """A learning rate that is written to before and after the step, inside of the compiled function."""
+    rate = torch.tensor(0.5)
+    tx = fo.sgd(rate)
+
+    def step(params: Any, state: Any) -> Any:
+        rate.mul_(0.5)
+        params, state = fo.apply_gradients(tx, params, params, state)
+        rate.mul_(0.5)
+        return fo.apply_gradients(tx, params, params, state)
+
+    params, state = start(tx)
+    expected = step(params, state)
+    rate.fill_(0.5)
+    assert_equal(torch.compile(step, fullgraph=True, backend="aot_eager")(params, state), expected)
+    assert rate == 0.125
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_gradients_that_are_none(donate: bool) -> None:
+    tx = fo.adamw(0.1)
+    grads = {k: None if "0" in k else torch.ones_like(p) for k, p in MODEL.named_parameters()}
+
+    def step(params: Any, state: Any) -> Any:
+        return fo.apply_gradients(tx, params, grads, state, donate=donate)
+
+    given = start(tx)
+    expected = step(*copy.deepcopy(given))
+    actual = torch.compile(step, fullgraph=True, backend="aot_eager")(*given)
+    assert_equal(actual, expected)
+    assert actual[0]["0.weight"] is given[0]["0.weight"]
+
+
+@pytest.mark.parametrize("tree", ["one tensor", "list", "ordered", "other order"])
+def test_trees(tree: str) -> None:
+    """Containers of the parameters come back, whatever those of the gradients."""
+    a, b = torch.ones(2, 3), torch.ones(2, dtype=torch.float64)
+    params, grads = {
+        "one tensor": (a, a + 1),
+        "list": ([a, (b,)], [a, (b + 1,)]),
+        "ordered": (collections.OrderedDict(a=a, b=b), {"a": a, "b": b + 1}),
+        "other order": ({"b": b, "a": a}, {"a": a + 1, "b": b}),
+    }[tree]
+    tx = fo.adam(0.1)
+    state = tx.init(params)
+    assert_equal(
+        torch.compile(fo.apply_gradients, fullgraph=True, backend="eager")(tx, params, grads, state),
+        fo.apply_gradients(tx, params, grads, state),
+    )
+
+
+def test_layouts_and_dtypes_are_those_of_eager_mode() -> None:
+    """Updates have the wider dtype of gradient and parameter, and results the layout of what they replace."""
+    params = {"w": torch.randn(4, 3, dtype=torch.bfloat16).T, "v": torch.randn(3)}
+    grads = {"w": torch.randn(3, 4), "v": torch.randn(3, dtype=torch.bfloat16)}
+    tx = fo.chain(fo.scale_by_adam(), fo.masked(fo.scale(-0.1), re.compile("w")))
+    state = tx.init(params)
+
+    def both(params: Any, grads: Any, state: Any) -> Any:
+        return tx.update(grads, state, params), fo.apply_gradients(tx, params, grads, state)
+
+    actual = torch.compile(both, fullgraph=True, backend="aot_eager")(params, grads, state)
+    assert_equal(actual, both(params, grads, state))
+    assert actual[1][0]["w"].stride() == params["w"].stride()
+
+
+@pytest.mark.parametrize("form", ["backward", "grad"])
+@pytest.mark.parametrize("donate", [False, True])
+def test_gradients_by_autograd(form: str, donate: bool) -> None:
+    """`loss.backward()` and `autograd.grad` on leaf tensors, which the compiler follows with `trace_autograd_ops`."""
+    import torch._dynamo.config
+
+    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        pytest.skip("this version of torch does not trace `backward`")
+    tx = fo.adamw(0.1)
+
+    def step(w: Any, state: Any, x: Any) -> Any:
+        value = (x @ w["w"]).square().mean()
+        if form == "backward":
+            value.backward()
+            grads = {"w": w["w"].grad}
+        else:
+            grads = dict(zip(w, torch.autograd.grad(value, list(w.values())), strict=True))
+        with torch.no_grad():
+            new, state = fo.apply_gradients(tx, w, grads, state, donate=donate)
+        return new, state, value.detach()
+
+    results = []
+    with dynamo(trace_autograd_ops=True):
+        for run in (torch.compile(step, fullgraph=True, backend="aot_eager"), step):
+            w = {"w": torch.ones(3, 2, requires_grad=True)}
+            state = tx.init(w)
+            for k in range(3):
+                new, state, value = run(w, state, batch(k))
+                w = {"w": new["w"].detach().requires_grad_()} if not donate else w
+                w["w"].grad = None
+            results.append((w, state, value))
+    assert_equal(*results)
+
+
+# -- the reference, derivatives, transformations ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_the_reference_is_traced_into_the_graph(inside: bool) -> None:
+    """The graph that a compiler gets has the formulas in it, and one of its own as long as the backend is asked for."""
+    sizes: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        from torch._dynamo.backends.common import aot_autograd
+
+        def note(graph: Any, inputs: Any) -> Any:
+            sizes.append(sum(n.op == "call_function" for n in graph.graph.nodes))
+            return graph
+
+        return aot_autograd(fw_compiler=note)(graph, inputs)
+
+    tx = CHAINS["schedule"]()
+    params, state = start(tx)
+
+    def step(params: Any, state: Any) -> Any:
+        with fo.use_backend("reference") if inside else contextlib.nullcontext():
+            return fo.apply_gradients(tx, params, params, state)
+
+    expected = fo.apply_gradients(tx, params, params, state)
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    with fo.use_backend("reference"):
+        assert_close(compiled(params, state), expected)
+    assert sizes[0] > 50
+    if not inside:
+        assert_equal(compiled(params, state), expected)
+        assert len(sizes) == 2
+
+
+@pytest.mark.slow
+def test_derivatives_and_members_of_an_ensemble() -> None:
+    """Reverse mode, forward mode, an argument that is differentiated by autograd, and `vmap`, as in eager mode."""
+    rate = torch.tensor(0.1, requires_grad=True)
+    tx = fo.chain(fo.clip_by_global_norm(0.5), fo.scale_by_adam(), fo.scale_by_learning_rate(rate))
+    params = {"w": torch.linspace(-1, 1, 6).reshape(2, 3)}
+    state = tx.init(params)
+
+    def meta_loss(g: torch.Tensor) -> torch.Tensor:
+        return fo.apply_gradients(tx, params, {"w": g}, state)[0]["w"].square().sum()
+
+    def by_rate(g: torch.Tensor) -> torch.Tensor:
+        rate.grad = None
+        torch.compile(meta_loss, fullgraph=True, backend="aot_eager")(g).backward()
+        return rate.grad  # type: ignore[return-value]
+
+    g = torch.full((2, 3), 0.3)
+    stack = torch.stack([g, 2 * g])
+    for transformed in (torch.func.grad(meta_loss), lambda g: torch.func.jvp(meta_loss, (g,), (g,))[1]):
+        assert_close(torch.compile(transformed, fullgraph=True, backend="aot_eager")(g), transformed(g))
+    members = torch.vmap(meta_loss)
+    assert_close(torch.compile(members, fullgraph=True, backend="aot_eager")(stack), members(stack))
+    actual = by_rate(g)
+    (expected,) = torch.autograd.grad(meta_loss(g), rate)
+    assert_close(actual, expected)
+
+
+# -- donation -----------------------------------------------------------------------------------------------------
+
+
+def test_donated_tensors_are_written_and_their_versions_counted() -> None:
+    """Results that were read before the step have old numbers, those after it new ones, as in eager mode."""
+    tx = CHAINS["opaque"]()
+
+    def step(params: Any, state: Any) -> Any:
+        before = params["0.bias"] * 1
+        fo.apply_gradients(tx, params, params, state, donate=True)
+        return before, params["0.bias"] * 1, params["0.bias"]
+
+    mine, theirs = start(tx), start(tx)
+    versions = [p._version for p in mine[0].values()]
+    actual = torch.compile(step, fullgraph=True, backend="aot_eager")(*mine)
+    assert_equal(actual, step(*theirs))
+    assert_equal(mine[0], theirs[0])
+    assert actual[2] is mine[0]["0.bias"]
+    assert all(p._version > old for p, old in zip(mine[0].values(), versions, strict=True))
+    assert mine[1][1]["n"] == 1  # in place, which eager mode returns anew
+
+
+DONATED = {
+    "grad": (torch.func.grad, "torch.func transformation cannot follow; use donate=False"),
+    "vmap": (torch.vmap, "torch.func transformation cannot follow; use donate=False"),
+    "recorded": (lambda f: f, r"wrap the step in `torch.no_grad\(\)`"),
+}
+
+
+@pytest.mark.parametrize("case", DONATED)
+def test_donation_is_refused_where_derivatives_are_followed(case: str) -> None:
+    transform, message = DONATED[case]
+    tx = fo.sgd(0.1)
+    state = tx.init(torch.ones(2))
+    step = transform(lambda g: fo.apply_gradients(tx, torch.ones(2), g, state, donate=True)[0].sum())
+    with pytest.raises(Exception, match=message):
+        torch.compile(step, fullgraph=True, backend="aot_eager")(torch.ones(2, requires_grad=case == "recorded"))
+
+
+# -- refusals -----------------------------------------------------------------------------------------------------
+
+
+def test_a_number_in_a_state_stays_outside_of_the_graph() -> None:
+    """With `fullgraph=True` the reason is said; without, the step runs as ever."""
+    tx = fo.GradientTransformation(lambda params: {"n": 0}, lambda u, s, params=None: (u, {"n": s["n"] + 1}))
+    params, state = start(chained := fo.chain(tx, fo.sgd(0.1)))
+
+    def step(params: Any, state: Any) -> Any:
+        return fo.apply_gradients(chained, params, params, state)
+
+    with pytest.raises(Exception, match="such as a number in a state, runs outside of the graph"):
+        torch.compile(step, fullgraph=True, backend="eager")(params, state)
+    assert torch.compile(step, backend="eager")(params, state)[1][0] == {"n": 1}
+
+
+def test_messages() -> None:
+    tx = fo.sgd(0.1)
+    params, state = start(tx)
+    apply = torch.compile(fo.apply_gradients, fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match=r"updates does not have the structure of params: it lacks '0.weight'"):
+        apply(tx, params, {k: p for k, p in params.items() if k != "0.weight"}, state)
+    with pytest.raises(Exception, match="the chain is made inside of the compiled function; make it outside"):
+        torch.compile(lambda p, s: fo.apply_gradients(fo.sgd(0.1), p, p, s), fullgraph=True, backend="eager")(
+            params, state
+        )
+    wide = fo.chain(fo.GradientTransformation(counting, lambda u, s, params=None: (u, {"n": s["n"].double()})), tx)
+    with pytest.raises(ValueError, match="returns updates and a state of the shapes and dtypes that it was given"):
+        apply(wide, params, params, wide.init(params))
+
+
+# -- graphs that are kept -----------------------------------------------------------------------------------------
+
+
+class Step(torch.nn.Module):
+    """A step as a module, which is what can be exported."""
+
+    def __init__(self, tx: Any) -> None:
+        super().__init__()
+        self.tx = tx
+
+    def forward(self, params: Any, grads: Any, state: Any) -> Any:
+        return fo.apply_gradients(self.tx, params, grads, state)
+
+
+def test_make_fx_traces_the_reference() -> None:
+    tx = CHAINS["schedule"]()
+    params, state = start(tx)
+    graph = make_fx(lambda *args: fo.apply_gradients(tx, *args), tracing_mode="fake")(params, params, state)
+    assert_close(graph(params, params, state), fo.apply_gradients(tx, params, params, state))
+
+
+@pytest.mark.slow
+def test_an_exported_step_is_saved_and_loaded(tmp_path: Path) -> None:
+    """In this process, and in one that knows nothing but the package and the classes of the state."""
+    tx = fo.chain(fo.clip_by_global_norm(0.1), fo.adamw(fo.cosine_decay_schedule(0.1, STEPS)))
+    params, state = start(tx)
+    expected = fo.apply_gradients(tx, params, params, state)
+    program = torch.export.export(Step(tx), (params, params, state), strict=False)
+    assert [n.name for n in program.graph.nodes if n.op == "call_function" and "getitem" not in n.name] == ["pure_step"]
+    assert_equal(program.module()(params, params, state), expected)
+    torch.export.save(program, tmp_path / "step.pt2")
+    torch.save((params, state, expected), tmp_path / "trees.pt")
+    loaded = torch.export.load(tmp_path / "step.pt2").module()
+    assert_equal(loaded(params, params, state), expected)
+    code = f"""
+import torch, functional_optim as fo
+fo.adamw(fo.constant_schedule(0.1)).init(torch.ones(1))
+params, state, expected = torch.load({str(tmp_path / "trees.pt")!r})
+new = torch.export.load({str(tmp_path / "step.pt2")!r}).module()(params, params, state)
+assert all(torch.equal(new[0][k], x) for k, x in expected[0].items())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=300, check=False
+    )
+    assert not done.returncode, done.stderr
+
+
+@pytest.mark.slow
+def test_inductor_compiles_donation_without_copies() -> None:
+    """The generated code calls the operation on the arguments themselves: it allocates and copies no parameter."""
+    from torch._inductor.utils import run_and_get_code
+
+    tx = fo.chain(fo.clip_by_global_norm(0.5), fo.adamw(0.1), fo.params_ema(0.9))
+
+    def step(params: Any, grads: Any, state: Any) -> Any:
+        return fo.apply_gradients(tx, params, grads, state, donate=True)
+
+    mine, theirs = start(tx), start(tx)
+    grads = {k: torch.ones_like(p) for k, p in mine[0].items()}
+    compiled = torch.compile(step, fullgraph=True)
+    actual, sources = run_and_get_code(compiled, mine[0], grads, mine[1])
+    assert_equal(actual, step(theirs[0], grads, theirs[1]))
+    code = "\n".join(sources)
+    assert code.count("functional_optim.donated_step.default(") == 1
+    assert not re.search(r"copy_\(|empty_strided_cpu\(\(|cpp_fused", code.partition("def call(")[2])

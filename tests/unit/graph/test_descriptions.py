@@ -1,0 +1,135 @@
+"""Descriptions of compiled steps: texts that any process can read, and operations that keep their promises."""
+
+import base64
+import collections
+import copy
+import os
+import pickle
+import re
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import functional_optim as fo
+from functional_optim._graph import operations
+from functional_optim._graph.descriptions import Outline, Trees, describe, find_step
+from functional_optim._graph.structures import read
+
+
+PARAMS = {"w": torch.ones(2, 3), "b": torch.ones(2)}
+CHAINS: dict[str, Callable[[], Any]] = {
+    "numbers": lambda: fo.chain(fo.clip_by_global_norm(0.5), fo.adamw(0.1), fo.params_ema(0.9)),
+    "schedules, tensors": lambda: fo.adam(
+        fo.join_schedules([fo.constant_schedule(torch.tensor(0.1)), fo.cosine_decay_schedule(0.1, 9)], [3]),
+        mu_dtype=torch.bfloat16,
+    ),
+    "masks": lambda: fo.partition(
+        {"a": fo.masked(fo.sgd(0.1, momentum=0.9), {"w": True, "b": False}), "b": fo.lion(0.1)},
+        {re.compile("b"): "b", re.compile(""): "a"},
+    ),
+    "function": lambda: fo.adamw(lambda count: 0.1 / (1 + count), mask=lambda path, p: p.ndim > 1),
+    # a state in another layout than before, and updates that are views of it
+    "layouts": lambda: fo.chain(
+        fo.GradientTransformation(
+            lambda params: torch.ones(2, 3), lambda u, m, p=None: ({**u, "w": m.view(2, 3)}, (m + 1).T.contiguous().T)
+        ),
+        fo.sgd(0.1),
+    ),
+    "opaque": lambda: fo.chain(fo.GradientTransformation(lambda params: (), lambda u, s, p=None: (u, s)), fo.sgd(0.1)),
+}
+
+
+def step_of(tx: Any, params: Any = PARAMS) -> tuple[str, list[list[torch.Tensor]]]:
+    """The text of a step, and the arguments of its operation."""
+    outlines, tensors = [], []
+    for tree in (params, params, tx.init(params), {}):
+        leaves: list[Any] = []
+        outlines.append(Outline(read(tree, leaves, []), (True,) * len(leaves)))
+        tensors.append(leaves)
+    return describe(tx._serial, True, Trees(*outlines), None), [*tensors[:3], list(tx._tensors)]
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_operations_keep_their_promises(name: str) -> None:
+    """torch's own checks: no argument is written that is not declared, and fake results are like real ones."""
+    tx = CHAINS[name]()
+    text, tensors = step_of(tx)
+    for op in ("pure_step", "donated_step"):
+        torch.library.opcheck(getattr(torch.ops.functional_optim, op).default, (text, *copy.deepcopy(tensors)))
+
+
+@pytest.mark.parametrize("name", ["numbers", "schedules, tensors", "masks"])
+def test_a_description_stands_for_an_equal_chain(name: str) -> None:
+    """The chain is made anew of the text alone: the one that it describes is gone."""
+    tx = CHAINS[name]()
+    expected, shown = fo.apply_gradients(tx, PARAMS, PARAMS, tx.init(PARAMS)), repr(tx)
+    text, tensors = step_of(tx)
+    del tx
+    find_step.cache_clear()
+    step = find_step(text)
+    assert re.sub(r"tensor\([^)]*\)", "", repr(step.tx)) == re.sub(r"tensor\([^)]*\)", "", shown)
+    results, _ = step.take(*tensors)
+    for x, y in zip(results, expected[0].values(), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("name", ["function", "opaque"])
+def test_a_chain_with_functions_is_found_in_its_process_alone(name: str) -> None:
+    tx = CHAINS[name]()
+    text, _ = step_of(tx)
+    assert find_step(text).tx is tx
+    find_step.cache_clear()
+    del tx
+    with pytest.raises(RuntimeError, match="give masks as trees or regular expressions in place of functions"):
+        find_step(text)
+
+
+def test_containers_of_a_caller() -> None:
+    """A NamedTuple that is defined in a function has no name that another process could know; this one finds it."""
+    pair = collections.namedtuple("pair", ["w", "b"])
+    pair.__qualname__ = "f.<locals>.pair"
+    tx = fo.sgd(0.1)
+    text, tensors = step_of(tx, pair(**PARAMS))
+    assert torch.equal(find_step(text).take(*tensors)[0][0], torch.full((2, 3), 0.9))
+
+
+HARMFUL = {
+    "function": lambda: os.system,
+    "function of the package": lambda: fo.use_backend,
+    "call": lambda: Calling(os.getcwd),
+}
+
+
+class Calling:
+    """An object whose unpickling calls a function."""
+
+    def __init__(self, fn: Any) -> None:
+        self.fn = fn
+
+    def __reduce__(self) -> Any:
+        return self.fn, ()
+
+
+@pytest.mark.parametrize("name", HARMFUL)
+def test_a_description_makes_nothing_but_parts_of_chains(name: str) -> None:
+    """Texts stand in files, which may come from anywhere."""
+    text = base64.b85encode(zlib.compress(pickle.dumps(HARMFUL[name](), protocol=4))).decode()
+    with pytest.raises(pickle.UnpicklingError, match="is no part of a chain"):
+        find_step(text)
+
+
+def test_a_module_that_is_not_imported_is_named() -> None:
+    payload = b"\x80\x04\x8c\x08no_suchm\x8c\x04rule\x93."
+    with pytest.raises(RuntimeError, match="uses rule of the module no_suchm; import no_suchm before"):
+        find_step(base64.b85encode(zlib.compress(payload)).decode())
+
+
+def test_results_share_no_memory() -> None:
+    """A transformation may return its arguments or views of them; an operation returns memory of its own."""
+    given = torch.arange(6.0)
+    own = operations._apart([given, given[2:], given.clone()], [given], views=True)
+    places = {x.untyped_storage().data_ptr() for x in [*own, given]}
+    assert len(places) == 4
