@@ -30,7 +30,7 @@ from ._transforms.rms import scale_by_rms, scale_by_stddev
 from ._transforms.rprop import scale_by_rprop
 from ._transforms.scaling import scale, scale_by_learning_rate, scale_by_param_block_rms, scale_by_trust_ratio
 from ._transforms.sign import scale_by_lion, scale_by_sign
-from ._tree import tree_map
+from ._tree import flatten, tree_map
 
 
 def sgd(
@@ -726,7 +726,10 @@ class _IsMatrix:
     choose: Callable[[str, torch.Tensor], bool] | None = None
 
     def __call__(self, path: str, p: torch.Tensor) -> str:
-        return "muon" if (p.ndim == 2 if self.choose is None else self.choose(path, p)) else "adam"
+        chosen = p.ndim == 2 if self.choose is None else self.choose(path, p)
+        if not isinstance(chosen, bool):
+            raise TypeError(f"`matrices` of muon returned {chosen!r:.60} for {path!r}, expected True or False.")
+        return "muon" if chosen else "adam"
 
 
 def muon(
@@ -795,7 +798,17 @@ def muon(
     if isinstance(labels, (str, re.Pattern)):
         labels = {re.compile(labels): "muon", re.compile(""): "adam"}
     elif not isinstance(labels, _IsMatrix):
+        leaves = flatten(labels)[0]
+        if not all(isinstance(x, bool) for x in leaves):
+            raise TypeError(
+                f"`matrices` of muon is {matrices!r:.60}, expected a function of the path and the parameter, a regular "
+                f"expression, or a tree of bools."
+            )
         labels = tree_map(lambda is_matrix: "muon" if is_matrix else "adam", labels)
+    if consistent_rms is not None and not (isinstance(consistent_rms, (int, float)) and consistent_rms >= 0):
+        raise ValueError(
+            f"`consistent_rms` is {consistent_rms!r:.60}, expected a number that is not negative, or None."
+        )
     return partition(
         {
             "muon": chain(

@@ -58,6 +58,7 @@ class PackedModule:
         `backward` adds to them in place. A gradient that something has replaced, as `zero_grad` does by default, is
         copied to its place, and the parameter given the view again.
         """
+        self._refuse_frozen()
         for name, p in self._parameters.items():
             view = self._grad_views[name]
             if p.grad is view:
@@ -71,11 +72,25 @@ class PackedModule:
 
     def zero_grad(self) -> None:
         """Sets all gradients to zero, one operation for each buffer."""
+        self._refuse_frozen()
         for name, p in self._parameters.items():
             if p.grad is not self._grad_views[name]:
                 p.grad = self._grad_views[name]
         for x in self._grads.buffers:
             x.zero_()
+
+    def _refuse_frozen(self) -> None:
+        """Refuses parameters that were frozen later: with a gradient of zeros, momentum and decay would change them.
+
+        Raises:
+          RuntimeError: with the name of one.
+        """
+        frozen = next((name for name, p in self._parameters.items() if not p.requires_grad), None)
+        if frozen is not None:
+            raise RuntimeError(
+                f"{frozen!r} was frozen after the module was packed, and a gradient of zeros would not keep momentum "
+                f"and decay from changing it; pack the module again, with `pack_module`, once it is frozen."
+            )
 
     def __repr__(self) -> str:
         return f"PackedModule({self._params})"

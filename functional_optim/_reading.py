@@ -172,7 +172,8 @@ def slots(tx: GradientTransformation, state: Any) -> dict[str, Tree]:
     """
     bounds = {path: rule.bound for path, rule in _walk.rules(as_transformation(tx)).items()}
     names = slot_names({path: bound.rule for path, bound in bounds.items()})
-    return {name: getattr(_state_of(state, path, bounds[path]), slot) for (path, slot), name in names.items()}
+    states = {path: _state_of(state, path, bound) for path, bound in bounds.items()}
+    return {name: getattr(states[path], slot) for (path, slot), name in names.items()}
 
 
 def _state_of(state: Any, path: Path, bound: Bound) -> Any:

@@ -30,7 +30,7 @@ def from_torch_scheduler(
       first of `betas` if there are any: `option="momentum"` gives that schedule.
     - `SequentialLR` and `ChainedScheduler` take `schedulers=[(name, keywords), ...]`. Chained factors are multiplied,
       which schedulers that set the rate anew at every step do not allow.
-    - Past the end of `OneCycleLR`, where torch raises, the last value stays.
+    - Past the end of `OneCycleLR` the last value stays; torch goes on along the curve for one step, then raises.
 
     Args:
       name: the class of `torch.optim.lr_scheduler`, or `"SWALR"`.

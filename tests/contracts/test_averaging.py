@@ -564,3 +564,26 @@ def test_the_recipes_of_the_example_are_those_of_torch(recipe: str, form: str) -
     # 96 averages of numbers up to 4, in float32 on both sides
     assert result.difference <= 2 * 96 * 7 * 4 * 2.0**-24
     assert min(result.trained, result.averaged) > 0.7  # half are right by chance
+
+
+def test_an_average_begins_where_that_of_torch_does() -> None:
+    """The recipe of the page: a first decay of 0, since `AveragedModel` copies the parameters of its first update."""
+    ours, theirs = (nn.Linear(3, 2).double() for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    tx = fo.chain(fo.sgd(0.1), fo.params_ema(lambda count: torch.where(count < 1, 0.0, 0.9)))
+    opts = TransformOptimizer(ours.parameters(), tx), torch.optim.SGD(theirs.parameters(), lr=0.1)
+    averaged = swa_utils.AveragedModel(theirs, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.9))
+    x = torch.randn(8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for _ in range(20):
+        for model, opt in zip((ours, theirs), opts, strict=True):
+            opt.zero_grad()
+            model(x).square().mean().backward()
+            opt.step()
+        averaged.update_parameters(theirs)
+    with opts[0].averaged_params(ours):
+        torch.testing.assert_close(list(ours.parameters()), list(averaged.module.parameters()), rtol=1e-13, atol=1e-15)
+    with (
+        pytest.raises(ValueError, match="Linear, which has none of the parameters of the optimizer"),
+        opts[0].averaged_params(theirs),
+    ):
+        pass

@@ -210,3 +210,20 @@ def test_half_types_keep_to_float64(dtype: torch.dtype) -> None:
             assert p.dtype is dtype
             far = (p.double() - expected[k]).abs().max() / expected[k].abs().max().clamp(min=1)
             assert far < bound * torch.finfo(dtype).eps, (k, float(far / torch.finfo(dtype).eps))
+
+
+def test_arguments_of_muon_are_checked_where_it_is_made() -> None:
+    refused: dict[str, tuple[Any, dict[str, Any]]] = {
+        "`ns_steps` is 0": (ValueError, {"ns_steps": 0}),
+        "`ns_steps` is 2.5": (ValueError, {"ns_steps": 2.5}),
+        "`compute_dtype` is 'bf16'": (TypeError, {"compute_dtype": "bf16"}),
+        "`compute_dtype` is torch.int32": (TypeError, {"compute_dtype": torch.int32}),
+        "`consistent_rms` is -0.2": (ValueError, {"consistent_rms": -0.2}),
+        "`consistent_rms` is 'a'": (ValueError, {"consistent_rms": "a"}),
+        "`matrices` of muon is 3": (TypeError, {"matrices": 3}),
+    }
+    for message, (kind, arguments) in refused.items():
+        with pytest.raises(kind, match=message):
+            fo.muon(0.1, **arguments)
+    with pytest.raises(TypeError, match="`matrices` of muon returned 'w' for 'w'"):
+        fo.muon(0.1, matrices=lambda path, p: path).init({"w": torch.ones(2, 2)})

@@ -529,3 +529,14 @@ def test_a_module_that_is_converted_after_it_was_packed() -> None:
 
     with pytest.raises(RuntimeError, match="'weight' has been given other memory since its module was packed"):
         packed.params  # noqa: B018
+
+
+def test_a_parameter_that_is_frozen_after_packing_is_refused() -> None:
+    module = torch.nn.Linear(3, 2)
+    packed = fo.pack_module(module)
+    before = {k: x.clone() for k, x in module.state_dict().items()}
+    module.weight.requires_grad_(False)
+    for call in (packed.zero_grad, lambda: packed.grads):
+        with pytest.raises(RuntimeError, match="'weight' was frozen after the module was packed"):
+            call()
+    assert_same_bits(module.state_dict(), before)
