@@ -39,8 +39,8 @@ class LeafwiseStep:
         rule, position = region.bound.rule, region.position
         self.slots: list[Key] = [(position, name) for name in rule.slots]
         self.keys: list[Key] = ["updates", *(["params"] if rule.uses_params else []), *self.slots]
-        self.looks: list[Any] = []  # shapes, dtypes and devices of all tensors of the last step
-        self.kinds: list[int] = []  # for each leaf, the number that leaves which looked alike share
+        # shapes, dtypes and devices of all tensors of the last step; for each leaf, the number that those alike share
+        self.known: tuple[list[Any], list[int]] = ([], [])
         self.batched = True  # until the rule turns out to be one that cannot be
         self.checked = False  # whether it has been seen to leave its arguments alone
 
@@ -74,7 +74,7 @@ class LeafwiseStep:
         values: dict[Hashable, _Values] = {}
         batches: dict[Hashable, list[int]] = {}
         of_batch: dict[Hashable, _Values] = {}
-        tokens = self._tokens(columns.get(self.region.counter), owners, first)
+        tokens = self._tokens(columns.get(self.region.counter), owners, first if self.slots else None)
         for k, ((owner, count, is_first), kind) in enumerate(zip(tokens, kinds, strict=True)):
             token = owner, *(id(x) if isinstance(x, torch.Tensor) else x for x in (count, is_first))
             if token not in values:
@@ -97,6 +97,7 @@ class LeafwiseStep:
         """For each leaf, whose options it looks up, its number of steps so far, and whether this is its first."""
         follows = needs_dispatch()
         numbers: dict[int, Any] = {}  # a counter that leaves share is asked once
+        zeros: dict[int, Any] = {}
         for i in self.leaves:
             count = None if counter is None else counter[i]
             # Python's number where that costs nothing: on the CPU, outside of transformations
@@ -105,7 +106,15 @@ class LeafwiseStep:
                 if known not in numbers:
                     numbers[known] = count.item()
                 count = numbers[known]
-            yield owners[i] if owners is not None else 0, count, count == 0 if first is None else i in first
+            if first is not None:
+                is_first = i in first
+            elif isinstance(count, torch.Tensor):  # one for all leaves: they are told apart by identity
+                if id(count) not in zeros:
+                    zeros[id(count)] = count == 0
+                is_first = zeros[id(count)]
+            else:
+                is_first = count == 0
+            yield owners[i] if owners is not None else 0, count, is_first
 
     def _kinds_of(self, arrays: Sequence[Sequence[Any]], like: Sequence[torch.Tensor]) -> list[int]:
         """For each leaf, a number that leaves of the same shapes, dtypes and devices share.
@@ -114,13 +123,14 @@ class LeafwiseStep:
           ValueError: a slot does not go with its leaf.
         """
         looks = [[None if x is None else _LOOK(x) for x in column] for column in arrays]
-        if looks != self.looks:
+        known, kinds = self.known
+        if looks != known:
             for k, i in enumerate(self.leaves):
                 self._check_slots([column[k] for column in arrays], self.paths[i], like[i])
             numbers: dict[Hashable, int] = {}
-            self.kinds = [numbers.setdefault(look, len(numbers)) for look in zip(*looks, strict=True)]
-            self.looks = looks
-        return self.kinds
+            kinds = [numbers.setdefault(look, len(numbers)) for look in zip(*looks, strict=True)]
+            self.known = looks, kinds  # at once: several threads may step
+        return kinds
 
     def _check_slots(self, arrays: Sequence[Any], path: str, p: torch.Tensor) -> None:
         """Refuses slots that do not go with their leaf."""
@@ -141,11 +151,14 @@ class LeafwiseStep:
         """Columns of results for columns of arguments, of leaves that are alike."""
         n = len(arrays[0])
         if self.batched and (n > 1 or call.rule.batched):
-            alone = n == 1 and self.checked  # a view will do for a rule that leaves its arguments alone
+            # copies, so that a rule which writes to its arguments is refused before it has changed anything; a view
+            # will do for the update of a rule that has been seen not to
+            alone = n == 1 and self.checked
             stacked = [
-                None if column[0] is None else column[0].unsqueeze(0) if alone else torch.stack(list(column))
-                for column in arrays
+                None if column[0] is None else column[0].unsqueeze(0) if alone and k == 0 else torch.stack(list(column))
+                for k, column in enumerate(arrays)
             ]
+            before = [version(x) for x in stacked]
             try:
                 results = call(*stacked) if call.rule.batched else call.mapped(stacked)
             except RuleError:
@@ -155,25 +168,27 @@ class LeafwiseStep:
                     raise
                 self.batched = False
             else:
-                self._refuse_changes(call, stacked, [0] * len(stacked))
+                self._refuse_changes(call, stacked, before)
                 update, *slots = [[None] * n if result is None else result.unbind(0) for result in results]
                 # slots have memory of their own: views of one buffer would keep all of it alive
                 return [update, *([None if x is None else x.clone() for x in column] for column in slots)]
         columns = []
         for leaf in zip(*arrays, strict=True):
-            own = [x.clone() if x is not None and not self.checked else x for x in leaf]
+            own = [x.clone() if x is not None and (k or not self.checked) else x for k, x in enumerate(leaf)]
             before = [version(x) for x in own]
             update, *slots = call(*own)
             self._refuse_changes(call, own, before)
-            # a slot may be a view of the gradient, or the update itself
-            kept = [x if x is None or any(x is y for y in own) else x.clone() for x in slots]
+            # a slot may be the gradient, another slot, a view of one, or the update itself
+            old, first = leaf[len(leaf) - len(slots) :], len(own) - len(slots)
+            kept = [
+                y if x is None or x is own[first + k] else x.clone()
+                for k, (x, y) in enumerate(zip(slots, old, strict=True))
+            ]
             columns.append([update, *kept])
         return list(zip(*columns, strict=True))
 
     def _refuse_changes(self, call: "_Call", arrays: Sequence[Any], before: Sequence[int]) -> None:
         """Refuses a rule that writes to its arguments."""
-        if self.checked:
-            return
         names = ["u", *(["p"] if call.rule.uses_params else []), *call.rule.slots]
         for name, x, old in zip(names, arrays, before, strict=True):
             if version(x) != old:
@@ -212,7 +227,10 @@ class _Values(NamedTuple):
             if isinstance(value, Option):
                 keywords[name] = value.look_up(options)
             elif bound.is_schedule(name):
-                keywords[name] = check_number(f"the schedule of {rule.name}.{name} returned", value(count))
+                keywords[name] = check_number(
+                    f"the schedule of {rule.name}.{name} returned",
+                    value(int(count) if isinstance(count, float) else count),
+                )
             else:
                 keywords[name] = value
         for name in rule.extras:

@@ -31,6 +31,7 @@ class PackedModule:
             p.grad, p.data = None, views[name]
             p.grad = self._grad_views[name]
         self._known = self._pointers()
+        self._params.followers = tuple(self._parameters.values())
 
     @property
     def params(self) -> Packed:
@@ -104,8 +105,7 @@ def pack_module(module: nn.Module) -> PackedModule:
     `apply_gradients` that are donated train the module, and a process group reduces one buffer of gradients.
 
     A parameter that a loss does not depend on has a gradient of zeros in place of none, so momentum and decay change
-    it; freeze it before if they should not. Autograd does not notice that a step writes to parameters between a
-    forward pass and its backward pass, so step after `backward`. Move and convert a module before it is packed.
+    it; freeze it before if they should not. Move and convert a module before it is packed.
 
     Args:
       module: the module.

@@ -487,6 +487,12 @@ def _make(
             f"{_misnamed([k for k in positional if k in slots or k != 'before'], slots)}"
         )
     hypers = {k: v for k, v in keywords.items() if k not in ("step", "first", *kinds)}
+    unfit = next((k for k in slots if k == "count" or k.startswith("_") or not k.isidentifier()), None)
+    if unfit is not None:
+        raise TypeError(
+            f"the slot `{unfit}` of {name} is a field of its state, beside the counter `count`; choose a name that is "
+            f"another one, and begins with a letter."
+        )
     ranged = [name for key in ranges for name in key.split(" if ", 1)]
     for what, names in (("extra", kinds), ("static", static), ("ranges", ranged)):
         unknown = [k for k in names if k not in (keywords if what == "extra" else hypers)]

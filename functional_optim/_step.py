@@ -20,6 +20,7 @@ from ._runtime.backend import requested_backend
 from ._runtime.checks import at, check_fit, check_leaf, check_number
 from ._runtime.internals import needs_dispatch
 from ._runtime.overlap import SharedMemoryError
+from ._runtime.packing import PackedColumn
 from ._runtime.plan import Columns
 from ._runtime.pointers import PointerReader, Pointers
 from ._runtime.spec import TensorSpec
@@ -234,6 +235,9 @@ class TreeStep:
             return bound.evaluate(own, numbers)
         if in_place and len(stage.moving) > 1:
             self._check_counters(stage, states)
+        params = own.get("params")
+        if in_place and isinstance(params, PackedColumn) and params.packed.followers:
+            torch.autograd.graph.increment_version(params.packed.followers)
         late = self._late_counters(stage, bound, reading, states) if in_place else []
         before = [count.clone() for count in late]
         try:

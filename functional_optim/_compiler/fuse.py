@@ -268,7 +268,7 @@ class _Fusion:
             self.slots[extra] = (-1, extra)
             keywords[extra] = t.input("array", extra)
         first: Any = None
-        if rule.uses_first and self.counting is None:
+        if rule.uses_first and (self.counting is None or not rule.slots):
             first = t.op("eq", count, 0.0)
         elif rule.uses_first:
             first = t.op("ne", self.scalar(f"{name}.first", Source("first", position, f"{name}.first")), 0.0)
@@ -324,6 +324,7 @@ class _Fusion:
             return x
         if isinstance(schedule, Schedule) and isinstance(x, (int, float)):
             return self.t.symbol(x)
+        name = f"{name}()" if name in self.slots else name  # a hyper-parameter `count`, beside the counter
         self.hosts[name] = HostSchedule(schedule, (position, "count") if self.counting is None else "step")
         return self.t.input("leaf", name)
 

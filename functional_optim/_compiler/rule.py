@@ -389,7 +389,8 @@ class Bound:
     @cached_property
     def uses_step(self) -> bool:
         """Whether the number of the step makes a difference."""
-        return self.rule.uses_step or any(self.is_schedule(k) for k in self.values)
+        alone = self.rule.takes_first and not self.rule.slots  # no entry of state tells whether a step is the first
+        return self.rule.uses_step or alone or any(self.is_schedule(k) for k in self.values)
 
     def is_schedule(self, hyper: str) -> bool:
         """Whether a hyper-parameter is a function of the step."""

@@ -140,7 +140,12 @@ class PackedStep(BoundStep):
         """Whether kernels compute all groups, and need no tensors for it but pointers."""
         numbers = any(o.level is Level.LEAF for group in self.groups for o in group.signature.program.outputs)
         kernels = {"c"} if numbers else {"c", "triton"}  # the launch of the latter copies numbers in torch operations
-        return self.plain and not self.copied and all(backend in kernels for backend, _ in self.parts)
+        return (
+            bool(self.groups)
+            and self.plain
+            and not self.copied
+            and all(backend in kernels for backend, _ in self.parts)
+        )
 
     @staticmethod
     def _source(columns: Columns, key: Key, i: int) -> tuple[Source, int]:

@@ -123,6 +123,7 @@ class PackedTensors:
 
     def __init__(self, layout: Layout, buffers: Sequence[Any]) -> None:
         self.layout, self.buffers = layout, tuple(buffers)
+        self.followers: tuple[torch.Tensor, ...] = ()  # tensors in this memory with version counters of their own
         self._kept: tuple[Any, list[torch.Tensor | None]] = (None, [])
 
     @property

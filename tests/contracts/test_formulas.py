@@ -112,3 +112,21 @@ def test_the_size_of_a_leaf_costs_no_pass() -> None:
 
 def test_the_size_of_a_tensor() -> None:
     assert fo.leaf_size(torch.zeros(2, 3)) == 6
+
+
+def test_a_hyper_parameter_may_be_called_as_the_counter_is() -> None:
+    @fo.elementwise
+    def by(u: Any, *, count: Any) -> Any:
+        return count * u
+
+    tx = by(lambda t: [1.0, 10.0, 100.0][int(t)])  # which Python evaluates
+    state, found = tx.init(torch.ones(1)), []
+    for _ in range(3):
+        u, state = tx.update(torch.ones(1), state)
+        found.append(u.item())
+    assert found == [1.0, 10.0, 100.0]
+    with pytest.raises(TypeError, match="the slot `count` of rule is a field of its state"):
+
+        @fo.elementwise(state={"count": fo.zeros})
+        def rule(u: Any, count: Any) -> Any:
+            return u, count

@@ -276,6 +276,87 @@ def test_an_error_of_the_function_names_the_rule_and_the_leaf() -> None:
     assert "in fails, for a tensor of shape (2, 3) at 'w'" in caught.value.__notes__
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_slots_and_updates_may_be_arguments(n: int) -> None:
+    """The gradient or the parameter as the new slot, or as the update: both have memory of their own afterwards."""
+
+    @fo.leafwise(state={"prev": fo.slot("first_update"), "old": fo.slot("param")})
+    def difference(u: Any, p: Any, prev: Any, old: Any) -> Any:
+        return p - old + u + 0.5 * (u - prev), u, p
+
+    @fo.leafwise
+    def parameter(u: Any, p: Any) -> Any:
+        return p
+
+    names = "ab"[:n]
+    tx = fo.chain(difference(), fo.scale(-1.0))
+    params, grads = ({k: torch.full((3,), x, dtype=torch.float64) for k in names} for x in (1.0, 0.0))
+    state = tx.init(params)
+    p = old = torch.ones(3, dtype=torch.float64)
+    prev = None
+    for step in range(5):
+        for g in grads.values():
+            g.fill_(float(step + 1))  # in the memory of the gradient before
+        params, state = fo.apply_gradients(tx, params, grads, state, donate=True)
+        g = torch.full((3,), float(step + 1), dtype=torch.float64)
+        p, old, prev = p - (p - old + g + 0.5 * (g - (g if prev is None else prev))), p, g
+        assert_same_bits(params, dict.fromkeys(names, p))
+
+    decay = fo.chain(parameter(), fo.scale(-0.5))
+    params = {k: torch.ones(3) for k in names}
+    for donate in (False, True):
+        params, _ = fo.apply_gradients(decay, params, params, decay.init(params), donate=donate)
+    assert_same_bits(params, {k: torch.full((3,), 0.25) for k in names})
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_change_in_place_of_a_later_step_is_refused_before_it_happens(n: int) -> None:
+    @fo.leafwise(state={"buf": fo.zeros})
+    def momentum(u: Any, buf: Any, *, first: Any) -> Any:
+        buf = u.clone() if first else buf.mul_(0.5).add_(u)
+        return buf, buf
+
+    params = {k: torch.ones(3) for k in "ab"[:n]}
+    tx = momentum()
+    _, state = tx.update(params, tx.init(params))
+    before = Snapshot(params, state)
+    for _ in range(2):
+        with pytest.raises(fo.RuleError, match="changes its argument `buf` in place"):
+            tx.update(params, state)
+        before.check()
+
+
+def test_schedules_are_given_whole_numbers() -> None:
+    table = [0.5, 0.25, 0.125]
+
+    @fo.leafwise
+    def scaled(u: Any, *, rate: Any) -> Any:
+        return -rate * u
+
+    p = nn.Parameter(torch.ones(2))
+    opt = TransformOptimizer([p], scaled(lambda count: table[count]))
+    for _ in table:
+        p.grad = torch.ones(2)
+        opt.step()
+    assert_same_bits(p.detach(), torch.full((2,), 1 - sum(table)))
+
+
+@pytest.mark.parametrize("declare", [fo.elementwise, fo.leafwise])
+def test_the_first_step_is_known_without_slots(declare: Any) -> None:
+    @declare
+    def skip(u: Any, *, first: Any) -> Any:
+        return torch.where(first, torch.zeros_like(u), u)
+
+    tx = fo.chain(skip(), fo.scale(-1.0))
+    params, p = {"w": torch.zeros(2)}, nn.Parameter(torch.zeros(2))
+    state, opt = tx.init(params), TransformOptimizer([p], tx)
+    for step in range(3):
+        params, state = fo.apply_gradients(tx, params, {"w": torch.ones(2)}, state)
+        p.grad = torch.ones(2)
+        opt.step()
+        assert_same_bits((params["w"], p.detach()), (torch.full((2,), 0.0 - step),) * 2)
+
+
 # -- transformations --------------------------------------------------------------------------------------------------
 
 

@@ -534,9 +534,29 @@ def test_a_module_that_is_converted_after_it_was_packed() -> None:
 def test_a_parameter_that_is_frozen_after_packing_is_refused() -> None:
     module = torch.nn.Linear(3, 2)
     packed = fo.pack_module(module)
-    before = {k: x.clone() for k, x in module.state_dict().items()}
+    before = copy.deepcopy(module.state_dict())
     module.weight.requires_grad_(False)
     for call in (packed.zero_grad, lambda: packed.grads):
         with pytest.raises(RuntimeError, match="'weight' was frozen after the module was packed"):
             call()
-    assert_same_bits(module.state_dict(), before)
+    assert_same_bits(dict(module.state_dict()), dict(before))
+
+
+@pytest.mark.filterwarnings("ignore:the mask .* matches no parameter")
+@pytest.mark.parametrize("donate", [False, True])
+def test_packed_trees_in_which_nothing_takes_part(donate: bool) -> None:
+    params = fo.pack({"a": torch.ones(3)})
+    for tx, grads in ((fo.adam(0.1), {"a": None}), (fo.masked(fo.adam(0.1), {"a": False}), {"a": torch.zeros(3)})):
+        new, _ = fo.apply_gradients(tx, params, grads, tx.init(params), donate=donate)
+        assert_same_bits(new.tree(), {"a": torch.ones(3)})
+
+
+def test_a_step_between_forward_and_backward_is_noticed_with_a_packed_module() -> None:
+    module = torch.nn.Linear(3, 2)
+    packed = fo.pack_module(module)
+    tx = fo.sgd(0.1)
+    packed.zero_grad()
+    loss = module(torch.ones(2, 3, requires_grad=True)).square().sum()
+    fo.apply_gradients(tx, packed.params, packed.grads, tx.init(packed.params), donate=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
