@@ -3,6 +3,7 @@
 Nothing here is guessed: each is a name of a Python module, read and never written.
 """
 
+import itertools
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -58,8 +59,11 @@ def register_in_exports(cls: type) -> None:
     """
     fields = getattr(cls, "_fields", ())
     name = f"{cls.__module__}.{cls.__qualname__}({', '.join(fields)})"  # a rule has a state with a counter and without
-    if name not in torch.utils._pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE:
-        torch.utils._pytree._register_namedtuple(cls, serialized_type_name=name)
+    known = torch.utils._pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE
+    names = (name if k == 1 else f"{name} #{k}" for k in itertools.count(1))  # a copy of a rule has a class of its own
+    free = next(n for n in names if known.get(n, cls) is cls)
+    if free not in known:
+        torch.utils._pytree._register_namedtuple(cls, serialized_type_name=free)
 
 
 def in_checkpoint() -> bool:

@@ -35,11 +35,11 @@ def chain(*parts: Any) -> Make:
 ELEMENTWISE: dict[str, Make] = {
     "SGD": lambda p: adapters.SGD(p, lr=0.1, momentum=0.9),
     "AdamW": lambda p: adapters.AdamW(p, lr=0.05),
-    "whole tensors": lambda p: adapters.Adafactor(p, lr=0.05),
 }
 NORMS: dict[str, Make] = {
     "clip": chain(fo.clip_by_global_norm(0.5), fo.sgd(1.0)),
     "LAMB": lambda p: adapters.LAMB(p, lr=0.05, weight_decay=0.1),
+    "whole tensors": lambda p: adapters.Adafactor(p, lr=0.05),
 }
 BACKENDS = ("c", "foreach", "reference")
 OPTIMIZERS = ELEMENTWISE | NORMS

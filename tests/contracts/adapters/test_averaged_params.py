@@ -194,9 +194,12 @@ def test_an_interrupt_at_any_line_leaves_the_buffers() -> None:
 
 def test_an_interrupt_of_the_system() -> None:
     opt, twin = averaging(), averaging()
-
-    with pytest.raises(KeyboardInterrupt), opt.averaged_params():
-        signal.raise_signal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let jobs in the background ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt), opt.averaged_params():
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
     goes_on_like(opt, twin)
 
