@@ -83,13 +83,6 @@ def averaged(
             "there are no averaged parameters: put `params_ema(decay)` or `params_swa(start)` at the end of the chain, "
             "or mark a slot of your rule by `slot(..., evaluate=True)`, and take a step."
         )
-    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for each in models:
-        if own.isdisjoint(map(id, each.parameters())):
-            raise ValueError(
-                f"averaged_params was given {type(each).__name__}, which has none of the parameters of the optimizer; "
-                f"pass the model that it trains."
-            )
     if "_averaged" in optimizer.__dict__:
         raise RuntimeError("averaged_params() was called inside itself, where parameters are averages already.")
     statistics = _buffer_pairs(model, buffers)

@@ -1,7 +1,6 @@
 """Declarations of a rule: its slots of state, its hyper-parameters and their ranges."""
 
 import collections
-import functools
 import inspect
 import math
 import numbers
@@ -255,6 +254,7 @@ class Rule:
       extras: names of extra arguments of `update` that it needs, numbers.
       columns: names of those that are trees like the parameters.
       wraps: whether it goes around an inner transformation, and takes the update that entered it, `before`.
+      state_types: the classes of its states, once they have been made: with a counter, and without.
       static: hyper-parameters that Python sees while the formula is traced.
       ranges: intervals that hyper-parameters must lie in, or the values that they may have; one that holds only with
         a switch has a key such as `"decay if debias"`.
@@ -283,6 +283,7 @@ class Rule:
     factory: Any = None
     columns: tuple[str, ...] = ()
     wraps: bool = False
+    state_types: dict[bool, Any] = field(default_factory=dict, repr=False)
 
     @property
     def uses_first(self) -> bool:
@@ -344,9 +345,17 @@ class Rule:
         return value
 
 
-@functools.cache
 def state_type(rule: Rule, counted: bool) -> Any:
-    """The NamedTuple that holds the state of a rule: `count` if it counts steps, and its slots."""
+    """The NamedTuple that holds the state of a rule: `count` if it counts steps, and its slots.
+
+    The rule keeps it: states of two classes would not fit each other.
+    """
+    if counted not in rule.state_types:
+        rule.state_types[counted] = _made_state_type(rule, counted)
+    return rule.state_types[counted]
+
+
+def _made_state_type(rule: Rule, counted: bool) -> Any:
     fields = (*(("count",) if counted else ()), *rule.slots)
     if not fields:
         return EmptyState
