@@ -69,29 +69,37 @@ from ._masking import (
     multi_transform,
     partition,
 )
-from ._optimizers import (
-    adadelta,
-    adafactor,
-    adagrad,
+from ._optimizers.adam import (
     adam,
     adamax,
     adamaxw,
     adamw,
     amsgrad,
-    asgd,
-    lamb,
-    lars,
-    lbfgs,
-    lion,
-    muon,
     nadam,
     nadamw,
     radam,
-    rmsprop,
+)
+from ._optimizers.descent import (
+    asgd,
+    lion,
     rprop,
     sgd,
     sign_sgd,
     signum,
+)
+from ._optimizers.layers import (
+    lamb,
+    lars,
+)
+from ._optimizers.matrices import (
+    adafactor,
+    muon,
+)
+from ._optimizers.second_order import lbfgs
+from ._optimizers.squares import (
+    adadelta,
+    adagrad,
+    rmsprop,
 )
 from ._pack import (
     pack,

@@ -1,6 +1,8 @@
 """Every optimizer against optax and, where conventions agree, against torch.optim."""
 
 import functools
+import importlib
+import pkgutil
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -251,8 +253,9 @@ OTHERS = {"muon", "adafactor", "lbfgs"}  # in test_matrix_methods.py, test_lbfgs
 
 
 def test_every_optimizer_has_a_row() -> None:
-    module = functional_optim._optimizers
-    own = {name for name, x in vars(module).items() if getattr(x, "__module__", None) == module.__name__}
+    package = functional_optim._optimizers
+    modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
+    own = {name for m in modules for name, x in vars(m).items() if getattr(x, "__module__", None) == m.__name__}
     public = {name for name in own if not name.startswith("_")}
     assert {case.id.partition("-")[0] for case in CASES} == public - OTHERS
 
