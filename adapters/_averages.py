@@ -112,7 +112,7 @@ def averaged(
 
 
 def _undo(optimizer: "ChainOptimizer", swapped: list[_Registered | _Swapped]) -> None:
-    """Puts tensors back, and takes from the list those that are; an error is raised when all others are back."""
+    """Restores tensors, the last one first, and removes each from the list; raises the first error at the end."""
     failed: Exception | None = None
     while swapped:
         try:

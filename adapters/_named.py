@@ -45,7 +45,7 @@ class PlainClass(NamedClass):
     """Classes whose only switches are the direction and the decay, which is an L2 penalty or decoupled."""
 
     def _steps(self) -> list[fo.GradientTransformation]:
-        """The chain without what comes before, and without decoupled decay."""
+        """The part of the chain between the transformations of the gradient and decoupled decay."""
         raise TypeError(f"{type(self).__name__} has no chain.")
 
     def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:

@@ -137,7 +137,7 @@ class Naming:
         elif self.factor is not None:
             factor = fo.scale(Option("lr"))
             tx = _walk.rewrite(tx, lambda path, rule: fo.chain(rule, factor) if path == self.factor else rule)
-        # one path for each transformation, whatever the switches are: reductions of all groups meet by it
+        # one path for each transformation under all switches: reductions of all groups meet by it
         return template(fo.chain(fo.scale(-1.0) if maximize else fo.identity(), tx), names)
 
 

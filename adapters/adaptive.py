@@ -1,4 +1,4 @@
-"""torch.optim's optimizers that divide by what past gradients were, as chains: Adadelta, Adagrad, Adamax, NAdam, RAdam.
+"""Adadelta, Adagrad, Adamax, NAdam and RAdam of torch.optim, as chains: gradients over moments of past ones.
 
 They are made as those of `classes` are. None of torch's but Adagrad has a fused kernel, with whose bits ours agrees.
 """
@@ -54,7 +54,7 @@ class Adagrad(PlainClass, torch.optim.Adagrad):  # type: ignore[misc]
     """
 
     def _arguments(self) -> tuple[Any, ...]:
-        # the first value is the optimizer's, whatever a group says, as in torch
+        # the first value is the optimizer's, not a group's, as in torch
         return LR, Option("lr_decay"), self.defaults["initial_accumulator_value"], EPS
 
     def _steps(self) -> list[fo.GradientTransformation]:

@@ -262,7 +262,7 @@ class LBFGS(torch.optim.LBFGS):
         return first_loss, None
 
     def _take_back(self, over: _Loss, own: dict[str, Any]) -> None:
-        """Takes back the last move of the last step, after which nothing was evaluated, if that is how things are."""
+        """Takes back the last move of the last step, if parameters are where that left them, without an evaluation."""
         if self._moved is None:
             return
         now = over.copies()
@@ -301,7 +301,7 @@ def _first_step(grad: torch.Tensor) -> Any:
 
 
 def _direction(own: dict[str, Any], grad: torch.Tensor, history_size: int) -> torch.Tensor:
-    """The direction of an iteration; the state takes up what the last one tells of the Hessian."""
+    """The direction of an iteration; the state takes up the curvature pair of the last one."""
     if own["n_iter"] == 1:
         own.update(old_dirs=[], old_stps=[], ro=[], H_diag=1)
         return grad.neg()

@@ -609,7 +609,7 @@ class ChainOptimizer(Optimizer):
         buffers: Mapping[str, torch.Tensor] | None = None,
         slot: str | None = None,
     ) -> contextlib.AbstractContextManager[None]:
-        """Swaps in the parameters to evaluate at, and those that are trained back at the end.
+        """Swaps in the parameters to evaluate at, and the trained parameters back at the end.
 
         They are the averages of `params_ema` or `params_swa`, or a slot of a rule with `slot(..., evaluate=True)`. A
         parameter that has taken no step stays as it is.

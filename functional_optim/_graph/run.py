@@ -20,20 +20,7 @@ def run(
     extra: Mapping[str, Any],
     donate: bool,
 ) -> tuple[Tree, Any]:
-    """Takes a step of a transformation.
-
-    Args:
-      tx: the transformation.
-      apply: whether to add the updates to the parameters.
-      updates: the updates.
-      state: its state.
-      params: the parameters.
-      extra: extra arguments of `update`.
-      donate: whether to write in place.
-
-    Returns:
-      The new parameters if `apply`, else the new updates; and the new state.
-    """
+    """Takes a step of a transformation; for the arguments see `take_step`."""
     if torch.compiler.is_compiling():
         from .trace import trace_step  # which imports the compiler, and that takes seconds
 

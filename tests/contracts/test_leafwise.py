@@ -357,6 +357,22 @@ def test_the_first_step_is_known_without_slots(declare: Any) -> None:
         assert_same_bits((params["w"], p.detach()), (torch.full((2,), 0.0 - step),) * 2)
 
 
+def test_counters_that_cannot_be_read_do_not_split_batches() -> None:
+    """Under a transformation a counter stays a tensor, one for all leaves."""
+    calls = []
+
+    @fo.leafwise(state={"mu": fo.slot("first_update")})
+    def counted(u: Any, mu: Any, *, step: Any) -> Any:
+        calls.append(u)
+        return u / step, mu + u
+
+    params = {str(k): torch.ones(3) for k in range(6)}
+    tx = counted()
+    state = tx.init(params)
+    torch.func.vmap(lambda g: tx.update(dict.fromkeys(params, g), state)[0])(torch.ones(2, 3))
+    assert len(calls) == 1
+
+
 # -- transformations --------------------------------------------------------------------------------------------------
 
 

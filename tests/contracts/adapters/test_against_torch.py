@@ -145,7 +145,7 @@ GROUPS: dict[str, list[dict[str, Any]]] = {
         {"amsgrad": True, "weight_decay": 0.5},
         {},
     ],
-    # the first value of the sum is the optimizer's, whatever a group says
+    # the first value of the sum is the optimizer's, not a group's
     "Adagrad": [{"lr": 0.1, "lr_decay": 0.5}, {"weight_decay": 0.1}, {"initial_accumulator_value": 0.5}],
     "Adamax": [{"lr": 0.1, "betas": (0.5, 0.9)}, {"weight_decay": 0.1, "eps": 1e-3}, {"maximize": True}],
     "ASGD": [{"lr": 0.1, "lambd": 0.1}, {"t0": 3, "alpha": 0.5}, {"maximize": True, "weight_decay": 0.1}],
