@@ -70,3 +70,8 @@ def mixed_tree() -> dict[str, torch.Tensor]:
         "transposed": torch.arange(6.0).reshape(2, 3).t(),
         "empty": torch.zeros(0, 3),
     }
+
+
+def zeros(*shape: int, **kwargs: Any) -> torch.Tensor:
+    """Zeros of a shape that is given number by number; of none, one number."""
+    return torch.zeros(shape, **kwargs)

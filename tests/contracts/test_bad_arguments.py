@@ -1,0 +1,246 @@
+"""Arguments that are refused where they are given: numbers out of range, of the wrong kind, unknown names."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import functional_optim as fo
+from _lib.training import train
+from _lib.trees import make_tree, zeros
+
+
+RANGES: dict[str, tuple[Callable[[], Any], str]] = {
+    "b1 of scale_by_adam": (lambda: fo.scale_by_adam(b1=1.0), r"`b1` of scale_by_adam must be in \[0, 1\), got 1\.0"),
+    "b1 below": (lambda: fo.adam(0.1, b1=-0.1), r"`b1` of scale_by_adam must be in \[0, 1\), got -0\.1"),
+    "b2 of scale_by_adam": (lambda: fo.adamw(0.1, b2=2), r"`b2` of scale_by_adam must be in \[0, 1\), got 2"),
+    "eps of scale_by_adam": (
+        lambda: fo.adam(0.1, eps=-1e-8),
+        r"`eps` of scale_by_adam must be in \[0, inf\), got -1e-08",
+    ),
+    "infinite eps": (lambda: fo.adam(0.1, eps=float("inf")), r"`eps` of scale_by_adam must be in \[0, inf\), got inf"),
+    "eps_root of scale_by_adam": (lambda: fo.nadam(0.1, eps_root=-1.0), r"`eps_root` of scale_by_adam .* got -1\.0"),
+    "b1 of scale_by_amsgrad": (
+        lambda: fo.amsgrad(0.1, b1=1.5),
+        r"`b1` of scale_by_amsgrad must be in \[0, 1\), got 1\.5",
+    ),
+    "b2 of scale_by_amsgrad": (lambda: fo.amsgrad(0.1, b2=-1), r"`b2` of scale_by_amsgrad .* got -1"),
+    "eps of scale_by_amsgrad": (lambda: fo.amsgrad(0.1, eps=-1.0), r"`eps` of scale_by_amsgrad .* got -1\.0"),
+    "eps_root of scale_by_amsgrad": (
+        lambda: fo.amsgrad(0.1, eps_root=-1.0),
+        r"`eps_root` of scale_by_amsgrad .* got -1\.0",
+    ),
+    "b1 of scale_by_lion": (lambda: fo.lion(0.1, b1=1.01), r"`b1` of scale_by_lion must be in \[0, 1\], got 1\.01"),
+    "b2 of scale_by_lion": (lambda: fo.lion(0.1, b2=-1.0), r"`b2` of scale_by_lion must be in \[0, 1\], got -1\.0"),
+    "decay of trace": (lambda: fo.sgd(0.1, momentum=-0.9), r"`decay` of trace must be in \[0, inf\), got -0\.9"),
+    "decay of ema": (lambda: fo.signum(0.1, beta=1.1), r"`decay` of ema must be in \[0, 1\], got 1\.1"),
+    "decay if debias of ema": (
+        lambda: fo.ema(1.0),
+        r"`decay` of ema must be in \[0, 1\) if `debias` is True, got 1\.0",
+    ),
+    "decay and then debias": (
+        lambda: fo.ema(1.0, debias=False).replace(debias=True),
+        r"`decay` of ema must be in \[0, 1\) if `debias` is True, got 1\.0",
+    ),
+    "decay if bias_correction of scale_by_rms": (
+        lambda: fo.rmsprop(0.1, decay=1.0, bias_correction=True),
+        r"`decay` of scale_by_rms must be in \[0, 1\) if `bias_correction` is True, got 1\.0",
+    ),
+    "decay if bias_correction of scale_by_stddev": (
+        lambda: fo.rmsprop(0.1, decay=1, centered=True, bias_correction=True),
+        r"`decay` of scale_by_stddev must be in \[0, 1\) if `bias_correction` is True, got 1\.",
+    ),
+    **{
+        f"{hyper} of reduce_on_plateau": (
+            lambda hyper=hyper, bad=bad: fo.reduce_on_plateau(**{hyper: bad}),
+            rf"`{hyper}` of reduce_on_plateau must be .*, got {bad!r}",
+        )
+        for hyper, bad in {
+            "factor": 1.0,
+            "patience": 0,
+            "rtol": 1.1,
+            "atol": -0.1,
+            "cooldown": -1,
+            "accumulation_size": 0,
+            "min_scale": 1.1,
+            "mode": "mean",
+            "eps": -1e-8,
+        }.items()
+    },
+    "decay of params_ema": (lambda: fo.params_ema(-0.1), r"`decay` of params_ema must be in \[0, 1\], got -0\.1"),
+    "start of params_swa": (lambda: fo.params_swa(-1), r"`start` of params_swa must be in \[0, inf\), got -1"),
+    "period of params_swa": (lambda: fo.params_swa(9, 0), r"`period` of params_swa must be in \[1, inf\), got 0"),
+    "decay of scale_by_rms": (
+        lambda: fo.rmsprop(0.1, decay=1.1),
+        r"`decay` of scale_by_rms must be in \[0, 1\], got 1\.1",
+    ),
+    "eps of scale_by_rms": (lambda: fo.rmsprop(0.1, eps=-1.0), r"`eps` of scale_by_rms .* got -1\.0"),
+    "initial_scale of scale_by_rms": (
+        lambda: fo.rmsprop(0.1, initial_scale=-1.0),
+        r"`initial_scale` of scale_by_rms .* got -1\.0",
+    ),
+    "decay of scale_by_stddev": (
+        lambda: fo.rmsprop(0.1, decay=-1, centered=True),
+        r"`decay` of scale_by_stddev .* got -1",
+    ),
+    "eps of scale_by_stddev": (lambda: fo.scale_by_stddev(eps=-1.0), r"`eps` of scale_by_stddev .* got -1\.0"),
+    "initial_scale of scale_by_stddev": (
+        lambda: fo.scale_by_stddev(initial_scale=-1.0),
+        r"`initial_scale` of scale_by_stddev .* got -1\.0",
+    ),
+    "max_delta of clip": (lambda: fo.clip(-1.0), r"`max_delta` of clip must be in \[0, inf\], got -1\.0"),
+    "max_norm of clip_by_global_norm": (
+        lambda: fo.clip_by_global_norm(-1),
+        r"`max_norm` of clip_by_global_norm must be in \[0, inf\], got -1",
+    ),
+    "threshold of clip_by_block_rms": (
+        lambda: fo.clip_by_block_rms(0.0),
+        r"`threshold` of clip_by_block_rms must be in \(0, inf\], got 0\.0",
+    ),
+    "min_norm of scale_by_trust_ratio": (
+        lambda: fo.scale_by_trust_ratio(min_norm=-1.0),
+        r"`min_norm` of scale_by_trust_ratio .* got -1\.0",
+    ),
+    "eps of scale_by_trust_ratio": (lambda: fo.lars(0.1, eps=-1.0), r"`eps` of scale_by_trust_ratio .* got -1\.0"),
+    "beta of muon_momentum": (lambda: fo.muon(0.1, beta=1.0), r"`beta` of muon_momentum .* got 1\.0"),
+    "preconditioning of orthogonalize": (
+        lambda: fo.orthogonalize(preconditioning="no"),
+        r"`preconditioning` of orthogonalize must be one of .* got 'no'",
+    ),
+    "decay_rate of scale_by_factored_rms": (
+        lambda: fo.adafactor(decay_rate=-1.0),
+        r"`decay_rate` of scale_by_factored_rms .* got -1\.0",
+    ),
+    "epsilon of scale_by_factored_rms": (
+        lambda: fo.adafactor(eps=-1.0),
+        r"`epsilon` of scale_by_factored_rms .* got -1\.0",
+    ),
+    "min_scale of scale_by_param_block_rms": (
+        lambda: fo.scale_by_param_block_rms(-1.0),
+        r"`min_scale` of scale_by_param_block_rms .* got -1\.0",
+    ),
+    "nan in a range": (lambda: fo.trace(float("nan")), r"`decay` of trace must be in \[0, inf\), got nan"),
+    "nan": (lambda: fo.sgd(float("nan")), r"`learning_rate` of scale_by_learning_rate must be a number, got nan"),
+    "nan in scale": (lambda: fo.scale(float("nan")), r"`step_size` of scale must be a number, got nan"),
+    "a vector": (
+        lambda: fo.sgd(zeros(2)),
+        r"`learning_rate` of scale_by_learning_rate must be a number, a 0-d tensor or a schedule, got .* shape \(2,\)",
+    ),
+    "a vector of one": (lambda: fo.adam(0.1, b1=zeros(1)), r"`b1` of scale_by_adam must be a number.* shape \(1,\)"),
+    "mode of scale_by_lion": (lambda: fo.scale_by_lion(mode="soft"), r"`mode` of scale_by_lion must be .* got 'soft'"),
+    "decay of ema_debias_schedule": (
+        lambda: fo.ema_debias_schedule(1.0),
+        r"`decay` of ema_debias_schedule .* got 1\.0",
+    ),
+    "decay of ema_warmup_schedule": (
+        lambda: fo.ema_warmup_schedule(1.1),
+        r"`decay` of ema_warmup_schedule .* got 1\.1",
+    ),
+    "offset of ema_warmup_schedule": (
+        lambda: fo.ema_warmup_schedule(0.9, 0.5),
+        r"`offset` of ema_warmup_schedule .* got 0\.5",
+    ),
+    "transition_steps": (lambda: fo.linear_schedule(1.0, 0.0, -1), r"`transition_steps` of linear_schedule .* got -1"),
+    "decay_steps": (lambda: fo.cosine_decay_schedule(1.0, 0), r"`decay_steps` of cosine_decay_schedule .* got 0"),
+}
+
+
+def outside(name: str, hyper: str, value: float, interval: str, **others: Any) -> dict[str, Any]:
+    """A row: a transformation with a number outside of its interval."""
+    message = f"`{hyper}` of {name} must be in {re.escape(interval)}, got {re.escape(str(value))}"
+    return {f"{hyper} of {name}": (lambda: getattr(fo, name)(**{hyper: value}, **others), message)}
+
+
+for _name in ("scale_by_adamax", "scale_by_nadam", "scale_by_radam"):
+    RANGES |= outside(_name, "b1", 1.0, "[0, 1)") | outside(_name, "b2", -0.1, "[0, 1)")
+    RANGES |= outside(_name, "eps", -1.0, "[0, inf)")
+for _name in ("scale_by_nadam", "scale_by_radam"):
+    RANGES |= outside(_name, "eps_root", -1.0, "[0, inf)")
+RANGES |= outside("scale_by_nadam", "momentum_decay", -1.0, "[0, inf)")
+RANGES |= outside("scale_by_radam", "threshold", 3.9, "[4, inf)")
+RANGES |= outside("scale_by_rss", "initial_accumulator_value", -1.0, "[0, inf)")
+RANGES |= outside("scale_by_rss", "eps", -1.0, "[0, inf)")
+RANGES |= outside("scale_by_adadelta", "rho", 1.1, "[0, 1]") | outside("scale_by_adadelta", "eps", -1.0, "[0, inf)")
+RANGES |= outside("scale_by_asgd", "lambd", -1.0, "[0, inf)", learning_rate=0.1)
+RANGES |= outside("scale_by_rprop", "learning_rate", -1.0, "[0, inf)")
+for _hyper, _value, _interval in (
+    ("eta_minus", 1.0, "(0, 1)"),
+    ("eta_plus", 1.0, "(1, inf)"),
+    ("min_step_size", -1.0, "[0, inf)"),
+    ("max_step_size", 0.0, "(0, inf)"),
+):
+    RANGES |= outside("scale_by_rprop", _hyper, _value, _interval, learning_rate=0.1)
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_hyper_parameters_out_of_range(name: str) -> None:
+    make, message = RANGES[name]
+
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_every_declared_range_is_tested() -> None:
+    factories = {x.rule.name: x.rule for k, x in vars(fo).items() if not k.startswith("_") and hasattr(x, "rule")}
+    declared = {f"{hyper} of {rule.name}" for rule in factories.values() for hyper in rule.ranges}
+
+    assert declared <= set(RANGES)
+
+
+# What is no number may be found out when the formula is first read; the message names the rule and the value.
+KINDS: dict[str, tuple[Callable[[], Any], str]] = {
+    "a list": (lambda: fo.scale([0.1]), r"scale\b.*\[0\.1\]"),
+    "text": (lambda: fo.scale("0.1"), r"scale\b.*'0\.1'"),
+    "text for b1": (lambda: fo.scale_by_adam(b1="0.9"), r"scale_by_adam\b.*'0\.9'"),
+    "None": (lambda: fo.scale(None), r"scale\b.*None"),
+    "a schedule for a first value": (
+        lambda: fo.rprop(fo.linear_schedule(0.1, 0.0, 9)),
+        r"`learning_rate` of scale_by_rprop is where its state starts, so it must be a number, got the function",
+    ),
+    "a dict": (lambda: fo.adam({"lr": 0.1}), r"scale_by_learning_rate\b.*\{'lr': 0\.1\}"),
+    "a complex number": (lambda: fo.scale(1j), r"scale\b.*1j"),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_hyper_parameters_of_the_wrong_kind(name: str) -> None:
+    make, message = KINDS[name]
+    params = make_tree(0)
+
+    with pytest.raises((TypeError, ValueError), match=message):
+        train(make(), params, [params])
+
+
+ARGUMENTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "unknown backend": (
+        lambda: fo.use_backend("cuda").__enter__(),
+        ValueError,
+        r"unknown backend 'cuda'; there are 'reference', 'foreach', 'c', 'triton'",
+    ),
+    "unknown hyper-parameter": (
+        lambda: fo.scale_by_adam(beta1=0.9),
+        TypeError,
+        r"scale_by_adam: .*'beta1'; its hyper-parameters are \(b1",
+    ),
+    "missing hyper-parameter": (lambda: fo.trace(), TypeError, r"trace: missing a required argument: 'decay'"),
+    "too many hyper-parameters": (lambda: fo.scale(1.0, 2.0), TypeError, r"scale: too many positional arguments"),
+    "unknown schedule argument": (lambda: fo.constant_schedule(rate=1.0), TypeError, r"constant_schedule: "),
+    "tree reduction outside a rule": (lambda: fo.tree_sum(zeros(2)), TypeError, r"`tree_sum` spans every leaf"),
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_bad_arguments(name: str) -> None:
+    call, error, message = ARGUMENTS[name]
+
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_an_unknown_backend_changes_nothing() -> None:
+    with fo.use_backend("foreach"):
+        with pytest.raises(ValueError, match="unknown backend"), fo.use_backend("numpy"):
+            pass
+
+        assert fo.explain(fo.sgd(0.1), make_tree(0)).backends == ("foreach",)
