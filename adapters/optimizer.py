@@ -1,6 +1,7 @@
 """`ChainOptimizer`: a step of a `torch.optim.Optimizer` is one run of a chain over all parameter groups."""
 
 import contextlib
+import functools
 import math
 import sys
 from collections import Counter
@@ -123,12 +124,10 @@ class ChainOptimizer(Optimizer):
         """
         return torch.float64 if torch.get_default_dtype() is torch.float64 else torch.float32
 
-    @property
+    @functools.cached_property
     def _bindings(self) -> _Bindings:
-        found = self.__dict__.get("_bound")
-        if not isinstance(found, _Bindings):
-            found = self.__dict__["_bound"] = _Bindings()
-        return found
+        """The steps that are bound; copies and pickles of an optimizer do not have them, and get their own."""
+        return _Bindings()
 
     def _template_of(self, group: Mapping[str, Any]) -> Template:
         switches, known = self._switches(group), self._bindings.templates
@@ -599,7 +598,7 @@ class ChainOptimizer(Optimizer):
         apart(self, state_dict, by_name, strict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.pop("_bound", None)
+        self.__dict__.pop("_bindings", None)
         super().__setstate__(state)
 
     def averaged_params(

@@ -1,7 +1,7 @@
 """Packed: a tree whose tensors are views of few buffers."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
 
 import torch
@@ -113,10 +113,13 @@ class Packed(PackedTensors):
         )
 
 
-def packed_form(column: Any) -> Form | None:
-    """The form of a packed column; None of any other."""
-    packed = column.packed if type(column) is PackedColumn else None
-    return packed.form if isinstance(packed, Packed) else None
+def packed_forms(columns: Iterable[Any]) -> tuple[Form | None, ...]:
+    """The form of each column that is packed, and None for others; nothing if none is."""
+    columns = tuple(columns)
+    if PackedColumn not in map(type, columns):
+        return ()
+    packed = [x.packed if type(x) is PackedColumn else None for x in columns]
+    return tuple([x.form if isinstance(x, Packed) else None for x in packed])
 
 
 def _dense_order(x: torch.Tensor) -> tuple[int, ...]:

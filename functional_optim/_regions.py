@@ -63,9 +63,8 @@ class Region:
       n_leaves: number of leaves.
       scopes: each transformation's position as reductions over the tree know it.
       counting: the counter of each leaf; None where transformations count for all leaves.
+      entered: the column that its updates are kept in, for a rule behind other stages.
     """
-
-    entered: str | None = None  # the column that its updates are kept in, for a rule behind other stages
 
     def __init__(
         self,
@@ -74,8 +73,9 @@ class Region:
         n_leaves: int,
         scopes: Sequence[int],
         counting: Sequence[Counting] | None,
+        entered: str | None = None,
     ) -> None:
-        self.links, self.apply = links, apply
+        self.links, self.apply, self.entered = links, apply, entered
         self.bounds: dict[int, Bound] = {k: link.bound for k, link in links.items() if link.bound is not None}
         positions, seen = tuple(links), [link.seen for link in links.values()]
         columns = list(zip(*seen, strict=True)) if seen else [()] * n_leaves
@@ -143,11 +143,12 @@ class LeafwiseRegion(Region):
       position: its position in the chain.
       link: the rule.
       own_counters: whether each leaf counts its own steps, in the column `step`.
+      entered: the column that its updates are kept in; see `Region`.
     """
 
-    def __init__(self, position: int, link: Link, own_counters: bool) -> None:
+    def __init__(self, position: int, link: Link, own_counters: bool, entered: str | None = None) -> None:
         assert link.bound is not None
-        self.position, self.link, self.bound = position, link, link.bound
+        self.position, self.link, self.bound, self.entered = position, link, link.bound, entered
         self.links, self.bounds, self.apply = {position: link}, {position: link.bound}, False
         self.kinds, self.recipes, self.hosts, self.traced = [], {}, {}, []
         self.extras = set(link.bound.rule.extras)
@@ -201,17 +202,15 @@ def cut_into_regions(
         last = k == len(runs) - 1
         if fuses:
             counts = counting if last else still
-            region = Region(run, apply and last, n_leaves, scopes or range(len(links)), counts)
-            region.entered = next((entered_at(k) for k in run if k in cuts), None)
-            stages.append(region)
+            entered = next((entered_at(k) for k in run if k in cuts), None)
+            stages.append(Region(run, apply and last, n_leaves, scopes or range(len(links)), counts, entered))
             continue
         for position, link in run.items():
             entered = entered_at(position) if position in cuts else None
             if link.bound is None:
                 stages.append(Opaque(position, link, entered))
             else:
-                stages.append(LeafwiseRegion(position, link, counting is not None))
-                stages[-1].entered = entered  # type: ignore[misc]
+                stages.append(LeafwiseRegion(position, link, counting is not None, entered))
     return stages
 
 
@@ -256,11 +255,7 @@ class BoundRegion:
         self.region, self.paths, self.present = region, paths, present
         self.bound: list[tuple[Variant, BoundStep]] = []
         self.joins: Joins | None = None
-
-    @property
-    def entered(self) -> str | None:
-        """The column that its updates are kept in, for a rule behind other stages."""
-        return self.region.entered
+        self.entered = region.entered
 
     def find(self, own: Columns, variant: Variant) -> tuple[BoundStep, Reading] | None:
         """A step that is bound to such tensors, and these tensors read.

@@ -14,7 +14,7 @@ import torch
 from ._compiler.trace import ShortTracebacks
 from ._leafwise import LeafwiseStep
 from ._opaque import check_apart
-from ._packed import packed_form
+from ._packed import packed_forms
 from ._regions import BoundRegion, LeafwiseRegion, Opaque, Region, Variant, cut_into_regions
 from ._runtime.backend import requested_backend
 from ._runtime.checks import at, check_fit, check_leaf, check_number
@@ -212,7 +212,7 @@ class TreeStep:
           The columns that change, none of them if the step is in place; None, and nothing is done, if other leaves are
           there than before.
         """
-        variant = Variant(in_place, requested_backend(), forms=tuple(map(packed_form, own.values())))
+        variant = Variant(in_place, requested_backend(), forms=packed_forms(own.values()))
         found = None if dispatching or stage.leafwise else stage.find(own, variant)
         if found is None:
             if [i for i, x in enumerate(_present(own)) if x] != list(self.present) or self._has_containers(own):
@@ -239,7 +239,7 @@ class TreeStep:
         if in_place and isinstance(params, PackedColumn) and params.packed.followers:
             torch.autograd.graph.increment_version(params.packed.followers)
         late = self._late_counters(stage, bound, reading, states) if in_place else []
-        before = [count.clone() for count in late]
+        before = list(map(torch.clone, late))
         try:
             for count in late:  # before the launch, which tells whether everything has been written
                 count.add_(1)
@@ -257,12 +257,12 @@ class TreeStep:
         stage: TreeRegion, bound: BoundStep, reading: Reading, states: Mapping[int, Any]
     ) -> list[torch.Tensor]:
         """The counters of a state that no launch moves on: none of its programs reads them, or it reads a copy."""
-        places = {k: bound.counters.get((k, "count")) for k in stage.moving}
-        return [
-            states[k].count
-            for k, place in places.items()
-            if place is None or bound.tensor_at(reading, place) is not states[k].count
-        ]
+        late = []
+        for k in stage.moving:
+            place = bound.counters.get((k, "count"))
+            if place is None or bound.tensor_at(reading, place) is not states[k].count:
+                late.append(states[k].count)
+        return late
 
     def _call(self, stage: Opaque, columns: Columns, state: Any, extra: Mapping[str, Any]) -> tuple[Columns, Any]:
         """Calls a transformation that is not made of rules: the columns with its updates, and its new state.

@@ -347,7 +347,8 @@ class BoundStep(Programs):
         if found is not None:
             self.launches.append(launch)
             return found
-        self._copy_pointers(launch)
+        if self.copies:
+            self._copy_pointers(launch)
         return Reading(tensors, originals, launch)
 
     def _copy_pointers(self, launch: Launch) -> None:
