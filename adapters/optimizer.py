@@ -14,7 +14,7 @@ import torch
 from torch.optim import Optimizer
 
 from functional_optim._compiler.trace import ShortTracebacks
-from functional_optim._params import GRAD, Journal, Outcome, Params, ParamStep, Template
+from functional_optim._params import GRAD, Journal, Outcome, ParamList, ParamStep, Template
 from functional_optim._rows import RowStep
 from functional_optim._runtime.internals import in_checkpoint
 from functional_optim._runtime.overlap import SharedMemoryError
@@ -59,9 +59,9 @@ class _Bindings:
     def __init__(self) -> None:
         self.templates: dict[tuple[Hashable, ...], Template] = {}  # by switches
         self.row_templates: dict[tuple[Hashable, ...], Template | None] = {}  # of sparse gradients, by switches
-        self.options: list[Any] | None = None  # all values of the groups, if they are other objects when they change
+        self.seen_values: list[Any] | None = None  # of the groups, if they are other objects when they change
         self.used: tuple[list[Template], list[int]] = ([], [])  # the templates of the groups, and that of each
-        self.params: Params | None = None
+        self.params: ParamList | None = None
         self.sizes: list[int] = []  # of the groups
         self.names: list[list[str] | None] = []  # given with the groups
         self.states: list[dict[str, Any]] = []  # of the parameters
@@ -192,15 +192,15 @@ class ChainOptimizer(Optimizer):
         templates, params = self._params()
         if extra:
             self._check_extra(templates, extra, offered)
-        grads = list(map(GRAD, params.params))
+        grads = list(map(GRAD, params.tensors))
         try:
-            self._step_on(templates, params.params, grads, self._states(params), extra)
+            self._step_on(templates, params.tensors, grads, self._states(params), extra)
         except SharedMemoryError:
-            turns = self._turns(params.params, grads)
+            turns = self._turns(params.tensors, grads)
             if len(turns) < 2:
                 raise
             for some in turns:
-                self._step_on(templates, params.params, some, self._states(params), extra)
+                self._step_on(templates, params.tensors, some, self._states(params), extra)
 
     @staticmethod
     def _check_extra(templates: Sequence[Template], extra: Mapping[str, Any], offered: frozenset[str]) -> None:
@@ -215,28 +215,28 @@ class ChainOptimizer(Optimizer):
 
     # -- gathering ----------------------------------------------------------------------------------------------------
 
-    def _params(self) -> tuple[list[Template], Params]:
+    def _params(self) -> tuple[list[Template], ParamList]:
         """The chains of the groups, and the parameters."""
-        own = self._bindings
+        bindings = self._bindings
         templates, of_group, options = self._templates()
         lists = [group["params"] for group in self.param_groups]
         params = list(chain.from_iterable(lists))
-        known, sizes = own.params, list(map(len, lists))
+        known, sizes = bindings.params, list(map(len, lists))
         names = [group.get("param_names") for group in self.param_groups]
         if (
             known is None
-            or own.used != (templates, of_group)
-            or sizes != own.sizes
-            or names != own.names
-            or not all(map(is_, params, known.params))
+            or bindings.used != (templates, of_group)
+            or sizes != bindings.sizes
+            or names != bindings.names
+            or not all(map(is_, params, known.tensors))
         ):
-            owners = [g for g, size in enumerate(sizes) for _ in range(size)]
+            groups = [g for g, size in enumerate(sizes) for _ in range(size)]
             self._check_names(sizes)
-            known = Params(names_of(self.param_groups), params, [of_group[g] for g in owners], owners)
-            own.steps, own.row_steps, own.states = [], [], []
-            own.names = [None if x is None else list(x) for x in names]
-            own.params, own.sizes, own.used = known, sizes, (templates, of_group)
-        own.options = options  # last: they say that all the rest is up to date
+            known = ParamList(names_of(self.param_groups), params, [of_group[g] for g in groups], groups)
+            bindings.steps, bindings.row_steps, bindings.states = [], [], []
+            bindings.names = [None if x is None else list(x) for x in names]
+            bindings.params, bindings.sizes, bindings.used = known, sizes, (templates, of_group)
+        bindings.seen_values = options  # last: they say that all the rest is up to date
         return templates, known
 
     def _check_names(self, sizes: Sequence[int]) -> None:
@@ -252,10 +252,14 @@ class ChainOptimizer(Optimizer):
 
         There are no options to compare by if one of them can change and be the same object.
         """
-        own, groups = self._bindings, self.param_groups
+        bindings, groups = self._bindings, self.param_groups
         values = list(chain.from_iterable(map(dict.values, groups)))
-        if own.options is not None and len(values) == len(own.options) and all(map(is_, values, own.options)):
-            return *own.used, own.options
+        if (
+            bindings.seen_values is not None
+            and len(values) == len(bindings.seen_values)
+            and all(map(is_, values, bindings.seen_values))
+        ):
+            return *bindings.used, bindings.seen_values
         templates: list[Template] = []
         of_group: list[int] = []
         for g, group in enumerate(groups):
@@ -272,16 +276,16 @@ class ChainOptimizer(Optimizer):
         parts = chain.from_iterable(x if type(x) is tuple else (x,) for x in values)
         return {type(x) for x in parts} <= CONSTANT
 
-    def _states(self, params: Params) -> list[dict[str, Any]]:
+    def _states(self, params: ParamList) -> list[dict[str, Any]]:
         """The state of each parameter; a dict that is not the optimizer's yet for one that has none."""
-        own, state = self._bindings, self.state
-        keys, values = own.known
+        bindings, state = self._bindings, self.state
+        keys, values = bindings.known
         same = len(state) == len(keys) and all(map(is_, state, keys)) and all(map(is_, state.values(), values))
-        if not own.states or not same:
-            found = [state.get(p) for p in params.params]
-            own.states = [{} if x is None else x for x in found]
-            own.known = list(state), list(state.values())
-        return own.states
+        if not bindings.states or not same:
+            found = [state.get(p) for p in params.tensors]
+            bindings.states = [{} if x is None else x for x in found]
+            bindings.known = list(state), list(state.values())
+        return bindings.states
 
     def _adopt(
         self,
@@ -291,12 +295,12 @@ class ChainOptimizer(Optimizer):
         journal: Journal,
     ) -> None:
         """Takes up states that have been made; where some parameters have one, the others get an empty one."""
-        own = self._bindings
+        bindings = self._bindings
         everyone = self.EMPTY_STATES and (bool(self.state) or any(states))
         for p, g, state in zip(params, grads, states, strict=True):
             if (state or (everyone and g is not None)) and p not in self.state:
                 journal.set(self.state, p, state)
-                own.states = []  # to be gathered anew
+                bindings.states = []  # to be gathered anew
 
     # -- stepping -----------------------------------------------------------------------------------------------------
 
@@ -312,14 +316,16 @@ class ChainOptimizer(Optimizer):
           guarded: whether the step is taken only if `found_inf` is 0.
           exact: whether to look for gradients that are gone; they are found when tensors are read, too.
         """
-        own = self._bindings
+        bindings = self._bindings
         for step in steps:
             if step.is_for(templates, grads, guarded, exact):
                 return step
-        assert own.params is not None
+        assert bindings.params is not None
         with ShortTracebacks():
-            step = ParamStep(templates, own.params, grads, guarded, self._counter_dtype(), warn=not own.warned)
-        own.warned = True
+            step = ParamStep(
+                templates, bindings.params, grads, guarded, self._counter_dtype(), warn=not bindings.warned
+            )
+        bindings.warned = True
         steps[:] = [step, *steps[: KEEP - 1]]
         return step
 
@@ -340,7 +346,7 @@ class ChainOptimizer(Optimizer):
           states: their states.
           extra: the extra arguments.
         """
-        own = self._bindings
+        bindings = self._bindings
         # `torch.amp.GradScaler` sets both where an optimizer offers to unscale gradients itself
         guarded = getattr(self, "found_inf", None) is not None or getattr(self, "grad_scale", None) is not None
         if guarded:
@@ -348,11 +354,11 @@ class ChainOptimizer(Optimizer):
                 x = getattr(self, name, None)
                 extra[name] = default if x is None else x.reshape(()) if isinstance(x, torch.Tensor) else x
         # before Python code of a chain runs, too, because nothing takes that back
-        asked = own.sparse or (own.steps and own.steps[0].runs_python)
+        asked = bindings.sparse or (bindings.steps and bindings.steps[0].runs_python)
         if asked and not all(map(_is_dense, grads)):
             self._step_rows(templates, params, grads, states, extra, guarded)
         elif self._step_dense(templates, params, grads, states, extra, guarded) == "sparse":
-            own.sparse = True
+            bindings.sparse = True
             self._step_rows(templates, params, grads, states, extra, guarded)
 
     def _step_rows(
@@ -368,22 +374,22 @@ class ChainOptimizer(Optimizer):
 
         Rows are computed first, on copies, and written last, when the step on dense gradients has succeeded.
         """
-        own, journal = self._bindings, Journal()
-        assert own.params is not None
+        bindings, journal = self._bindings, Journal()
+        assert bindings.params is not None
         row_templates, dense, touched = self._split(templates, grads)
         others = [i for i, g in enumerate(dense) if g is not None]
-        before, rows = own.new, None
+        before, rows = bindings.new, None
         try:
             if any(g is not None for g in touched):
-                step = self._find_step(own.row_steps, row_templates, touched, guarded, True)
+                step = self._find_step(bindings.row_steps, row_templates, touched, guarded, True)
                 columns = step.columns(states, True)
                 if columns is None:
                     step.make_state(states, self.param_groups, journal)
-                    self._adopt(own.params.params, touched, states, journal)
+                    self._adopt(bindings.params.tensors, touched, states, journal)
                     columns = step.columns(states)
                     assert columns is not None, "the state that was missing has been made"
-                rows = RowStep(step, params, columns, touched, others, own.disjoint)
-                own.disjoint = rows.disjoint
+                rows = RowStep(step, params, columns, touched, others, bindings.disjoint)
+                bindings.disjoint = rows.disjoint
                 rows.take(states, self.param_groups, extra, journal)
             if others:
                 self._step_dense(templates, params, dense, states, extra, guarded)
@@ -392,7 +398,7 @@ class ChainOptimizer(Optimizer):
             if guarded and journal.entries and float(extra["found_inf"]):
                 self._undo(journal, before)
         except BaseException:
-            self._undo(journal, own.new)
+            self._undo(journal, bindings.new)
             raise
 
     def _split(
@@ -407,18 +413,18 @@ class ChainOptimizer(Optimizer):
         Raises:
           RuntimeError: the optimizer refuses sparse gradients.
         """
-        own = self._bindings
-        assert own.params is not None
+        bindings = self._bindings
+        assert bindings.params is not None
         row_templates, dense = list(templates), list(grads)
         touched: list[torch.Tensor | None] = [None] * len(grads)
         for i, g in enumerate(grads):
             if g is None or _is_dense(g):
                 continue
-            found = self._row_template_of(self.param_groups[own.params.owners[i]])
-            if found is None or not g.is_sparse or torch.is_grad_enabled() or is_dtensor(own.params.params[i]):
+            found = self._row_template_of(self.param_groups[bindings.params.groups[i]])
+            if found is None or not g.is_sparse or torch.is_grad_enabled() or is_dtensor(bindings.params.tensors[i]):
                 dense[i] = g.to_dense()
             else:
-                row_templates[own.params.templates[i]] = found
+                row_templates[bindings.params.templates[i]] = found
                 dense[i], touched[i] = None, g
         return row_templates, dense, touched
 
@@ -443,33 +449,33 @@ class ChainOptimizer(Optimizer):
         Returns:
           `"sparse"` if one is not, and nothing has been done.
         """
-        own = self._bindings
-        assert own.params is not None
-        owners = own.params.params
+        bindings = self._bindings
+        assert bindings.params is not None
+        originals = bindings.params.tensors
         dry = not self.state and in_checkpoint()
-        before, exact, journal = own.new, dry, Journal()
+        before, exact, journal = bindings.new, dry, Journal()
         step: ParamStep | None = None
         first: frozenset[int] = frozenset()
         try:
             while True:
-                step = self._find_step(own.steps, templates, grads, guarded, exact)
+                step = self._find_step(bindings.steps, templates, grads, guarded, exact)
                 step.begin()
                 columns, new = step.columns(states, exact), before
                 if columns is None and not exact:
                     exact = True  # before state is made for parameters whose gradients are gone
                     continue
                 if columns is None:
-                    new = before | {id(owners[i]) for i in step.make_state(states, self.param_groups, journal)}
-                    self._adopt(owners, grads, states, journal)
+                    new = before | {id(originals[i]) for i in step.make_state(states, self.param_groups, journal)}
+                    self._adopt(originals, grads, states, journal)
                     columns = step.columns(states)
                     assert columns is not None, "the state that was missing has been made"
                 elif self.EMPTY_STATES and 0 < len(self.state) < len(params):
-                    self._adopt(owners, grads, states, journal)
+                    self._adopt(originals, grads, states, journal)
                 if dry:
-                    own.new = new
+                    bindings.new = new
                     return "taken"
-                first = frozenset(i for i in step.present if id(owners[i]) in new) if new else frozenset()
-                own.new = new - {id(owners[i]) for i in first}
+                first = frozenset(i for i in step.present if id(originals[i]) in new) if new else frozenset()
+                bindings.new = new - {id(originals[i]) for i in first}
                 outcome = step.take(params, columns, grads, states, self.param_groups, extra, first, journal)
                 if outcome != "gone":
                     break
@@ -509,8 +515,8 @@ class ChainOptimizer(Optimizer):
     def _undo(self, journal: Journal, new: set[int]) -> None:
         """Takes back the entries that a step has made before it failed."""
         journal.undo()
-        own = self._bindings
-        own.new, own.states = new, []
+        bindings = self._bindings
+        bindings.new, bindings.states = new, []
 
     # -- torch.compile ------------------------------------------------------------------------------------------------
     # Inside torch.compile the step is one operation that the compiler does not look into. It does look into how its
@@ -540,15 +546,15 @@ class ChainOptimizer(Optimizer):
         state: list[torch.Tensor],
     ) -> int:
         """Appends a group's tensors to lists, and returns the handle that the compiled step finds this optimizer by."""
-        templates, own = self._params()
-        own_grads, states, journal = list(map(GRAD, own.params)), self._states(own), Journal()
+        templates, known = self._params()
+        own_grads, states, journal = list(map(GRAD, known.tensors)), self._states(known), Journal()
         step = self._find_step(self._bindings.steps, templates, own_grads, False, True)
         if step.columns(states) is None:
             made = step.make_state(states, self.param_groups, journal)
-            self._bindings.new = self._bindings.new | {id(own.params[i]) for i in made}
-            self._adopt(own.params, own_grads, states, journal)
+            self._bindings.new = self._bindings.new | {id(known.tensors[i]) for i in made}
+            self._adopt(known.tensors, own_grads, states, journal)
         owners: dict[int, Any] = {}  # a number that parameters share is passed once, with the first of them
-        for p, g, entries in zip(own.params, own_grads, self._states(own), strict=True):
+        for p, g, entries in zip(known.tensors, own_grads, self._states(known), strict=True):
             for x in entries.values() if g is not None else ():
                 owners.setdefault(id(x), p)
         for p in group["params"]:
@@ -565,9 +571,9 @@ class ChainOptimizer(Optimizer):
         self, params: list[torch.Tensor], grads: list[torch.Tensor], state: list[torch.Tensor], extra: dict[str, Any]
     ) -> None:
         """Takes a step on tensors that stand for this optimizer's own, in the order of `_init_group`."""
-        templates, own = self._params()
-        own_params, own_grads = list(own.params), list(map(GRAD, own.params))
-        states = list(self._states(own))
+        templates, known = self._params()
+        own_params, own_grads = list(known.tensors), list(map(GRAD, known.tensors))
+        states = list(self._states(known))
         given, tensors = iter(zip(params, grads, strict=True)), iter(state)
         standing: dict[int, torch.Tensor] = {}  # for which tensor of the state each stands
         for i, g in enumerate(own_grads):

@@ -13,7 +13,7 @@ from ._compiler.rule import Option
 from ._compiler.trace import ShortTracebacks
 from ._compiler.triton.emit import emit_triton
 from ._leafwise import LeafwiseStep
-from ._params import Journal, ParamRegion, Params, ParamStep, Template, tensor_of
+from ._params import Journal, ParamList, ParamRegion, ParamStep, Template, tensor_of
 from ._regions import BoundRegion
 from ._runtime.backend import choose_backend
 from ._runtime.plan import Columns, Group, Key, Leaf
@@ -202,7 +202,7 @@ def explanation(tx: Any, params: Tree | None) -> Explanation:
 
 def explain_params(
     templates: Sequence[Template],
-    params: Params,
+    params: ParamList,
     options: Sequence[Mapping[str, Any]],
     counter: torch.dtype | None,
     records: bool,
@@ -219,11 +219,11 @@ def explain_params(
     Raises:
       RuntimeError: a parameter has no memory.
     """
-    grads = [p if p.requires_grad or p.grad is not None else None for p in params.params]
+    grads = [p if p.requires_grad or p.grad is not None else None for p in params.tensors]
     with ShortTracebacks():
         step = ParamStep(templates, params, grads, guarded=False, counter=counter, warn=False)
-    shadows = [_shadow(local_tensor(p)) for p in params.params]
-    step.params = params._replace(params=shadows)  # so that the state that is made has no memory either
+    shadows = [_shadow(local_tensor(p)) for p in params.tensors]
+    step.params = params._replace(tensors=shadows)  # so that the state that is made has no memory either
     states: list[dict[str, Any]] = [{} for _ in shadows]
     step.make_state(states, options, Journal())
     columns = step.columns(states)
@@ -231,7 +231,7 @@ def explain_params(
     if step.counts_in_integers and "step" in columns:
         columns["step"] = [None if x is None else step.counter_of(x, i) for i, x in enumerate(columns["step"])]
     local = [tensor_of(x) for x in shadows]
-    found = _Collector(step.names, [tensor_of(p) for p in params.params], records)
+    found = _Collector(step.names, [tensor_of(p) for p in params.tensors], records)
     for stage in step.stages:
         if isinstance(stage, ParamRegion) and stage.leafwise is not None:
             found.add_leafwise(stage.leafwise)
@@ -244,7 +244,7 @@ def explain_params(
             }
             for name, (schedule, _) in stage.region.hosts.items():
                 own[name] = host_column(name, schedule, [0] * len(local), step.devices)
-            found.add_region(stage, own, stage.leaves(own, params.owners, frozenset(), step.numels, step.shards))
+            found.add_region(stage, own, stage.leaves(own, params.groups, frozenset(), step.numels, step.shards))
         else:
             found.add_opaque(stage.link.tx)
     chains = tuple(_chain_of(k, template, params, step.view) for k, template in enumerate(templates))
@@ -258,13 +258,13 @@ def _given(step: TreeStep | ParamStep) -> list[Key]:
     return [*((-1, name) for name in step.extras.columns), *kept]
 
 
-def _chain_of(position: int, template: Template, params: Params, view: View) -> OptimizerChain:
+def _chain_of(position: int, template: Template, params: ParamList, view: View) -> OptimizerChain:
     """The chain of the parameters that have a template."""
     own = [k == position for k in params.templates]
     links = template.tx._links(view.narrow(own), ())
     values = [x for link in links if link.bound is not None for x in link.bound.values.values()]
     return OptimizerChain(
-        tuple(dict.fromkeys(owner for owner, mine in zip(params.owners, own, strict=True) if mine)),
+        tuple(dict.fromkeys(owner for owner, mine in zip(params.groups, own, strict=True) if mine)),
         sum(own),
         tuple(show(link.tx) if link.bound is None else link.bound.rule.name for link in links),
         tuple(dict.fromkeys(x.name for x in values if isinstance(x, Option))),

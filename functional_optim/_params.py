@@ -40,11 +40,11 @@ from ._runtime.shard import (
     real_view,
     whole_tensor,
 )
-from ._runtime.step import Launch, Numbers
+from ._runtime.step import Numbers, Workspace
 from ._state import Copies, shared_column
 from ._step import (
     CHANGED_MESSAGE,
-    Guard,
+    SpecWatch,
     call_opaque,
     check_no_number,
     check_no_tree,
@@ -60,7 +60,7 @@ from ._tree import Reader, View
 GRAD = attrgetter("grad")
 
 
-Place = Callable[[torch.Tensor, torch.Tensor, str], torch.Tensor]
+Placer = Callable[[torch.Tensor, torch.Tensor, str], torch.Tensor]
 Outcome = Literal["taken", "gone", "sparse"]
 
 
@@ -76,20 +76,20 @@ class Template(NamedTuple):
     keys: Mapping[tuple[Path, str], str]
 
 
-class Params(NamedTuple):
-    """The parameters of a step, an entry per parameter in each list.
+class ParamList(NamedTuple):
+    """The parameters of a step, an entry per parameter in each field.
 
     Args:
       names: the name of each, in messages and for masks; no name occurs twice.
-      params: the parameters.
+      tensors: the parameters.
       templates: the transformation of each, as a position in a list of templates.
-      owners: the options of each, as a position in a list of options.
+      groups: the options of each, as a position in a list of options.
     """
 
     names: Sequence[str]
-    params: Sequence[torch.Tensor]
+    tensors: Sequence[torch.Tensor]
     templates: Sequence[int]
-    owners: Sequence[int]
+    groups: Sequence[int]
 
 
 def view_of(names: Sequence[str], params: Sequence[torch.Tensor]) -> View:
@@ -206,7 +206,7 @@ class ParamStep:
     def __init__(
         self,
         templates: Sequence[Template],
-        params: Params,
+        params: ParamList,
         grads: Sequence[torch.Tensor | None],
         guarded: bool,
         counter: torch.dtype | None,
@@ -223,24 +223,24 @@ class ParamStep:
         self.present = tuple(i for i, g in enumerate(grads) if g is not None)
         self.absent = tuple(i for i, g in enumerate(grads) if g is None)
         for i in self.present:
-            if params.params[i].is_meta and not needs_dispatch():
+            if params.tensors[i].is_meta and not needs_dispatch():
                 raise RuntimeError(
                     f"{self.names[i]} is on meta and has no memory; give it some, with `model.to_empty(device=...)` "
                     f"and initial values, before the first step."
                 )
         # parameters whose elements are in another tensor: DTensors, and complex ones, which are pairs of real numbers
-        self.wrapped = [i for i in self.present if params.params[i].is_complex() or is_dtensor(params.params[i])]
-        self.dtensors = [i for i in self.wrapped if is_dtensor(params.params[i])]
-        self.complex = [i for i in self.wrapped if params.params[i].is_complex()]
+        self.wrapped = [i for i in self.present if params.tensors[i].is_complex() or is_dtensor(params.tensors[i])]
+        self.dtensors = [i for i in self.wrapped if is_dtensor(params.tensors[i])]
+        self.complex = [i for i in self.wrapped if params.tensors[i].is_complex()]
         self.locals = LocalTensors()
-        self.locals.remember("params", params.params, self.dtensors)
-        self.shards = [mesh_shard(p) for p in params.params]
-        self.view = view_of(self.names, params.params)
+        self.locals.remember("params", params.tensors, self.dtensors)
+        self.shards = [mesh_shard(p) for p in params.tensors]
+        self.view = view_of(self.names, params.tensors)
         self.reader = Reader(self.view.spec)
         links, scopes, keys, steps = self._links(warn)
         counting = [Counting(advance, guarded) for advance in steps]
         self.stages: list[ParamRegion | Opaque] = [
-            ParamRegion(stage, self.names, self.present, keys, self.shards, params.params)
+            ParamRegion(stage, self.names, self.present, keys, self.shards, params.tensors)
             if isinstance(stage, Region)
             else stage
             for stage in cut_into_regions(links, True, len(self.names), scopes, counting)
@@ -271,13 +271,13 @@ class ParamStep:
         self.extras = extras_of([stage.region if isinstance(stage, ParamRegion) else stage for stage in self.stages])
         self.needed |= self.extras.columns.keys()
         self.runs_python = bool(self.opaque) or any(stage.region.hosts or stage.leafwise for stage in self.regions)
-        self.numels = [p.numel() * (1 + p.is_complex()) for p in params.params]
+        self.numels = [p.numel() * (1 + p.is_complex()) for p in params.tensors]
         self.devices = [
-            tensor_of(p).device if g is not None else None for p, g in zip(params.params, grads, strict=True)
+            tensor_of(p).device if g is not None else None for p, g in zip(params.tensors, grads, strict=True)
         ]
-        self.guard = Guard((), ())
+        self.watch = SpecWatch((), ())
         self.done = False
-        self.launch: Launch | None = None  # of the last region of the last step
+        self.workspace: Workspace | None = None  # of the last region of the last step
 
     def _check_whole(self) -> None:
         """Refuses complex parameters where a rule needs whole tensors of real numbers.
@@ -291,7 +291,7 @@ class ParamStep:
                 if i in stage.leafwise.leaves:
                     raise ValueError(
                         f"{stage.leafwise.bound.rule.name} needs real numbers, but {self.names[i]!r} is "
-                        f"{self.params.params[i].dtype}; leave it to other rules with `masked` or `partition`."
+                        f"{self.params.tensors[i].dtype}; leave it to other rules with `masked` or `partition`."
                     )
 
     def _links(self, warn: bool) -> tuple[list[Link], list[int], list[Any], list[bool]]:
@@ -314,7 +314,7 @@ class ParamStep:
         return links, scopes, keys, steps
 
     def _warn_of_flat_params(self) -> None:
-        flat = next((name for name, p in zip(self.names, self.params.params, strict=True) if is_fsdp1(p)), None)
+        flat = next((name for name, p in zip(self.names, self.params.tensors, strict=True) if is_fsdp1(p)), None)
         if flat is not None:
             warnings.warn(
                 f"{flat!r} is a part of a flat parameter of `FullyShardedDataParallel`, so norms, means and maxima of "
@@ -338,7 +338,7 @@ class ParamStep:
             and all(map(is_, templates, self.templates))
             and not (self.absent and any(grads[i] is not None for i in self.absent))
             and not (self.traced and not all(region.is_current for region in self.traced))
-            and not (self.dtensors and not self.locals.fit("params", self.params.params))
+            and not (self.dtensors and not self.locals.fit("params", self.params.tensors))
             and not ((exact or self.runs_python) and any(grads[i] is None for i in self.present))
         )
 
@@ -410,14 +410,14 @@ class ParamStep:
 
     def _make(self, region: Region, stored: Stored, i: int, options: Sequence[Mapping[str, Any]]) -> torch.Tensor | int:
         """The first value of a slot for a parameter."""
-        p, slot = self.params.params[i], stored.slot
+        p, slot = self.params.tensors[i], stored.slot
         assert slot is not None, "counters that parameters share are not stored with them"
         with torch.no_grad():
             if isinstance(stored.key, str):
                 return 0 if self.counts_in_integers else torch.zeros((), dtype=self.counter, device=self.devices[i])
             declared = region.bounds[stored.key[0]].values
             values = {k: v for k, v in declared.items() if k in (slot.start, slot.dtype, *slot.shape_hypers)}
-            own = options[self.params.owners[i]]
+            own = options[self.params.groups[i]]
             made = slot.make(p, {k: v.look_up(own) if isinstance(v, Option) else v for k, v in values.items()})
             assert made is not None, "a leaf that has no entry of a slot is not asked for one"
             return made
@@ -565,7 +565,7 @@ class ParamStep:
             own["params"] = self._local("params", params)
         watched = self.runs_python and not needs_dispatch()
         if watched:
-            self.guard = Guard.of(self.guard, own["params"], self.present)
+            self.watch = SpecWatch.of(self.watch, own["params"], self.present)
         for stage in self.stages:
             if stage.entered is not None:
                 own[stage.entered] = own["updates"]
@@ -580,7 +580,7 @@ class ParamStep:
                 own[name] = host_column(name, schedule, counts, self.devices)
             if watched:
                 own["params"] = self._local("params", params)
-                if not self.guard.holds(own["params"]):
+                if not self.watch.holds(own["params"]):
                     raise RuntimeError(CHANGED_MESSAGE)
                 own |= self.columns(states) or {}
             last = stage is self.stages[-1]
@@ -611,7 +611,7 @@ class ParamStep:
         """
         check_no_number(name, rule, x, "a list, or a dict by name or by parameter")
         if isinstance(x, Mapping):
-            known = {key: i for i, p in enumerate(self.params.params) for key in (self.names[i], p)}
+            known = {key: i for i, p in enumerate(self.params.tensors) for key in (self.names[i], p)}
             unknown = next((key for key in x if key not in known), None)
             if unknown is not None:
                 shown = "a tensor" if isinstance(unknown, torch.Tensor) else repr(unknown)
@@ -635,14 +635,14 @@ class ParamStep:
 
     def begin(self) -> None:
         """Begins a step, of which nothing has been written."""
-        self.done, self.launch = False, None
+        self.done, self.workspace = False, None
 
     @property
     def completed(self) -> bool:
         """Whether everything of the last step has been written."""
-        return self.done or (self.launch is not None and self.launch.completed)
+        return self.done or (self.workspace is not None and self.workspace.completed)
 
-    def _local(self, key: Key, tensors: Sequence[Any], place: Place | None = None, name: str = "") -> Sequence[Any]:
+    def _local(self, key: Key, tensors: Sequence[Any], place: Placer | None = None, name: str = "") -> Sequence[Any]:
         """The plain real tensors that hold the elements of a column.
 
         Args:
@@ -660,7 +660,7 @@ class ParamStep:
         if place is not None:
             for i in self.dtensors:
                 if column[i] is not None:
-                    column[i] = place(column[i], self.params.params[i], f"{name} {self.names[i]!r}")
+                    column[i] = place(column[i], self.params.tensors[i], f"{name} {self.names[i]!r}")
         self.locals.remember(key, column, self.dtensors)
         for i in self.wrapped:
             column[i] = tensor_of(column[i])
@@ -697,7 +697,7 @@ class ParamStep:
             self._mend_counters(own, states, journal)
             if stage.leafwise is not None:
                 return self._run_leafwise(stage, stage.leafwise, own, options, extra, first)
-            leaves = stage.leaves(own, self.params.owners, variant.first, self.numels, self.shards)
+            leaves = stage.leaves(own, self.params.groups, variant.first, self.numels, self.shards)
             if dispatching:
                 programs = stage.programs(own, leaves)
                 return programs.evaluate(own, programs.numbers(options, extra))
@@ -707,7 +707,7 @@ class ParamStep:
         if torch.is_grad_enabled() and bound.requires_grad(reading, numbers):
             bound.release(reading)
             return bound.evaluate(own, numbers)
-        self.launch = reading.launch if in_place else None
+        self.workspace = reading.workspace if in_place else None
         return bound.run(reading, own, numbers)
 
     def _run_leafwise(
@@ -722,8 +722,8 @@ class ParamStep:
         """Runs a rule for whole tensors. Of a tensor in parts every process gathers all, and keeps its part."""
         parts = [i for i in rule.leaves if self.shards[i] is not None]
         if not parts:
-            return rule.compute(own, extra, options, self.params.owners, first)
-        params = self.params.params
+            return rule.compute(own, extra, options, self.params.groups, first)
+        params = self.params.tensors
         like_leaf = {"updates", *(s.key for s in stage.region.stored if s.slot is not None and s.slot.like_leaf)}
         whole = dict(own)
         for key in rule.keys:
@@ -732,7 +732,7 @@ class ParamStep:
                 for i in parts:
                     column[i] = whole_tensor(column[i], params[i])
                 whole[key] = column
-        results = rule.compute(whole, extra, options, self.params.owners, first)
+        results = rule.compute(whole, extra, options, self.params.groups, first)
         for key in like_leaf & results.keys():
             results[key] = [own_part(x, params[i]) if i in parts else x for i, x in enumerate(results[key])]
         return results
@@ -770,7 +770,7 @@ class ParamStep:
             for i in self.present:
                 x = results[stored.key][i]
                 if x is not own[stored.key][i]:
-                    new = x if plain or i not in wrapped else _like(x, self.params.params[i])
+                    new = x if plain or i not in wrapped else _like(x, self.params.tensors[i])
                     journal.set(states[i], key, new)
 
     def _call(

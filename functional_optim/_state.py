@@ -40,7 +40,7 @@ def set_states(state: Any, new: Mapping[tuple[int | str, ...], Any]) -> Any:
     return type(state)(*items) if hasattr(state, "_fields") else type(state)(items)
 
 
-class TreeState:
+class StateReader:
     """The state of a region in the pure API: a NamedTuple per transformation, with a tree per slot and one counter.
 
     Args:

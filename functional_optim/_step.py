@@ -25,7 +25,7 @@ from ._runtime.plan import Columns
 from ._runtime.pointers import PointerReader, Pointers
 from ._runtime.spec import TensorSpec
 from ._runtime.step import BoundStep, Numbers, Reading
-from ._state import TreeState, get_state, set_states
+from ._state import StateReader, get_state, set_states
 from ._transform import GradientTransformation, Link
 from ._tree import MaskedNode, Reader, Tree, View, difference, flatten, packed_inside, paths
 
@@ -38,7 +38,7 @@ class TreeRegion(BoundRegion):
 
     def __init__(self, region: Region, step: "TreeStep", device: torch.device | None) -> None:
         super().__init__(region, step.paths, step.present)
-        self.state = TreeState(region, step.read, device, step.present)
+        self.state = StateReader(region, step.read, device, step.present)
         self.moving = [k for k in self.state.counted if any(region.links[k].seen[i] for i in step.present)]
         self.leafwise = LeafwiseStep(region, step.paths, step.present) if isinstance(region, LeafwiseRegion) else None
 
@@ -86,7 +86,7 @@ class TreeStep:
         self.stages = [TreeRegion(stage, self, device) if isinstance(stage, Region) else stage for stage in stages]
         # user code runs between the first look at tensors and the last launch
         self.runs_python = any(isinstance(stage, Opaque | LeafwiseRegion) or stage.hosts for stage in stages)
-        self.guard = Guard((), ())
+        self.watch = SpecWatch((), ())
         self.extras = extras_of(stages)
         self.traced = [stage for stage in stages if isinstance(stage, Region) and stage.traced]
 
@@ -166,9 +166,9 @@ class TreeStep:
                 "donate=True writes in place, which a torch.func transformation or torch.compile cannot follow; "
                 "use donate=False."
             )
-        guarded = self.runs_python and not dispatching and self.with_params
-        if guarded:
-            guard = self.guard = Guard.of(self.guard, columns["params"], self.present)
+        watched = self.runs_python and not dispatching and self.with_params
+        if watched:
+            watch = self.watch = SpecWatch.of(self.watch, columns["params"], self.present)
         new_states: dict[tuple[int | str, ...], Any] = {}
         for stage in self.stages:
             if stage.entered is not None:
@@ -181,7 +181,7 @@ class TreeStep:
             in_place = donate and stage is self.stages[-1]
             states = stage.state.states(state)
             own = stage.columns(columns, states, in_place)
-            if guarded and not guard.holds(columns["params"]):
+            if watched and not watch.holds(columns["params"]):
                 raise RuntimeError(CHANGED_MESSAGE)
             results = self._run(stage, own, states, given, in_place, dispatching)
             if results is None:
@@ -245,7 +245,7 @@ class TreeStep:
                 count.add_(1)
             return bound.run(reading, own, numbers)
         except BaseException as error:
-            if not reading.launch.completed:
+            if not reading.workspace.completed:
                 for count, old in zip(late, before, strict=True):
                     count.copy_(old)
             if isinstance(error, SharedMemoryError):
@@ -360,7 +360,7 @@ def _seen(links: Sequence[Link]) -> list[tuple[Any, tuple[bool, ...]]]:
     return [(link.path, link.seen) for link in links]
 
 
-class Guard:
+class SpecWatch:
     """The specs of parameters at the beginning of a step in which Python code of a caller runs.
 
     Args:
@@ -374,8 +374,8 @@ class Guard:
         self.reader = PointerReader(tensors, list(map(TensorSpec.of, tensors)))
 
     @classmethod
-    def of(cls, last: "Guard", params: Sequence[Any], present: Sequence[int]) -> "Guard":
-        """The guard of the last step, if it holds for these parameters; else a new one."""
+    def of(cls, last: "SpecWatch", params: Sequence[Any], present: Sequence[int]) -> "SpecWatch":
+        """The watch of the last step, if it holds for these parameters; else a new one."""
         return last if last.present == present and last.holds(params) else cls(params, present)
 
     def holds(self, params: Sequence[Any]) -> bool:

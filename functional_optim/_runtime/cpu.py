@@ -89,7 +89,7 @@ def usable_threads() -> int:
     return 1 if parallel_address() is None else torch.get_num_threads()
 
 
-class CpuLaunch:
+class CpuLaunches:
     """The launches of groups that run together on the CPU.
 
     Args:
@@ -137,14 +137,14 @@ class CpuLaunch:
             self.structs.append(s)
             first += len(chunks.leaf)
         kernels = [compile_c(group.signature) for group in groups]
-        n_stages = max([len(passes) for passes in kernels] + ([] if joins is None else [joins.stages - 1]))
+        n_calls = max([len(passes) for passes in kernels] + ([] if joins is None else [joins.stages - 1]))
         stages = [
             [(passes[k], s) for passes, s in zip(kernels, self.structs, strict=True) if k < len(passes)]
-            for k in range(n_stages)
+            for k in range(n_calls)
         ]
         if self.join is None:  # nothing happens between stages
             stages = [list(itertools.chain.from_iterable(stages))]
-        self.stages = [(_Pass * len(own))(*[_Pass(_address(f), ctypes.addressof(s)) for f, s in own]) for own in stages]
+        self.calls = [(_Pass * len(own))(*[_Pass(_address(f), ctypes.addressof(s)) for f, s in own]) for own in stages]
         self.run_passes = starter()
 
     def _integers(self, numbers: Sequence[int]) -> int:
@@ -153,23 +153,23 @@ class CpuLaunch:
         self.kept.append(memory)
         return ctypes.addressof(memory)
 
-    def __call__(self, numbers: Sequence[Sequence[Number]], counters: Sequence[int]) -> None:
+    def __call__(self, numbers: Sequence[Sequence[Number]], increments: Sequence[int]) -> None:
         """Runs all passes over the tensors whose data pointers have been read.
 
         Args:
           numbers: for each group, its scalar table.
-          counters: addresses of 64-bit integers that are moved on by one at the end.
+          increments: addresses of 64-bit integers that are moved on by one at the end.
         """
         for (form, table), row in zip(self.numbers, numbers, strict=True):
             form.pack_into(table, 0, *row)  # calls `float` on 0-d tensors
-        addresses = (ctypes.c_int64 * len(counters))(*counters)
+        addresses = (ctypes.c_int64 * len(increments))(*increments)
         if self.join is None:
-            self.run_passes(self.stages[0], len(self.stages[0]), addresses, len(counters))
+            self.run_passes(self.calls[0], len(self.calls[0]), addresses, len(increments))
             return
-        for stage, passes in enumerate(self.stages):
-            last = stage + 1 == len(self.stages)
-            self.run_passes(passes, len(passes), addresses, len(counters) * last)
-            self.join(self.buffers, stage + 1)
+        for k, passes in enumerate(self.calls):
+            last = k + 1 == len(self.calls)
+            self.run_passes(passes, len(passes), addresses, len(increments) * last)
+            self.join(self.buffers, k + 1)
 
 
 def _runs(chunks: Chunks, n_elements: int, n_threads: int) -> list[int]:

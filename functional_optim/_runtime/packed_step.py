@@ -15,7 +15,7 @@ from .packing import PackedColumn, Place
 from .plan import Columns, Key
 from .pointers import Difference, PointerReader, Pointers
 from .spec import TensorSpec
-from .step import BoundStep, Launch, Reading
+from .step import BoundStep, Reading, Workspace
 
 
 class Source(NamedTuple):
@@ -85,8 +85,8 @@ class Made(NamedTuple):
         return torch.empty_like(x, dtype=self.dtype)
 
 
-class PackedLaunch(Launch):
-    """A launch with memory for the data pointers of buffers, and pointers that are offsets from them."""
+class PackedWorkspace(Workspace):
+    """A workspace with memory for the data pointers of buffers, and pointers that are offsets from them."""
 
     def __init__(self, step: "PackedStep", n_threads: int) -> None:
         super().__init__(step, n_threads)
@@ -109,7 +109,7 @@ class PackedStep(BoundStep):
       fits: whether kernels compute the whole step on buffers. If not, a `BoundStep` is to compute it on the views.
     """
 
-    launch_type: type[Launch] = PackedLaunch
+    workspace_type: type[Workspace] = PackedWorkspace
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -207,18 +207,18 @@ class PackedStep(BoundStep):
     def read(self, columns: Columns) -> Reading | Difference:
         """The buffers and other tensors of this step, if they have the specs that it is bound to."""
         tensors = [source.of(columns) for source in self.sources]
-        launch = self.take_launch()
-        assert isinstance(launch, PackedLaunch)
-        found = self.buffer_reader.read(tensors, launch.bases)
+        workspace = self.take_workspace()
+        assert isinstance(workspace, PackedWorkspace)
+        found = self.buffer_reader.read(tensors, workspace.bases)
         if found is not None:
-            self.launches.append(launch)
+            self.workspaces.append(workspace)
             return Difference(self.first[found.position], found.outside)
-        content = launch.content()
-        if content != launch.known:  # a step in place finds the buffers of the last one
-            self.offsets.write(launch.read_bases, launch.read)
-            self._copy_pointers(launch)
-            launch.known = content
-        return Reading(tensors, {}, launch)
+        content = workspace.content()
+        if content != workspace.known:  # a step in place finds the buffers of the last one
+            self.offsets.write(workspace.read_bases, workspace.read)
+            self._copy_pointers(workspace)
+            workspace.known = content
+        return Reading(tensors, {}, workspace)
 
     def tensor_at(self, reading: Reading, position: int) -> torch.Tensor:
         """The tensor or buffer that a gathered tensor is, or is a view of."""
@@ -229,11 +229,11 @@ class PackedStep(BoundStep):
 
     def _allocate(self, reading: Reading, columns: Columns) -> list[list[Column]]:
         """New buffers as one column, with the pointers of results among those of the step."""
-        launch = reading.launch
-        assert isinstance(launch, PackedLaunch)
+        workspace = reading.workspace
+        assert isinstance(workspace, PackedWorkspace)
         buffers = [made.make(columns) for made in self.made]
-        launch.new_bases.memory[: len(buffers)] = [x.data_ptr() for x in buffers]
-        self.made_offsets.write(launch.made_bases, launch.made)
+        workspace.new_bases.memory[: len(buffers)] = [x.data_ptr() for x in buffers]
+        self.made_offsets.write(workspace.made_bases, workspace.made)
         return [[buffers]]
 
     def _results(self, columns: Columns, outputs: Sequence[Sequence[Sequence[Any]]]) -> Columns:

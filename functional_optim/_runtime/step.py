@@ -18,7 +18,7 @@ from .._compiler.call import Column
 from .._compiler.program import Level
 from .backend import choose_backend, give_up
 from .checks import at
-from .cpu import CpuLaunch, compile_c, usable_threads
+from .cpu import CpuLaunches, compile_c, usable_threads
 from .cuda import TritonLaunch, compile_triton
 from .evaluate import evaluate
 from .join import Joins
@@ -107,15 +107,15 @@ class Reading(NamedTuple):
     Args:
       tensors: the gathered tensors, contiguous copies in place of tensors that a kernel cannot walk.
       originals: the tensors that were copied, by position.
-      launch: memory with the data pointers, and the launches that read it.
+      workspace: memory with the data pointers, and the launches that read it.
     """
 
     tensors: list[torch.Tensor]
     originals: dict[int, torch.Tensor]
-    launch: "Launch"
+    workspace: "Workspace"
 
 
-class Launch:
+class Workspace:
     """Memory for data pointers, and the launches of C kernels on it. Threads that share a step have one each."""
 
     def __init__(self, step: "BoundStep", n_threads: int) -> None:
@@ -124,7 +124,7 @@ class Launch:
         self.status = ctypes.c_int64()
         self.status_address = ctypes.addressof(self.status)
         self.cpu = {
-            k: CpuLaunch(
+            k: CpuLaunches(
                 [step.groups[g] for g in own], [step.places[g] for g in own], self.pointers, n_threads, step.joins
             )
             for k, (backend, own) in enumerate(step.parts)
@@ -154,7 +154,7 @@ class BoundStep(Programs):
       joins: the reductions over processes, if there are any.
     """
 
-    launch_type: "type[Launch]" = Launch
+    workspace_type: "type[Workspace]" = Workspace
 
     def __init__(
         self,
@@ -199,7 +199,7 @@ class BoundStep(Programs):
         for i in self.copied:
             seen[i] = TensorSpec.of(tensors[i])
         self.reader = PointerReader(tensors, seen)
-        self.launches: list[Launch] = []  # launches that no thread uses at the moment
+        self.workspaces: list[Workspace] = []  # those that no thread uses at the moment
 
     # -- binding ------------------------------------------------------------------------------------------------------
 
@@ -342,33 +342,33 @@ class BoundStep(Programs):
             if span and x.storage_offset() * x.element_size() + span > x.untyped_storage().nbytes():
                 return Difference(i, True)
             tensors[i] = x.contiguous()
-        launch = self.take_launch()
-        found = self.reader.read(tensors, launch.pointers)
+        workspace = self.take_workspace()
+        found = self.reader.read(tensors, workspace.pointers)
         if found is not None:
-            self.launches.append(launch)
+            self.workspaces.append(workspace)
             return found
         if self.copies:
-            self._copy_pointers(launch)
-        return Reading(tensors, originals, launch)
+            self._copy_pointers(workspace)
+        return Reading(tensors, originals, workspace)
 
-    def _copy_pointers(self, launch: Launch) -> None:
+    def _copy_pointers(self, workspace: Workspace) -> None:
         """Copies the pointers to tensors that leaves share, for kernels read one per leaf."""
-        memory = launch.pointers.memory
+        memory = workspace.pointers.memory
         for start, copy, n in self.copies:
             if memory[copy] != memory[start]:
                 memory[copy : copy + n] = [memory[start]] * n
 
-    def take_launch(self) -> Launch:
-        """A launch that no other thread uses."""
+    def take_workspace(self) -> Workspace:
+        """A workspace that no other thread uses."""
         n_threads = usable_threads()
         try:
-            launch = self.launches.pop()
+            workspace = self.workspaces.pop()
         except IndexError:  # the first step, or other threads have them
-            launch = self.launch_type(self, n_threads)
-        if launch.n_threads != n_threads:
-            launch = self.launch_type(self, n_threads)
-        launch.status.value = 0
-        return launch
+            workspace = self.workspace_type(self, n_threads)
+        if workspace.n_threads != n_threads:
+            workspace = self.workspace_type(self, n_threads)
+        workspace.status.value = 0
+        return workspace
 
     def tensor_at(self, reading: Reading, position: int) -> torch.Tensor:
         """The gathered tensor at a position."""
@@ -381,10 +381,10 @@ class BoundStep(Programs):
 
     def release(self, reading: Reading) -> None:
         """Gives back the memory of a reading that is not run."""
-        self.launches.append(reading.launch)
+        self.workspaces.append(reading.workspace)
 
     def run(self, reading: Reading, columns: Columns, numbers: Numbers) -> Columns:
-        """Computes the step. `reading.launch.completed` tells from then on whether everything has been written.
+        """Computes the step. `reading.workspace.completed` tells from then on whether everything has been written.
 
         Args:
           reading: its tensors.
@@ -397,7 +397,7 @@ class BoundStep(Programs):
         Raises:
           SharedMemoryError: tensors that are written share memory. Nothing has been written.
         """
-        launch = reading.launch
+        workspace = reading.workspace
         outputs: list[list[Column]] = self._allocate(reading, columns) if self.allocates else [[]] * len(self.groups)
         counters: list[int] = []  # addresses
         if self.in_place:
@@ -405,13 +405,13 @@ class BoundStep(Programs):
             written = self._written_tensors(reading)
             for i in self.counters.values():
                 written.append(self.tensor_at(reading, i))
-                counters.append(launch.pointers.memory[i])
+                counters.append(workspace.pointers.memory[i])
             # before anything is written, so that no interrupt comes between a write and its version
             torch.autograd.graph.increment_version(written)
-        if len(launch.cpu) == len(self.parts) == 1:
+        if len(workspace.cpu) == len(self.parts) == 1:
             if not reading.originals:
-                counters.append(launch.status_address)
-            launch.cpu[0](numbers, counters)
+                counters.append(workspace.status_address)
+            workspace.cpu[0](numbers, counters)
         else:
             outputs = list(outputs)
             self._run_parts(reading, numbers, outputs)
@@ -422,8 +422,8 @@ class BoundStep(Programs):
                 self._copy_back(reading)
             else:
                 self._restore_layout(reading, outputs)
-        launch.status.value = 1
-        self.launches.append(launch)
+        workspace.status.value = 1
+        self.workspaces.append(workspace)
         return {} if self.in_place else self._results(columns, outputs)
 
     def _results(self, columns: Columns, outputs: Sequence[Sequence[Sequence[Any]]]) -> Columns:
@@ -442,10 +442,10 @@ class BoundStep(Programs):
         for part, (backend, own) in enumerate(self.parts):
             table = [numbers[g] for g in own]
             if backend == "c":
-                reading.launch.cpu[part](table, [])
+                reading.workspace.cpu[part](table, [])
             elif backend == "triton":
-                tensors = [*reading.tensors, reading.launch.pointers.tensor, *_flat(outputs)]
-                self.triton[part](tensors, reading.launch.pointers, table)
+                tensors = [*reading.tensors, reading.workspace.pointers.tensor, *_flat(outputs)]
+                self.triton[part](tensors, reading.workspace.pointers, table)
             else:
                 self._evaluate(backend, own, reading.tensors, table, outputs)
 
@@ -481,7 +481,7 @@ class BoundStep(Programs):
             like = reading.tensors[start:stop]
             outputs.append([list(map(make, like)) for make in makers])
         new = _flat(outputs)
-        memory = reading.launch.pointers.memory
+        memory = reading.workspace.pointers.memory
         memory[self.n_gathered + 1 : self.n_gathered + 1 + len(new)] = list(map(torch.Tensor.data_ptr, new))
         return outputs
 
@@ -506,12 +506,12 @@ class BoundStep(Programs):
         Raises:
           SharedMemoryError: with the paths of both.
         """
-        pointers = reading.launch.pointers
+        pointers = reading.workspace.pointers
         if self.repeated is not None:
             label, leaf = self._label(self.repeated), self.name_of(self.repeated)[1]
             raise SharedMemoryError(label, label, leaf, leaf)
-        content = reading.launch.content()
-        if content == reading.launch.disjoint and not reading.originals:
+        content = reading.workspace.content()
+        if content == reading.workspace.disjoint and not reading.originals:
             return
         addresses = pointers.tensor[: self.n_gathered]
         if reading.originals:
@@ -522,7 +522,7 @@ class BoundStep(Programs):
         if clash is not None:
             leaves = self.name_of(clash.first)[1], self.name_of(clash.second)[1]
             raise SharedMemoryError(self._label(clash.first), self._label(clash.second), *leaves)
-        reading.launch.disjoint = content
+        reading.workspace.disjoint = content
 
     def _label(self, position: int) -> str:
         """A gathered tensor as messages call it."""

@@ -15,7 +15,7 @@ from _lib.chains import halving, scale_by_value
 from _lib.compare import Snapshot
 from _lib.marks import INTERPRETER
 from functional_optim._compiler.rule import Option
-from functional_optim._params import Journal, Params, ParamStep, Template
+from functional_optim._params import Journal, ParamList, ParamStep, Template
 from functional_optim._runtime.backend import BACKENDS
 from functional_optim._walk import rules
 from functional_optim.adapters import TransformOptimizer
@@ -358,7 +358,7 @@ class Bench:
     def __init__(self, templates: Sequence[Template], of: Sequence[int], shapes: Sequence[tuple[int, ...]]) -> None:
         self.tensors = [p.detach() for p in make_params(shapes)]
         n = len(self.tensors)
-        self.params = Params([f"p{k}" for k in range(n)], self.tensors, of, [0] * n)
+        self.params = ParamList([f"p{k}" for k in range(n)], self.tensors, of, [0] * n)
         self.templates, self.states = templates, [{} for _ in range(n)]  # type: ignore[var-annotated]
         self.journal = Journal()
 

@@ -21,7 +21,7 @@ from _lib.programs import bind, run
 from functional_optim._compiler.program import Program
 from functional_optim._compiler.trace import Tracer
 from functional_optim._runtime.backend import BACKENDS
-from functional_optim._runtime.cpu import CpuLaunch
+from functional_optim._runtime.cpu import CpuLaunches
 from functional_optim._runtime.overlap import SharedMemoryError
 from functional_optim._runtime.plan import Columns
 from functional_optim._runtime.pointers import Difference
@@ -186,7 +186,7 @@ def test_memory_of_launches_is_used_again() -> None:
         assert isinstance(reading, Reading)
         step.release(reading)
         assert isinstance(step.read({**own, "mu": [None, None]}), Difference)
-    assert len(step.launches) == 1
+    assert len(step.workspaces) == 1
 
 
 def test_launch_follows_the_number_of_threads() -> None:
@@ -201,7 +201,7 @@ def test_launch_follows_the_number_of_threads() -> None:
             run(step, own, numbers(own))
             # a norm of 2**17 numbers in another order: 360 roundings of 2**-53 that do not cancel
             torch.testing.assert_close({k: list(own[k]) for k in wanted}, wanted, rtol=1e-13, atol=1e-13)
-            assert step.launches[-1].n_threads == n
+            assert step.workspaces[-1].n_threads == n
     finally:
         torch.set_num_threads(before)
 
@@ -231,11 +231,11 @@ def test_versions_are_counted_before_anything_is_written() -> None:
     assert isinstance(reading, Reading)
     options = [{name: x[k] for name, x in numbers(own).items()} for k in range(2)]
 
-    with mock.patch.object(CpuLaunch, "__call__", side_effect=Stopped), pytest.raises(Stopped):
+    with mock.patch.object(CpuLaunches, "__call__", side_effect=Stopped), pytest.raises(Stopped):
         step.run(reading, own, step.numbers(options, {}))
 
     assert versions(own) == later(before)
-    assert not reading.launch.completed
+    assert not reading.workspace.completed
     torch.testing.assert_close({k: list(c) for k, c in own.items()}, content.trees[0], rtol=0, atol=0)
 
 
@@ -258,12 +258,12 @@ def test_completion_is_known() -> None:
     reading = step.read(own)
     assert isinstance(reading, Reading)
     options = [{name: x[k] for name, x in numbers(own).items()} for k in range(2)]
-    assert not reading.launch.completed
+    assert not reading.workspace.completed
     step.run(reading, own, step.numbers(options, {}))
-    assert reading.launch.completed
+    assert reading.workspace.completed
     again = step.read(own)
     assert isinstance(again, Reading)
-    assert not again.launch.completed
+    assert not again.workspace.completed
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
