@@ -19,23 +19,25 @@ class Interrupt(BaseException):
 
 
 @contextlib.contextmanager
-def interrupted(at: int = 0) -> Iterator[list[Line]]:
+def interrupted(at: int = 0, compiler: bool = True) -> Iterator[list[Line]]:
     """Raises `Interrupt` once, at one of the lines that the package runs, and ends with it.
 
     Args:
       at: the position of that line among those that are run, from 1 on; 0 interrupts nothing.
+      compiler: whether lines of the compiler count, of which a step that binds runs thousands.
 
     Returns:
       The context manager, of a list of the lines that have been run.
     """
     lines: list[Line] = []
-    package = str(PACKAGE)
+    package, left_out = str(PACKAGE), str(PACKAGE / "_compiler")
 
     def trace(frame: FrameType, event: str, arg: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(package):
+        file = frame.f_code.co_filename
+        if not file.startswith(package) or (not compiler and file.startswith(left_out)):
             return None
         if event == "line":
-            lines.append((frame.f_code.co_filename, frame.f_lineno))
+            lines.append((file, frame.f_lineno))
             if len(lines) == at:
                 raise Interrupt
         return trace
@@ -50,15 +52,18 @@ def interrupted(at: int = 0) -> Iterator[list[Line]]:
         sys.settrace(before)
 
 
-def lines_of(step: Callable[[], Any]) -> list[Line]:
+def lines_of(step: Callable[[], Any], compiler: bool = True) -> list[Line]:
     """The lines that a step runs."""
-    with interrupted() as lines:
+    with interrupted(compiler=compiler) as lines:
         step()
     return lines
 
 
 def once(lines: Sequence[Line]) -> list[int]:
-    """Positions at which to interrupt so that each line is met once, apart from those of the compiler."""
-    first = {line: at for at, line in reversed(list(enumerate(lines, 1)))}
-    compiler = str(PACKAGE / "_compiler")
-    return sorted(at for (file, _), at in first.items() if not file.startswith(compiler))
+    """Positions at which to interrupt so that each line is met when it is run first."""
+    return sorted({line: at for at, line in reversed(list(enumerate(lines, 1)))}.values())
+
+
+def ends(lines: Sequence[Line]) -> list[int]:
+    """Positions at which to interrupt so that each line is met when it is run first and when it is run last."""
+    return sorted({*once(lines), *{line: at for at, line in enumerate(lines, 1)}.values()})
