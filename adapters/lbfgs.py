@@ -27,16 +27,18 @@ class _Loss:
     Args:
       params: the parameters.
       closure: evaluates the model and returns the loss.
+      maximize: whether the loss is to grow: then its negative is minimized.
     """
 
-    def __init__(self, params: Sequence[torch.Tensor], closure: Callable[[], Any]) -> None:
-        self.params, self.closure = params, closure
+    def __init__(self, params: Sequence[torch.Tensor], closure: Callable[[], Any], maximize: bool) -> None:
+        self.params, self.closure, self.maximize = params, closure, maximize
 
     def evaluate(self) -> tuple[Any, float, torch.Tensor]:
-        """The loss at the parameters, as the closure returns it and as a number, and the gradient."""
+        """The loss at the parameters, as the closure returns it; it as a number, and the gradient, to be minimized."""
         with torch.enable_grad():
             loss = self.closure()
-        return loss, float(loss), self.flat_grad()
+        value, grad = float(loss), self.flat_grad()
+        return (loss, -value, -grad) if self.maximize else (loss, value, grad)
 
     def flat_grad(self) -> torch.Tensor:
         """The gradients of all parameters, zeros for one that has none."""
@@ -114,6 +116,7 @@ class LBFGS(torch.optim.LBFGS):
       tolerance_change: the change of the loss or of parameters at which it ends.
       history_size: the number of pairs of differences that the inverse Hessian is made of.
       line_search_fn: `"strong_wolfe"` or None.
+      maximize: whether the loss is to grow; an argument of torch 2.14 and later.
 
     Raises:
       ValueError: `lr` is out of its range, or there are several parameter groups.
@@ -176,7 +179,7 @@ class LBFGS(torch.optim.LBFGS):
         if group["line_search_fn"] not in (None, "strong_wolfe"):
             raise RuntimeError(f"only 'strong_wolfe' is supported, not {group['line_search_fn']!r:.60}")
         with torch.no_grad():
-            return self._step(_Loss(group["params"], closure), group)
+            return self._step(_Loss(group["params"], closure, group.get("maximize", False)), group)
 
     def _step(self, over: _Loss, group: dict[str, Any]) -> Any:
         """Takes a step, all or nothing: `own` takes the place of the state at its end."""

@@ -48,8 +48,13 @@ class Muon(NamedClass, torch.optim.Muon):  # type: ignore[misc]
 
     def _template(self, switches: tuple[Any, ...]) -> Template:
         nesterov, coefficients, steps, eps, adjust = switches
-        adjusting = {None: None, "original": None, "match_rms_adamw": 0.2}
-        shape = [fo.scale_by_shape(adjusting[adjust])] if adjust in adjusting else []  # as torch has it in groups
+        adjusting = {
+            None: fo.scale_by_shape(),
+            "original": fo.scale_by_shape(),
+            "match_rms_adamw": fo.scale_by_shape(0.2),
+            "spectral_unclamped": fo.scale_by_shape(clamped=False),
+        }
+        shape = [adjusting[adjust]] if adjust in adjusting else []  # any other leaves it out, as torch has it in groups
         parts = [
             torch_muon_momentum(MOMENTUM, nesterov),
             fo.orthogonalize(coefficients, steps, eps, compute_dtype=torch.bfloat16, eps_is_least=True),

@@ -197,8 +197,8 @@ def orthogonalize(
     return x.reshape(u.shape)
 
 
-@leafwise(static=("consistent_rms",), batched=True)
-def scale_by_shape(u: Leaf, *, consistent_rms: float | None = None) -> Leaf:
+@leafwise(static=("consistent_rms", "clamped"), batched=True)
+def scale_by_shape(u: Leaf, *, consistent_rms: float | None = None, clamped: bool = True) -> Leaf:
     r"""Multiplies matrices by a factor that depends on their shape, $\sqrt{\max(1, \text{rows} / \text{columns})}$.
 
     Rows are outputs and columns inputs of a layer, as in torch.
@@ -206,6 +206,8 @@ def scale_by_shape(u: Leaf, *, consistent_rms: float | None = None) -> Leaf:
     Args:
       consistent_rms: the root mean square that orthogonal matrices of all shapes are to have, in place of that factor:
         then it is this times $\sqrt{\max(\text{rows}, \text{columns})}$. 0.2 is about that of AdamW's updates.
+      clamped: whether the factor is at least 1; otherwise it is $\sqrt{\text{rows} / \text{columns}}$, which bounds
+        the change of a layer's output whatever its shape.
 
     Returns:
       The transformation.
@@ -218,11 +220,11 @@ def scale_by_shape(u: Leaf, *, consistent_rms: float | None = None) -> Leaf:
       >>> tx.update({"w": torch.ones(4, 1)}, tx.init({"w": torch.zeros(4, 1)}))[0]["w"].flatten()
       tensor([2., 2., 2., 2.])
 
-    Source: Jordan et al. 2024; Liu et al. 2025, arXiv:2502.16982, section 2.2.
+    Source: Jordan et al. 2024; Liu et al. 2025, arXiv:2502.16982, section 2.2; Bernstein 2025, "Deriving Muon".
     """
     rows, columns = as_matrices(u).shape[1:]
     if consistent_rms is None:
-        return u * math.sqrt(max(1, rows / columns))
+        return u * math.sqrt(max(1 if clamped else 0, rows / columns))
     return u * (math.sqrt(max(rows, columns)) * consistent_rms)
 
 

@@ -227,3 +227,12 @@ def test_arguments_of_muon_are_checked_where_it_is_made() -> None:
             fo.muon(0.1, **arguments)
     with pytest.raises(TypeError, match="`matrices` of muon returned 'w' for 'w'"):
         fo.muon(0.1, matrices=lambda path, p: path).init({"w": torch.ones(2, 2)})
+
+
+@pytest.mark.parametrize(("clamped", "tall", "wide"), [(True, 2.0, 1.0), (False, 2.0, 0.5)])
+def test_factors_of_shapes(clamped: bool, tall: float, wide: float) -> None:
+    tx = fo.scale_by_shape(clamped=clamped)
+    ones = {"tall": torch.ones(8, 2), "wide": torch.ones(2, 8)}
+    updates, _ = tx.update(ones, tx.init(ones))
+    assert updates["tall"].unique().tolist() == [tall]
+    assert updates["wide"].unique().tolist() == [wide]

@@ -461,7 +461,16 @@ def test_late_gradients_of_sgd_start_their_own_momentum() -> None:
     assert_same(ours, theirs)
 
 
-@pytest.mark.parametrize("name", ROUNDED)
+ADAGRAD = pytest.param(
+    "Adagrad",
+    marks=pytest.mark.skipif(
+        torch.__version__ < (2, 12), reason="torch.optim.Adagrad of this version has no state for parameters that join"
+    ),
+)
+JOINED = [ADAGRAD if name == "Adagrad" else name for name in ROUNDED]
+
+
+@pytest.mark.parametrize("name", JOINED)
 def test_replaced_parameters_start_anew(name: str) -> None:
     ours, theirs = pair(name, lr=0.01, theirs=ROUNDED[name])
     train([ours, theirs], range(5))
@@ -476,7 +485,7 @@ def test_replaced_parameters_start_anew(name: str) -> None:
     assert_same(ours, theirs)
 
 
-@pytest.mark.parametrize("name", ROUNDED)
+@pytest.mark.parametrize("name", JOINED)
 def test_added_groups_start_anew_and_others_go_on(name: str) -> None:
     ours, theirs = pair(name, lr=0.01, theirs=ROUNDED[name])
     train([ours, theirs], range(5))

@@ -67,7 +67,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "tolerances": {"tolerance_grad": 1e-2, "tolerance_change": 1e-3, "line_search_fn": "strong_wolfe"},
     **{f"optim_db, {case.desc}": case.kwargs for case in INFO.optim_inputs_func("cpu", F64)},
 }
-UNBOUNDED = {"default", "optim_db, default", "optim_db, tolerance_grad"}  # steps of 1 without a search overflow
+# steps of 1 without a search overflow
+UNBOUNDED = {"default", "optim_db, default", "optim_db, tolerance_grad", "optim_db, maximize"}
 
 
 class Run:
@@ -88,6 +89,8 @@ class Run:
     def closure(self) -> torch.Tensor:
         self.opt.zero_grad()
         loss = self.loss(self.params)
+        if self.opt.param_groups[0].get("maximize"):  # which torch's own has from 2.14 on
+            loss = -loss
         loss.backward()
         self.values.append(loss.item())
         return loss

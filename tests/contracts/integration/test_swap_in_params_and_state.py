@@ -5,13 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch.optim import swap_in_optimizer_params_and_state
 from torch.utils import _pytree as pytree
 
 import functional_optim as fo
 from _lib.compare import EXACT
 from _lib.training import fit, make_batches, make_model, values
 from functional_optim import adapters
+
+
+if not hasattr(torch.optim, "swap_in_optimizer_params_and_state"):
+    pytest.skip("torch.optim of this version cannot swap parameters and states in", allow_module_level=True)
+swap_in_optimizer_params_and_state = torch.optim.swap_in_optimizer_params_and_state
 
 
 def chain(model: torch.nn.Module) -> Any:
