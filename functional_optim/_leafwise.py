@@ -1,5 +1,6 @@
 """Rules for whole tensors: torch operations compute them, for all leaves of one shape at once where that can be."""
 
+import itertools
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -149,13 +150,20 @@ class LeafwiseStep:
 
     def _run(self, call: "_Call", arrays: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
         """Columns of results for columns of arguments, of leaves that are alike."""
-        n = len(arrays[0])
+        n, limit = len(arrays[0]), call.rule.stacked_up_to
+        if n > 1 and limit is not None and arrays[0][0].numel() > limit:
+            alone = [self._run(call, [[x] for x in leaf]) for leaf in zip(*arrays, strict=True)]
+            return [list(itertools.chain.from_iterable(column)) for column in zip(*alone, strict=True)]
         if self.batched and (n > 1 or call.rule.batched):
             # copies, so that a rule which writes to its arguments is refused before it has changed anything; a view
             # will do for the update of a rule that has been seen not to
-            alone = n == 1 and self.checked
+            viewed = n == 1 and self.checked
             stacked = [
-                None if column[0] is None else column[0].unsqueeze(0) if alone and k == 0 else torch.stack(list(column))
+                None
+                if column[0] is None
+                else column[0].unsqueeze(0)
+                if viewed and k == 0
+                else torch.stack(list(column))
                 for k, column in enumerate(arrays)
             ]
             before = [version(x) for x in stacked]

@@ -379,6 +379,7 @@ def leafwise(
     ranges: Mapping[str, str | Sequence[Any]] | None = None,
     final: bool = False,
     batched: bool = False,
+    stacked_up_to: int | None = None,
 ) -> Callable[[Callable[..., Any]], RuleFactory]: ...
 
 
@@ -391,6 +392,7 @@ def leafwise(
     ranges: Mapping[str, str | Sequence[Any]] | None = None,
     final: bool = False,
     batched: bool = False,
+    stacked_up_to: int | None = None,
 ) -> RuleFactory | Callable[[Callable[..., Any]], RuleFactory]:
     """Turns a function of one whole tensor, in any torch operations, into a function that makes transformations.
 
@@ -415,6 +417,9 @@ def leafwise(
       final: whether it needs updates as they will be added to the parameters.
       batched: whether the function takes stacks itself: `u`, `p` and slots then have one dimension more, the first,
         over the leaves of one shape, and so have its results.
+      stacked_up_to: the most elements of leaves that are computed together, of which copies are made; larger ones are
+        computed one by one. None: all are, as products of matrices gain from it. A rule that reads a leaf once or twice
+        would spend as much on the copy.
 
     Returns:
       The function of hyper-parameters.
@@ -436,9 +441,12 @@ def leafwise(
       tensor([[-0.1000, -0.0000, -0.0000],
               [-0.0000, -0.1000, -0.0000]])
     """
-    if fn is None:
-        return lambda fn: _make(fn, dict(state or {}), extra, static, ranges or {}, final, whole=True, batched=batched)
-    return _make(fn, dict(state or {}), extra, static, ranges or {}, final, whole=True, batched=batched)
+
+    def make(fn: Callable[..., Any]) -> RuleFactory:
+        own = dict(state or {})
+        return _make(fn, own, extra, static, ranges or {}, final, True, batched, stacked_up_to)
+
+    return make if fn is None else make(fn)
 
 
 def _arguments(rule: Rule) -> str:
@@ -469,6 +477,7 @@ def _make(
     final: bool,
     whole: bool = False,
     batched: bool = False,
+    stacked_up_to: int | None = None,
 ) -> RuleFactory:
     name = fn.__name__.lstrip("_")
     kinds = dict(extra) if isinstance(extra, Mapping) else dict.fromkeys(extra, "number")
@@ -548,6 +557,7 @@ def _make(
             final=final,
             whole=whole,
             batched=batched,
+            stacked_up_to=stacked_up_to,
             wraps=wraps,
         )
     )

@@ -264,6 +264,7 @@ class Rule:
       final: whether it needs updates as they will be added to the parameters.
       whole: whether the formula is one for whole tensors, in any torch operations.
       batched: whether such a formula takes stacks of leaves.
+      stacked_up_to: the most elements of leaves that such a formula is called for together.
       factory: the function that `elementwise` returned; it has a name that pickle can find.
     """
 
@@ -280,6 +281,7 @@ class Rule:
     final: bool = False
     whole: bool = False
     batched: bool = False
+    stacked_up_to: int | None = None
     factory: Any = None
     columns: tuple[str, ...] = ()
     wraps: bool = False

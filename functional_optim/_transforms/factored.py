@@ -9,6 +9,9 @@ from .._compiler.rule import Leaf, Scalar, slot
 from .._rule import elementwise, leafwise
 
 
+BLOCK = 1 << 18  # elements whose squares stay in the cache
+
+
 def _factored_dims(shape: Sequence[int], factored: bool, min_dim_size_to_factor: int) -> tuple[int, int] | None:
     """The second largest and the largest dimension, if both are large enough to be factored."""
     if not factored or len(shape) < 2:
@@ -95,6 +98,21 @@ def scale_by_factored_rms(
     return u * row_factor * v_col.rsqrt().unsqueeze(small), v_row, v_col, v
 
 
+def _mean_squares(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The means of squares over the last dimension and over the one before it, with both dimensions kept.
+
+    Squares of a large tensor would be written to memory and read again twice, so blocks of rows that stay in the cache
+    are squared one after another.
+    """
+    n_rows = max(1, BLOCK * u.shape[-2] // max(u.numel(), 1))
+    rows, columns = [], []
+    for block in torch.split(u, n_rows, -2):
+        squares = block.square()
+        rows.append(squares.sum(-1, keepdim=True))
+        columns.append(squares.sum(-2, keepdim=True))
+    return torch.cat(rows, -2) / u.shape[-1], torch.cat(columns, -2).sum(-2, keepdim=True) / u.shape[-2]
+
+
 def _torch_rows(p: torch.Tensor) -> Sequence[int] | None:
     return (*p.shape[:-1], 1) if p.ndim > 1 else None
 
@@ -115,6 +133,7 @@ def _torch_elements(p: torch.Tensor) -> Sequence[int] | None:
     },
     static=("eps1",),
     batched=True,
+    stacked_up_to=BLOCK // 4,
 )
 def factored_square(
     u: Leaf,
@@ -153,7 +172,7 @@ def factored_square(
         return variance.clamp(min=least * least), row_var, col_var, variance
     assert row_var is not None
     assert col_var is not None
-    rows, columns = (torch.linalg.vector_norm(u, dim=k, keepdim=True).square() / u.shape[k] for k in (-1, -2))
+    rows, columns = _mean_squares(u)
     row_var, col_var = torch.lerp(row_var, rows, weight), torch.lerp(col_var, columns, weight)
     share = row_var / row_var.mean(-2, keepdim=True).clamp(min=least)
     return (share * col_var).clamp_(min=least * least), row_var, col_var, variance

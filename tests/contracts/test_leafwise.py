@@ -486,3 +486,26 @@ def test_what_it_cannot_be_given_is_refused() -> None:
     wrong = state._replace(rows={**state.rows, "a": torch.zeros(3, dtype=torch.float64)})
     with pytest.raises(ValueError, match=r"state whiten.rows at 'a' is \(3,\) on cpu, but the rule declares .*\(4,\)"):
         fo.apply_gradients(whiten(), tree(0), tree(1), wrong)
+
+
+def test_large_leaves_are_computed_one_by_one() -> None:
+    """A stack is a copy of its leaves, which a rule may have only up to a size."""
+    seen: list[tuple[int, ...]] = []
+
+    @fo.leafwise(state={"mu": fo.zeros}, batched=True, stacked_up_to=6)
+    def trace_twice(u, mu):  # type: ignore[no-untyped-def]
+        seen.append(tuple(u.shape))
+        mu = mu + u
+        return 2 * mu, mu
+
+    params = {
+        f"{name}{k}": torch.full(shape, 1.0 + k) for k in range(2) for name, shape in (("a", (2, 3)), ("b", (3, 3)))
+    }
+    tx = trace_twice()
+    state = tx.init(params)
+    for n in (1, 2):
+        updates, state = tx.update(params, state)
+        for name, p in params.items():
+            assert torch.equal(updates[name], 2 * n * p)
+            assert torch.equal(state.mu[name], n * p)
+    assert sorted(seen) == sorted(2 * [(2, 2, 3), (1, 3, 3), (1, 3, 3)])
