@@ -2,13 +2,16 @@
 
 On tensors the leaf functions compute what they say, in double precision. The tree functions have a meaning only inside
 a rule, where their scope is every leaf that the transformation sees.
+
+The functions that begin with `fused_` are one formula with the roundings of torch's fused kernels, on a CPU and on
+CUDA; the columns of the operation table hold both.
 """
 
 from collections.abc import Callable
 from typing import NoReturn
 
 import torch
-from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
 from .ops import OPS
 
@@ -85,3 +88,36 @@ def tree_norm(x: torch.Tensor) -> torch.Tensor:
     if has_torch_function_unary(x):
         return _overridden(tree_norm, x)
     _only_in_rules("tree_norm")
+
+
+def _fused(function: Callable[..., torch.Tensor], *xs: torch.Tensor) -> torch.Tensor:
+    """The row of the operation table that has the name of a function, of tensors or of symbols."""
+    if has_torch_function(xs):
+        result: torch.Tensor = handle_torch_function(function, xs, *xs)
+        return result
+    return OPS[function.__name__].eager(*xs)
+
+
+def fused_mean(moment: torch.Tensor, u: torch.Tensor, decay: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+    r"""The first moment, $\beta m_{t-1} + (1 - \beta) g_t$; `rest` is $1 - \beta$."""
+    return _fused(fused_mean, moment, u, decay, rest)
+
+
+def fused_mean_square(moment: torch.Tensor, u: torch.Tensor, decay: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+    r"""The second moment, $\beta v_{t-1} + (1 - \beta) g_t^2$; `rest` is $1 - \beta$."""
+    return _fused(fused_mean_square, moment, u, decay, rest)
+
+
+def fused_weight(decay: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    r"""The weight of all updates so far in a moment, $1 - \beta^t$: in the dtype of the elements on CUDA."""
+    return _fused(fused_weight, decay, step)
+
+
+def fused_shrink(p: torch.Tensor, rate: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+    r"""A parameter after decay, $(1 - \eta\lambda)\, \theta$; `rest` is $1 - \eta\lambda$."""
+    return _fused(fused_shrink, p, rate, rest)
+
+
+def fused_number(x: torch.Tensor) -> torch.Tensor:
+    """A number that is the same for all elements: rounded to the dtype of the elements on CUDA."""
+    return _fused(fused_number, x)

@@ -1,16 +1,19 @@
 """The operation table: one row per operation, one column per target.
 
 A new operation is one new row. The C and Triton columns are format strings over the operands `{0}`, `{1}`,
-`{2}`; `{f}` is the suffix of C's math functions (`f` in single precision) and `{T}` the type computed in.
+`{2}`; `{f}` is the suffix of C's math functions (`f` in single precision), `{T}` the type computed in, and `{E}` the
+type of the elements, which a uniform value is rounded to when they need it.
 The eager column is the definition that the other columns are tested against; the foreach column names the
 `torch._foreach_*` function that takes lists of tensors, where there is one.
 
 Every row follows torch where NaN, signed zero and rounding are concerned: `maximum` propagates NaN, `sign(nan)`
 is 0, and the compound operations round as torch's CPU kernels do (`lerp` and `addcmul` with one fused
 multiply-add, `addcdiv` without).
+
+Rows that begin with `fused_` are parts of Adam and SGD that torch's fused kernels round otherwise on a CPU and on CUDA:
+the C column has the bits of the former, the Triton column those of the latter.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -47,62 +50,41 @@ def _cbrt(x: torch.Tensor) -> torch.Tensor:
     return torch.sign(x) * torch.pow(torch.abs(x), 1 / 3)
 
 
-# Triton's interpreter has no libdevice, so functions that `tl` lacks are composed from those that it has,
-# in double precision, where cancellation costs nothing that single precision would show.
-_D = "({0}).to(tl.float64)"
-_TRITON_TANH = (
-    f"tl.where(tl.abs({_D}) < 1e-3, {_D} * (1.0 - {_D} * {_D} / 3.0 + 2.0 * {_D} * {_D} * {_D} * {_D} / 15.0), "
-    f"2.0 / (1.0 + tl.exp(-2.0 * {_D})) - 1.0).to({{T}})"
-)
-_TRITON_EXPM1 = (
-    f"tl.where(tl.abs({_D}) < 1e-5, {_D} + {_D} * {_D} / 2.0 + {_D} * {_D} * {_D} / 6.0, tl.exp({_D}) - 1.0).to({{T}})"
-)
-_TRITON_LOG1P = (
-    f"tl.where(tl.abs({_D}) < 1e-5, {_D} - {_D} * {_D} / 2.0 + {_D} * {_D} * {_D} / 3.0, tl.log(1.0 + {_D})).to({{T}})"
-)
-_TRITON_CBRT = (
-    f"tl.where({_D} == 0, 0.0, tl.where({_D} < 0, -1.0, 1.0) * tl.exp2(tl.log2(tl.abs({_D})) / 3.0)).to({{T}})"
-)
-
-_TRITON_TRUNC = "tl.where({0} < 0, tl.ceil({0}), tl.floor({0}))"
-_TRITON_TAN = f"(tl.sin({_D}) / tl.cos({_D})).to({{T}})"
-_TRITON_LOG10 = f"(tl.log2({_D}) * {math.log10(2)!r}).to({{T}})"
-
 OPS: dict[str, Op] = {
     "neg": Op("-{0}", "{0} * -1.0", torch.neg, "neg"),
     "abs": Op("fabs{f}({0})", "tl.abs({0})", torch.abs, "abs"),
     "sqrt": Op("sqrt{f}({0})", "_sqrt({0})", _sqrt, "sqrt"),
     "rsqrt": Op("1 / sqrt{f}({0})", "_div(1.0, _sqrt({0}))", torch.rsqrt, "rsqrt"),
-    "cbrt": Op("cbrt{f}({0})", _TRITON_CBRT, _cbrt),
-    "exp": Op("exp{f}({0})", "tl.exp({0})", torch.exp, "exp"),
-    "exp2": Op("exp2{f}({0})", "tl.exp2({0})", torch.exp2),
-    "expm1": Op("expm1{f}({0})", _TRITON_EXPM1, torch.expm1, "expm1"),
-    "log": Op("log{f}({0})", "tl.log({0})", torch.log, "log"),
-    "log2": Op("log2{f}({0})", "tl.log2({0})", torch.log2, "log2"),
-    "log1p": Op("log1p{f}({0})", _TRITON_LOG1P, torch.log1p, "log1p"),
-    "log10": Op("log10{f}({0})", _TRITON_LOG10, torch.log10, "log10"),
-    "erf": Op("erf{f}({0})", f"tl.erf({_D}).to({{T}})", torch.erf, "erf"),
-    "sinh": Op("sinh{f}({0})", "_sinh({0})", torch.sinh, "sinh"),
-    "cosh": Op("cosh{f}({0})", "_cosh({0})", torch.cosh, "cosh"),
-    "tanh": Op("tanh{f}({0})", _TRITON_TANH, torch.tanh, "tanh"),
-    "sin": Op("sin{f}({0})", "tl.sin({0})", torch.sin, "sin"),
-    "cos": Op("cos{f}({0})", "tl.cos({0})", torch.cos, "cos"),
-    "tan": Op("tan{f}({0})", _TRITON_TAN, torch.tan, "tan"),
-    "atan": Op("atan{f}({0})", "_atan2({0}, tl.full((), 1.0, {T}))", torch.atan, "atan"),
-    "atan2": Op("atan2{f}({0}, {1})", "_atan2({0}, {1})", torch.atan2),
-    "hypot": Op("hypot{f}({0}, {1})", "_hypot({0}, {1})", torch.hypot),
-    "floor": Op("floor{f}({0})", "tl.floor({0})", torch.floor, "floor"),
-    "ceil": Op("ceil{f}({0})", "tl.ceil({0})", torch.ceil, "ceil"),
-    "trunc": Op("trunc{f}({0})", _TRITON_TRUNC, torch.trunc, "trunc"),
-    "round": Op("rint{f}({0})", "_round({0})", torch.round, "round"),
-    "copysign": Op("copysign{f}({0}, {1})", "_copysign({0}, {1})", torch.copysign),
-    "fmod": Op("fmod{f}({0}, {1})", "_fmod({0}, {1})", torch.fmod),
+    "cbrt": Op("cbrt{f}({0})", "libdevice.cbrt({0})", _cbrt),
+    "exp": Op("exp{f}({0})", "libdevice.exp({0})", torch.exp, "exp"),
+    "exp2": Op("exp2{f}({0})", "libdevice.exp2({0})", torch.exp2),
+    "expm1": Op("expm1{f}({0})", "libdevice.expm1({0})", torch.expm1, "expm1"),
+    "log": Op("log{f}({0})", "libdevice.log({0})", torch.log, "log"),
+    "log2": Op("log2{f}({0})", "libdevice.log2({0})", torch.log2, "log2"),
+    "log1p": Op("log1p{f}({0})", "libdevice.log1p({0})", torch.log1p, "log1p"),
+    "log10": Op("log10{f}({0})", "libdevice.log10({0})", torch.log10, "log10"),
+    "erf": Op("erf{f}({0})", "libdevice.erf({0})", torch.erf, "erf"),
+    "sinh": Op("sinh{f}({0})", "libdevice.sinh({0})", torch.sinh, "sinh"),
+    "cosh": Op("cosh{f}({0})", "libdevice.cosh({0})", torch.cosh, "cosh"),
+    "tanh": Op("tanh{f}({0})", "libdevice.tanh({0})", torch.tanh, "tanh"),
+    "sin": Op("sin{f}({0})", "libdevice.sin({0})", torch.sin, "sin"),
+    "cos": Op("cos{f}({0})", "libdevice.cos({0})", torch.cos, "cos"),
+    "tan": Op("tan{f}({0})", "libdevice.tan({0})", torch.tan, "tan"),
+    "atan": Op("atan{f}({0})", "libdevice.atan({0})", torch.atan, "atan"),
+    "atan2": Op("atan2{f}({0}, {1})", "libdevice.atan2({0}, {1})", torch.atan2),
+    "hypot": Op("hypot{f}({0}, {1})", "libdevice.hypot({0}, {1})", torch.hypot),
+    "floor": Op("floor{f}({0})", "libdevice.floor({0})", torch.floor, "floor"),
+    "ceil": Op("ceil{f}({0})", "libdevice.ceil({0})", torch.ceil, "ceil"),
+    "trunc": Op("trunc{f}({0})", "libdevice.trunc({0})", torch.trunc, "trunc"),
+    "round": Op("rint{f}({0})", "libdevice.rint({0})", torch.round, "round"),
+    "copysign": Op("copysign{f}({0}, {1})", "libdevice.copysign({0}, {1})", torch.copysign),
+    "fmod": Op("fmod{f}({0}, {1})", "libdevice.fmod({0}, {1})", torch.fmod),
     "sign": Op("({T})(({0} > 0) - ({0} < 0))", "(({0} > 0).to({T}) - ({0} < 0).to({T}))", torch.sign, "sign"),
     "add": Op("{0} + {1}", "{0} + {1}", torch.add, "add"),
     "sub": Op("{0} - {1}", "{0} - {1}", torch.sub, "sub"),
     "mul": Op("{0} * {1}", "{0} * {1}", torch.mul, "mul"),
     "div": Op("{0} / {1}", "_div({0}, {1})", torch.div, "div"),
-    "pow": Op("pow{f}({0}, {1})", "_pow({0}, {1})", torch.pow),
+    "pow": Op("pow{f}({0}, {1})", "libdevice.pow({0}, {1})", torch.pow),
     "maximum": Op(
         "(({0} > {1} || {0} != {0}) ? {0} : {1})",
         "tl.where({0} > {1}, {0}, tl.where({0} != {0}, {0}, {1}))",
@@ -131,15 +113,38 @@ OPS: dict[str, Op] = {
     "real": Op("({T}){0}", "({0}).to({T})", torch.Tensor.to, logical=True),
     "lerp": Op(
         "fma{f}(fabs{f}({2}) < ({T})0.5 ? {2} : {2} - 1, {1} - {0}, fabs{f}({2}) < ({T})0.5 ? {0} : {1})",
-        "tl.fma(tl.where(tl.abs({2}) < 0.5, {2}, {2} - 1), {1} - {0}, tl.where(tl.abs({2}) < 0.5, {0}, {1}))",
+        "libdevice.fma(tl.where(tl.abs({2}) < 0.5, {2}, {2} - 1), {1} - {0}, tl.where(tl.abs({2}) < 0.5, {0}, {1}))",
         torch.lerp,
     ),
     "addcmul": Op(
-        "fma{f}({3} * {1}, {2}, {0})", "tl.fma({3} * {1}, {2}, {0})", lambda s, a, b, v: torch.addcmul(s, v * a, b)
+        "fma{f}({3} * {1}, {2}, {0})",
+        "libdevice.fma({3} * {1}, {2}, {0})",
+        lambda s, a, b, v: torch.addcmul(s, v * a, b),
     ),
     "addcdiv": Op(
         "{0} + ({3} * {1}) / {2}", "{0} + _div({3} * {1}, {2})", lambda s, a, b, v: torch.addcdiv(s, v * a, b)
     ),
+    # of a moment, an update, the decay and 1 - decay
+    "fused_mean": Op(
+        "fma{f}(fabs{f}({3}) < ({T})0.5 ? {3} : {3} - 1, {1} - {0}, fabs{f}({3}) < ({T})0.5 ? {0} : {1})",
+        "libdevice.fma({2}, {0}, libdevice.fma(-{2}, {1}, {1}))",
+        lambda m, u, b, c: torch.lerp(m, u, c),
+    ),
+    "fused_mean_square": Op(
+        "fma{f}({3} * {1}, {1}, {0} * {2})",
+        "libdevice.fma({2}, {0}, libdevice.fma(-{2}, {1} * {1}, {1} * {1}))",
+        lambda m, u, b, c: torch.addcmul(m * b, c * u, u),
+    ),
+    # of a decay and the number of steps
+    "fused_weight": Op(
+        "1 - pow{f}({0}, {1})",
+        "1.0 - libdevice.pow(({0}).to({E}), ({1}).to({E})).to({T})",
+        lambda b, t: 1 - torch.pow(b, t),
+    ),
+    # of a parameter, a rate and 1 - rate
+    "fused_shrink": Op("{0} * {2}", "libdevice.fma(-{1}, {0}, {0})", lambda p, r, c: p * c),
+    # of a number
+    "fused_number": Op("{0}", "({0}).to({E}).to({T})", torch.clone),
     "to_float32": Op("({T})(float){0}", "({0}).to(tl.float32).to({T})", lambda x: x.float().to(x.dtype)),
     "to_bfloat16": Op("({T})from_bf16(to_bf16({0}))", "_bf16({0}).to({T})", lambda x: x.bfloat16().to(x.dtype)),
     "to_float16": Op("({T})from_f16(to_f16({0}))", "({0}).to(tl.float16).to({T})", lambda x: x.half().to(x.dtype)),

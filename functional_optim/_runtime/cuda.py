@@ -1,16 +1,15 @@
-"""Launches of Triton kernels: one per pass and group, with tables of pointers and numbers on the device."""
+"""Launches of Triton kernels: a uniform kernel and a pass per stage and group, with tables on the device."""
 
 import contextlib
-import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from .._compiler.passes import Signature, plan
 from .._compiler.program import Level
-from .._compiler.triton.build import load_triton
-from .._compiler.triton.emit import emit_triton
+from .._compiler.triton.kernels import Kernel, compile_triton
+from .._compiler.triton.tuning import chunk_size
 from .chunks import Chunks, JoinedChunks, cut, partial_buffers
 from .join import Joins
 from .numbers import Number
@@ -18,26 +17,26 @@ from .plan import Group
 from .pointers import Pointers
 
 
-BLOCK = 1024
-MAX_CHUNKS = 4096  # partial results of a reduction, because every instance of the next pass adds them up
-
-
-@functools.lru_cache(maxsize=512)
-def compile_triton(signature: Signature) -> tuple[Any, ...]:
-    """The passes of a program as Triton kernels.
-
-    Raises:
-      BuildError: there is no Triton.
-    """
-    module = load_triton(emit_triton(signature))
-    return tuple(getattr(module, f"pass_{k}") for k in range(len(plan(signature))))
+ALIGNED = 16  # bytes
 
 
 class _Tables(NamedTuple):
-    """The tables of a group that are the same at every step, on the device."""
+    """The tables of a group that are the same at every step, on the device.
+
+    Args:
+      chunks: the chunks of passes that reduce.
+      of_pass: the chunks of each stage, and how many there are.
+      leaf_size, leaf_row, leaf_whole, leaf_chunk: a number per leaf.
+      rows: memory for the uniform values of each leaf.
+    """
 
     chunks: Chunks
-    fixed: tuple[torch.Tensor, ...]
+    of_pass: list[tuple[torch.Tensor, int]]
+    leaf_size: torch.Tensor
+    leaf_row: torch.Tensor
+    leaf_whole: torch.Tensor
+    leaf_chunk: torch.Tensor
+    rows: torch.Tensor
 
 
 class TritonLaunch:
@@ -52,69 +51,92 @@ class TritonLaunch:
     def __init__(self, groups: Sequence[Group], places: Sequence[Sequence[int]], joins: Joins | None) -> None:
         self.groups, self.places, self.device = groups, places, groups[0].device
         self.kernels = [compile_triton(group.signature) for group in groups]
-        n = sum(sum(group.table.sizes) for group in groups)
-        chunk = max(4 * BLOCK, -(-n // (MAX_CHUNKS * BLOCK)) * BLOCK)
-        self.tables = []
-        for group in groups:
-            chunks = cut(group.table.sizes, chunk)
-            numbers = (*chunks, group.table.wholes, group.table.rows)
-            self.tables.append(_Tables(chunks, tuple(self._upload(x) for x in numbers)))
+        self.chunk = chunk_size(sum(sum(group.table.sizes) for group in groups))
+        self.tables = [self._lay_out(k) for k in range(len(groups))]
         cuts = [table.chunks for table in self.tables]
         self.join = JoinedChunks(groups, cuts, joins, self.device) if joins is not None else None
         self.n_joined = self.join.n_joined if self.join is not None else 0
-        self.n_stages = max([len(passes) for passes in self.kernels] + ([] if joins is None else [joins.stages - 1]))
+        ends = [len(kernels.stages) for kernels in self.kernels] + ([] if joins is None else [joins.stages - 1])
+        self.n_stages = max(ends)
+
+    def _lay_out(self, k: int) -> _Tables:
+        """The tables of a group."""
+        group, stages = self.groups[k], self.kernels[k].stages
+        reducing = cut(group.table.sizes, self.chunk)
+        of_pass = []
+        for stage in stages:
+            block = stage.elements.block if stage.elements is not None else self.chunk
+            size = self.chunk if stage.reduces else block
+            chunks = reducing if stage.reduces else cut(group.table.sizes, block)
+            pairs = [[leaf, start // size] for leaf, start in zip(chunks.leaf, chunks.start, strict=True)]
+            of_pass.append((torch.tensor(pairs, dtype=torch.int32).to(self.device), len(pairs)))
+        rows = torch.empty(
+            max(len(group.leaves) * self.kernels[k].row_words, 1), dtype=torch.float64, device=self.device
+        )
+        return _Tables(
+            chunks=reducing,
+            of_pass=of_pass,
+            leaf_size=self._upload(group.table.sizes),
+            leaf_row=self._upload(group.table.rows),
+            leaf_whole=self._upload(group.table.wholes),
+            leaf_chunk=self._upload(reducing.first),
+            rows=rows,
+        )
 
     def _upload(self, numbers: Sequence[int]) -> torch.Tensor:
         return torch.tensor(numbers, dtype=torch.int64).to(self.device, non_blocking=True)
 
-    def __call__(
-        self, tensors: Sequence[torch.Tensor], pointers: Pointers, numbers: Sequence[Sequence[Number]]
-    ) -> None:
-        """Launches all passes.
+    def __call__(self, pointers: Pointers, numbers: Sequence[Sequence[Number]]) -> None:
+        """Launches all kernels.
 
         Args:
-          tensors: the tensors of this step.
-          pointers: their data pointers.
+          pointers: the data pointers of the tensors of this step.
           numbers: for each group, its scalar table.
         """
         cuts = [table.chunks for table in self.tables]
         buffers = partial_buffers(self.groups, cuts, self.device, self.n_joined)
         total = sum(len(chunks.leaf) for chunks in cuts) + self.n_joined
-        launches: list[tuple[Any, ...]] = []
-        moves: list[tuple[list[torch.Tensor], torch.Tensor]] = []
-        first = 0
-        for group, (chunks, fixed), places, own, table in zip(
-            self.groups, self.tables, self.places, buffers, numbers, strict=True
-        ):
-            n = len(group.leaves)
-            columns = [pointers.memory[place : place + n] for place in places]
-            # an instance of a leaf may still read a number that another one has replaced, so numbers are written
-            # elsewhere and copied when all instances are done
-            for k, output in enumerate(group.signature.program.outputs):
-                if output.level is Level.LEAF:
-                    new = torch.empty(n, dtype=group.signature.outputs[k], device=self.device)
-                    where = len(group.inputs) + k
-                    moves.append((list(tensors[places[where] : places[where] + n]), new))
-                    columns[where] = [new.data_ptr() + i * new.element_size() for i in range(n)]
-            launches.append(
-                (
-                    *fixed,
-                    torch.tensor(columns, dtype=torch.int64).to(self.device, non_blocking=True),
-                    _scalar_table(table, self.device),
-                    self._upload([x.data_ptr() for x in own] or [0]),
-                    *(n, total, first),
-                )
-            )
-            first += len(chunks.leaf)
+        firsts = itertools.accumulate([len(chunks.leaf) for chunks in cuts], initial=0)
+        launches = []
+        for k, first in zip(range(len(self.groups)), firsts, strict=False):
+            group, tables, n = self.groups[k], self.tables[k], len(self.groups[k].leaves)
+            columns = [pointers.memory[place : place + n] for place in self.places[k]]
+            table = torch.tensor(columns, dtype=torch.int64).to(self.device, non_blocking=True)
+            partials = self._upload([x.data_ptr() for x in buffers[k]] or [0])
+            leaves = (tables.leaf_row, tables.leaf_whole, tables.leaf_chunk)
+            scalars = _scalar_table(numbers[k], self.device)
+            uniform = (*leaves, table, scalars, tables.rows, partials, n, total, first)
+            elements = (tables.leaf_size, table, tables.rows, partials, n)
+            launches.append((uniform, elements, first, self._aligned(group, columns)))
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
             for stage in range(self.n_stages):
-                for passes, arguments, chunks in zip(self.kernels, launches, cuts, strict=True):
-                    if stage < len(passes) and chunks.leaf:
-                        passes[stage][(len(chunks.leaf),)](*arguments, BLOCK=BLOCK)
+                for k, (uniform, *_) in enumerate(launches):
+                    kernel = self.kernels[k].stages[stage].uniform if stage < len(self.kernels[k].stages) else None
+                    if kernel is not None:
+                        _run(kernel, -(-len(self.groups[k].leaves) // kernel.block), *uniform)
+                for k, (_, elements, first, aligned) in enumerate(launches):
+                    kernel = self.kernels[k].stages[stage].elements if stage < len(self.kernels[k].stages) else None
+                    if kernel is not None:
+                        chunks, count = self.tables[k].of_pass[stage]
+                        blocks = self.chunk // kernel.block if self.kernels[k].stages[stage].reduces else 1
+                        _run(kernel, count, chunks, *elements, blocks, first, ALIGNED=aligned)
                 if self.join is not None:
                     self.join(buffers, stage + 1)
-            for targets, new in moves:
-                torch._foreach_copy_(targets, list(new.unbind()))
+
+    @staticmethod
+    def _aligned(group: Group, columns: Sequence[Sequence[int]]) -> bool:
+        """Whether every array begins at a multiple of 16 bytes."""
+        program = group.signature.program
+        levels = [Level.ELEMENT] * len(program.arrays) + [Level.LEAF] * len(program.leaves)
+        levels += [output.level for output in program.outputs]
+        arrays = [column for column, level in zip(columns, levels, strict=True) if level is Level.ELEMENT]
+        return not any(x % ALIGNED for column in arrays for x in column)
+
+
+def _run(kernel: Kernel, programs: int, *arguments: Any, **constants: Any) -> None:
+    """Launches a kernel."""
+    if programs:
+        kernel.function[(programs,)](*arguments, **constants, **kernel.options)
 
 
 def _scalar_table(numbers: Sequence[Number], device: torch.device) -> torch.Tensor:

@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 import torch
 
 from .._compiler.call import Column
-from .._compiler.program import Level
 from .packing import PackedColumn, Place
 from .plan import Columns, Key
 from .pointers import Difference, PointerReader, Pointers
 from .spec import TensorSpec
-from .step import BoundStep, Reading, Workspace
+from .step import COMPILE, BoundStep, Reading, Workspace
 
 
 class Source(NamedTuple):
@@ -138,14 +137,8 @@ class PackedStep(BoundStep):
 
     def _runs_kernels(self) -> bool:
         """Whether kernels compute all groups, and need no tensors for it but pointers."""
-        numbers = any(o.level is Level.LEAF for group in self.groups for o in group.signature.program.outputs)
-        kernels = {"c"} if numbers else {"c", "triton"}  # the launch of the latter copies numbers in torch operations
-        return (
-            bool(self.groups)
-            and self.plain
-            and not self.copied
-            and all(backend in kernels for backend, _ in self.parts)
-        )
+        kernels = all(backend in COMPILE for backend, _ in self.parts)
+        return bool(self.groups) and self.plain and not self.copied and kernels
 
     @staticmethod
     def _source(columns: Columns, key: Key, i: int) -> tuple[Source, int]:

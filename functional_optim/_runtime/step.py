@@ -16,10 +16,11 @@ import torch
 from .._compiler.cache import BuildError
 from .._compiler.call import Column
 from .._compiler.program import Level
+from .._compiler.triton.kernels import compile_triton
 from .backend import choose_backend, give_up
 from .checks import at
 from .cpu import CpuLaunches, compile_c, usable_threads
-from .cuda import TritonLaunch, compile_triton
+from .cuda import TritonLaunch
 from .evaluate import evaluate
 from .join import Joins
 from .numbers import Number, Table
@@ -444,8 +445,7 @@ class BoundStep(Programs):
             if backend == "c":
                 reading.workspace.cpu[part](table, [])
             elif backend == "triton":
-                tensors = [*reading.tensors, reading.workspace.pointers.tensor, *_flat(outputs)]
-                self.triton[part](tensors, reading.workspace.pointers, table)
+                self.triton[part](reading.workspace.pointers, table)
             else:
                 self._evaluate(backend, own, reading.tensors, table, outputs)
 

@@ -1,6 +1,7 @@
 """From Triton source to a module: write it to the cache, where Triton reads it again, and run it."""
 
 import hashlib
+import os
 from pathlib import Path
 from types import ModuleType
 
@@ -10,6 +11,12 @@ from ..cache import (
     Kernels,
     ToolError,
 )
+from . import interpreted
+
+
+def interprets() -> bool:
+    """Whether Triton's interpreter runs kernels, on tensors of the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def load_triton(source: str) -> ModuleType:
@@ -48,6 +55,8 @@ def _build(source: str, folder: Path) -> ModuleType:
         raise
     except Exception as error:
         raise ToolError(f"Triton does not take {path} ({type(error).__name__}: {error})") from error
+    if interprets() and hasattr(module, "libdevice"):
+        module.__dict__["libdevice"] = interpreted.libdevice()
     return module
 
 

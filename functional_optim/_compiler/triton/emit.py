@@ -1,15 +1,29 @@
-"""Emit one pass of a program as Triton: each program instance updates one chunk of one leaf.
+"""Emit the kernels of a program as Triton: uniform kernels, and passes that load, compute, reduce and store elements.
+
+A stage of a program is a uniform kernel and a pass, launched in this order:
+
+    uniform_k   for each leaf: ends the reductions of the stage before, computes the uniform values that are new, in
+                double precision, and writes those that elements or later stages need to the leaf's row; the last one
+                writes the numbers per leaf, which only uniform kernels read and write
+    pass_k      for each chunk of a leaf: loads the row, then elements, and stores elements and partial results
 
 All that varies is in tables on the device: addresses, sizes, chunks, and a row of scalars per group of
-hyper-parameters. Uniform values are computed in double precision at the start of each instance; a reduction ends
-there too, by adding the partial results of the pass before, in order, so no further launch is needed.
+hyper-parameters. A pass does nothing but stream: no double precision but for values that are reduced, and a handful of
+loads from tables. A whole block is loaded and stored without a mask, so that accesses are 16 bytes wide where
+addresses are known to be aligned; the last block of a leaf has a mask.
 """
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 
 from ..ops import OPS, REDUCTIONS
 from ..passes import Pass, Signature, plan, plan_prologues
 from ..program import Level
+from .header import HEADER
+from .tuning import LEAVES, TUNED, kind_of
 
 
 TYPES = {
@@ -20,318 +34,367 @@ TYPES = {
     torch.int64: "tl.int64",  # counters
 }
 
-# fp32 division and square root are approximate in Triton unless asked for by these names
-HEADER = """\
-import triton
-import triton.language as tl
+UNIFORM = (
+    *("leaf_row", "leaf_whole", "leaf_chunk", "columns", "scalars", "rows", "partials"),
+    *("n_leaves", "n_partials", "first_partial"),
+)
+PASS = ("chunks", "leaf_size", "columns", "rows", "partials", "n_leaves", "blocks", "first_partial")
 
-
-@triton.jit
-def _div(x, y):
-    z = x / y
-    if z.dtype == tl.float32:
-        z = tl.div_rn(x, y)
-    return z
-
-
-@triton.jit
-def _sqrt(x):
-    if x.dtype == tl.float32:
-        return tl.sqrt_rn(x)
-    return tl.sqrt(x)
-
-
-@triton.jit
-def _pow(x, y):
-    # in double precision: exp2(y * log2 |x|), with the sign of an odd integer power of a negative number
-    a = x.to(tl.float64)
-    b = y.to(tl.float64)
-    z = tl.exp2(b * tl.log2(tl.abs(a)))
-    whole = tl.floor(b) == b
-    odd = tl.floor(b * 0.5) * 2.0 != b
-    z = tl.where(a < 0, tl.where(whole, tl.where(odd, -z, z), float("nan")), z)
-    z = tl.where(b == 0, 1.0, tl.where(a == 1, 1.0, z))
-    return z.to((x + y).dtype)
-
-
-@triton.jit
-def _copysign(x, y):
-    # by the bit, which -0.0 and NaN have too
-    if x.dtype == tl.float32:
-        size = x.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
-        z = (size | (y.to(tl.uint32, bitcast=True) & 0x80000000)).to(tl.float32, bitcast=True)
-    else:
-        size = (x.to(tl.uint64, bitcast=True) << 1) >> 1
-        z = (size | ((y.to(tl.uint64, bitcast=True) >> 63) << 63)).to(tl.float64, bitcast=True)
-    return z
-
-
-@triton.jit
-def _round(x):
-    # half to even
-    a = tl.abs(x)
-    down = tl.floor(a)
-    rest = a - down
-    even = tl.where(tl.floor(down * 0.5) * 2.0 == down, down, down + 1.0)
-    return _copysign(tl.where(rest < 0.5, down, tl.where(rest > 0.5, down + 1.0, even)), x)
-
-
-@triton.jit
-def _fmod(x, y):
-    # The remainder of |x| by |y| times powers of 2**24, down to |y| itself, each to the nearest. All of it is exact: a
-    # quotient of 24 bits times either half of the divisor, and the rest, which is a multiple of the divisor's last bit.
-    a = tl.abs(x.to(tl.float64))
-    b = tl.abs(y.to(tl.float64))
-    good = tl.where(a < float("inf"), b, float("nan")) > 0
-    some = tl.where(good, a, float("nan")) >= b
-    rest = tl.where(some, a, 0.0)
-    divisor = tl.where(some, b, 1.0)
-    steps = tl.where(some, tl.floor((tl.log2(a) - tl.log2(b)) / 24.0), 0.0).to(tl.int32)
-    if steps.type.is_block():
-        steps = tl.max(steps)
-    for k in range(0, steps + 1):
-        quarter = tl.exp2(((steps - k) * 6).to(tl.float64))
-        multiple = divisor * quarter * quarter * quarter * quarter
-        multiple = tl.where(multiple < float("inf"), multiple, 0.0)
-        high = ((multiple.to(tl.uint64, bitcast=True) >> 27) << 27).to(tl.float64, bitcast=True)
-        quotient = tl.where(multiple > 0, tl.floor(rest / tl.where(multiple > 0, multiple, 1.0) + 0.5), 0.0)
-        half = quotient * 0.5 * high  # the whole may be infinite
-        rest = ((rest - half) - half) - quotient * (multiple - high)
-    rest = tl.where(some, tl.where(rest < 0, rest + divisor, rest), a)
-    return _copysign(tl.where(good, rest, float("nan")).to(x.dtype), x)
-
-
-@triton.jit
-def _atan2(y, x):
-    # in double precision: the angle below pi / 4, halved twice, has a tangent of at most 0.2 for the series
-    a = tl.abs(y.to(tl.float64))
-    b = tl.abs(x.to(tl.float64))
-    least = tl.where(a < b, a, b)
-    most = tl.where(a < b, b, a)
-    t = tl.where(least == most, tl.where(most == 0, 0.0, 1.0), least / most)
-    h = t / (1.0 + tl.sqrt(1.0 + t * t))
-    h = h / (1.0 + tl.sqrt(1.0 + h * h))
-    z = h * h
-    series = 0.0 * z
-    for k in tl.static_range(11, -1, -1):
-        series = 1.0 / (2 * k + 1) - z * series
-    angle = tl.where(t < 1e-8, t, 4.0 * h * series)
-    angle = tl.where(a > b, 1.5707963267948966 - angle, angle)
-    angle = tl.where(_copysign(tl.full((), 1.0, tl.float64), x.to(tl.float64)) < 0, 3.141592653589793 - angle, angle)
-    return _copysign(angle.to(y.dtype), y)
-
-
-@triton.jit
-def _hypot(x, y):
-    a = tl.abs(x.to(tl.float64))
-    b = tl.abs(y.to(tl.float64))
-    most = tl.where(a < b, b, a)
-    t = tl.where(a < b, a, b) / tl.where(most == 0, 1.0, most)
-    z = most * tl.sqrt(1.0 + t * t)
-    z = tl.where(a == float("inf"), a, tl.where(b == float("inf"), b, z))
-    return z.to((x + y).dtype)
-
-
-@triton.jit
-def _cosh(x):
-    e = tl.exp(tl.abs(x.to(tl.float64)) * 0.5)  # squared at the end, where exp(|x|) would overflow
-    return (0.5 * e * e + 0.5 / e / e).to(x.dtype)
-
-
-@triton.jit
-def _sinh(x):
-    # in double precision; a series where the difference would cancel
-    a = tl.abs(x.to(tl.float64))
-    e = tl.exp(a * 0.5)
-    z = a * a
-    series = 0.0 * z
-    for k in tl.static_range(9, -1, -1):
-        series = 1.0 + z * series / ((2 * k + 2) * (2 * k + 3))
-    return _copysign(tl.where(a < 1, a * series, 0.5 * e * e - 0.5 / e / e).to(x.dtype), x)
-
-
-@triton.jit
-def _bf16(x):
-    # round to nearest even by hand, because a conversion may truncate
-    u = x.to(tl.float32).to(tl.uint32, bitcast=True)
-    r = (u + 0x7FFF + ((u >> 16) & 1)) & 0xFFFF0000
-    return tl.where(x == x, r.to(tl.float32, bitcast=True), float("nan"))
-
-
-@triton.jit
-def _total_sum(start, n, BLOCK: tl.constexpr):
-    y = tl.zeros((BLOCK,), tl.float64)
-    for i in range(0, n, BLOCK):
-        k = i + tl.arange(0, BLOCK)
-        y += tl.load(start + k, k < n, 0.0)
-    return tl.sum(y)
-
-
-@triton.jit
-def _amax(x):
-    bad = tl.sum((x != x).to(tl.int32))
-    y = tl.max(tl.where(x != x, float("-inf"), x))
-    return tl.where(bad > 0, float("nan"), y)
-
-
-@triton.jit
-def _total_amax(start, n, BLOCK: tl.constexpr):
-    y = tl.full((BLOCK,), float("-inf"), tl.float64)
-    for i in range(0, n, BLOCK):
-        k = i + tl.arange(0, BLOCK)
-        x = tl.load(start + k, k < n, float("-inf"))
-        y = tl.where((x > y) | (x != x), x, y)
-    return _amax(y)
-"""
+# operations of an element and a number that follows from a reduction, which is out of the element's range or has more
+# digits: two numbers in that range, by which two operations give as many digits as one in double precision
+HALVES = {"mul": ("near", "far"), "div": ("near", "far"), "add": ("high", "low"), "sub": ("high", "low")}
+# operations with the same result whether the number is rounded before or after
+CHOICES = {"where", "maximum", "minimum", "copysign", "spread", "real"}
 
 
 def emit_triton(signature: Signature) -> str:
-    """The Triton source of all passes of a program: kernels `pass_0`, `pass_1`, ..."""
+    """The Triton source of a program: kernels `uniform_0`, `pass_0`, `uniform_1`, ..., but for those with no work."""
     description = "\n".join(f"# {line}" for line in str(signature.program).splitlines())
-    functions = []
-    for k, p in enumerate(plan(signature)):
-        if k and plan_prologues(signature)[k - 1].carried:
-            functions.append(_before(signature, k))
-        functions.append(_pass(signature, p, k))
-    return f"{description}\n{HEADER}\n\n" + "\n\n".join(functions)
+    parts = [f"{description}\n{HEADER}"]
+    for k in range(len(plan(signature))):
+        if has_uniform(signature, k):
+            parts.append(_Uniform(signature, k).text())
+        if has_elements(signature, k):
+            parts.append(_Elements(signature, k).text())
+    return "\n\n".join(parts)
+
+
+def has_uniform(signature: Signature, number: int) -> bool:
+    """Whether a stage has a uniform kernel."""
+    return bool(plan_prologues(signature)[number].new or _numbers(signature, number))
+
+
+def has_elements(signature: Signature, number: int) -> bool:
+    """Whether a stage has a pass over elements."""
+    p = plan(signature)[number]
+    stores = [k for k in p.stores if signature.program.outputs[k].level is Level.ELEMENT]
+    return bool(p.reductions or stores)
+
+
+def leaves_per_program(signature: Signature, number: int) -> int:
+    """The number of leaves that a program of a uniform kernel computes; one where reductions over leaves end."""
+    values = signature.program.values
+    ends = any(values[i].op.startswith("leaf_") for i in plan_prologues(signature)[number].new)
+    return 1 if ends else LEAVES
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+class Entry(NamedTuple):
+    """A number of a row.
+
+    Args:
+      kind: `"double"`, `"single"` (in the dtype of the elements), or a half of one (see `HALVES`).
+      value: the uniform value.
+    """
+
+    kind: str
+    value: int
+
+
+@functools.lru_cache(maxsize=512)
+def row_of(signature: Signature) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
+    """The entries of a row: those in double precision, which come first, and those in the dtype of the elements."""
+    stages = range(len(plan(signature)))
+    doubles = {i for k in stages if has_uniform(signature, k) for i in _carried(signature, k)}
+    singles: set[Entry] = set()
+    for k in stages:
+        own = _entries(signature, plan(signature)[k])
+        doubles |= {entry.value for entry in own if entry.kind == "double"}
+        singles |= {entry for entry in own if entry.kind != "double"}
+    return tuple(Entry("double", i) for i in sorted(doubles)), tuple(sorted(singles, key=lambda x: (x.value, x.kind)))
+
+
+def row_words(signature: Signature) -> int:
+    """The size of a row in words of 8 bytes."""
+    doubles, singles = row_of(signature)
+    return len(doubles) + -(-len(singles) * signature.compute.itemsize // 8)
+
+
+def _carried(signature: Signature, number: int) -> list[int]:
+    """Uniform values that a uniform kernel needs and an earlier one computes."""
+    values, new = signature.program.values, plan_prologues(signature)[number].new
+    needed = {a for i in new if not values[i].reduction for a in values[i].args}
+    needed |= {signature.program.outputs[k].value for k in _numbers(signature, number)}
+    return [i for i in sorted(needed) if i not in new and values[i].op != "const"]
+
+
+def _numbers(signature: Signature, number: int) -> list[int]:
+    """Indices of the numbers per leaf that a stage writes."""
+    outputs = signature.program.outputs
+    return [k for k in plan(signature)[number].stores if outputs[k].level is Level.LEAF]
+
+
+def _entries(signature: Signature, p: Pass) -> list[Entry]:
+    """The entries of a row that a pass loads."""
+    values, found = signature.program.values, set[Entry]()
+    for i in p.body:
+        kinds = kinds_of(signature, i)
+        found |= {Entry(x, a) for a in values[i].args if values[a].uniform and values[a].op != "const" for x in kinds}
+    for i in p.wide:
+        found |= {Entry("double", a) for a in values[i].args if values[a].uniform and values[a].op != "const"}
+    for k in p.stores:
+        i = signature.program.outputs[k].value
+        if signature.program.outputs[k].level is Level.ELEMENT and values[i].uniform and values[i].op != "const":
+            found.add(Entry("single", i))
+    return sorted(found, key=lambda x: (x.value, x.kind))
+
+
+def kinds_of(signature: Signature, i: int) -> tuple[str, ...]:
+    """The kinds of entries in which an element's value takes uniform operands."""
+    op = signature.program.values[i].op
+    if i not in signature.rounded or op in CHOICES:
+        return ("single",)
+    return HALVES.get(op, ("double",))
+
+
+# -- text -------------------------------------------------------------------------------------------------------------
 
 
 def _literal(x: float, dtype: str) -> str:
     return f'tl.full((), float("{x!r}"), {dtype})'
 
 
-TABLES = "columns, scalars, partials, leaf_size, leaf_chunk, n_leaves, n_partials, first_partial"
-
-
-def _address(column: int, dtype: torch.dtype) -> str:
-    return f"tl.load(columns + {column} * n_leaves + leaf).to(tl.pointer_type({TYPES[dtype]}))"
-
-
-def _uniform(signature: Signature, i: int) -> str:
-    """The statement that computes a uniform value, in double precision."""
-    program = signature.program
-    value = program.values[i]
-    match value.op:
-        case "const":
-            code = _literal(value.const, "tl.float64")
-        case "scalar":
-            code = f"tl.load(scalars + row * {len(program.scalars)} + {program.scalars.index(value.name)})"
-        case "size":
-            code = "tl.load(leaf_size + leaf).to(tl.float64)"
-        case "leaf":
-            column = len(program.arrays) + program.leaves.index(value.name)
-            code = f"tl.load({_address(column, signature.dtypes[value.name])}).to(tl.float64)"
-        case _ if value.reduction:
-            base = f"tl.load(partials + {program.reductions.index(i)}).to(tl.pointer_type(tl.float64))"
-            first = "tl.load(leaf_chunk + leaf)"
-            parts = (
-                f"{base}, n_partials"
-                if value.op.startswith("tree_")
-                else f"{base} + first_partial + {first}, tl.load(leaf_chunk + leaf + 1) - {first}"
-            )
-            code = f"_total_{value.reduction}({parts}, BLOCK)"
-        case _:
-            code = OPS[value.op].triton.format(*[f"u{a}" for a in value.args], T="tl.float64")
-    return f"u{i} = {code}"
-
-
-def _prologue(signature: Signature, number: int) -> list[str]:
-    """Statements that compute the uniform values of a pass, from values that earlier passes compute as well."""
-    values, p = signature.program.values, plan(signature)[number]
-    new = plan_prologues(signature)[number].new
-    needed = {a for i in (*new, *p.body, *p.wide) if not values[i].reduction for a in values[i].args}
-    needed |= {signature.program.outputs[k].value for k in p.stores}
-    constants = [i for i in sorted(needed) if values[i].op == "const"]
-    before = plan_prologues(signature)[number - 1].carried if number else ()
-    lines = [f"{', '.join(f'u{i}' for i in before)} = _before_{number}(leaf, row, {TABLES}, BLOCK)"] if before else []
-    return lines + [_uniform(signature, i) for i in (*constants, *new)]
-
-
-def _before(signature: Signature, number: int) -> str:
-    """A function of the uniform values that passes before one compute and that it or a later one needs."""
-    carried = plan_prologues(signature)[number - 1].carried
-    lines = [*_prologue(signature, number - 1), f"return {', '.join(f'u{i}' for i in carried)}"]
+def _kernel(name: str, arguments: Sequence[str], constants: Sequence[str], lines: Iterable[str]) -> str:
+    """The text of a kernel that is compiled once, whatever the alignment and size of its arguments."""
+    listed = [*arguments, *[f"{x}: tl.constexpr" for x in constants]]
     body = "\n".join(f"    {x}" for x in lines)
-    return f"@triton.jit\ndef _before_{number}(leaf, row, {TABLES}, BLOCK: tl.constexpr):\n{body}\n"
+    return f"@triton.jit(do_not_specialize={list(arguments)!r})\ndef {name}({', '.join(listed)}):\n{body}\n"
 
 
-def _pass(signature: Signature, p: Pass, number: int) -> str:
-    program = signature.program
-    values = program.values
-    compute = TYPES[signature.compute]
-    names = (*program.arrays, *program.leaves)
-    lines = ["chunk = tl.program_id(0).to(tl.int64)", "leaf = tl.load(chunk_leaf + chunk)"]
-    lines += [
-        "start = tl.load(chunk_start + chunk)",
-        "stop = tl.load(chunk_stop + chunk)",
-        "row = tl.load(leaf_row + leaf)",
-        *_prologue(signature, number),
-    ]
-    elementwise = {a for i in set(p.body) - signature.rounded for a in values[i].args}
-    elementwise |= {program.outputs[k].value for k in p.stores}
-    for i in p.uniforms:
-        if i in elementwise:
-            lines.append(f"s{i} = u{i}" if values[i].boolean else f"s{i} = u{i}.to({compute})")
+class _Emitter:
+    """Writes a kernel of one stage."""
 
-    def operand(i: int, double: bool = False, wide: bool = False) -> str:
-        if values[i].uniform:
-            return f"u{i}" if double else f"s{i}"
-        if wide and i in signature.wide:
-            return f"w{i}"
-        return f"v{i}.to(tl.float64)" if double and not values[i].boolean else f"v{i}"
+    def __init__(self, signature: Signature, number: int) -> None:
+        self.signature, self.number = signature, number
+        self.p, self.prologue = plan(signature)[number], plan_prologues(signature)[number]
+        self.program, self.values = signature.program, signature.program.values
+        self.compute = TYPES[signature.compute]
+        self.names = (*self.program.arrays, *self.program.leaves)
+        self.doubles, self.singles = row_of(signature)
 
-    def expression(i: int, double: bool, wide: bool = False) -> str:
-        operands = [operand(a, double, wide) for a in values[i].args]
-        return OPS[values[i].op].triton.format(*operands, T="tl.float64" if double else compute)
+    def column(self, name: str) -> str:
+        """The place of a leaf's address of an input."""
+        return f"columns + {self.names.index(name)} * n_leaves + leaf"
 
-    body = ["i = start + base + tl.arange(0, BLOCK)", "inside = i < stop"]
-    for i in p.inputs:
-        name = values[i].name
-        lines.append(f"a{i} = {_address(names.index(name), signature.dtypes[name])}  # {name}")
-        body.append(f"v{i} = tl.load(a{i} + i, inside, 0.0).to({compute})")
-    for i, k in p.reloads:
-        lines.append(f"a{i} = {_address(len(names) + k, signature.outputs[k])}  # {program.outputs[k].name}")
-        body.append(f"v{i} = tl.load(a{i} + i, inside, 0.0).to({compute})")
-    for i in p.body:
-        exact = i in signature.rounded
-        body.append(f"v{i} = ({expression(i, True)}).to({compute})" if exact else f"v{i} = {expression(i, False)}")
-    body += [f"w{i} = {expression(i, True, True)}" for i in p.wide]
-    tail = []
-    for k in p.stores:
-        output, dtype = program.outputs[k], signature.outputs[k]
-        lines.append(f"o{k} = {_address(len(names) + k, dtype)}  # {output.name}")
-        if output.level is Level.ELEMENT:
-            x = operand(output.value)
-            x = f"_bf16({x})" if dtype is torch.bfloat16 else x
-            x = f"({x}).to(tl.float32)" if dtype is torch.float16 else x  # torch rounds a double twice, too
-            body.append(
-                f"tl.store(o{k} + i, ({x} + tl.zeros((BLOCK,), {compute})).to({TYPES[dtype]}), inside)"
-                if values[output.value].uniform
-                else f"tl.store(o{k} + i, ({x}).to({TYPES[dtype]}), inside)"
-            )
+    def output_column(self, k: int) -> str:
+        """The place of a leaf's address of an output."""
+        return f"columns + {len(self.names) + k} * n_leaves + leaf"
+
+    def row(self) -> list[str]:
+        """The statements that find the row of a leaf."""
+        lines = [f"row = rows + leaf * {row_words(self.signature)}"] if self.doubles or self.singles else []
+        if self.singles:
+            lines.append(f"singles = (row + {len(self.doubles)}).to(tl.pointer_type({self.compute}))")
+        return lines
+
+    def place(self, entry: Entry) -> str:
+        """The place of an entry of the row."""
+        if entry.kind == "double":
+            return f"row + {self.doubles.index(entry)}"
+        return f"singles + {self.singles.index(entry)}"
+
+
+class _Uniform(_Emitter):
+    """Writes a uniform kernel: statements on a block of leaves, or on one leaf where reductions over leaves end."""
+
+    def text(self) -> str:
+        n = leaves_per_program(self.signature, self.number)
+        program = "tl.program_id(0)"
+        lines = [f"leaf = {program} * {n} + tl.arange(0, {n})" if n > 1 else f"leaf = {program}"]
+        lines += ["inside = leaf < n_leaves", *self.row()]
+        new, carried = self.prologue.new, _carried(self.signature, self.number)
+        if any(self.values[i].op == "scalar" for i in new):
+            lines.append(f"scalar = scalars + tl.load(leaf_row + leaf, inside, 0) * {len(self.program.scalars)}")
+        for i in carried:
+            condition = " != 0" if self.values[i].boolean else ""
+            lines.append(f"u{i} = tl.load({self.place(Entry('double', i))}, inside, 0.0){condition}")
+        needed = {a for i in new if not self.values[i].reduction for a in self.values[i].args}
+        needed |= {self.program.outputs[k].value for k in _numbers(self.signature, self.number)}
+        constants = [i for i in sorted(needed) if self.values[i].op == "const"]
+        lines += [f"u{i} = {_literal(self.values[i].const, 'tl.float64')}" for i in constants]
+        lines += [f"u{i} = {self.uniform(i)}" for i in new]
+        for entry in (*self.doubles, *self.singles):
+            if entry.value in new:
+                lines.append(f"tl.store({self.place(entry)}, {self.entry(entry)}, inside)")
+        for k in _numbers(self.signature, self.number):
+            output, dtype = self.program.outputs[k], TYPES[self.signature.outputs[k]]
+            place = f"tl.load({self.output_column(k)}, inside, 0).to(tl.pointer_type({dtype}))"
+            lines.append(f"tl.store({place}, u{output.value}.to({dtype}), inside)  # {output.name}")
+        return _kernel(f"uniform_{self.number}", UNIFORM, (), lines)
+
+    def uniform(self, i: int) -> str:
+        """The expression of a uniform value, in double precision."""
+        value = self.values[i]
+        match value.op:
+            case "scalar":
+                return f"tl.load(scalar + {self.program.scalars.index(value.name)}, inside, 0.0)"
+            case "size":
+                return "tl.load(leaf_whole + leaf, inside, 0).to(tl.float64)"
+            case "leaf":
+                dtype = TYPES[self.signature.dtypes[value.name]]
+                place = f"tl.load({self.column(value.name)}, inside, 0).to(tl.pointer_type({dtype}))"
+                return f"tl.load({place}, inside, 0).to(tl.float64)  # {value.name}"
+            case _ if value.reduction:
+                base = f"tl.load(partials + {self.program.reductions.index(i)}).to(tl.pointer_type(tl.float64))"
+                if value.op.startswith("tree_"):
+                    return f"_total_{value.reduction}({base}, n_partials)"
+                first, end = "tl.load(leaf_chunk + leaf)", "tl.load(leaf_chunk + leaf + 1)"
+                return f"_total_{value.reduction}({base} + first_partial + {first}, {end} - {first})"
+        return OPS[value.op].triton.format(*[f"u{a}" for a in value.args], T="tl.float64", E=self.compute)
+
+    def entry(self, entry: Entry) -> str:
+        """The expression of an entry of the row."""
+        i, boolean = entry.value, self.values[entry.value].boolean
+        match entry.kind:
+            case "double":
+                return f"u{i}.to(tl.float64)" if boolean else f"u{i}"
+            case "single":
+                return f"u{i}.to({self.compute})"
+        return f"_{entry.kind}(u{i})"
+
+
+class _Elements(_Emitter):
+    """Writes a pass: a function of one block of elements, and the kernel that calls it for the blocks of a chunk."""
+
+    def text(self) -> str:
+        stored = [k for k in self.p.stores if self.program.outputs[k].level is Level.ELEMENT]
+        entries = _entries(self.signature, self.p)
+        loads = [
+            (i, self.column(self.values[i].name), self.signature.dtypes[self.values[i].name]) for i in self.p.inputs
+        ]
+        loads += [(i, self.output_column(k), self.signature.outputs[k]) for i, k in self.p.reloads]
+        arrays = [(f"a{i}", place, dtype, self.name_of(i)) for i, place, dtype in loads]
+        arrays += [
+            (f"o{k}", self.output_column(k), self.signature.outputs[k], self.program.outputs[k].name) for k in stored
+        ]
+        numbers = [self.variable(entry) for entry in entries]
+        block, reductions = TUNED[kind_of(self.signature, self.p)].block, self.p.reductions
+        lines = ["chunk = tl.program_id(0)", "leaf = tl.load(chunks + 2 * chunk)"]
+        length = f"blocks * {block}" if reductions else f"{block}"
+        lines.append(f"start = tl.load(chunks + 2 * chunk + 1).to(tl.int64) * {length}")
+        lines += ["left = tl.load(leaf_size + leaf) - start", *(self.row() if entries else [])]
+        lines += [f"{x} = _array({place}, {TYPES[d]}, ALIGNED) + start  # {name}" for x, place, d, name in arrays]
+        for entry, x in zip(entries, numbers, strict=True):
+            condition = " != 0" if self.values[entry.value].boolean else ""
+            lines.append(f"{x} = tl.load({self.place(entry)}){condition}")
+
+        def call(ahead: str, left: str, whole: bool) -> str:
+            pointers = [f"{x}{ahead}" for x, *_ in arrays]
+            arguments = ", ".join([*pointers, *numbers, left, f"{block}", f"{whole}"])
+            results = ", ".join(f"x{r}" for r in reductions)
+            return f"{results}{' = ' if reductions else ''}_elements_{self.number}({arguments})"
+
+        if not reductions:
+            lines += [f"if left >= {block}:", f"    {call('', f'{block}', True)}", "else:"]
+            lines.append(f"    {call('', 'left.to(tl.int32)', False)}")
         else:
-            tail.append(f"tl.store(o{k}, u{output.value}.to({TYPES[dtype]}), start == 0)")
-    for r in p.reductions:
-        kind = values[r].reduction
-        identity = f'float("{REDUCTIONS[kind].identity!r}")'
-        lines.append(f"t{r} = tl.full((BLOCK,), {identity}, tl.float64)")
-        x = f"tl.where(inside, {operand(values[r].args[0], True, True)}, {identity})"
-        body.append(f"x{r} = {x}")
-        body.append(
-            f"t{r} += x{r}" if kind == "sum" else f"t{r} = tl.where((x{r} > t{r}) | (x{r} != x{r}), x{r}, t{r})"
-        )
-        place = (
-            f"tl.load(partials + {program.reductions.index(r)}).to(tl.pointer_type(tl.float64)) + first_partial + chunk"
-        )
-        tail.append(f"tl.store({place}, {'tl.sum' if kind == 'sum' else '_amax'}(t{r}))")
-    arguments = (
-        "chunk_leaf, chunk_start, chunk_stop, leaf_chunk, leaf_size, leaf_row, columns, scalars, partials, "
-        "n_leaves, n_partials, first_partial, BLOCK: tl.constexpr"
-    )
-    # one kernel for any number of leaves: 1 and multiples of 16 get none of their own
-    jit = '@triton.jit(do_not_specialize=["n_leaves", "n_partials", "first_partial"])'
-    text = [f"{jit}\ndef pass_{number}({arguments}):"]
-    text += [f"    {x}" for x in lines]
-    text += ["    for base in range(0, stop - start, BLOCK):"] + [f"        {x}" for x in body]
-    text += [f"    {x}" for x in tail]
-    return "\n".join(text) + "\n"
+            for r in reductions:
+                lines.append(f"t{r} = tl.full(({block},), {self.identity(r)}, tl.float64)")
+            folds = [f"    t{r} = {self.folded(r)}" for r in reductions]
+            lines.append(f"whole = tl.minimum(left // {block}, blocks).to(tl.int32)")
+            lines += ["for k in range(0, whole):", f"    {call(f' + k * {block}', f'{block}', True)}", *folds]
+            lines += [f"rest = left - whole * {block}", "if (whole < blocks) & (rest > 0):"]
+            lines += [f"    {call(f' + whole * {block}', 'rest.to(tl.int32)', False)}", *folds]
+            for r in reductions:
+                base = f"tl.load(partials + {self.program.reductions.index(r)}).to(tl.pointer_type(tl.float64))"
+                total = "tl.sum" if self.values[r].reduction == "sum" else "_amax"
+                lines.append(f"tl.store({base} + first_partial + chunk, {total}(t{r}))")
+        kernel = _kernel(f"pass_{self.number}", PASS, ["ALIGNED"], lines)
+        names = [*[x for x, *_ in arrays], *numbers, "left"]
+        return f"{self.block(names, loads, stored)}\n\n{kernel}"
+
+    def name_of(self, i: int) -> str:
+        """The name of an array that a pass loads."""
+        return self.values[i].name or next(self.program.outputs[k].name for j, k in self.p.reloads if j == i)
+
+    def variable(self, entry: Entry) -> str:
+        """The variable of an entry of the row."""
+        return {"single": f"s{entry.value}", "double": f"d{entry.value}"}.get(entry.kind, f"{entry.kind}{entry.value}")
+
+    def block(self, names: Sequence[str], loads: Sequence[tuple[int, str, torch.dtype]], stored: Sequence[int]) -> str:
+        """The function of one block of elements."""
+        p, compute = self.p, self.compute
+        lines = ["i = tl.arange(0, BLOCK)", "inside = tl.full((BLOCK,), True, tl.int1) if WHOLE else i < left"]
+        lines += self.constants(stored)
+        lines += [f"v{i} = tl.load(a{i} + i, inside, 0.0).to({compute})" for i, *_ in loads]
+        lines += [f"v{i} = {self.element(i)}" for i in p.body]
+        lines += [f"w{i} = {self.expression(i, True, True)}" for i in p.wide]
+        for k in stored:
+            i, dtype = self.program.outputs[k].value, self.signature.outputs[k]
+            x = self.operand(i)
+            x = f"_bf16({x})" if dtype is torch.bfloat16 else x
+            x = f"{x}.to(tl.float32)" if dtype is torch.float16 else x  # torch rounds a double twice, too
+            x = f"({x} + tl.zeros((BLOCK,), {compute}))" if self.values[i].uniform else x
+            lines.append(f"tl.store(o{k} + i, {x}.to({TYPES[dtype]}), inside)")
+        if p.reductions:
+            results = [
+                f"tl.where(inside, {self.operand(self.values[r].args[0], True, True)}, {self.identity(r)})"
+                for r in p.reductions
+            ]
+            lines.append(f"return {', '.join(results)}")
+        arguments = ", ".join([*names, "BLOCK: tl.constexpr", "WHOLE: tl.constexpr"])
+        body = "\n".join(f"    {x}" for x in lines)
+        return f"@triton.jit\ndef _elements_{self.number}({arguments}):\n{body}\n"
+
+    def constants(self, stored: Sequence[int]) -> list[str]:
+        """The statements of constants, in the dtypes that they are needed in."""
+        single = {a for i in self.p.body for a in self.values[i].args if "double" not in kinds_of(self.signature, i)}
+        single |= {self.program.outputs[k].value for k in stored}
+        double = {a for i in self.p.body for a in self.values[i].args if "double" in kinds_of(self.signature, i)}
+        double |= {a for i in self.p.wide for a in self.values[i].args}
+        kinds = ((single, "s", self.compute), (double, "d", "tl.float64"))
+        return [
+            f"{x}{i} = {_literal(self.values[i].const, dtype)}"
+            for needed, x, dtype in kinds
+            for i in sorted(needed)
+            if self.values[i].op == "const"
+        ]
+
+    def identity(self, r: int) -> str:
+        """The identity of a reduction."""
+        return f'float("{REDUCTIONS[self.values[r].reduction].identity!r}")'
+
+    def folded(self, r: int) -> str:
+        """The expression of a reduction so far and one more block."""
+        kind = self.values[r].reduction
+        return f"t{r} + x{r}" if kind == "sum" else f"tl.where((x{r} > t{r}) | (x{r} != x{r}), x{r}, t{r})"
+
+    def operand(self, i: int, double: bool = False, wide: bool = False) -> str:
+        """The expression of an operand, in the dtype of the elements or in double precision."""
+        value = self.values[i]
+        if value.uniform:
+            return f"d{i}" if double else f"s{i}"
+        if wide and i in self.signature.wide:
+            return f"w{i}"
+        return f"v{i}.to(tl.float64)" if double and not value.boolean else f"v{i}"
+
+    def expression(self, i: int, double: bool, wide: bool = False) -> str:
+        """The expression of a value of an element."""
+        operands = [self.operand(a, double, wide) for a in self.values[i].args]
+        dtype = "tl.float64" if double else self.compute
+        return OPS[self.values[i].op].triton.format(*operands, T=dtype, E=self.compute)
+
+    def element(self, i: int) -> str:
+        """The expression of a value of an element, in the dtype of the elements."""
+        kinds = kinds_of(self.signature, i)
+        if kinds == ("single",):
+            return self.expression(i, False)
+        if kinds == ("double",):
+            return f"({self.expression(i, True)}).to({self.compute})"
+        op, (x, y) = self.values[i].op, self.values[i].args
+        first = self.values[x].uniform
+        number, v = (x, self.operand(y)) if first else (y, self.operand(x))
+        a, b = [f"{kind}{number}" for kind in kinds]
+        forms = {
+            ("mul", False): f"{v} * {a} * {b}",
+            ("mul", True): f"{v} * {a} * {b}",
+            ("div", False): f"_div(_div({v}, {a}), {b})",
+            ("div", True): f"_div({a}, {v}) * {b}",
+            ("add", False): f"({v} + {a}) + {b}",
+            ("add", True): f"({v} + {a}) + {b}",
+            ("sub", False): f"({v} - {a}) - {b}",
+            ("sub", True): f"({a} - {v}) + {b}",
+        }
+        return forms[op, first]

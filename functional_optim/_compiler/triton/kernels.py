@@ -1,0 +1,79 @@
+"""Kernels of a program: the functions of an emitted module, with all that a launch has to know of each."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ..passes import Signature, plan
+from .build import interprets, load_triton
+from .emit import emit_triton, has_elements, has_uniform, leaves_per_program, row_words
+from .tuning import TUNED, UNIFORM_WARPS, kind_of
+
+
+# no contraction of a product and a sum, which torch rounds twice, and denormals are kept
+NUMBERS = {"enable_fp_fusion": False, "enable_reflect_ftz": False}
+
+
+class Kernel(NamedTuple):
+    """One kernel.
+
+    Args:
+      function: the kernel, which Triton compiles.
+      block: elements of a block of a pass, or leaves of a program of a uniform kernel.
+      options: options of its compilation; none in the interpreter.
+    """
+
+    function: Any
+    block: int
+    options: Mapping[str, Any]
+
+
+class Stage(NamedTuple):
+    """The kernels of one stage of a program, in order of their launches.
+
+    Args:
+      uniform: computes what is the same for all elements of a leaf; None if there is nothing new.
+      elements: the pass over elements; None if there is nothing to read or write.
+      reduces: whether the pass leaves partial results, one for each chunk.
+    """
+
+    uniform: Kernel | None
+    elements: Kernel | None
+    reduces: bool
+
+
+class Kernels(NamedTuple):
+    """All kernels of a program.
+
+    Args:
+      stages: the kernels of each stage.
+      row_words: the size of a leaf's row of uniform values, in words of 8 bytes.
+    """
+
+    stages: tuple[Stage, ...]
+    row_words: int
+
+
+@functools.lru_cache(maxsize=512)
+def compile_triton(signature: Signature) -> Kernels:
+    """The kernels of a program in Triton.
+
+    Raises:
+      BuildError: there is no Triton.
+    """
+    module = load_triton(emit_triton(signature))
+    stages = []
+    for k, p in enumerate(plan(signature)):
+        uniform = elements = None
+        if has_uniform(signature, k):
+            function = getattr(module, f"uniform_{k}")
+            uniform = Kernel(function, leaves_per_program(signature, k), _options(UNIFORM_WARPS))
+        if has_elements(signature, k):
+            tuning = TUNED[kind_of(signature, p)]
+            elements = Kernel(getattr(module, f"pass_{k}"), tuning.block, _options(tuning.warps))
+        stages.append(Stage(uniform, elements, bool(p.reductions)))
+    return Kernels(tuple(stages), row_words(signature))
+
+
+def _options(warps: int) -> Mapping[str, Any]:
+    return {} if interprets() else {"num_warps": warps, **NUMBERS}
