@@ -127,12 +127,12 @@ OPS: dict[str, Op] = {
     # of a moment, an update, the decay and 1 - decay
     "fused_mean": Op(
         "fma{f}(fabs{f}({3}) < ({T})0.5 ? {3} : {3} - 1, {1} - {0}, fabs{f}({3}) < ({T})0.5 ? {0} : {1})",
-        "libdevice.fma({2}, {0}, libdevice.fma(-{2}, {1}, {1}))",
+        "libdevice.fma({2}, {0}, libdevice.fma({2} * -1.0, {1}, {1}))",
         lambda m, u, b, c: torch.lerp(m, u, c),
     ),
     "fused_mean_square": Op(
         "fma{f}({3} * {1}, {1}, {0} * {2})",
-        "libdevice.fma({2}, {0}, libdevice.fma(-{2}, {1} * {1}, {1} * {1}))",
+        "libdevice.fma({2}, {0}, libdevice.fma({2} * -1.0, {1} * {1}, {1} * {1}))",
         lambda m, u, b, c: torch.addcmul(m * b, c * u, u),
     ),
     # of a decay and the number of steps
@@ -142,7 +142,7 @@ OPS: dict[str, Op] = {
         lambda b, t: 1 - torch.pow(b, t),
     ),
     # of a parameter, a rate and 1 - rate
-    "fused_shrink": Op("{0} * {2}", "libdevice.fma(-{1}, {0}, {0})", lambda p, r, c: p * c),
+    "fused_shrink": Op("{0} * {2}", "libdevice.fma({1} * -1.0, {0}, {0})", lambda p, r, c: p * c),
     # of a number
     "fused_number": Op("{0}", "({0}).to({E}).to({T})", torch.clone),
     "to_float32": Op("({T})(float){0}", "({0}).to(tl.float32).to({T})", lambda x: x.float().to(x.dtype)),
