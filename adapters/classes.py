@@ -84,7 +84,7 @@ class Adam(NamedClass, torch.optim.Adam):  # type: ignore[misc]
     def _template(self, switches: tuple[Any, ...]) -> Template:
         maximize, l2, decoupled, amsgrad = switches
         step = (amsgrad_step if amsgrad else adam_step)(LR, B1, B2, EPS)
-        last = [decay_then_add(LR, DECAY)] if decoupled else []
+        last = [decay_then_add(LR, DECAY, fused=True)] if decoupled else []
         return template(fo.chain(*before(maximize, l2), step, *last), self.SLOTS)
 
     def _row_template(self, switches: tuple[Any, ...]) -> Template | None:

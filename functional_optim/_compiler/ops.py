@@ -138,7 +138,7 @@ OPS: dict[str, Op] = {
     # of a decay and the number of steps
     "fused_weight": Op(
         "1 - pow{f}({0}, {1})",
-        "1.0 - libdevice.pow(({0}).to({E}), ({1}).to({E})).to({T})",
+        "(1.0 - libdevice.pow(({0}).to({E}), ({1}).to({E}))).to({T})",
         lambda b, t: 1 - torch.pow(b, t),
     ),
     # of a parameter, a rate and 1 - rate

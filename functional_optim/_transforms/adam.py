@@ -2,15 +2,13 @@
 
 import torch
 
+from .._compiler.functions import fused_mean, fused_mean_square, fused_number, fused_weight
 from .._compiler.rule import Leaf, OptionalDtype, Scalar, slot
 from .._rule import elementwise
 from ._moments import (
     looking_ahead,
     mean,
     mean_square,
-    torch_mean,
-    torch_mean_square,
-    torch_root,
     unbiased,
     weight,
 )
@@ -132,9 +130,14 @@ def scale_by_amsgrad(
     return mu_hat / (torch.sqrt(nu_max + eps_root) + eps), mu, nu, nu_max
 
 
-def _torch_step(mu: Leaf, nu: Leaf, step: Scalar, learning_rate: Scalar, b1: Scalar, b2: Scalar, eps: Scalar) -> Leaf:
+def _moments(exp_avg: Leaf, exp_avg_sq: Leaf, u: Leaf, b1: Scalar, b2: Scalar) -> tuple[Leaf, Leaf]:
+    return fused_mean(exp_avg, u, b1, 1 - b1), fused_mean_square(exp_avg_sq, u, b2, 1 - b2)
+
+
+def _fused_step(mu: Leaf, nu: Leaf, step: Scalar, learning_rate: Scalar, b1: Scalar, b2: Scalar, eps: Scalar) -> Leaf:
     # torch multiplies the learning rate in before it divides, so the step cannot be had by scaling an update afterwards
-    return (-(learning_rate / weight(b1, step)) * mu) / torch_root(nu, b2, step, eps)
+    rate = fused_number(learning_rate) / fused_weight(b1, step)
+    return (-rate * mu) / (torch.sqrt(nu) / torch.sqrt(fused_weight(b2, step)) + eps)
 
 
 @elementwise(state={"exp_avg": slot(0.0), "exp_avg_sq": slot(0.0)})
@@ -149,7 +152,7 @@ def adam_step(
     b2: Scalar = 0.999,
     eps: Scalar = 1e-8,
 ) -> tuple[Leaf, Leaf, Leaf]:
-    r"""A step of Adam, rounded as in torch.
+    r"""A step of Adam, rounded as in torch's fused kernels, of the CPU or of CUDA.
 
     $$u_t = -\frac{\eta}{1 - \beta_1^t} m_t / (\sqrt{v_t} / \sqrt{1 - \beta_2^t} + \epsilon)$$
 
@@ -169,8 +172,8 @@ def adam_step(
 
     Source: Kingma & Ba 2015, arXiv:1412.6980, algorithm 1.
     """
-    exp_avg, exp_avg_sq = torch_mean(exp_avg, u, b1), torch_mean_square(exp_avg_sq, u, b2)
-    return _torch_step(exp_avg, exp_avg_sq, step, learning_rate, b1, b2, eps), exp_avg, exp_avg_sq
+    exp_avg, exp_avg_sq = _moments(exp_avg, exp_avg_sq, u, b1, b2)
+    return _fused_step(exp_avg, exp_avg_sq, step, learning_rate, b1, b2, eps), exp_avg, exp_avg_sq
 
 
 @elementwise(state={"exp_avg": slot(0.0), "exp_avg_sq": slot(0.0), "max_exp_avg_sq": slot(0.0)})
@@ -186,7 +189,7 @@ def amsgrad_step(
     b2: Scalar = 0.999,
     eps: Scalar = 1e-8,
 ) -> tuple[Leaf, Leaf, Leaf, Leaf]:
-    r"""A step of AMSGrad as torch has it: Adam with the largest second moment so far, before its correction.
+    r"""A step of AMSGrad as in torch's fused kernels: Adam with the largest second moment so far, not yet corrected.
 
     Args:
       learning_rate: $\eta$.
@@ -204,9 +207,9 @@ def amsgrad_step(
 
     Source: Reddi et al. 2018, arXiv:1904.09237, algorithm 2.
     """
-    exp_avg, exp_avg_sq = torch_mean(exp_avg, u, b1), torch_mean_square(exp_avg_sq, u, b2)
+    exp_avg, exp_avg_sq = _moments(exp_avg, exp_avg_sq, u, b1, b2)
     largest = torch.maximum(max_exp_avg_sq, exp_avg_sq)
-    return _torch_step(exp_avg, largest, step, learning_rate, b1, b2, eps), exp_avg, exp_avg_sq, largest
+    return _fused_step(exp_avg, largest, step, learning_rate, b1, b2, eps), exp_avg, exp_avg_sq, largest
 
 
 @elementwise(state={"exp_avg": slot(0.0), "exp_avg_sq": slot(0.0)})

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from .._compiler.functions import fused_number, fused_shrink
 from .._compiler.rule import Leaf, Scalar
 from .._masking import masked
 from .._rule import elementwise
@@ -58,13 +59,14 @@ def l2_penalty(u: Leaf, p: Leaf, *, weight_decay: Scalar) -> Leaf:
     return torch.addcmul(u, p, weight_decay)
 
 
-@elementwise
-def decay_then_add(u: Leaf, p: Leaf, *, learning_rate: Scalar, weight_decay: Scalar) -> Leaf:
+@elementwise(static=("fused",))
+def decay_then_add(u: Leaf, p: Leaf, *, learning_rate: Scalar, weight_decay: Scalar, fused: bool = False) -> Leaf:
     r"""Shrinks the parameter before it is updated, $\theta_t = (1 - \eta\lambda)\, \theta_{t-1} + u_t$.
 
     Args:
       learning_rate: $\eta$.
       weight_decay: $\lambda$.
+      fused: whether the product is rounded as in torch's fused kernels, of the CPU or of CUDA.
 
     Returns:
       The transformation; its update is the difference of the parameters.
@@ -77,7 +79,9 @@ def decay_then_add(u: Leaf, p: Leaf, *, learning_rate: Scalar, weight_decay: Sca
 
     Source: Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2, line 12.
     """
-    return (p * (1 - learning_rate * weight_decay) + u) - p  # the program adds `p` again, and drops both
+    rest = 1 - learning_rate * weight_decay
+    shrunk = fused_shrink(p, fused_number(learning_rate) * fused_number(weight_decay), rest) if fused else p * rest
+    return (shrunk + u) - p  # the program adds `p` again, and drops both
 
 
 @elementwise

@@ -2,6 +2,7 @@
 
 import torch
 
+from .._compiler.functions import fused_number
 from .._compiler.rule import Leaf, OptionalDtype, Scalar, slot
 from .._rule import elementwise
 from ._moments import mean, unbiased
@@ -83,7 +84,7 @@ def ema(
 def momentum(
     u: Leaf, momentum_buffer: Leaf, *, first: Scalar, momentum: Scalar, dampening: Scalar = 0.0, nesterov: bool = False
 ) -> tuple[Leaf, Leaf]:
-    r"""torch's momentum: the first gradient is taken whole, later ones are dampened.
+    r"""torch's momentum, with its roundings: the first gradient is taken whole, later ones are dampened.
 
     $$b_1 = g_1, \quad b_t = \mu b_{t-1} + (1 - \tau) g_t, \quad u_t = b_t \quad
       (\text{Nesterov: } u_t = g_t + \mu b_t)$$
@@ -105,6 +106,6 @@ def momentum(
 
     Source: Sutskever et al. 2013, "On the importance of initialization and momentum in deep learning".
     """
-    buffer = torch.addcmul(momentum_buffer * momentum, u, 1 - dampening)
+    buffer = torch.addcmul(momentum_buffer * momentum, u, 1 - fused_number(dampening))
     buffer = torch.where(first, u, buffer)
     return (torch.addcmul(u, buffer, momentum) if nesterov else buffer), buffer
