@@ -45,7 +45,7 @@ def kind_of(signature: Signature, p: Pass) -> str:
     outputs = signature.program.outputs
     stored = [k for k in p.stores if outputs[k].level is Level.ELEMENT]
     if p.reductions:
-        return "norm" if not stored and len(p.inputs) + len(p.reloads) <= 2 else "reduce"
+        return "norm" if len(p.reductions) == 1 and not stored and len(p.inputs) + len(p.reloads) <= 2 else "reduce"
     dtypes = [signature.dtypes[signature.program.values[i].name] for i in p.inputs]
     dtypes += [signature.outputs[k] for k in (*stored, *[k for _, k in p.reloads])]
     return "stream, 16 bits" if min(dtype.itemsize for dtype in dtypes) < 4 else "stream"

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,13 +19,16 @@ import torch
 
 import functional_optim as fo
 from _lib.backends import only
-from functional_optim._runtime import cpu, cuda
+from functional_optim._compiler.triton.kernels import compile_triton
+from functional_optim._compiler.triton.tuning import CHUNK
+from functional_optim._runtime import cpu
 from functional_optim._runtime.chunks import Chunks, cut
 from functional_optim._runtime.pointers import PointerReader, Pointers
 
 
 N = 1500  # elements that there are
-STARTS = (0, 2**31 - 1024, 2**31, 2**32 - 1024, 2**32, 2**40)  # where chunks start: at multiples of a block
+# starts of chunks: at multiples of a chunk, and of a block
+STARTS = (0, 2**31 - CHUNK, 2**31, 2**32 - CHUNK, 2**32, 2**40)
 CASES = {
     f"{backend} {name} {start}": (backend, dtype, start)
     for backend in ("c", "triton")
@@ -39,38 +42,68 @@ def far(backend: str, dtype: torch.dtype, start: int) -> None:
 
     Momentum and a clip: a pass that reduces, and one that loads and stores.
     """
+    # an object of its own, because steps are bound to it
     tx = fo.named_chain(("clip", fo.clip_by_global_norm(1.0)), ("mu", fo.trace(0.9)), ("lr", fo.scale(-0.5)))
     generator = torch.Generator().manual_seed(0)
     params, grads, mu = torch.randn(3, N, generator=generator).to(dtype).unbind()
     state = tx.init(params) | {"mu": tx.init(params)["mu"]._replace(trace=mu)}
     with fo.use_backend("reference"):
         expected, after = fo.apply_gradients(tx, params, grads, state)
-    middle, stop = start + cuda.BLOCK, start + N
+    if backend == "c":
+        step_in_c(tx, params, grads, state, start)
+    else:
+        step_in_triton(tx, {"params": params, "updates": grads, "trace.trace": mu}, start)
+
+    # the norm adds up in another order, in double precision: an ulp of float32 at most, which a number that is
+    # rounded to bfloat16 may show as one of its own
+    ulp = {torch.float32: 2**-23, torch.bfloat16: 2**-7}[dtype]
+    torch.testing.assert_close((params, mu), (expected, after["mu"].trace), rtol=ulp, atol=ulp)
+
+
+def step_in_c(tx: Any, params: torch.Tensor, grads: torch.Tensor, state: Any, start: int) -> None:
+    """A step in place on leaves that have `start` elements more, before those that there are."""
     read = PointerReader.read
 
     def chunks(sizes: Sequence[int], chunk: int) -> Chunks:
         """Two chunks at the end of a leaf, and none before."""
-        return Chunks((0, 0), (start, middle), (middle, stop), (0, 2))
+        return Chunks((0, 0), (start, start + 1024), (start + 1024, start + N), (0, 2))
 
     def read_before(self: PointerReader, tensors: Sequence[torch.Tensor], pointers: Pointers) -> Any:
-        """Pointers to the beginning of leaves that have `start` elements more."""
+        """Pointers to the beginning of leaves."""
         found = read(self, tensors, pointers)
         for k, x in enumerate(tensors):
             pointers.memory[k] -= start * x.element_size()
         return found
 
     with (
-        only(backend),
+        only("c"),
         mock.patch.object(cpu, "cut", chunks),
-        mock.patch.object(cuda, "cut", chunks),
         mock.patch.object(PointerReader, "read", read_before),
     ):
         fo.apply_gradients(tx, params, grads, state, donate=True)
 
-    # the norm adds up in another order, in double precision: an ulp of float32 at most, which a number that is
-    # rounded to bfloat16 may show as one of its own
-    ulp = {torch.float32: 2**-23, torch.bfloat16: 2**-7}[dtype]
-    torch.testing.assert_close((params, mu), (expected, after["mu"].trace), rtol=ulp, atol=ulp)
+
+def step_in_triton(tx: Any, tensors: Mapping[str, torch.Tensor], start: int) -> None:
+    """The same by the kernels themselves, with tables of one leaf and of the chunks that there are."""
+    [kernel] = fo.explain(tx, tensors["params"]).kernels
+    signature, kernels = kernel.signature, compile_triton(kernel.signature)
+    names = [*signature.program.arrays, *[output.name for output in signature.program.outputs]]
+    columns = torch.tensor([tensors[x].data_ptr() - start * tensors[x].element_size() for x in names])
+    numbers = {"max_norm": 1.0, "decay": 0.9, "step_size": -0.5}
+    scalars = torch.tensor([numbers[name.rpartition(".")[2]] for name in signature.program.scalars]).double()
+    partials, rows = torch.zeros(1, dtype=torch.float64), torch.empty(kernels.row_words, dtype=torch.float64)
+    row, size, first = torch.tensor([0]), torch.tensor([start + N]), torch.tensor([0, 1])
+    table = torch.tensor([partials.data_ptr()])
+    for stage in kernels.stages:
+        if stage.uniform is not None:
+            stage.uniform.function[(1,)](row, size, first, columns, scalars, rows, table, 1, 1, 0)
+        assert stage.elements is not None
+        block = stage.elements.block
+        size_of_chunk = CHUNK if stage.reduces else block
+        ends = range(start // size_of_chunk, -(-(start + N) // size_of_chunk))
+        chunks = torch.tensor([[0, k] for k in ends], dtype=torch.int32)
+        arguments = (chunks, size, columns, rows, table, 1, size_of_chunk // block, 0)
+        stage.elements.function[(len(ends),)](*arguments, ALIGNED=False)
 
 
 def main() -> None:

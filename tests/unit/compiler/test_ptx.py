@@ -1,0 +1,206 @@
+"""The machine code of the emitted Triton, compiled here for GPUs that are not here to run it.
+
+A process of its own compiles, because Triton is an interpreter in this one.
+"""
+
+import collections
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import functional_optim as fo
+from functional_optim import adapters
+from functional_optim._compiler.passes import Pass, Signature, plan
+from functional_optim._compiler.program import Level
+from functional_optim._compiler.triton.kernels import Kernel, compile_triton
+from functional_optim._compiler.triton.tuning import TUNED, kind_of
+
+
+@fo.elementwise(state={"n": fo.slot(1.0, per="leaf")}, extra=("value",))
+def every_operation(u: Any, p: Any, n: Any, *, step: Any, value: Any, b: Any = 0.9) -> Any:
+    """A rule that uses every row of the operation table, on elements and on uniform values."""
+    x = fo.cbrt(u) + torch.expm1(u) + torch.log1p(torch.abs(u)) + torch.tanh(u) + torch.sin(u) ** b + torch.exp(u)
+    x = x + torch.exp2(u) + torch.log2(u) + torch.log(u) + torch.cos(u) + torch.floor(u) + torch.rsqrt(u)
+    x = x + torch.ceil(u) + torch.trunc(u) + torch.round(u) + torch.erf(u) + torch.tan(u) + torch.atan2(u, p) + u % p
+    x = x + torch.sinh(u) * torch.cosh(u) + torch.hypot(u, p) + torch.log10(u) + torch.atan(u) + torch.copysign(u, p)
+    x = x + step % 7 * torch.atan2(step, value) + torch.round(step / 3) + torch.sinh(value) + torch.hypot(step, b)
+    y = torch.lerp(u, p, b) + torch.addcmul(u, p, u, value=b) + torch.addcdiv(u, p, u, value=b) + torch.sqrt(u) / p
+    y = y + u.bfloat16() + u.half() + u.float() + torch.minimum(u, p) - torch.sign(u)
+    good = torch.isfinite(u) & ~(u > 1) | (p < 0) | (u >= p) | (u <= p) | (u == p)
+    norm = fo.tree_norm(u) * value
+    z = (u + norm) / norm - norm / u + torch.maximum(u - norm, norm - u) + torch.lerp(u, norm, b)
+    return torch.where(good, x, y) * fo.tree_amax(u) * value * fo.leaf_amax(p) * fo.leaf_mean(u) + z, n * b**step
+
+
+class Case(NamedTuple):
+    """A program, by the optimizer that it is of, and what it is compiled for.
+
+    Args:
+      tx: the transformation, or the class of an optimizer.
+      dtype: the dtype of the parameters.
+      architecture: the compute capability.
+      aligned: the variants of passes, by whether every address is a multiple of 16.
+    """
+
+    tx: Any
+    dtype: torch.dtype = torch.float32
+    architecture: int = 90
+    aligned: tuple[bool, ...] = (True,)
+
+
+CLIPPED = fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(1e-3), fo.params_ema(0.99))
+EVERY = fo.chain(fo.clip_by_global_norm(1.0), every_operation(), fo.sgd(fo.cosine_decay_schedule(0.1, 100)))
+CASES = {
+    "adamw": Case(fo.adamw(1e-3), aligned=(True, False)),
+    "adamw, sm_80": Case(fo.adamw(1e-3), architecture=80),
+    "adamw, sm_100": Case(fo.adamw(1e-3), architecture=100),
+    "adamw, bfloat16": Case(fo.adamw(1e-3, mu_dtype=torch.float32), torch.bfloat16),
+    "clipped adamw with average": Case(CLIPPED),
+    "lamb": Case(fo.lamb(1e-3)),
+    "torch's adamw": Case(adapters.AdamW),
+    "every operation": Case(EVERY),
+    "every operation, float64": Case(EVERY, torch.float64),
+}
+
+
+def signature_of(case: Case) -> Signature:
+    """The one program of a case."""
+    params = [torch.zeros(8, 8, dtype=case.dtype), torch.zeros(8, dtype=case.dtype)]
+    if case.tx is adapters.AdamW:
+        [kernel] = fo.explain(adapters.AdamW([torch.nn.Parameter(p) for p in params])).kernels
+    else:
+        [kernel] = fo.explain(case.tx, params).kernels
+    return kernel.signature
+
+
+def compiled(kernel: Kernel, architecture: int, aligned: bool | None = None) -> dict[str, Any]:
+    """What is counted in the PTX and the machine code of a kernel."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = {"chunks": "*i32", "scalars": "*fp64", "rows": "*fp64", "ALIGNED": "constexpr"}
+    types |= dict.fromkeys(("n_leaves", "n_partials", "first_partial", "blocks"), "i32")
+    names = kernel.function.arg_names
+    constants = {"ALIGNED": aligned} if "ALIGNED" in names else {}
+    source = ASTSource(kernel.function, {name: types.get(name, "*i64") for name in names}, constants)
+    made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(kernel.options))
+    ptx = made.asm["ptx"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0]
+    return {
+        "accesses": collections.Counter(re.findall(r"(?:ld|st)\.global\S*", ptx)),
+        "operations": collections.Counter(re.findall(r"^\s*(?:@\S+ )?([a-z]\w*\.\S*(?:f32|f64))\s", ptx, re.MULTILINE)),
+        "registers": int(registers),
+        "stack": int(stack),
+    }
+
+
+def main() -> None:
+    """Compiles all kernels, and prints what is counted in each."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, case in CASES.items():
+        signature = signature_of(case)
+        found[name] = []
+        for stage, p in zip(compile_triton(signature).stages, plan(signature), strict=True):
+            if stage.uniform is not None:
+                found[name].append({"kind": "uniform", **compiled(stage.uniform, case.architecture)})
+            for aligned in case.aligned:
+                assert stage.elements is not None
+                own = {"kind": kind_of(signature, p), "aligned": aligned, "bytes": bytes_of(signature, p)}
+                found[name].append(own | compiled(stage.elements, case.architecture, aligned))
+    print(json.dumps(found))
+
+
+def bytes_of(signature: Signature, p: Pass) -> int:
+    """Bytes of an element that a pass reads and writes."""
+    outputs = signature.program.outputs
+    read = [signature.dtypes[signature.program.values[i].name] for i in p.inputs]
+    written = [signature.outputs[k] for k in p.stores if outputs[k].level is Level.ELEMENT]
+    return sum(dtype.itemsize for dtype in (*read, *[signature.outputs[k] for _, k in p.reloads], *written))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """The counts of all kernels, by case."""
+    folder = tmp_path_factory.mktemp("ptx")
+    environment = {k: x for k, x in os.environ.items() if k != "TRITON_INTERPRET"}
+    path = os.pathsep.join([str(Path(fo.__file__).parents[1]), str(Path(__file__).parents[2])])
+    environment |= {"TRITON_CACHE_DIR": f"{folder}/triton", "FUNCTIONAL_OPTIM_CACHE": f"{folder}/kernels"}
+    child = [sys.executable, __file__]
+    done = subprocess.run(child, env={**environment, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    counts: dict[str, list[dict[str, Any]]] = json.loads(done.stdout)
+    return counts
+
+
+pytestmark = pytest.mark.slow
+SIMPLE = [name for name in CASES if not name.startswith("every")]  # the others are bound by their arithmetic
+
+
+@pytest.mark.parametrize("name", SIMPLE)
+def test_ptx_of_whole_blocks_has_accesses_of_16_bytes(found: Any, name: str) -> None:
+    """All of them: a thread's elements times their bytes. A pass whose addresses are not aligned has none."""
+    for kernel in found[name]:
+        wide = sum(n for access, n in kernel["accesses"].items() if access.endswith(("v4.b32", "v2.b64")))
+        if kernel["kind"] != "uniform":
+            tuning = TUNED[kernel["kind"]]
+            elements = tuning.block // (32 * tuning.warps)
+            assert 16 * wide == (elements * kernel["bytes"] if kernel["aligned"] else 0)
+
+
+@pytest.mark.parametrize("name", SIMPLE)
+def test_ptx_of_streaming_passes_has_no_double_precision(found: Any, name: str) -> None:
+    passes = [kernel for kernel in found[name] if kernel["kind"].startswith("stream")]
+    assert passes
+    for kernel in passes:
+        assert not [x for x in kernel["operations"] if "f64" in x]
+
+
+@pytest.mark.parametrize("name", SIMPLE)
+def test_registers_are_within_the_bound_of_the_table(found: Any, name: str) -> None:
+    for kernel in found[name]:
+        assert not kernel["stack"]
+        assert kernel["kind"] == "uniform" or kernel["registers"] <= TUNED[kernel["kind"]].registers
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ptx_of_arithmetic_says_how_it_rounds(found: Any, name: str) -> None:
+    """So that no product and sum are contracted."""
+    arithmetic = [x for kernel in found[name] for x in kernel["operations"] if re.match("add|sub|mul|fma", x)]
+    assert arithmetic
+    assert [x for x in arithmetic if not re.fullmatch(r"\w+\.r[nzmp]\.f(32|64)", x)] == []
+
+
+@pytest.mark.parametrize("name", SIMPLE)
+def test_ptx_of_passes_approximates_nothing_and_keeps_denormals(found: Any, name: str) -> None:
+    """Uniform values may: libdevice's powers begin with estimates."""
+    passes = [kernel for kernel in found[name] if kernel["kind"] != "uniform"]
+    assert not [x for kernel in passes for x in kernel["operations"] if "approx" in x or "ftz" in x or ".full" in x]
+
+
+def test_ptx_has_a_fused_multiply_add_only_where_torch_has_one(found: Any) -> None:
+    """None in optax's AdamW; in torch's five for an element, with 4 elements of a thread, in two kinds of blocks."""
+    fused = {
+        name: kernel["operations"].get("fma.rn.f32", 0)
+        for name in ("adamw", "torch's adamw")
+        for kernel in found[name]
+        if kernel["kind"] == "stream"
+    }
+    assert fused == {"adamw": 0, "torch's adamw": 5 * 4 * 2}
+
+
+if __name__ == "__main__":
+    main()
