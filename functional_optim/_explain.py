@@ -11,7 +11,7 @@ from ._compiler.c.emit import emit_c
 from ._compiler.passes import Signature, plan, read_bytes, written_bytes
 from ._compiler.rule import Option
 from ._compiler.trace import ShortTracebacks
-from ._compiler.triton.emit import emit_triton
+from ._compiler.triton.emit import emit_triton, launches
 from ._leafwise import LeafwiseStep
 from ._params import Journal, ParamList, ParamRegion, ParamStep, Template, tensor_of
 from ._regions import BoundRegion
@@ -34,7 +34,7 @@ class Kernel:
       leaves: paths of the leaves it updates.
       elements: how many elements they have.
       rows: number of rows of the scalar table: groups of hyper-parameters.
-      passes: number of passes over memory, each one launch.
+      passes: number of passes over memory.
       bytes_read: bytes read per element, over all passes.
       bytes_written: bytes written per element, over all passes.
       copied: paths of leaves that are copied before and after, because their tensors are not laid out alike.
@@ -54,6 +54,11 @@ class Kernel:
     def program(self) -> str:
         """The program as text."""
         return str(self.signature.program)
+
+    @property
+    def launches(self) -> int:
+        """The number of launches: one for each pass, and in Triton one for each kernel of uniform values."""
+        return launches(self.signature) if self.backend == "triton" else self.passes
 
     @property
     def source(self) -> str:
@@ -138,13 +143,16 @@ class Explanation:
             )
             lines.append(f"  reads {', '.join(names)}")
             lines.append(f"  writes {', '.join(o.name for o in k.signature.program.outputs)}")
-        return "\n".join([*lines, *(f"note: {n}" for n in self.notes), *(WORDS if self.kernels else ())])
+        words = [*WORDS, *(UNIFORM if any(k.launches > k.passes for k in self.kernels) else ())]
+        return "\n".join([*lines, *(f"note: {n}" for n in self.notes), *(words if self.kernels else ())])
 
 
 WORDS = (
     "launch: one call of a kernel, which makes one pass over all of its tensors",
     "row of scalars: the numbers (learning rate, decay, ...) that tensors with the same hyper-parameters share",
 )
+
+UNIFORM = ("on a GPU there are launches before passes, which compute what is the same for all elements of a tensor",)
 
 
 def _count(n: int, what: str, plural: str = "s") -> str:
@@ -369,7 +377,7 @@ class _Collector:
             tuple(self.kernels),
             tuple(dict.fromkeys(k.backend for k in self.kernels)),
             self.passes,
-            sum(k.passes for k in self.kernels),
+            sum(k.launches for k in self.kernels),
             sum(k.bytes_read * k.elements for k in self.kernels) / max(elements, 1),
             sum(k.bytes_written * k.elements for k in self.kernels) / max(elements, 1),
             state_bytes / max(elements, 1),

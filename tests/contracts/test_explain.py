@@ -75,6 +75,16 @@ def test_the_text_of_explain() -> None:
     assert str(fo.explain(RECIPE, {"w": torch.zeros(50, 50), "b": torch.zeros(500)})) == TEXT
 
 
+def test_the_text_of_explain_for_triton() -> None:
+    """The clip's pass, the numbers that follow from it, and the pass of all the rest."""
+    with fo.use_backend("triton"):
+        e = fo.explain(RECIPE, {"w": torch.zeros(50, 50), "b": torch.zeros(500)})
+    assert (e.passes, e.launches) == (2, 3)
+    assert "3 launches in 2 passes" in str(e)
+    assert "before passes" in str(e)
+    assert "def uniform_1(" in e.kernels[0].source
+
+
 F, D, B = torch.float32, torch.float64, torch.bfloat16
 # passes, launches, bytes read per element, bytes written; counted by hand from the formulas
 COUNTS: dict[str, tuple[Any, torch.dtype, tuple[int, int, int, int]]] = {

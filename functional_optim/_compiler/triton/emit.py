@@ -71,6 +71,12 @@ def has_elements(signature: Signature, number: int) -> bool:
     return bool(p.reductions or stores)
 
 
+def launches(signature: Signature) -> int:
+    """The number of kernels that a step launches."""
+    stages = range(len(plan(signature)))
+    return sum(has_uniform(signature, k) + has_elements(signature, k) for k in stages)
+
+
 def leaves_per_program(signature: Signature, number: int) -> int:
     """The number of leaves that a program of a uniform kernel computes; one where reductions over leaves end."""
     values = signature.program.values

@@ -40,7 +40,7 @@ def _array(place, dtype: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _near(x):
-    # two factors of a number, both in the range of float32; the second is 1 where the number is in it
+    # two factors of a number of up to 2**240, both in the range of float32; the second is 1 where the number is in it
     small = tl.abs(x) < 7.52316384526264e-37
     y = tl.where(x < -1.329227995784916e36, -1.329227995784916e36, x)
     y = tl.where(x > 1.329227995784916e36, 1.329227995784916e36, y)
