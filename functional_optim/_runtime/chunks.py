@@ -38,6 +38,19 @@ def cut(sizes: Sequence[int], chunk: int) -> Chunks:
     return Chunks(tuple(leaf), tuple(start), tuple(stop), tuple(first))
 
 
+def chunk_table(sizes: Sequence[int], chunk: int) -> torch.Tensor:
+    """A row per chunk of at most `chunk` elements: its leaf, and its number within the leaf, of 32 bits.
+
+    Example:
+      >>> chunk_table([5, 0], 3).tolist()
+      [[0, 0], [0, 1]]
+    """
+    counts = (torch.tensor(sizes, dtype=torch.int64) + chunk - 1) // chunk
+    firsts = counts.cumsum(0) - counts
+    leaf = torch.repeat_interleave(counts)
+    return torch.stack([leaf, torch.arange(len(leaf)) - firsts[leaf]], 1).to(torch.int32)
+
+
 def partial_buffers(
     groups: Sequence[Group], cuts: Sequence[Chunks], device: torch.device, n_joined: int = 0
 ) -> list[list[torch.Tensor]]:

@@ -10,7 +10,7 @@ import torch
 from .._compiler.program import Level
 from .._compiler.triton.kernels import Kernel, compile_triton
 from .._compiler.triton.tuning import chunk_size
-from .chunks import Chunks, JoinedChunks, cut, partial_buffers
+from .chunks import Chunks, JoinedChunks, chunk_table, cut, partial_buffers
 from .join import Joins
 from .numbers import Number
 from .plan import Group
@@ -27,7 +27,6 @@ class _Tables(NamedTuple):
       chunks: the chunks of passes that reduce.
       of_pass: the chunks of each stage, and how many there are.
       leaf_size, leaf_row, leaf_whole, leaf_chunk: a number per leaf.
-      rows: memory for the uniform values of each leaf.
     """
 
     chunks: Chunks
@@ -36,7 +35,6 @@ class _Tables(NamedTuple):
     leaf_row: torch.Tensor
     leaf_whole: torch.Tensor
     leaf_chunk: torch.Tensor
-    rows: torch.Tensor
 
 
 class TritonLaunch:
@@ -66,13 +64,11 @@ class TritonLaunch:
         of_pass = []
         for stage in stages:
             block = stage.elements.block if stage.elements is not None else self.chunk
-            size = self.chunk if stage.reduces else block
-            chunks = reducing if stage.reduces else cut(group.table.sizes, block)
-            pairs = [[leaf, start // size] for leaf, start in zip(chunks.leaf, chunks.start, strict=True)]
-            of_pass.append((torch.tensor(pairs, dtype=torch.int32).to(self.device), len(pairs)))
-        rows = torch.empty(
-            max(len(group.leaves) * self.kernels[k].row_words, 1), dtype=torch.float64, device=self.device
-        )
+            table = chunk_table(group.table.sizes, block)
+            if stage.reduces:  # a leaf without elements has a partial result as well
+                pairs = [[leaf, start // self.chunk] for leaf, start in zip(reducing.leaf, reducing.start, strict=True)]
+                table = torch.tensor(pairs, dtype=torch.int32)
+            of_pass.append((table.to(self.device), len(table)))
         return _Tables(
             chunks=reducing,
             of_pass=of_pass,
@@ -80,7 +76,6 @@ class TritonLaunch:
             leaf_row=self._upload(group.table.rows),
             leaf_whole=self._upload(group.table.wholes),
             leaf_chunk=self._upload(reducing.first),
-            rows=rows,
         )
 
     def _upload(self, numbers: Sequence[int]) -> torch.Tensor:
@@ -105,8 +100,11 @@ class TritonLaunch:
             partials = self._upload([x.data_ptr() for x in buffers[k]] or [0])
             leaves = (tables.leaf_row, tables.leaf_whole, tables.leaf_chunk)
             scalars = _scalar_table(numbers[k], self.device)
-            uniform = (*leaves, table, scalars, tables.rows, partials, n, total, first)
-            elements = (tables.leaf_size, table, tables.rows, partials, n)
+            # memory of this call, because several threads may be in a step
+            words = max(n * self.kernels[k].uniform_words, 1)
+            uniforms = torch.empty(words, dtype=torch.float64, device=self.device)
+            uniform = (*leaves, table, scalars, uniforms, partials, n, total, first)
+            elements = (tables.leaf_size, table, uniforms, partials, n)
             launches.append((uniform, elements, first, self._aligned(group, columns)))
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
             for stage in range(self.n_stages):

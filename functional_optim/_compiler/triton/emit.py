@@ -3,9 +3,9 @@
 A stage of a program is a uniform kernel and a pass, launched in this order:
 
     uniform_k   for each leaf: ends the reductions of the stage before, computes the uniform values that are new, in
-                double precision, and writes those that elements or later stages need to the leaf's row; the last one
-                writes the numbers per leaf, which only uniform kernels read and write
-    pass_k      for each chunk of a leaf: loads the row, then elements, and stores elements and partial results
+                double precision, and writes those that elements or later stages need for the leaf; the last one writes
+                the numbers per leaf, which only uniform kernels read and write
+    pass_k      for each chunk of a leaf: loads these, then elements, and stores elements and partial results
 
 All that varies is in tables on the device: addresses, sizes, chunks, and a row of scalars per group of
 hyper-parameters. A pass does nothing but stream: no double precision but for values that are reduced, and a handful of
@@ -13,17 +13,26 @@ loads from tables. A whole block is loaded and stored without a mask, so that ac
 addresses are known to be aligned; the last block of a leaf has a mask.
 """
 
-import functools
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import torch
 
 from ..ops import OPS, REDUCTIONS
-from ..passes import Pass, Signature, plan, plan_prologues
+from ..passes import Signature, plan, plan_prologues
 from ..program import Level
 from .header import HEADER
 from .tuning import LEAVES, TUNED, kind_of
+from .uniforms import (
+    Entry,
+    carried,
+    entries_of,
+    has_elements,
+    has_uniform,
+    kinds_of,
+    numbers,
+    uniform_words,
+    uniforms_of,
+)
 
 
 TYPES = {
@@ -35,16 +44,10 @@ TYPES = {
 }
 
 UNIFORM = (
-    *("leaf_row", "leaf_whole", "leaf_chunk", "columns", "scalars", "rows", "partials"),
+    *("leaf_row", "leaf_whole", "leaf_chunk", "columns", "scalars", "uniforms", "partials"),
     *("n_leaves", "n_partials", "first_partial"),
 )
-PASS = ("chunks", "leaf_size", "columns", "rows", "partials", "n_leaves", "blocks", "first_partial")
-
-# operations of an element and a number that follows from a reduction, which is out of the element's range or has more
-# digits: two numbers in that range, by which two operations give as many digits as one in double precision
-HALVES = {"mul": ("near", "far"), "div": ("near", "far"), "add": ("high", "low"), "sub": ("high", "low")}
-# operations with the same result whether the number is rounded before or after
-CHOICES = {"where", "maximum", "minimum", "copysign", "spread", "real"}
+PASS = ("chunks", "leaf_size", "columns", "uniforms", "partials", "n_leaves", "blocks", "first_partial")
 
 
 def emit_triton(signature: Signature) -> str:
@@ -59,24 +62,6 @@ def emit_triton(signature: Signature) -> str:
     return "\n\n".join(parts)
 
 
-def has_uniform(signature: Signature, number: int) -> bool:
-    """Whether a stage has a uniform kernel."""
-    return bool(plan_prologues(signature)[number].new or _numbers(signature, number))
-
-
-def has_elements(signature: Signature, number: int) -> bool:
-    """Whether a stage has a pass over elements."""
-    p = plan(signature)[number]
-    stores = [k for k in p.stores if signature.program.outputs[k].level is Level.ELEMENT]
-    return bool(p.reductions or stores)
-
-
-def launches(signature: Signature) -> int:
-    """The number of kernels that a step launches."""
-    stages = range(len(plan(signature)))
-    return sum(has_uniform(signature, k) + has_elements(signature, k) for k in stages)
-
-
 def leaves_per_program(signature: Signature, number: int) -> int:
     """The number of leaves that a program of a uniform kernel computes; one where reductions over leaves end."""
     values = signature.program.values
@@ -84,78 +69,10 @@ def leaves_per_program(signature: Signature, number: int) -> int:
     return 1 if ends else LEAVES
 
 
-# -- rows -------------------------------------------------------------------------------------------------------------
-
-
-class Entry(NamedTuple):
-    """A number of a row.
-
-    Args:
-      kind: `"double"`, `"single"` (in the dtype of the elements), or a half of one (see `HALVES`).
-      value: the uniform value.
-    """
-
-    kind: str
-    value: int
-
-
-@functools.lru_cache(maxsize=512)
-def row_of(signature: Signature) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
-    """The entries of a row: those in double precision, which come first, and those in the dtype of the elements."""
+def launches(signature: Signature) -> int:
+    """The number of kernels that a step launches."""
     stages = range(len(plan(signature)))
-    doubles = {i for k in stages if has_uniform(signature, k) for i in _carried(signature, k)}
-    singles: set[Entry] = set()
-    for k in stages:
-        own = _entries(signature, plan(signature)[k])
-        doubles |= {entry.value for entry in own if entry.kind == "double"}
-        singles |= {entry for entry in own if entry.kind != "double"}
-    return tuple(Entry("double", i) for i in sorted(doubles)), tuple(sorted(singles, key=lambda x: (x.value, x.kind)))
-
-
-def row_words(signature: Signature) -> int:
-    """The size of a row in words of 8 bytes."""
-    doubles, singles = row_of(signature)
-    return len(doubles) + -(-len(singles) * signature.compute.itemsize // 8)
-
-
-def _carried(signature: Signature, number: int) -> list[int]:
-    """Uniform values that a uniform kernel needs and an earlier one computes."""
-    values, new = signature.program.values, plan_prologues(signature)[number].new
-    needed = {a for i in new if not values[i].reduction for a in values[i].args}
-    needed |= {signature.program.outputs[k].value for k in _numbers(signature, number)}
-    return [i for i in sorted(needed) if i not in new and values[i].op != "const"]
-
-
-def _numbers(signature: Signature, number: int) -> list[int]:
-    """Indices of the numbers per leaf that a stage writes."""
-    outputs = signature.program.outputs
-    return [k for k in plan(signature)[number].stores if outputs[k].level is Level.LEAF]
-
-
-def _entries(signature: Signature, p: Pass) -> list[Entry]:
-    """The entries of a row that a pass loads."""
-    values, found = signature.program.values, set[Entry]()
-    for i in p.body:
-        kinds = kinds_of(signature, i)
-        found |= {Entry(x, a) for a in values[i].args if values[a].uniform and values[a].op != "const" for x in kinds}
-    for i in p.wide:
-        found |= {Entry("double", a) for a in values[i].args if values[a].uniform and values[a].op != "const"}
-    for k in p.stores:
-        i = signature.program.outputs[k].value
-        if signature.program.outputs[k].level is Level.ELEMENT and values[i].uniform and values[i].op != "const":
-            found.add(Entry("single", i))
-    return sorted(found, key=lambda x: (x.value, x.kind))
-
-
-def kinds_of(signature: Signature, i: int) -> tuple[str, ...]:
-    """The kinds of entries in which an element's value takes uniform operands."""
-    op = signature.program.values[i].op
-    if i not in signature.rounded or op in CHOICES:
-        return ("single",)
-    return HALVES.get(op, ("double",))
-
-
-# -- text -------------------------------------------------------------------------------------------------------------
+    return sum(has_uniform(signature, k) + has_elements(signature, k) for k in stages)
 
 
 def _literal(x: float, dtype: str) -> str:
@@ -178,7 +95,7 @@ class _Emitter:
         self.program, self.values = signature.program, signature.program.values
         self.compute = TYPES[signature.compute]
         self.names = (*self.program.arrays, *self.program.leaves)
-        self.doubles, self.singles = row_of(signature)
+        self.doubles, self.singles = uniforms_of(signature)
 
     def column(self, name: str) -> str:
         """The place of a leaf's address of an input."""
@@ -188,17 +105,17 @@ class _Emitter:
         """The place of a leaf's address of an output."""
         return f"columns + {len(self.names) + k} * n_leaves + leaf"
 
-    def row(self) -> list[str]:
-        """The statements that find the row of a leaf."""
-        lines = [f"row = rows + leaf * {row_words(self.signature)}"] if self.doubles or self.singles else []
+    def own(self) -> list[str]:
+        """The statements that find the uniform values of a leaf."""
+        lines = [f"own = uniforms + leaf * {uniform_words(self.signature)}"] if self.doubles or self.singles else []
         if self.singles:
-            lines.append(f"singles = (row + {len(self.doubles)}).to(tl.pointer_type({self.compute}))")
+            lines.append(f"singles = (own + {len(self.doubles)}).to(tl.pointer_type({self.compute}))")
         return lines
 
     def place(self, entry: Entry) -> str:
-        """The place of an entry of the row."""
+        """The place of an entry."""
         if entry.kind == "double":
-            return f"row + {self.doubles.index(entry)}"
+            return f"own + {self.doubles.index(entry)}"
         return f"singles + {self.singles.index(entry)}"
 
 
@@ -209,22 +126,22 @@ class _Uniform(_Emitter):
         n = leaves_per_program(self.signature, self.number)
         program = "tl.program_id(0)"
         lines = [f"leaf = {program} * {n} + tl.arange(0, {n})" if n > 1 else f"leaf = {program}"]
-        lines += ["inside = leaf < n_leaves", *self.row()]
-        new, carried = self.prologue.new, _carried(self.signature, self.number)
+        lines += ["inside = leaf < n_leaves", *self.own()]
+        new, before = self.prologue.new, carried(self.signature, self.number)
         if any(self.values[i].op == "scalar" for i in new):
             lines.append(f"scalar = scalars + tl.load(leaf_row + leaf, inside, 0) * {len(self.program.scalars)}")
-        for i in carried:
+        for i in before:
             condition = " != 0" if self.values[i].boolean else ""
             lines.append(f"u{i} = tl.load({self.place(Entry('double', i))}, inside, 0.0){condition}")
         needed = {a for i in new if not self.values[i].reduction for a in self.values[i].args}
-        needed |= {self.program.outputs[k].value for k in _numbers(self.signature, self.number)}
+        needed |= {self.program.outputs[k].value for k in numbers(self.signature, self.number)}
         constants = [i for i in sorted(needed) if self.values[i].op == "const"]
         lines += [f"u{i} = {_literal(self.values[i].const, 'tl.float64')}" for i in constants]
         lines += [f"u{i} = {self.uniform(i)}" for i in new]
         for entry in (*self.doubles, *self.singles):
             if entry.value in new:
                 lines.append(f"tl.store({self.place(entry)}, {self.entry(entry)}, inside)")
-        for k in _numbers(self.signature, self.number):
+        for k in numbers(self.signature, self.number):
             output, dtype = self.program.outputs[k], TYPES[self.signature.outputs[k]]
             place = f"tl.load({self.output_column(k)}, inside, 0).to(tl.pointer_type({dtype}))"
             lines.append(f"tl.store({place}, u{output.value}.to({dtype}), inside)  # {output.name}")
@@ -251,7 +168,7 @@ class _Uniform(_Emitter):
         return OPS[value.op].triton.format(*[f"u{a}" for a in value.args], T="tl.float64", E=self.compute)
 
     def entry(self, entry: Entry) -> str:
-        """The expression of an entry of the row."""
+        """The expression of an entry."""
         i, boolean = entry.value, self.values[entry.value].boolean
         match entry.kind:
             case "double":
@@ -266,7 +183,7 @@ class _Elements(_Emitter):
 
     def text(self) -> str:
         stored = [k for k in self.p.stores if self.program.outputs[k].level is Level.ELEMENT]
-        entries = _entries(self.signature, self.p)
+        entries = entries_of(self.signature, self.p)
         loads = [
             (i, self.column(self.values[i].name), self.signature.dtypes[self.values[i].name]) for i in self.p.inputs
         ]
@@ -275,20 +192,20 @@ class _Elements(_Emitter):
         arrays += [
             (f"o{k}", self.output_column(k), self.signature.outputs[k], self.program.outputs[k].name) for k in stored
         ]
-        numbers = [self.variable(entry) for entry in entries]
+        variables = [self.variable(entry) for entry in entries]
         block, reductions = TUNED[kind_of(self.signature, self.p)].block, self.p.reductions
         lines = ["chunk = tl.program_id(0)", "leaf = tl.load(chunks + 2 * chunk)"]
         length = f"blocks * {block}" if reductions else f"{block}"
         lines.append(f"start = tl.load(chunks + 2 * chunk + 1).to(tl.int64) * {length}")
-        lines += ["left = tl.load(leaf_size + leaf) - start", *(self.row() if entries else [])]
+        lines += ["left = tl.load(leaf_size + leaf) - start", *(self.own() if entries else [])]
         lines += [f"{x} = _array({place}, {TYPES[d]}, ALIGNED) + start  # {name}" for x, place, d, name in arrays]
-        for entry, x in zip(entries, numbers, strict=True):
+        for entry, x in zip(entries, variables, strict=True):
             condition = " != 0" if self.values[entry.value].boolean else ""
             lines.append(f"{x} = tl.load({self.place(entry)}){condition}")
 
         def call(ahead: str, left: str, whole: bool) -> str:
             pointers = [f"{x}{ahead}" for x, *_ in arrays]
-            arguments = ", ".join([*pointers, *numbers, left, f"{block}", f"{whole}"])
+            arguments = ", ".join([*pointers, *variables, left, f"{block}", f"{whole}"])
             results = ", ".join(f"x{r}" for r in reductions)
             return f"{results}{' = ' if reductions else ''}_elements_{self.number}({arguments})"
 
@@ -308,7 +225,7 @@ class _Elements(_Emitter):
                 total = "tl.sum" if self.values[r].reduction == "sum" else "_amax"
                 lines.append(f"tl.store({base} + first_partial + chunk, {total}(t{r}))")
         kernel = _kernel(f"pass_{self.number}", PASS, ["ALIGNED"], lines)
-        names = [*[x for x, *_ in arrays], *numbers, "left"]
+        names = [*[x for x, *_ in arrays], *variables, "left"]
         return f"{self.block(names, loads, stored)}\n\n{kernel}"
 
     def name_of(self, i: int) -> str:
@@ -316,7 +233,7 @@ class _Elements(_Emitter):
         return self.values[i].name or next(self.program.outputs[k].name for j, k in self.p.reloads if j == i)
 
     def variable(self, entry: Entry) -> str:
-        """The variable of an entry of the row."""
+        """The variable of an entry."""
         return {"single": f"s{entry.value}", "double": f"d{entry.value}"}.get(entry.kind, f"{entry.kind}{entry.value}")
 
     def block(self, names: Sequence[str], loads: Sequence[tuple[int, str, torch.dtype]], stored: Sequence[int]) -> str:

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 from ..passes import Signature, plan
 from .build import interprets, load_triton
-from .emit import emit_triton, has_elements, has_uniform, leaves_per_program, row_words
+from .emit import emit_triton, leaves_per_program
 from .tuning import TUNED, UNIFORM_WARPS, kind_of
+from .uniforms import has_elements, has_uniform, uniform_words
 
 
 # no contraction of a product and a sum, which torch rounds twice, and denormals are kept
@@ -47,11 +48,11 @@ class Kernels(NamedTuple):
 
     Args:
       stages: the kernels of each stage.
-      row_words: the size of a leaf's row of uniform values, in words of 8 bytes.
+      uniform_words: the size of a leaf's uniform values, in words of 8 bytes.
     """
 
     stages: tuple[Stage, ...]
-    row_words: int
+    uniform_words: int
 
 
 @functools.lru_cache(maxsize=512)
@@ -72,7 +73,7 @@ def compile_triton(signature: Signature) -> Kernels:
             tuning = TUNED[kind_of(signature, p)]
             elements = Kernel(getattr(module, f"pass_{k}"), tuning.block, _options(tuning.warps))
         stages.append(Stage(uniform, elements, bool(p.reductions)))
-    return Kernels(tuple(stages), row_words(signature))
+    return Kernels(tuple(stages), uniform_words(signature))
 
 
 def _options(warps: int) -> Mapping[str, Any]:

@@ -87,7 +87,7 @@ def compiled(kernel: Kernel, architecture: int, aligned: bool | None = None) -> 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    types = {"chunks": "*i32", "scalars": "*fp64", "rows": "*fp64", "ALIGNED": "constexpr"}
+    types = {"chunks": "*i32", "scalars": "*fp64", "uniforms": "*fp64", "ALIGNED": "constexpr"}
     types |= dict.fromkeys(("n_leaves", "n_partials", "first_partial", "blocks"), "i32")
     names = kernel.function.arg_names
     constants = {"ALIGNED": aligned} if "ALIGNED" in names else {}
