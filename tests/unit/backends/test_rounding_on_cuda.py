@@ -1,9 +1,9 @@
 """The drop-in classes in Triton have the bits of torch's fused CUDA kernels, by the arithmetic of these.
 
-The arithmetic is that of the machine code in torch 2.11 for sm_90, read instruction by instruction: all of it in the
-dtype of the elements, hyper-parameters rounded to it first, and these fused multiply-adds. One thing differs: torch's
-compiler rounds the product of an L2 penalty in Adam apart for the first of every four elements, and these formulas
-do for none.
+The arithmetic is that of the machine code in torch 2.11 and 2.13 for sm_90, read instruction by instruction: all of
+it in the dtype of the elements, hyper-parameters rounded to it first, and these fused multiply-adds. One thing
+differs: torch's compiler rounds the product of an L2 penalty in Adam apart for the first of every four elements, and
+these formulas do for none.
 """
 
 from collections.abc import Callable, Mapping
