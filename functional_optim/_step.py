@@ -23,6 +23,7 @@ from ._runtime.overlap import SharedMemoryError
 from ._runtime.packing import PackedColumn
 from ._runtime.plan import Columns
 from ._runtime.pointers import PointerReader, Pointers
+from ._runtime.recording import can_record, record
 from ._runtime.spec import TensorSpec
 from ._runtime.step import BoundStep, Numbers, Reading
 from ._state import StateReader, get_state, set_states
@@ -232,7 +233,7 @@ class TreeStep:
             if in_place:
                 self._refuse_donation(own)
             self._warn_of_recording(own, numbers)
-            return bound.evaluate(own, numbers)
+            return record(bound, own, numbers) if can_record(bound) else bound.evaluate(own, numbers)
         if in_place and len(stage.moving) > 1:
             self._check_counters(stage, states)
         params = own.get("params")

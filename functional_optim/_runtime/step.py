@@ -200,6 +200,7 @@ class BoundStep(Programs):
         for i in self.copied:
             seen[i] = TensorSpec.of(tensors[i])
         self.reader = PointerReader(tensors, seen)
+        self.derivatives: dict[Any, Any] = {}  # by the cotangents that are given and wanted; see `recording`
         self.workspaces: list[Workspace] = []  # those that no thread uses at the moment
 
     # -- binding ------------------------------------------------------------------------------------------------------
@@ -333,7 +334,10 @@ class BoundStep(Programs):
         Args:
           columns: the tensors by column.
         """
-        tensors = self.gather(columns)
+        return self.read_tensors(self.gather(columns))
+
+    def read_tensors(self, tensors: list[Any]) -> Reading | Difference:
+        """The same for tensors that have been gathered; copies take the place of some of them."""
         originals: dict[int, torch.Tensor] = {}
         for i in self.copied:
             x = originals[i] = tensors[i]
@@ -398,6 +402,11 @@ class BoundStep(Programs):
         Raises:
           SharedMemoryError: tensors that are written share memory. Nothing has been written.
         """
+        outputs = self.compute(reading, columns, numbers)
+        return {} if self.in_place else self._results(columns, outputs)
+
+    def compute(self, reading: Reading, columns: Columns, numbers: Numbers) -> list[list[Column]]:
+        """Computes the outputs of all groups; see `run`. They are empty if the step is in place."""
         workspace = reading.workspace
         outputs: list[list[Column]] = self._allocate(reading, columns) if self.allocates else [[]] * len(self.groups)
         counters: list[int] = []  # addresses
@@ -425,7 +434,7 @@ class BoundStep(Programs):
                 self._restore_layout(reading, outputs)
         workspace.status.value = 1
         self.workspaces.append(workspace)
-        return {} if self.in_place else self._results(columns, outputs)
+        return outputs
 
     def _results(self, columns: Columns, outputs: Sequence[Sequence[Sequence[Any]]]) -> Columns:
         """The columns that change, with what has been computed."""
