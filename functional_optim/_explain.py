@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ._compiler.c.emit import emit_c
+from ._compiler.differentiate import NoDerivative, differentiate_signatures
 from ._compiler.passes import Signature, plan, read_bytes, written_bytes
 from ._compiler.rule import Option
 from ._compiler.trace import ShortTracebacks
@@ -195,7 +196,7 @@ def explanation(tx: Any, params: Tree | None) -> Explanation:
         step = TreeStep(tx, True, tree, tree)
     columns = step.columns(tree, tree, False)
     assert columns is not None
-    found = _Collector(step.paths, view.leaves, torch.is_grad_enabled())
+    found = _Collector(step.paths, view.leaves, torch.is_grad_enabled(), differentiates=True)
     columns |= dict.fromkeys(_given(step), columns["updates"])
     for stage in step.stages:
         if isinstance(stage, TreeRegion) and stage.leafwise is not None:
@@ -286,10 +287,13 @@ class _Collector:
       paths: the path of each leaf.
       tensors: the parameters.
       records: whether autograd records steps that need a gradient.
+      differentiates: whether kernels compute steps that are recorded, and their derivatives.
     """
 
-    def __init__(self, paths: Sequence[str], tensors: Sequence[Any], records: bool) -> None:
-        self.paths, self.tensors, self.records = paths, tensors, records
+    def __init__(
+        self, paths: Sequence[str], tensors: Sequence[Any], records: bool, differentiates: bool = False
+    ) -> None:
+        self.paths, self.tensors, self.records, self.differentiates = paths, tensors, records, differentiates
         self.kernels: list[Kernel] = []
         self.notes: list[str] = []
         self.passes = 0
@@ -334,10 +338,28 @@ class _Collector:
         if not all(spec.plain for spec in set(map(TensorSpec.of, tensors))):
             return "some tensors are on meta or of a class of their own: the reference computes them all"
         if self.records and any(x.requires_grad for x in tensors):
-            return "a parameter requires a gradient: outside of torch.no_grad() the reference computes them all"
+            reason = self._derivative(groups)
+            if reason:
+                return f"a parameter requires a gradient: outside of torch.no_grad() {reason}"
         spans_tree = any(group.signature.program.spans_tree for group in groups)
         if spans_tree and len({group.device for group in groups}) > 1:
             return "a reduction over the tree meets tensors on several devices: the reference computes them all"
+        return ""
+
+    def _derivative(self, groups: Sequence[Group]) -> str:
+        """Notes how the derivative of a step is computed; the reason for which the reference does, if there is one."""
+        if not self.differentiates:
+            return "the reference computes them all"
+        try:
+            found = differentiate_signatures([group.signature for group in groups])
+        except NoDerivative as error:
+            return f"the reference computes them all: no kernel has the derivative of {error}"
+        passes = max(len(plan(signature)) for signature in found)
+        costs = dict.fromkeys((read_bytes(signature), written_bytes(signature)) for signature in found)
+        self.notes.append(
+            f"autograd records the step: kernels compute its derivative, too, in {_count(passes, 'pass', 'es')}, "
+            f"{' and '.join(f'{read} + {written}' for read, written in costs)} bytes per element"
+        )
         return ""
 
     def _add_group(self, group: Group, backend: str | None) -> None:

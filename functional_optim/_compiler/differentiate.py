@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
+from .passes import Signature
 from .program import Level, Program, Value
 from .trace import Symbol, Tracer
 
@@ -115,6 +116,11 @@ RULES: dict[str, Rule] = {
     "lerp": _lerp,
     "addcmul": lambda s, x, y, v, out, d: [d, d * (v * y), d * (v * x), d * (x * y)],
     "addcdiv": _addcdiv,
+    "fused_mean": lambda x, y, b, w, out, d: [d * (1.0 - w), d * w, None, d * (y - x)],
+    "fused_mean_square": lambda x, y, b, w, out, d: [d * b, 2.0 * d * (w * y), d * x, d * (y * y)],
+    "fused_weight": lambda b, n, out, d: _pow(b, n, 1.0 - out, -d),
+    "fused_shrink": lambda x, r, rest, out, d: [d * rest, None, d * x],
+    "fused_number": lambda x, out, d: [d],
     "to_float32": lambda x, out, d: [d.tracer.op("to_float32", d)],
     "to_bfloat16": lambda x, out, d: [d.tracer.op("to_bfloat16", d)],
     "to_float16": lambda x, out, d: [d.tracer.op("to_float16", d)],
@@ -270,3 +276,25 @@ def differentiate_all(
         if all(stage == last[name] for name, stage in ends):
             return done
         stages = last
+
+
+def differentiate_signatures(signatures: Sequence[Signature]) -> list[Signature]:
+    """The derivatives of programs with dtypes, from cotangents of all that they write to those of all arrays."""
+    programs = tuple(signature.program for signature in signatures)
+    given = tuple(frozenset(o.name for o in program.outputs if o.level is Level.ELEMENT) for program in programs)
+    derivatives = differentiate_all(programs, given, tuple(frozenset(program.arrays) for program in programs))
+    found = []
+    for signature, derivative in zip(signatures, derivatives, strict=True):
+        outputs = zip(signature.program.outputs, signature.outputs, strict=True)
+        dtypes = {**{cotangent(output.name): dtype for output, dtype in outputs}, **signature.dtypes}
+        own = {cotangent(name): dtype for name, dtype in signature.dtypes.items()}
+        names = (*derivative.arrays, *derivative.leaves)
+        found.append(
+            Signature(
+                derivative,
+                tuple(dtypes[name] for name in names),
+                tuple(own[output.name] for output in derivative.outputs),
+                signature.compute,
+            )
+        )
+    return found

@@ -1,0 +1,199 @@
+"""Derivatives through steps that kernels compute: every rule, beside torch operations and central differences."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+import functional_optim as fo
+from _lib.marks import INTERPRETER
+from _lib.transforms import CASES, IDS
+
+
+F32, F64 = torch.float32, torch.float64
+STEPS = 5
+SHAPES = {"a": (2,), "b": (1, 2)}
+
+
+def inputs(dtype: torch.dtype = F64) -> list[torch.Tensor]:
+    """Parameters, and two gradients of each that steps take in turns; none is near a place without a derivative."""
+    generator = torch.Generator().manual_seed(5)
+    drawn = [torch.rand(shape, generator=generator, dtype=F64) for shape in [*SHAPES.values()] * 3]
+    signs = [torch.tensor([1.0, -1.0], dtype=F64).expand(x.shape) for x in drawn]
+    return [((0.3 + x) * s).to(dtype).requires_grad_() for x, s in zip(drawn, signs, strict=True)]
+
+
+def steps_of(tx: Any, n: int = STEPS) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """A function of parameters and gradients: parameters after some steps, and the floating part of the state.
+
+    States start without a gradient, so all runs start from one.
+    """
+
+    def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        first = {k: x.detach().to(tensors[0].dtype) for k, x in zip(SHAPES, inputs(), strict=False)}
+        params, one, two = (dict(zip(SHAPES, tensors[k : k + 2], strict=True)) for k in (0, 2, 4))
+        state = tx.init(first)
+        for k in range(n):
+            params, state = fo.apply_gradients(tx, params, two if k % 2 else one, state)
+        kept = [x for x in torch.utils._pytree.tree_leaves(state) if isinstance(x, torch.Tensor)]
+        return (*params.values(), *[x for x in kept if x.is_floating_point()])
+
+    return run
+
+
+# rows whose masks name other parameters; that store slots in a narrower dtype, whose rounding has no derivative; and
+# that divide by the root of a variance that is 0 at the first step
+LEFT_OUT = ("mask", "mu_dtype", "float32", "stddev-eps_in_sqrt=True-bias_correction=True-initial_scale=0.0")
+LEFT_OUT += ("stddev-eps_in_sqrt=False-bias_correction=True-initial_scale=0.0",)
+ROWS = [k for k, name in enumerate(IDS) if not any(word in name for word in LEFT_OUT)]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[IDS[k] for k in ROWS])
+def test_first_and_second_derivatives(row: int) -> None:
+    """Against central differences of step 1e-6, whose error in double precision is far below the tolerances."""
+    run = steps_of(CASES[row].ours)
+    tensors = inputs()
+    assert gradcheck(run, tensors, fast_mode=True)
+    assert gradgradcheck(run, tensors, fast_mode=True, atol=1e-4)
+
+
+def number(x: float) -> torch.Tensor:
+    return torch.tensor(x, dtype=F64, requires_grad=True)
+
+
+# chains, made of hyper-parameters that have derivatives of their own
+CHAINS: dict[str, tuple[Callable[..., Any], tuple[float, ...]]] = {
+    "momentum": (lambda lr, m: fo.sgd(lr, m, nesterov=True), (0.1, 0.9)),
+    "AdamW": (lambda lr, b, wd: fo.adamw(lr, b, weight_decay=wd), (0.1, 0.9, 0.1)),
+    "clip, AdamW and average": (
+        lambda norm, lr, d: fo.chain(
+            # of an update that follows the size of gradients, or the derivative of the norm would be a rounding error
+            fo.clip_by_global_norm(norm),
+            fo.adamw(lr, eps=1.0, mask=lambda path, p: p.ndim > 1),
+            fo.params_ema(d),
+        ),
+        (0.5, 0.1, 0.9),
+    ),
+    "two norms": (
+        lambda x, lr: fo.chain(fo.clip_by_global_norm(x), fo.trace(0.9), fo.clip_by_global_norm(lr)),
+        (2.0, 0.1),
+    ),
+    "LAMB": (lambda lr, wd: fo.lamb(lr, weight_decay=wd), (0.1, 0.1)),
+    "a schedule": (lambda lr: fo.adam(fo.exponential_decay(lr, 3, 0.5)), (0.1,)),
+    "a function": (lambda lr: fo.sgd(lambda count: lr * 0.5**count), (0.1,)),
+    "a maximum": (lambda lr: fo.chain(fo.adamax(lr), fo.scale(-1.0)), (0.1,)),
+}
+
+
+def derivatives(name: str, backend: str, dtype: torch.dtype) -> list[torch.Tensor | None]:
+    """Those of a loss after some steps, of parameters, gradients and hyper-parameters."""
+    make, values = CHAINS[name]
+    hypers, tensors = [number(x) for x in values], inputs(dtype)
+    with fo.use_backend(backend):
+        params = steps_of(make(*hypers))(*tensors)[: len(SHAPES)]
+        loss = sum((x.double() * torch.sin(x.double())).sum() for x in params)
+        return [loss.detach(), *torch.autograd.grad(loss, [*tensors, *hypers], allow_unused=True)]
+
+
+BY_KERNELS = [(name, F64, "c") for name in CHAINS]
+BY_KERNELS += [(name, F32, "c") for name in ("AdamW", "clip, AdamW and average", "LAMB")]
+BY_KERNELS += [pytest.param(name, F32, "triton", marks=INTERPRETER) for name in ("AdamW", "clip, AdamW and average")]
+
+
+@pytest.mark.parametrize(("name", "dtype", "backend"), BY_KERNELS)
+def test_derivatives_by_kernels_are_those_of_torch_operations(name: str, dtype: torch.dtype, backend: str) -> None:
+    """To some roundings of each of five steps, which divide by roots of second moments and by norms."""
+    eps = torch.finfo(dtype).eps
+    found, expected = derivatives(name, backend, dtype), derivatives(name, "reference", dtype)
+    for x, y in zip(found, expected, strict=True):
+        assert y is None or x is not None
+        if x is not None:  # a step is one node, so nothing that it reads is out of reach, as the decay of an average is
+            y = torch.zeros_like(x) if y is None else y
+            torch.testing.assert_close(x, y, rtol=200 * eps, atol=200 * eps * float(y.abs().max()))
+
+
+def leaves_of(x: torch.Tensor) -> set[str]:
+    """Names of the nodes of a graph."""
+    found, stack = set(), [x.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            stack += [after for after, _ in node.next_functions]
+    return {node.name() for node in found}
+
+
+def test_a_recorded_step_is_one_node_of_the_graph() -> None:
+    params = {"w": torch.ones(3, requires_grad=True)}
+    tx = fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(0.1))
+    new, _ = fo.apply_gradients(tx, params, params, tx.init(params))
+    assert leaves_of(new["w"]) == {"_StepBackward", "torch::autograd::AccumulateGrad"}
+
+
+def test_a_rule_without_a_derivative_in_kernels_is_followed_by_torch() -> None:
+    """A maximum over a leaf: half of its cotangent goes to either of two elements that are equal."""
+
+    @fo.elementwise
+    def scale_to_one(u):  # type: ignore[no-untyped-def]
+        return u / fo.leaf_amax(torch.abs(u))
+
+    u = torch.tensor([2.0, -2.0, 1.0], dtype=F64, requires_grad=True)
+    tx = scale_to_one()
+    updates, _ = tx.update({"w": u}, tx.init({"w": u}))
+    assert "a parameter requires a gradient" in str(fo.explain(tx, {"w": u}))
+    (d,) = torch.autograd.grad(updates["w"][2], u)
+    torch.testing.assert_close(d, torch.tensor([-0.125, 0.125, 0.5], dtype=F64))
+
+
+def test_explain_says_what_the_derivative_costs() -> None:
+    params = {"w": torch.ones(4, requires_grad=True)}
+    explained = fo.explain(fo.adamw(0.1), params)
+    assert explained.backends == ("c",)
+    assert any("its derivative, too, in 1 pass, 24 + 16 bytes" in note for note in explained.notes)
+
+
+def test_steps_that_are_computed_again_for_their_derivative() -> None:
+    tx = fo.chain(fo.clip_by_global_norm(0.5), fo.adamw(0.1))
+    run = steps_of(tx)
+
+    def twice(checkpointed: bool) -> tuple[torch.Tensor, ...]:
+        tensors = inputs()
+        if checkpointed:
+            out = torch.utils.checkpoint.checkpoint(run, *tensors, use_reentrant=False)
+        else:
+            out = run(*tensors)
+        return torch.autograd.grad(sum(x.sum() for x in out), tensors)
+
+    for x, y in zip(twice(True), twice(False), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_a_tensor_that_is_needed_and_changed_in_place_is_reported() -> None:
+    params = {"w": torch.ones(3, requires_grad=True)}
+    tx = fo.sgd(0.1, momentum=0.9)
+    state = tx.init(params)
+    grads = {"w": torch.ones(3)}
+    new, _ = fo.apply_gradients(tx, params, grads, state)
+    state[0].trace["w"].add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        new["w"].sum().backward()
+
+
+def test_some_leaves_only() -> None:
+    """A loss of one leaf; its norm follows from the others, too."""
+    tx = fo.chain(fo.clip_by_global_norm(0.5), fo.scale(-1.0))
+    grads = {
+        "a": torch.tensor([3.0, 4.0], dtype=F64, requires_grad=True),
+        "b": torch.ones(2, dtype=F64, requires_grad=True),
+    }
+    updates, _ = tx.update(grads, tx.init(grads))
+    found = torch.autograd.grad(updates["a"][0], [grads["a"], grads["b"]])
+
+    def first(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return -a[0] * 0.5 / torch.sqrt((a * a).sum() + (b * b).sum())
+
+    expected = torch.autograd.grad(first(grads["a"], grads["b"]), [grads["a"], grads["b"]])
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-14, atol=1e-16)
