@@ -131,6 +131,9 @@ class Masked(Fusible):
     def _extra_names(self) -> frozenset[str] | None:
         return self.inner._extra_names()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Masked, (self.inner, self.mask)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Masked) and self.inner == other.inner and _same(self.mask, other.mask)
 
@@ -222,6 +225,9 @@ class Partition(Fusible):
 
     def _extra_names(self) -> frozenset[str] | None:
         return joined_names(self.transforms.values())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Partition, (self.transforms, self.labels)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Partition) and self.transforms == other.transforms and _same(self.labels, other.labels)

@@ -2,21 +2,23 @@
 
 import bisect
 import itertools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence, Set
+from typing import Any, NamedTuple
 
 import torch
 
 from ._compiler.fuse import Counting, Part, Recipe, fuse_all
 from ._compiler.rule import Bound, Slot, slot
-from ._packed import Form
+from ._packed import Form, packed_forms
 from ._runtime.checks import at, check_fit, check_slot
+from ._runtime.internals import MapLevel
 from ._runtime.join import Joins
+from ._runtime.members import MembersReading, MembersStep
 from ._runtime.packed_step import PackedStep
 from ._runtime.plan import Columns, Key, Leaf
 from ._runtime.shard import MeshShard
 from ._runtime.spec import TensorSpec, specs_of
-from ._runtime.step import BoundStep, Programs, Reading
+from ._runtime.step import BoundStep, Numbers, Programs, Reading
 from ._schedules.traced import has_fixed_key, traced_key
 from ._transform import Link
 from ._tree import MaskedNode
@@ -254,6 +256,7 @@ class BoundRegion:
     def __init__(self, region: Region, paths: Sequence[str], present: Sequence[int]) -> None:
         self.region, self.paths, self.present = region, paths, present
         self.bound: list[tuple[Variant, BoundStep]] = []
+        self.of_members: list[tuple[tuple[Form | None, ...], MembersStep]] = []
         self.joins: Joins | None = None
         self.entered = region.entered
 
@@ -274,12 +277,67 @@ class BoundRegion:
             if isinstance(found, Reading):
                 return bound, found
             if found.outside:
-                name, leaf = bound.name_of(found.position)
-                raise ValueError(
-                    f"{name}{at(self.paths[leaf])}, of a leaf of shape {tuple(own['updates'][leaf].shape)} has no "
-                    f"memory: its storage has been freed or cut."
-                )
+                self._refuse_freed(own, *bound.name_of(found.position))
         return None
+
+    def _refuse_freed(self, own: Columns, name: str, leaf: int) -> None:
+        raise ValueError(
+            f"{name}{at(self.paths[leaf])}, of a leaf of shape {tuple(own['updates'][leaf].shape)} has no memory: its "
+            f"storage has been freed or cut."
+        )
+
+    def find_members(
+        self, own: Columns, levels: Sequence[MapLevel], extra: Mapping[str, Any], given: Mapping[int, torch.Tensor]
+    ) -> tuple[MembersStep, MembersReading, Numbers] | None:
+        """A step of an ensemble that is bound to such tensors, these tensors read, and the numbers of this step.
+
+        Args:
+          own: all tensors that the programs read, as they are within `vmap`.
+          levels: the calls of `vmap` that are active.
+          extra: the extra arguments that are numbers.
+          given: tensors in the place of those that hyper-parameters have, by identity.
+
+        Raises:
+          ValueError: the storage of a tensor has been freed or cut.
+        """
+        sizes, forms = tuple(level.size for level in levels), packed_forms(own.values())
+        for known, bound in self.of_members:
+            if bound.sizes != sizes or known != forms:
+                continue
+            found = bound.read(own, levels)
+            if isinstance(found, MembersReading):
+                numbers = bound.own_numbers(extra, given)
+                if bound.fits_numbers(numbers, levels):
+                    return bound, found, numbers
+                bound.release(found)
+            elif found is not None and found.outside:
+                self._refuse_freed(own, *bound.name_of(found.position))
+        return None
+
+    def bind_members(
+        self,
+        own: Columns,
+        levels: Sequence[MapLevel],
+        leaves: Sequence[Leaf],
+        counters: Set[Key],
+        extra: Mapping[str, Any],
+        given: Mapping[int, torch.Tensor],
+    ) -> tuple[MembersStep, MembersReading, Numbers] | None:
+        """Binds the programs to the tensors of an ensemble, and reads these; None if kernels do not compute them.
+
+        Args:
+          own: all tensors that the programs read, as they are within `vmap`.
+          levels: the calls of `vmap` that are active.
+          leaves: the leaves of a member that programs compute.
+          counters: columns of counters that all leaves share.
+          extra: the extra arguments that are numbers.
+          given: tensors in the place of those that hyper-parameters have, by identity.
+        """
+        bound = MembersStep(leaves, self.specs(own), own, levels, counters, extra, given)
+        if not bound.fits:
+            return None
+        self.of_members = [(packed_forms(own.values()), bound), *self.of_members[: self.KEEP - 1]]
+        return self.find_members(own, levels, extra, given)
 
     def bind(
         self, own: Columns, variant: Variant, leaves: Sequence[Leaf], counters: Sequence[Key] = ()

@@ -12,16 +12,18 @@ from typing import Any, NamedTuple
 import torch
 
 from ._compiler.trace import ShortTracebacks
+from ._forms import template_of
 from ._leafwise import LeafwiseStep
 from ._opaque import check_apart
 from ._packed import packed_forms
 from ._regions import BoundRegion, LeafwiseRegion, Opaque, Region, Variant, cut_into_regions
 from ._runtime.backend import requested_backend
 from ._runtime.checks import at, check_fit, check_leaf, check_number
-from ._runtime.internals import needs_dispatch
+from ._runtime.internals import is_wrapper_of_a_transformation, map_levels, needs_dispatch
+from ._runtime.members import different_numbers
 from ._runtime.overlap import SharedMemoryError
 from ._runtime.packing import PackedColumn
-from ._runtime.plan import Columns
+from ._runtime.plan import Columns, Key
 from ._runtime.pointers import PointerReader, Pointers
 from ._runtime.recording import can_record, record
 from ._runtime.spec import TensorSpec
@@ -48,8 +50,13 @@ class TreeRegion(BoundRegion):
         own = self.state.columns(states, columns, in_place)
         for name, (schedule, counter) in self.region.hosts.items():
             count = states[counter[0]].count  # type: ignore[index]
-            count = 0 if count.is_meta else int(count)
             devices = [x.device if isinstance(x, torch.Tensor) else None for x in columns["updates"]]
+            levels = map_levels() if is_wrapper_of_a_transformation(count) else ()
+            if levels:
+                value = value_of_members(name, schedule, count, different_numbers(count, levels))
+                own[name] = [None if device is None else value for device in devices]
+                continue
+            count = 0 if count.is_meta else int(count)
             own[name] = host_column(name, schedule, [count] * len(devices), devices)
         return own
 
@@ -142,7 +149,13 @@ class TreeStep:
         return _seen(self.tx._links(view, ())) == self.seen
 
     def take(
-        self, columns: Columns, state: Any, like: Tree, extra: Mapping[str, Any], donate: bool
+        self,
+        columns: Columns,
+        state: Any,
+        like: Tree,
+        extra: Mapping[str, Any],
+        donate: bool,
+        given: Mapping[int, torch.Tensor],
     ) -> tuple[Tree, Any] | None:
         """Takes the step.
 
@@ -152,6 +165,7 @@ class TreeStep:
           like: the tree whose containers results have.
           extra: the extra arguments.
           donate: whether to write in place.
+          given: tensors in the place of those that hyper-parameters have, by identity.
 
         Returns:
           The new parameters, or updates, and the new state; None if a leaf is there or gone that was not before.
@@ -159,7 +173,7 @@ class TreeStep:
         Raises:
           ValueError, TypeError, RuntimeError: something does not fit; nothing has been written.
         """
-        given = self._extra_numbers(extra) if extra or self.extras.needed or self.extras.columns else extra
+        numbers = self._extra_numbers(extra) if extra or self.extras.needed or self.extras.columns else extra
         columns = columns | self._extra_columns(extra) if self.extras.columns else columns
         dispatching = needs_dispatch()
         if donate and dispatching:
@@ -184,7 +198,7 @@ class TreeStep:
             own = stage.columns(columns, states, in_place)
             if watched and not watch.holds(columns["params"]):
                 raise RuntimeError(CHANGED_MESSAGE)
-            results = self._run(stage, own, states, given, in_place, dispatching)
+            results = self._run(stage, own, states, numbers, in_place, dispatching, given)
             if results is None:
                 return None
             if not in_place:
@@ -198,6 +212,39 @@ class TreeStep:
         trees = [columns[name] for name in ("updates", "params") if name in columns]
         return any(not isinstance(tree[i], torch.Tensor) for tree in trees for i in self.present)
 
+    def _has_its_leaves(self, own: Columns) -> bool:
+        """Whether the leaves are there that were there before.
+
+        Raises:
+          ValueError, TypeError: one of them is no leaf, or does not fit.
+        """
+        if [i for i, x in enumerate(_present(own)) if x] != list(self.present) or self._has_containers(own):
+            return False
+        self._check_leaves(own)
+        return True
+
+    def _run_followed(
+        self, stage: TreeRegion, own: Columns, extra: Mapping[str, Any], given: Mapping[int, torch.Tensor]
+    ) -> Columns | None:
+        """Runs a region where torch follows: by kernels where only `vmap` does, else by operations of torch."""
+        levels = map_levels() if requested_backend() in (None, "c") else ()
+        found = stage.find_members(own, levels, extra, given) if levels else None
+        if found is None:
+            if not self._has_its_leaves(own):
+                return None
+            leaves = stage.leaves(own)
+            if levels:
+                counters: set[Key] = {(k, "count") for k in stage.state.counted}
+                found = stage.bind_members(own, levels, leaves, counters, extra, given)
+            if found is None:
+                programs = stage.programs(own, leaves)
+                return programs.evaluate(own, programs.own_numbers(extra, given))
+        bound, reading, numbers = found
+        if torch.is_grad_enabled() and bound.requires_grad(reading, numbers):
+            bound.release(reading)
+            return bound.evaluate(own, numbers)
+        return bound.run(reading, own, numbers, levels)
+
     def _run(
         self,
         stage: TreeRegion,
@@ -206,6 +253,7 @@ class TreeStep:
         extra: Mapping[str, Any],
         in_place: bool,
         dispatching: bool,
+        given: Mapping[int, torch.Tensor],
     ) -> Columns | None:
         """Runs a region.
 
@@ -213,19 +261,16 @@ class TreeStep:
           The columns that change, none of them if the step is in place; None, and nothing is done, if other leaves are
           there than before.
         """
+        if dispatching and stage.leafwise is None:
+            return self._run_followed(stage, own, extra, given)
         variant = Variant(in_place, requested_backend(), forms=packed_forms(own.values()))
-        found = None if dispatching or stage.leafwise else stage.find(own, variant)
+        found = None if stage.leafwise else stage.find(own, variant)
         if found is None:
-            if [i for i, x in enumerate(_present(own)) if x] != list(self.present) or self._has_containers(own):
+            if not self._has_its_leaves(own):
                 return None
-            self._check_leaves(own)
             if stage.leafwise is not None:
                 return stage.leafwise.compute(own, extra)
-            leaves = stage.leaves(own)
-            if dispatching:
-                programs = stage.programs(own, leaves)
-                return programs.evaluate(own, programs.numbers((), extra))
-            found = stage.bind(own, variant, leaves, [(k, "count") for k in stage.moving])
+            found = stage.bind(own, variant, stage.leaves(own), [(k, "count") for k in stage.moving])
         bound, reading = found
         numbers = bound.numbers((), extra)
         if torch.is_grad_enabled() and bound.requires_grad(reading, numbers):
@@ -430,6 +475,28 @@ def host_column(
     return column
 
 
+def value_of_members(
+    name: str, schedule: Callable[[int], Any], count: torch.Tensor, counts: Sequence[float]
+) -> torch.Tensor:
+    """The value of a schedule that only Python can evaluate, for members of `vmap`, which have counts of their own.
+
+    Args:
+      name: its name in messages.
+      schedule: the schedule, which is called once for each count.
+      count: the count within `vmap`.
+      counts: all counts that there are.
+
+    Raises:
+      ValueError: it returned something else than a number.
+    """
+    found: torch.Tensor | None = None
+    for k in counts:
+        value = check_number(f"the schedule of {name} returned", schedule(int(k)))
+        value = torch.as_tensor(value, dtype=torch.float64, device=count.device)
+        found = value if found is None else torch.where(count == k, value, found)
+    return torch.zeros((), dtype=torch.float64) if found is None else found
+
+
 ALWAYS_ACCEPTED = frozenset(
     {"value", "grad", "value_fn"}
 )  # names that training loops pass to any transformation, as with optax
@@ -565,19 +632,21 @@ def take_step(
       The new parameters if `apply`, else the new updates; and the new state.
     """
     like = updates if params is None else params
-    bound = tx._bound_steps
+    mapped = bool(map_levels())
+    home, given = template_of(tx) if mapped and tx._tensors else (tx, {})
+    bound = home._bound_steps
     for step in bound:
         columns = step.columns(updates, params, donate) if step.apply is apply else None
         if columns is not None and (not step.asks_leaves or step.sees_the_same(columns)):
-            done: tuple[Tree, Any] | None = step.take(columns, state, like, extra, donate)
+            done: tuple[Tree, Any] | None = step.take(columns, state, like, extra, donate, given)
             if done is not None:
                 return done
     with ShortTracebacks():
-        step = TreeStep(tx, apply, updates, params)
+        step = TreeStep(home, apply, updates, params)
     columns = step.columns(updates, params, donate)
     assert columns is not None
-    done = step.take(columns, state, like, extra, donate)
+    done = step.take(columns, state, like, extra, donate, given)
     assert done is not None
-    if not needs_dispatch():
-        tx._bound_steps = [step, *bound[: KEEP - 1]]
+    if mapped or not needs_dispatch():
+        home._bound_steps = [step, *bound[: KEEP - 1]]
     return done

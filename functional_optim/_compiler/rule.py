@@ -321,7 +321,7 @@ class Rule:
         if isinstance(value, torch.Tensor) and value.ndim:
             raise ValueError(
                 f"`{hyper}` of {self.name} must be a number, a 0-d tensor or a schedule, "
-                f"got a tensor of shape {tuple(value.shape)}."
+                f"got a tensor of shape {tuple(value.shape)}{hint_of_members(value)}."
             )
         if callable(value) and not isinstance(value, torch.Tensor) and hyper in {s.start for s in self.slots.values()}:
             raise TypeError(
@@ -424,6 +424,13 @@ class Bound:
             id(self.rule),
             *((k, id(v) if isinstance(v, torch.Tensor) else (type(v), v)) for k, v in self.values.items()),
         )
+
+
+def hint_of_members(x: torch.Tensor) -> str:
+    """The end of a message about a tensor in the place of a number, for a caller who has one for each of many."""
+    if x.ndim != 1:
+        return ""
+    return f"; to give each of {len(x)} members its own, map a function that takes one over it by `torch.vmap`"
 
 
 def is_static(value: Any) -> bool:

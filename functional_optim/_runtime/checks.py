@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .._compiler.rule import Slot
+from .._compiler.rule import Slot, hint_of_members
 
 
 def at(path: str) -> str:
@@ -81,7 +81,8 @@ def check_count(name: str, x: Any) -> None:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} is {type(x).__name__} {x!r:.60}, expected a tensor that holds one integer.")
     if x.ndim or x.is_floating_point() or x.is_complex():
-        raise ValueError(f"{name} is {x.dtype} of shape {tuple(x.shape)}, expected one integer.")
+        hint = f"; a state of {len(x)} members is stepped in a function that `torch.vmap` maps" if x.ndim == 1 else ""
+        raise ValueError(f"{name} is {x.dtype} of shape {tuple(x.shape)}, expected one integer{hint}.")
 
 
 def check_number(what: str, x: Any) -> float | torch.Tensor:
@@ -92,7 +93,7 @@ def check_number(what: str, x: Any) -> float | torch.Tensor:
     """
     if isinstance(x, torch.Tensor):
         if x.ndim:
-            raise ValueError(f"{what} a tensor of shape {tuple(x.shape)}, expected a number.")
+            raise ValueError(f"{what} a tensor of shape {tuple(x.shape)}, expected a number{hint_of_members(x)}.")
         return x
     try:
         return float(x if not isinstance(x, (str, bytes)) else None)  # type: ignore[arg-type]

@@ -89,6 +89,22 @@ def usable_threads() -> int:
     return 1 if parallel_address() is None else torch.get_num_threads()
 
 
+class ScalarMemory:
+    """Memory for a scalar table.
+
+    Args:
+      n: how many numbers it has.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.form, self.memory = struct.Struct(f"{n}d"), (ctypes.c_double * max(n, 1))()
+        self.address = ctypes.addressof(self.memory)
+
+    def fill(self, table: Sequence[Number]) -> None:
+        """Writes the numbers, row after row."""
+        self.form.pack_into(self.memory, 0, *table)  # calls `float` on 0-d tensors
+
+
 class CpuLaunches:
     """The launches of groups that run together on the CPU.
 
@@ -98,6 +114,7 @@ class CpuLaunches:
       pointers: memory that holds the data pointers of every step.
       n_threads: number of threads.
       joins: the reductions over processes, if there are any.
+      scalars: for each group, the address of its scalar table, where somebody else fills that.
     """
 
     def __init__(
@@ -107,6 +124,7 @@ class CpuLaunches:
         pointers: Pointers,
         n_threads: int,
         joins: Joins | None,
+        scalars: Sequence[int] | None = None,
     ) -> None:
         self.cuts = [cut(group.table.sizes, CHUNK) for group in groups]
         cpu = torch.device("cpu")
@@ -115,13 +133,11 @@ class CpuLaunches:
         self.buffers = partial_buffers(groups, self.cuts, cpu, n_joined)
         self.kept: list[Any] = [pointers]  # memory that the structures point to
         self.structs: list[_Struct] = []
-        self.numbers: list[tuple[struct.Struct, Any]] = []  # for each group, the form and the memory of its table
+        self.tables = [ScalarMemory(len(g.sources) * len(g.signature.program.scalars)) for g in groups]
+        addresses = [table.address for table in self.tables] if scalars is None else scalars
         total = sum(len(chunks.leaf) for chunks in self.cuts) + n_joined
         first = 0
-        for group, chunks, own, at in zip(groups, self.cuts, self.buffers, places, strict=True):
-            n_scalars = len(group.sources) * len(group.signature.program.scalars)
-            table = (ctypes.c_double * max(n_scalars, 1))()
-            self.numbers.append((struct.Struct(f"{n_scalars}d"), table))
+        for group, chunks, own, at, table in zip(groups, self.cuts, self.buffers, places, addresses, strict=True):
             n_elements = sum(group.table.sizes)
             own_threads = min(n_threads, len(chunks.leaf)) if n_elements > SERIAL else 1
             runs = _runs(chunks, n_elements, own_threads)
@@ -133,7 +149,7 @@ class CpuLaunches:
             # columns point into the memory that every reading fills with data pointers, so they stay as they are
             s.runs, s.columns = self._integers(runs), self._integers([pointers.address + 8 * place for place in at])
             s.partials = self._integers([x.data_ptr() for x in own])
-            s.scalars = ctypes.addressof(table)
+            s.scalars = table
             self.structs.append(s)
             first += len(chunks.leaf)
         kernels = [compile_c(group.signature) for group in groups]
@@ -153,6 +169,11 @@ class CpuLaunches:
         self.kept.append(memory)
         return ctypes.addressof(memory)
 
+    @property
+    def passes(self) -> list[Any]:
+        """All passes, in order."""
+        return list(itertools.chain.from_iterable(self.calls))
+
     def __call__(self, numbers: Sequence[Sequence[Number]], increments: Sequence[int]) -> None:
         """Runs all passes over the tensors whose data pointers have been read.
 
@@ -160,8 +181,8 @@ class CpuLaunches:
           numbers: for each group, its scalar table.
           increments: addresses of 64-bit integers that are moved on by one at the end.
         """
-        for (form, table), row in zip(self.numbers, numbers, strict=True):
-            form.pack_into(table, 0, *row)  # calls `float` on 0-d tensors
+        for memory, table in zip(self.tables, numbers, strict=True):
+            memory.fill(table)
         addresses = (ctypes.c_int64 * len(increments))(*increments)
         if self.join is None:
             self.run_passes(self.calls[0], len(self.calls[0]), addresses, len(increments))
@@ -170,6 +191,45 @@ class CpuLaunches:
             last = k + 1 == len(self.calls)
             self.run_passes(passes, len(passes), addresses, len(increments) * last)
             self.join(self.buffers, k + 1)
+
+
+class CpuLaunchesOfParts:
+    """The launches of several parts, by one call. The scalar tables of parts are pieces of one table for each group.
+
+    Args:
+      parts: the groups of each part, as many of each.
+      places: see `CpuLaunches`, for each part.
+      pointers: memory that holds the data pointers of every step.
+      n_threads: number of threads.
+      rows: for each group, how many numbers all parts have, and how many lie between two.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Sequence[Group]],
+        places: Sequence[Sequence[Sequence[int]]],
+        pointers: Pointers,
+        n_threads: int,
+        rows: Sequence[tuple[int, int]],
+    ) -> None:
+        self.tables = [ScalarMemory(n) for n, _ in rows]
+        distances = [8 * step for _, step in rows]
+        self.parts = []
+        for k, (groups, own) in enumerate(zip(parts, places, strict=True)):
+            scalars = [table.address + k * d for table, d in zip(self.tables, distances, strict=True)]
+            self.parts.append(CpuLaunches(groups, own, pointers, n_threads, None, scalars))
+        passes = [one for part in self.parts for one in part.passes]
+        self.passes, self.run_passes = (_Pass * len(passes))(*passes), starter()
+
+    def __call__(self, numbers: Sequence[Sequence[Number]]) -> None:
+        """Runs all passes over the tensors whose data pointers have been read.
+
+        Args:
+          numbers: for each group, the scalar tables of all parts.
+        """
+        for memory, table in zip(self.tables, numbers, strict=True):
+            memory.fill(table)
+        self.run_passes(self.passes, len(self.passes), None, 0)
 
 
 def _runs(chunks: Chunks, n_elements: int, n_threads: int) -> list[int]:

@@ -7,7 +7,7 @@ import itertools
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -97,6 +97,76 @@ def is_wrapper_of_a_transformation(x: Any) -> bool:
     no public question.
     """
     return torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+class MapLevel(NamedTuple):
+    """A `torch.vmap` that is active.
+
+    Args:
+      level: its number among the transformations that are active, by which wrappers name it.
+      size: number of members.
+    """
+
+    level: int
+    size: int
+
+
+def vmap_levels() -> tuple[MapLevel, ...]:
+    """The calls of `torch.vmap` that are active, outermost first; none if other transformations are active, too.
+
+    `torch._C._functorch.get_interpreter_stack` lists the transformations; each has a `key`, a `level`, and for `vmap`,
+    seen as a `CVmapInterpreterPtr`, a `batchSize`. `torch._functorch.pyfunctorch` reads the same.
+    """
+    functorch: Any = torch._C._functorch
+    stack = functorch.get_interpreter_stack() or ()
+    if any(x.key() != functorch.TransformType.Vmap for x in stack):
+        return ()
+    return tuple(MapLevel(x.level(), functorch.CVmapInterpreterPtr(x).batchSize()) for x in stack)
+
+
+def map_levels() -> tuple[MapLevel, ...]:
+    """The calls of `torch.vmap` that are active, outermost first; none if there is something else that follows too."""
+    if (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.compiler.is_compiling()
+    ):
+        return ()
+    return vmap_levels()
+
+
+def unwrap_members(x: torch.Tensor, level: int) -> tuple[torch.Tensor, int | None]:
+    """The tensor of all members that a wrapper of `vmap` stands for, and their dimension; else the tensor and None.
+
+    `torch._C._functorch._unwrap_batched`; a rule of `torch.library.register_vmap` is given the same, but only as an
+    operation, and a call of one costs more than a step of a small ensemble.
+    """
+    return torch._C._functorch._unwrap_batched(x, level)
+
+
+def wrap_members(x: torch.Tensor, level: int) -> torch.Tensor:
+    """A wrapper for the tensor of all members, whose dimension is the first; `torch._C._functorch._add_batch_dim`."""
+    return torch._C._functorch._add_batch_dim(x, 0, level)
+
+
+def outside_transformations() -> Any:
+    """A context in which no transformation of `torch.func` follows operations on tensors that are not wrapped.
+
+    `torch._C._DisableFuncTorch`, with which torch prints wrapped tensors.
+    """
+    return torch._C._DisableFuncTorch()
+
+
+def all_transformations() -> Any:
+    """A context in which functions of `torch.func` work, also in a kernel that a dispatch mode has called.
+
+    A mode excludes the keys of all that is above it from the dispatch of operations, those of `vmap` among them, until
+    its handler returns. `torch._C._ForceDispatchKeyGuard` sets them, as it does in `torch._dynamo.eval_frame`.
+    """
+    excluded: Any = torch._C._dispatch_tls_local_exclude_set()
+    for name in ("Batched", "VmapMode", "DynamicLayerFrontMode", "DynamicLayerBackMode"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, f"FuncTorch{name}"))
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
 
 
 def register_with_torch(

@@ -62,6 +62,18 @@ class Programs:
         """The numbers of this step; see `Table.numbers`."""
         return [table.numbers(options, extra) for table in self.tables]
 
+    def own_numbers(self, extra: Mapping[str, Any], given: Mapping[int, torch.Tensor]) -> Numbers:
+        """The numbers of this step, with other tensors in the place of those that hyper-parameters have.
+
+        Args:
+          extra: the extra arguments that are numbers.
+          given: the other tensors, by the identity of those that they replace.
+        """
+        tables = self.numbers((), extra)
+        if not given:
+            return tables
+        return [[given.get(id(x), x) if isinstance(x, torch.Tensor) else x for x in table] for table in tables]
+
     def gather(self, columns: Columns) -> list[Any]:
         """The tensors of all groups: for each group and gather, one per leaf, or one that leaves share."""
         tensors: list[Any] = []

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .._compiler.rule import Range, plain_number
+from .._compiler.rule import Range, hint_of_members, plain_number
 from .._compiler.trace import Symbol
 
 
@@ -243,7 +243,10 @@ class ScheduleFactory:
                 raise ValueError(f"{what} must be one of {list(allowed)}, got {value!r}{place}.")
         elif isinstance(value, torch.Tensor):
             if value.ndim:
-                raise ValueError(f"{what} must be a number, got a tensor of shape {tuple(value.shape)}{place}.")
+                raise ValueError(
+                    f"{what} must be a number, got a tensor of shape {tuple(value.shape)}{place}"
+                    f"{hint_of_members(value)}."
+                )
         elif not isinstance(value, (int, float)):
             raise TypeError(f"{what} must be a number, got {value!r:.60}{place}.")
         else:

@@ -12,7 +12,16 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from functional_optim._runtime import pointers
-from functional_optim._runtime.internals import in_backward, is_wrapper_of_a_transformation, needs_dispatch
+from functional_optim._runtime.internals import (
+    all_transformations,
+    in_backward,
+    is_wrapper_of_a_transformation,
+    map_levels,
+    needs_dispatch,
+    outside_transformations,
+    unwrap_members,
+    wrap_members,
+)
 from functional_optim._runtime.pointers import library, operations
 from functional_optim._runtime.shard import is_fsdp1, local_tensor
 from functional_optim._runtime.spec import TensorSpec
@@ -63,6 +72,38 @@ NAMES = {
     "Tensor._version": (
         "internals.version",
         "see how the notes on autograd tell that a tensor has been written to",
+    ),
+    "_C._functorch.get_interpreter_stack": (
+        "internals.vmap_levels",
+        "see how `torch._functorch.pyfunctorch` lists the transformations that are active",
+    ),
+    "_C._functorch.TransformType.Vmap": (
+        "internals.vmap_levels",
+        "see how `torch._functorch.pyfunctorch` tells `vmap` from others",
+    ),
+    "_C._functorch.CVmapInterpreterPtr.batchSize": (
+        "internals.vmap_levels",
+        "see how `torch._functorch.pyfunctorch.VmapInterpreter` tells the number of members",
+    ),
+    "_C._functorch._unwrap_batched": (
+        "internals.unwrap_members",
+        "see how `torch._functorch.vmap.unwrap_batched` takes wrappers off",
+    ),
+    "_C._functorch._add_batch_dim": (
+        "internals.wrap_members",
+        "see how `torch._functorch.vmap` puts wrappers on",
+    ),
+    "_C._ForceDispatchKeyGuard": (
+        "internals.all_transformations",
+        "see how `torch._dynamo.eval_frame` sets the keys that are excluded from dispatch",
+    ),
+    "_C._dispatch_tls_local_exclude_set": (
+        "internals.all_transformations",
+        "see how `torch._dynamo.eval_frame` reads the keys that are excluded from dispatch",
+    ),
+    "_C._DisableFuncTorch": (
+        "internals.outside_transformations",
+        "see how `torch._tensor_str` prints wrapped tensors",
     ),
     "_C.__file__": (
         "pointers.operations",
@@ -200,6 +241,55 @@ def test_wrappers_of_a_transformation(escaped: dict[str, torch.Tensor]) -> None:
         assert is_wrapper_of_a_transformation(x), name
     assert not is_wrapper_of_a_transformation(torch.ones(3))
     assert not is_wrapper_of_a_transformation(torch.nn.Parameter(torch.ones(3)))
+
+
+def test_members_of_nested_calls_of_vmap() -> None:
+    found: list[Any] = []
+
+    def inner(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        levels = map_levels()
+        found.extend([level.size for level in levels])
+        whole, dim = unwrap_members(x, levels[1].level)
+        found.append((dim, unwrap_members(whole, levels[0].level)[1]))
+        found.append(unwrap_members(y, levels[1].level)[1])
+        with outside_transformations():
+            plain = torch.arange(3.0)
+        return wrap_members(plain, levels[1].level) + y
+
+    result = torch.vmap(lambda x, y: torch.vmap(inner, (0, None))(x, y))(torch.zeros(2, 3, 4), torch.ones(2))
+
+    why = f"torch {torch.__version__} wraps tensors of `vmap` otherwise"
+    assert found == [2, 3, (0, 0), None], why
+    assert result.tolist() == [[1.0, 2.0, 3.0]] * 2, why
+
+
+def test_vmap_in_the_handler_of_a_mode() -> None:
+    class Mapping(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            with all_transformations():
+                return torch.vmap(lambda x: x * x.sum())(*args)
+
+    x = torch.ones(2, 3)
+    with Mapping():
+        found = x.exp()
+    assert found.tolist() == [[3.0] * 3] * 2, f"torch {torch.__version__} excludes transformations in other ways"
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("name", [name for name in TRANSFORMS if name != "vmap"])
+def test_nothing_but_vmap_has_members(name: str) -> None:
+    answers = []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        answers.append(map_levels())
+        return (x * x).sum()
+
+    TRANSFORMS[name](function)(torch.ones(3))
+    with Watching():
+        torch.vmap(function)(torch.ones(2, 3))
+    assert answers
+    assert not any(answers)
+    assert map_levels() == ()
 
 
 def test_spec_of_a_tensor_that_is_zero_without_memory() -> None:

@@ -1,0 +1,98 @@
+"""Forms of chains: all that decides a chain's kernels but for the tensors among its hyper-parameters.
+
+A function that `vmap` maps makes its chain anew at every call, of the learning rate that each member is given. Chains
+of one form are stepped by one of them, the template, with the tensors of the others in the place of its own.
+"""
+
+import functools
+import re
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+
+from ._runtime.internals import is_wrapper_of_a_transformation
+from ._schedules.schedule import Identity, Schedule
+from ._schedules.traced import has_fixed_key
+from ._transform import GradientTransformation
+
+
+_VALUES = (type(None), bool, int, str, bytes, torch.dtype)
+
+
+class Form:
+    """The form of a chain. Forms are equal if one chain computes as the other does once it has its tensors.
+
+    Numbers and strings count by value; functions, and objects that may change, by identity.
+
+    Args:
+      tx: the chain.
+    """
+
+    def __init__(self, tx: GradientTransformation) -> None:
+        self.tx: GradientTransformation | None = tx
+        self.key = _form(tx, {id(x): k for k, x in enumerate(tx._tensors)})
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Form) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+def _form(x: Any, holes: Mapping[int, int]) -> Hashable:
+    """A key of an argument. Tensors that are hyper-parameters count by position."""
+    if isinstance(x, torch.Tensor):
+        return ("tensor", holes[id(x)]) if id(x) in holes else Identity(x)
+    if type(x) in _VALUES:
+        return type(x), x
+    if isinstance(x, float):
+        return "float", repr(x)  # zeros of both signs are equal
+    if isinstance(x, re.Pattern):
+        return "pattern", x.pattern, x.flags
+    if type(x) in (tuple, list):
+        return type(x), *(_form(y, holes) for y in x)
+    if type(x) is dict:
+        return dict, *((_form(k, holes), _form(y, holes)) for k, y in x.items())
+    if isinstance(x, (GradientTransformation, Schedule)) and type(x).__reduce__ is not object.__reduce__:
+        made = x.__reduce__()
+        if made[0] is type(x):  # the call that makes it
+            return Identity(type(x)), *(_form(y, holes) for y in made[1])
+    return Identity(x)
+
+
+@functools.lru_cache(maxsize=64)
+def _template(form: Form) -> GradientTransformation | None:
+    """The chain that takes the steps of all chains of a form; None if its parts keep their tensors to themselves."""
+    tx, form.tx = form.tx, None
+    assert tx is not None
+    parts: list[Any] = []
+
+    def note(path: Any, part: GradientTransformation) -> GradientTransformation:
+        parts.append(part)
+        return part
+
+    tx._rewrite(note, ())
+    if not all(_takes_tensors(part) for part in parts):
+        return None
+    return tx._with_tensors([torch.zeros((), dtype=torch.float64) for _ in tx._tensors])
+
+
+def _takes_tensors(part: Any) -> bool:
+    """Whether an innermost transformation is a rule whose kernels read all its tensors from a table."""
+    bound = getattr(part, "bound", None)
+    if bound is None or bound.rule.whole:
+        return False
+    return all(has_fixed_key(value) for name, value in bound.values.items() if bound.is_schedule(name))
+
+
+def template_of(tx: GradientTransformation) -> tuple[GradientTransformation, dict[int, torch.Tensor]]:
+    """The chain that steps of one are bound to, and tensors in the place of its hyper-parameters, by identity.
+
+    It is the chain itself, unless members of `vmap` have hyper-parameters of their own.
+    """
+    if any(map(is_wrapper_of_a_transformation, tx._tensors)):
+        found = _template(Form(tx))
+        if found is not None:
+            return found, {id(own): x for own, x in zip(found._tensors, tx._tensors, strict=True)}
+    return tx, {}

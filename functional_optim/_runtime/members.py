@@ -1,0 +1,515 @@
+"""MembersStep: programs bound to the tensors of an ensemble, which `torch.vmap` has stacked.
+
+Within `vmap` a tensor is a wrapper of one with a dimension more, that of the members. The tensors of one member are
+views of such a stack, at constant distances in memory. So a step reads the data pointers of the stacks, adds constant
+offsets to them, and runs the kernels of ordinary steps over the leaves of all members in one call.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence, Set
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from .._compiler.cache import BuildError
+from .._compiler.call import LeafTable
+from .._compiler.program import Level
+from .backend import choose_backend, give_up
+from .cpu import CpuLaunchesOfParts, compile_c, usable_threads
+from .internals import (
+    MapLevel,
+    is_wrapper_of_a_transformation,
+    outside_transformations,
+    unwrap_members,
+    wrap_members,
+)
+from .packed_step import Offsets, Source
+from .packing import PackedColumn
+from .plan import Columns, Group, Key, Leaf
+from .pointers import Difference, PointerReader, Pointers
+from .spec import TensorSpec
+from .step import REQUIRES_GRAD, Numbers, Programs, Specs
+
+
+Levels = Sequence[MapLevel]  # the calls of `vmap` that are active, outermost first
+Stacked = tuple[bool, ...]  # for each level, whether members have tensors of their own
+
+
+class Stack(NamedTuple):
+    """A tensor of all members, without wrappers.
+
+    Args:
+      tensor: the tensor; the dimensions of members come first, those of outer levels before those of inner ones.
+      stacked: the levels that it has a dimension of.
+    """
+
+    tensor: torch.Tensor
+    stacked: Stacked
+
+    @classmethod
+    def of(cls, x: torch.Tensor, levels: Levels) -> "Stack":
+        """The tensor that stands behind one within `vmap`, which need not be a wrapper."""
+        if len(levels) == 1:
+            x, dim = unwrap_members(x, levels[0].level)
+            return cls(x.movedim(dim, 0) if dim else x, (dim is not None,))
+        dims: list[int | None] = []
+        for level in reversed(levels):
+            x, dim = unwrap_members(x, level.level)
+            dims.insert(0, dim)
+        if any(dims):  # an inner dimension is counted without those of outer levels
+            rest = list(range(x.ndim))
+            first = [rest.pop(dim) for dim in dims if dim is not None]
+            x = x.permute(first + rest)
+        return cls(x, tuple(dim is not None for dim in dims))
+
+
+def different_numbers(x: torch.Tensor, levels: Levels) -> list[float]:
+    """The numbers that members have, each once."""
+    tensor = Stack.of(x, levels).tensor
+    with outside_transformations():
+        return list(dict.fromkeys(tensor.flatten().tolist()))
+
+
+class Ensemble:
+    """The members of a step: those of nested calls of `vmap` in one row.
+
+    Args:
+      sizes: the number of members at each level; 1 where no tensor has some of its own.
+
+    Example:
+      >>> pair = Ensemble((2, 3))
+      >>> pair.offsets(Stack(torch.zeros(3, 5), (False, True)))
+      [0, 5, 10, 0, 5, 10]
+      >>> pair.values(Stack(torch.tensor([1.0, 2.0]), (True, False)))
+      [1.0, 1.0, 1.0, 2.0, 2.0, 2.0]
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.sizes, self.n = tuple(sizes), math.prod(sizes)
+
+    def offsets(self, stack: Stack) -> list[int]:
+        """For each member, the offset of its part of a tensor, in elements."""
+        strides = iter(stack.tensor.stride())
+        steps = [next(strides) if own else 0 for own in stack.stacked]
+        places = itertools.product(*map(range, self.sizes))
+        return [sum(k * step for k, step in zip(place, steps, strict=True)) for place in places]
+
+    def values(self, stack: Stack) -> list[float]:
+        """For each member, its number."""
+        shape = [size if own else 1 for size, own in zip(self.sizes, stack.stacked, strict=True)]
+        values: list[float] = stack.tensor.reshape(shape).expand(self.sizes).flatten().tolist()
+        return values
+
+
+class _Result(NamedTuple):
+    """The place of a leaf's results.
+
+    Args:
+      maker: the tensor that they are in, by position among those that are made.
+      offset: the bytes in front of the first member's.
+      distance: the bytes between two members.
+    """
+
+    maker: int
+    offset: int
+    distance: int
+
+
+class MembersReading(NamedTuple):
+    """The tensors of one step, found to have the specs that it is bound to.
+
+    Args:
+      tensors: the stacks.
+      workspace: memory with their data pointers, and the launches that read it.
+    """
+
+    tensors: Sequence[torch.Tensor]
+    workspace: "MembersWorkspace"
+
+
+class MembersWorkspace:
+    """Memory for data pointers, and the launches of kernels on it. Threads that share a step have one each."""
+
+    def __init__(self, step: "MembersStep", n_threads: int) -> None:
+        n, n_sources, n_made = len(step.entries), len(step.sources), len(step.makers)
+        self.n_threads, self.pointers = n_threads, Pointers(n, len(step.made))
+        self.bases, self.new_bases = Pointers(n_sources), Pointers(n_made)
+        self.read_bases, self.made_bases = self.bases.tensor[:n_sources], self.new_bases.tensor[:n_made]
+        self.read, self.made = self.pointers.tensor[:n], self.pointers.tensor[n + 1 :]
+        self.known = b""  # the data pointers of stacks that `read` follows from
+        self.run = CpuLaunchesOfParts(step.parts, step.places, self.pointers, n_threads, step.rows)
+
+
+class MembersStep(Programs):
+    """Programs bound to the tensors of an ensemble.
+
+    Args:
+      leaves: the leaves of one member that programs compute.
+      specs: the specs of one member's tensors, by column.
+      columns: the tensors, as they are within `vmap`.
+      levels: the calls of `vmap` that are active.
+      counters: columns of counters that all leaves share.
+      extra: the extra arguments that are numbers.
+      given: tensors in the place of those that hyper-parameters have, by identity.
+
+    Attributes:
+      fits: whether kernels compute the step. If not, operations of torch are to.
+    """
+
+    def __init__(
+        self,
+        leaves: Sequence[Leaf],
+        specs: Specs,
+        columns: Columns,
+        levels: Levels,
+        counters: Set[Key],
+        extra: Mapping[str, Any],
+        given: Mapping[int, torch.Tensor],
+    ) -> None:
+        super().__init__(leaves, specs)
+        self.contiguous = any(group.copied for group in self.groups)
+        if self.contiguous:  # copies of stacks are walked side by side
+            super().__init__(leaves, {key: list(map(_contiguous, column)) for key, column in specs.items()})
+        self.sizes, self.counters = tuple(level.size for level in levels), counters
+        self.fits = self._builds_kernels(specs)
+        if not self.fits or (self.contiguous and any(isinstance(x, PackedColumn) for x in columns.values())):
+            self.fits = False
+            return
+        self.sources = self._find_sources(columns)
+        stacks = [self._stack(source.of(columns), levels) for source in self.sources]
+        if not all(self._is_whole(stack) for stack in stacks):
+            self.fits = False
+            return
+        with outside_transformations():
+            tensors = [stack.tensor for stack in stacks]
+            self.reader = PointerReader(tensors, list(map(TensorSpec.of, tensors)))
+        self.stacked = [stack.stacked for stack in stacks]
+        self.of_numbers = _levels_of(self.own_numbers(extra, given), levels)
+        used = map(any, zip(*self.stacked, self.of_numbers, strict=True))
+        self.used = tuple(used)
+        self.ensemble = Ensemble([size if own else 1 for size, own in zip(self.sizes, self.used, strict=True)])
+        self.makers: list[Callable[[], torch.Tensor]] = []
+        self.leaves_made: list[tuple[Key, int, int]] = []  # columns, positions in them, and which tensor is made for it
+        self.columns_made: list[tuple[Key, Key, list[int]]] = []  # packed ones, those that they are like, and buffers
+        self.parts: list[list[Group]] = []
+        self.places: list[list[list[int]]] = []
+        self.entries: list[tuple[int, int]] = []
+        self.made: list[tuple[int, int]] = []
+        self._lay_out(columns, stacks, self._make_results(columns, specs))
+        # for each group, the numbers of all parts, and those between two
+        widths = [len(group.sources) * len(group.signature.program.scalars) for group in self.groups]
+        own = self.ensemble.n if any(self.of_numbers) else 1
+        self.rows = [(width * own, width if len(self.parts) > 1 and own > 1 else 0) for width in widths]
+        self.offsets, self.made_offsets = Offsets(self.entries), Offsets(self.made)
+        self.workspaces: list[MembersWorkspace] = []  # those that no thread uses at the moment
+
+    # -- binding ------------------------------------------------------------------------------------------------------
+
+    def _builds_kernels(self, specs: Specs) -> bool:
+        """Whether C computes all groups; its kernels are built here."""
+        found = {spec for column in specs.values() for spec in column if spec is not None}
+        on_cpu = all(spec.plain and spec.device.type == "cpu" for spec in found)
+        if not (self.groups and on_cpu and choose_backend(torch.device("cpu"))[0] == "c"):
+            return False
+        try:
+            for group in self.groups:
+                compile_c(group.signature)
+        except BuildError as error:
+            give_up("c", str(error))
+            return False
+        return True
+
+    def _source(self, columns: Columns, key: Key, i: int) -> tuple[Source, int]:
+        """The origin of a tensor, and its offset there in elements. Leaves share a counter, which is read once."""
+        column = columns[key]
+        place = column.place(i) if isinstance(column, PackedColumn) else None
+        if place is not None:
+            return Source(key, place.buffer, True), place.offset
+        return Source(key, self.groups[0].leaves[0] if key in self.counters else i, False), 0
+
+    def _find_sources(self, columns: Columns) -> list[Source]:
+        """The origins of all tensors that are read, and of updates, whose layout results have."""
+        inputs = [group.gathers[k] for group in self.groups for k in (group.updates, *group.inputs)]
+        return list(dict.fromkeys(self._source(columns, *place)[0] for gather in inputs for place in gather.places))
+
+    def _stack(self, x: torch.Tensor, levels: Levels) -> Stack:
+        """The tensor that stands behind one within `vmap`, in an order that kernels walk."""
+        stack = Stack.of(x, levels)
+        return stack._replace(tensor=stack.tensor.contiguous()) if self.contiguous else stack
+
+    def _lay_out(
+        self, columns: Columns, stacks: Sequence[Stack], results: Sequence[Sequence[Sequence["_Result"]]]
+    ) -> None:
+        """Decides where the data pointers of all leaves of all members are.
+
+        Each member is a part with launches of its own where something is reduced over the tree. Otherwise the leaves of
+        all members are those of one.
+
+        Args:
+          columns: the tensors.
+          stacks: the sources.
+          results: for each group and output, the results of its leaves.
+        """
+        n, index = self.ensemble.n, {source: k for k, source in enumerate(self.sources)}
+        distances = [[k * x.tensor.element_size() for k in self.ensemble.offsets(x)] for x in stacks]
+        of_inputs: list[list[list[tuple[int, int]]]] = []  # for each group, input and leaf: the source, and bytes in it
+        for group in self.groups:
+            found = [[self._source(columns, *place) for place in group.gathers[k].places] for k in group.inputs]
+            sizes = [dtype.itemsize for dtype in group.signature.inputs]
+            of_inputs.append([[(index[x], k * size) for x, k in own] for own, size in zip(found, sizes, strict=True)])
+        spans_tree = any(group.signature.program.spans_tree for group in self.groups)
+        n_read = n * sum(len(own) for group in of_inputs for own in group)
+        for members in [[m] for m in range(n)] if spans_tree else [list(range(n))]:
+            self.parts.append([self._expanded(group, len(members)) for group in self.groups])
+            self.places.append([])
+            for inputs, outputs in zip(of_inputs, results, strict=True):
+                places: list[int] = []
+                for own in inputs:
+                    places.append(len(self.entries))
+                    self.entries += [(x, k + distances[x][m]) for m in members for x, k in own]
+                for made in outputs:
+                    places.append(n_read + 1 + len(self.made))  # behind the status of reading
+                    self.made += [(x.maker, x.offset + m * x.distance) for m in members for x in made]
+                self.places[-1].append(places)
+
+    def _expanded(self, group: Group, n: int) -> Group:
+        """A group with the leaves of several members, each with numbers of its own if any number is stacked."""
+        n_rows = n if any(self.of_numbers) else 1
+        width, table = len(group.sources), group.table
+        rows = tuple(row + width * (m % n_rows) for m in range(n) for row in table.rows)
+        return group._replace(
+            leaves=group.leaves * n,
+            table=LeafTable(table.sizes * n, table.wholes * n, rows),
+            sources=group.sources * n_rows,
+            owners=group.owners * n_rows,
+        )
+
+    def _is_whole(self, stack: Stack) -> bool:
+        """Whether all members are there, which those of a tensor that has left its function need not be."""
+        sizes = tuple(size for size, own in zip(self.sizes, stack.stacked, strict=True) if own)
+        return not is_wrapper_of_a_transformation(stack.tensor) and stack.tensor.shape[: len(sizes)] == sizes
+
+    def _make_results(self, columns: Columns, specs: Specs) -> list[list[list["_Result"]]]:
+        """Adds functions that make the tensors of results: for each group and output, the results of its leaves.
+
+        There is a stack for each buffer of a packed column that is computed as a whole, and for each leaf of others,
+        whose members are laid out like updates.
+        """
+        kinds: dict[Key, list[tuple[int, torch.dtype]]] = {}
+        for group in self.groups:
+            for k, dtype in zip(group.outputs, group.signature.outputs, strict=True):
+                for key, i in [("updates", i) for i in group.leaves] if k is None else group.gathers[k].places:
+                    kinds.setdefault(key, []).append((i, dtype))
+        buffers = {key: self._make_buffers(columns, key, own) for key, own in kinds.items()}
+        results: list[list[list[_Result]]] = []
+        for group in self.groups:
+            results.append([])
+            likes = [specs[key][i] for key, i in group.gathers[group.updates].places]
+            for k, output, dtype in zip(
+                group.outputs, group.signature.program.outputs, group.signature.outputs, strict=True
+            ):
+                own = []
+                places = [("updates", i) for i in group.leaves] if k is None else group.gathers[k].places
+                for (key, i), spec in zip(places, likes, strict=True):
+                    known = buffers[key]
+                    if known is not None:
+                        own.append(known[i])
+                        continue
+                    spec = _contiguous(spec) if self.contiguous else spec
+                    assert spec is not None
+                    is_number = output.level is Level.LEAF
+                    self.leaves_made.append((key, i, len(self.makers)))
+                    own.append(self._result(() if is_number else spec.shape, () if is_number else spec.stride, dtype))
+                results[-1].append(own)
+        return results
+
+    def _result(
+        self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, fill: bool = False
+    ) -> "_Result":
+        """Adds a function that makes the stack of a result of some shape and strides, zeros if it is to be filled."""
+        sizes = [size for size, own in zip(self.ensemble.sizes, self.used, strict=True) if own]
+        numel = math.prod(shape)
+        outer = [numel * math.prod(sizes[k + 1 :]) for k in range(len(sizes))]
+        cpu = torch.device("cpu")
+        self.makers.append(
+            partial(torch.zeros, (*sizes, *shape), dtype=dtype, device=cpu)
+            if fill
+            else partial(torch.empty_strided, (*sizes, *shape), (*outer, *strides), dtype=dtype, device=cpu)
+        )
+        return _Result(len(self.makers) - 1, 0, numel * dtype.itemsize)
+
+    def _make_buffers(
+        self, columns: Columns, key: Key, leaves: Sequence[tuple[int, torch.dtype]]
+    ) -> dict[int, "_Result"] | None:
+        """The results of a column by leaf, in new buffers; None if it is not packed, or not computed as a whole."""
+        like = "params" if key == "updates" and "params" in columns else key
+        column = columns[like]
+        if not isinstance(column, PackedColumn):
+            return None
+        layout = column.packed.layout
+        places = {i: place for i, _ in leaves if (place := column.place(i)) is not None}
+        dtypes = {(places[i].buffer, dtype) for i, dtype in leaves if i in places}
+        n_owners = sum(map(len, layout.owners))
+        if len(set(places.values())) < n_owners or len(places) < len(leaves) or len(dtypes) > len(layout.owners):
+            return None
+        made = {
+            b: self._result((layout.sizes[b],), (1,), dtype, fill=layout.gaps[b])
+            for b, dtype in sorted(dtypes, key=lambda x: x[0])
+        }
+        self.columns_made.append((key, like, [made[b].maker for b in sorted(made)]))
+        sizes = {b: dtype.itemsize for b, dtype in dtypes}
+        return {i: made[p.buffer]._replace(offset=p.offset * sizes[p.buffer]) for i, p in places.items()}
+
+    def name_of(self, position: int) -> tuple[str, int]:
+        """The name of a tensor's column in messages, and the position of its leaf."""
+        source = self.sources[position]
+        for group in self.groups:
+            for k, gather in enumerate(group.gathers):
+                for key, i in gather.places:
+                    if key == source.key and (source.packed or i == source.position):
+                        return group.name_of(k), i
+        raise IndexError(position)
+
+    # -- stepping -----------------------------------------------------------------------------------------------------
+
+    def read(self, columns: Columns, levels: Levels) -> MembersReading | Difference | None:
+        """The tensors of this step, if they have the specs that it is bound to; else the first difference.
+
+        Args:
+          columns: the tensors, as they are within `vmap`.
+          levels: the calls of `vmap` that are active.
+
+        Returns:
+          The tensors; their first difference from the specs; or None if others are stacked.
+        """
+        with outside_transformations():
+            tensors = self._unwrap(columns, levels)
+            if tensors is None:
+                return None
+            workspace = self._take_workspace()
+            found = self.reader.read(tensors, workspace.bases)
+            if found is not None:
+                self.workspaces.append(workspace)
+                return found
+            content = workspace.bases.content()
+            if content != workspace.known:
+                self.offsets.write(workspace.read_bases, workspace.read)
+                workspace.known = content
+        return MembersReading(tensors, workspace)
+
+    def _unwrap(self, columns: Columns, levels: Levels) -> list[torch.Tensor] | None:
+        """The tensors that stand behind those within `vmap`; None if others are stacked."""
+        tensors = []
+        if len(levels) == 1 and not self.contiguous:  # a call less for each
+            level = levels[0].level
+            for source, (stacked,) in zip(self.sources, self.stacked, strict=True):
+                x = source.of(columns)
+                if not isinstance(x, torch.Tensor):
+                    return None
+                x, dim = unwrap_members(x, level)
+                if (dim is not None) is not stacked:
+                    return None
+                tensors.append(x.movedim(dim, 0) if dim else x)
+            return tensors
+        for source, expected in zip(self.sources, self.stacked, strict=True):
+            x = source.of(columns)
+            if not isinstance(x, torch.Tensor):
+                return None
+            stack = self._stack(x, levels)
+            if stack.stacked != expected:
+                return None
+            tensors.append(stack.tensor)
+        return tensors
+
+    def _take_workspace(self) -> MembersWorkspace:
+        """A workspace that no other thread uses."""
+        n_threads = usable_threads()
+        try:
+            workspace = self.workspaces.pop()
+        except IndexError:  # the first step, or other threads have them
+            workspace = MembersWorkspace(self, n_threads)
+        return workspace if workspace.n_threads == n_threads else MembersWorkspace(self, n_threads)
+
+    def fits_numbers(self, numbers: Numbers, levels: Levels) -> bool:
+        """Whether numbers are stacked as they were when the step was bound."""
+        return _levels_of(numbers, levels) == self.of_numbers
+
+    @staticmethod
+    def requires_grad(reading: MembersReading, numbers: Numbers) -> bool:
+        """Whether a tensor or a number requires a gradient, so that autograd has to record the step."""
+        tensors = [x for table in numbers for x in table if isinstance(x, torch.Tensor)]
+        return any(map(REQUIRES_GRAD, reading.tensors)) or any(map(REQUIRES_GRAD, tensors))
+
+    def release(self, reading: MembersReading) -> None:
+        """Gives back the memory of a reading that is not run."""
+        self.workspaces.append(reading.workspace)
+
+    def run(self, reading: MembersReading, columns: Columns, numbers: Numbers, levels: Levels) -> Columns:
+        """Computes the step.
+
+        Args:
+          reading: its tensors.
+          columns: the columns that they were gathered from.
+          numbers: the scalar table of each group.
+          levels: the calls of `vmap` that are active.
+
+        Returns:
+          The columns that change, complete, with wrappers of all members' results.
+        """
+        workspace = reading.workspace
+        with outside_transformations():
+            made = [make() for make in self.makers]
+            workspace.new_bases.memory[: len(made)] = list(map(torch.Tensor.data_ptr, made))
+            self.made_offsets.write(workspace.made_bases, workspace.made)
+            workspace.run(self._all_numbers(numbers, levels))
+        self.workspaces.append(workspace)
+        for level, used in zip(levels, self.used, strict=True):
+            if used:
+                made = [wrap_members(x, level.level) for x in made]
+        results: dict[Key, Any] = {}
+        for key, i, k in self.leaves_made:
+            if key not in results:
+                results[key] = list(columns[key])
+            results[key][i] = made[k]
+        for key, like, buffers in self.columns_made:
+            own, column = columns[key], columns[like]
+            assert isinstance(column, PackedColumn)
+            same = isinstance(own, PackedColumn) and own.packed.layout is column.packed.layout
+            base = own if same and isinstance(own, PackedColumn) else column
+            results[key] = base.with_buffers([made[k] for k in buffers])
+        return results
+
+    def _all_numbers(self, numbers: Numbers, levels: Levels) -> list[list[float]]:
+        """The scalar table of each group with the numbers of all members, row after row."""
+        tables = []
+        for table in numbers:
+            row: list[Any] = list(table)
+            own: dict[int, list[float]] = {}
+            for k, x in enumerate(row):
+                if isinstance(x, torch.Tensor):
+                    stack = Stack.of(x, levels)
+                    if any(stack.stacked):
+                        own[k] = self.ensemble.values(stack)
+                    row[k] = 0.0 if any(stack.stacked) else float(stack.tensor)
+            if any(self.of_numbers):
+                width, row = len(row), row * self.ensemble.n
+                for k, values in own.items():
+                    row[k::width] = values
+            tables.append(row)
+        return tables
+
+
+def _levels_of(numbers: Numbers, levels: Levels) -> Stacked:
+    """The levels at which some number is stacked."""
+    found = [Stack.of(x, levels).stacked for table in numbers for x in table if isinstance(x, torch.Tensor)]
+    return tuple(any(stacked[k] for stacked in found) for k in range(len(levels)))
+
+
+def _contiguous(spec: TensorSpec | None) -> TensorSpec | None:
+    """A spec with the strides of a contiguous tensor."""
+    if spec is None:
+        return None
+    strides = tuple(itertools.accumulate(reversed(spec.shape[1:]), lambda a, b: a * max(b, 1), initial=1))[::-1]
+    return spec._replace(stride=strides if spec.shape else ())
