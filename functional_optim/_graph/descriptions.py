@@ -27,6 +27,7 @@ import torch
 
 from .._compiler.rule import Rule, state_type
 from .._runtime.backend import use_backend
+from .._runtime.internals import is_wrapper_of_a_transformation
 from .._schedules.schedule import Schedule, ScheduleFactory
 from .._step import take_step
 from .._transform import TRANSFORMATIONS, GradientTransformation
@@ -137,7 +138,8 @@ class DescribedStep:
         tx._rewrite(note, ())
         rules = [getattr(part, "bound", None) for part in parts]
         self.runs_foreign_code = any(bound is None for bound in rules)
-        self.may_return_views = any(bound is None or bound.rule.whole for bound in rules)
+        self.of_rules = not any(bound is None or bound.rule.whole for bound in rules)
+        self.may_return_views = not self.of_rules
         self.n_extra = sum(trees.extra.there)
         self.computed = trees.computed(apply)
         self.updates, self.state, self.extra = Form(trees.updates), Form(trees.state), Form(trees.extra)
@@ -176,7 +178,8 @@ class DescribedStep:
         """
         extra = self.extra.tree(numbers[: self.n_extra])
         given = numbers[self.n_extra :]
-        tx = self.tx._with_tensors(list(given)) if reference else self._chain_of(given)
+        follows = reference or any(map(is_wrapper_of_a_transformation, given))
+        tx = self.tx._with_tensors(list(given)) if follows else self._chain_of(given)
         backend = "reference" if reference else self.backend
         with use_backend(backend) if backend else contextlib.nullcontext():
             before, like = self.state.tree(state), None if self.params is None else self.params.tree(params)

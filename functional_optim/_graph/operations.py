@@ -5,12 +5,23 @@ are part of its graph. What a derivative is asked of is computed by the third, t
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
-from .._runtime.internals import below_autograd, has_tangent, in_transformation, may_have_tangents
+from .._runtime.internals import (
+    all_transformations,
+    below_autograd,
+    has_tangent,
+    in_transformation,
+    may_have_tangents,
+    outside_transformations,
+    vmap_levels,
+    wrap_members,
+)
+from .._runtime.members import Stack
 from .descriptions import DescribedStep, find_step
 
 
@@ -22,6 +33,8 @@ IN_PLACE = "str description, Tensor[] updates, Tensor(a!)[] params, Tensor(b!)[]
 LIBRARY.define(f"pure_step({ARGUMENTS}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
 LIBRARY.define(f"donated_step({IN_PLACE}) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
 LIBRARY.define(f"traced_step({ARGUMENTS}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
+OF_MEMBERS = ARGUMENTS.replace("description,", "description, int[] sizes, bool[] stacked,")
+LIBRARY.define(f"mapped_step({OF_MEMBERS}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def _pure_step(text: str, updates: Tensors, params: Tensors, state: Tensors, numbers: Tensors) -> list[torch.Tensor]:
@@ -173,6 +186,122 @@ def _donated_vmap(*args: Any) -> None:
     raise RuntimeError(INSIDE)
 
 
+class Members(NamedTuple):
+    """The levels of `vmap` that a step is mapped by.
+
+    Args:
+      step: the step.
+      sizes: the number of members at each level, outermost first.
+      lengths: the numbers of tensors of the updates, the parameters, the state, and of numbers.
+      stacked: for each level, whether each of these tensors has a dimension of members; they come first.
+      counters: the positions of counters among the tensors of the state.
+    """
+
+    step: DescribedStep
+    sizes: tuple[int, ...]
+    lengths: tuple[int, ...]
+    stacked: tuple[tuple[bool, ...], ...]
+    counters: frozenset[int]
+
+    @classmethod
+    def of(cls, text: str, sizes: Sequence[int], stacked: Sequence[bool], lists: Sequence[Tensors]) -> "Members":
+        """The mapping that the arguments of the operation describe."""
+        n = sum(map(len, lists))
+        rows = tuple(tuple(stacked[k * n : (k + 1) * n]) for k in range(len(sizes)))
+        counters = frozenset(k for k, x in enumerate(lists[2]) if not x.is_floating_point())  # slots of rules are not
+        return cls(find_step(text), tuple(sizes), tuple(map(len, lists)), rows, counters)
+
+    @property
+    def results(self) -> tuple[tuple[bool, ...], ...]:
+        """For each level, whether each result is stacked: all are but counters that members share."""
+        first, n_state = sum(self.lengths[:2]), self.lengths[2]
+        return tuple(
+            (
+                *[True] * len(self.step.picked),
+                *[own[first + k] or k not in self.counters for k in range(n_state)],
+            )
+            for own in self.stacked
+        )
+
+    def split(self, tensors: Tensors) -> list[Tensors]:
+        """The tensors of the updates, the parameters, the state, and numbers."""
+        ends = itertools.accumulate(self.lengths, initial=0)
+        return [tensors[start:stop] for start, stop in itertools.pairwise(ends)]
+
+    def __call__(self, compute: Callable[..., Tensors], tensors: Tensors) -> list[torch.Tensor]:
+        """The results of a function of the step's tensors, for all members."""
+
+        def one(*own: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return tuple(compute(*self.split(own)))
+
+        mapped: Callable[..., Any] = one
+        for given, made in reversed(list(zip(self.stacked, self.results, strict=True))):
+            in_dims, out_dims = (tuple(0 if own else None for own in flags) for flags in (given, made))
+            mapped = torch.vmap(mapped, in_dims, out_dims)  # type: ignore[arg-type]
+        return list(mapped(*tensors))
+
+
+def _pure_of_members(
+    text: str, updates: Tensors, params: Tensors, state: Tensors, numbers: Tensors
+) -> Sequence[torch.Tensor]:
+    """The step under `vmap`: one operation for all members, or operations of torch where something else follows."""
+    levels = vmap_levels()
+    if not levels or not find_step(text).of_rules:
+        return _traced_step(text, updates, params, state, numbers)
+    lists = (updates, params, state, numbers)
+    stacks = [Stack.of(x, levels) for x in itertools.chain(*lists)]
+    rows = list(zip(*[stack.stacked for stack in stacks], strict=True))
+    used = [(level, row) for level, row in zip(levels, rows, strict=True) if any(row)]
+    sizes, stacked = [level.size for level, _ in used], [own for _, row in used for own in row]
+    members = Members.of(text, sizes, stacked, lists)
+    with outside_transformations():
+        whole = torch.ops.functional_optim.mapped_step(
+            text, sizes, stacked, *members.split([stack.tensor for stack in stacks])
+        )
+    results = list(whole)
+    for (level, _), made in zip(used, members.results, strict=True):
+        results = [wrap_members(x, level.level) if own else x for x, own in zip(results, made, strict=True)]
+    return results
+
+
+def _mapped_step(text: str, sizes: Sequence[int], stacked: Sequence[bool], *lists: Tensors) -> list[torch.Tensor]:
+    """The step of all members by kernels, in new tensors."""
+    members, given = Members.of(text, sizes, stacked, lists), list(itertools.chain(*lists))
+
+    def compute(updates: Tensors, params: Tensors, state: Tensors, numbers: Tensors) -> Tensors:
+        results, new = members.step.take(updates, params, state, numbers)
+        return [*results, *new]
+
+    with all_transformations():
+        results = members(compute, given)
+    return [x.contiguous() for x in _apart(results, given, True)]
+
+
+def _mapped_traced(text: str, sizes: Sequence[int], stacked: Sequence[bool], *lists: Tensors) -> list[torch.Tensor]:
+    """The same by operations of torch."""
+    members = Members.of(text, sizes, stacked, lists)
+    return members(partial(_traced_step, text), list(itertools.chain(*lists)))
+
+
+def _mapped_fake(text: str, sizes: Sequence[int], stacked: Sequence[bool], *lists: Tensors) -> list[torch.Tensor]:
+    """Tensors as the step of all members returns them, without numbers."""
+    members, one = Members.of(text, sizes, stacked, lists), list(itertools.chain(*lists))
+    for own in members.stacked:
+        one = [x[0] if flag else x for x, flag in zip(one, own, strict=True)]
+    results = []
+    for k, x in enumerate(_fake_step(text, *members.split(one))):
+        outer = [size for size, made in zip(sizes, members.results, strict=True) if made[k]]
+        results.append(x.new_empty((*outer, *x.shape)))
+    return results
+
+
+def _mapped_autograd(text: str, sizes: Sequence[int], stacked: Sequence[bool], *lists: Tensors) -> Any:
+    if _wants_derivative(*lists):
+        return _mapped_traced(text, sizes, stacked, *lists)
+    with below_autograd():
+        return torch.ops.functional_optim.mapped_step.default(text, sizes, stacked, *lists)
+
+
 LIBRARY.impl("pure_step", _pure_step, "CompositeExplicitAutograd")
 LIBRARY.impl("donated_step", _donated_step, "CompositeExplicitAutograd")
 LIBRARY.impl("traced_step", _traced_step, "CompositeImplicitAutograd")
@@ -180,6 +309,9 @@ LIBRARY.impl("pure_step", _pure_autograd, "Autograd")
 LIBRARY.impl("donated_step", _donated_autograd, "Autograd")
 torch.library.register_fake("functional_optim::pure_step", _fake_step, lib=LIBRARY)
 torch.library.register_fake("functional_optim::donated_step", lambda *args: None, lib=LIBRARY)
-# under `vmap` a step is the operations that it is traced as
-LIBRARY.impl("pure_step", _traced_step, "FuncTorchBatched")
+LIBRARY.impl("pure_step", _pure_of_members, "FuncTorchBatched")
 LIBRARY.impl("donated_step", _donated_vmap, "FuncTorchBatched")
+LIBRARY.impl("mapped_step", _mapped_step, "CompositeExplicitAutograd")
+LIBRARY.impl("mapped_step", _mapped_autograd, "Autograd")
+LIBRARY.impl("mapped_step", _mapped_traced, "FuncTorchBatched")
+torch.library.register_fake("functional_optim::mapped_step", _mapped_fake, lib=LIBRARY)

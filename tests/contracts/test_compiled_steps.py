@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 from torch.func import functional_call, grad_and_value
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 import functional_optim as fo
+from _lib.chains import scale_by_value
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
@@ -363,10 +365,46 @@ def test_derivatives_and_members_of_an_ensemble() -> None:
     for transformed in (torch.func.grad(meta_loss), lambda g: torch.func.jvp(meta_loss, (g,), (g,))[1]):
         assert_close(torch.compile(transformed, fullgraph=True, backend="aot_eager")(g), transformed(g))
     members = torch.vmap(meta_loss)
+    in_turn = lambda stack: torch.func.grad(lambda x: members(x).sum())(stack)  # noqa: E731
+    for transformed in (torch.vmap(torch.func.grad(meta_loss)), in_turn):
+        assert_close(torch.compile(transformed, fullgraph=True, backend="aot_eager")(stack), transformed(stack))
     assert_close(torch.compile(members, fullgraph=True, backend="aot_eager")(stack), members(stack))
     actual = by_rate(g)
     (expected,) = torch.autograd.grad(meta_loss(g), rate)
     assert_close(actual, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["noted", "inductor"])
+def test_members_of_an_ensemble_are_one_operation(backend: str) -> None:
+    """The bits of eager mode, for calls that are nested, and a counter that members share or have."""
+    tx = fo.chain(fo.clip_by_global_norm(0.5), fo.adamw(fo.cosine_decay_schedule(1e-2, 10)), scale_by_value())
+    params = {"w": torch.linspace(-1, 1, 12).reshape(2, 3, 2), "b": torch.ones(2, 3)}
+    shared = tx.init({"w": torch.zeros(3, 2), "b": torch.zeros(3)})
+    values = torch.tensor([0.5, 1.0, 2.0])
+
+    def step(p: Any, state: Any, value: Any) -> Any:
+        return fo.apply_gradients(tx, p, p, state, value=value)
+
+    grid = torch.vmap(torch.vmap(step, (None, None, 0)), (0, None, None))
+    seen: list[Any] = []
+
+    def note(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        seen.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    compiled = torch.compile(
+        grid, fullgraph=True, backend=backend if backend != "noted" else aot_autograd(fw_compiler=note)
+    )
+    assert_equal(compiled(params, shared, values), grid(params, shared, values))
+    assert backend != "noted" or seen.count(torch.ops.functional_optim.mapped_step.default) == 1
+    members = torch.vmap(step, (0, 0, None))
+    state = torch.vmap(tx.init)(params)
+    mine, theirs = (params, state), (params, state)
+    compiled = torch.compile(members, fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        mine, theirs = compiled(*mine, values[0]), members(*theirs, values[0])
+    assert_equal(mine, theirs)
 
 
 # -- donation -----------------------------------------------------------------------------------------------------

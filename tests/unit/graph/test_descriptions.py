@@ -62,6 +62,22 @@ def test_operations_keep_their_promises(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["numbers", "schedules, tensors", "masks"])
+@pytest.mark.parametrize("counts", [False, True])
+def test_the_operation_of_members_keeps_its_promises(name: str, counts: bool) -> None:
+    """Gradients of 2x3 members, and the state of the three inner ones, their counters or not."""
+    tx = CHAINS[name]()
+    text, (updates, params, state, numbers) = step_of(tx)
+    flags = [[True] * len(updates) + [False] * len(params + state + numbers) for _ in range(2)]
+    updates = [x.expand(2, 3, *x.shape).contiguous() for x in updates]
+    for k, x in enumerate(state):
+        if counts or x.is_floating_point():
+            state[k] = x.expand(3, *x.shape).clone()
+            flags[1][len(updates) + len(params) + k] = True
+    arguments = (text, [2, 3], [*flags[0], *flags[1]], updates, params, state, numbers)
+    torch.library.opcheck(torch.ops.functional_optim.mapped_step.default, arguments)
+
+
+@pytest.mark.parametrize("name", ["numbers", "schedules, tensors", "masks"])
 def test_a_description_stands_for_an_equal_chain(name: str) -> None:
     """The chain is made anew of the text alone: the one that it describes is gone."""
     tx = CHAINS[name]()
