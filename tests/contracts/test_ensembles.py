@@ -173,6 +173,23 @@ def test_an_extra_argument_of_each_member() -> None:
     )
 
 
+def test_a_chain_whose_arguments_are_stacked_now_and_then() -> None:
+    """Tensors of one shape are those of three members, or of one, from call to call."""
+    tx, three = fo.chain(scale_by_value(), fo.sgd(1.0)), torch.tensor([1.0, 2.0, 4.0])
+
+    def step(p: Any, g: Any, value: Any) -> Any:
+        return fo.apply_gradients(tx, p, g, tx.init(p), value=value)[0]
+
+    for _ in range(2):
+        assert_same_bits(vmap(step, (0, 0, None))(three, three, three[1]), -three)
+        assert_same_bits(vmap(step)(three, three, three), three - three * three)
+        assert_same_bits(vmap(step, (None, None, 0))(three, three, three), three - three[:, None] * three)
+        more = torch.arange(5.0)
+        assert_same_bits(vmap(step, (None, None, 0))(three, three, more), three - more[:, None] * three)
+        assert_same_bits(vmap(step, (0, None, None))(three, three[2], three[0]), three - 4.0)
+        assert_same_bits(step(three, three, three[0]), 0 * three)
+
+
 def test_a_schedule_that_python_evaluates_for_counts_that_differ() -> None:
     tx = fo.sgd(lambda count: [1.0, 10.0, 100.0][int(count) % 3])
     params = torch.zeros(N, 2)
@@ -335,6 +352,7 @@ def test_packed_members() -> None:
     assert isinstance(p, fo.Packed)
     assert_same_bits(vmap(fo.unpack)(p), params)
     assert_same_bits(vmap(fo.unpack)(state[2].ema), plain[2].ema)
+    assert_same_bits(list(p.buffers), list(vmap(fo.pack)(params).buffers))  # zeros between leaves
     # with some leaves that are not computed
     part = fo.masked(fo.sgd(0.1, 0.9), re.compile("weight"))
     some, _ = vmap(lambda p, g: fo.apply_gradients(part, p, g, part.init(p)))(p, g)
