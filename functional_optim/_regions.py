@@ -13,7 +13,7 @@ from ._packed import Form, packed_forms
 from ._runtime.checks import at, check_fit, check_slot
 from ._runtime.internals import MapLevel
 from ._runtime.join import Joins
-from ._runtime.members import MembersReading, MembersStep
+from ._runtime.members import MembersReading, MembersStep, find_freed
 from ._runtime.packed_step import PackedStep
 from ._runtime.plan import Columns, Key, Leaf
 from ._runtime.shard import MeshShard
@@ -285,6 +285,19 @@ class BoundRegion:
             f"{name}{at(self.paths[leaf])}, of a leaf of shape {tuple(own['updates'][leaf].shape)} has no memory: its "
             f"storage has been freed or cut."
         )
+
+    def check_memory(self, own: Columns, levels: Sequence[MapLevel]) -> None:
+        """Refuses tensors without memory, where operations of torch are to compute members of `vmap`.
+
+        Raises:
+          ValueError: the storage of a tensor has been freed or cut.
+        """
+        found = find_freed(own, levels)
+        if found is not None:
+            key, leaf = found
+            names = {stored.key: stored.name for stored in self.region.stored}
+            name = key if isinstance(key, str) else f"the extra argument `{key[1]}`"
+            self._refuse_freed(own, names.get(key, name), leaf)
 
     def find_members(
         self, own: Columns, levels: Sequence[MapLevel], extra: Mapping[str, Any], given: Mapping[int, torch.Tensor]

@@ -227,7 +227,8 @@ class TreeStep:
         self, stage: TreeRegion, own: Columns, extra: Mapping[str, Any], given: Mapping[int, torch.Tensor]
     ) -> Columns | None:
         """Runs a region where torch follows: by kernels where only `vmap` does, else by operations of torch."""
-        levels = map_levels() if requested_backend() in (None, "c") else ()
+        mapped = map_levels()
+        levels = mapped if requested_backend() in (None, "c") else ()
         found = stage.find_members(own, levels, extra, given) if levels else None
         if found is None:
             if not self._has_its_leaves(own):
@@ -237,6 +238,8 @@ class TreeStep:
                 counters: set[Key] = {(k, "count") for k in stage.state.counted}
                 found = stage.bind_members(own, levels, leaves, counters, extra, given)
             if found is None:
+                if mapped:
+                    stage.check_memory(own, mapped)
                 programs = stage.programs(own, leaves)
                 return programs.evaluate(own, programs.own_numbers(extra, given))
         bound, reading, numbers = found

@@ -72,6 +72,25 @@ def different_numbers(x: torch.Tensor, levels: Levels) -> list[float]:
         return list(dict.fromkeys(tensor.flatten().tolist()))
 
 
+def find_freed(columns: Columns, levels: Levels) -> tuple[Key, int] | None:
+    """The place of a tensor whose storage has been freed or cut, which operations of torch would read.
+
+    Args:
+      columns: the tensors, as they are within `vmap`.
+      levels: the calls of `vmap` that are active.
+    """
+    for key, column in columns.items():
+        for i, x in enumerate(column):
+            tensor = Stack.of(x, levels).tensor if isinstance(x, torch.Tensor) else None
+            if tensor is None or is_wrapper_of_a_transformation(tensor):
+                continue
+            spec = TensorSpec.of(tensor)
+            end = tensor.storage_offset() * tensor.element_size() + spec.span if spec.plain and spec.span else 0
+            if end and end > tensor.untyped_storage().nbytes():
+                return key, i
+    return None
+
+
 class Ensemble:
     """The members of a step: those of nested calls of `vmap` in one row.
 

@@ -506,14 +506,19 @@ def test_a_leaf_that_does_not_fit_is_refused_with_its_path() -> None:
         vmap(lambda p, g, s: fo.apply_gradients(tx, p, g, s, donate=True))(params, params, state)
 
 
-def test_memory_that_was_freed_is_refused() -> None:
-    tx, params = fo.sgd(1e-2), stacks(0)
-    step = vmap(lambda p, g: fo.apply_gradients(tx, p, g, tx.init(p)))
-    step(params, params)
-    grads = stacks(1)
-    grads["weight"].untyped_storage().resize_(0)
-    with pytest.raises(ValueError, match=r"updates at 'weight'.* has no memory"):
-        step(params, grads)
+@pytest.mark.parametrize("backend", ["c", "reference"])
+def test_memory_that_was_freed_is_refused(backend: str) -> None:
+    tx, params = fo.sgd(1e-2, 0.9), stacks(0)
+    step, state = vmap(lambda p, g, s: fo.apply_gradients(tx, p, g, s)), vmap(tx.init)(params)
+    with fo.use_backend(backend):
+        step(params, params, state)
+        grads = stacks(1)
+        grads["weight"].untyped_storage().resize_(0)
+        with pytest.raises(ValueError, match=r"updates at 'weight'.* has no memory"):
+            step(params, grads, state)
+        state[0].trace["bias"].untyped_storage().resize_(8)
+        with pytest.raises(ValueError, match=r"state trace.* at 'bias'.* has no memory"):
+            step(params, params, state)
 
 
 @pytest.mark.parametrize("inner", [False, True])
