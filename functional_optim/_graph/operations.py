@@ -260,7 +260,7 @@ def _pure_of_members(
         )
     results = list(whole)
     for (level, _), made in zip(used, members.results, strict=True):
-        results = [wrap_members(x, level.level) if own else x for x, own in zip(results, made, strict=True)]
+        results = [wrap_members([x], level.level)[0] if own else x for x, own in zip(results, made, strict=True)]
     return results
 
 

@@ -5,7 +5,7 @@ Nothing here is guessed: each is a name of a Python module, read and never writt
 
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -118,10 +118,12 @@ def vmap_levels() -> tuple[MapLevel, ...]:
     seen as a `CVmapInterpreterPtr`, a `batchSize`. `torch._functorch.pyfunctorch` reads the same.
     """
     functorch: Any = torch._C._functorch
-    stack = functorch.get_interpreter_stack() or ()
-    if any(x.key() != functorch.TransformType.Vmap for x in stack):
-        return ()
-    return tuple(MapLevel(x.level(), functorch.CVmapInterpreterPtr(x).batchSize()) for x in stack)
+    levels = []
+    for x in functorch.get_interpreter_stack() or ():
+        if x.key() != functorch.TransformType.Vmap:
+            return ()
+        levels.append(MapLevel(x.level(), functorch.CVmapInterpreterPtr(x).batchSize()))
+    return tuple(levels)
 
 
 def map_levels() -> tuple[MapLevel, ...]:
@@ -135,18 +137,20 @@ def map_levels() -> tuple[MapLevel, ...]:
     return vmap_levels()
 
 
-def unwrap_members(x: torch.Tensor, level: int) -> tuple[torch.Tensor, int | None]:
-    """The tensor of all members that a wrapper of `vmap` stands for, and their dimension; else the tensor and None.
+def members_unwrapper() -> Callable[[torch.Tensor, int], tuple[torch.Tensor, int | None]]:
+    """The function of a wrapper of `vmap` and a level that returns the tensor of all members, and their dimension.
 
-    `torch._C._functorch._unwrap_batched`; a rule of `torch.library.register_vmap` is given the same, but only as an
+    Of a tensor that is no wrapper of the level it returns the tensor and None. It is
+    `torch._C._functorch._unwrap_batched`. A rule of `torch.library.register_vmap` is given the same, but only as an
     operation, and a call of one costs more than a step of a small ensemble.
     """
-    return torch._C._functorch._unwrap_batched(x, level)
+    return torch._C._functorch._unwrap_batched
 
 
-def wrap_members(x: torch.Tensor, level: int) -> torch.Tensor:
-    """A wrapper for the tensor of all members, whose dimension is the first; `torch._C._functorch._add_batch_dim`."""
-    return torch._C._functorch._add_batch_dim(x, 0, level)
+def wrap_members(tensors: Sequence[torch.Tensor], level: int) -> list[torch.Tensor]:
+    """Wrappers for tensors of all members, whose dimension is the first; `torch._C._functorch._add_batch_dim`."""
+    wrap = torch._C._functorch._add_batch_dim
+    return [wrap(x, 0, level) for x in tensors]
 
 
 def outside_transformations() -> Any:

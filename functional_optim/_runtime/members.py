@@ -21,8 +21,8 @@ from .cpu import CpuLaunchesOfParts, compile_c, usable_threads
 from .internals import (
     MapLevel,
     is_wrapper_of_a_transformation,
+    members_unwrapper,
     outside_transformations,
-    unwrap_members,
     wrap_members,
 )
 from .packed_step import Offsets, Source
@@ -51,12 +51,13 @@ class Stack(NamedTuple):
     @classmethod
     def of(cls, x: torch.Tensor, levels: Levels) -> "Stack":
         """The tensor that stands behind one within `vmap`, which need not be a wrapper."""
+        unwrap = members_unwrapper()
         if len(levels) == 1:
-            x, dim = unwrap_members(x, levels[0].level)
+            x, dim = unwrap(x, levels[0].level)
             return cls(x.movedim(dim, 0) if dim else x, (dim is not None,))
         dims: list[int | None] = []
         for level in reversed(levels):
-            x, dim = unwrap_members(x, level.level)
+            x, dim = unwrap(x, level.level)
             dims.insert(0, dim)
         if any(dims):  # an inner dimension is counted without those of outer levels
             rest = list(range(x.ndim))
@@ -422,12 +423,13 @@ class MembersStep(Programs):
         """The tensors that stand behind those within `vmap`; None if others are stacked."""
         tensors = []
         if len(levels) == 1 and not self.contiguous:  # a call less for each
-            level = levels[0].level
-            for source, (stacked,) in zip(self.sources, self.stacked, strict=True):
-                x = source.of(columns)
+            unwrap, level = members_unwrapper(), levels[0].level
+            for (key, position, packed), (stacked,) in zip(self.sources, self.stacked, strict=True):
+                column: Any = columns[key]
+                x = column.packed.buffers[position] if packed else column[position]
                 if not isinstance(x, torch.Tensor):
                     return None
-                x, dim = unwrap_members(x, level)
+                x, dim = unwrap(x, level)
                 if (dim is not None) is not stacked:
                     return None
                 tensors.append(x.movedim(dim, 0) if dim else x)
@@ -486,7 +488,7 @@ class MembersStep(Programs):
         self.workspaces.append(workspace)
         for level, used in zip(levels, self.used, strict=True):
             if used:
-                made = [wrap_members(x, level.level) for x in made]
+                made = wrap_members(made, level.level)
         results: dict[Key, Any] = {}
         for key, i, k in self.leaves_made:
             if key not in results:

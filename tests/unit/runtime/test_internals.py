@@ -17,9 +17,9 @@ from functional_optim._runtime.internals import (
     in_backward,
     is_wrapper_of_a_transformation,
     map_levels,
+    members_unwrapper,
     needs_dispatch,
     outside_transformations,
-    unwrap_members,
     wrap_members,
 )
 from functional_optim._runtime.pointers import library, operations
@@ -86,7 +86,7 @@ NAMES = {
         "see how `torch._functorch.pyfunctorch.VmapInterpreter` tells the number of members",
     ),
     "_C._functorch._unwrap_batched": (
-        "internals.unwrap_members",
+        "internals.members_unwrapper",
         "see how `torch._functorch.vmap.unwrap_batched` takes wrappers off",
     ),
     "_C._functorch._add_batch_dim": (
@@ -247,14 +247,14 @@ def test_members_of_nested_calls_of_vmap() -> None:
     found: list[Any] = []
 
     def inner(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        levels = map_levels()
+        levels, unwrap = map_levels(), members_unwrapper()
         found.extend([level.size for level in levels])
-        whole, dim = unwrap_members(x, levels[1].level)
-        found.append((dim, unwrap_members(whole, levels[0].level)[1]))
-        found.append(unwrap_members(y, levels[1].level)[1])
+        whole, dim = unwrap(x, levels[1].level)
+        found.append((dim, unwrap(whole, levels[0].level)[1]))
+        found.append(unwrap(y, levels[1].level)[1])
         with outside_transformations():
             plain = torch.arange(3.0)
-        return wrap_members(plain, levels[1].level) + y
+        return wrap_members([plain], levels[1].level)[0] + y
 
     result = torch.vmap(lambda x, y: torch.vmap(inner, (0, None))(x, y))(torch.zeros(2, 3, 4), torch.ones(2))
 
