@@ -266,6 +266,8 @@ def bounds(case: Case) -> dict[str, float]:
 @rows
 def test_rates_are_those_of_torch(row: int) -> None:
     case = CASES[row]
+    if 0 in case.keywords.get("milestones", ()) and torch.__version__ < (2, 12):
+        pytest.skip("SequentialLR of this version of torch begins with its first member, whatever the milestones")
     torch.testing.assert_close(ours(row)(torch.arange(case.steps)), expected(row), **bounds(case))
 
 
