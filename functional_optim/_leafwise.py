@@ -13,9 +13,11 @@ from ._regions import LeafwiseRegion
 from ._runtime.checks import at, check_number
 from ._runtime.internals import needs_dispatch, version
 from ._runtime.plan import Columns, Key
+from ._runtime.pointers import PointerReader, Pointers
+from ._runtime.spec import TensorSpec
 
 
-_LOOK = attrgetter("shape", "dtype", "device", "requires_grad")
+_LOOK, _REQUIRES_GRAD = attrgetter("shape", "dtype", "device", "requires_grad"), attrgetter("requires_grad")
 
 
 class LeafwiseStep:
@@ -40,8 +42,8 @@ class LeafwiseStep:
         rule, position = region.bound.rule, region.position
         self.slots: list[Key] = [(position, name) for name in rule.slots]
         self.keys: list[Key] = ["updates", *(["params"] if rule.uses_params else []), *self.slots]
-        # shapes, dtypes and devices of all tensors of the last step; for each leaf, the number that those alike share
-        self.known: tuple[list[Any], list[int]] = ([], [])
+        # the specs of the last step's tensors, and for each leaf, the number that those alike share
+        self.known: tuple[PointerReader | None, list[int]] = (None, [])
         self.batched = True  # until the rule turns out to be one that cannot be
         self.checked = False  # whether it has been seen to leave its arguments alone
 
@@ -123,15 +125,36 @@ class LeafwiseStep:
         Raises:
           ValueError: a slot does not go with its leaf.
         """
+        reader, kinds = self.known
+        if self._are_known(arrays):
+            return kinds
+        for k, i in enumerate(self.leaves):
+            self._check_slots([column[k] for column in arrays], self.paths[i], like[i])
+        numbers: dict[Hashable, int] = {}
         looks = [[None if x is None else _LOOK(x) for x in column] for column in arrays]
-        known, kinds = self.known
-        if looks != known:
-            for k, i in enumerate(self.leaves):
-                self._check_slots([column[k] for column in arrays], self.paths[i], like[i])
-            numbers: dict[Hashable, int] = {}
-            kinds = [numbers.setdefault(look, len(numbers)) for look in zip(*looks, strict=True)]
-            self.known = looks, kinds  # at once: several threads may step
+        kinds = [numbers.setdefault(look, len(numbers)) for look in zip(*looks, strict=True)]
+        tensors = [x for column in arrays for x in column if x is not None]
+        plain = not needs_dispatch() and not any(map(_REQUIRES_GRAD, tensors))
+        reader = PointerReader(tensors, [TensorSpec.of(x) for x in tensors]) if plain else None
+        self.known = reader, kinds  # at once: several threads may step
         return kinds
+
+    def _are_known(self, arrays: Sequence[Sequence[Any]]) -> bool:
+        """Whether tensors have the specs of the last step's."""
+        reader, _ = self.known
+        if reader is None or needs_dispatch():
+            return False
+        tensors = [x for column in arrays for x in column if x is not None]
+        fits = len(tensors) == len(reader.specs) and reader.read(tensors, Pointers(len(tensors))) is None
+        return fits and not (torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, tensors)))
+
+    def fits(self, columns: Columns) -> bool:
+        """Whether all tensors have the specs of the last step's, so that they need not be checked again.
+
+        Args:
+          columns: the tensors that the rule reads, and perhaps others.
+        """
+        return self._are_known([[_tensor(columns[key][i]) for i in self.leaves] for key in self.keys])
 
     def _check_slots(self, arrays: Sequence[Any], path: str, p: torch.Tensor) -> None:
         """Refuses slots that do not go with their leaf."""
