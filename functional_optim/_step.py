@@ -19,7 +19,14 @@ from ._packed import packed_forms
 from ._regions import BoundRegion, LeafwiseRegion, Opaque, Region, Variant, cut_into_regions
 from ._runtime.backend import requested_backend
 from ._runtime.checks import at, check_fit, check_leaf, check_number
-from ._runtime.internals import is_wrapper_of_a_transformation, map_levels, needs_dispatch
+from ._runtime.internals import (
+    is_wrapper_of_a_transformation,
+    map_levels,
+    needs_dispatch,
+    outside_transformations,
+    takes_gradients,
+    without_wrappers,
+)
 from ._runtime.members import different_numbers
 from ._runtime.overlap import SharedMemoryError
 from ._runtime.packing import PackedColumn
@@ -226,7 +233,11 @@ class TreeStep:
     def _run_followed(
         self, stage: TreeRegion, own: Columns, extra: Mapping[str, Any], given: Mapping[int, torch.Tensor]
     ) -> Columns | None:
-        """Runs a region where torch follows: by kernels where only `vmap` does, else by operations of torch."""
+        """Runs a region where torch follows: by kernels where only `vmap`, or only `grad` does, else by operations."""
+        if takes_gradients() and requested_backend() in (None, "c", "triton"):
+            recorded = self._bound_to_plain(stage, own)
+            if recorded is not None and can_record(recorded):
+                return record(recorded, own, recorded.own_numbers(extra, given))
         mapped = map_levels()
         levels = mapped if requested_backend() in (None, "c") else ()
         found = stage.find_members(own, levels, extra, given) if levels else None
@@ -247,6 +258,20 @@ class TreeStep:
             bound.release(reading)
             return bound.evaluate(own, numbers)
         return bound.run(reading, own, numbers, levels)
+
+    def _bound_to_plain(self, stage: TreeRegion, own: Columns) -> BoundStep | None:
+        """The step that is bound to the tensors that wrappers of `grad` stand for; None if others are there now."""
+        plain: Columns = {key: list(map(without_wrappers, column)) for key, column in own.items()}
+        with outside_transformations():
+            variant = Variant(False, requested_backend())
+            found = stage.find(plain, variant)
+            if found is None:
+                if not self._has_its_leaves(plain):
+                    return None
+                found = stage.bind(plain, variant, stage.leaves(plain))
+            bound, reading = found
+            bound.release(reading)
+        return bound
 
     def _run(
         self,
@@ -269,6 +294,8 @@ class TreeStep:
         variant = Variant(in_place, requested_backend(), forms=packed_forms(own.values()))
         found = None if stage.leafwise else stage.find(own, variant)
         if found is None:
+            if stage.leafwise is not None and stage.leafwise.fits(own):
+                return stage.leafwise.compute(own, extra)
             if not self._has_its_leaves(own):
                 return None
             if stage.leafwise is not None:
@@ -635,8 +662,8 @@ def take_step(
       The new parameters if `apply`, else the new updates; and the new state.
     """
     like = updates if params is None else params
-    mapped = bool(map_levels())
-    home, given = template_of(tx) if mapped and tx._tensors else (tx, {})
+    transformed = bool(map_levels()) or takes_gradients()
+    home, given = template_of(tx) if transformed and tx._tensors else (tx, {})
     bound = home._bound_steps
     for step in bound:
         columns = step.columns(updates, params, donate) if step.apply is apply else None
@@ -650,6 +677,6 @@ def take_step(
     assert columns is not None
     done = step.take(columns, state, like, extra, donate, given)
     assert done is not None
-    if mapped or not needs_dispatch():
+    if transformed or not needs_dispatch():
         home._bound_steps = [step, *bound[: KEEP - 1]]
     return done

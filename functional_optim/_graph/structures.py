@@ -81,7 +81,9 @@ def _rebuild(structure: Structure, leaves: Sequence[Any], start: int) -> tuple[T
             children.append(child)
     if keys is not None:
         return kind(zip(keys, children, strict=True)), stop
-    return kind(*children) if hasattr(kind, "_fields") else kind(children), stop
+    # a NamedTuple; a compiler of torch 2.11 cannot ask a class for `_fields`
+    named = issubclass(kind, tuple) and kind is not tuple
+    return kind(*children) if named else kind(children), stop
 
 
 def add(params: Tree, updates: Tree) -> Tree | None:

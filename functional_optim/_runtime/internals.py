@@ -137,6 +137,33 @@ def map_levels() -> tuple[MapLevel, ...]:
     return vmap_levels()
 
 
+def takes_gradients() -> bool:
+    """Whether `torch.func.grad` and its like are active, which `torch.autograd.Function` serves, and nothing else.
+
+    See `vmap_levels` for the names of torch.
+    """
+    functorch: Any = torch._C._functorch
+    stack = functorch.get_interpreter_stack()
+    return (
+        bool(stack)
+        and all(x.key() == functorch.TransformType.Grad for x in stack)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch.autograd.forward_ad._current_level < 0
+        and not torch.compiler.is_compiling()
+    )
+
+
+def without_wrappers(x: Any) -> Any:
+    """The tensor that a wrapper of `torch.func.grad` stands for; anything else as it is.
+
+    `torch._C._functorch.is_gradtrackingtensor` and `get_unwrapped`, by which torch prints such tensors.
+    """
+    functorch: Any = torch._C._functorch
+    while isinstance(x, torch.Tensor) and functorch.is_gradtrackingtensor(x):
+        x = functorch.get_unwrapped(x)
+    return x
+
+
 def members_unwrapper() -> Callable[[torch.Tensor, int], tuple[torch.Tensor, int | None]]:
     """The function of a wrapper of `vmap` and a level that returns the tensor of all members, and their dimension.
 

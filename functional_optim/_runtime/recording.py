@@ -279,6 +279,20 @@ def _follow_back(
     return list(found)
 
 
+def _pull_back_followed(
+    step: Recording, tensors: Tensors, cotangents: Sequence[torch.Tensor | None], wanted: Sequence[bool]
+) -> tuple[torch.Tensor, ...]:
+    """The cotangents of wanted tensors by torch operations, which transformations follow."""
+
+    def outputs(*own: torch.Tensor) -> list[torch.Tensor]:
+        given = iter(own)
+        found = step.follow([next(given) if there else x for x, there in zip(tensors, wanted, strict=True)])
+        return [x for x, d in zip(found, cotangents, strict=True) if d is not None]
+
+    pull_back = torch.func.vjp(outputs, *[x for x, there in zip(tensors, wanted, strict=True) if there])[1]
+    return tuple(pull_back([d for d in cotangents if d is not None]))
+
+
 class _Step(torch.autograd.Function):
     """A step, of its tensors."""
 
@@ -314,9 +328,18 @@ class _Derivative(torch.autograd.Function):
         try:
             return tuple(step.pull_back(tensors, cotangents, wanted))
         except NoDerivative:
-            with torch.enable_grad():
-                own = [x.detach().requires_grad_(there) for x, there in zip(tensors, wanted, strict=True)]
-                return tuple(x.detach() for x in _follow_back(step, own, cotangents, wanted))
+            return _pull_back_followed(step, tensors, cotangents, wanted)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Any, step: Recording, present: Sequence[bool], wanted: Sequence[bool], *arguments: Any
+    ) -> tuple[Any, int]:
+        """Some cotangents at once, as `jacrev` has them: torch operations, which `vmap` maps."""
+
+        def one(*arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return _pull_back_followed(step, *_arguments(present, arguments), wanted)
+
+        return torch.func.vmap(one, in_dims=tuple(in_dims[3:]))(*arguments), 0
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -197,3 +197,40 @@ def test_some_leaves_only() -> None:
     expected = torch.autograd.grad(first(grads["a"], grads["b"]), [grads["a"], grads["b"]])
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-14, atol=1e-16)
+
+
+def loss_after(rate: torch.Tensor, w: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """A chain that is made inside of the function which is differentiated."""
+    tx = fo.chain(fo.clip_by_global_norm(0.5), fo.adam(rate, eps=0.1))
+    params = {"w": w}
+    state = tx.init(params)
+    for _ in range(3):
+        params, state = fo.apply_gradients(tx, params, {"w": g * params["w"]}, state)
+    return (params["w"] * params["w"]).sum()
+
+
+TRANSFORMS: dict[str, Callable[[Any], Any]] = {
+    "grad": lambda f: torch.func.grad(f, argnums=(0, 1, 2)),
+    "grad of grad": lambda f: torch.func.grad(
+        lambda *args: sum(x.sum() for x in torch.func.grad(f, argnums=(0, 1))(*args)), argnums=(0, 1, 2)
+    ),
+    "jacrev": lambda f: torch.func.jacrev(lambda *args: f(*args)[None] * torch.ones(2, dtype=F64), argnums=(0, 1)),
+    "vjp": lambda f: lambda *args: torch.func.vjp(f, *args)[1](torch.ones((), dtype=F64)),
+    "hessian": lambda f: torch.func.hessian(f, argnums=1),
+    "vmap of grad": lambda f: torch.vmap(torch.func.grad(f, argnums=1), in_dims=(None, 0, None)),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transformations_of_steps_are_those_of_torch_operations(name: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    w, g = (torch.randn(4, generator=generator, dtype=F64) for _ in range(2))
+    w = torch.stack([w, 2 * w]) if "vmap" in name else w
+    args = torch.tensor(0.1, dtype=F64), w, g
+
+    found = TRANSFORMS[name](loss_after)(*args)
+    with fo.use_backend("reference"):
+        expected = TRANSFORMS[name](loss_after)(*args)
+
+    for x, y in zip(torch.utils._pytree.tree_leaves(found), torch.utils._pytree.tree_leaves(expected), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-13)
