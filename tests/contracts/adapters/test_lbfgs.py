@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.testing._internal.common_optimizers import get_error_inputs_for_all_optims, optim_db
 
+import functional_optim as fo
 from _lib.compare import assert_same_bits
 from _lib.trees import tensors
 from functional_optim.adapters import LBFGS
@@ -509,6 +510,22 @@ def test_a_file_of_another_class_is_refused_before_anything_changes(case: str) -
         opt.load_state_dict(make(copy.deepcopy(before)))
 
     assert_same_bits(opt.state_dict(), before)
+
+
+def test_explain_says_how_it_runs() -> None:
+    """The state that `explain` announces is the one that a full history has."""
+    run = Run(LBFGS, "rosenbrock", history_size=3, line_search_fn="strong_wolfe", tolerance_change=0.0)
+    text = str(fo.explain(run.opt))
+    run.step()
+
+    assert "torch operations compute it over all parameters as one vector" in text
+    assert "up to 20 iterations and 25 evaluations" in text
+    state = run.opt.state[run.params[0]]
+    assert len(state["old_dirs"]) == 3
+    vectors = [state["d"], state["prev_flat_grad"], *state["old_dirs"], *state["old_stps"]]
+    assert fo.explain(run.opt).state_bytes * 6 == sum(x.nbytes for x in vectors)
+    with pytest.raises(TypeError, match="LBFGS has its own; pass it alone"):
+        fo.explain(run.opt, run.params)
 
 
 def test_no_parameter_has_elements() -> None:
