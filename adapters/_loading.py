@@ -30,7 +30,7 @@ def load(optimizer: "ChainOptimizer", state_dict: dict[str, Any], by_name: bool,
         changed = before(optimizer, state_dict)
         if changed is not None:
             state_dict = changed
-    states, saved = _parts(state_dict)
+    states, saved = parts_of(state_dict)
     live = optimizer.param_groups
     if by_name:
         id_map, saved = _match_names(live, saved, strict)
@@ -67,7 +67,7 @@ def load(optimizer: "ChainOptimizer", state_dict: dict[str, Any], by_name: bool,
         after(optimizer)
 
 
-def _parts(state_dict: Mapping[str, Any]) -> tuple[Mapping[Any, Any], list[dict[str, Any]]]:
+def parts_of(state_dict: Mapping[str, Any]) -> tuple[Mapping[Any, Any], list[dict[str, Any]]]:
     """The states and a copy of the groups of a state dict, which are found to be of the right form."""
     lacking = [key for key in ("state", "param_groups") if key not in state_dict]
     if lacking:

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -14,11 +14,13 @@ from functional_optim._lbfgs.strong_wolfe import strong_wolfe
 from functional_optim._runtime.shard import real_view
 
 from ._groups import copied
+from ._loading import parts_of
 
 
 CONVEX = 1e-10  # torch's least product of a step and the difference of gradients over it
 VECTORS = ("d", "prev_flat_grad")
 LISTS = ("old_dirs", "old_stps", "ro")
+LATER_OPTIONS = ("maximize",)  # those that a file of an older torch lacks
 
 
 class _Loss:
@@ -281,9 +283,12 @@ class LBFGS(torch.optim.LBFGS):
         """Loads a state dict, of this class or of torch's; tensors are copied.
 
         Raises:
-          ValueError: it is the state of other parameters; nothing has been changed.
+          KeyError: it lacks the states or the groups; nothing has been changed.
+          ValueError: it is the state of other parameters or of another class; nothing has been changed.
         """
-        own = {**state_dict, "state": deepcopy(state_dict["state"])}
+        states, groups = parts_of(state_dict)
+        self._refuse_another_class(states, groups)
+        own = {**state_dict, "state": deepcopy(states)}
         sizes = {p: real_view(p.detach()).numel() for group in self.param_groups for p in group["params"]}
         for key, saved in own["state"].items():
             vectors = [saved.get(k) for k in VECTORS] + [x for k in LISTS[:2] for x in saved.get(k) or ()]
@@ -295,6 +300,26 @@ class LBFGS(torch.optim.LBFGS):
                 )
         super().load_state_dict(own)
         self._moved = None
+
+    def _refuse_another_class(self, states: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+        """Refuses options and states that another class has saved."""
+        expected = [k for k in self.defaults if k not in LATER_OPTIONS]
+        for g, group in enumerate(groups):
+            lacking = [k for k in expected if k not in group]
+            if lacking:
+                raise ValueError(
+                    f"param_groups[{g}] of the state dict lacks {', '.join(map(repr, lacking))}; it has "
+                    f"{', '.join(repr(k) for k in group if k != 'params')}, so another class than LBFGS saved it."
+                )
+        for key, saved in states.items():
+            if not isinstance(saved, Mapping):
+                raise ValueError(f"the saved state of parameter {key} is {saved!r:.60}, expected a dict.")
+            lacking = [k for k in ("func_evals", "n_iter") if saved and k not in saved]
+            if lacking:
+                raise ValueError(
+                    f"the saved state of parameter {key} lacks {', '.join(map(repr, lacking))}; it has "
+                    f"{', '.join(map(repr, saved))}, so another class than LBFGS saved it."
+                )
 
 
 def _first_step(grad: torch.Tensor) -> Any:

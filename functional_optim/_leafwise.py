@@ -85,8 +85,9 @@ class LeafwiseStep:
             batches.setdefault((token, kind), []).append(k)
             of_batch[token, kind] = values[token]
         for key, batch in batches.items():
-            call = _Call(self.bound.rule, of_batch[key], self.paths[self.leaves[batch[0]]])
-            outputs = self._run(call, [[column[k] for k in batch] for column in arrays])
+            paths = [self.paths[self.leaves[k]] for k in batch]
+            call = _Call(self.bound.rule, of_batch[key], paths[0])
+            outputs = self._run(call, paths, [[column[k] for k in batch] for column in arrays])
             for result, column in zip(results.values(), outputs, strict=True):
                 for k, x in zip(batch, column, strict=True):
                     if x is not None:
@@ -171,11 +172,12 @@ class LeafwiseStep:
                     f"shape {tuple(p.shape)}."
                 )
 
-    def _run(self, call: "_Call", arrays: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
-        """Columns of results for columns of arguments, of leaves that are alike."""
+    def _run(self, call: "_Call", paths: Sequence[str], arrays: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
+        """Columns of results for columns of arguments, of leaves that are alike, at some paths."""
         n, limit = len(arrays[0]), call.rule.stacked_up_to
         if n > 1 and limit is not None and arrays[0][0].numel() > limit:
-            alone = [self._run(call, [[x] for x in leaf]) for leaf in zip(*arrays, strict=True)]
+            leaves = zip(paths, zip(*arrays, strict=True), strict=True)
+            alone = [self._run(call._replace(path=path), [path], [[x] for x in leaf]) for path, leaf in leaves]
             return [list(itertools.chain.from_iterable(column)) for column in zip(*alone, strict=True)]
         if self.batched and (n > 1 or call.rule.batched):
             # copies, so that a rule which writes to its arguments is refused before it has changed anything; a view
@@ -194,20 +196,28 @@ class LeafwiseStep:
                 results = call(*stacked) if call.rule.batched else call.mapped(stacked)
             except RuleError:
                 raise
-            except Exception:  # torch.func.vmap cannot follow some operations; a fault of the rule is seen below, too
+            except RuntimeError:  # of torch.func.vmap, which cannot follow some operations; or one of the rule's own
                 if call.rule.batched:
                     raise
-                self.batched = False
             else:
                 self._refuse_changes(call, stacked, before)
                 update, *slots = [[None] * n if result is None else result.unbind(0) for result in results]
                 # slots have memory of their own: views of one buffer would keep all of it alive
                 return [update, *([None if x is None else x.clone() for x in column] for column in slots)]
+            results = self._one_by_one(
+                call, paths, arrays
+            )  # raises an error of the rule's own anew, with the leaf it is of
+            self.batched = False
+            return results
+        return self._one_by_one(call, paths, arrays)
+
+    def _one_by_one(self, call: "_Call", paths: Sequence[str], arrays: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
+        """Columns of results for columns of arguments, from a call for each leaf."""
         columns = []
-        for leaf in zip(*arrays, strict=True):
+        for path, leaf in zip(paths, zip(*arrays, strict=True), strict=True):
             own = [x.clone() if x is not None and (k or not self.checked) else x for k, x in enumerate(leaf)]
             before = [version(x) for x in own]
-            update, *slots = call(*own)
+            update, *slots = call._replace(path=path)(*own)
             self._refuse_changes(call, own, before)
             # a slot may be the gradient, another slot, a view of one, or the update itself
             old, first = leaf[len(leaf) - len(slots) :], len(own) - len(slots)
@@ -274,17 +284,18 @@ class _Values(NamedTuple):
         return cls(keywords, first)
 
 
-class _Call:
+class _Call(NamedTuple):
     """Calls of a rule with the hyper-parameters of some leaves.
 
     Args:
       rule: the rule.
       values: its keyword arguments.
-      path: the path of the first leaf, for messages.
+      path: the path of the leaf, or of the first of several, for messages.
     """
 
-    def __init__(self, rule: Rule, values: _Values, path: str) -> None:
-        self.rule, self.values, self.path = rule, values, path
+    rule: Rule
+    values: _Values
+    path: str
 
     def __call__(self, *arrays: Any) -> list[Any]:
         """The new update, and the new value of each slot."""

@@ -276,6 +276,46 @@ def test_an_error_of_the_function_names_the_rule_and_the_leaf() -> None:
     assert "in fails, for a tensor of shape (2, 3) at 'w'" in caught.value.__notes__
 
 
+@pytest.mark.parametrize("error", [ValueError, RuntimeError])
+def test_an_error_of_the_function_does_not_end_batching(error: type[Exception]) -> None:
+    """The step after a caller's mistake is batched as before; an error that is no RuntimeError is raised at once."""
+    shapes: list[tuple[bool, int]] = []
+
+    @fo.leafwise
+    def scaled(u: Any, *, by: Any = 1.0) -> Any:
+        shapes.append((torch._C._functorch.is_batchedtensor(u), u.ndim))
+        if by is not None and by > 2:
+            raise error("by is at most 2")
+        return by * u
+
+    params = {k: nn.Parameter(torch.ones(3, 2)) for k in "abc"}
+    opt = TransformOptimizer(list(params.items()), scaled())
+    for p in params.values():
+        p.grad = torch.ones_like(p)
+    opt.step()
+    assert shapes == [(True, 2)]
+    opt.param_groups[0]["by"] = 3.0
+    with pytest.raises(error, match="by is at most 2") as caught:
+        opt.step()
+    assert "in scaled, for a tensor of shape (3, 2) at 'a'" in caught.value.__notes__
+    assert shapes[1:] == [(True, 2), (False, 2)][: 1 if error is ValueError else 2]
+    opt.param_groups[0]["by"] = 1.0
+    del shapes[:]
+    opt.step()
+    assert shapes == [(True, 2)]
+
+
+def test_an_error_for_one_leaf_names_it() -> None:
+    @fo.leafwise
+    def solved(u: Any) -> Any:
+        return torch.linalg.solve(u, torch.ones(2, 1)).expand(2, 2)
+
+    grads = {"a": torch.eye(2), "b": torch.zeros(2, 2), "c": torch.eye(2)}
+    with pytest.raises(RuntimeError, match="singular") as caught:
+        solved().update(grads, solved().init(grads))
+    assert "in solved, for a tensor of shape (2, 2) at 'b'" in caught.value.__notes__
+
+
 @pytest.mark.parametrize("n", [1, 2])
 def test_slots_and_updates_may_be_arguments(n: int) -> None:
     """The gradient or the parameter as the new slot, or as the update: both have memory of their own afterwards."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.testing._internal.common_optimizers import get_error_inputs_for_all_optims, optim_db
 
+import functional_optim as fo
 from _lib.compare import assert_same_bits
 from _lib.trees import tensors
 from functional_optim.adapters import LBFGS
@@ -462,6 +463,69 @@ def test_a_state_of_other_parameters_is_refused() -> None:
         opt.load_state_dict(run.opt.state_dict())
 
     assert not opt.state
+
+
+def foreign() -> dict[str, Any]:
+    """A state dict of AdamW after a step."""
+    p = one()
+    p.grad = torch.ones_like(p)
+    opt = torch.optim.AdamW([p])
+    opt.step()
+    return opt.state_dict()
+
+
+FOREIGN: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
+    "another class": (
+        lambda own: foreign(),
+        ValueError,
+        r"param_groups\[0\] of the state dict lacks 'max_iter', .* it has 'lr', 'betas'.* another class than LBFGS",
+    ),
+    "states of another class": (
+        lambda own: own | {"state": foreign()["state"]},
+        ValueError,
+        "the saved state of parameter 0 lacks 'func_evals', 'n_iter'; it has 'step', 'exp_avg'",
+    ),
+    "a state that is no dict": (lambda own: own | {"state": {0: 3}}, ValueError, "parameter 0 is 3, expected a dict"),
+    "no states": (lambda own: {"param_groups": own["param_groups"]}, KeyError, "lacks 'state'; it has 'param_groups'"),
+    "no groups": (lambda own: {"state": {}}, KeyError, "lacks 'param_groups'"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_a_file_of_another_class_is_refused_before_anything_changes(case: str) -> None:
+    make, error, words = FOREIGN[case]
+    p = one()
+    opt = LBFGS([p])
+
+    def closure() -> torch.Tensor:
+        opt.zero_grad()
+        loss = square(p)
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    before = copy.deepcopy(opt.state_dict())
+
+    with pytest.raises(error, match=words):
+        opt.load_state_dict(make(copy.deepcopy(before)))
+
+    assert_same_bits(opt.state_dict(), before)
+
+
+def test_explain_says_how_it_runs() -> None:
+    """The state that `explain` announces is the one that a full history has."""
+    run = Run(LBFGS, "rosenbrock", history_size=3, line_search_fn="strong_wolfe", tolerance_change=0.0)
+    text = str(fo.explain(run.opt))
+    run.step()
+
+    assert "torch operations compute it over all parameters as one vector" in text
+    assert "up to 20 iterations and 25 evaluations" in text
+    state = run.opt.state[run.params[0]]
+    assert len(state["old_dirs"]) == 3
+    vectors = [state["d"], state["prev_flat_grad"], *state["old_dirs"], *state["old_stps"]]
+    assert fo.explain(run.opt).state_bytes * 6 == sum(x.nbytes for x in vectors)
+    with pytest.raises(TypeError, match="LBFGS has its own; pass it alone"):
+        fo.explain(run.opt, run.params)
 
 
 def test_no_parameter_has_elements() -> None:
