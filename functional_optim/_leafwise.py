@@ -54,6 +54,7 @@ class LeafwiseStep:
         options: Sequence[Mapping[str, Any]] = ({},),
         owners: Sequence[int] | None = None,
         first: frozenset[int] | None = None,
+        fits: bool = False,
     ) -> Columns:
         """New updates and slots. Nothing is written.
 
@@ -63,6 +64,7 @@ class LeafwiseStep:
           options: mappings that hyper-parameters are looked up in.
           owners: whose options each leaf looks up; None if all look up the first.
           first: the leaves that take their first step; None where a counter tells.
+          fits: whether the tensors have been found to fit, by `fits`.
 
         Returns:
           The columns that change, complete.
@@ -73,7 +75,11 @@ class LeafwiseStep:
         """
         results: dict[Key, list[Any]] = {key: list(columns[key]) for key in ("updates", *self.slots)}
         arrays = [[_tensor(columns[key][i]) for i in self.leaves] for key in self.keys]
-        kinds = self._kinds_of(arrays, self.params or columns["params" if "params" in columns else "updates"])
+        kinds = (
+            self.known[1]
+            if fits
+            else self._kinds_of(arrays, self.params or columns["params" if "params" in columns else "updates"])
+        )
         values: dict[Hashable, _Values] = {}
         batches: dict[Hashable, list[int]] = {}
         of_batch: dict[Hashable, _Values] = {}

@@ -295,7 +295,7 @@ class TreeStep:
         found = None if stage.leafwise else stage.find(own, variant)
         if found is None:
             if stage.leafwise is not None and stage.leafwise.fits(own):
-                return stage.leafwise.compute(own, extra)
+                return stage.leafwise.compute(own, extra, fits=True)
             if not self._has_its_leaves(own):
                 return None
             if stage.leafwise is not None:
