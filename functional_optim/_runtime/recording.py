@@ -21,7 +21,7 @@ from .step import COMPILE, BoundStep, Numbers
 
 
 Tensors = Sequence[torch.Tensor]
-KEEP = 4  # steps that the derivative of a step is bound to
+KEEP = 8  # derivatives of a step, by the cotangents that are given and wanted; and steps that each is bound to
 
 
 def can_record(bound: BoundStep) -> bool:
@@ -145,10 +145,14 @@ class Recording:
                 inputs[g].add(scalars[k % len(scalars)])
         key = tuple(map(frozenset, outputs)), tuple(map(frozenset, inputs))
         known: dict[Any, Derivative] = self.bound.derivatives
-        if key not in known:
+        found = known.get(key)
+        if found is None:
             programs = differentiate_all(tuple(group.signature.program for group in groups), *key)
-            known[key] = Derivative(programs, *key, [])
-        return known[key]
+            found = Derivative(programs, *key, [])
+            if len(known) >= KEEP:
+                known.pop(next(iter(known)), None)
+            known[key] = found
+        return found
 
     def pull_back(
         self, tensors: Tensors, cotangents: Sequence[torch.Tensor | None], wanted: Sequence[bool]
