@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from ._graph.run import run
-from ._graph.structures import add
 from ._packed import Packed
 from ._rule import Fusible, RuleTransformation
 from ._runtime.checks import check_fit, check_leaf
+from ._structures import add
 from ._transform import GradientTransformation, Link, as_transformation, joined_names, joined_tensors
 from ._tree import Tree, View, difference, flatten, leaves_like, packed_like, paths, unflatten
 

@@ -1,13 +1,16 @@
 """Packed: a tree whose tensors are views of few buffers."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
+from weakref import WeakValueDictionary
 
 import torch
 
 from ._runtime.packing import Layout, PackedColumn, PackedTensors, Place, aligned, memory_order
 from ._runtime.spec import TensorSpec
+from ._structures import read, rebuild
 
 
 class Form:
@@ -16,10 +19,35 @@ class Form:
     Args:
       spec: the structure.
       layout: the places.
+
+    Attributes:
+      serial: a name, by which compiled graphs are guarded.
+      containers: the structure as a compiler follows it; None if it has other containers than those of Python.
+      order: the position of each leaf of `containers` among those of `spec`.
     """
+
+    _serials = itertools.count()
 
     def __init__(self, spec: Any, layout: Layout) -> None:
         self.spec, self.layout = spec, layout
+        self.serial = f"form {next(self._serials)}"
+        strange: list[str] = []
+        containers = read(spec.unflatten([None] * spec.num_leaves), [], strange, {})
+        self.containers = None if strange else containers
+        self.order: list[int] = []
+        if not strange:
+            places = spec.flatten_up_to(rebuild(containers, range(spec.num_leaves)))
+            self.order = sorted(range(len(places)), key=places.__getitem__)
+        FORMS[self.serial] = self
+
+    def tree(self, leaves: Sequence[Any]) -> Any:
+        """The tree with these leaves."""
+        if self.containers is not None and torch.compiler.is_dynamo_compiling():
+            return rebuild(self.containers, [leaves[k] for k in self.order])
+        return self.spec.unflatten(leaves)
+
+
+FORMS: "WeakValueDictionary[str, Form]" = WeakValueDictionary()  # by serial number
 
 
 @functools.lru_cache(maxsize=256)
@@ -82,7 +110,7 @@ class Packed(PackedTensors):
 
     def tree(self) -> Any:
         """The tree, whose leaves are views of the buffers: to write to one is to write to the other."""
-        return self.form.spec.unflatten(self.views)
+        return self.form.tree(self.views)
 
     def map(self, fn: Callable[[torch.Tensor], Any]) -> "Packed":
         """A packed tree of the same structure with the results of a function of each buffer.

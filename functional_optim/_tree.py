@@ -38,6 +38,11 @@ def flatten(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> tuple[l
     return optree.tree_flatten(tree, is_leaf=is_leaf, none_is_leaf=True, namespace=NAMESPACE)
 
 
+def flatten_to_buffers(tree: Tree) -> tuple[list[Any], Spec]:
+    """The leaves of a tree, and its structure; a packed tree is a container of its buffers."""
+    return optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
+
+
 def leaves_like(spec: Spec, tree: Tree) -> list[Any]:
     """The objects that a tree has in the places of the leaves of `spec`.
 

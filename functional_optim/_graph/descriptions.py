@@ -26,13 +26,15 @@ from weakref import WeakValueDictionary
 import torch
 
 from .._compiler.rule import Rule, state_type
+from .._packed import FORMS, Form, Packed, form
 from .._runtime.backend import use_backend
 from .._runtime.internals import is_wrapper_of_a_transformation
+from .._runtime.packing import Place
 from .._schedules.schedule import Schedule, ScheduleFactory
 from .._step import take_step
+from .._structures import Structure, rebuild
 from .._transform import TRANSFORMATIONS, GradientTransformation
-from .._tree import Tree, difference, flatten, leaves_like, unflatten
-from .structures import Structure, rebuild
+from .._tree import Tree, difference, flatten, flatten_to_buffers, leaves_like, unflatten
 
 
 class Outline(NamedTuple):
@@ -42,7 +44,7 @@ class Outline(NamedTuple):
     there: tuple[bool, ...]
 
 
-class Form:
+class TreeMaker:
     """Makes trees of one outline from their tensors, and reads them, by the pytree library, which takes no Python.
 
     Args:
@@ -50,8 +52,8 @@ class Form:
     """
 
     def __init__(self, outline: Outline) -> None:
-        # a tensor's position in the order of `structures.read`, for each leaf in the order of the pytree library
-        order, self.spec = flatten(rebuild(outline.structure, range(len(outline.there))))
+        # a tensor's position in the order of `read`, for each leaf in the order of the pytree library
+        order, self.spec = flatten_to_buffers(rebuild(outline.structure, range(len(outline.there))))
         positions = list(itertools.accumulate(outline.there, initial=0))
         self.sources = [positions[i] if outline.there[i] else None for i in order]
         places = {i: k for k, i in enumerate(order)}
@@ -63,7 +65,7 @@ class Form:
 
     def read(self, tree: Tree) -> list[Any] | None:
         """The leaves of a tree, None where one is absent; None for a tree of another structure."""
-        leaves, spec = flatten(tree)
+        leaves, spec = flatten_to_buffers(tree)
         if spec != self.spec:
             return None
         return leaves if self.leaves is None else [leaves[k] for k in self.leaves]
@@ -107,7 +109,7 @@ class Trees(NamedTuple):
         """
         if self.params is None or self.same_containers:
             return
-        params, updates = (rebuild(x.structure, [0] * len(x.there)) for x in (self.params, self.updates))
+        params, updates = (_skeleton(x.structure, len(x.there)) for x in (self.params, self.updates))
         spec = flatten(params)[1]
         try:
             leaves_like(spec, updates)
@@ -142,8 +144,8 @@ class DescribedStep:
         self.may_return_views = not self.of_rules
         self.n_extra = sum(trees.extra.there)
         self.computed = trees.computed(apply)
-        self.updates, self.state, self.extra = Form(trees.updates), Form(trees.state), Form(trees.extra)
-        self.params = None if trees.params is None else Form(trees.params)
+        self.updates, self.state, self.extra = map(TreeMaker, (trees.updates, trees.state, trees.extra))
+        self.params = None if trees.params is None else TreeMaker(trees.params)
         base = trees.params if apply else trees.updates
         assert base is not None
         positions = {i: k for k, i in enumerate(i for i, there in enumerate(base.there) if there)}
@@ -212,6 +214,21 @@ class DescribedStep:
         for mine, x in zip(own._tensors, given, strict=True):
             mine.copy_(x.detach())
         return own
+
+
+def _skeleton(structure: Structure, n: int) -> Tree:
+    """A tree of a structure of `n` leaves, with numbers for leaves; that which a packed tree stands for."""
+    tree = rebuild(structure, [0] * n)
+    return tree.form.spec.unflatten([0] * len(tree.layout.places)) if isinstance(tree, Packed) else tree
+
+
+def with_forms(structure: Structure) -> Structure:
+    """A structure with the forms of packed trees in place of their serial numbers, which one process knows."""
+    if isinstance(structure, str):
+        return structure
+    kind, keys, inside = structure
+    keys = FORMS[keys] if isinstance(keys, str) else keys
+    return kind, keys, inside if isinstance(inside, int) else tuple(map(with_forms, inside))
 
 
 def _reordered(leaves: Sequence[Any], old: Structure, new: Structure) -> list[Any]:
@@ -290,6 +307,10 @@ class _Writer(pickle.Pickler):
             if position is None:
                 raise pickle.PicklingError("a tensor that is no hyper-parameter")
             return "number", position
+        if isinstance(x, Form) and x.containers is not None:
+            return "form", x.containers, [None if p is None else tuple(p) for p in x.layout.places]
+        if isinstance(x, Form) and self.by_serial:
+            return "form here", x.serial
         if not (isinstance(x, type) and issubclass(x, tuple) and hasattr(x, "_fields")):
             return None
         if hasattr(x, "_rule"):
@@ -315,6 +336,12 @@ class _Reader(pickle.Unpickler):
             return state_type(rest[0].rule, rest[1])
         if kind == "class":
             return CLASSES[rest[0]]
+        if kind == "form":
+            containers, places = rest
+            spec = flatten(rebuild(containers, range(len(places))))[1]
+            return form(spec, tuple([None if place is None else Place(*place) for place in places]))
+        if kind == "form here":
+            return FORMS[rest[0]]
         serial, process = rest
         tx = TRANSFORMATIONS.get(serial) if process == PROCESS else None
         if tx is None:
@@ -352,4 +379,9 @@ def _is_harmless(x: Any) -> bool:
         return isinstance(x, (torch.dtype, ScheduleFactory)) or isinstance(getattr(x, "rule", None), Rule)
     if issubclass(x, tuple) and hasattr(x, "_fields"):
         return True
-    return issubclass(x, (GradientTransformation, Schedule)) or x in (dict, list, tuple, collections.OrderedDict)
+    return issubclass(x, (GradientTransformation, Schedule, Packed)) or x in (
+        dict,
+        list,
+        tuple,
+        collections.OrderedDict,
+    )

@@ -5,16 +5,17 @@ from typing import Any
 
 import torch
 
+from .._packed import Packed
 from .._runtime.backend import ASKED
 from .._step import take_step
+from .._structures import read, rebuild
 from .._transform import GradientTransformation
 from .._tree import Tree
-from .descriptions import Outline, Trees, describe
-from .structures import read, rebuild
+from .descriptions import Outline, Trees, describe, with_forms
 
 
 REASON = (
-    "the trees of a compiled step are dicts, lists, tuples and NamedTuples of plain tensors and None, and extra "
+    "the trees of a compiled step are dicts, lists, tuples and NamedTuples of plain tensors and None, or packed; extra "
     "arguments are tensors or numbers, or such trees; a step with anything else, such as a number in a state, runs "
     "outside of the graph"
 )
@@ -31,7 +32,7 @@ def description_of(
     serial: str, apply: bool, updates: Any, params: Any, state: Any, extra: Any, backend: str | None
 ) -> str:
     """The text of a step, a constant of the graph."""
-    outlines = [None if x is None else Outline(*x) for x in (updates, params, state, extra)]
+    outlines = [None if x is None else Outline(with_forms(x[0]), x[1]) for x in (updates, params, state, extra)]
     return describe(serial, apply, Trees(*outlines), backend)  # type: ignore[arg-type]
 
 
@@ -56,9 +57,13 @@ def trace_step(
     e: list[Any] = []
     strange: list[str] = []
     numbers = {name: as_numbers(x) for name, x in extra.items()}
-    u_tree = read(updates, u, strange)
-    p_tree = read(params, p, strange) if params is not None else None
-    s_tree, e_tree = read(state, s, strange), read(numbers, e, strange)
+    forms: dict[str, Any] = {}
+    u_tree = read(updates, u, strange, forms)
+    p_tree = read(params, p, strange, forms) if params is not None else None
+    s_tree, e_tree = read(state, s, strange, forms), read(numbers, e, strange, forms)
+    passes = p_tree is not None and same(u_tree, p_tree)
+    if not (apply or params is None or passes) and (isinstance(updates, Packed) or isinstance(params, Packed)):
+        strange.append("updates packed in another way than parameters")
     if strange or (apply and params is None):
         return outside(tx, apply, updates, state, params, extra, donate)  # type: ignore[no-any-return]
     backend = ASKED[-1] if ASKED else None
@@ -78,7 +83,6 @@ def trace_step(
     step = torch.ops.functional_optim.traced_step if backend == "reference" else torch.ops.functional_optim.pure_step
     results = iter(step(text, *arguments))
     base, base_tree, other = (p, p_tree, u) if apply else (u, u_tree, p)
-    passes = p_tree is not None and same(u_tree, p_tree)
     leaves = [
         x if x is None or (passes and y is None) else next(results)
         for x, y in zip(base, other if passes else base, strict=True)
@@ -89,7 +93,7 @@ def trace_step(
             if x is not y:
                 x.copy_(y)
         return params if apply else updates, state
-    return rebuild(base_tree, leaves), rebuild(s_tree, new_state)
+    return rebuild(base_tree, leaves, forms), rebuild(s_tree, new_state, forms)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

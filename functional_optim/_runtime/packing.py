@@ -121,6 +121,8 @@ class PackedTensors:
       buffers: the buffers.
     """
 
+    form: Any  # the tree that they are the leaves of, if there is one
+
     def __init__(self, layout: Layout, buffers: Sequence[Any]) -> None:
         self.layout, self.buffers = layout, tuple(buffers)
         self.followers: tuple[torch.Tensor, ...] = ()  # tensors in this memory with version counters of their own
@@ -133,7 +135,7 @@ class PackedTensors:
         Views are kept while buffers have their memory. Those that autograd or `torch.func` follow are made anew, for
         they belong to the mode that they were made in.
         """
-        if not all(map(_is_settled, self.buffers)):
+        if torch.compiler.is_dynamo_compiling() or not all(map(_is_settled, self.buffers)):
             return self.layout.views(self.buffers)
         key = [(x.data_ptr(), x.shape, x.dtype, x.device) for x in self.buffers]
         if self._kept[0] != key:

@@ -16,7 +16,7 @@ import torch
 import functional_optim as fo
 from functional_optim._graph import operations
 from functional_optim._graph.descriptions import Outline, Trees, describe, find_step
-from functional_optim._graph.structures import read
+from functional_optim._structures import read
 
 
 PARAMS = {"w": torch.ones(2, 3), "b": torch.ones(2)}
@@ -47,7 +47,7 @@ def step_of(tx: Any, params: Any = PARAMS) -> tuple[str, list[list[torch.Tensor]
     outlines, tensors = [], []
     for tree in (params, params, tx.init(params), {}):
         leaves: list[Any] = []
-        outlines.append(Outline(read(tree, leaves, []), (True,) * len(leaves)))
+        outlines.append(Outline(read(tree, leaves, [], {}), (True,) * len(leaves)))
         tensors.append(leaves)
     return describe(tx._serial, True, Trees(*outlines), None), [*tensors[:3], list(tx._tensors)]
 

@@ -1,32 +1,36 @@
 """Trees read and made in plain Python, which a compiler follows at less cost than it follows a pytree library."""
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from .._runtime.spec import PLAIN
-from .._tree import Tree
+from ._runtime.packing import PackedTensors
+from ._runtime.spec import PLAIN
 
 
 LEAF = "*"
-# LEAF, or the class of a container, the keys of a dict (else None), and the structures of its children: their number if
-# all are leaves
+Tree = Any
+# LEAF, or the class of a container, its keys, and the structures of its children: their number if all are leaves. The
+# keys of a dict are a tuple; those of a packed tree, whose children are its buffers, the serial number of its form, or
+# the form; others have none.
 Structure = Any
+NO_FORMS: Mapping[str, Any] = {}
 DICTS = (dict, collections.OrderedDict)
 
 
-def read(tree: Tree, leaves: list[Any], strange: list[str]) -> Structure:
+def read(tree: Tree, leaves: list[Any], strange: list[str], forms: dict[str, Any]) -> Structure:
     """The structure of a tree.
 
     Args:
-      tree: dicts, lists, tuples and NamedTuples of tensors and None.
+      tree: dicts, lists, tuples, NamedTuples and packed trees of tensors and None.
       leaves: a list that the tensors are appended to, and None where a leaf is absent.
       strange: a list that anything else is noted in.
+      forms: a dict that the forms of packed trees are noted in, by serial number.
 
     Example:
-      >>> read({"a": None, "b": (None, [None])}, [], [])
+      >>> read({"a": None, "b": (None, [None])}, [], [], {})
       (<class 'dict'>, ('a', 'b'), ('*', (<class 'tuple'>, None, ('*', (<class 'list'>, None, 1)))))
     """
     if tree is None:
@@ -37,11 +41,15 @@ def read(tree: Tree, leaves: list[Any], strange: list[str]) -> Structure:
             strange.append("a tensor of another class")
         leaves.append(tree)
         return LEAF
+    keys: Any = None
+    children: Any = tree
     if type(tree) in DICTS:
         keys, children = tuple(tree), tree.values()
-    elif isinstance(tree, (tuple, list)):
-        keys, children = None, tree
-    else:
+    elif isinstance(tree, PackedTensors):
+        form = tree.form
+        keys, children = form.serial, tree.buffers
+        forms[keys] = form
+    elif not isinstance(tree, (tuple, list)):
         strange.append("another object")
         return LEAF
     inside: list[Structure] = []
@@ -52,21 +60,26 @@ def read(tree: Tree, leaves: list[Any], strange: list[str]) -> Structure:
             inside.append(LEAF)
         else:
             flat = False
-            inside.append(read(x, leaves, strange))
+            inside.append(read(x, leaves, strange, forms))
     return type(tree), keys, len(inside) if flat else tuple(inside)
 
 
-def rebuild(structure: Structure, leaves: Sequence[Any]) -> Tree:
+def rebuild(structure: Structure, leaves: Sequence[Any], forms: Mapping[str, Any] = NO_FORMS) -> Tree:
     """The tree of a structure with these leaves.
+
+    Args:
+      structure: the structure.
+      leaves: the leaves.
+      forms: the forms of packed trees, by serial number.
 
     Example:
       >>> rebuild((dict, ("a", "b"), ((list, None, 2), "*")), [1, 2, 3])
       {'a': [1, 2], 'b': 3}
     """
-    return _rebuild(structure, leaves, 0)[0]
+    return _rebuild(structure, leaves, 0, forms)[0]
 
 
-def _rebuild(structure: Structure, leaves: Sequence[Any], start: int) -> tuple[Tree, int]:
+def _rebuild(structure: Structure, leaves: Sequence[Any], start: int, forms: Mapping[str, Any]) -> tuple[Tree, int]:
     """The tree, and the position of the first leaf behind it."""
     if isinstance(structure, str):
         return leaves[start], start + 1
@@ -77,10 +90,12 @@ def _rebuild(structure: Structure, leaves: Sequence[Any], start: int) -> tuple[T
     else:
         children, stop = [], start
         for x in inside:
-            child, stop = _rebuild(x, leaves, stop)
+            child, stop = _rebuild(x, leaves, stop, forms)
             children.append(child)
-    if keys is not None:
+    if isinstance(keys, tuple):
         return kind(zip(keys, children, strict=True)), stop
+    if keys is not None:
+        return kind(forms[keys] if isinstance(keys, str) else keys, children), stop
     # a NamedTuple; a compiler of torch 2.11 cannot ask a class for `_fields`
     named = issubclass(kind, tuple) and kind is not tuple
     return kind(*children) if named else kind(children), stop
@@ -91,11 +106,12 @@ def add(params: Tree, updates: Tree) -> Tree | None:
     p: list[Any] = []
     u: list[Any] = []
     strange: list[str] = []
-    structure, other = read(params, p, strange), read(updates, u, strange)
+    forms: dict[str, Any] = {}
+    structure, other = read(params, p, strange, forms), read(updates, u, strange, forms)
     if strange or structure != other:
         return None
     for x, y in zip(p, u, strict=True):
         if x is not None and y is not None and (x.shape != y.shape or not x.dtype.is_floating_point):
             return None
     both = zip(p, u, strict=True)
-    return rebuild(structure, [x if x is None or y is None else (x + y).to(x.dtype) for x, y in both])
+    return rebuild(structure, [x if x is None or y is None else (x + y).to(x.dtype) for x, y in both], forms)
