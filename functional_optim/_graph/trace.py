@@ -23,8 +23,10 @@ MADE_INSIDE = (
     "the chain is made inside of the compiled function; make it outside, and give numbers that change as extra "
     "arguments, 0-d tensors or schedules"
 )
+PACKED_ALIKE = "updates and parameters of `update` are packed alike in a compiled step; `apply_gradients` takes either"
 outside = torch.compiler.disable(take_step, reason=REASON)  # type: ignore[no-untyped-call]
 outside_with_chain = torch.compiler.disable(take_step, reason=MADE_INSIDE)  # type: ignore[no-untyped-call]
+outside_unpacked = torch.compiler.disable(take_step, reason=PACKED_ALIKE)  # type: ignore[no-untyped-call]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -63,7 +65,7 @@ def trace_step(
     s_tree, e_tree = read(state, s, strange, forms), read(numbers, e, strange, forms)
     passes = p_tree is not None and same(u_tree, p_tree)
     if not (apply or params is None or passes) and (isinstance(updates, Packed) or isinstance(params, Packed)):
-        strange.append("updates packed in another way than parameters")
+        return outside_unpacked(tx, apply, updates, state, params, extra, donate)  # type: ignore[no-any-return]
     if strange or (apply and params is None):
         return outside(tx, apply, updates, state, params, extra, donate)  # type: ignore[no-any-return]
     backend = ASKED[-1] if ASKED else None

@@ -139,7 +139,10 @@ class PackedTensors:
             return self.layout.views(self.buffers)
         key = [(x.data_ptr(), x.shape, x.dtype, x.device) for x in self.buffers]
         if self._kept[0] != key:
-            self._kept = (key, self.layout.views(self.buffers))
+            views = self.layout.views(self.buffers)
+            if not all(_is_settled(x) for x in views if x is not None):  # a transformation wraps views of any tensor
+                return views
+            self._kept = (key, views)
         return self._kept[1]
 
     def with_buffers(self, buffers: Sequence[Any]) -> Self:

@@ -280,6 +280,21 @@ def test_derivatives_and_batches_of_steps() -> None:
         assert_alike(batch.map(lambda b, k=k: b[k]).tree(), alone)
 
 
+def test_views_that_a_transformation_made_are_not_kept() -> None:
+    """Packed parameters that a transformed function finds around it, before anything else has looked at them."""
+    tx = fo.sgd(0.1)
+    params = fo.pack([torch.ones(2, 3), torch.arange(2.0)])
+    state = tx.init(fo.pack([torch.ones(2, 3), torch.arange(2.0)]))
+
+    def after(grads: Any) -> Any:
+        new, _ = fo.apply_gradients(tx, params, grads, state)
+        return sum(x.square().sum() for x in fo.unpack(new))
+
+    torch.func.grad(after)(params.map(torch.ones_like))
+    assert torch.equal(fo.unpack(params)[0], torch.ones(2, 3))
+    fo.apply_gradients(tx, params, fo.unpack(params), state)
+
+
 def test_pytrees_see_buffers() -> None:
     packed = fo.pack(tree(0, (F32, F64)))
 
