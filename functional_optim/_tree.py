@@ -15,7 +15,7 @@ import optree
 import torch
 
 from ._packed import Form, Packed, form
-from ._runtime.internals import register_with_torch
+from ._runtime.internals import leaves_as_written, register_with_torch, structure_as_text, tree_from_text
 from ._runtime.packing import PackedColumn, Place
 
 
@@ -288,6 +288,25 @@ def _of_buffers(form: Any, buffers: Iterable[Any]) -> Any:
     return Packed(form, tuple(buffers))
 
 
+def _write_form(form: Form) -> list[Any]:
+    """A form as an object that JSON knows."""
+    skeleton = form.spec.unflatten(range(form.spec.num_leaves))
+    places = [form.layout.places[k] for k in leaves_as_written(skeleton)]
+    return [structure_as_text(skeleton), [None if place is None else list(place) for place in places]]
+
+
+def _read_form(text: str, places: Sequence[Any]) -> Form:
+    order, spec = flatten(tree_from_text(text, range(len(places))))
+    found = [None if x is None else Place(x[0], x[1], tuple(x[2]), tuple(x[3])) for x in places]
+    return form(spec, tuple([found[k] for k in order]))
+
+
 optree.register_pytree_node(Packed, _buffers, _of_buffers, namespace=NAMESPACE)  # type: ignore[arg-type]
-register_with_torch(Packed, _buffers, lambda buffers, form: _of_buffers(form, buffers))
+register_with_torch(
+    Packed,
+    _buffers,
+    lambda buffers, form: _of_buffers(form, buffers),
+    _write_form,
+    lambda written: _read_form(*written),
+)
 torch.serialization.add_safe_globals([restore_packed, MaskedNode])

@@ -302,11 +302,16 @@ def _mapped_autograd(text: str, sizes: Sequence[int], stacked: Sequence[bool], *
         return torch.ops.functional_optim.mapped_step.default(text, sizes, stacked, *lists)
 
 
-LIBRARY.impl("pure_step", _pure_step, "CompositeExplicitAutograd")
-LIBRARY.impl("donated_step", _donated_step, "CompositeExplicitAutograd")
+def _with_lists(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel for arguments among which None stands for an empty list, as in calls of code by AOTInductor."""
+    return lambda text, *lists: kernel(text, *[() if x is None else x for x in lists])
+
+
+LIBRARY.impl("pure_step", _with_lists(_pure_step), "CompositeExplicitAutograd")
+LIBRARY.impl("donated_step", _with_lists(_donated_step), "CompositeExplicitAutograd")
 LIBRARY.impl("traced_step", _traced_step, "CompositeImplicitAutograd")
-LIBRARY.impl("pure_step", _pure_autograd, "Autograd")
-LIBRARY.impl("donated_step", _donated_autograd, "Autograd")
+LIBRARY.impl("pure_step", _with_lists(_pure_autograd), "Autograd")
+LIBRARY.impl("donated_step", _with_lists(_donated_autograd), "Autograd")
 torch.library.register_fake("functional_optim::pure_step", _fake_step, lib=LIBRARY)
 torch.library.register_fake("functional_optim::donated_step", lambda *args: None, lib=LIBRARY)
 LIBRARY.impl("pure_step", _pure_of_members, "FuncTorchBatched")

@@ -5,7 +5,7 @@ Nothing here is guessed: each is a name of a Python module, read and never writt
 
 import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -58,7 +58,8 @@ def register_in_exports(cls: type) -> None:
     `torch.utils._pytree._register_namedtuple` gives it a name in files; public names are there for dataclasses only.
     """
     fields = getattr(cls, "_fields", ())
-    name = f"{cls.__module__}.{cls.__qualname__}({', '.join(fields)})"  # a rule has a state with a counter and without
+    # a rule has a state with a counter and without; AOTInductor's code has names between `R"(` and `)"`
+    name = f"{cls.__module__}.{cls.__qualname__}[{', '.join(fields)}]"
     known = torch.utils._pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE
     names = (name if k == 1 else f"{name} #{k}" for k in itertools.count(1))  # a copy of a rule has a class of its own
     free = next(n for n in names if known.get(n, cls) is cls)
@@ -201,16 +202,54 @@ def all_transformations() -> Any:
 
 
 def register_with_torch(
-    cls: type, flatten: Callable[[Any], tuple[list[Any], Any]], unflatten: Callable[[Any, Any], Any]
+    cls: type,
+    flatten: Callable[[Any], tuple[list[Any], Any]],
+    unflatten: Callable[[Any, Any], Any],
+    write: Callable[[Any], Any],
+    read: Callable[[Any], Any],
 ) -> None:
     """Registers a container with torch's own pytrees, which `torch.func` works on.
 
+    Args:
+      cls: the container.
+      flatten: a function that returns its children and the rest.
+      unflatten: a function that makes it of both.
+      write: a function of the rest that returns an object that JSON knows, for files of `torch.export`.
+      read: the inverse of `write`.
+
     There is no public name: `torch.utils._pytree.register_pytree_node` is the one that torch's documentation of
-    `torch.export` has for user classes. The name for serialization keeps `torch.export` from warning.
+    `torch.export` has for user classes; `SequenceKey` is how it names a child by its position.
     """
+
+    def flatten_with_keys(x: Any) -> tuple[list[Any], Any]:
+        children, rest = flatten(x)
+        return [(torch.utils._pytree.SequenceKey(k), child) for k, child in enumerate(children)], rest
+
     torch.utils._pytree.register_pytree_node(
-        cls, flatten, unflatten, serialized_type_name=f"functional_optim.{cls.__name__}"
+        cls,
+        flatten,
+        unflatten,
+        serialized_type_name=f"functional_optim.{cls.__name__}",
+        to_dumpable_context=write,
+        from_dumpable_context=read,
+        flatten_with_keys_fn=flatten_with_keys,
     )
+
+
+def structure_as_text(tree: Any) -> str:
+    """The structure of a tree as `torch.export` writes it; there is no public name."""
+    return torch.utils._pytree.treespec_dumps(torch.utils._pytree.tree_structure(tree))
+
+
+def tree_from_text(text: str, leaves: Iterable[Any]) -> Any:
+    """The tree of a structure that `structure_as_text` wrote, with these leaves."""
+    return torch.utils._pytree.tree_unflatten(leaves, torch.utils._pytree.treespec_loads(text))
+
+
+def leaves_as_written(tree: Any) -> list[Any]:
+    """The leaves of a tree in the order of `structure_as_text`."""
+    leaves: list[Any] = torch.utils._pytree.tree_leaves(tree)
+    return leaves
 
 
 def version(x: Any) -> int:

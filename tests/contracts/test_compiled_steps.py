@@ -666,12 +666,12 @@ def test_inductor_compiles_steps_of_packed_trees_without_copies(donate: bool) ->
 class Step(torch.nn.Module):
     """A step as a module, which is what can be exported."""
 
-    def __init__(self, tx: Any) -> None:
+    def __init__(self, tx: Any, donate: bool = False) -> None:
         super().__init__()
-        self.tx = tx
+        self.tx, self.donate = tx, donate
 
     def forward(self, params: Any, grads: Any, state: Any) -> Any:
-        return fo.apply_gradients(self.tx, params, grads, state)
+        return fo.apply_gradients(self.tx, params, grads, state, donate=self.donate)
 
 
 def test_make_fx_traces_the_reference() -> None:
@@ -682,29 +682,71 @@ def test_make_fx_traces_the_reference() -> None:
 
 
 @pytest.mark.slow
-def test_an_exported_step_is_saved_and_loaded(tmp_path: Path) -> None:
+def test_exported_steps_are_saved_and_loaded(tmp_path: Path) -> None:
     """In this process, and in one that knows nothing but the package and the classes of the state."""
     tx = fo.chain(fo.clip_by_global_norm(0.1), fo.adamw(fo.cosine_decay_schedule(0.1, STEPS)))
-    params, state = start(tx)
-    expected = fo.apply_gradients(tx, params, params, state)
-    program = torch.export.export(Step(tx), (params, params, state), strict=False)
-    assert [n.name for n in program.graph.nodes if n.op == "call_function" and "getitem" not in n.name] == ["pure_step"]
-    assert_equal(program.module()(params, params, state), expected)
-    torch.export.save(program, tmp_path / "step.pt2")
-    torch.save((params, state, expected), tmp_path / "trees.pt")
-    loaded = torch.export.load(tmp_path / "step.pt2").module()
-    assert_equal(loaded(params, params, state), expected)
+    names = []
+    for packed, donate, strict in (
+        (False, False, False),
+        (False, True, True),
+        (True, False, False),
+        (True, True, False),
+    ):
+        given, again = [(packed_start if packed else start)(tx) for _ in range(2)]
+        grads = pytree.tree_map(torch.ones_like, given[0])
+        expected = fo.apply_gradients(tx, given[0], grads, given[1])
+        program = torch.export.export(Step(tx, donate), (given[0], grads, given[1]), strict=strict)
+        calls = [n.name for n in program.graph.nodes if n.op == "call_function" and "getitem" not in n.name]
+        assert calls == ["donated_step" if donate else "pure_step"]
+        assert_equal(program.module()(again[0], grads, again[1]), expected)
+        assert donate is torch.equal(fo.unpack(again[0])["0.weight"], fo.unpack(expected[0])["0.weight"])
+        names.append(f"{packed} {donate}")
+        torch.export.save(program, tmp_path / f"{names[-1]}.pt2")
+        torch.save((given[0], grads, given[1], expected), tmp_path / f"{names[-1]}.pt")
     code = f"""
 import torch, functional_optim as fo
 fo.adamw(fo.constant_schedule(0.1)).init(torch.ones(1))
-params, state, expected = torch.load({str(tmp_path / "trees.pt")!r})
-new = torch.export.load({str(tmp_path / "step.pt2")!r}).module()(params, params, state)
-assert all(torch.equal(new[0][k], x) for k, x in expected[0].items())
+for name in {names!r}:
+    file = {str(tmp_path)!r} + "/" + name
+    params, grads, state, expected = torch.load(file + ".pt")
+    new = torch.export.load(file + ".pt2").module()(params, grads, state)
+    assert all(torch.equal(fo.unpack(new[0])[k], x) for k, x in fo.unpack(expected[0]).items())
 """
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=300, check=False
     )
     assert not done.returncode, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # the compiler's own
+@pytest.mark.parametrize("donate", [False, True])
+def test_steps_compiled_ahead_of_time(donate: bool, tmp_path: Path) -> None:
+    """AOTInductor's code calls the operation, also with an empty list of numbers."""
+    import torch._inductor
+
+    tx = fo.chain(fo.clip_by_global_norm(0.1), fo.adamw(fo.cosine_decay_schedule(0.1, STEPS)))
+    params, state = start(tx)
+    grads = {k: torch.ones_like(p) for k, p in params.items()}
+    expected = fo.apply_gradients(tx, params, grads, state)
+    program = torch.export.export(Step(tx, donate), (params, grads, state))
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "step.pt2"))
+    actual = torch._inductor.aoti_load_package(path)(params, grads, state)
+    assert_equal(actual[0], expected[0])
+    assert_equal(pytree.tree_leaves(actual[1]), pytree.tree_leaves(expected[1]))
+    assert donate is torch.equal(params["0.weight"], expected[0]["0.weight"])
+
+
+def test_the_size_of_a_batch_is_a_variable() -> None:
+    tx, backend = CHAINS["schedule"](), counter("eager")
+    eager = train_step(tx, "donate")
+    compiled = torch.compile(eager, fullgraph=True, backend=backend, dynamic=True)
+    mine, theirs = start(tx), start(tx)
+    for n in range(5, 10):  # sizes that are no other one's of the model, which the compiler takes for the same
+        x = torch.ones(n, 3)
+        mine, theirs = compiled(*mine[:2], x), eager(*theirs[:2], x)
+        assert_close(mine, theirs)
+    assert backend.frame_count == 1
 
 
 @pytest.mark.slow
