@@ -618,6 +618,11 @@ def test_derivatives_and_members_with_packed_trees() -> None:
     grads = params.map(lambda x: x + 1)
     compiled = torch.compile(torch.func.grad(after), fullgraph=True, backend="aot_eager")
     assert_close(compiled(grads), torch.func.grad(after)(grads))
+    members = params.map(lambda x: torch.stack([x, 2 * x]))
+    mapped = torch.func.vmap(lambda p: fo.apply_gradients(tx, p, p, tx.init(p))[0])
+    whole = torch.func.vmap(lambda p, s: fo.apply_gradients(tx, p, p, s)[0])
+    compiled = torch.compile(whole, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(members, torch.func.vmap(tx.init)(members)), mapped(members))
     with fo.use_backend("reference"):
         traced = torch.compile(lambda p, s: fo.apply_gradients(tx, p, p, s), fullgraph=True, backend="aot_eager")
         assert_close(traced(params, state), fo.apply_gradients(tx, params, params, state))
