@@ -1,7 +1,8 @@
 """Forms of chains: all that decides a chain's kernels but for the tensors among its hyper-parameters.
 
-A function that `vmap` maps makes its chain anew at every call, of the learning rate that each member is given. Chains
-of one form are stepped by one of them, the template, with the tensors of the others in the place of its own.
+A function that `vmap` maps makes its chain anew at every call, of the learning rate that each member is given; one that
+is differentiated makes it of a learning rate that follows from others. Chains of one form are stepped by one of them,
+the template, with the tensors of the others in the place of its own.
 """
 
 import functools
@@ -89,9 +90,10 @@ def _takes_tensors(part: Any) -> bool:
 def template_of(tx: GradientTransformation) -> tuple[GradientTransformation, dict[int, torch.Tensor]]:
     """The chain that steps of one are bound to, and tensors in the place of its hyper-parameters, by identity.
 
-    It is the chain itself, unless members of `vmap` have hyper-parameters of their own.
+    It is the chain itself, unless its hyper-parameters are made by a function that is mapped or differentiated, which
+    makes the chain anew at every call.
     """
-    if any(map(is_wrapper_of_a_transformation, tx._tensors)):
+    if any(x.grad_fn is not None or is_wrapper_of_a_transformation(x) for x in tx._tensors):
         found = _template(Form(tx))
         if found is not None:
             return found, {id(own): x for own, x in zip(found._tensors, tx._tensors, strict=True)}

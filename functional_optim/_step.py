@@ -302,7 +302,7 @@ class TreeStep:
                 return stage.leafwise.compute(own, extra)
             found = stage.bind(own, variant, stage.leaves(own), [(k, "count") for k in stage.moving])
         bound, reading = found
-        numbers = bound.numbers((), extra)
+        numbers = bound.own_numbers(extra, given)
         if torch.is_grad_enabled() and bound.requires_grad(reading, numbers):
             bound.release(reading)
             if in_place:
@@ -663,7 +663,7 @@ def take_step(
     """
     like = updates if params is None else params
     transformed = bool(map_levels()) or takes_gradients()
-    home, given = template_of(tx) if transformed and tx._tensors else (tx, {})
+    home, given = template_of(tx) if tx._tensors else (tx, {})
     bound = home._bound_steps
     for step in bound:
         columns = step.columns(updates, params, donate) if step.apply is apply else None
