@@ -30,6 +30,7 @@ class StandIn(driver.HostDriver):
         self.copies: list[int] = []
         self.followed = 0
         self.graph: list[Callable[[], Any]] | None = None
+        self.pool: list[Any] = []
 
     def stream(self, device: torch.device) -> int:
         return self.current
@@ -89,7 +90,18 @@ class _Kernel:
 def stand_in() -> Iterator[StandIn]:
     """Has launches on the CPU go to a stand-in."""
     device = StandIn()
-    with mock.patch.object(driver, "HOST", device), mock.patch.object(launch, "load_kernels", device.load):
+    make = launch.DeviceMemory
+
+    def kept(tables: Any) -> Any:
+        """Memory that is not freed, as that of a graph's pool is not, in which addresses stay good."""
+        device.pool.append(make(tables))
+        return device.pool[-1]
+
+    with (
+        mock.patch.object(driver, "HOST", device),
+        mock.patch.object(launch, "load_kernels", device.load),
+        mock.patch.object(launch, "DeviceMemory", kept),
+    ):
         yield device
 
 

@@ -127,7 +127,7 @@ def nothing_given_up() -> Iterator[None]:
 
 @pytest.mark.usefixtures("nothing_given_up")
 def test_without_triton_a_gpu_has_foreach_and_one_warning() -> None:
-    with mock.patch.object(backend, "_has_triton", lambda: False):
+    with mock.patch.object(backend, "_has_triton", return_value=False):
         with pytest.warns(UserWarning, match="without generated kernels, and slower: Triton is not installed"):
             assert backend.choose_backend(torch.device("cuda", 0)) == ("foreach", "Triton is not installed")
         with warnings.catch_warnings():
