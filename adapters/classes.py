@@ -2,8 +2,8 @@
 
 Classes of torch's names take their arguments, defaults and checks from torch's own classes, which they are subclasses
 of, and replace the step. `foreach` and `capturable` are accepted and make no difference: there is one kernel, and it
-reads counters and numbers where they are. `fused=True` leaves what `torch.amp.GradScaler` does to the kernel, and
-`differentiable=True` records the step, as in torch.
+reads counters and numbers where they are, so that a step on a CUDA device can be captured in a graph. `fused=True`
+leaves what `torch.amp.GradScaler` does to the kernel, and `differentiable=True` records the step, as in torch.
 """
 
 import numbers

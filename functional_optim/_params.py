@@ -22,6 +22,7 @@ from ._opaque import SplitState
 from ._regions import BoundRegion, LeafwiseRegion, Opaque, Region, Stored, Variant, cut_into_regions
 from ._runtime.backend import requested_backend
 from ._runtime.checks import check_fit, check_leaf
+from ._runtime.cuda.capture import refuse_host_schedule
 from ._runtime.internals import in_backward, needs_dispatch
 from ._runtime.join import Joins
 from ._runtime.plan import Columns, Key
@@ -576,6 +577,7 @@ class ParamStep:
                     journal.set(by_name[name], key, x)
                 continue
             for name, (schedule, _) in stage.region.hosts.items():
+                refuse_host_schedule(name, self.devices)
                 counts = [int(states[i]["step"]) if "step" in states[i] else None for i in range(len(states))]
                 own[name] = host_column(name, schedule, counts, self.devices)
             if watched:

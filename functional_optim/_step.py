@@ -19,6 +19,7 @@ from ._packed import packed_forms
 from ._regions import BoundRegion, LeafwiseRegion, Opaque, Region, Variant, cut_into_regions
 from ._runtime.backend import requested_backend
 from ._runtime.checks import at, check_fit, check_leaf, check_number
+from ._runtime.cuda.capture import refuse_host_schedule
 from ._runtime.internals import (
     is_wrapper_of_a_transformation,
     map_levels,
@@ -57,6 +58,7 @@ class TreeRegion(BoundRegion):
         own = self.state.columns(states, columns, in_place)
         for name, (schedule, counter) in self.region.hosts.items():
             count = states[counter[0]].count  # type: ignore[index]
+            refuse_host_schedule(name, [count.device])
             devices = [x.device if isinstance(x, torch.Tensor) else None for x in columns["updates"]]
             levels = map_levels() if is_wrapper_of_a_transformation(count) else ()
             if levels:

@@ -3,7 +3,8 @@
 import os
 
 
-os.environ["TRITON_INTERPRET"] = "1"  # kernels for a GPU, run by Triton's interpreter
+# kernels for a GPU, run by Triton's interpreter unless the environment says otherwise: see tests/cuda
+os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ["JAX_ENABLE_X64"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave the cores to other workers
 

@@ -76,6 +76,8 @@ def choose_backend(device: torch.device) -> tuple[str, str]:
         if _has_triton() and runs and "triton" not in _given_up:
             return "triton", ""
         why = f"Triton does not run on {device.type}" if _has_triton() else "Triton is not installed"
+        if device.type == "cuda" and not _has_triton():
+            give_up("triton", why)
         why = _given_up.get("triton", why)
     elif device.type == "cpu":
         if "c" not in _given_up and find_compiler() is None:

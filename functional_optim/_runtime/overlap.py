@@ -76,7 +76,8 @@ class OverlapCheck:
         """
         starts = torch.as_tensor(addresses, dtype=torch.int64, device="cpu")
         stops, (first, order) = starts + self.spans, starts.sort(stable=True)
-        if bool((stops[order][:-1] <= first[1:]).all()):
+        # `stops[order]` would start threads, and wait for them, for a few thousand numbers
+        if bool((stops.index_select(0, order)[:-1] <= first[1:]).all()):
             return None  # each ends before the next one starts
         if ((starts == 0) & (self.spans > 0)).any():
             return None  # tensors on meta, or wrappers without memory of their own

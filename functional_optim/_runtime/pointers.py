@@ -98,6 +98,10 @@ class Pointers:
         """The pointers that have been read, as bytes."""
         return ctypes.string_at(self.address, 8 * self.n)
 
+    def all_content(self) -> bytes:
+        """All pointers, those to new tensors too, as bytes."""
+        return ctypes.string_at(self.address, 8 * len(self.memory))
+
 
 class PointerReader:
     """Compares the tensors of a step with its specs, and reads their data pointers.

@@ -16,11 +16,12 @@ import torch
 from .._compiler.cache import BuildError
 from .._compiler.call import Column
 from .._compiler.program import Level
-from .._compiler.triton.kernels import compile_triton
 from .backend import choose_backend, give_up
 from .checks import at
 from .cpu import CpuLaunches, compile_c, usable_threads
-from .cuda import TritonLaunch
+from .cuda.capture import refuse_binding
+from .cuda.launch import DeviceMemory, TritonLaunch
+from .cuda.loaded import load_kernels
 from .evaluate import evaluate
 from .join import Joins
 from .numbers import Number, Table
@@ -31,7 +32,10 @@ from .spec import TensorSpec
 
 
 REQUIRES_GRAD = attrgetter("requires_grad")
-COMPILE: dict[str, Callable[[Any], Any]] = {"c": compile_c, "triton": compile_triton}
+COMPILE: dict[str, Callable[[Group], Any]] = {
+    "c": lambda group: compile_c(group.signature),
+    "triton": lambda group: load_kernels(group.signature, group.device, aligned=True),
+}
 Specs = Mapping[Key, Sequence[TensorSpec | None]]
 Numbers = Sequence[Sequence[Number]]  # the scalar table of each group
 
@@ -143,6 +147,8 @@ class Workspace:
             for k, (backend, own) in enumerate(step.parts)
             if backend == "c"
         }
+        # for each part on a device, the memory of each stream
+        self.device: dict[int, dict[int, DeviceMemory]] = {k: {} for k in step.triton}
 
     def content(self) -> bytes:
         """The data pointers that have been read, as bytes."""
@@ -184,6 +190,7 @@ class BoundStep(Programs):
         self.specs: list[TensorSpec] = self.gather(dict(specs))
         self.plain = all(spec.plain for spec in set(self.specs))
         self.devices = {group.device for group in self.groups}
+        refuse_binding(self.devices)
         self.spans_devices = len(self.devices) > 1 and any(g.signature.program.spans_tree for g in self.groups)
         self.parts = self._choose_backends()
         self.n_gathered = len(self.specs)
@@ -239,7 +246,7 @@ class BoundStep(Programs):
         if backend in COMPILE:
             try:
                 for k in own:
-                    COMPILE[backend](self.groups[k].signature)
+                    COMPILE[backend](self.groups[k])
             except BuildError as error:
                 give_up(backend, str(error))
                 return "foreach"
@@ -424,6 +431,8 @@ class BoundStep(Programs):
         counters: list[int] = []  # addresses
         if self.in_place:
             self._refuse_overlap(reading)
+        ready = self._prepare(workspace, numbers) if self.triton else {}
+        if self.in_place:
             written = self._written_tensors(reading)
             for i in self.counters.values():
                 written.append(self.tensor_at(reading, i))
@@ -436,7 +445,7 @@ class BoundStep(Programs):
             workspace.cpu[0](numbers, counters)
         else:
             outputs = list(outputs)
-            self._run_parts(reading, numbers, outputs)
+            self._run_parts(reading, numbers, outputs, ready)
             for i in self.counters.values():
                 self.tensor_at(reading, i).add_(1)
         if reading.originals:
@@ -459,14 +468,27 @@ class BoundStep(Programs):
             written += reading.tensors[start:stop]
         return written
 
-    def _run_parts(self, reading: Reading, numbers: Numbers, outputs: list[list[Column]]) -> None:
+    def _prepare(self, workspace: Workspace, numbers: Numbers) -> dict[int, DeviceMemory]:
+        """Brings the tables of launches on devices up to date; for each part, memory that is ready."""
+        return {
+            part: launch.prepare(workspace.pointers, [numbers[g] for g in self.parts[part][1]], workspace.device[part])
+            for part, launch in self.triton.items()
+        }
+
+    def _run_parts(
+        self,
+        reading: Reading,
+        numbers: Numbers,
+        outputs: list[list[Column]],
+        ready: Mapping[int, DeviceMemory],
+    ) -> None:
         """Runs the groups of several devices, or of a backend that is not one call."""
         for part, (backend, own) in enumerate(self.parts):
             table = [numbers[g] for g in own]
             if backend == "c":
                 reading.workspace.cpu[part](table, [])
             elif backend == "triton":
-                self.triton[part](reading.workspace.pointers, table)
+                self.triton[part].launch(ready[part])
             else:
                 self._evaluate(backend, own, reading.tensors, table, outputs)
 

@@ -10,6 +10,7 @@ from _lib.backends import only
 from functional_optim._compiler.fuse import Recipe, Source
 from functional_optim._compiler.program import Program
 from functional_optim._compiler.rule import Option
+from functional_optim._compiler.triton.build import interprets
 from functional_optim._runtime import plan
 from functional_optim._runtime.plan import Columns, Key, Leaf
 from functional_optim._runtime.spec import specs_of
@@ -63,7 +64,10 @@ def run_program(
         per leaf in double precision, stored as float64, beside elements that are not.
     """
     chosen = mock.patch.object(plan, "compute_dtype", return_value=compute)
+    if backend == "triton" and not interprets():  # kernels of a GPU: see tests/cuda
+        columns = {key: [x.cuda() for x in column] for key, column in columns.items()}
     with only(backend), chosen if compute else contextlib.nullcontext():
         step = bind(program, columns)
         assert compute in (None, *[group.signature.compute for group in step.groups])
-        return run(step, columns, numbers)
+        results = run(step, columns, numbers)
+    return {key: [x.cpu() for x in column] for key, column in results.items()}

@@ -1,0 +1,8 @@
+"""Launches of Triton kernels: tables that stay on the device, kernels that are loaded once, capture in graphs.
+
+launch.py    a step: tables are brought up to date, kernels launched
+tables.py    the tables of a step, on the host and on the device
+capture.py   steps within a CUDA graph: refusals, and memory that graphs read
+loaded.py    compiled kernels, past the front door of Triton's JIT
+driver.py    the calls to torch.cuda, all in one place
+"""

@@ -1,0 +1,107 @@
+"""Steps within a CUDA graph: what would be wrong at a replay is refused, and memory that graphs read is kept.
+
+A graph replays launches and copies with the addresses and numbers of the capture. A copy reads its host memory anew
+at every replay. So a captured step has tables of its own: on the device in the graph's own pool, as temporaries of the
+graph, and on the host in pinned memory that nobody writes again. Such memory cannot be allocated while a stream is
+capturing; the steps before set it aside.
+"""
+
+import threading
+from collections.abc import Iterable
+
+import torch
+
+from .driver import Driver, driver_of
+
+
+RESERVE = 1 << 13  # words: 64 KiB
+TABLES = 4  # tables, at least, that a reserve has room for
+HELD: list[object] = []  # memory that graphs read: torch has no hook at the end of a graph, so it stays
+
+
+def hold(memory: object) -> None:
+    """Keeps memory that a graph reads for as long as the process lives: some tens of bytes for each tensor."""
+    if not any(x is memory for x in HELD):
+        HELD.append(memory)
+
+
+class CaptureError(RuntimeError):
+    """A step that a CUDA graph cannot replay, found while it is captured. Nothing has been captured of it."""
+
+    def __init__(self, reason: str, advice: str) -> None:
+        super().__init__(f"this step cannot be captured in a CUDA graph: {reason}; {advice}.")
+
+
+class Reserve:
+    """Host memory that is set aside for tables of captured steps.
+
+    Args:
+      n: words of a table.
+      driver: the driver.
+    """
+
+    def __init__(self, n: int, driver: Driver) -> None:
+        self.size, self.driver = max(TABLES * n, RESERVE), driver
+        self.block = driver.staging(self.size)
+        self.used = 0
+        self.lock = threading.Lock()
+
+    def refill(self) -> None:
+        """Sets other memory aside if graphs have some of it. Not to be called while a stream is capturing."""
+        with self.lock:
+            if self.used:
+                self.block, self.used = self.driver.staging(self.size), 0
+
+    def take(self, n: int) -> torch.Tensor:
+        """Memory of `n` words that a graph may read as long as it lives.
+
+        Raises:
+          CaptureError: nothing is left.
+        """
+        with self.lock:
+            start, self.used = self.used, self.used + n
+            if self.used > self.size:
+                self.used = start
+                raise CaptureError(
+                    f"the {self.size // n} tables set aside for it are in use by captured steps",
+                    "take a step outside of a graph before the next capture, or capture fewer steps at once",
+                )
+            hold(self.block)
+            return self.block[start : start + n]
+
+
+def is_capturing(devices: Iterable[torch.device | None]) -> bool:
+    """Whether the current stream of one of some devices records a graph."""
+    for device in set(devices) - {None}:
+        assert device is not None
+        with driver_of(device).guard(device):
+            if driver_of(device).is_capturing():
+                return True
+    return False
+
+
+def refuse_binding(devices: Iterable[torch.device]) -> None:
+    """Refuses a first step while a stream is capturing.
+
+    Raises:
+      CaptureError: it is.
+    """
+    if is_capturing(devices):
+        raise CaptureError(
+            "it is the first one over these tensors (shapes, dtypes, groups, which gradients are there)",
+            "take two such steps before the capture, with gradients for the same parameters",
+        )
+
+
+def refuse_host_schedule(name: str, devices: Iterable[torch.device | None]) -> None:
+    """Refuses a schedule that Python evaluates while a stream is capturing.
+
+    Raises:
+      CaptureError: a stream is capturing.
+    """
+    if is_capturing(devices):
+        raise CaptureError(
+            f"the schedule of {name} is evaluated in Python, and a graph would keep its value",
+            "write it with operators and functions of torch, so that it can be traced, or pass a tensor on the "
+            "device and write to it between replays",
+        )

@@ -1,0 +1,112 @@
+"""The calls to torch.cuda that launches make, and the same for the CPU, where an interpreter runs kernels."""
+
+import contextlib
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+
+
+class Driver(Protocol):
+    """The device as launches see it. None of the calls waits for the device."""
+
+    def guard(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        """A context in which a device is the current one."""
+
+    def stream(self, device: torch.device) -> int:
+        """The current stream of a device, as a number."""
+
+    def is_capturing(self) -> bool:
+        """Whether the current stream records a graph and runs nothing."""
+
+    def mark(self, device: torch.device) -> Any:
+        """A mark in the current stream of a device, behind all that has been enqueued there."""
+
+    def follow(self, mark: Any, tensors: Iterable[torch.Tensor], device: torch.device) -> None:
+        """Has the current stream wait for a mark, and tensors stay until it has done with them if they are freed."""
+
+    def staging(self, n: int) -> torch.Tensor:
+        """Host memory of `n` 64-bit words, from which a copy to the device does not wait."""
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copies to the device, in the order of the current stream."""
+
+
+class CudaDriver:
+    """A CUDA device.
+
+    Staged memory comes from torch's caching allocator of pinned memory. It notes each copy, and hands memory out
+    again only after the copies from it are over.
+    """
+
+    def guard(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        """A context in which a device is the current one."""
+        is_current = torch.cuda.current_device() == device.index
+        return contextlib.nullcontext() if is_current else torch.cuda.device(device)
+
+    def stream(self, device: torch.device) -> int:
+        """The current stream of a device, as a number."""
+        return int(torch.cuda.current_stream(device).cuda_stream)
+
+    def is_capturing(self) -> bool:
+        """Whether the current stream records a graph and runs nothing."""
+        return bool(torch.cuda.is_current_stream_capturing())
+
+    def mark(self, device: torch.device) -> torch.cuda.Event:
+        """An event in the current stream of a device."""
+        event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(device))
+        return event
+
+    def follow(self, mark: torch.cuda.Event, tensors: Iterable[torch.Tensor], device: torch.device) -> None:
+        """Has the current stream wait for an event, and the allocator note that it uses tensors."""
+        stream = torch.cuda.current_stream(device)
+        stream.wait_event(mark)
+        for x in tensors:
+            x.record_stream(stream)
+
+    def staging(self, n: int) -> torch.Tensor:
+        """Pinned memory of `n` 64-bit words."""
+        return torch.empty(n, dtype=torch.int64, device="cpu", pin_memory=True)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copies to the device, in the order of the current stream."""
+        target.copy_(source, non_blocking=True)
+
+
+class HostDriver:
+    """The CPU, where Triton's interpreter runs kernels: no streams, no graphs."""
+
+    def guard(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        """A context without effect."""
+        return contextlib.nullcontext()
+
+    def stream(self, device: torch.device) -> int:
+        """The only stream."""
+        return 0
+
+    def is_capturing(self) -> bool:
+        """False."""
+        return False
+
+    def mark(self, device: torch.device) -> None:
+        """Nothing, for nothing runs behind the back of the caller."""
+
+    def follow(self, mark: None, tensors: Iterable[torch.Tensor], device: torch.device) -> None:
+        """Nothing."""
+
+    def staging(self, n: int) -> torch.Tensor:
+        """Memory of `n` 64-bit words."""
+        return torch.empty(n, dtype=torch.int64, device="cpu")
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copies."""
+        target.copy_(source)
+
+
+CUDA, HOST = CudaDriver(), HostDriver()
+
+
+def driver_of(device: torch.device) -> Driver:
+    """The driver of a device."""
+    return CUDA if device.type == "cuda" else HOST

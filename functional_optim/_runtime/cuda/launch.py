@@ -1,0 +1,175 @@
+"""A step on the device: its tables are brought up to date, then its kernels launched."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..._compiler.triton.kernels import compile_triton
+from ..._compiler.triton.tuning import chunk_size
+from ..chunks import JoinedChunks, cut
+from ..join import Joins
+from ..numbers import Number
+from ..plan import Group
+from ..pointers import Pointers
+from .capture import CaptureError, Reserve, hold
+from .driver import driver_of
+from .loaded import load_kernels
+from .tables import StepMemory, Tables
+
+
+STREAMS = 4  # streams whose memory a thread keeps
+Call = tuple[Callable[..., Any], tuple[Any, ...]]  # of a kernel, with its arguments
+
+
+class DeviceMemory(StepMemory):
+    """The memory of a step, and the calls of kernels on it."""
+
+    def __init__(self, tables: Tables) -> None:
+        super().__init__(tables)
+        self.calls: list[list[Call]] = []  # by stage
+        self.called: tuple[bool, ...] = ()  # the variants that they are of
+
+
+class TritonLaunch:
+    """The launches of groups that run together on one device.
+
+    Args:
+      groups: the groups.
+      places: for each group, the positions among the pointers where its kernel columns begin.
+      joins: the reductions over processes, if there are any.
+    """
+
+    def __init__(self, groups: Sequence[Group], places: Sequence[Sequence[int]], joins: Joins | None) -> None:
+        self.groups, self.device = groups, groups[0].device
+        self.driver = driver_of(self.device)
+        self.kernels = [compile_triton(group.signature) for group in groups]
+        self.chunk = chunk_size(sum(sum(group.table.sizes) for group in groups))
+        cuts = [cut(group.table.sizes, self.chunk) for group in groups]
+        self.join = JoinedChunks(groups, cuts, joins, self.device) if joins is not None else None
+        n_joined = self.join.n_joined if self.join is not None else 0
+        with self.driver.guard(self.device):
+            self.tables = Tables(groups, places, self.kernels, self.chunk, n_joined)
+            self.uploaded = self.driver.mark(self.device)
+        ends = [len(kernels.stages) for kernels in self.kernels] + ([] if joins is None else [joins.stages - 1])
+        self.n_stages = max(ends)
+        self.reserve: Reserve | None = None  # since the first step
+        self.numbers_seen = b""  # those of the last step that was not captured
+        self.loaded: set[tuple[bool, ...]] = set()  # variants of kernels that have been launched
+
+    def prepare(
+        self, pointers: Pointers, numbers: Sequence[Sequence[Number]], memories: dict[int, DeviceMemory]
+    ) -> DeviceMemory:
+        """Brings the tables of a step up to date. No tensor of the step is written.
+
+        Args:
+          pointers: the data pointers of the tensors of this step.
+          numbers: for each group, its scalar table.
+          memories: the memory that this thread has for each stream; one that is made is added.
+
+        Returns:
+          Memory that is ready for `launch`.
+
+        Raises:
+          CaptureError: a stream is capturing, and a graph could not replay this step.
+        """
+        content, live = self.tables.numbers(numbers)
+        with self.driver.guard(self.device):
+            if self.driver.is_capturing():
+                memory = self._capture(pointers, numbers, content)
+            else:
+                memory = self._memory(memories)
+                if self.reserve is None:
+                    self.reserve = Reserve(self.tables.n_words, self.driver)
+                elif self.reserve.used:
+                    self.reserve.refill()
+                memory.upload(pointers, content, self.driver.staging, self.driver)
+                self.numbers_seen = content
+            memory.read_numbers(live, self.driver)
+            if memory.called != memory.aligned or not memory.calls:
+                memory.calls, memory.called = self._calls(memory), memory.aligned
+        return memory
+
+    def launch(self, memory: DeviceMemory) -> None:
+        """Launches all kernels of a step."""
+        with self.driver.guard(self.device):
+            for stage, calls in enumerate(memory.calls):
+                for run, arguments in calls:
+                    run(*arguments)
+                if self.join is not None:
+                    self.join(memory.buffers, stage + 1)
+        self.loaded.add(memory.aligned)
+
+    def _memory(self, memories: dict[int, DeviceMemory]) -> DeviceMemory:
+        """The memory of the current stream."""
+        stream = self.driver.stream(self.device)
+        if stream not in memories:
+            self.driver.follow(self.uploaded, self.tables.on_device(), self.device)
+            memories[stream] = DeviceMemory(self.tables)
+            if len(memories) > STREAMS:
+                del memories[next(iter(memories))]
+        return memories[stream]
+
+    def _capture(self, pointers: Pointers, numbers: Sequence[Sequence[Number]], content: bytes) -> DeviceMemory:
+        """Memory of the graph that is being captured.
+
+        Raises:
+          CaptureError: a graph could not replay this step.
+        """
+        if self.reserve is None or not self.loaded:
+            raise CaptureError("no step over these tensors was taken before", "take one before the capture")
+        if self.join is not None:
+            raise CaptureError("its reductions span processes", "capture the step of each process without them")
+        tensors = [x for own in numbers for x in own if isinstance(x, torch.Tensor)]
+        apart = next((x.device for x in tensors if x.device != self.device), None)
+        if apart is not None:
+            raise CaptureError(
+                f"a hyper-parameter is a tensor on {apart}, and a graph would keep its value",
+                f"move it to {self.device}, where replays read it",
+            )
+        if content != self.numbers_seen:
+            raise CaptureError(
+                "a hyper-parameter that is a Python number has another value than in the step before, and a graph "
+                "would keep it",
+                "pass it as a tensor on the device, or take a step with this value before the capture",
+            )
+        hold(self.tables)
+        memory = DeviceMemory(self.tables)
+        memory.upload(pointers, content, self.reserve.take, self.driver)
+        if memory.aligned not in self.loaded:
+            raise CaptureError(
+                "a tensor does not begin at a multiple of 16 bytes, or all do, other than in the step before",
+                "take a step over tensors of that kind before the capture",
+            )
+        return memory
+
+    def _calls(self, memory: DeviceMemory) -> list[list[Call]]:
+        """The calls of all kernels on a step's memory, by stage."""
+        total = self.tables.firsts[-1] + self.tables.n_joined
+        stages: list[list[Call]] = []
+        for stage in range(self.n_stages):
+            uniform: list[Call] = []
+            elements: list[Call] = []
+            for k, group in enumerate(self.groups):
+                if stage >= len(self.kernels[k].stages):
+                    continue
+                own, first, n = self.tables.of_group[k], self.tables.firsts[k], len(group.leaves)
+                table, loaded = self.kernels[k].stages[stage], self._loaded(k, memory)[stage]
+                words, uniforms = memory.words, memory.uniforms[k]
+                columns, partials = words[slice(*own.columns)], words[slice(*own.partials)]
+                scalars = words[slice(*own.scalars)].view(torch.float64)
+                if table.uniform is not None:
+                    leaves = (own.leaf_row, own.leaf_whole, own.leaf_chunk)
+                    arguments = (*leaves, columns, scalars, uniforms, partials, n, total, first)
+                    uniform.append((loaded.uniform[(-(-n // table.uniform.block), 1, 1)], arguments))
+                chunks, count = own.of_pass[stage]
+                if table.elements is not None and count:
+                    blocks = self.chunk // table.elements.block if table.reduces else 1
+                    passed = (chunks, own.leaf_size, columns, uniforms, partials, n, blocks, first, memory.aligned[k])
+                    elements.append((loaded.elements[(count, 1, 1)], passed))
+            stages.append(uniform + elements)
+        return stages
+
+    def _loaded(self, k: int, memory: DeviceMemory) -> Any:
+        """The kernels of a group, in the variant for a step's addresses."""
+        return load_kernels(self.groups[k].signature, self.device, memory.aligned[k])

@@ -1,0 +1,209 @@
+"""The tables of a step: those that stay as they are, and those with addresses and numbers, which follow each step.
+
+Addresses, and then the scalar tables, stand in one buffer on the device. The host compares the bytes of a step with
+those of the last one, and copies what has changed in one piece.
+"""
+
+import itertools
+import struct
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from ..._compiler.program import Level
+from ..._compiler.triton.kernels import Kernels
+from ..chunks import Chunks, chunk_table, cut, partial_buffers
+from ..numbers import Number
+from ..plan import Group
+from ..pointers import Pointers
+from .driver import Driver
+
+
+ALIGNED = 16  # bytes
+
+
+class GroupTables(NamedTuple):
+    """The tables of a group that are the same at every step, on the device.
+
+    Args:
+      chunks: the chunks of passes that reduce, on the host.
+      of_pass: the chunks of each stage, and how many there are.
+      leaf_size, leaf_row, leaf_whole, leaf_chunk: a number per leaf.
+      columns, partials, scalars: the bounds of its addresses, of those of its partial results, and of its numbers.
+      arrays: the positions among all addresses of those of arrays, on the host.
+    """
+
+    chunks: Chunks
+    of_pass: list[tuple[torch.Tensor, int]]
+    leaf_size: torch.Tensor
+    leaf_row: torch.Tensor
+    leaf_whole: torch.Tensor
+    leaf_chunk: torch.Tensor
+    columns: tuple[int, int]
+    partials: tuple[int, int]
+    scalars: tuple[int, int]
+    arrays: torch.Tensor
+
+
+class Tables:
+    """The tables of groups that run together, and the order of words in the buffer of those that follow each step.
+
+    Args:
+      groups: the groups.
+      places: for each group, the positions among the pointers where its kernel columns begin.
+      kernels: the kernels of each group.
+      chunk: elements of a chunk of a pass that reduces.
+      n_joined: how many partial results follow for reductions that processes have joined.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        places: Sequence[Sequence[int]],
+        kernels: Sequence[Kernels],
+        chunk: int,
+        n_joined: int,
+    ) -> None:
+        self.groups, self.device, self.n_joined = groups, groups[0].device, n_joined
+        self.uniform_words = [max(len(g.leaves) * k.uniform_words, 1) for g, k in zip(groups, kernels, strict=True)]
+        widths = [len(own) * len(group.leaves) for group, own in zip(groups, places, strict=True)]
+        reductions = [len(group.signature.program.reductions) for group in groups]
+        numbers = [max(len(group.sources) * len(group.sources[0]), 1) for group in groups]
+        bounds = list(itertools.pairwise(itertools.accumulate((*widths, *reductions, *numbers), initial=0)))
+        n = len(groups)
+        self.n_pointers, self.n_addresses, self.n_words = sum(widths), sum(widths) + sum(reductions), bounds[-1][1]
+        self.packer = struct.Struct(f"{sum(numbers)}d")
+        self.padding = [not len(group.sources[0]) for group in groups]
+        order = [
+            range(place, place + len(group.leaves)) for group, own in zip(groups, places, strict=True) for place in own
+        ]
+        self.order = torch.tensor(list(itertools.chain(*order)), dtype=torch.int64, device="cpu")
+        self.of_group = [
+            self._lay_out(k, kernels[k], chunk, (bounds[k], bounds[n + k], bounds[2 * n + k])) for k in range(n)
+        ]
+        self.cuts = [own.chunks for own in self.of_group]
+        self.firsts = list(itertools.accumulate((len(chunks.leaf) for chunks in self.cuts), initial=0))
+
+    def _lay_out(
+        self, k: int, kernels: Kernels, chunk: int, bounds: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+    ) -> GroupTables:
+        """The tables of a group."""
+        group, columns = self.groups[k], bounds[0]
+        reducing = cut(group.table.sizes, chunk)
+        of_pass = []
+        for stage in kernels.stages:
+            block = stage.elements.block if stage.elements is not None else chunk
+            if stage.reduces:  # a leaf without elements has a partial result as well
+                pairs = [[leaf, start // chunk] for leaf, start in zip(reducing.leaf, reducing.start, strict=True)]
+                table = torch.tensor(pairs, dtype=torch.int32)
+            else:
+                table = chunk_table(group.table.sizes, block)
+            of_pass.append((table.to(self.device, non_blocking=True), len(table)))
+        program, n = group.signature.program, len(group.leaves)
+        levels = [Level.ELEMENT] * len(program.arrays) + [Level.LEAF] * len(program.leaves)
+        levels += [output.level for output in program.outputs]
+        runs = [columns[0] + i * n for i, level in enumerate(levels) if level is Level.ELEMENT]
+        arrays = [i for start in runs for i in range(start, start + n)]
+        return GroupTables(
+            chunks=reducing,
+            of_pass=of_pass,
+            leaf_size=self._upload(group.table.sizes),
+            leaf_row=self._upload(group.table.rows),
+            leaf_whole=self._upload(group.table.wholes),
+            leaf_chunk=self._upload(reducing.first),
+            columns=columns,
+            partials=bounds[1],
+            scalars=bounds[2],
+            arrays=torch.tensor(arrays, dtype=torch.int64, device="cpu"),
+        )
+
+    def on_device(self) -> list[torch.Tensor]:
+        """The tables that are the same at every step."""
+        return [
+            x
+            for own in self.of_group
+            for x in (own.leaf_size, own.leaf_row, own.leaf_whole, own.leaf_chunk, *[x for x, _ in own.of_pass])
+        ]
+
+    def _upload(self, numbers: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=torch.int64).to(self.device, non_blocking=True)
+
+    def numbers(self, numbers: Sequence[Sequence[Number]]) -> tuple[bytes, list[tuple[int, torch.Tensor]]]:
+        """The numbers of a step, as bytes of the scalar tables, and those that are read on the device.
+
+        Args:
+          numbers: for each group, its scalar table.
+
+        Returns:
+          The bytes, zero in the place of numbers on a device; and these, each with its place.
+        """
+        flat: list[Number] = []
+        for own, is_empty in zip(numbers, self.padding, strict=True):
+            flat += own
+            if is_empty:
+                flat.append(0.0)
+        live = [(k, x.detach()) for k, x in enumerate(flat) if isinstance(x, torch.Tensor)]
+        for k, x in live:
+            # a number in host memory is there to be read without waiting
+            flat[k] = float(x) if x.device.type == "cpu" != self.device.type else 0.0
+        content = self.packer.pack(*flat)
+        return content, [(k, x) for k, x in live if x.device.type != "cpu" or self.device.type == "cpu"]
+
+
+class StepMemory:
+    """Memory on the device for one step in progress: tables, uniform values, partial results.
+
+    A stream has its own, because the kernels of its last step may still be running when the next step begins.
+
+    Args:
+      tables: the tables.
+    """
+
+    def __init__(self, tables: Tables) -> None:
+        self.tables, device = tables, tables.device
+        self.words = torch.empty(tables.n_words, dtype=torch.int64, device=device)
+        self.scalars = self.words[tables.n_addresses :].view(torch.float64)
+        self.uniforms = [torch.empty(n, dtype=torch.float64, device=device) for n in tables.uniform_words]
+        self.buffers = partial_buffers(tables.groups, tables.cuts, device, tables.n_joined)
+        partials = [x.data_ptr() for own in self.buffers for x in own]
+        self.partials = torch.tensor(partials, dtype=torch.int64, device="cpu")
+        self.places: dict[int, torch.Tensor] = {}  # of numbers that are read on the device
+        self.aligned: tuple[bool, ...] = ()
+        self.addresses_seen = self.numbers_seen = b""  # of the last upload
+
+    def upload(self, pointers: Pointers, numbers: bytes, stage: Callable[[int], torch.Tensor], driver: Driver) -> None:
+        """Brings the tables up to date: nothing, or one copy.
+
+        Args:
+          pointers: the data pointers of this step.
+          numbers: its numbers.
+          stage: makes host memory of so many words.
+          driver: the driver.
+        """
+        addresses = pointers.all_content()
+        is_moved, is_new = addresses != self.addresses_seen, numbers != self.numbers_seen
+        if not (is_moved or is_new):
+            return
+        tables = self.tables
+        first = 0 if is_moved else tables.n_addresses
+        last = tables.n_words if is_new else tables.n_addresses
+        staged, aligned = stage(last - first), self.aligned
+        if is_moved:
+            torch.index_select(pointers.tensor, 0, tables.order, out=staged[: tables.n_pointers])
+            staged[tables.n_pointers : tables.n_addresses] = self.partials
+            aligned = tuple(
+                not bool((staged.index_select(0, own.arrays) & (ALIGNED - 1)).any()) for own in tables.of_group
+            )
+        if is_new:
+            staged[tables.n_addresses - first :] = torch.frombuffer(bytearray(numbers), dtype=torch.int64)
+        self.addresses_seen = self.numbers_seen = b""  # unknown, should the copy fail
+        driver.copy(self.words[first:last], staged)
+        self.addresses_seen, self.numbers_seen, self.aligned = addresses, numbers, aligned
+
+    def read_numbers(self, live: Sequence[tuple[int, torch.Tensor]], driver: Driver) -> None:
+        """Has numbers that are on a device read there, at this step and at each replay of a graph."""
+        for k, x in live:
+            if k not in self.places:
+                self.places[k] = self.scalars[k]
+            driver.copy(self.places[k], x.reshape(()))

@@ -1,0 +1,245 @@
+"""Steps on a CUDA device: numbers, capture, streams, freed memory, threads.
+
+They need a device, and kernels that are compiled. With one:
+
+    TRITON_INTERPRET=0 python -m pytest tests/cuda
+    TRITON_INTERPRET=0 python -m pytest tests/unit/compiler/test_operations.py -m triton
+
+The second command runs the tests of operations on the device, which Triton's interpreter runs elsewhere.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import functional_optim as fo
+from functional_optim import adapters
+from functional_optim._compiler.triton.build import interprets
+from functional_optim._runtime.cuda.capture import CaptureError
+
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+    pytest.mark.skipif(interprets(), reason="Triton interprets kernels; set TRITON_INTERPRET=0"),
+]
+STEPS = 20
+SHAPES = ((33, 17), (5,), (), (0, 3), (100, 129), (4, 3, 2, 7))
+CHAINS: dict[str, Callable[[], fo.GradientTransformation]] = {
+    "sgd": lambda: fo.sgd(1e-2, momentum=0.9, nesterov=True),
+    "adamw": lambda: fo.adamw(1e-2, weight_decay=0.1),
+    "lion": lambda: fo.lion(1e-2, weight_decay=0.1),
+    "lamb": lambda: fo.lamb(1e-2, weight_decay=0.1),
+    "clip, schedule, average": lambda: fo.chain(
+        fo.clip_by_global_norm(1.0),
+        fo.adamw(fo.warmup_cosine_decay_schedule(0.0, 1e-2, 3, STEPS)),
+        fo.params_ema(0.9),
+    ),
+}
+# A step moves a value of order one by 1e-2 and rounds it once to its dtype; moments round once each. Both sides do
+# so, and half precision doubles a difference where they round to neighbours: eps of the dtype, times steps.
+TOLERANCES = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 0.16, torch.float16: 0.1}
+Tree = dict[str, torch.Tensor]
+
+
+def draw(seed: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tree:
+    generator = torch.Generator().manual_seed(seed)
+    tree = {str(k): torch.randn(shape, generator=generator) for k, shape in enumerate(SHAPES)}
+    tree["channels last"] = torch.randn(2, 3, 4, 5, generator=generator).to(memory_format=torch.channels_last)
+    tree["transposed"] = torch.randn(6, 8, generator=generator).t()
+    tree["not aligned"] = torch.randn(1025, generator=generator)[1:]
+    return {k: x.to(device, dtype) for k, x in tree.items()}
+
+
+def leaves(seed: int = 0) -> list[nn.Parameter]:
+    return [nn.Parameter(x) for x in draw(seed, device="cuda").values()]
+
+
+def set_grads(params: list[nn.Parameter], step: int) -> None:
+    """Writes new gradients to the tensors that are there, or makes them."""
+    for p, g in zip(params, draw(100 + step, device="cuda").values(), strict=True):
+        if p.grad is None:
+            p.grad = g
+        else:
+            p.grad.copy_(g)
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("name", CHAINS)
+def test_chains_against_the_reference_on_the_cpu(name: str, dtype: torch.dtype, donate: bool) -> None:
+    results = []
+    for device in ("cpu", "cuda"):
+        tx, params = CHAINS[name](), draw(0, dtype, device)
+        state = tx.init(params)
+        with fo.use_backend("reference") if device == "cpu" else contextlib.nullcontext():
+            for step in range(STEPS):
+                grads = draw(1 + step, dtype, device)
+                params, state = fo.apply_gradients(tx, params, grads, state, donate=donate)
+        results.append(params)
+    for k, expected in results[0].items():
+        torch.testing.assert_close(results[1][k].cpu(), expected, rtol=0, atol=TOLERANCES[dtype], msg=k)
+
+
+def test_steps_wait_for_nothing() -> None:
+    params = leaves()
+    lr = torch.tensor(1e-2, device="cuda")
+    opt = adapters.AdamW(params, lr=lr)
+    tx, tree = CHAINS["clip, schedule, average"](), draw(0, device="cuda")
+    state = tx.init(tree)
+    for step in range(6):
+        set_grads(params, step)
+        grads = draw(step, device="cuda")
+        torch.cuda.set_sync_debug_mode("error" if step >= 2 else "default")
+        try:
+            opt.step()
+            tree, state = fo.apply_gradients(tx, tree, grads, state)
+            tree, state = fo.apply_gradients(tx, tree, grads, state, donate=True)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+# -- capture ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def side_stream() -> Iterator[None]:
+    """Another stream, ordered with the current one."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def test_a_captured_optimizer_replays() -> None:
+    """Counters and a tensor that is the learning rate go on; gradients are those of the moment."""
+    runs = []
+    for capture in (False, True):
+        params, lr = leaves(), torch.tensor(1e-2, device="cuda")
+        opt = adapters.AdamW(params, lr=lr, capturable=True)
+        with side_stream():
+            for step in range(3):
+                set_grads(params, step)
+                opt.step()
+        go: Callable[[], Any] = opt.step
+        if capture:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                opt.step()
+            go = graph.replay
+        for step in range(5):
+            set_grads(params, 10 + step)
+            lr.fill_(1e-2 / (1 + step))
+            go()
+        assert {opt.state[p]["step"].item() for p in params} == {8.0}
+        runs.append(params)
+    torch.testing.assert_close(*runs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_captured_donated_step_replays(backward: bool) -> None:
+    """Also with gradients that are made within the graph."""
+    runs = []
+    for capture in (False, True):
+        tx, params, target = CHAINS["clip, schedule, average"](), draw(0, device="cuda"), draw(1, device="cuda")
+        state = tx.init(params)
+
+        def step(tx: Any = tx, params: Tree = params, target: Tree = target, state: Any = state) -> None:
+            grads = {k: params[k] - target[k] for k in params} if backward else target
+            fo.apply_gradients(tx, params, grads, state, donate=True)
+
+        with side_stream():
+            for _ in range(3):
+                step()
+        go: Callable[[], Any] = step
+        if capture:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step()
+            go = graph.replay
+        for _ in range(5):
+            go()
+        runs.append(params)
+    torch.testing.assert_close(*runs, rtol=0, atol=0)
+
+
+def test_a_first_step_is_refused_while_capturing() -> None:
+    params = leaves()
+    set_grads(params, 0)
+    opt = adapters.AdamW(params)
+    before = [p.detach().clone() for p in params]
+    torch.cuda.synchronize()
+    with pytest.raises(CaptureError, match="take two such steps before"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        opt.step()
+    torch.testing.assert_close([p.detach() for p in params], before, rtol=0, atol=0)
+
+
+# -- streams, memory, threads -----------------------------------------------------------------------------------------
+
+
+def by_streams(streams: list[torch.cuda.Stream | None]) -> list[nn.Parameter]:
+    """The parameters after steps on some streams, each with gradients that are freed right after it."""
+    params = leaves()
+    opt = adapters.AdamW(params, lr=1e-2)
+    for step, stream in enumerate(streams):
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for p, g in zip(params, draw(step, device="cuda").values(), strict=True):
+                p.grad = g
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+            for p in params:  # takes the memory that has just been freed
+                torch.full_like(p, float("nan"))
+        if stream is not None:
+            torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    return params
+
+
+def test_any_stream_and_freed_gradients() -> None:
+    expected = by_streams([None] * STEPS)
+    a, b = torch.cuda.Stream(), torch.cuda.Stream()
+    actual = by_streams([a, b, None, a] * (STEPS // 4))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_threads_on_streams_of_their_own() -> None:
+    """They share a transformation, whose binding they share, too."""
+    tx = CHAINS["clip, schedule, average"]()
+    results: dict[int, Tree] = {}
+
+    def work(seed: int, use_stream: bool) -> None:
+        with torch.cuda.stream(torch.cuda.Stream() if use_stream else None):
+            params = draw(seed, device="cuda")
+            state = tx.init(params)
+            for step in range(STEPS):
+                grads = draw(step, device="cuda")
+                params, state = fo.apply_gradients(tx, params, grads, state, donate=True)
+            torch.cuda.current_stream().synchronize()
+            results[seed] = params
+
+    work(0, False)
+    expected = results.pop(0)
+    threads = [threading.Thread(target=work, args=(0, True)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.testing.assert_close(results[0], expected, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one CUDA device")
+def test_a_tree_on_two_devices() -> None:
+    params = {k: x.to(f"cuda:{int(k)}") for k, x in (("0", torch.ones(5)), ("1", torch.ones(7)))}
+    tx = fo.adamw(1e-2)
+    state = tx.init(params)
+    for _ in range(STEPS):
+        grads = {k: torch.ones_like(x) for k, x in params.items()}
+        params, state = fo.apply_gradients(tx, params, grads, state, donate=True)
+    torch.testing.assert_close(params["0"][0].cpu(), params["1"][0].cpu(), rtol=0, atol=0)

@@ -1,0 +1,249 @@
+"""The host side of launches on a device, against a stand-in: uploads, memory, streams, capture, refusals."""
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import functional_optim as fo
+from _lib.compare import Snapshot
+from _lib.marks import INTERPRETER
+from _lib.stand_in import StandIn, replay, stand_in
+from functional_optim import adapters
+from functional_optim._runtime.cuda import capture
+from functional_optim._runtime.cuda.capture import CaptureError
+from functional_optim._runtime.cuda.launch import STREAMS
+
+
+pytestmark = [INTERPRETER, pytest.mark.triton]
+SIZES = (5, 33, 8)
+
+
+@pytest.fixture
+def device() -> Iterator[StandIn]:
+    with stand_in() as device, fo.use_backend("triton"):
+        yield device
+    capture.HELD.clear()
+
+
+def make(seed: int = 0) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(n, generator=generator)) for n in SIZES]
+
+
+def grads(step: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(100 + step)
+    return [torch.randn(n, generator=generator) for n in SIZES]
+
+
+def set_grads(params: list[nn.Parameter], new: list[torch.Tensor]) -> None:
+    for p, g in zip(params, new, strict=True):
+        p.grad = g
+
+
+def chain() -> fo.GradientTransformation:
+    return fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(1e-2))
+
+
+def warm(seed: int = 0, **options: Any) -> tuple[list[nn.Parameter], Any]:
+    """Parameters and an optimizer that has taken two steps, the second and later ones alike."""
+    params = make(seed)
+    opt = adapters.AdamW(params, **{"lr": 0.1, **options})
+    for step in range(2):
+        set_grads(params, grads(step))
+        opt.step()
+    return params, opt
+
+
+# -- uploads ----------------------------------------------------------------------------------------------------------
+
+
+def test_tables_are_uploaded_where_something_has_changed(device: StandIn) -> None:
+    params, opt = warm()
+    n_words = max(device.copies)
+    own, device.copies = [p.grad for p in params], []
+    opt.step()
+    assert device.copies == [], "nothing has moved"
+    new = params[1].grad.clone()
+    params[1].grad = new
+    opt.step()
+    (n_addresses,) = device.copies
+    device.copies.clear()
+    opt.param_groups[0]["lr"] = 0.05
+    opt.step()
+    (n_numbers,) = device.copies
+    assert n_addresses > n_numbers > 0
+    device.copies.clear()
+    set_grads(params, [g.clone() for g in own])
+    opt.param_groups[0]["lr"] = 0.01
+    opt.step()
+    assert device.copies == [n_addresses + n_numbers]
+    assert n_addresses + n_numbers == n_words
+
+
+def test_a_number_on_the_device_is_copied_there(device: StandIn) -> None:
+    """It is read at each step, and its value is nothing that the host knows."""
+    lr = torch.tensor(0.1)
+    params, opt = warm(lr=lr)
+    others, other = warm(lr=0.1)
+    device.copies.clear()
+    lr.fill_(0.5)
+    other.param_groups[0]["lr"] = torch.tensor(0.5).item()
+    for own, o in ((params, opt), (others, other)):
+        set_grads(own, grads(7))
+        o.step()
+    assert device.copies[1] == 1  # after the addresses of the gradients
+    torch.testing.assert_close(params, others, rtol=0, atol=0)
+
+
+def test_each_stream_has_memory_of_its_own(device: StandIn) -> None:
+    tx, params = chain(), {str(k): p.detach() for k, p in enumerate(make())}
+    state = tx.init(params)
+    for stream in (0, 1, 0, 1, 2, 3, 4, 5):
+        device.current = stream
+        updates = dict(zip(params, grads(0), strict=True))
+        params, state = fo.apply_gradients(tx, params, updates, state, donate=True)
+    (step,) = tx._bound_steps
+    workspaces = [w for _, found in step.stages[0].bound for w in found.workspaces]
+    (memories,) = [memories for w in workspaces for memories in w.device.values()]
+    assert list(memories) == [2, 3, 4, 5]
+    assert len({memory.words.data_ptr() for memory in memories.values()}) == STREAMS
+    assert device.followed == 6, "a stream waits for the tables of a binding once"
+
+
+def test_a_number_in_host_memory_is_read_without_a_copy(device: StandIn) -> None:
+    """Reading it waits for nothing; a copy of it to a device would be one more at each step."""
+    _, opt = warm()
+    opt.step()
+    _, bound = opt._bindings.steps[0].regions[0].bound[0]
+    (memory,) = bound.workspaces[0].device[0].values()
+    tables = memory.tables
+    numbers = [[torch.tensor(0.25), *[0.5] * (tables.packer.size // 8 - 1)]]
+    assert [k for k, _ in tables.numbers(numbers)[1]] == [0]
+    tables.device = torch.device("cuda", 0)
+    content, live = tables.numbers(numbers)
+    assert (tables.packer.unpack(content)[0], live) == (0.25, [])
+
+
+# -- capture ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_captured_step_goes_on_at_each_replay(device: StandIn, moved: bool) -> None:
+    """Counters and tensors move on; later steps, other graphs, and the end of the optimizer change nothing."""
+    lr, other_lr = torch.tensor(0.1), torch.tensor(0.1)
+    (params, opt), (expected, other) = warm(lr=lr), warm(lr=other_lr)
+    own = grads(9) if moved else [p.grad for p in params]  # gradients within a graph are where they never were
+    set_grads(params, own)
+    before = [p.detach().clone() for p in params]
+    with device.capture() as graph:
+        opt.step()
+    torch.testing.assert_close([p.detach() for p in params], before, rtol=0, atol=0)
+    kept = {p: dict(opt.state[p]) for p in params}  # the memory that a graph writes is the caller's
+    for step in range(4):
+        if step == 1:
+            for o, leaves in ((opt, params), (other, expected)):
+                set_grads(leaves, grads(30))
+                o.step()
+            with device.capture():
+                opt.step()
+            for o in (opt, other):
+                o.step()
+        elif step == 2:
+            del opt, o
+            gc.collect()
+        for g, new in zip(own, grads(20 + step), strict=True):
+            g.copy_(new)
+        for x in (lr, other_lr):
+            x.fill_(0.1 / (step + 1))
+        replay(graph)
+        set_grads(expected, grads(20 + step))
+        other.step()
+        torch.testing.assert_close(params, expected, rtol=0, atol=0)
+    assert {x["step"].item() for x in kept.values()} == {8.0}
+
+
+def test_a_captured_chain_replays_its_reduction(device: StandIn) -> None:
+    params, expected = make(), make()
+    opts = [adapters.TransformOptimizer(own, chain()) for own in (params, expected)]
+    for own, opt in zip((params, expected), opts, strict=True):
+        for step in range(2):
+            set_grads(own, grads(step))
+            opt.step()
+    own = grads(2)
+    set_grads(params, own)
+    with device.capture() as graph:
+        opts[0].step()
+    for step in range(3):
+        for g, new in zip(own, grads(step), strict=True):
+            g.copy_(new)
+        replay(graph)
+        set_grads(expected, grads(step))
+        opts[1].step()
+        torch.testing.assert_close(params, expected, rtol=0, atol=0)
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def refused(device: StandIn, opt: Any, params: list[nn.Parameter], message: str) -> None:
+    """A step is refused while it is captured, and leaves everything as it was."""
+    before = Snapshot(params, [dict(opt.state[p]) for p in params if p in opt.state])
+    with device.capture() as graph, pytest.raises(CaptureError, match=message):
+        opt.step()
+    assert not graph or "take a step over tensors of that kind" in message
+    before.check()
+
+
+def test_a_first_step_is_refused(device: StandIn) -> None:
+    params = make()
+    set_grads(params, grads(0))
+    refused(device, adapters.AdamW(params), params, "it is the first one over these tensors .* take two such steps")
+
+
+def test_a_gradient_that_is_gone_is_refused(device: StandIn) -> None:
+    params, opt = warm()
+    params[1].grad = None
+    refused(device, opt, params, "which gradients are there.*gradients for the same parameters")
+
+
+def test_a_python_number_that_has_changed_is_refused(device: StandIn) -> None:
+    params, opt = warm()
+    opt.param_groups[0]["lr"] = 0.05
+    refused(device, opt, params, "Python number has another value.*pass it as a tensor on the device")
+
+
+def test_a_number_on_another_device_is_refused(device: StandIn) -> None:
+    params, opt = warm(lr=torch.tensor(0.1))
+    opt.param_groups[0]["lr"] = torch.empty((), device="meta")
+    refused(device, opt, params, "a tensor on meta.*move it to cpu")
+
+
+def test_a_schedule_that_python_evaluates_is_refused(device: StandIn) -> None:
+    params = make()
+    opt = adapters.TransformOptimizer(params, fo.scale_by_learning_rate(lambda count: 0.1 if int(count) < 3 else 0.2))
+    for step in range(2):
+        set_grads(params, grads(step))
+        opt.step()
+    refused(device, opt, params, "schedule of .* is evaluated in Python.*so that it can be traced")
+
+
+def test_other_alignment_than_before_is_refused(device: StandIn) -> None:
+    params, opt = warm()
+    opt.step()
+    params[0].grad = torch.empty(6)[1:].copy_(params[0].grad)
+    refused(device, opt, params, "multiple of 16 bytes.*take a step over tensors of that kind")
+
+
+def test_more_captures_than_there_is_memory_for_are_refused(device: StandIn) -> None:
+    _, opt = warm()
+    steps = (opt.step() for _ in range(10_000))
+    with device.capture(), pytest.raises(CaptureError, match="take a step outside of a graph before the next"):
+        list(steps)
+    opt.step()
+    with device.capture() as graph:
+        opt.step()
+    assert graph

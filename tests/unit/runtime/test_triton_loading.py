@@ -1,0 +1,152 @@
+"""Kernels past the front door of Triton's JIT, and what happens where Triton is missing or broken.
+
+In a process of its own, for this one has Triton interpret kernels; with a stand-in for Triton's driver of the GPU.
+"""
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+import functional_optim as fo
+from functional_optim._compiler.cache import BuildError
+from functional_optim._runtime import backend, step
+
+
+STAND_IN = """
+import sys
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, driver
+import functional_optim as fo
+from functional_optim._compiler.cache import BuildError
+from functional_optim._runtime.cuda.loaded import ELEMENTS, UNIFORM, load_kernels
+from functional_optim._runtime.cuda import driver as own
+
+launched = []
+
+
+class Utils:
+    def load_binary(self, *arguments):
+        return 1, 2, 40, 0, 1024
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 200000}
+
+
+class Launcher:
+    def __init__(self, source, metadata):
+        if "broken" in sys.argv:
+            raise RuntimeError("Failed to find C compiler.\\nPlease specify via CC environment variable")
+        self.name = metadata.name
+
+    def __call__(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments):
+        launched.append((self.name, (x, y, z), stream, arguments))
+
+
+class Driver:
+    utils, launcher_cls = Utils(), Launcher
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 7
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+driver.set_active(Driver())
+tx, x = fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(1e-3)), torch.zeros(8)
+(kernel,) = fo.explain(tx, x).kernels
+"""
+LAUNCHES = """
+cpu = torch.device("cpu")
+stages = load_kernels(kernel.signature, cpu, True)
+assert load_kernels(kernel.signature, cpu, True) is stages, "one for each signature, device and variant"
+assert load_kernels(kernel.signature, cpu, False) is not stages
+front_door, JITFunction.run = JITFunction.run, None  # not to be called again
+for stage in stages:
+    for run, width, constants in ((stage.uniform, len(UNIFORM), ()), (stage.elements, len(ELEMENTS), (True,))):
+        if run is not None:
+            arguments = tuple(range(width))
+            run[(5, 1, 1)](*arguments, *constants)
+            name, grid, stream, given = launched.pop()
+            assert (grid, stream, given) == ((5, 1, 1), 7, arguments + constants), (name, grid, stream, given)
+            print(name)
+"""
+BROKEN = """
+try:
+    load_kernels(kernel.signature, torch.device("cpu"), True)
+except BuildError as error:
+    print(error)
+"""
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("triton")
+    own = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    own["PYTHONPATH"] = os.pathsep.join(sys.path)
+    return own | {"TRITON_CACHE_DIR": f"{folder}/triton", "FUNCTIONAL_OPTIM_CACHE": f"{folder}/kernels"}
+
+
+def run(text: str, environment: dict[str, str], *arguments: str) -> str:
+    command = [sys.executable, "-c", STAND_IN + text, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path.cwd())
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_kernels_are_launched_past_the_front_door(environment: dict[str, str]) -> None:
+    assert run(LAUNCHES, environment).split() == ["pass_0", "uniform_1", "pass_1"]
+
+
+def test_a_launcher_that_cannot_be_compiled_is_an_error_of_the_build(environment: dict[str, str]) -> None:
+    """So that the step takes another backend when it is bound."""
+    message = run(BROKEN, environment, "broken")
+    assert message == "Triton cannot build or load a kernel (RuntimeError: Failed to find C compiler.)\n"
+
+
+@pytest.fixture
+def nothing_given_up() -> Iterator[None]:
+    backend.try_again()
+    yield
+    backend.try_again()
+
+
+@pytest.mark.usefixtures("nothing_given_up")
+def test_without_triton_a_gpu_has_foreach_and_one_warning() -> None:
+    with mock.patch.object(backend, "_has_triton", return_value=False):
+        with pytest.warns(UserWarning, match="without generated kernels, and slower: Triton is not installed"):
+            assert backend.choose_backend(torch.device("cuda", 0)) == ("foreach", "Triton is not installed")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert backend.choose_backend(torch.device("cuda", 0)) == ("foreach", "Triton is not installed")
+
+
+@pytest.mark.usefixtures("nothing_given_up")
+def test_kernels_that_cannot_be_loaded_give_way_to_foreach() -> None:
+    """The step is taken nevertheless, and the next one does not try again."""
+    tx, params, grads = fo.adamw(0.1), {"w": torch.ones(3)}, {"w": torch.full((3,), 0.5)}
+    with fo.use_backend("reference"):
+        expected, _ = fo.apply_gradients(tx, params, grads, tx.init(params))
+    broken = mock.Mock(side_effect=BuildError("Triton cannot build or load a kernel"))
+    with mock.patch.object(step, "load_kernels", broken), fo.use_backend("triton"):
+        with pytest.warns(UserWarning, match="and slower: Triton cannot build or load a kernel"):
+            actual, _ = fo.apply_gradients(tx, params, grads, tx.init(params))
+        torch.testing.assert_close(actual, expected)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fo.apply_gradients(fo.adamw(0.1), params, grads, tx.init(params))
+    assert broken.call_count == 1
