@@ -4,8 +4,8 @@ What is saved are the inputs of the step, which it leaves alone: the derivative 
 fewer bytes than saving them. The derivative is itself recorded, as torch operations, for whoever differentiates it.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -14,7 +14,7 @@ from .._compiler.differentiate import NoDerivative, cotangent, differentiate_all
 from .._compiler.fuse import Recipe, Source
 from .._compiler.program import Level, Program
 from .evaluate import evaluate
-from .plan import Columns, Key, Leaf
+from .plan import Columns, Group, Key, Leaf
 from .pointers import Difference
 from .spec import specs_of
 from .step import COMPILE, BoundStep, Numbers
@@ -30,37 +30,106 @@ def can_record(bound: BoundStep) -> bool:
     return kernels and all(backend in COMPILE for backend, _ in bound.parts)
 
 
-def record(bound: BoundStep, columns: Columns, numbers: Numbers) -> Columns:
+def record(bound: BoundStep, columns: Columns, numbers: Numbers, takes_plain: bool = True) -> Columns:
     """Computes a step that autograd records.
 
     Args:
       bound: the step.
       columns: the columns that its tensors are gathered from.
       numbers: the scalar table of each group.
+      takes_plain: whether no transformation of `torch.func` is active.
 
     Returns:
       The columns that change, complete.
     """
     step = Recording(bound, numbers)
-    outputs = iter(_Step.apply(step, *bound.gather(columns), *step.tensors))  # type: ignore[no-untyped-call]
+    function = _PlainStep if takes_plain else _Step
+    outputs = iter(function.apply(step, *bound.gather(columns), *step.tensors))  # type: ignore[no-untyped-call]
     nested = [[[next(outputs) for _ in group.leaves] for _ in group.outputs] for group in bound.groups]
     return bound.scatter(columns, nested)
 
 
-class Derivative(NamedTuple):
-    """The derivative of a step for some cotangents.
+class Derivative:
+    """The derivative of a step for some cotangents, and where all of its tensors come from and go to.
 
     Args:
-      programs: that of the program of each group.
+      bound: the step.
+      programs: the derivative of the program of each group.
       given: for each group, the outputs whose cotangents are given.
       wanted: for each group, the inputs whose cotangents are wanted.
-      bound: the programs bound to tensors, the last ones first.
     """
 
-    programs: tuple[Program, ...]
-    given: tuple[frozenset[str], ...]
-    wanted: tuple[frozenset[str], ...]
-    bound: list[BoundStep]
+    def __init__(
+        self,
+        bound: BoundStep,
+        programs: Sequence[Program],
+        given: Sequence[frozenset[str]],
+        wanted: Sequence[frozenset[str]],
+    ) -> None:
+        self.step, self.bound = bound, list[BoundStep]()
+        n = 1 + max(i for group in bound.groups for i in group.leaves)
+        # positions among: the gathered tensors, the cotangents of outputs, a number, and None
+        number = bound.n_gathered + bound.n_results
+        self.columns: dict[Key, list[int]] = {"updates": [number + 1] * n}
+        # of each gathered tensor, the columns and leaves whose cotangents it is the sum of
+        self.parts: list[list[tuple[str, int]]] = [[] for _ in range(bound.n_gathered)]
+        self.leaves: list[Leaf] = []
+        self.rows: list[tuple[int, int]] = []  # the group and row that numbers of each row come from
+        result = bound.n_gathered
+        for g, (group, bounds, program) in enumerate(zip(bound.groups, bound.bounds, programs, strict=True)):
+            self._put("updates", group, range(*bounds[group.updates]))
+            for name in wanted[g] & set(group.signature.program.scalars):
+                # an output has the dtype of the tensor in its place
+                self._put(cotangent(name), group, [number] * len(group.leaves))
+            forward = group.signature.program
+            for name, gather in zip((*forward.arrays, *forward.leaves), group.inputs, strict=True):
+                own = list(range(*bounds[gather]))
+                own *= len(group.leaves) // len(own)  # a number that leaves share
+                self._put(name, group, own)
+                self._put(cotangent(name), group, own)
+                for i, k in zip(group.leaves, own if name in wanted[g] else (), strict=False):
+                    self.parts[k].append((cotangent(name), i))
+            for output in forward.outputs:
+                if output.name in given[g]:
+                    self._put(cotangent(output.name), group, range(result, result + len(group.leaves)))
+                result += len(group.leaves)
+            recipe = Recipe(program, tuple(Source("value", -1, name) for name in program.scalars), {}, {})
+            first = len(self.rows)
+            self.rows += [(g, row) for row in range(len(group.sources))]
+            for i, numel, row in zip(group.leaves, group.table.wholes, group.table.rows, strict=True):
+                self.leaves.append(Leaf(i, recipe, (g, first + row, False), numel, None))
+
+    def _put(self, name: str, group: Group, positions: Sequence[int]) -> None:
+        nothing = [self.step.n_gathered + self.step.n_results + 1] * len(self.columns["updates"])
+        column = self.columns.setdefault(name, nothing)
+        for i, k in zip(group.leaves, positions, strict=True):
+            column[i] = k
+
+    def bind(self, columns: Columns) -> tuple[BoundStep, Any]:
+        """The programs bound to such tensors, and these tensors read."""
+        for bound in self.bound:
+            reading = bound.read(columns)
+            if not isinstance(reading, Difference):
+                return bound, reading
+        specs = {key: specs_of(column) for key, column in columns.items()}
+        bound = BoundStep(self.leaves, specs, columns, self.step.paths, False)
+        self.bound = [bound, *self.bound[: KEEP - 1]]
+        reading = bound.read(columns)
+        assert not isinstance(reading, Difference), "a step is bound to the tensors that it was made for"
+        return bound, reading
+
+    def numbers(self, bound: BoundStep, tables: Numbers) -> list[list[Any]]:
+        """The scalar table of each group of a bound derivative, from those of the step."""
+        found = []
+        for group in bound.groups:
+            table: list[Any] = []
+            for owner, _ in group.owners:
+                g, row = self.rows[owner]
+                names = self.step.groups[g].signature.program.scalars
+                own = dict(zip(names, tables[g][row * len(names) : (row + 1) * len(names)], strict=True))
+                table += [own[name] for name in group.signature.program.scalars]
+            found.append(table)
+        return found
 
 
 class Recording:
@@ -148,7 +217,7 @@ class Recording:
         found = known.get(key)
         if found is None:
             programs = differentiate_all(tuple(group.signature.program for group in groups), *key)
-            found = Derivative(programs, *key, [])
+            found = Derivative(self.bound, programs, *key)
             if len(known) >= KEEP:
                 known.pop(next(iter(known)), None)
             known[key] = found
@@ -164,102 +233,44 @@ class Recording:
         """
         derivative = self.derivative([x is not None for x in cotangents], wanted)
         gathered, tables = self.split(tensors)
-        columns, leaves, rows = self._columns(derivative, gathered, cotangents)
-        bound, reading = self._bind(derivative, columns, leaves)
-        numbers = []
-        for group in bound.groups:
-            table: list[Any] = []
-            for owner, _ in group.owners:
-                g, row = rows[owner]
-                names = self.bound.groups[g].signature.program.scalars
-                own = dict(zip(names, tables[g][row * len(names) : (row + 1) * len(names)], strict=True))
-                table += [own[name] for name in group.signature.program.scalars]
-            numbers.append(table)
-        return self._gather(bound.run(reading, columns, numbers), tensors, wanted)
-
-    def _columns(
-        self, derivative: Derivative, gathered: Tensors, cotangents: Sequence[torch.Tensor | None]
-    ) -> tuple[Columns, list[Leaf], list[tuple[int, int]]]:
-        """The columns of a derivative, its leaves, and the group and row that numbers of each of its rows come from."""
-        groups, bounds = self.bound.groups, self.bound.bounds
-        n = 1 + max(i for group in groups for i in group.leaves)
-        columns: dict[Key, list[Any]] = {"updates": [None] * n}
-
-        def column(name: str) -> list[Any]:
-            return columns.setdefault(name, [None] * n)
-
         number = torch.zeros((), dtype=torch.float64, device=gathered[0].device)
-        for g, group in enumerate(groups):
-            start, stop = bounds[g][group.updates]
-            for i, x in zip(group.leaves, gathered[start:stop], strict=True):
-                column("updates")[i] = x
-            for name in derivative.wanted[g] & set(group.signature.program.scalars):
-                for i in group.leaves:  # an output has the dtype of the tensor in its place
-                    column(cotangent(name))[i] = number
-        for g, name, start, stop in self.inputs():
-            own = list(gathered[start:stop])
-            for i, x in zip(groups[g].leaves, own * (len(groups[g].leaves) // len(own)), strict=True):
-                column(name)[i] = column(cotangent(name))[i] = x
-        likes = self._outputs_like(gathered)
-        for (g, name, k), d, like in zip(self.names(), cotangents, likes, strict=True):
-            if name in derivative.given[g]:
-                column(cotangent(name))[groups[g].leaves[k]] = like() if d is None else d
-        rows: list[tuple[int, int]] = []
-        leaves = []
-        for g, (group, program) in enumerate(zip(groups, derivative.programs, strict=True)):
-            recipe = Recipe(program, tuple(Source("value", -1, name) for name in program.scalars), {}, {})
-            first = len(rows)
-            rows += [(g, row) for row in range(len(group.sources))]
-            for i, numel, row in zip(group.leaves, group.table.wholes, group.table.rows, strict=True):
-                leaves.append(Leaf(i, recipe, (g, first + row, False), numel, None))
-        return dict(columns), leaves, rows
+        present = [d if d is not None else self._zeros(k, gathered) for k, d in enumerate(cotangents)]
+        tensors_of = [*gathered, *present, number, None].__getitem__
+        columns: Columns = {key: list(map(tensors_of, column)) for key, column in derivative.columns.items()}
+        bound, reading = derivative.bind(columns)
+        results = bound.run(reading, columns, derivative.numbers(bound, tables))
+        parts = [[results[name][i] for name, i in own] for own in derivative.parts]
+        parts += [self._parts_of_number(places, results) for places in self.slots]
+        return [_sum(own, x) for own, x, there in zip(parts, tensors, wanted, strict=True) if there]
 
-    def _outputs_like(self, gathered: Tensors) -> list[Callable[[], torch.Tensor]]:
-        """Of each output, one after another, a function that makes zeros like it."""
-        made: list[Callable[[], torch.Tensor]] = []
-        for group, bounds in zip(self.bound.groups, self.bound.bounds, strict=True):
-            start, stop = bounds[group.updates]
-            for output, dtype in zip(group.signature.program.outputs, group.signature.outputs, strict=True):
-                for x in gathered[start:stop]:
-                    shape = x.shape if output.level is Level.ELEMENT else ()
-                    made.append(lambda x=x, shape=shape, dtype=dtype: x.new_zeros(shape, dtype=dtype))  # type: ignore[misc]
-        return made
+    def _zeros(self, k: int, gathered: Tensors) -> torch.Tensor:
+        """The cotangent of an output that has none, where others of its name have one."""
+        g, name, place = self.names()[k]
+        group = self.bound.groups[g]
+        like = gathered[self.bound.bounds[g][group.updates][0] + place]
+        outputs = zip(group.signature.program.outputs, group.signature.outputs, strict=True)
+        output, dtype = next((output, dtype) for output, dtype in outputs if output.name == name)
+        return like.new_zeros(like.shape if output.level is Level.ELEMENT else (), dtype=dtype)
 
-    def _bind(self, derivative: Derivative, columns: Columns, leaves: Sequence[Leaf]) -> tuple[BoundStep, Any]:
-        """A step of the derivative that is bound to such tensors, and these tensors read."""
-        for bound in derivative.bound:
-            reading = bound.read(columns)
-            if not isinstance(reading, Difference):
-                return bound, reading
-        bound = BoundStep(leaves, {k: specs_of(x) for k, x in columns.items()}, columns, self.bound.paths, False)
-        derivative.bound[:] = [bound, *derivative.bound[: KEEP - 1]]
-        reading = bound.read(columns)
-        assert not isinstance(reading, Difference)
-        return bound, reading
+    def _parts_of_number(self, places: Sequence[tuple[int, int]], results: Columns) -> list[torch.Tensor]:
+        """The cotangents of leaves whose sum is that of a tensor among numbers."""
+        found = []
+        for g, place in places:
+            group = self.bound.groups[g]
+            scalars = group.signature.program.scalars
+            row, k = divmod(place, len(scalars))
+            column = results.get(cotangent(scalars[k]))
+            if column is not None:
+                found += [column[i] for i, own in zip(group.leaves, group.table.rows, strict=True) if own == row]
+        return found
 
-    def _gather(self, results: Columns, tensors: Tensors, wanted: Sequence[bool]) -> list[torch.Tensor]:
-        """The cotangents of wanted tensors, from the columns that a derivative has written."""
-        sums: dict[int, torch.Tensor] = {}
 
-        def add(k: int, d: torch.Tensor) -> None:
-            d = d.to(device=tensors[k].device, dtype=tensors[k].dtype)
-            sums[k] = sums[k] + d if k in sums else d
-
-        for g, name, start, stop in self.inputs():
-            leaves = self.bound.groups[g].leaves
-            for place, i in enumerate(leaves):
-                k = start + place if stop - start == len(leaves) else start  # a number that leaves share
-                if wanted[k]:
-                    add(k, results[cotangent(name)][i])
-        for k, places in enumerate(self.slots, self.bound.n_gathered):
-            for g, place in places if wanted[k] else ():
-                group = self.bound.groups[g]
-                scalars = group.signature.program.scalars
-                row, column = divmod(place, len(scalars))
-                for i, own in zip(group.leaves, group.table.rows, strict=True):
-                    if own == row:
-                        add(k, results[cotangent(scalars[column])][i].reshape(tensors[k].shape))
-        return [sums[k] if k in sums else torch.zeros_like(tensors[k]) for k, there in enumerate(wanted) if there]
+def _sum(parts: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """The sum of cotangents, in the dtype, shape and place of the tensor that they are of."""
+    if not parts:
+        return torch.zeros_like(like)
+    total = parts[0] if len(parts) == 1 else torch.stack(list(parts)).sum(0)
+    return total.to(device=like.device, dtype=like.dtype).reshape(like.shape)
 
 
 def _flat(outputs: Sequence[Sequence[Column]]) -> list[torch.Tensor]:
@@ -298,7 +309,7 @@ def _pull_back_followed(
 
 
 class _Step(torch.autograd.Function):
-    """A step, of its tensors."""
+    """A step, of its tensors; one that `torch.func` follows."""
 
     @staticmethod
     def forward(step: Recording, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -319,6 +330,19 @@ class _Step(torch.autograd.Function):
             return (None, *[None] * len(wanted))
         results = iter(_Derivative.apply(ctx.step, present, wanted, *ctx.saved_tensors, *given))  # type: ignore[no-untyped-call]
         return (None, *[next(results) if there else None for there in wanted])
+
+
+class _PlainStep(_Step):
+    """The same for autograd alone. Where `setup_context` is another function than torch's, each call looks up the
+    signature of `forward`, which takes longer than a small step."""
+
+    @staticmethod
+    def forward(ctx: Any, step: Recording, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+        output = _Step.forward(step, *tensors)
+        _Step.setup_context(ctx, (step, *tensors), output)
+        return output
+
+    setup_context = torch.autograd.Function.setup_context
 
 
 class _Derivative(torch.autograd.Function):

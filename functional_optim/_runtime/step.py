@@ -219,6 +219,7 @@ class BoundStep(Programs):
         for i in self.copied:
             seen[i] = TensorSpec.of(tensors[i])
         self.reader = PointerReader(tensors, seen)
+        self.n_results = sum(len(g.leaves) * len(g.outputs) for g in self.groups)
         self.derivatives: dict[Any, Any] = {}  # by the cotangents that are given and wanted; see `recording`
         self.workspaces: list[Workspace] = []  # those that no thread uses at the moment
 
