@@ -239,7 +239,7 @@ class TreeStep:
         if takes_gradients() and requested_backend() in (None, "c", "triton"):
             recorded = self._bound_to_plain(stage, own)
             if recorded is not None and can_record(recorded):
-                return record(recorded, own, recorded.own_numbers(extra, given), takes_plain=False)
+                return record(recorded, own, recorded.own_numbers(extra, given), plain=False)
         mapped = map_levels()
         levels = mapped if requested_backend() in (None, "c") else ()
         found = stage.find_members(own, levels, extra, given) if levels else None

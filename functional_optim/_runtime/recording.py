@@ -30,20 +30,20 @@ def can_record(bound: BoundStep) -> bool:
     return kernels and all(backend in COMPILE for backend, _ in bound.parts)
 
 
-def record(bound: BoundStep, columns: Columns, numbers: Numbers, takes_plain: bool = True) -> Columns:
+def record(bound: BoundStep, columns: Columns, numbers: Numbers, plain: bool = True) -> Columns:
     """Computes a step that autograd records.
 
     Args:
       bound: the step.
       columns: the columns that its tensors are gathered from.
       numbers: the scalar table of each group.
-      takes_plain: whether no transformation of `torch.func` is active.
+      plain: whether no transformation of `torch.func` is active.
 
     Returns:
       The columns that change, complete.
     """
     step = Recording(bound, numbers)
-    function = _PlainStep if takes_plain else _Step
+    function = _Step if plain else _FollowedStep
     outputs = iter(function.apply(step, *bound.gather(columns), *step.tensors))  # type: ignore[no-untyped-call]
     nested = [[[next(outputs) for _ in group.leaves] for _ in group.outputs] for group in bound.groups]
     return bound.scatter(columns, nested)
@@ -184,44 +184,44 @@ class Recording:
             for k in range(len(group.leaves))
         ]
 
-    def inputs(self) -> list[tuple[int, str, int, int]]:
-        """Of each input of a program: its group, its name, and the bounds of its tensors among those gathered."""
-        found = []
-        for g, (group, bounds) in enumerate(zip(self.bound.groups, self.bound.bounds, strict=True)):
-            program = group.signature.program
-            for name, gather in zip((*program.arrays, *program.leaves), group.inputs, strict=True):
-                found.append((g, name, *bounds[gather]))
-        return found
-
     def derivative(self, given: Sequence[bool], wanted: Sequence[bool]) -> Derivative:
         """The derivative for the outputs whose cotangents are given, and the tensors whose cotangents are wanted.
 
         Raises:
           NoDerivative: an operation of the step has none.
         """
+        known: dict[Any, Derivative] = self.bound.derivatives
+        key = tuple(given), tuple(wanted), tuple(map(tuple, self.slots))
+        found = known.get(key)
+        if found is None:
+            outputs, inputs = self._names_of(given, wanted)
+            programs = tuple(group.signature.program for group in self.bound.groups)
+            found = Derivative(self.bound, differentiate_all(programs, outputs, inputs), outputs, inputs)
+            if len(known) >= KEEP:
+                known.pop(next(iter(known)), None)
+            known[key] = found
+        return found
+
+    def _names_of(
+        self, given: Sequence[bool], wanted: Sequence[bool]
+    ) -> tuple[tuple[frozenset[str], ...], tuple[frozenset[str], ...]]:
+        """The outputs of each group whose cotangents are given, and its inputs whose cotangents are wanted."""
         groups = self.bound.groups
         outputs: list[set[str]] = [set() for _ in groups]
         inputs: list[set[str]] = [set() for _ in groups]
         for (g, name, _), there in zip(self.names(), given, strict=True):
             if there:
                 outputs[g].add(name)
-        for g, name, start, stop in self.inputs():
-            if any(wanted[start:stop]):
-                inputs[g].add(name)
+        for g, (group, bounds) in enumerate(zip(groups, self.bound.bounds, strict=True)):
+            program = group.signature.program
+            for name, gather in zip((*program.arrays, *program.leaves), group.inputs, strict=True):
+                if any(wanted[slice(*bounds[gather])]):
+                    inputs[g].add(name)
         for places, there in zip(self.slots, wanted[self.bound.n_gathered :], strict=True):
             for g, k in places if there else ():
                 scalars = groups[g].signature.program.scalars
                 inputs[g].add(scalars[k % len(scalars)])
-        key = tuple(map(frozenset, outputs)), tuple(map(frozenset, inputs))
-        known: dict[Any, Derivative] = self.bound.derivatives
-        found = known.get(key)
-        if found is None:
-            programs = differentiate_all(tuple(group.signature.program for group in groups), *key)
-            found = Derivative(self.bound, programs, *key)
-            if len(known) >= KEEP:
-                known.pop(next(iter(known)), None)
-            known[key] = found
-        return found
+        return tuple(map(frozenset, outputs)), tuple(map(frozenset, inputs))
 
     def pull_back(
         self, tensors: Tensors, cotangents: Sequence[torch.Tensor | None], wanted: Sequence[bool]
@@ -308,7 +308,7 @@ def _pull_back_followed(
     return tuple(pull_back([d for d in cotangents if d is not None]))
 
 
-class _Step(torch.autograd.Function):
+class _FollowedStep(torch.autograd.Function):
     """A step, of its tensors; one that `torch.func` follows."""
 
     @staticmethod
@@ -328,18 +328,20 @@ class _Step(torch.autograd.Function):
         given = [d for d in cotangents if d is not None]
         if not given:
             return (None, *[None] * len(wanted))
-        results = iter(_Derivative.apply(ctx.step, present, wanted, *ctx.saved_tensors, *given))  # type: ignore[no-untyped-call]
+        # without `create_graph` nobody differentiates the derivative
+        derivative = _Derivative.apply if torch.is_grad_enabled() else _Derivative.forward
+        results = iter(derivative(ctx.step, present, wanted, *ctx.saved_tensors, *given))
         return (None, *[next(results) if there else None for there in wanted])
 
 
-class _PlainStep(_Step):
+class _Step(_FollowedStep):
     """The same for autograd alone. Where `setup_context` is another function than torch's, each call looks up the
     signature of `forward`, which takes longer than a small step."""
 
     @staticmethod
     def forward(ctx: Any, step: Recording, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
-        output = _Step.forward(step, *tensors)
-        _Step.setup_context(ctx, (step, *tensors), output)
+        output = _FollowedStep.forward(step, *tensors)
+        _FollowedStep.setup_context(ctx, (step, *tensors), output)
         return output
 
     setup_context = torch.autograd.Function.setup_context

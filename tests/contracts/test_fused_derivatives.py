@@ -1,6 +1,8 @@
 """Derivatives through steps that kernels compute: every rule, beside torch operations and central differences."""
 
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -234,3 +236,32 @@ def test_transformations_of_steps_are_those_of_torch_operations(name: str) -> No
 
     for x, y in zip(torch.utils._pytree.tree_leaves(found), torch.utils._pytree.tree_leaves(expected), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-13)
+
+
+def example(name: str) -> Any:
+    path = Path(__file__).parents[2] / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_example_learns_a_start(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    module = example("maml_sinusoid")
+    monkeypatch.setattr(module, "META_STEPS", 3)
+    module.main()
+    out = capsys.readouterr().out
+    assert "before meta-training: loss of a new wave" in out
+    assert "by kernels" in out
+
+
+def test_the_example_learns_hyper_parameters(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = example("hypergradient")
+    monkeypatch.setattr(module, "OUTER", 10)
+    module.main()
+    losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    assert losses[-1] < losses[0]
