@@ -13,6 +13,8 @@ Files
 if __name__ != "functional_optim.adapters":
     raise ImportError("import functional_optim.adapters, not adapters: a second copy of every class would be made.")
 
+from functional_optim._addresses import publish as _publish
+
 from . import _explained as _explained
 from .adaptive import Adadelta, Adagrad, Adamax, NAdam, RAdam
 from .classes import LAMB, SGD, Adam, AdamW, Lion, RMSprop
@@ -22,7 +24,7 @@ from .matrices import Adafactor, Muon
 from .optimizer import ChainOptimizer
 from .rates import ASGD, Rprop
 from .sparse import SparseAdam
-from .transform import TransformOptimizer
+from .transform import TransformOptimizer, _blank
 
 
 __all__ = [
@@ -48,6 +50,8 @@ __all__ = [
     "load_safetensors",
     "save_safetensors",
 ]
+
+_publish(__name__, [_blank, *(globals()[name] for name in __all__)])
 
 
 def __dir__() -> list[str]:

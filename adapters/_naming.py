@@ -1,7 +1,7 @@
 """Names: of options, of slots of state, and of parameters."""
 
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ SYNONYMS: Mapping[str, frozenset[tuple[str | None, str]]] = {  # by rule, or for
     "betas": frozenset({(None, "b1"), (None, "b2")}),
     "learning_rate": frozenset({(None, "learning_rate")}),
 }
+
+ROUNDING = 1e-6  # a schedule of torch that ends at 0 may end as far below it, relative to the learning rate
 
 
 def template(tx: fo.GradientTransformation, names: Mapping[str, str]) -> Template:
@@ -84,6 +86,7 @@ class Naming:
             scalar = hyper not in rule.bound.rule.static and is_number(value)
             (self.scalars if scalar else self.switches)[name] = (path, hyper)
             self.defaults[name] = value
+        self.places = {**self.scalars, **self.switches}
         self.rules = rules
         schedules = [
             (p, hyper) for p, rule in rules.items() for hyper in rule.bound.values if rule.bound.is_schedule(hyper)
@@ -95,17 +98,49 @@ class Naming:
         )
         self.schedules: dict[str, tuple[Path, str]] = dict(zip(names, schedules, strict=True))
 
-    def check(self, options: Mapping[str, Any]) -> None:
-        """Refuses an option that is out of the range of its hyper-parameter."""
-        values = {path: dict(rule.bound.values) for path, rule in self.rules.items()}
-        named = [(k, *place) for k, place in (*self.scalars.items(), *self.switches.items()) if k in options]
-        for name, path, hyper in named:
-            values[path][hyper] = options[name]
-        for name, path, hyper in named:
-            value: Any = options[name]
-            if not (isinstance(value, torch.Tensor) and value.numel() == 1):
-                number = is_number(value) and not isinstance(value, (int, torch.Tensor))
-                self.rules[path].bound.rule.check(hyper, float(value) if number else value, values[path])
+    def check(
+        self, options: Mapping[str, Any], group: int | None = None, changed: Collection[str] | None = None
+    ) -> None:
+        """Refuses an option that is out of the range of its hyper-parameter, and a negative learning rate.
+
+        A chain that is made with a negative learning rate may have others.
+
+        Args:
+          options: options by name; others may stand among them.
+          group: the index of their parameter group, for messages, if it has one.
+          changed: the options that have changed since all were in their ranges; by default any may have.
+
+        Raises:
+          ValueError, TypeError: an option is out of its range, or no number.
+        """
+        if changed is None or not self.switches.keys().isdisjoint(changed):  # a range may hold where a switch is on
+            changed = self.places
+        named = [(name, *self.places[name]) for name in changed if name in options and name in self.places]
+        values = {path: dict(self.rules[path].bound.values) for _, path, _ in named}
+        for name, (path, hyper) in self.switches.items():
+            if name in options and path in values:
+                values[path][hyper] = options[name]
+        name = "lr"
+        try:
+            self._check_rate(options.get(name))
+            for name, path, hyper in named:
+                value: Any = options[name]
+                if not (isinstance(value, torch.Tensor) and value.numel() == 1):
+                    number = is_number(value) and not isinstance(value, (int, torch.Tensor))
+                    self.rules[path].bound.rule.check(hyper, float(value) if number else value, values[path])
+        except (ValueError, TypeError) as error:
+            if group is None:
+                raise
+            raise type(error)(f"{name!r} of parameter group {group}: {error}") from None
+
+    def _check_rate(self, lr: Any) -> None:
+        usual: Any = self.defaults.get("lr")
+        if any(isinstance(x, torch.Tensor) or not is_number(x) for x in (lr, usual)) or usual < 0:
+            return
+        if lr < -ROUNDING * usual:
+            raise ValueError(
+                f"the learning rate `lr` must be in [0, inf), got {lr!r:.60}; pass `maximize=True` to ascend."
+            )
 
     def check_names(self, options: Mapping[str, Any]) -> None:
         """Refuses a name that stands for a hyper-parameter of this chain, which is another option here."""
@@ -115,7 +150,7 @@ class Naming:
             known = SYNONYMS.get(name, frozenset())
             meant = [
                 option
-                for option, (path, hyper) in (*self.scalars.items(), *self.switches.items())
+                for option, (path, hyper) in self.places.items()
                 if hyper == name or {(self.rules[path].bound.rule.name, hyper), (None, hyper)} & known
             ]
             if meant:

@@ -60,6 +60,7 @@ class _Bindings:
         self.templates: dict[tuple[Hashable, ...], Template] = {}  # by switches
         self.row_templates: dict[tuple[Hashable, ...], Template | None] = {}  # of sparse gradients, by switches
         self.seen_values: list[Any] | None = None  # of the groups, if they are other objects when they change
+        self.checked: dict[int, list[Any]] = {}  # the options of each group that were in their ranges
         self.used: tuple[list[Template], list[int]] = ([], [])  # the templates of the groups, and that of each
         self.params: ParamList | None = None
         self.sizes: list[int] = []  # of the groups
@@ -123,6 +124,14 @@ class ChainOptimizer(Optimizer):
         None if counters are Python's integers.
         """
         return torch.float64 if torch.get_default_dtype() is torch.float64 else torch.float32
+
+    def _check_options(self, g: int, group: Mapping[str, Any]) -> None:
+        """Refuses options with which no step is taken, when any option has changed.
+
+        Raises:
+          ValueError, TypeError: with the index of the group, the option and its value.
+        """
+        _check_rate(g, group.get("lr"))
 
     @functools.cached_property
     def _bindings(self) -> _Bindings:
@@ -263,7 +272,7 @@ class ChainOptimizer(Optimizer):
         templates: list[Template] = []
         of_group: list[int] = []
         for g, group in enumerate(groups):
-            _check_rate(g, group.get("lr"))
+            self._check_options(g, group)
             template = self._template_of(group)
             if not any(template is t for t in templates):
                 templates.append(template)

@@ -5,6 +5,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Hashable, Mapping
+from operator import is_
 from typing import Any
 
 import torch
@@ -190,6 +191,15 @@ class TransformOptimizer(ChainOptimizer):
         bounds = [rule.bound for rule in _walk.rules(self._tx).values()]
         scheduled = any(bound.is_schedule(hyper) for bound in bounds for hyper in bound.values)
         return torch.float64 if scheduled else super()._counter_dtype()
+
+    def _check_options(self, g: int, group: Mapping[str, Any]) -> None:
+        super()._check_options(g, group)
+        checked, options = self._bindings.checked, [group.get(name) for name in self._naming.defaults]
+        known = checked.get(g, [None] * len(options))
+        if not all(map(is_, options, known)):
+            pairs = zip(self._naming.defaults, options, known, strict=True)
+            self._naming.check(group, g, [name for name, now, before in pairs if now is not before])
+            checked[g] = options
 
     def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
         return (bool(group["maximize"]), *[group[name] for name in self._naming.switches])

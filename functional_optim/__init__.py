@@ -34,7 +34,11 @@ Types
 `functional_optim.adapters` makes optimizers of torch of them; import it by itself. `plot.schedules` draws schedules.
 """
 
-from . import plot as plot
+from . import (
+    _pickles as _pickles,
+    plot as plot,
+)
+from ._addresses import publish as _publish
 from ._chain import (
     apply_gradients,
     apply_updates,
@@ -366,6 +370,8 @@ __all__ = [
     "zero_nans",
     "zeros",
 ]
+
+_publish(__name__, [globals()[name] for name in __all__])
 
 
 def __dir__() -> list[str]:

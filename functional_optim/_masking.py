@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ._addresses import publish
 from ._compiler.rule import Option
 from ._rule import Fusible, RuleTransformation
 from ._runtime.internals import register_in_exports
@@ -27,6 +28,7 @@ class PartitionState(NamedTuple):
     inner_states: dict[Any, Any]
 
 
+publish("functional_optim", [EmptyState, MaskedNode, MaskedState, PartitionState])  # before exports have names for them
 torch.serialization.add_safe_globals([EmptyState, MaskedNode, MaskedState, PartitionState])
 for _cls in (EmptyState, MaskedNode, MaskedState, PartitionState):
     register_in_exports(_cls)

@@ -71,7 +71,7 @@ def has_fixed_key(fn: Any) -> bool:
       >>> has_fixed_key(join_schedules([constant_schedule(0.1), lambda count: 0.1], [3]))
       False
     """
-    if not isinstance(fn, Schedule) or not fn.factory.__module__.startswith(__package__):
+    if not isinstance(fn, Schedule) or not fn.factory.formula.__module__.startswith(__package__):
         return False
     return all(map(has_fixed_key, _functions(list(fn.arguments.values()))))
 

@@ -255,7 +255,7 @@ OTHERS = {"muon", "adafactor", "lbfgs"}  # in test_matrix_methods.py, test_lbfgs
 def test_every_optimizer_has_a_row() -> None:
     package = functional_optim._optimizers
     modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
-    own = {name for m in modules for name, x in vars(m).items() if getattr(x, "__module__", None) == m.__name__}
+    own = {name for m in modules for name, x in vars(m).items() if getattr(x, "__globals__", None) is vars(m)}
     public = {name for name in own if not name.startswith("_")}
     assert {case.id.partition("-")[0] for case in CASES} == public - OTHERS
 

@@ -25,6 +25,7 @@ The ecosystem
 import copy
 import functools
 import inspect
+import math
 import pickle
 import warnings
 from collections.abc import Callable
@@ -279,6 +280,40 @@ def test_a_learning_rate_that_is_no_number_is_refused_and_nothing_changes(make: 
         opt.step()
 
     before.check()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [("lr", -0.1, "[0, inf)"), ("b1", 1.5, "[0, 1)"), ("params_ema_decay", -0.5, "[0, 1]"), ("b2", math.nan, "[0, 1)")],
+)
+def test_an_option_that_leaves_its_range_is_refused_by_the_next_step_and_nothing_changes(
+    option: str, value: float, allowed: str
+) -> None:
+    params = make_params()
+    groups = [{"params": params[:1]}, {"params": params[1:]}]
+    opt = TransformOptimizer(groups, fo.chain(fo.trace(0.9), fo.adamw(0.1), fo.params_ema(0.9)))
+    train([opt], range(2))
+    good, opt.param_groups[1][option] = opt.param_groups[1][option], value
+    before = Snapshot(params_of(opt), [dict(s) for s in opt.state.values()])
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"{option!r} of parameter group 1") as caught:
+            opt.step()
+        for part in (repr(value), allowed):
+            assert part in str(caught.value)
+        before.check()
+
+    opt.param_groups[1][option] = good
+    opt.step()
+
+
+def test_a_learning_rate_may_end_a_rounding_below_zero_or_be_negative_from_the_start() -> None:
+    opt = TransformOptimizer(make_params(), fo.adamw(0.1))
+    opt.param_groups[0]["lr"] = -1e-17
+    train([opt], range(2))
+    opt = TransformOptimizer(make_params(), fo.scale_by_learning_rate(-0.1, flip_sign=False))
+    opt.param_groups[0]["lr"] = -0.05
+    train([opt], range(2))
 
 
 def test_a_learning_rate_that_is_a_tensor_stays_the_same_tensor() -> None:

@@ -1,0 +1,32 @@
+"""The address in pickles of classes and functions that are not public, wherever they are defined.
+
+A name of this module stays as long as its pickles are to be read. What moves is imported from elsewhere.
+"""
+
+from ._addresses import publish
+from ._chain import Chain as Chain
+from ._compiler.rule import (
+    Slot as Slot,
+    restore_state as restore_state,
+)
+from ._masking import (
+    Masked as Masked,
+    Partition as Partition,
+)
+from ._optimizers.matrices import _IsMatrix as _IsMatrix
+from ._rule import (
+    RuleTransformation as RuleTransformation,
+    Wrapping as Wrapping,
+)
+from ._transforms.decay import _add_decayed_weights as _add_decayed_weights
+from ._transforms.lbfgs import ScaleByLBFGSState as ScaleByLBFGSState
+from ._transforms.linesearch import (
+    BacktrackingLinesearchInfo as BacktrackingLinesearchInfo,
+    ScaleByBacktrackingLinesearchState as ScaleByBacktrackingLinesearchState,
+    ScaleByZoomLinesearchState as ScaleByZoomLinesearchState,
+    ZoomLinesearchInfo as ZoomLinesearchInfo,
+)
+from ._tree import restore_packed as restore_packed
+
+
+publish(__name__, [x for x in list(globals().values()) if x is not publish])
