@@ -4,18 +4,93 @@ from collections.abc import Sequence
 
 import torch
 
-from .call import Call, Column, Join
+from .call import Call, Column, Join, LeafTable
 from .ops import OPS
-from .program import Value
+from .program import Level, Value
 from .reference import each_leaf, run_reference
 
 
 COMMUTES = {"add", "mul"}
+SMALL = 1 << 13  # the most elements of leaves that are worth a copy, in place of a call of a kernel for each
+VECTOR = 1 << 15  # the most elements of them in one vector, so that values stay in the cache
 
 
 def run_foreach(calls: Sequence[Call], join: Join | None = None) -> list[list[Column]]:
-    """Evaluates programs that belong together, pass by pass, with one torch call per operation and group."""
-    return run_reference(calls, join, all_leaves)
+    """Evaluates programs that belong together, pass by pass, with one torch call per operation and group.
+
+    Small leaves are evaluated as vectors of many, where no value of the program depends on the leaf.
+    """
+    bounds = [_vectors(call.leaves.sizes) if _is_joined(call) else None for call in calls]
+    given = [call if own is None else _joined(call, own) for call, own in zip(calls, bounds, strict=True)]
+    results = run_reference(given, join, all_leaves)
+    for call, columns, own in zip(calls, results, bounds, strict=True):
+        if own is not None:
+            for k, output in enumerate(call.signature.program.outputs):
+                columns[k] = _split(columns[k], output.level is not Level.ELEMENT, own, call.like)
+    return results
+
+
+def _vectors(sizes: Sequence[int]) -> list[slice]:
+    """The neighbours that are one vector."""
+    found, start, total = [], 0, 0
+    for i, size in enumerate(sizes):
+        if total and total + size > VECTOR:
+            found.append(slice(start, i))
+            start, total = i, 0
+        total += size
+    return [*found, slice(start, len(sizes))]
+
+
+def _is_joined(call: Call) -> bool:
+    """Whether the leaves of a call are evaluated as vectors of many."""
+    program = call.signature.program
+    arrays, numbers = call.inputs[: len(program.arrays)], call.inputs[len(program.arrays) :]
+    return (
+        len(call.like) > 1
+        and len(call.scalars) == 1
+        and call.shard is None
+        and not program.reductions
+        and all(value.op != "size" for value in program.values)
+        and all(target is None for target in call.outputs)
+        and max(call.leaves.sizes) <= SMALL
+        and call.like[0].device.type == "cpu"
+        and all(x.is_contiguous() for column in (call.like, *arrays) for x in column)
+        and not (torch.is_grad_enabled() and any(x.requires_grad for column in arrays for x in column))
+        and all(map(_is_one_number, numbers))
+    )
+
+
+def _is_one_number(column: Column) -> bool:
+    """Whether all leaves have the same number, such as a counter."""
+    first = column[0]
+    return all(x is first for x in column) or bool((torch.stack(column) == first).all())
+
+
+def _joined(call: Call, bounds: Sequence[slice]) -> Call:
+    """The call with vectors for leaves."""
+    n = len(call.signature.program.arrays)
+    sizes = tuple(sum(call.leaves.sizes[own]) for own in bounds)
+    return call._replace(
+        like=[call.like[0].new_empty(()).expand(size) for size in sizes],
+        inputs=[
+            *([torch.cat([x.view(-1) for x in column[own]]) for own in bounds] for column in call.inputs[:n]),
+            *(column[:1] * len(sizes) for column in call.inputs[n:]),
+        ],
+        leaves=LeafTable(sizes, sizes, (0,) * len(sizes)),
+        positions=tuple(call.positions[own.start] for own in bounds),
+    )
+
+
+def _split(column: Column, is_number: bool, bounds: Sequence[slice], like: Column) -> Column:
+    """The leaves of vectors, or a number that all leaves have: each a tensor of its own."""
+    if is_number:
+        return [column[0].clone() for _ in like]
+    made = [torch.empty_like(t, dtype=column[0].dtype) for t in like]
+    parts: Column = []
+    for x, own in zip(column, bounds, strict=True):
+        parts += x.split_with_sizes([t.numel() for t in like[own]])
+    torch._foreach_copy_([x.view(-1) for x in made], parts)
+    return made
 
 
 def all_leaves(value: Value, operands: list[Column], dtype: torch.dtype) -> Column:

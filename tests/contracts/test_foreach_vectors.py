@@ -1,0 +1,48 @@
+"""Without a compiler small leaves are computed as vectors of many: no result tells."""
+
+import pytest
+import torch
+
+import functional_optim as fo
+from functional_optim.adapters import AdamW
+
+
+SHAPES = [(32, 32)] * 70 + [(0,), (), (3, 5), (0, 4), (200, 100), (7,)]  # more than one vector, and one leaf alone
+
+
+def draw(seed: int, small: bool) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [shape for shape in SHAPES if not small or shape != (200, 100)]
+    return {str(k): torch.randn(shape, generator=generator, dtype=torch.float64) for k, shape in enumerate(shapes)}
+
+
+@pytest.mark.parametrize("small", [True, False], ids=["vectors", "a large leaf"])
+@pytest.mark.parametrize("donate", [False, True])
+def test_leaves_that_are_joined_have_the_values_of_the_reference(donate: bool, small: bool) -> None:
+    tx = fo.chain(fo.clip(1.0), fo.adamw(1e-2, weight_decay=0.1))
+    found = {}
+    for backend in ("reference", "foreach"):
+        params = draw(0, small)
+        state = tx.init(params)
+        with fo.use_backend(backend):
+            for step in range(20):
+                params, state = fo.apply_gradients(tx, params, draw(step + 1, small), state, donate=donate)
+        found[backend] = params, state
+    torch.testing.assert_close(found["foreach"], found["reference"], rtol=1e-13, atol=1e-15)
+    params, state = found["foreach"]
+    storages = {x.untyped_storage().data_ptr() for x in params.values() if x.numel()}
+    assert len(storages) == sum(x.numel() > 0 for x in params.values())  # each leaf is a tensor of its own
+
+
+def test_parameters_of_an_optimizer_that_count_other_steps_are_not_mixed_up() -> None:
+    found = {}
+    for backend in ("reference", "foreach"):
+        params = [torch.nn.Parameter(x) for x in draw(0, True).values()]
+        opt = AdamW(params, lr=1e-2)
+        with fo.use_backend(backend):
+            for step in range(20):
+                for k, (p, g) in enumerate(zip(params, draw(step + 1, True).values(), strict=True)):
+                    p.grad = None if step < 3 and k % 2 else g  # every other one begins late
+                opt.step()
+        found[backend] = [p.detach() for p in params]
+    torch.testing.assert_close(found["foreach"], found["reference"], rtol=1e-13, atol=1e-15)
