@@ -23,7 +23,7 @@ _given_up: dict[str, str] = {}  # backends that failed to build a kernel in this
 def use_backend(name: str) -> Iterator[None]:
     """Chooses the backend that computes updates within a `with` block.
 
-    Where it does not apply (Triton without a GPU, anything but the reference under a gradient), the next best one
+    Where it does not apply (Triton without a GPU, kernels in forward mode), the next best one
     does; `explain` says which and why.
 
     Args:
