@@ -1,115 +1,127 @@
-"""Learns a start from which a few steps of Adam fit any sine wave (MAML), through the steps themselves.
-
-Each task is a sine wave of its own amplitude and phase. Inner steps of Adam start at shared weights and fit ten points;
-the loss at other points is differentiated through these steps, down to the shared weights and the inner learning rate.
-Steps and their derivatives are kernels; the last lines time a meta-step beside the same in torch operations.
+"""Meta-learning of an initialisation (MAML): a network that learns a new sine wave in a few steps of Adam.
 
     python examples/maml_sinusoid.py
+    python examples/maml_sinusoid.py --meta-steps 2000
 
-Source: Finn, Abbeel & Levine 2017, "Model-agnostic meta-learning for fast adaptation of deep networks".
+The inner steps are steps of this package, and autograd follows them: `loss.backward()` of the loss after them gives
+the gradient of the initialisation. Kernels compute the inner steps, and their derivatives too.
 """
 
+import argparse
+import contextlib
 import math
-import time
-from statistics import median
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
+from torch.func import functional_call
+from turns import compare
 
 import functional_optim as fo
 
 
-WIDTH, POINTS, INNER, TASKS, META_STEPS = 40, 10, 5, 4, 120
+INNER_STEPS, TASKS, SHOTS = 5, 4, 10
 Params = dict[str, torch.Tensor]
 
 
-def make_params() -> Params:
-    sizes = [(1, WIDTH), (WIDTH, WIDTH), (WIDTH, 1)]
-    params = {f"weight{k}": torch.randn(size) / math.sqrt(size[0]) for k, size in enumerate(sizes)}
-    return params | {f"bias{k}": torch.zeros(size[1]) for k, size in enumerate(sizes)}
+class Task(NamedTuple):
+    """A wave: points to learn it from, and points to test what was learned."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+    test_x: torch.Tensor
+    test_y: torch.Tensor
 
 
-def net(params: Params, x: torch.Tensor) -> torch.Tensor:
-    for k in range(2):
-        x = torch.tanh(x @ params[f"weight{k}"] + params[f"bias{k}"])
-    return x @ params["weight2"] + params["bias2"]
+def make_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(1, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 1))
 
 
-def make_task(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Points to fit, and points to be judged by, of one wave."""
-    amplitude, phase = (torch.rand((), generator=generator) for _ in range(2))
-    x = torch.rand(2 * POINTS, 1, generator=generator) * 10 - 5
-    y = (0.1 + 4.9 * amplitude) * torch.sin(x + math.pi * phase)
-    return x[:POINTS], y[:POINTS], x[POINTS:], y[POINTS:]
+def draw(n: int, seed: int) -> list[Task]:
+    """Waves with an amplitude and a phase of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    tasks = []
+    for _ in range(n):
+        amplitude, phase = torch.rand(2, generator=generator).mul(torch.tensor([4.9, math.pi])).tolist()
+        points = [10 * torch.rand(k, 1, generator=generator) - 5 for k in (SHOTS, 50)]
+        x, y, test_x, test_y = [z for x in points for z in (x, (amplitude + 0.1) * torch.sin(x + phase))]
+        tasks.append(Task(x, y, test_x, test_y))
+    return tasks
 
 
-def loss_of(params: Params, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return (net(params, x) - y).square().mean()
+def loss_of(model: nn.Module, params: Params, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return (functional_call(model, params, (x,)) - y).square().mean()
 
 
-def adapt(params: Params, rate: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> Params:
-    """The weights after inner steps, which autograd records."""
-    inner = fo.adam(rate, eps=1e-3)  # a root of zero has no derivative; gradients here are far from it
-    state = inner.init(params)
-    for _ in range(INNER):
-        gradients = torch.autograd.grad(loss_of(params, x, y), list(params.values()), create_graph=True)
-        params, state = fo.apply_gradients(inner, params, dict(zip(params, gradients, strict=True)), state)
+def inner_optimizer() -> fo.GradientTransformation:
+    """Adam. A first step divides a gradient by its size; `eps_root` bounds the derivative of that near zero."""
+    return fo.adam(0.02, eps_root=1e-4)
+
+
+def adapt(model: nn.Module, params: Params, task: Task, tx: fo.GradientTransformation) -> Params:
+    """Parameters after the inner steps. They are functions of those before, which autograd follows."""
+    state: Any = tx.init(params)
+    for _ in range(INNER_STEPS):
+        loss = loss_of(model, params, task.x, task.y)
+        grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
+        params, state = fo.apply_gradients(tx, params, dict(zip(params, grads, strict=True)), state)
     return params
 
 
-def meta_loss(params: Params, rate: torch.Tensor, tasks: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
-    losses = [loss_of(adapt(params, rate, x, y), *judged) for x, y, *judged in tasks]
+def meta_loss(model: nn.Module, tasks: list[Task]) -> torch.Tensor:
+    """The mean loss on the test points, after the inner steps of each task."""
+    params, tx = dict(model.named_parameters()), inner_optimizer()
+    losses = [loss_of(model, adapt(model, params, task, tx), task.test_x, task.test_y) for task in tasks]
     return torch.stack(losses).mean()
 
 
+def meta_train(model: nn.Module, steps: int) -> None:
+    """Steps of the initialisation."""
+    outer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for k in range(steps):
+        outer.zero_grad()
+        meta_loss(model, draw(TASKS, 1000 + k)).backward()
+        outer.step()
+
+
+def losses(model: nn.Module) -> tuple[float, float]:
+    """The mean loss on new waves, before and after the inner steps."""
+    params, tasks = dict(model.named_parameters()), draw(50, 1)
+    before = [loss_of(model, params, task.test_x, task.test_y).item() for task in tasks]
+    return sum(before) / len(before), meta_loss(model, tasks).item()
+
+
+def meta_gradient(model: nn.Module, tasks: list[Task], backend: str | None = None) -> list[torch.Tensor]:
+    """The gradient of the initialisation."""
+    with fo.use_backend(backend) if backend else contextlib.nullcontext():
+        return list(torch.autograd.grad(meta_loss(model, tasks), list(model.parameters())))
+
+
 def main() -> None:
-    torch.manual_seed(0)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--meta-steps", type=int, default=150, help="steps of the initialisation")
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    generator = torch.Generator().manual_seed(1)
-    trees = {"params": make_params(), "log_rate": torch.tensor(math.log(0.01))}
-    judged = [make_task(torch.Generator().manual_seed(100 + k)) for k in range(50)]
+    model = make_model()
 
-    def leaves() -> tuple[Params, torch.Tensor]:
-        params = {name: p.detach().requires_grad_() for name, p in trees["params"].items()}
-        return params, trees["log_rate"].detach().requires_grad_()
+    print(f"{'mean loss on 50 new waves':<28} before {INNER_STEPS} inner steps   after")
+    for title, steps in (("a random initialisation", 0), (f"after {args.meta_steps} meta-steps", args.meta_steps)):
+        meta_train(model, steps)
+        before, after = losses(model)
+        print(f"{title:<28} {before:20.3f}   {after:.3f}")
 
-    def report(when: str) -> float:
-        params, log_rate = leaves()
-        before = sum(loss_of(params, *task[2:]).item() for task in judged) / len(judged)
-        after = meta_loss(params, log_rate.exp(), judged).item()
-        print(f"{when}: loss of a new wave {before:.2f}, after {INNER} steps {after:.2f}")
-        return after
-
-    first = report("before meta-training")
-    outer = fo.adam(fo.cosine_decay_schedule(3e-3, META_STEPS))
-    state = outer.init(trees)
-    for _ in range(META_STEPS):
-        params, log_rate = leaves()
-        tasks = [make_task(generator) for _ in range(TASKS)]
-        found = torch.autograd.grad(meta_loss(params, log_rate.exp(), tasks), [*params.values(), log_rate])
-        gradients = {"params": dict(zip(params, found, strict=False)), "log_rate": found[-1]}
-        trees, state = fo.apply_gradients(outer, trees, gradients, state, donate=True)
-    last = report("after meta-training")
-    print(f"inner learning rate, learned as well: {trees['log_rate'].exp():.3f}, it was 0.010")
-    print(f"{INNER} steps fit a new wave {first / last:.1f} times better than before")
-
-    fixed = [make_task(generator) for _ in range(TASKS)]
-
-    def meta_step() -> None:
-        params, log_rate = leaves()
-        torch.autograd.grad(meta_loss(params, log_rate.exp(), fixed), [*params.values(), log_rate])
-
-    def by_operations() -> None:
-        with fo.use_backend("reference"):
-            meta_step()
-
-    times: dict[str, list[float]] = {"kernels": [], "torch operations": []}
-    for _ in range(7):  # in turns, so that other work on the machine disturbs both
-        for samples, step in zip(times.values(), (meta_step, by_operations), strict=True):
-            begin = time.perf_counter()
-            step()
-            samples.append(time.perf_counter() - begin)
-    shown = ", ".join(f"{1e3 * median(samples):.0f} ms by {name}" for name, samples in times.items())
-    print(f"a meta-step of {TASKS} tasks, forward and backward: {shown}")
+    tasks = draw(TASKS, 2)
+    ours, theirs = (meta_gradient(model, tasks, backend) for backend in (None, "reference"))
+    gap = max(float((x - y).abs().max() / y.abs().max()) for x, y in zip(ours, theirs, strict=True))
+    print(f"gradients of the initialisation by kernels and by torch operations differ by {gap:.0e} of the largest")
+    print(
+        compare(
+            lambda: meta_gradient(model, tasks),
+            lambda: meta_gradient(model, tasks, "reference"),
+            other="torch operations",
+        )
+    )
 
 
 if __name__ == "__main__":
