@@ -304,7 +304,7 @@ class TreeStep:
                 return stage.leafwise.compute(own, extra)
             found = stage.bind(own, variant, stage.leaves(own), [(k, "count") for k in stage.moving])
         bound, reading = found
-        numbers = bound.own_numbers(extra, given)
+        numbers = bound.own_numbers(extra, given) if given else bound.numbers((), extra)
         if torch.is_grad_enabled() and bound.requires_grad(reading, numbers):
             bound.release(reading)
             if in_place:
@@ -664,7 +664,6 @@ def take_step(
       The new parameters if `apply`, else the new updates; and the new state.
     """
     like = updates if params is None else params
-    transformed = bool(map_levels()) or takes_gradients()
     home, given = template_of(tx) if tx._tensors else (tx, {})
     bound = home._bound_steps
     for step in bound:
@@ -679,6 +678,6 @@ def take_step(
     assert columns is not None
     done = step.take(columns, state, like, extra, donate, given)
     assert done is not None
-    if transformed or not needs_dispatch():
+    if not needs_dispatch() or map_levels() or takes_gradients():
         home._bound_steps = [step, *bound[: KEEP - 1]]
     return done

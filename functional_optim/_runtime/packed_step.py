@@ -90,15 +90,12 @@ class PackedWorkspace(Workspace):
     def __init__(self, step: "PackedStep", n_threads: int) -> None:
         super().__init__(step, n_threads)
         self.bases, self.new_bases = Pointers(len(step.sources)), Pointers(len(step.made))
+        self.content = self.bases.content  # of buffers, which the pointers to leaves follow from
         self.read_bases = self.bases.tensor[: len(step.sources)]
         self.made_bases = self.new_bases.tensor[: len(step.made)]
         self.read = self.pointers.tensor[: step.n_gathered]
         self.known = b""  # the data pointers of buffers that `read` follows from
         self.made = self.pointers.tensor[step.n_gathered + 1 :][: step.n_outputs]
-
-    def content(self) -> bytes:
-        """The pointers that have been read: those of buffers, which others follow from."""
-        return self.bases.content()
 
 
 class PackedStep(BoundStep):

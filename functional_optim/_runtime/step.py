@@ -137,6 +137,7 @@ class Workspace:
 
     def __init__(self, step: "BoundStep", n_threads: int) -> None:
         self.n_threads, self.pointers = n_threads, Pointers(step.n_gathered, step.n_outputs + step.n_copies)
+        self.content = self.pointers.content  # the data pointers that have been read, as bytes
         self.disjoint = b""  # pointers that were found to share no memory
         self.status = ctypes.c_int64()
         self.status_address = ctypes.addressof(self.status)
@@ -149,10 +150,6 @@ class Workspace:
         }
         # for each part on a device, the memory of each stream
         self.device: dict[int, dict[int, DeviceMemory]] = {k: {} for k in step.triton}
-
-    def content(self) -> bytes:
-        """The data pointers that have been read, as bytes."""
-        return self.pointers.content()
 
     @property
     def completed(self) -> bool:
