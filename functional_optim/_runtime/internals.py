@@ -201,6 +201,15 @@ def all_transformations() -> Any:
     return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
 
 
+def is_mapped_by_autograd(x: Any) -> bool:
+    """Whether a cotangent stands for many, as with `torch.autograd.grad(..., is_grads_batched=True)`.
+
+    `torch._C._functorch.is_legacy_batchedtensor`: autograd maps by a mechanism that is older than `torch.func`, and
+    knows no functions.
+    """
+    return torch._C._functorch.is_legacy_batchedtensor(x)
+
+
 def register_with_torch(
     cls: type,
     flatten: Callable[[Any], tuple[list[Any], Any]],

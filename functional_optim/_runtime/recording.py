@@ -14,6 +14,7 @@ from .._compiler.differentiate import NoDerivative, cotangent, differentiate_all
 from .._compiler.fuse import Recipe, Source
 from .._compiler.program import Level, Program
 from .evaluate import evaluate
+from .internals import in_transformation, is_mapped_by_autograd, is_wrapper_of_a_transformation
 from .plan import Columns, Group, Key, Leaf
 from .pointers import Difference
 from .spec import specs_of
@@ -141,12 +142,14 @@ class Recording:
     """
 
     def __init__(self, bound: BoundStep, numbers: Numbers) -> None:
-        self.bound, self.numbers = bound, numbers
+        self.bound, self.numbers = bound, [list(table) for table in numbers]
         self.places: dict[int, list[tuple[int, int]]] = {}  # of each tensor among numbers: groups, and places in tables
         self.tensors: list[torch.Tensor] = []
         for g, table in enumerate(numbers):
             for k, x in enumerate(table):
-                if isinstance(x, torch.Tensor):
+                if isinstance(x, torch.Tensor) and not (x.requires_grad or is_wrapper_of_a_transformation(x)):
+                    self.numbers[g][k] = x.clone()  # the caller may change it before the derivative is computed
+                elif isinstance(x, torch.Tensor):
                     if id(x) not in self.places:
                         self.tensors.append(x)
                     self.places.setdefault(id(x), []).append((g, k))
@@ -328,9 +331,13 @@ class _FollowedStep(torch.autograd.Function):
         given = [d for d in cotangents if d is not None]
         if not given:
             return (None, *[None] * len(wanted))
-        # without `create_graph` nobody differentiates the derivative
-        derivative = _Derivative.apply if torch.is_grad_enabled() else _Derivative.forward
-        results = iter(derivative(ctx.step, present, wanted, *ctx.saved_tensors, *given))
+        if any(map(is_mapped_by_autograd, given)):
+            with torch.enable_grad():
+                own = [x.detach().requires_grad_(there) for x, there in zip(ctx.saved_tensors, wanted, strict=True)]
+                results = iter(_follow_back(ctx.step, own, cotangents, wanted))
+        else:  # without `create_graph` nobody differentiates the derivative
+            derivative = _Derivative.apply if torch.is_grad_enabled() or in_transformation() else _Derivative.forward
+            results = iter(derivative(ctx.step, present, wanted, *ctx.saved_tensors, *given))
         return (None, *[next(results) if there else None for there in wanted])
 
 

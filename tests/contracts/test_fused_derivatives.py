@@ -269,3 +269,27 @@ def test_hyper_parameters_that_are_learned_lower_the_loss() -> None:
     rounds = example.learn(example.make_problem(), 10)
     assert rounds[-1].test_loss < rounds[0].test_loss
     assert all(x != y for x, y in zip(rounds[0][:3], rounds[-1][:3], strict=True))
+
+
+# --- what happens between a step and its derivative
+
+
+def test_a_number_that_is_changed_before_the_derivative_is_computed() -> None:
+    """The derivative is that of the step that was taken."""
+    rate = torch.tensor(0.1, dtype=F64)
+    params = {"w": torch.tensor([1.0, -2.0], dtype=F64, requires_grad=True)}
+    tx = fo.sgd(rate)
+    new, _ = fo.apply_gradients(tx, params, {"w": params["w"] ** 2}, tx.init(params))
+    rate.mul_(2)
+    (d,) = torch.autograd.grad(new["w"].sum(), params["w"])
+    torch.testing.assert_close(d, 1 - 0.2 * params["w"].detach())
+
+
+def test_many_cotangents_at_once() -> None:
+    w = torch.tensor([1.0, -2.0, 0.5], dtype=F64, requires_grad=True)
+    tx = fo.chain(fo.clip_by_global_norm(0.5), fo.adam(0.1, eps=0.1))
+    new, _ = fo.apply_gradients(tx, {"w": w}, {"w": w**2}, tx.init({"w": w}))
+    eye = torch.eye(3, dtype=F64)
+    (found,) = torch.autograd.grad(new["w"], w, eye, is_grads_batched=True, retain_graph=True)
+    expected = [torch.autograd.grad(new["w"], w, row, retain_graph=True)[0] for row in eye]
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-12, atol=1e-14)

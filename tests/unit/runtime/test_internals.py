@@ -15,6 +15,7 @@ from functional_optim._runtime import pointers
 from functional_optim._runtime.internals import (
     all_transformations,
     in_backward,
+    is_mapped_by_autograd,
     is_wrapper_of_a_transformation,
     map_levels,
     members_unwrapper,
@@ -347,3 +348,24 @@ def test_mark_of_flattened_parameters() -> None:
         f"reads: see `torch.distributed.fsdp._common_utils` for the mark."
     )
     assert not is_fsdp1(torch.nn.Parameter(torch.ones(2)))
+
+
+def test_cotangents_that_autograd_maps() -> None:
+    """`torch.autograd.grad(..., is_grads_batched=True)` hands wrappers of many cotangents to functions."""
+    seen: list[bool] = []
+
+    class Note(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, d: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            seen.append(is_mapped_by_autograd(d))
+            return d
+
+    x = torch.ones(2, requires_grad=True)
+    y = Note.apply(x)  # type: ignore[no-untyped-call]
+    torch.autograd.grad(y, x, torch.eye(2), is_grads_batched=True, retain_graph=True)
+    torch.autograd.grad(y.sum(), x)
+    assert seen == [True, False]
