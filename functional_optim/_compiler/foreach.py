@@ -21,12 +21,19 @@ def run_foreach(calls: Sequence[Call], join: Join | None = None) -> list[list[Co
     Small leaves are evaluated as vectors of many, where no value of the program depends on the leaf.
     """
     bounds = [_vectors(call.leaves.sizes) if _is_joined(call) else None for call in calls]
-    given = [call if own is None else _joined(call, own) for call, own in zip(calls, bounds, strict=True)]
+    given = [
+        call._replace(outputs=[None] * len(call.outputs)) if own is None else _joined(call, own)
+        for call, own in zip(calls, bounds, strict=True)
+    ]
     results = run_reference(given, join, all_leaves)
     for call, columns, own in zip(calls, results, bounds, strict=True):
-        if own is not None:
-            for k, output in enumerate(call.signature.program.outputs):
-                columns[k] = _split(columns[k], output.level is not Level.ELEMENT, own, call.like)
+        for k, (output, target) in enumerate(zip(call.signature.program.outputs, call.outputs, strict=True)):
+            if own is not None:
+                parts = _split(columns[k], output.level, own, call.like)
+                columns[k] = parts if target is not None else list(map(torch.Tensor.clone, parts))
+            if target is not None:
+                torch._foreach_copy_(target, columns[k])
+                columns[k] = target
     return results
 
 
@@ -47,11 +54,11 @@ def _is_joined(call: Call) -> bool:
     arrays, numbers = call.inputs[: len(program.arrays)], call.inputs[len(program.arrays) :]
     return (
         len(call.like) > 1
+        and bool(arrays)
         and len(call.scalars) == 1
         and call.shard is None
         and not program.reductions
         and all(value.op != "size" for value in program.values)
-        and all(target is None for target in call.outputs)
         and max(call.leaves.sizes) <= SMALL
         and call.like[0].device.type == "cpu"
         and all(x.is_contiguous() for column in (call.like, *arrays) for x in column)
@@ -67,30 +74,43 @@ def _is_one_number(column: Column) -> bool:
 
 
 def _joined(call: Call, bounds: Sequence[slice]) -> Call:
-    """The call with vectors for leaves."""
+    """The call with vectors for leaves, and new tensors for outputs."""
     n = len(call.signature.program.arrays)
     sizes = tuple(sum(call.leaves.sizes[own]) for own in bounds)
+    flat = [_is_flattened(call.like[own]) for own in bounds]
+    arrays = [
+        [
+            torch.cat([x.view(-1) for x in column[own]] if f else column[own])
+            for own, f in zip(bounds, flat, strict=True)
+        ]
+        for column in call.inputs[:n]
+    ]
     return call._replace(
-        like=[call.like[0].new_empty(()).expand(size) for size in sizes],
-        inputs=[
-            *([torch.cat([x.view(-1) for x in column[own]]) for own in bounds] for column in call.inputs[:n]),
-            *(column[:1] * len(sizes) for column in call.inputs[n:]),
-        ],
+        like=[call.like[0].new_empty(()).expand(x.shape) for x in arrays[0]],
+        inputs=[*arrays, *(column[:1] * len(sizes) for column in call.inputs[n:])],
+        outputs=[None] * len(call.outputs),
         leaves=LeafTable(sizes, sizes, (0,) * len(sizes)),
         positions=tuple(call.positions[own.start] for own in bounds),
     )
 
 
-def _split(column: Column, is_number: bool, bounds: Sequence[slice], like: Column) -> Column:
-    """The leaves of vectors, or a number that all leaves have: each a tensor of its own."""
-    if is_number:
-        return [column[0].clone() for _ in like]
-    made = [torch.empty_like(t, dtype=column[0].dtype) for t in like]
+def _is_flattened(leaves: Column) -> bool:
+    """Whether leaves of one vector have other shapes, so that each has to be flattened before."""
+    return any(not x.ndim or x.shape[1:] != leaves[0].shape[1:] for x in leaves)
+
+
+def _split(column: Column, level: Level, bounds: Sequence[slice], like: Column) -> Column:
+    """The leaves as parts of vectors, or a number that all leaves have."""
+    if level is not Level.ELEMENT:
+        return column[:1] * len(like)
     parts: Column = []
     for x, own in zip(column, bounds, strict=True):
-        parts += x.split_with_sizes([t.numel() for t in like[own]])
-    torch._foreach_copy_([x.view(-1) for x in made], parts)
-    return made
+        if _is_flattened(like[own]):
+            flat = x.split_with_sizes([t.numel() for t in like[own]])
+            parts += [part.view(t.shape) for part, t in zip(flat, like[own], strict=True)]
+        else:
+            parts += x.split_with_sizes([len(t) for t in like[own]])
+    return parts
 
 
 def all_leaves(value: Value, operands: list[Column], dtype: torch.dtype) -> Column:

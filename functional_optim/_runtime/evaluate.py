@@ -19,6 +19,7 @@ def evaluate(
     columns: Sequence[Sequence[Column]],
     numbers: Sequence[Sequence[Number]],
     joins: Joins | None,
+    in_place: bool = False,
 ) -> list[list[Column]]:
     """Computes the programs of groups.
 
@@ -28,9 +29,10 @@ def evaluate(
       columns: for each, the tensors of each of its gathers.
       numbers: for each, its scalar table, row after row.
       joins: the reductions over processes, if there are any.
+      in_place: whether results are written to the tensors that they follow, when all have been computed.
 
     Returns:
-      For each group, a new column for each output.
+      For each group, a column for each output, new ones if it is not in place.
     """
     calls = []
     for group, own, table in zip(groups, columns, numbers, strict=True):
@@ -41,7 +43,7 @@ def evaluate(
                 group.signature,
                 own[group.updates],
                 [own[k] for k in group.inputs],
-                [None] * len(group.outputs),
+                [own[k] if in_place and k is not None else None for k in group.outputs],
                 rows,
                 group.table,
                 group.leaves,

@@ -501,18 +501,9 @@ class BoundStep(Programs):
         """Computes groups with torch operations."""
         columns = self.split(tensors)
         groups = [self.groups[g] for g in own]
-        results = evaluate(backend, groups, [columns[g] for g in own], numbers, self.joins)
-        for g, group, columns_of, values in zip(own, groups, [columns[g] for g in own], results, strict=True):
-            if not self.in_place:
-                outputs[g] = values
-                continue
-            for k, column in zip(group.outputs, values, strict=True):
-                assert k is not None  # updates are never written in place
-                if backend == "foreach":
-                    torch._foreach_copy_(columns_of[k], column)
-                else:  # other classes of tensors may have no foreach operations
-                    for target, x in zip(columns_of[k], column, strict=True):
-                        target.copy_(x)
+        results = evaluate(backend, groups, [columns[g] for g in own], numbers, self.joins, self.in_place)
+        for g, values in zip(own, results, strict=True):
+            outputs[g] = [] if self.in_place else values
 
     def _allocate(self, reading: Reading, columns: Columns) -> list[list[Column]]:
         """New tensors for the outputs of kernels, with their pointers among those of the step."""
