@@ -60,6 +60,7 @@ class _Bindings:
         self.templates: dict[tuple[Hashable, ...], Template] = {}  # by switches
         self.row_templates: dict[tuple[Hashable, ...], Template | None] = {}  # of sparse gradients, by switches
         self.seen_values: list[Any] | None = None  # of the groups, if they are other objects when they change
+        self.options: tuple[Mapping[str, Any], ...] = ()  # the groups, another tuple when an option has changed
         self.checked: dict[int, list[Any]] = {}  # the options of each group that were in their ranges
         self.used: tuple[list[Template], list[int]] = ([], [])  # the templates of the groups, and that of each
         self.params: ParamList | None = None
@@ -245,6 +246,8 @@ class ChainOptimizer(Optimizer):
             bindings.steps, bindings.row_steps, bindings.states = [], [], []
             bindings.names = [None if x is None else list(x) for x in names]
             bindings.params, bindings.sizes, bindings.used = known, sizes, (templates, of_group)
+        if options is None or options is not bindings.seen_values:
+            bindings.options = tuple(self.param_groups)
         bindings.seen_values = options  # last: they say that all the rest is up to date
         return templates, known
 
@@ -399,7 +402,7 @@ class ChainOptimizer(Optimizer):
                     assert columns is not None, "the state that was missing has been made"
                 rows = RowStep(step, params, columns, touched, others, bindings.disjoint)
                 bindings.disjoint = rows.disjoint
-                rows.take(states, self.param_groups, extra, journal)
+                rows.take(states, bindings.options, extra, journal)
             if others:
                 self._step_dense(templates, params, dense, states, extra, guarded)
             if rows is not None:
@@ -485,7 +488,7 @@ class ChainOptimizer(Optimizer):
                     return "taken"
                 first = frozenset(i for i in step.present if id(originals[i]) in new) if new else frozenset()
                 bindings.new = new - {id(originals[i]) for i in first}
-                outcome = step.take(params, columns, grads, states, self.param_groups, extra, first, journal)
+                outcome = step.take(params, columns, grads, states, bindings.options, extra, first, journal)
                 if outcome != "gone":
                     break
                 exact = True

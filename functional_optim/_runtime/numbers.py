@@ -1,4 +1,4 @@
-"""The scalar table of a group: a row of numbers per set of hyper-parameters, read anew at every step."""
+"""The scalar table of a group: a row of numbers per set of hyper-parameters."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -30,7 +30,8 @@ class Table:
     """
 
     def __init__(self, group: Group) -> None:
-        self.template: list[Any] = []  # numbers and tensors that stay the same objects
+        self.template: list[Any] = []  # numbers and tensors that stay the same objects, and those of the last options
+        self.options: Sequence[Mapping[str, Any]] | None = None
         self.extras: dict[str, list[int]] = {}
         self.lookups: list[_Lookup] = []
         for row, (owner, first) in zip(group.sources, group.owners, strict=True):
@@ -46,18 +47,26 @@ class Table:
         """The numbers of this step.
 
         Args:
-          options: mappings that options are looked up in, by owner.
+          options: mappings that options are looked up in, by owner. They are looked up when this is another object
+            than at the last step, so that a caller who knows that no option has changed gives the same one.
           extra: the extra arguments, all that are needed among them.
 
         Raises:
           KeyError: options lack a name.
           ValueError: something else than a number is found.
         """
+        if options is not self.options:
+            self._look_up(options)
+            self.options = options
         numbers = self.template.copy()
         for name, places in self.extras.items():
             x = check_number(f"the extra argument `{name}` is", extra[name])
             for k in places:
                 numbers[k] = x
+        return numbers
+
+    def _look_up(self, options: Sequence[Mapping[str, Any]]) -> None:
+        """Puts the numbers that options have into the template."""
         for place, owner, option, label in self.lookups:
             try:
                 x = options[owner][option.name]
@@ -68,8 +77,7 @@ class Table:
                 ) from None
             if option.index is not None:
                 x = option.pick(x)
-            numbers[place] = x if type(x) is float else _number(option, x)
-        return numbers
+            self.template[place] = x if type(x) is float else _number(option, x)
 
 
 def _number(option: Option, x: Any) -> Number:
