@@ -5,7 +5,8 @@
     python benchmarks/torch_optim_rows.py --tiny
 
 Elementwise classes, and Adafactor, step GPT-2 small and 1000 tensors of 32x32; Muon steps the matrices of GPT-2 small's
-layers, 48 of 768x768 and 24 of 768x3072, with the same arithmetic in bfloat16. torch's implementations are those that
+layers, 48 of 768x768 and 24 of 768x3072, with the same arithmetic in bfloat16. Last comes a rule for whole tensors,
+`leafwise`, beside the same operations on stacks, written by hand: "for-loop" is that. torch's implementations are those that
 its class takes on this machine: the for-loop, foreach, and fused; the best one is the one with the lowest median.
 Contenders share parameters and gradients, which are fixed, and take turns within every round in an order drawn anew; a
 ratio is the median of the ratios of each round. Before that, each is compared with torch on a small tree.
@@ -25,6 +26,7 @@ import torch
 from adapter_step import parameters, ratio, turns
 from cpu_step import SHAPES, Tensors, cpu_name, draw, many, small_tree, table
 
+import functional_optim as fo
 from functional_optim import adapters
 
 
@@ -56,6 +58,7 @@ FUSED = {"gpt2": 1.0, "1000x32x32": 3.0}
 OTHERS = {"gpt2": 3.0, "1000x32x32": 8.0}
 ADAFACTOR = {"gpt2": 1.5, "1000x32x32": 4.0}
 MUON = {"layers": 1.0}
+LEAFWISE = "leafwise"
 
 
 def layers() -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -120,6 +123,43 @@ def measure(name: str, shapes: str, rounds: int, tree: tuple[Tensors, Tensors]) 
     }
 
 
+def measure_leafwise(rounds: int, shapes: str, tree: tuple[Tensors, Tensors]) -> dict[str, Any]:
+    """A row for momentum that is multiplied by its own square, and a loop by hand that keeps state leaf by leaf."""
+
+    @fo.leafwise(state={"mu": fo.zeros}, batched=True)
+    def cubed(u, mu, *, decay=0.9):  # type: ignore[no-untyped-def]
+        mu = decay * mu + u
+        return torch.bmm(mu, torch.bmm(mu.mT, mu)), mu
+
+    params, grads = tree
+    tx = fo.chain(cubed(), fo.scale(-1e-3))
+    state = tx.init(params)
+    momenta = {name: torch.zeros_like(p) for name, p in params.items()}
+
+    def ours() -> None:
+        nonlocal state
+        _, state = fo.apply_gradients(tx, params, grads, state, donate=True)
+
+    @torch.no_grad()
+    def by_hand() -> None:
+        mu = 0.9 * torch.stack(list(momenta.values())) + torch.stack(list(grads.values()))
+        updates = torch.bmm(mu, torch.bmm(mu.mT, mu))
+        for name, x, u in zip(momenta, mu.unbind(), updates.unbind(), strict=True):
+            momenta[name] = x.clone()  # a view would keep all of them
+            params[name].add_(u, alpha=-1e-3)
+
+    samples = turns({OURS: ours, "for-loop": by_hand}, rounds)
+    torch.testing.assert_close(state[0].mu, momenta, rtol=0, atol=1e-6)
+    return {
+        "class": LEAFWISE,
+        "shapes": shapes,
+        "ms": {label: median(times) * 1e3 for label, times in samples.items()},
+        "best": "for-loop",
+        "ratio": ratio(samples, "for-loop", OURS),
+        "bound": 0.8,
+    }
+
+
 def show(rows: list[dict[str, Any]]) -> str:
     header = ("class", "shapes", "ours ms", *(f"{label} ms" for label in IMPLEMENTATIONS), "ratio", "at least", "met")
     lines = []
@@ -132,7 +172,7 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(CLASSES), help="classes, separated by commas")
+    parser.add_argument("--only", default=",".join([*CLASSES, LEAFWISE]), help="classes, separated by commas")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tiny", action="store_true", help="small tensors and two rounds, to see that it runs")
@@ -140,9 +180,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     names = [name for name in args.only.split(",") if name]
-    unknown = [name for name in names if name not in CLASSES]
+    unknown = [name for name in names if name not in (*CLASSES, LEAFWISE)]
     if unknown:
-        parser.error(f"no class {unknown[0]!r}; there are {', '.join(CLASSES)}")
+        parser.error(f"no class {unknown[0]!r}; there are {', '.join(CLASSES)}, and {LEAFWISE}")
 
     rounds = 2 if args.tiny else args.rounds
     trees: dict[str, Callable[[], Iterator[tuple[str, tuple[int, ...]]]]]
@@ -152,7 +192,11 @@ def main() -> None:
     for shapes, made in trees.items():
         tree = draw(made(), 0, 0.02), draw(made(), 1, 1e-3)
         for name in names:
-            if (name == "Muon") is (shapes == "layers"):
+            if name == LEAFWISE:
+                if shapes == "1000x32x32":
+                    rows.append(measure_leafwise(rounds, shapes, tree))
+                    print(show(rows[-1:]), flush=True)
+            elif (name == "Muon") is (shapes == "layers"):
                 check(name)
                 gc.collect()
                 rows.append(measure(name, shapes, rounds if name != "Muon" else max(2, rounds // 4), tree))

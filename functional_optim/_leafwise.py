@@ -1,7 +1,8 @@
 """Rules for whole tensors: torch operations compute them, for all leaves of one shape at once where that can be."""
 
 import itertools
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Hashable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from ._runtime.pointers import PointerReader, Pointers
 from ._runtime.spec import TensorSpec
 
 
+STACK = 1 << 20  # the most elements of leaves that are computed together on a CPU, so that they stay in its cache
 _LOOK, _REQUIRES_GRAD = attrgetter("shape", "dtype", "device", "requires_grad"), attrgetter("requires_grad")
 
 
@@ -80,19 +82,17 @@ class LeafwiseStep:
             if fits
             else self._kinds_of(arrays, self.params or columns["params" if "params" in columns else "updates"])
         )
-        values: dict[Hashable, _Values] = {}
-        batches: dict[Hashable, list[int]] = {}
-        of_batch: dict[Hashable, _Values] = {}
-        tokens = self._tokens(columns.get(self.region.counter), owners, first if self.slots else None)
-        for k, ((owner, count, is_first), kind) in enumerate(zip(tokens, kinds, strict=True)):
-            token = owner, *(id(x) if isinstance(x, torch.Tensor) else x for x in (count, is_first))
-            if token not in values:
-                values[token] = _Values.of(self.bound, options[owner], count, is_first, extra)
-            batches.setdefault((token, kind), []).append(k)
-            of_batch[token, kind] = values[token]
-        for key, batch in batches.items():
+        tokens, meant = self._tokens(columns.get(self.region.counter), owners, first if self.slots else None)
+        values = {
+            token: _Values.of(self.bound, options[owner], count, is_first, extra)
+            for token, (owner, count, is_first) in meant.items()
+        }
+        batches: dict[tuple[Hashable, int], list[int]] = {}
+        for k, key in enumerate(zip(tokens, kinds, strict=True)):
+            batches.setdefault(key, []).append(k)
+        for (token, _), batch in batches.items():
             paths = [self.paths[self.leaves[k]] for k in batch]
-            call = _Call(self.bound.rule, of_batch[key], paths[0])
+            call = _Call(self.bound.rule, values[token], paths[0])
             outputs = self._run(call, paths, [[column[k] for k in batch] for column in arrays])
             for result, column in zip(results.values(), outputs, strict=True):
                 for k, x in zip(batch, column, strict=True):
@@ -103,28 +103,31 @@ class LeafwiseStep:
 
     def _tokens(
         self, counter: Sequence[Any] | None, owners: Sequence[int] | None, first: frozenset[int] | None
-    ) -> Iterator[tuple[int, Any, Any]]:
-        """For each leaf, whose options it looks up, its number of steps so far, and whether this is its first."""
+    ) -> tuple[list[Hashable], dict[Hashable, tuple[int, Any, Any]]]:
+        """For each leaf a token, and for each token, whose options it is, its steps so far, and whether it is the first.
+
+        Leaves of one token are given the same keyword arguments.
+        """
         follows = needs_dispatch()
-        numbers: dict[int, Any] = {}  # a counter that leaves share is asked once
-        zeros: dict[int, Any] = {}
-        for i in self.leaves:
-            count = None if counter is None else counter[i]
-            # Python's number where that costs nothing: on the CPU, outside of transformations
-            if isinstance(count, torch.Tensor) and count.device.type == "cpu" and not follows:
-                known = id(count)
-                if known not in numbers:
-                    numbers[known] = count.item()
-                count = numbers[known]
-            if first is not None:
-                is_first = i in first
-            elif isinstance(count, torch.Tensor):  # one for all leaves: they are told apart by identity
-                if id(count) not in zeros:
-                    zeros[id(count)] = count == 0
-                is_first = zeros[id(count)]
-            else:
-                is_first = count == 0
-            yield owners[i] if owners is not None else 0, count, is_first
+
+        def number(count: Any) -> Any:
+            """A counter as Python's number where that costs nothing: on the CPU, outside of transformations."""
+            plain = isinstance(count, torch.Tensor) and count.device.type == "cpu" and not follows
+            return count.item() if plain else count
+
+        column = [None if counter is None else counter[i] for i in self.leaves]
+        counts = {key: number(x) for key, x in {id(x): x for x in column}.items()}  # a shared one is asked once
+        names = {key: key if isinstance(x, torch.Tensor) else x for key, x in counts.items()}
+        own = [0 if owners is None else owners[i] for i in self.leaves]
+        firsts = [None if first is None else i in first for i in self.leaves]
+        tokens: list[Hashable] = []
+        meant: dict[Hashable, tuple[int, Any, Any]] = {}
+        for owner, count, is_first in zip(own, map(id, column), firsts, strict=True):
+            token = owner, names[count], is_first
+            tokens.append(token)
+            if token not in meant:
+                meant[token] = owner, counts[count], counts[count] == 0 if is_first is None else is_first
+        return tokens, meant
 
     def _kinds_of(self, arrays: Sequence[Sequence[Any]], like: Sequence[torch.Tensor]) -> list[int]:
         """For each leaf, a number that leaves of the same shapes, dtypes and devices share.
@@ -180,11 +183,14 @@ class LeafwiseStep:
 
     def _run(self, call: "_Call", paths: Sequence[str], arrays: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
         """Columns of results for columns of arguments, of leaves that are alike, at some paths."""
-        n, limit = len(arrays[0]), call.rule.stacked_up_to
-        if n > 1 and limit is not None and arrays[0][0].numel() > limit:
-            leaves = zip(paths, zip(*arrays, strict=True), strict=True)
-            alone = [self._run(call._replace(path=path), [path], [[x] for x in leaf]) for path, leaf in leaves]
-            return [list(itertools.chain.from_iterable(column)) for column in zip(*alone, strict=True)]
+        n, room = len(arrays[0]), self._room(call.rule, arrays[0][0])
+        if n > room:
+            cuts = [slice(k, k + room) for k in range(0, n, room)]
+            stacks = [
+                self._run(call._replace(path=paths[cut.start]), paths[cut], [column[cut] for column in arrays])
+                for cut in cuts
+            ]
+            return [list(itertools.chain.from_iterable(column)) for column in zip(*stacks, strict=True)]
         if self.batched and (n > 1 or call.rule.batched):
             # copies, so that a rule which writes to its arguments is refused before it has changed anything; a view
             # will do for the update of a rule that has been seen not to
@@ -207,15 +213,22 @@ class LeafwiseStep:
                     raise
             else:
                 self._refuse_changes(call, stacked, before)
-                update, *slots = [[None] * n if result is None else result.unbind(0) for result in results]
                 # slots have memory of their own: views of one buffer would keep all of it alive
-                return [update, *([None if x is None else x.clone() for x in column] for column in slots)]
+                slots = [[None] * n if x is None else torch.unbind_copy(x, 0) for x in results[1:]]
+                return [results[0].unbind(0), *slots]
             results = self._one_by_one(
                 call, paths, arrays
             )  # raises an error of the rule's own anew, with the leaf it is of
             self.batched = False
             return results
         return self._one_by_one(call, paths, arrays)
+
+    @staticmethod
+    def _room(rule: Rule, leaf: torch.Tensor) -> int:
+        """How many leaves like one are computed together."""
+        if rule.stacked_up_to is not None and leaf.numel() > rule.stacked_up_to:
+            return 1
+        return max(1, STACK // max(1, leaf.numel())) if leaf.device.type == "cpu" else sys.maxsize
 
     def _one_by_one(self, call: "_Call", paths: Sequence[str], arrays: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
         """Columns of results for columns of arguments, from a call for each leaf."""

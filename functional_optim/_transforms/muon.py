@@ -108,20 +108,20 @@ def newton_schulz(
     starts = preconditioning in ("frobenius", "spectral")
     if starts:
         x = _normalized(x, preconditioning, eps, clamps)
-    gram = x @ x.mT
+    gram = torch.bmm(x, x.mT)  # `@` would copy the transposed matrices
     if not starts:
         x, gram = _precondition(x, gram, preconditioning)
     if not by_gram:
         for k, (a, b, c) in enumerate(steps):
-            gram = x @ x.mT if k else gram
+            gram = torch.bmm(x, x.mT) if k else gram
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
         return x
     eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     product = eye.expand_as(gram)
     for a, b, c in steps:
         factor = a * eye + torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        product, gram = factor @ product, factor @ gram @ factor
-    return product @ x
+        product, gram = torch.bmm(factor, product), torch.bmm(torch.bmm(factor, gram), factor)
+    return torch.bmm(product, x)
 
 
 @leafwise(

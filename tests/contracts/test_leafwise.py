@@ -549,3 +549,24 @@ def test_large_leaves_are_computed_one_by_one() -> None:
             assert torch.equal(updates[name], 2 * n * p)
             assert torch.equal(state.mu[name], n * p)
     assert sorted(seen) == sorted(2 * [(2, 2, 3), (1, 3, 3), (1, 3, 3)])
+
+
+def test_more_leaves_than_a_stack_holds_on_a_cpu_are_several_stacks() -> None:
+    """Stacked or mapped: the last stack is smaller, and each leaf gets its own result."""
+    seen: list[tuple[int, ...]] = []
+
+    def centred(u, mu, *, step):  # type: ignore[no-untyped-def]
+        seen.append(tuple(u.shape))
+        mu = mu + u.mean(-1, keepdim=True) * step
+        return u - mu, mu
+
+    params = {f"p{k}": torch.full((512, 512), 1.0 + k) for k in range(5)}
+    for options in ({"batched": True}, {}):
+        tx = fo.leafwise(state={"mu": fo.zeros}, **options)(centred)()
+        state = tx.init(params)
+        for n in (1, 3):
+            updates, state = tx.update(params, state)
+            for k, name in enumerate(params):
+                assert torch.equal(state.mu[name], torch.full((512, 512), n * (1.0 + k)))
+                assert torch.equal(updates[name], params[name] - state.mu[name])
+    assert seen[:4] == [(4, 512, 512), (1, 512, 512)] * 2
