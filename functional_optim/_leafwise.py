@@ -76,7 +76,7 @@ class LeafwiseStep:
           ValueError: a slot has another shape than the rule declares.
         """
         results: dict[Key, list[Any]] = {key: list(columns[key]) for key in ("updates", *self.slots)}
-        arrays = [[_tensor(columns[key][i]) for i in self.leaves] for key in self.keys]
+        arrays = self._arrays(columns)
         kinds = (
             self.known[1]
             if fits
@@ -108,15 +108,13 @@ class LeafwiseStep:
 
         Leaves of one token are given the same keyword arguments.
         """
-        follows = needs_dispatch()
-
-        def number(count: Any) -> Any:
-            """A counter as Python's number where that costs nothing: on the CPU, outside of transformations."""
-            plain = isinstance(count, torch.Tensor) and count.device.type == "cpu" and not follows
-            return count.item() if plain else count
-
         column = [None if counter is None else counter[i] for i in self.leaves]
-        counts = {key: number(x) for key, x in {id(x): x for x in column}.items()}  # a shared one is asked once
+        counts = {id(x): x for x in column}  # a shared one is asked once
+        if not needs_dispatch() and all(
+            isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in counts.values()
+        ):
+            # Python's numbers where that costs nothing: on the CPU, outside of transformations
+            counts = {key: x.item() for key, x in counts.items()}
         names = {key: key if isinstance(x, torch.Tensor) else x for key, x in counts.items()}
         own = [0 if owners is None else owners[i] for i in self.leaves]
         firsts = [None if first is None else i in first for i in self.leaves]
@@ -164,7 +162,12 @@ class LeafwiseStep:
         Args:
           columns: the tensors that the rule reads, and perhaps others.
         """
-        return self._are_known([[_tensor(columns[key][i]) for i in self.leaves] for key in self.keys])
+        return self._are_known(self._arrays(columns))
+
+    def _arrays(self, columns: Columns) -> list[list[torch.Tensor | None]]:
+        """The arguments of the rule for each leaf; None where it has none, for which trees have an empty node."""
+        chosen = [[columns[key][i] for i in self.leaves] for key in self.keys]
+        return [[x if isinstance(x, torch.Tensor) else None for x in column] for column in chosen]
 
     def _check_slots(self, arrays: Sequence[Any], path: str, p: torch.Tensor) -> None:
         """Refuses slots that do not go with their leaf."""
@@ -256,11 +259,6 @@ class LeafwiseStep:
                     f"{call.rule.name} changes its argument `{name}` in place; make a new tensor of it, as in "
                     f"`{name} = {name} * 2` in place of `{name}.mul_(2)`."
                 )
-
-
-def _tensor(x: Any) -> torch.Tensor | None:
-    """An entry of a column; None where a leaf has none, for which trees have a node without leaves."""
-    return x if isinstance(x, torch.Tensor) else None
 
 
 class _Values(NamedTuple):

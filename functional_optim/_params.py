@@ -565,8 +565,10 @@ class ParamStep:
             own["updates"] = known or self._local("updates", grads, placed_like, "the gradient of")
             own["params"] = self._local("params", params)
         watched = self.runs_python and not needs_dispatch()
+        steady = False  # whether parameters have the specs of the last step
         if watched:
-            self.watch = SpecWatch.of(self.watch, own["params"], self.present)
+            watch = SpecWatch.of(self.watch, own["params"], self.present)
+            steady, self.watch = watch is self.watch, watch
         for stage in self.stages:
             if stage.entered is not None:
                 own[stage.entered] = own["updates"]
@@ -580,13 +582,13 @@ class ParamStep:
                 refuse_host_schedule(name, self.devices)
                 counts = [int(states[i]["step"]) if "step" in states[i] else None for i in range(len(states))]
                 own[name] = host_column(name, schedule, counts, self.devices)
-            if watched:
+            if watched and (stage.region.hosts or stage is not self.stages[0]):  # Python code has run
                 own["params"] = self._local("params", params)
                 if not self.watch.holds(own["params"]):
                     raise RuntimeError(CHANGED_MESSAGE)
                 own |= self.columns(states) or {}
             last = stage is self.stages[-1]
-            results = self._run(stage, own, states, options, extra, first, journal, in_place=last)
+            results = self._run(stage, own, states, options, extra, first, journal, last, steady)
             if results is None:
                 sparse = any(g is not None and g.layout is not torch.strided for g in grads)
                 return "sparse" if sparse else "gone"
@@ -682,8 +684,12 @@ class ParamStep:
         first: frozenset[int],
         journal: Journal,
         in_place: bool,
+        steady: bool,
     ) -> Columns | None:
         """Runs a region: the columns that change, none if they are written in place; None if a tensor is gone."""
+        if stage.leafwise is not None and steady and not self.wrapped and stage.leafwise.fits(own):
+            self._mend_counters(own, states, journal)
+            return self._run_leafwise(stage, stage.leafwise, own, options, extra, first, fits=True)
         dispatching = needs_dispatch()
         variant = Variant(in_place, requested_backend(), first if stage.first_slots else frozenset())
         found = None if dispatching or stage.leafwise else stage.find(own, variant)
@@ -720,11 +726,12 @@ class ParamStep:
         options: Sequence[Mapping[str, Any]],
         extra: Mapping[str, Any],
         first: frozenset[int],
+        fits: bool = False,
     ) -> Columns:
         """Runs a rule for whole tensors. Of a tensor in parts every process gathers all, and keeps its part."""
         parts = [i for i in rule.leaves if self.shards[i] is not None]
         if not parts:
-            return rule.compute(own, extra, options, self.params.groups, first)
+            return rule.compute(own, extra, options, self.params.groups, first, fits)
         params = self.params.tensors
         like_leaf = {"updates", *(s.key for s in stage.region.stored if s.slot is not None and s.slot.like_leaf)}
         whole = dict(own)
