@@ -76,6 +76,7 @@ class Derivative:
         self.parts: list[list[tuple[str, int]]] = [[] for _ in range(bound.n_gathered)]
         self.leaves: list[Leaf] = []
         self.rows: list[tuple[int, int]] = []  # the group and row that numbers of each row come from
+        self.read: list[bool] = []  # for each output of the step, whether its cotangent is read
         result = bound.n_gathered
         for g, (group, bounds, program) in enumerate(zip(bound.groups, bound.bounds, programs, strict=True)):
             self._put("updates", group, range(*bounds[group.updates]))
@@ -91,6 +92,7 @@ class Derivative:
                 for i, k in zip(group.leaves, own if name in wanted[g] else (), strict=False):
                     self.parts[k].append((cotangent(name), i))
             for output in forward.outputs:
+                self.read += [output.name in given[g]] * len(group.leaves)
                 if output.name in given[g]:
                     self._put(cotangent(output.name), group, range(result, result + len(group.leaves)))
                 result += len(group.leaves)
@@ -237,7 +239,10 @@ class Recording:
         derivative = self.derivative([x is not None for x in cotangents], wanted)
         gathered, tables = self.split(tensors)
         number = torch.zeros((), dtype=torch.float64, device=gathered[0].device)
-        present = [d if d is not None else self._zeros(k, gathered) for k, d in enumerate(cotangents)]
+        present = [
+            self._zeros(k, gathered) if read and d is None else d
+            for k, (d, read) in enumerate(zip(cotangents, derivative.read, strict=True))
+        ]
         tensors_of = [*gathered, *present, number, None].__getitem__
         columns: Columns = {key: list(map(tensors_of, column)) for key, column in derivative.columns.items()}
         bound, reading = derivative.bind(columns)
@@ -273,7 +278,9 @@ def _sum(parts: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
     if not parts:
         return torch.zeros_like(like)
     total = parts[0] if len(parts) == 1 else torch.stack(list(parts)).sum(0)
-    return total.to(device=like.device, dtype=like.dtype).reshape(like.shape)
+    if total.dtype is not like.dtype or total.device != like.device:
+        total = total.to(device=like.device, dtype=like.dtype)
+    return total if total.shape == like.shape else total.reshape(like.shape)
 
 
 def _flat(outputs: Sequence[Sequence[Column]]) -> list[torch.Tensor]:
