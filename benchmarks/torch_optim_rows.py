@@ -5,9 +5,9 @@
     python benchmarks/torch_optim_rows.py --tiny
 
 Elementwise classes, and Adafactor, step GPT-2 small and 1000 tensors of 32x32; Muon steps the matrices of GPT-2 small's
-layers, 48 of 768x768 and 24 of 768x3072, with the same arithmetic in bfloat16. Last comes a rule for whole tensors,
-`leafwise`, beside the same operations on stacks, written by hand: "for-loop" is that. torch's implementations are those that
-its class takes on this machine: the for-loop, foreach, and fused; the best one is the one with the lowest median.
+layers, 48 of 768x768 and 24 of 768x3072, with the same arithmetic in bfloat16. torch's implementations are those that
+its class takes on this machine: the for-loop, foreach, and fused; the best one is the one with the lowest median. Last
+comes a rule for whole tensors, `leafwise`, beside the same operations on stacks, written by hand, as the for-loop.
 Contenders share parameters and gradients, which are fixed, and take turns within every round in an order drawn anew; a
 ratio is the median of the ratios of each round. Before that, each is compared with torch on a small tree.
 """

@@ -293,3 +293,40 @@ def test_many_cotangents_at_once() -> None:
     (found,) = torch.autograd.grad(new["w"], w, eye, is_grads_batched=True, retain_graph=True)
     expected = [torch.autograd.grad(new["w"], w, row, retain_graph=True)[0] for row in eye]
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-12, atol=1e-14)
+
+
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "contiguous": lambda x: x,
+    "transposed": lambda x: x.t().contiguous().t(),
+    "with holes": lambda x: torch.stack([x, x], -1)[..., 0],
+}
+COTANGENTS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "expanded": lambda p, w: p.sum(),
+    "transposed": lambda p, w: (p.t() * w.t().contiguous()).sum(),
+    "of a part": lambda p, w: (p[1:, ::2] * w[1:, ::2]).sum(),
+    "a view of a larger one": lambda p, w: (torch.cat([p, p]) * torch.cat([w, -0.5 * w])).sum(),
+}
+
+
+@pytest.mark.parametrize("cotangent", COTANGENTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_leaves_of_many_chunks_and_cotangents_of_any_layout(layout: str, cotangent: str) -> None:
+    """A derivative reads cotangents that autograd makes: expanded, transposed, parts of others."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"a": (300, 400), "b": (7, 5)}  # four chunks, whose last is a part of one; and less than one
+    drawn = [{k: torch.randn(shape, generator=generator, dtype=F64) for k, shape in shapes.items()} for _ in range(3)]
+    found = {}
+    for backend in ("c", "reference"):
+        rate = number(0.1)
+        tx = fo.chain(fo.clip_by_global_norm(50.0), fo.adam(rate, eps=0.1))
+        params, grads = (
+            {k: LAYOUTS[layout](x).detach().requires_grad_() for k, x in tree.items()} for tree in drawn[:2]
+        )
+        with fo.use_backend(backend):
+            now, state = params, tx.init(params)
+            for _ in range(3):
+                now, state = fo.apply_gradients(tx, now, grads, state)
+        loss = torch.stack([COTANGENTS[cotangent](now[k], drawn[2][k]) for k in shapes]).sum()
+        found[backend] = torch.autograd.grad(loss, [*params.values(), *grads.values(), rate])
+    for x, y in zip(found["c"], found["reference"], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-11 * float(y.abs().max()))
