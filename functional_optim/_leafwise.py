@@ -104,12 +104,12 @@ class LeafwiseStep:
     def _tokens(
         self, counter: Sequence[Any] | None, owners: Sequence[int] | None, first: frozenset[int] | None
     ) -> tuple[list[Hashable], dict[Hashable, tuple[int, Any, Any]]]:
-        """For each leaf a token, and for each token, whose options it is, its steps so far, and whether it is the first.
+        """A token for each leaf, and of each token whose options it is, its steps so far, and whether it is the first.
 
         Leaves of one token are given the same keyword arguments.
         """
         column = [None if counter is None else counter[i] for i in self.leaves]
-        counts = {id(x): x for x in column}  # a shared one is asked once
+        counts: dict[int, Any] = {id(x): x for x in column}  # a shared one is asked once
         if not needs_dispatch() and all(
             isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in counts.values()
         ):
@@ -217,7 +217,10 @@ class LeafwiseStep:
             else:
                 self._refuse_changes(call, stacked, before)
                 # slots have memory of their own: views of one buffer would keep all of it alive
-                slots = [[None] * n if x is None else torch.unbind_copy(x, 0) for x in results[1:]]
+                slots: list[Any] = [
+                    [None] * n if x is None else torch.unbind_copy(x, 0)  # type: ignore[func-returns-value]
+                    for x in results[1:]
+                ]
                 return [results[0].unbind(0), *slots]
             results = self._one_by_one(
                 call, paths, arrays
