@@ -10,27 +10,24 @@ often as `torch.set_num_threads` allows; within a parallel region of torch, by t
 """
 
 import ctypes
+import functools
 import os
 import sys
 
 import torch
 
-from ..cache import once
-
 
 SERIAL = 1 << 14  # elements below which waking other threads costs more than it saves
 
 
+@functools.lru_cache(maxsize=1)
 def parallel_address() -> int | None:
     """Address of `torch_parallel_for`; None if this process has no threads to wake, and work is to be done serially.
 
     Ask at every step: a child that is forked between two steps would wait for ever for threads of its parent.
     """
-    return None if _forked else _parallel_for()
-
-
-@once
-def _parallel_for() -> int | None:
+    if _forked:
+        return None
     library = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}.get(sys.platform, "libtorch_cpu.so")
     # in torch's wheels, or wherever a distribution keeps its libraries and the loader has found it already
     for name in (os.path.join(os.path.dirname(torch.__file__), "lib", library), library):
@@ -42,5 +39,13 @@ def _parallel_for() -> int | None:
 
 
 _forked: list[bool] = []
-if hasattr(os, "register_at_fork"):  # threads of OpenMP stay in the parent
-    os.register_at_fork(after_in_child=lambda: _forked.append(True))
+
+
+def _leave_threads() -> None:
+    """In a forked child: threads of OpenMP have stayed in the parent."""
+    _forked.append(True)
+    parallel_address.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_threads)
