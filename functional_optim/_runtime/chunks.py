@@ -106,6 +106,7 @@ class _Whole(NamedTuple):
       reduction: which of its reductions it is.
       spans: the bounds of the groups' chunks among those of all groups; none if this process has no such leaf.
       entry: the entry in the vector that is joined.
+      entries: the same as an index on the device, for which a copy at each step would wait.
       place: where the joined number goes.
     """
 
@@ -113,6 +114,7 @@ class _Whole(NamedTuple):
     reduction: int
     spans: list[tuple[int, int]]
     entry: int
+    entries: torch.Tensor
     place: int
 
 
@@ -157,7 +159,13 @@ class JoinedChunks:
                                 )
                             )
                 wholes = [
-                    _Whole(*trees[place[0]], spans.get(place, []), entry, starts[-1] + joins.shards.index(place[1]))  # type: ignore[arg-type]
+                    _Whole(
+                        *trees[place[0]],
+                        spans.get(place, []),
+                        entry,
+                        torch.tensor([entry], device=device),
+                        starts[-1] + joins.shards.index(place[1]),  # type: ignore[arg-type]
+                    )
                     for place, entry in vector.entries.items()
                     if isinstance(place[0], str) and place[0] in trees
                 ]
@@ -184,7 +192,7 @@ class JoinedChunks:
             for whole in wholes:
                 buffer = buffers[whole.group][whole.reduction]
                 if whole.spans:
-                    entries.append(torch.tensor([whole.entry], device=self.device))
+                    entries.append(whole.entries)
                     values.append(reduce(torch.cat([buffer[a:b] for a, b in whole.spans])).reshape(1))
             no_entry = torch.empty(0, dtype=torch.int64, device=self.device)
             no_value = torch.empty(0, dtype=torch.float64, device=self.device)

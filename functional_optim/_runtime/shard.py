@@ -410,7 +410,8 @@ class Join:
         for k, shard in enumerate(shards):
             if shard is not None:
                 entries.setdefault(shard, []).append(k)
-        self._parts = [(shard, torch.tensor(ks)) for shard, ks in entries.items()]
+        self._entries = entries
+        self._parts: dict[torch.device, list[tuple[MeshShard, torch.Tensor]]] = {}  # by the device of values
 
     def __call__(self, values: torch.Tensor, kind: str) -> None:
         """Reduces each entry over the processes that hold parts of its leaf, in place.
@@ -419,11 +420,13 @@ class Join:
           values: floating-point numbers, one per entry; the identity of the reduction where nothing is here.
           kind: as for `MeshShard.combine`.
         """
-        for shard, entries in self._parts:
-            where = entries.to(values.device)
-            part = values[where]
+        if values.device not in self._parts:  # a step that copied them to a device would wait for it
+            parts = [(shard, torch.tensor(ks, device=values.device)) for shard, ks in self._entries.items()]
+            self._parts[values.device] = parts
+        for shard, entries in self._parts[values.device]:
+            part = values[entries]
             shard.combine(part, kind)
-            values[where] = part
+            values[entries] = part
 
 
 @contextlib.contextmanager
