@@ -296,9 +296,10 @@ class _Values(NamedTuple):
                 keywords[name] = value
         for name in rule.extras:
             keywords[name] = extra[name]
-        first = first if isinstance(first, torch.Tensor) else torch.tensor(bool(first))
+        first = first if isinstance(first, torch.Tensor) else torch.tensor(bool(first), device="cpu")
         if rule.uses_step:
-            keywords["step"] = torch.as_tensor(count, dtype=torch.float64) + 1
+            of = count if isinstance(count, torch.Tensor) else torch.tensor(count, dtype=torch.float64, device="cpu")
+            keywords["step"] = of.to(torch.float64) + 1
         if rule.takes_first:
             keywords["first"] = first
         return cls(keywords, first)

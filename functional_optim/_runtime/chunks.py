@@ -45,10 +45,10 @@ def chunk_table(sizes: Sequence[int], chunk: int) -> torch.Tensor:
       >>> chunk_table([5, 0], 3).tolist()
       [[0, 0], [0, 1]]
     """
-    counts = (torch.tensor(sizes, dtype=torch.int64) + chunk - 1) // chunk
+    counts = (torch.tensor(sizes, dtype=torch.int64, device="cpu") + chunk - 1) // chunk
     firsts = counts.cumsum(0) - counts
     leaf = torch.repeat_interleave(counts)
-    return torch.stack([leaf, torch.arange(len(leaf)) - firsts[leaf]], 1).to(torch.int32)
+    return torch.stack([leaf, torch.arange(len(leaf), device="cpu") - firsts[leaf]], 1).to(torch.int32)
 
 
 def partial_buffers(

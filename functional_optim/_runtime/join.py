@@ -88,7 +88,7 @@ class Joins:
             device = next(iter(own.values()))[0].device if own else torch.device("cpu")
             eager = REDUCTIONS[vector.kind].eager
             values = [eager(torch.stack([x.to(device) for x in xs])) for xs in own.values()]
-            here = torch.stack(values) if values else torch.empty(0, dtype=torch.float64)
+            here = torch.stack(values) if values else torch.empty(0, dtype=torch.float64, device=device)
             made = vector.complete(torch.tensor(list(own), dtype=torch.int64, device=device), here)
             results |= zip(vector.entries, made.unbind(), strict=True)
         return results

@@ -91,7 +91,8 @@ class Pointers:
 
     def __init__(self, n: int, n_new: int = 0) -> None:
         self.n, self.memory = n, (ctypes.c_int64 * (n + 1 + n_new))()
-        self.tensor = torch.frombuffer(self.memory, dtype=torch.int64)
+        with torch.inference_mode(False):  # steps outside of that mode write to it, too
+            self.tensor = torch.frombuffer(self.memory, dtype=torch.int64)
         self.address = ctypes.addressof(self.memory)
 
     def content(self) -> bytes:

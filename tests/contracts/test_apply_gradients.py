@@ -204,6 +204,27 @@ def test_donation_under_inference_mode(backend: str) -> None:
             torch.testing.assert_close(actual, expected, rtol=2**-22, atol=0)
 
 
+@ignore_interpreter
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
+@pytest.mark.parametrize("form", ["tree", "packed", "members"])
+def test_steps_after_one_in_inference_mode(form: str, backend: str) -> None:
+    """What a transformation keeps from step to step is no tensor of inference mode."""
+    tx = fo.chain(fo.clip_by_global_norm(1.0), fo.adam(0.1))
+    params = {"a": torch.zeros(2, 3), "b": torch.zeros(2)}
+    grads = [like(params, seed) for seed in range(3)]
+    if form == "packed":
+        params, grads = fo.pack(params), [fo.pack(g) for g in grads]
+    wrap = torch.vmap if form == "members" else lambda f: f
+    state = wrap(tx.init)(params)
+    step = wrap(lambda p, g, s: fo.apply_gradients(tx, p, g, s))
+    with fo.use_backend(backend):
+        expected = [step(params, g, state) for g in grads]
+        tx = fo.chain(fo.clip_by_global_norm(1.0), fo.adam(0.1))  # bound anew
+        with torch.inference_mode():
+            first = step(params, grads[0], state)
+        assert_same_bits([first, *[step(params, g, state) for g in grads[1:]]], expected)
+
+
 # --- hyper-parameters that change
 
 

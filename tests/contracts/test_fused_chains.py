@@ -209,11 +209,12 @@ def test_a_python_function_is_called_at_every_step_even_if_it_looks_constant() -
 
 
 @pytest.mark.parametrize("donate", [False, True])
-def test_a_default_device_does_not_reach_into_a_step(donate: bool) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_default_device_does_not_reach_into_a_step(backend: str, donate: bool) -> None:
     tx = fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(0.1))
     params = {"w": torch.ones(3)}
     state = tx.init(params)
-    with torch.device("meta"):
+    with torch.device("meta"), fo.use_backend(backend):
         params, state = fo.apply_gradients(tx, params, {"w": torch.full_like(params["w"], 2.0)}, state, donate=donate)
     assert params["w"].device.type == "cpu"
     # one step of Adam is as long as the learning rate, and decay takes 1e-4 of that

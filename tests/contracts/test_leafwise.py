@@ -570,3 +570,21 @@ def test_more_leaves_than_a_stack_holds_on_a_cpu_are_several_stacks() -> None:
                 assert torch.equal(state.mu[name], torch.full((512, 512), n * (1.0 + k)))
                 assert torch.equal(updates[name], params[name] - state.mu[name])
     assert seen[:4] == [(4, 512, 512), (1, 512, 512)] * 2
+
+
+@fo.leafwise(state={"mu": fo.slot("first_update")})
+def averaged(u: Any, mu: Any, *, step: Any) -> Any:
+    """A running mean of the updates."""
+    mu = mu + (u - mu) / step
+    return mu, mu
+
+
+def test_a_default_device_does_not_reach_into_a_step() -> None:
+    p = nn.Parameter(torch.ones(2, 3))
+    opt = TransformOptimizer([p], averaged())
+    for value in (1.0, 2.0, 6.0):
+        p.grad = torch.full_like(p, value)
+        with torch.device("meta"):
+            opt.step()
+    # the means are 1, 1.5 and 3
+    torch.testing.assert_close(p.detach(), torch.full((2, 3), 6.5))

@@ -162,6 +162,16 @@ def test_groups_share_it(kind: str) -> None:
     assert len({id(opt.state[p]["d"]) for p in model.values()}) == 1
 
 
+def test_a_step_after_one_in_inference_mode() -> None:
+    """Copies of the number, which an optimizer keeps, are no tensors of inference mode then."""
+    (expected, other), (model, opt) = optimizer_of(prodigy()), optimizer_of(prodigy())
+    for mode in (True, False, True, False):
+        step(expected, other)
+        with torch.inference_mode(mode):
+            step(model, opt)
+    assert_same_bits(values(model), values(expected))
+
+
 def test_it_is_set_for_all_parameters() -> None:
     model, opt = optimizer_of(prodigy())
     step(model, opt)

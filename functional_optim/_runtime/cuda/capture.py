@@ -42,7 +42,7 @@ class Reserve:
 
     def __init__(self, n: int, driver: Driver) -> None:
         self.size, self.driver = max(TABLES * n, RESERVE), driver
-        self.block = driver.staging(self.size)
+        self.block = self._make()
         self.used = 0
         self.lock = threading.Lock()
 
@@ -50,7 +50,11 @@ class Reserve:
         """Sets other memory aside if graphs have some of it. Not to be called while a stream is capturing."""
         with self.lock:
             if self.used:
-                self.block, self.used = self.driver.staging(self.size), 0
+                self.block, self.used = self._make(), 0
+
+    def _make(self) -> torch.Tensor:
+        with torch.inference_mode(False):  # steps outside of that mode write to it, too
+            return self.driver.staging(self.size)
 
     def take(self, n: int) -> torch.Tensor:
         """Memory of `n` words that a graph may read as long as it lives.

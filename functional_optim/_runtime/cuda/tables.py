@@ -96,7 +96,7 @@ class Tables:
             block = stage.elements.block if stage.elements is not None else chunk
             if stage.reduces:  # a leaf without elements has a partial result as well
                 pairs = [[leaf, start // chunk] for leaf, start in zip(reducing.leaf, reducing.start, strict=True)]
-                table = torch.tensor(pairs, dtype=torch.int32)
+                table = torch.tensor(pairs, dtype=torch.int32, device="cpu")
             else:
                 table = chunk_table(group.table.sizes, block)
             of_pass.append((table.to(self.device, non_blocking=True), len(table)))
@@ -127,7 +127,7 @@ class Tables:
         ]
 
     def _upload(self, numbers: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(numbers, dtype=torch.int64).to(self.device, non_blocking=True)
+        return torch.tensor(numbers, dtype=torch.int64, device="cpu").to(self.device, non_blocking=True)
 
     def numbers(self, numbers: Sequence[Sequence[Number]]) -> tuple[bytes, list[tuple[int, torch.Tensor]]]:
         """The numbers of a step, as bytes of the scalar tables, and those that are read on the device.
@@ -162,10 +162,11 @@ class StepMemory:
 
     def __init__(self, tables: Tables) -> None:
         self.tables, device = tables, tables.device
-        self.words = torch.empty(tables.n_words, dtype=torch.int64, device=device)
-        self.scalars = self.words[tables.n_addresses :].view(torch.float64)
-        self.uniforms = [torch.empty(n, dtype=torch.float64, device=device) for n in tables.uniform_words]
-        self.buffers = partial_buffers(tables.groups, tables.cuts, device, tables.n_joined)
+        with torch.inference_mode(False):  # steps outside of that mode write to it, too
+            self.words = torch.empty(tables.n_words, dtype=torch.int64, device=device)
+            self.scalars = self.words[tables.n_addresses :].view(torch.float64)
+            self.uniforms = [torch.empty(n, dtype=torch.float64, device=device) for n in tables.uniform_words]
+            self.buffers = partial_buffers(tables.groups, tables.cuts, device, tables.n_joined)
         partials = [x.data_ptr() for own in self.buffers for x in own]
         self.partials = torch.tensor(partials, dtype=torch.int64, device="cpu")
         self.places: dict[int, torch.Tensor] = {}  # of numbers that are read on the device
