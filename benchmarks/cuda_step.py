@@ -135,7 +135,10 @@ def captured(step: Step, warm_ups: int = 3) -> Step:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    replay: Step = graph.replay
+
+    def replay(step: Step = step) -> None:  # a graph writes to the state of the optimizer, and does not keep it
+        graph.replay()
+
     return replay
 
 
