@@ -22,7 +22,7 @@ from ._opaque import SplitState
 from ._regions import BoundRegion, LeafwiseRegion, Opaque, Region, Stored, Variant, cut_into_regions
 from ._runtime.backend import requested_backend
 from ._runtime.checks import check_fit, check_leaf
-from ._runtime.cuda.capture import refuse_host_schedule
+from ._runtime.cuda.capture import is_capturing, refuse_host_schedule, refuse_new_state
 from ._runtime.internals import in_backward, needs_dispatch
 from ._runtime.join import Joins
 from ._runtime.plan import Columns, Key
@@ -357,7 +357,11 @@ class ParamStep:
 
         Returns:
           The parameters for which something was made whose first step differs.
+
+        Raises:
+          CaptureError: a CUDA graph is being captured, and would make the state anew at each replay.
         """
+        refuse_new_state(self.devices)
         new: set[int] = set()
         for split in self.opaque.values():
             by_name = dict(zip(self.names, states, strict=True))
@@ -494,8 +498,9 @@ class ParamStep:
         takers = self.takers[key]
         if any(states[i].get(key) is None for i in takers):
             return None
-        plain = not (torch.is_grad_enabled() or needs_dispatch())
-        column = shared_column(stored.name, value, self.devices, takers, True, self.copies[key] if plain else {})
+        # a graph that writes to copies has some of its own, which nobody frees or writes anew
+        keeps = not (torch.is_grad_enabled() or needs_dispatch() or is_capturing(self.devices))
+        column = shared_column(stored.name, value, self.devices, takers, True, self.copies[key] if keeps else {})
         return [x if seen else None for x, seen in zip(column, stored.seen, strict=True)]
 
     # -- the step -----------------------------------------------------------------------------------------------------

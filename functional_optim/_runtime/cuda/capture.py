@@ -20,7 +20,10 @@ HELD: list[object] = []  # memory that graphs read: torch has no hook at the end
 
 
 def hold(memory: object) -> None:
-    """Keeps memory that a graph reads for as long as the process lives: some tens of bytes for each tensor."""
+    """Keeps memory that a graph reads, or kernels that it launches, for as long as the process lives.
+
+    It is some tens of bytes for each tensor. Triton unloads a kernel that nobody holds.
+    """
     if not any(x is memory for x in HELD):
         HELD.append(memory)
 
@@ -93,6 +96,19 @@ def refuse_binding(devices: Iterable[torch.device]) -> None:
     if is_capturing(devices):
         raise CaptureError(
             "it is the first one over these tensors (shapes, dtypes, groups, which gradients are there)",
+            "take two such steps before the capture, with gradients for the same parameters",
+        )
+
+
+def refuse_new_state(devices: Iterable[torch.device | None]) -> None:
+    """Refuses to make the state of a parameter while a stream is capturing.
+
+    Raises:
+      CaptureError: one is.
+    """
+    if is_capturing(devices):
+        raise CaptureError(
+            "it is the first one of a parameter, whose state each replay would start anew",
             "take two such steps before the capture, with gradients for the same parameters",
         )
 

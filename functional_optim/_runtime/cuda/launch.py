@@ -141,6 +141,8 @@ class TritonLaunch:
                 "a tensor does not begin at a multiple of 16 bytes, or all do, other than in the step before",
                 "take a step over tensors of that kind before the capture",
             )
+        for k in range(len(self.groups)):
+            hold(self._loaded(k, memory))
         return memory
 
     def _calls(self, memory: DeviceMemory) -> list[list[Call]]:

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from functional_optim import adapters
 from functional_optim._runtime.cuda import capture
 from functional_optim._runtime.cuda.capture import CaptureError
 from functional_optim._runtime.cuda.launch import STREAMS
+from functional_optim._runtime.cuda.loaded import Loaded
 
 
 pytestmark = [INTERPRETER, pytest.mark.triton]
@@ -186,6 +188,41 @@ def test_a_captured_chain_replays_its_reduction(device: StandIn) -> None:
         torch.testing.assert_close(params, expected, rtol=0, atol=0)
 
 
+def test_a_captured_step_keeps_its_kernels(device: StandIn) -> None:
+    """Triton unloads those that nobody holds, and a graph holds none."""
+    _, opt = warm()
+    before = len(capture.HELD)
+    with device.capture():
+        opt.step()
+    held = capture.HELD[before:]
+    assert any(isinstance(stage, Loaded) for x in held if isinstance(x, tuple) for stage in x)
+
+
+@fo.elementwise(state={"size": fo.slot(per="tree")})
+def sized(u: Any, size: Any) -> Any:
+    """A rule with a number for the tree, of which a step in place has copies."""
+    size = 0.5 * size + fo.tree_norm(u)
+    return u / size, size
+
+
+def test_a_captured_step_has_copies_of_shared_numbers_of_its_own(device: StandIn) -> None:
+    params = make()
+    opt = adapters.TransformOptimizer(params, sized())
+    for step in range(2):
+        set_grads(params, grads(step))
+        opt.step()
+    (bound,) = opt._bindings.steps
+    (known,) = bound.copies.values()
+    own = {memory.data_ptr() for memory, _ in known.values()}
+    made: list[torch.Tensor] = []
+    clone = torch.Tensor.clone
+    with device.capture(), mock.patch.object(torch.Tensor, "clone", lambda x: made.append(clone(x)) or made[-1]):
+        opt.step()
+    assert made
+    assert own == {memory.data_ptr() for memory, _ in known.values()}
+    assert not own & {x.data_ptr() for x in made}
+
+
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -201,7 +238,23 @@ def refused(device: StandIn, opt: Any, params: list[nn.Parameter], message: str)
 def test_a_first_step_is_refused(device: StandIn) -> None:
     params = make()
     set_grads(params, grads(0))
-    refused(device, adapters.AdamW(params), params, "it is the first one over these tensors .* take two such steps")
+    refused(device, adapters.AdamW(params), params, "it is the first one of a parameter.* take two such steps")
+
+
+def test_a_first_step_of_a_transformation_is_refused(device: StandIn) -> None:
+    tx, params, updates = chain(), {"w": torch.ones(3)}, {"w": torch.ones(3)}
+    state = tx.init(params)
+    with device.capture() as graph, pytest.raises(CaptureError, match=r"over these tensors .* take two such steps"):
+        fo.apply_gradients(tx, params, updates, state, donate=True)
+    assert not graph
+
+
+def test_a_state_that_was_cleared_is_refused(device: StandIn) -> None:
+    """Each replay would make it anew, and none would go on from the one before."""
+    params, opt = warm()
+    opt.step()
+    opt.state.clear()
+    refused(device, opt, params, "whose state each replay would start anew; take two such steps")
 
 
 def test_a_gradient_that_is_gone_is_refused(device: StandIn) -> None:
