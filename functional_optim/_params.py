@@ -22,7 +22,7 @@ from ._opaque import SplitState
 from ._regions import BoundRegion, LeafwiseRegion, Opaque, Region, Stored, Variant, cut_into_regions
 from ._runtime.backend import requested_backend
 from ._runtime.checks import check_fit, check_leaf
-from ._runtime.cuda.capture import is_capturing, refuse_host_schedule, refuse_new_state
+from ._runtime.cuda.capture import is_capturing, refuse_host_schedule, refuse_new_state, refuse_state_of_python
 from ._runtime.internals import in_backward, needs_dispatch
 from ._runtime.join import Joins
 from ._runtime.plan import Columns, Key
@@ -579,9 +579,9 @@ class ParamStep:
                 own[stage.entered] = own["updates"]
             if isinstance(stage, Opaque):
                 own["updates"], entries = self._call(stage, own, params, states, extra)
-                by_name = dict(zip(self.names, states, strict=True))
+                by_name, captures = dict(zip(self.names, states, strict=True)), self._captures()
                 for name, key, x in entries:
-                    journal.set(by_name[name], key, x)
+                    self._put(by_name[name], key, x, journal, captures)
                 continue
             for name, (schedule, _) in stage.region.hosts.items():
                 refuse_host_schedule(name, self.devices)
@@ -768,7 +768,7 @@ class ParamStep:
         self, stage: ParamRegion, results: Columns, own: Columns, states: Sequence[dict[str, Any]], journal: Journal
     ) -> None:
         """Puts new tensors in the place of the entries of a region's slots."""
-        wrapped = set(self.wrapped)
+        wrapped, captures = set(self.wrapped), self._captures()
         for stored in stage.region.stored:
             if stored.key not in results:
                 continue
@@ -778,14 +778,32 @@ class ParamStep:
                 if stored.seen[first]:  # all have computed the same
                     for i in self.shared[key]:
                         if key in states[i]:
-                            journal.set(states[i], key, results[stored.key][first])
+                            self._put(states[i], key, results[stored.key][first], journal, captures)
                 continue
             plain = stored.slot is not None and not stored.slot.like_leaf
             for i in self.present:
                 x = results[stored.key][i]
                 if x is not own[stored.key][i]:
                     new = x if plain or i not in wrapped else _like(x, self.params.tensors[i])
-                    journal.set(states[i], key, new)
+                    self._put(states[i], key, new, journal, captures)
+
+    def _captures(self) -> bool:
+        """Whether a CUDA graph is being captured, whose replays go on from the state that there is."""
+        return not torch.is_grad_enabled() and is_capturing(self.devices)
+
+    def _put(self, state: dict[str, Any], key: str, new: Any, journal: Journal, captures: bool) -> None:
+        """Puts an entry of state in the place of another; in a graph, its elements.
+
+        Raises:
+          CaptureError: a graph could not.
+        """
+        old = state.get(key)
+        if not captures or old is new:
+            journal.set(state, key, new)
+        elif isinstance(old, torch.Tensor) and _is_alike(old, new) and old.device in self.devices:
+            old.copy_(new)
+        elif isinstance(old, torch.Tensor) or type(old) is not type(new) or old != new:
+            refuse_state_of_python(key)
 
     def _call(
         self,
@@ -808,6 +826,11 @@ class ParamStep:
         check_updates(link, found, own["params"], self.names, self.present)
         present = [self.names[i] for i in self.present if link.seen[i]]
         return found, split.entries(new_state, present)
+
+
+def _is_alike(x: torch.Tensor, y: Any) -> bool:
+    """Whether an entry of state is a tensor like another one, to which it can be copied."""
+    return isinstance(y, torch.Tensor) and (x.shape, x.dtype, x.device) == (y.shape, y.dtype, y.device)
 
 
 def _is_equal(x: Any, y: Any) -> bool:

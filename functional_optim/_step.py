@@ -19,7 +19,7 @@ from ._packed import packed_forms
 from ._regions import BoundRegion, LeafwiseRegion, Opaque, Region, Variant, cut_into_regions
 from ._runtime.backend import requested_backend
 from ._runtime.checks import at, check_fit, check_leaf, check_number
-from ._runtime.cuda.capture import refuse_host_schedule
+from ._runtime.cuda.capture import refuse_host_schedule, refuse_new_trees
 from ._runtime.internals import (
     is_wrapper_of_a_transformation,
     map_levels,
@@ -190,6 +190,8 @@ class TreeStep:
                 "donate=True writes in place, which a torch.func transformation or torch.compile cannot follow; "
                 "use donate=False."
             )
+        if donate and len(self.stages) > 1:
+            refuse_new_trees(columns["updates"][self.present[0]].device if self.present else None)
         watched = self.runs_python and not dispatching and self.with_params
         if watched:
             watch = self.watch = SpecWatch.of(self.watch, columns["params"], self.present)

@@ -188,12 +188,13 @@ def side_stream() -> Iterator[None]:
     torch.cuda.current_stream().wait_stream(stream)
 
 
-def test_a_captured_optimizer_replays() -> None:
+@pytest.mark.parametrize("name", ["AdamW", "Adafactor"])
+def test_a_captured_optimizer_replays(name: str) -> None:
     """Counters and a tensor that is the learning rate go on; gradients are those of the moment."""
     runs = []
     for capture in (False, True):
         params, lr = leaves(), torch.tensor(1e-2, device="cuda")
-        opt = adapters.AdamW(params, lr=lr, capturable=True)
+        opt = getattr(adapters, name)(params, lr=lr)
         with side_stream():
             for step in range(3):
                 set_grads(params, step)

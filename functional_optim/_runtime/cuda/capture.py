@@ -113,6 +113,34 @@ def refuse_new_state(devices: Iterable[torch.device | None]) -> None:
         )
 
 
+def refuse_state_of_python(key: str) -> None:
+    """Refuses an entry of state that a graph cannot move on.
+
+    Raises:
+      CaptureError: always.
+    """
+    raise CaptureError(
+        f"the entry {key!r} of its state changes in Python, or is a tensor of another shape, dtype or device than "
+        f"before, and replays would not change it",
+        "keep it in a tensor on the device, of one shape and dtype",
+    )
+
+
+def refuse_new_trees(device: torch.device | None) -> None:
+    """Refuses a donated step whose state is in new tensors while a stream is capturing.
+
+    Raises:
+      CaptureError: it is.
+    """
+    if is_capturing([device]):
+        raise CaptureError(
+            "it is donated, but rules for whole tensors, or Python code, have a part in it, whose state is in new "
+            "tensors at each step, so that each replay would start from the old ones",
+            "capture a step that is not donated, and copy its results to its arguments there, or use an optimizer of "
+            "functional_optim.adapters",
+        )
+
+
 def refuse_host_schedule(name: str, devices: Iterable[torch.device | None]) -> None:
     """Refuses a schedule that Python evaluates while a stream is capturing.
 

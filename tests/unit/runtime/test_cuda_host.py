@@ -1,7 +1,7 @@
 """The host side of launches on a device, against a stand-in: uploads, memory, streams, capture, refusals."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -223,6 +223,51 @@ def test_a_captured_step_has_copies_of_shared_numbers_of_its_own(device: StandIn
     assert not own & {x.data_ptr() for x in made}
 
 
+class Running:
+    """A transformation in Python, with a running mean of the updates and the number of steps.
+
+    Args:
+      counts: the number, from the one before.
+    """
+
+    def __init__(self, counts: Callable[[Any], Any]) -> None:
+        self.counts = counts
+
+    def init(self, params: Any) -> Any:
+        return {"mean": {k: torch.zeros_like(p) for k, p in params.items()}, "steps": 0}
+
+    def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        mean = {k: 0.5 * state["mean"][k] + u for k, u in updates.items()}
+        return mean, {"mean": mean, "steps": self.counts(state["steps"])}
+
+
+IN_PYTHON: dict[str, Callable[[list[nn.Parameter]], Any]] = {
+    "rules for whole tensors": adapters.Adafactor,
+    "between rules": lambda p: adapters.TransformOptimizer(p, fo.chain(fo.adam(0.1), fo.adafactor(0.1), fo.adam(0.1))),
+    "Python": lambda p: adapters.TransformOptimizer(p, fo.chain(fo.adam(0.1), Running(lambda n: n))),
+}
+
+
+@pytest.mark.parametrize("name", IN_PYTHON)
+def test_state_stays_where_it_is_in_a_captured_step(device: StandIn, name: str) -> None:
+    """A replay reads what the last one has written. Elsewhere some of it is in new tensors after each step."""
+    params = make()
+    opt = IN_PYTHON[name](params)
+    for step in range(2):
+        set_grads(params, grads(step))
+        opt.step()
+
+    def tensors() -> dict[Any, torch.Tensor]:
+        return {(p, k): x for p in params for k, x in opt.state[p].items() if isinstance(x, torch.Tensor)}
+
+    before = tensors()
+    with device.capture():  # operations of torch run at once in this stand-in
+        opt.step()
+    assert all(x is before[key] for key, x in tensors().items())
+    opt.step()
+    assert any(x is not before[key] for key, x in tensors().items())
+
+
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -261,6 +306,25 @@ def test_a_gradient_that_is_gone_is_refused(device: StandIn) -> None:
     params, opt = warm()
     params[1].grad = None
     refused(device, opt, params, "which gradients are there.*gradients for the same parameters")
+
+
+def test_state_that_changes_in_python_is_refused(device: StandIn) -> None:
+    params = make()
+    opt = adapters.TransformOptimizer(params, fo.chain(Running(lambda n: n + 1), fo.sgd(0.1)))
+    for step in range(2):
+        set_grads(params, grads(step))
+        opt.step()
+    with device.capture(), pytest.raises(CaptureError, match=r"the entry 'transformation_0:tree.steps' .* Python"):
+        opt.step()
+
+
+def test_a_donated_step_with_state_in_new_tensors_is_refused(device: StandIn) -> None:
+    tx, params = fo.adafactor(0.1), {"w": torch.ones(3)}
+    state = tx.init(params)
+    for _ in range(2):
+        params, state = fo.apply_gradients(tx, params, params, state, donate=True)
+    with device.capture(), pytest.raises(CaptureError, match=r"it is donated, but .*not donated"):
+        fo.apply_gradients(tx, params, params, state, donate=True)
 
 
 def test_a_python_number_that_has_changed_is_refused(device: StandIn) -> None:
