@@ -83,16 +83,16 @@ class LeafwiseStep:
             else self._kinds_of(arrays, self.params or columns["params" if "params" in columns else "updates"])
         )
         tokens, meant = self._tokens(columns.get(self.region.counter), owners, first if self.slots else None)
-        values = {
-            token: _Values.of(self.bound, options[owner], count, is_first, extra)
-            for token, (owner, count, is_first) in meant.items()
-        }
+        values: dict[Hashable, _Values] = {}
         batches: dict[tuple[Hashable, int], list[int]] = {}
         for k, key in enumerate(zip(tokens, kinds, strict=True)):
             batches.setdefault(key, []).append(k)
         for (token, _), batch in batches.items():
+            device, (owner, count, is_first) = columns["updates"][self.leaves[batch[0]]].device, meant[token]
+            if (token, device) not in values:
+                values[token, device] = _Values.of(self.bound, options[owner], count, is_first, extra, device)
             paths = [self.paths[self.leaves[k]] for k in batch]
-            call = _Call(self.bound.rule, values[token], paths[0])
+            call = _Call(self.bound.rule, values[token, device], paths[0])
             outputs = self._run(call, paths, [[column[k] for k in batch] for column in arrays])
             for result, column in zip(results.values(), outputs, strict=True):
                 for k, x in zip(batch, column, strict=True):
@@ -272,9 +272,15 @@ class _Values(NamedTuple):
 
     @classmethod
     def of(
-        cls, bound: Bound, options: Mapping[str, Any], count: Any, first: Any, extra: Mapping[str, Any]
+        cls,
+        bound: Bound,
+        options: Mapping[str, Any],
+        count: Any,
+        first: Any,
+        extra: Mapping[str, Any],
+        device: torch.device,
     ) -> "_Values":
-        """The arguments of leaves that share options and a counter.
+        """The arguments of leaves on one device that share options and a counter.
 
         Args:
           bound: the rule and its hyper-parameters.
@@ -282,6 +288,7 @@ class _Values(NamedTuple):
           count: the number of steps taken so far, if it matters.
           first: whether this is the first step.
           extra: the extra arguments.
+          device: the device.
         """
         rule, keywords = bound.rule, {}
         for name, value in bound.values.items():
@@ -296,7 +303,8 @@ class _Values(NamedTuple):
                 keywords[name] = value
         for name in rule.extras:
             keywords[name] = extra[name]
-        first = first if isinstance(first, torch.Tensor) else torch.tensor(bool(first), device="cpu")
+        if not isinstance(first, torch.Tensor):  # written there: a copy would wait for the device
+            first = torch.full((), bool(first), device=device)
         if rule.uses_step:
             of = count if isinstance(count, torch.Tensor) else torch.tensor(count, dtype=torch.float64, device="cpu")
             keywords["step"] = of.to(torch.float64) + 1
