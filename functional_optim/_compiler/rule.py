@@ -135,7 +135,17 @@ class Slot:
         if self.start == "param":
             # a leaf of autograd's graph starts a state of its own; anything else is followed to where it came from
             return (p.detach() if p.is_leaf else p).to(dtype or p.dtype, copy=True)
-        start = float(hypers.get(self.start, 0.0)) if isinstance(self.start, str) else self.start
+        start = hypers.get(self.start, 0.0) if isinstance(self.start, str) else self.start
+        if isinstance(start, torch.Tensor):  # zeros are added, so that autograd and `torch.func` follow it
+            made = self._filled(p, 0.0, dtype, hypers)
+            number = start.reshape(()) * (1 + 1j) if p.is_complex() else start.reshape(())
+            return None if made is None else made + number.to(made)
+        return self._filled(p, float(start), dtype, hypers)
+
+    def _filled(
+        self, p: torch.Tensor, start: float, dtype: torch.dtype | None, hypers: Mapping[str, Any]
+    ) -> torch.Tensor | None:
+        """A tensor of its shape for one leaf, full of a number; None if it has no entry there."""
         if self.per_leaf:
             wide = torch.float64 if p.dtype is torch.float64 else torch.float32
             return torch.full((), start, dtype=dtype or wide, device=p.device)

@@ -52,6 +52,10 @@ DIFFERENTIABLE: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] =
         (number(0.5), number(0.1), number(0.1)),
     ),
     "lamb": (lambda lr: fo.lamb(lr, weight_decay=0.1), (number(0.1),)),
+    "where a state starts": (
+        lambda start, lr: fo.chain(fo.scale_by_rss(initial_accumulator_value=start), fo.rprop(lr)),
+        (number(0.2), number(0.1)),
+    ),
     "mask and partition": (
         lambda lr: fo.masked(fo.partition({"a": fo.chain(fo.scale_by_rms(), fo.scale(-1.0 * lr))}, "a"), True),
         (number(0.1),),

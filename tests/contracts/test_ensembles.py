@@ -109,6 +109,7 @@ HYPERS: dict[str, Callable[[Any], Any]] = {
     "masked by a pattern": lambda x: fo.masked(fo.sgd(x), re.compile("weight")),
     "in a named chain": lambda x: fo.named_chain(("a", fo.trace(0.9)), ("b", fo.scale(-1.0 * x))),
     "around a rule": lambda x: cautious(fo.adam(x)),
+    "where a state starts": lambda x: fo.chain(fo.scale_by_rss(initial_accumulator_value=x), fo.rprop(x)),
     "beside a function": lambda x: fo.chain(fo.stateless(lambda u, p: tree_map(lambda y: 2 * y, u)), fo.sgd(x)),
     "of whole matrices": lambda x: fo.muon(x),
     "in a function of the step": lambda x: fo.sgd(lambda count: x * 0.5**count),
