@@ -338,6 +338,11 @@ class Rule:
                 f"`{hyper}` of {self.name} is where its state starts, so it must be a number, got the function "
                 f"{value!r:.60}."
             )
+        if hyper in self.static and isinstance(value, torch.Tensor):
+            raise TypeError(
+                f"`{hyper}` of {self.name} is a switch, which Python reads while the rule is traced, so it must be no "
+                f"tensor: pass {hyper}.item(). Members of `torch.vmap` share it."
+            )
         text = isinstance(value, (str, bytes)) and not isinstance(self.hypers.get(hyper), (str, bytes))
         known = is_static(value) or isinstance(value, (torch.Tensor, Option)) or callable(value)
         if hyper in self.static or (known and not text):
@@ -400,7 +405,9 @@ class Bound:
     values: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "values", {k: self.rule.check(k, v, self.values) for k, v in self.values.items()})
+        switches_first = sorted(self.values, key=lambda k: k not in self.rule.static)  # ranges depend on them
+        checked = {k: self.rule.check(k, self.values[k], self.values) for k in switches_first}
+        object.__setattr__(self, "values", {k: checked[k] for k in self.values})
 
     @cached_property
     def counted(self) -> bool:

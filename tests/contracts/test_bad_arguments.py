@@ -5,6 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from torch.func import vmap
 
 import functional_optim as fo
 from _lib.training import train
@@ -200,6 +202,14 @@ KINDS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a dict": (lambda: fo.adam({"lr": 0.1}), r"scale_by_learning_rate\b.*\{'lr': 0\.1\}"),
     "a complex number": (lambda: fo.scale(1j), r"scale\b.*1j"),
+    "a tensor for a switch": (
+        lambda: fo.sgd(0.1, 0.9, nesterov=torch.tensor(False)),
+        r"`nesterov` of trace is a switch.* must be no tensor: pass nesterov\.item\(\)",
+    ),
+    "a tensor for a switch that a range depends on": (
+        lambda: vmap(lambda x: fo.ema(0.9, debias=x).init(x))(torch.ones(2)),
+        r"`debias` of ema is a switch.* must be no tensor",
+    ),
 }
 
 
