@@ -85,17 +85,21 @@ def scale_by_factored_rms(
     dims = _factored_dims(u.shape, factored, min_dim_size_to_factor)
     if dims is None:
         assert v is not None
-        v = torch.lerp(v, square.to(v.dtype), weight)
+        v = _mixed(v, square, weight)
         return u * v.rsqrt(), v_row, v_col, v
     assert v_row is not None
     assert v_col is not None
     small, large = dims
-    v_row = torch.lerp(v_row, square.mean(large).to(v_row.dtype), weight)
-    v_col = torch.lerp(v_col, square.mean(small).to(v_col.dtype), weight)
+    v_row, v_col = _mixed(v_row, square.mean(large), weight), _mixed(v_col, square.mean(small), weight)
     # in the rows, the smaller dimension is one place further to the front if the larger one was before it
     row_mean = v_row.mean(small - (small > large), keepdim=True)
     row_factor = (v_row / row_mean).rsqrt().unsqueeze(large)
     return u * row_factor * v_col.rsqrt().unsqueeze(small), v_row, v_col, v
+
+
+def _mixed(mean: torch.Tensor, x: torch.Tensor, weight: Scalar) -> torch.Tensor:
+    """A moving mean with a new value, whose weight members of `torch.vmap` may have of their own."""
+    return torch.lerp(mean, x.to(mean.dtype), torch.as_tensor(weight, dtype=mean.dtype))
 
 
 def _mean_squares(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -47,9 +47,10 @@ CASES: dict[str, Any] = CHAINS | {
     "moments in bfloat16": fo.adamw(1e-2, mu_dtype=BF16),
     "numbers that signs choose": fo.rprop(1e-2),
     "whole matrices": fo.muon(1e-2),
+    "factored moments": fo.adafactor(1e-2, min_dim_size_to_factor=2),
 }
 # operations of torch compute these, and round differently for one matrix and for a stack
-IN_OPERATIONS = {"whole matrices"}
+IN_OPERATIONS = {"whole matrices", "factored moments"}
 
 
 def stacks(seed: int, n: int = N, dtype: torch.dtype = F32) -> dict[str, torch.Tensor]:
