@@ -165,6 +165,19 @@ def without_wrappers(x: Any) -> Any:
     return x
 
 
+def has_members(x: Any) -> bool:
+    """Whether a tensor stands for those of several members of `torch.vmap`, so that Python cannot read its numbers.
+
+    `torch._C._functorch.is_batchedtensor` and `get_unwrapped`; see `without_wrappers`.
+    """
+    functorch: Any = torch._C._functorch
+    while is_wrapper_of_a_transformation(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
+
+
 def members_unwrapper() -> Callable[[torch.Tensor, int], tuple[torch.Tensor, int | None]]:
     """The function of a wrapper of `vmap` and a level that returns the tensor of all members, and their dimension.
 

@@ -8,7 +8,7 @@ import torch
 
 from .._lbfgs.point import Point
 from .._tree import MaskedNode, Tree, flatten
-from ._vectors import Leaves, flat, wide
+from ._vectors import Leaves, flat, refuse_members, wide
 
 
 class Objective:
@@ -51,19 +51,20 @@ class Objective:
             value = found if value is None else value
             grad = self.own.tree(gradients(found, leaves)) if grad is None else grad
         grads = self.own.read("grad", grad, fit=True)
-        self.start = Point(0.0, _scalar(f"`value` of {name}", value), flat(grads).dot(self.direction), grads)
+        self.name = name
+        self.start = Point(0.0, self._scalar(f"`value` of {name}", value), flat(grads).dot(self.direction), grads)
 
     def value(self, step: Any) -> float:
         """The objective at a step."""
         with torch.no_grad():
-            return _scalar("`value_fn`", self._call(self._at(step)))
+            return self._scalar("`value_fn`", self._call(self._at(step)))
 
     def point(self, step: Any) -> Point:
         """The objective at a step, with its gradient."""
         value, leaves = self._evaluate(step)
         grads = gradients(value, leaves)
         with torch.no_grad():
-            return Point(step, _scalar("`value_fn`", value), flat(grads).dot(self.direction), grads)
+            return Point(step, self._scalar("`value_fn`", value), flat(grads).dot(self.direction), grads)
 
     def scaled(self, step: Any) -> Tree:
         """The updates times a step; zeros for a step of 0, whatever the updates are."""
@@ -79,6 +80,20 @@ class Objective:
     def count(self, x: int) -> torch.Tensor:
         """A counter as it is stored."""
         return torch.tensor(x, device=self.own.params[0].device)
+
+    def _scalar(self, what: str, x: Any) -> float:
+        """The objective as a number.
+
+        Raises:
+          TypeError, ValueError: it is something else.
+        """
+        refuse_members(self.name, what, x)
+        if isinstance(x, torch.Tensor) and (x.numel() != 1 or x.is_complex()):
+            raise ValueError(f"{what} is a tensor of shape {tuple(x.shape)} and {x.dtype}, expected one real number.")
+        try:
+            return float(x.detach() if isinstance(x, torch.Tensor) else x)
+        except (TypeError, ValueError):
+            raise ValueError(f"{what} is {x!r:.60}, expected one real number.") from None
 
     def _at(self, step: Any) -> list[torch.Tensor]:
         """The parameters as they are after a step, to the bit."""
@@ -111,15 +126,6 @@ def gradients(value: Any, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
     with torch.enable_grad():
         found = torch.autograd.grad(value.reshape(()), leaves, allow_unused=True)
     return [torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True)]
-
-
-def _scalar(what: str, x: Any) -> float:
-    if isinstance(x, torch.Tensor) and (x.numel() != 1 or x.is_complex()):
-        raise ValueError(f"{what} is a tensor of shape {tuple(x.shape)} and {x.dtype}, expected one real number.")
-    try:
-        return float(x.detach() if isinstance(x, torch.Tensor) else x)
-    except (TypeError, ValueError):
-        raise ValueError(f"{what} is {x!r:.60}, expected one real number.") from None
 
 
 def _refuse_holes(name: str, params: Tree) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .._runtime.checks import at, check_fit
+from .._runtime.internals import has_members
 from .._runtime.shard import is_dtensor, real_view
 from .._tree import Tree, difference, flatten, leaves_like, paths, unflatten
 
@@ -43,6 +44,24 @@ def shaped(part: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """A vector as a tensor of the shape of a leaf, in a dtype that is wide enough."""
     part = part.to(wide(x).to_real())
     return torch.view_as_complex(part.view(*x.shape, 2)) if x.is_complex() else part.view(x.shape)
+
+
+def refuse_members(name: str, what: str, x: Any) -> None:
+    """Refuses a tensor of members of `torch.vmap`, for a transformation that decides by numbers.
+
+    Args:
+      name: the transformation's name.
+      what: the tensor's name in messages.
+      x: the tensor.
+
+    Raises:
+      TypeError: it is one.
+    """
+    if isinstance(x, torch.Tensor) and has_members(x):
+        raise TypeError(
+            f"{what} stands for several members of `torch.vmap`, and {name} decides by numbers that Python reads; take "
+            f"the steps of members in a loop."
+        )
 
 
 class Leaves:
@@ -86,6 +105,7 @@ class Leaves:
 
         Raises:
           ValueError: the tree has another structure, or lacks a leaf.
+          TypeError: it is one of members of `torch.vmap`.
         """
         try:
             found = leaves_like(self.spec, tree)
@@ -99,6 +119,8 @@ class Leaves:
                     f"{what}{at(self.paths[i])} is None; {self.name} works on one vector of all parameters. Leave a "
                     f"parameter that is not trained out, with `masked`, or give it a gradient of zeros."
                 )
+            refuse_members(self.name, f"params{at(self.paths[i])}", self.all[i])
+            refuse_members(self.name, f"{what}{at(self.paths[i])}", found[i])
             if fit and not (isinstance(found[i], torch.Tensor) and found[i].is_complex()):
                 check_fit(what, "parameter", self.paths[i], found[i], self.all[i])
         return [found[i] for i in self.present]

@@ -582,6 +582,24 @@ def test_bad_steps_are_refused(name: str) -> None:
         bad.tx.update(updates, bad.tx.init(named()), params, **arguments)
 
 
+@pytest.mark.parametrize("tx", [fo.lbfgs(0.1, linesearch=None), fo.scale_by_backtracking_linesearch(3), ZOOMED])
+def test_members_of_vmap_are_refused(tx: Any) -> None:
+    """Python reads numbers of the step."""
+    ones, one = torch.ones(3, 2), torch.ones(2)
+
+    def step(p: Any, g: Any, value: Any) -> Any:
+        return fo.apply_gradients(tx, p, g, tx.init(p), value=value, grad=g, value_fn=lambda p: p.sum())
+
+    message = r"%s stands for several members of `torch.vmap`, and scale_by_\w+ decides by numbers.* in a loop"
+    with pytest.raises(TypeError, match=message % "params"):
+        torch.vmap(step)(ones, ones, ones[:, 0])
+    with pytest.raises(TypeError, match=message % "updates"):
+        torch.vmap(step, (None, 0, None))(one, ones, ones[0, 0])
+    if tx == ZOOMED:
+        with pytest.raises(TypeError, match=message % "`value` of scale_by_zoom_linesearch"):
+            torch.vmap(step, (None, None, 0))(one, one, ones[:, 0])
+
+
 ARGUMENTS: dict[str, tuple[Callable[[], Any], str]] = {
     "no memory": (lambda: fo.scale_by_lbfgs(0), "`memory_size` of scale_by_lbfgs must be an integer of at least 1"),
     "half a memory": (lambda: fo.lbfgs(memory_size=2.5), "`memory_size` .* got 2.5"),  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from functional_optim._runtime import pointers
 from functional_optim._runtime.internals import (
     all_transformations,
+    has_members,
     in_backward,
     is_mapped_by_autograd,
     is_wrapper_of_a_transformation,
@@ -93,6 +94,18 @@ NAMES = {
     "_C._functorch._add_batch_dim": (
         "internals.wrap_members",
         "see how `torch._functorch.vmap` puts wrappers on",
+    ),
+    "_C._functorch.is_gradtrackingtensor": (
+        "internals.without_wrappers",
+        "see how `torch._tensor_str` prints wrapped tensors",
+    ),
+    "_C._functorch.get_unwrapped": (
+        "internals.without_wrappers",
+        "see how `torch._tensor_str` prints wrapped tensors",
+    ),
+    "_C._functorch.is_batchedtensor": (
+        "internals.has_members",
+        "see how `torch._tensor_str` prints wrapped tensors",
     ),
     "_C._ForceDispatchKeyGuard": (
         "internals.all_transformations",
@@ -262,6 +275,20 @@ def test_members_of_nested_calls_of_vmap() -> None:
     why = f"torch {torch.__version__} wraps tensors of `vmap` otherwise"
     assert found == [2, 3, (0, 0), None], why
     assert result.tolist() == [[1.0, 2.0, 3.0]] * 2, why
+
+
+def test_members_behind_other_wrappers() -> None:
+    answers: list[bool] = []
+
+    def function(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        answers.extend([has_members(x), has_members(y)])
+        return (x * y).sum()
+
+    torch.vmap(torch.func.grad(function), (0, None))(torch.ones(2, 3), torch.ones(3))
+    torch.func.grad(lambda x, y: torch.vmap(function, (0, None))(x, y).sum())(torch.ones(2, 3), torch.ones(3))
+    torch.func.grad(function)(torch.ones(3), torch.ones(3))
+
+    assert answers == [True, False, True, False, False, False], f"torch {torch.__version__} nests wrappers otherwise"
 
 
 def test_vmap_in_the_handler_of_a_mode() -> None:
