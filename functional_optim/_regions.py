@@ -18,7 +18,7 @@ from ._runtime.packed_step import PackedStep
 from ._runtime.plan import Columns, Key, Leaf
 from ._runtime.shard import MeshShard
 from ._runtime.spec import TensorSpec, specs_of
-from ._runtime.step import BoundStep, Numbers, Programs, Reading
+from ._runtime.step import BoundStep, Programs, Reading
 from ._schedules.traced import has_fixed_key, traced_key
 from ._transform import Link
 from ._tree import MaskedNode
@@ -301,8 +301,8 @@ class BoundRegion:
 
     def find_members(
         self, own: Columns, levels: Sequence[MapLevel], extra: Mapping[str, Any], given: Mapping[int, torch.Tensor]
-    ) -> tuple[MembersStep, MembersReading, Numbers] | None:
-        """A step of an ensemble that is bound to such tensors, these tensors read, and the numbers of this step.
+    ) -> tuple[MembersStep, MembersReading] | None:
+        """A step of an ensemble that is bound to such tensors, and these tensors read.
 
         Args:
           own: all tensors that the programs read, as they are within `vmap`.
@@ -317,13 +317,10 @@ class BoundRegion:
         for known, bound in self.of_members:
             if bound.sizes != sizes or known != forms:
                 continue
-            found = bound.read(own, levels)
+            found = bound.read(own, bound.own_numbers(extra, given), levels)
             if isinstance(found, MembersReading):
-                numbers = bound.own_numbers(extra, given)
-                if bound.fits_numbers(numbers, levels):
-                    return bound, found, numbers
-                bound.release(found)
-            elif found is not None and found.outside:
+                return bound, found
+            if found is not None and found.outside:
                 self._refuse_freed(own, *bound.name_of(found.position))
         return None
 
@@ -335,7 +332,7 @@ class BoundRegion:
         counters: Set[Key],
         extra: Mapping[str, Any],
         given: Mapping[int, torch.Tensor],
-    ) -> tuple[MembersStep, MembersReading, Numbers] | None:
+    ) -> tuple[MembersStep, MembersReading] | None:
         """Binds the programs to the tensors of an ensemble, and reads these; None if kernels do not compute them.
 
         Args:

@@ -257,11 +257,11 @@ class TreeStep:
                     stage.check_memory(own, mapped)
                 programs = stage.programs(own, leaves)
                 return programs.evaluate(own, programs.own_numbers(extra, given))
-        bound, reading, numbers = found
-        if torch.is_grad_enabled() and bound.requires_grad(reading, numbers):
+        bound, reading = found
+        if torch.is_grad_enabled() and reading.requires_grad:
             bound.release(reading)
-            return bound.evaluate(own, numbers)
-        return bound.run(reading, own, numbers, levels)
+            return bound.evaluate(own, bound.own_numbers(extra, given))
+        return bound.run(reading, own, levels)
 
     def _bound_to_plain(self, stage: TreeRegion, own: Columns) -> BoundStep | None:
         """The step that is bound to the tensors that wrappers of `grad` stand for; None if others are there now."""

@@ -35,6 +35,7 @@ from .step import REQUIRES_GRAD, Numbers, Programs, Specs
 
 Levels = Sequence[MapLevel]  # the calls of `vmap` that are active, outermost first
 Stacked = tuple[bool, ...]  # for each level, whether members have tensors of their own
+Scalars = Sequence[Sequence["float | Stack"]]  # the scalar table of each group, with stacks in the place of tensors
 
 
 class Stack(NamedTuple):
@@ -142,11 +143,19 @@ class MembersReading(NamedTuple):
 
     Args:
       tensors: the stacks.
-      workspace: memory with their data pointers, and the launches that read it.
+      scalars: the scalar table of each group.
+      workspace: memory with the data pointers of stacks, and the launches that read it.
     """
 
     tensors: Sequence[torch.Tensor]
+    scalars: Scalars
     workspace: "MembersWorkspace"
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a tensor or a number requires a gradient, so that autograd has to record the step."""
+        numbers = [x.tensor for table in self.scalars for x in table if isinstance(x, Stack)]
+        return any(map(REQUIRES_GRAD, self.tensors)) or any(map(REQUIRES_GRAD, numbers))
 
 
 class MembersWorkspace:
@@ -206,7 +215,7 @@ class MembersStep(Programs):
             tensors = [stack.tensor for stack in stacks]
             self.reader = PointerReader(tensors, list(map(TensorSpec.of, tensors)))
         self.stacked = [stack.stacked for stack in stacks]
-        self.of_numbers = _levels_of(self.own_numbers(extra, given), levels)
+        self.of_numbers = _levels_of(_scalars(self.own_numbers(extra, given), levels), levels)
         used = map(any, zip(*self.stacked, self.of_numbers, strict=True))
         self.used = tuple(used)
         self.ensemble = Ensemble([size if own else 1 for size, own in zip(self.sizes, self.used, strict=True)])
@@ -394,16 +403,20 @@ class MembersStep(Programs):
 
     # -- stepping -----------------------------------------------------------------------------------------------------
 
-    def read(self, columns: Columns, levels: Levels) -> MembersReading | Difference | None:
+    def read(self, columns: Columns, numbers: Numbers, levels: Levels) -> MembersReading | Difference | None:
         """The tensors of this step, if they have the specs that it is bound to; else the first difference.
 
         Args:
           columns: the tensors, as they are within `vmap`.
+          numbers: the scalar table of each group, likewise.
           levels: the calls of `vmap` that are active.
 
         Returns:
           The tensors; their first difference from the specs; or None if others are stacked.
         """
+        scalars = _scalars(numbers, levels)
+        if _levels_of(scalars, levels) != self.of_numbers:
+            return None
         with outside_transformations():
             tensors = self._unwrap(columns, levels)
             if tensors is None:
@@ -417,7 +430,7 @@ class MembersStep(Programs):
             if content != workspace.known:
                 self.offsets.write(workspace.read_bases, workspace.read)
                 workspace.known = content
-        return MembersReading(tensors, workspace)
+        return MembersReading(tensors, scalars, workspace)
 
     def _unwrap(self, columns: Columns, levels: Levels) -> list[torch.Tensor] | None:
         """The tensors that stand behind those within `vmap`; None if others are stacked."""
@@ -453,27 +466,16 @@ class MembersStep(Programs):
             workspace = MembersWorkspace(self, n_threads)
         return workspace if workspace.n_threads == n_threads else MembersWorkspace(self, n_threads)
 
-    def fits_numbers(self, numbers: Numbers, levels: Levels) -> bool:
-        """Whether numbers are stacked as they were when the step was bound."""
-        return _levels_of(numbers, levels) == self.of_numbers
-
-    @staticmethod
-    def requires_grad(reading: MembersReading, numbers: Numbers) -> bool:
-        """Whether a tensor or a number requires a gradient, so that autograd has to record the step."""
-        tensors = [x for table in numbers for x in table if isinstance(x, torch.Tensor)]
-        return any(map(REQUIRES_GRAD, reading.tensors)) or any(map(REQUIRES_GRAD, tensors))
-
     def release(self, reading: MembersReading) -> None:
         """Gives back the memory of a reading that is not run."""
         self.workspaces.append(reading.workspace)
 
-    def run(self, reading: MembersReading, columns: Columns, numbers: Numbers, levels: Levels) -> Columns:
+    def run(self, reading: MembersReading, columns: Columns, levels: Levels) -> Columns:
         """Computes the step.
 
         Args:
-          reading: its tensors.
+          reading: its tensors and numbers.
           columns: the columns that they were gathered from.
-          numbers: the scalar table of each group.
           levels: the calls of `vmap` that are active.
 
         Returns:
@@ -484,7 +486,7 @@ class MembersStep(Programs):
             made = [make() for make in self.makers]
             workspace.new_bases.memory[: len(made)] = list(map(torch.Tensor.data_ptr, made))
             self.made_offsets.write(workspace.made_bases, workspace.made)
-            workspace.run(self._all_numbers(numbers, levels))
+            workspace.run([self._rows(table) for table in reading.scalars])
         self.workspaces.append(workspace)
         for level, used in zip(levels, self.used, strict=True):
             if used:
@@ -502,29 +504,24 @@ class MembersStep(Programs):
             results[key] = base.with_buffers([made[k] for k in buffers])
         return results
 
-    def _all_numbers(self, numbers: Numbers, levels: Levels) -> list[list[float]]:
-        """The scalar table of each group with the numbers of all members, row after row."""
-        tables = []
-        for table in numbers:
-            row: list[Any] = list(table)
-            own: dict[int, list[float]] = {}
-            for k, x in enumerate(row):
-                if isinstance(x, torch.Tensor):
-                    stack = Stack.of(x, levels)
-                    if any(stack.stacked):
-                        own[k] = self.ensemble.values(stack)
-                    row[k] = 0.0 if any(stack.stacked) else float(stack.tensor)
-            if any(self.of_numbers):
-                width, row = len(row), row * self.ensemble.n
-                for k, values in own.items():
-                    row[k::width] = values
-            tables.append(row)
-        return tables
+    def _rows(self, table: Sequence[float | Stack]) -> list[float]:
+        """A scalar table with the numbers of all members, row after row."""
+        row = [0.0 if isinstance(x, Stack) else x for x in table]
+        rows = row * (self.ensemble.n if any(self.of_numbers) else 1)
+        for k, x in enumerate(table):
+            if isinstance(x, Stack):
+                rows[k :: len(row)] = self.ensemble.values(x) if any(self.of_numbers) else [float(x.tensor)]
+        return rows
 
 
-def _levels_of(numbers: Numbers, levels: Levels) -> Stacked:
+def _scalars(numbers: Numbers, levels: Levels) -> Scalars:
+    """The scalar table of each group, with stacks in the place of tensors."""
+    return [[Stack.of(x, levels) if isinstance(x, torch.Tensor) else x for x in table] for table in numbers]
+
+
+def _levels_of(scalars: Scalars, levels: Levels) -> Stacked:
     """The levels at which some number is stacked."""
-    found = [Stack.of(x, levels).stacked for table in numbers for x in table if isinstance(x, torch.Tensor)]
+    found = [x.stacked for table in scalars for x in table if isinstance(x, Stack)]
     return tuple(any(stacked[k] for stacked in found) for k in range(len(levels)))
 
 

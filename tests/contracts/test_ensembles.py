@@ -471,6 +471,23 @@ def test_derivatives_of_steps_of_members() -> None:
     torch.testing.assert_close(recorded.grad, expected, **DOUBLE)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_derivatives_by_numbers_of_members(chunk_size: int | None) -> None:
+    """Nothing but the numbers requires a gradient: a learning rate, one that follows from it, an extra argument."""
+    w = stacks(0, dtype=F64)["weight"]
+
+    def score(rate: Any, value: Any, w: torch.Tensor) -> torch.Tensor:
+        tx = fo.chain(scale_by_value(), fo.adamw(rate, weight_decay=1 - rate))
+        return fo.apply_gradients(tx, w, w.sin(), tx.init(w), value=value)[0].square().sum()
+
+    rates, values = RATES.clone().requires_grad_(), (1 + RATES).requires_grad_()
+    vmap(score, chunk_size=chunk_size)(rates, values, w).sum().backward()  # type: ignore[no-untyped-call]
+
+    alone = [grad(score, (0, 1))(*own) for own in zip(RATES, 1 + RATES, w, strict=True)]
+    for x, expected in zip((rates, values), zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(x.grad, torch.stack(expected), **DOUBLE)
+
+
 # --- bad input
 
 
