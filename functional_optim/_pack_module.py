@@ -1,5 +1,6 @@
 """`pack_module`: the parameters of a module, and their gradients, as views of buffers."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import nn
 
 from ._pack import pack
 from ._packed import Packed
+from ._runtime.internals import registries
 from ._runtime.overlap import OverlapCheck, SharedMemoryError
 from ._runtime.spec import PLAIN, TensorSpec
 
@@ -16,11 +18,14 @@ class PackedModule:
     """The parameters of a module and their gradients, as packed trees; made by `pack_module`.
 
     Args:
-      parameters: the parameters, by name.
+      module: the module.
+      parameters: those of its parameters that are packed, by name.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self._parameters = dict(parameters)
+    def __init__(self, module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._module, self._parameters = module, dict(parameters)
+        self._frozen = {name: p for name, p in module.named_parameters() if name not in parameters}
+        self._note_registered()
         self._params = pack({name: p.detach() for name, p in parameters.items()})
         self._grads = self._params.map(torch.zeros_like)
         views: dict[str, torch.Tensor] = self._params.tree()
@@ -38,8 +43,10 @@ class PackedModule:
         """The parameters. To write to one is to write to the other.
 
         Raises:
-          RuntimeError: a parameter has been given other memory since, as `module.to(...)` does.
+          RuntimeError: a parameter has been given other memory since, as `module.to(...)` does, or the module has
+            other parameters.
         """
+        self._refuse_replaced()
         found = self._pointers()
         if found != self._known:
             name = next(n for n, x, y in zip(self._parameters, found, self._known, strict=True) if x != y)
@@ -59,6 +66,7 @@ class PackedModule:
         `backward` adds to them in place. A gradient that something has replaced, as `zero_grad` does by default, is
         copied to its place, and the parameter given the view again.
         """
+        self._refuse_replaced()
         self._refuse_frozen()
         for name, p in self._parameters.items():
             view = self._grad_views[name]
@@ -80,8 +88,35 @@ class PackedModule:
         for x in self._grads.buffers:
             x.zero_()
 
+    def _note_registered(self) -> None:
+        """Notes the parameters and children that the module, and each module within it, have now."""
+        self._entries = [own.values() for own in registries(self._module)]  # views, which follow their dicts
+        self._registered = list(itertools.chain.from_iterable(self._entries))
+        self._known_ids = list(map(id, self._registered))
+
+    def _refuse_replaced(self) -> None:
+        """Refuses a module that has other parameters to train than those that were packed.
+
+        Raises:
+          RuntimeError: with the name of one.
+        """
+        if list(map(id, itertools.chain.from_iterable(self._entries))) == self._known_ids:
+            return
+        own = self._parameters
+        now = dict(self._module.named_parameters())
+        there = {k: p for k, p in now.items() if k in own or (p.requires_grad and p is not self._frozen.get(k))}
+        name = next((name for name in (*own, *there) if there.get(name) is not own.get(name)), None)
+        if name is not None:
+            change = "was taken from" if name not in there else "was replaced in" if name in own else "was given to"
+            raise RuntimeError(
+                f"the parameter {name!r} {change} the module after it was packed, so a step would not train what the "
+                f"module computes with; pack the module again, with `pack_module`. A state goes on if names and shapes "
+                f"are the same."
+            )
+        self._note_registered()
+
     def _refuse_frozen(self) -> None:
-        """Refuses parameters that were frozen later: with a gradient of zeros, momentum and decay would change them.
+        """Refuses parameters that were frozen or unfrozen later.
 
         Raises:
           RuntimeError: with the name of one.
@@ -92,9 +127,21 @@ class PackedModule:
                 f"{frozen!r} was frozen after the module was packed, and a gradient of zeros would not keep momentum "
                 f"and decay from changing it; pack the module again, with `pack_module`, once it is frozen."
             )
+        unfrozen = next((name for name, p in self._frozen.items() if p.requires_grad), None)
+        if unfrozen is not None:
+            raise RuntimeError(
+                f"{unfrozen!r} was frozen when the module was packed and is not now, and a step would not train it; "
+                f"pack the module again, with `pack_module`."
+            )
 
     def __repr__(self) -> str:
         return f"PackedModule({self._params})"
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a PackedModule belongs to the memory of its module; copy or save the module, and pack the copy, with "
+            "`pack_module`."
+        )
 
 
 def pack_module(module: nn.Module) -> PackedModule:
@@ -105,7 +152,8 @@ def pack_module(module: nn.Module) -> PackedModule:
     `apply_gradients` that are donated train the module, and a process group reduces one buffer of gradients.
 
     A parameter that a loss does not depend on has a gradient of zeros in place of none, so momentum and decay change
-    it; freeze it before if they should not. Move and convert a module before it is packed.
+    it; freeze it before if they should not. Move and convert a module before it is packed. One that is given other
+    parameters later is refused by the next step: pack it again.
 
     Args:
       module: the module.
@@ -140,7 +188,7 @@ def pack_module(module: nn.Module) -> PackedModule:
     others = dict(module.named_buffers()) | {k: p for k, p in module.named_parameters() if not p.requires_grad}
     _refuse_overlap(parameters, others)
     with torch.no_grad():
-        return PackedModule(parameters)
+        return PackedModule(module, parameters)
 
 
 def _check(name: str, p: Any) -> None:

@@ -5,7 +5,7 @@ Nothing here is guessed: each is a name of a Python module, read and never writt
 
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -272,6 +272,15 @@ def leaves_as_written(tree: Any) -> list[Any]:
     """The leaves of a tree in the order of `structure_as_text`."""
     leaves: list[Any] = torch.utils._pytree.tree_leaves(tree)
     return leaves
+
+
+def registries(module: torch.nn.Module) -> list[Mapping[str, Any]]:
+    """The dicts in which a module, and each module within it, have their parameters and their children.
+
+    `torch.nn.Module._parameters` and `_modules`. The public names walk them anew, a generator in a generator, which
+    takes longer than the step of a packed module.
+    """
+    return [own for part in module.modules() for own in (part._parameters, part._modules)]
 
 
 def version(x: Any) -> int:

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import re
+from collections.abc import Callable
 from typing import Any
 
 import optree
@@ -546,15 +547,94 @@ def test_a_module_that_is_converted_after_it_was_packed() -> None:
         packed.params  # noqa: B018
 
 
-def test_a_parameter_that_is_frozen_after_packing_is_refused() -> None:
-    module = torch.nn.Linear(3, 2)
-    packed = fo.pack_module(module)
-    before = copy.deepcopy(module.state_dict())
-    module.weight.requires_grad_(False)
-    for call in (packed.zero_grad, lambda: packed.grads):
-        with pytest.raises(RuntimeError, match="'weight' was frozen after the module was packed"):
-            call()
-    assert_same_bits(dict(module.state_dict()), dict(before))
+def new_weight(m: Tied) -> None:
+    m.into.weight = torch.nn.Parameter(torch.ones(4, 5))
+
+
+# changes of a module after it was packed, and the message that refuses the next step
+CHANGES: dict[str, tuple[Callable[[Tied], Any], str]] = {
+    "another parameter": (new_weight, r"'into\.weight' was replaced in the module after"),
+    "a parameter that is frozen": (
+        lambda m: setattr(m.into, "bias", torch.nn.Parameter(torch.ones(4), requires_grad=False)),
+        r"'into\.bias' was replaced in the module",
+    ),
+    "a state that is assigned": (
+        lambda m: m.load_state_dict({k: x.clone() for k, x in m.state_dict().items()}, assign=True),
+        r"'into\.weight' was replaced in the module",
+    ),
+    "a weight that is tied": (lambda m: setattr(m.back, "bias", m.into.bias), r"'back\.bias' was taken from the mod"),
+    "a parametrization": (
+        lambda m: torch.nn.utils.parametrizations.weight_norm(m.back, "bias", dim=None),
+        r"'back\.bias' was taken from the module",
+    ),
+    "another layer": (lambda m: setattr(m, "norm", torch.nn.BatchNorm1d(4)), r"'norm\.weight' was replaced in"),
+    "one more layer": (
+        lambda m: m.into.add_module("more", torch.nn.Linear(1, 1)),
+        r"'into\.more\.weight' was given to",
+    ),
+    "conversion to meta": (lambda m: m.to("meta"), r"'into\.weight' was replaced in the module"),
+    "freezing": (
+        lambda m: m.into.weight.requires_grad_(False),
+        r"'into\.weight' was frozen after the module was packed",
+    ),
+    "unfreezing": (lambda m: m.frozen.requires_grad_(), r"'frozen' was frozen when the module was packed and is not"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_module_that_has_other_parameters_to_train_is_refused(name: str) -> None:
+    change, message = CHANGES[name]
+    model, tx = Tied(), fo.adamw(1e-2)
+    packed = fo.pack_module(model)
+    change(model)
+    before = copy.deepcopy(model.state_dict())
+
+    with pytest.raises(RuntimeError, match=message):
+        fo.apply_gradients(tx, packed.params, packed.grads, tx.init(packed.params), donate=True)
+
+    if "freezing" in name:
+        with pytest.raises(RuntimeError, match=message):
+            packed.zero_grad()
+    if "meta" not in name:
+        assert_same_bits(dict(model.state_dict()), dict(before))
+
+
+def test_a_module_that_is_packed_again_goes_on_with_its_state() -> None:
+    model, tx = Tied(), fo.adamw(1e-2)
+    packed = fo.pack_module(model)
+    state = tx.init(packed.params)
+    for k, x in enumerate(batches()):
+        if k == 1:
+            new_weight(model)
+            model.back.weight = model.into.weight
+            packed = fo.pack_module(model)
+        before = model.into.weight.detach().clone()
+        packed.zero_grad()
+        model(x).square().sum().backward()
+        _, state = fo.apply_gradients(tx, packed.params, packed.grads, state, donate=True)
+        assert not torch.equal(model.into.weight, before)
+    assert int(state[0].count) == STEPS
+
+
+def test_a_module_may_have_other_layers_without_parameters() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Tanh())
+    packed = fo.pack_module(model)
+    params = packed.params
+    model[1] = torch.nn.ReLU()
+    model.append(torch.nn.Dropout())
+    model.register_parameter("scale", torch.nn.Parameter(torch.ones(1), requires_grad=False))
+
+    assert packed.params is params
+    model[0].bias = None
+    with pytest.raises(RuntimeError, match=r"'0\.bias' was taken from the module"):
+        packed.params  # noqa: B018
+
+
+def test_a_copy_of_a_packed_module_is_refused() -> None:
+    packed = fo.pack_module(torch.nn.Linear(2, 2))
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="copy or save the module, and pack the copy"):
+            copied(packed)
 
 
 @pytest.mark.filterwarnings("ignore:the mask .* matches no parameter")

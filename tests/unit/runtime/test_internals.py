@@ -22,6 +22,7 @@ from functional_optim._runtime.internals import (
     members_unwrapper,
     needs_dispatch,
     outside_transformations,
+    registries,
     wrap_members,
 )
 from functional_optim._runtime.pointers import library, operations
@@ -289,6 +290,19 @@ def test_members_behind_other_wrappers() -> None:
     torch.func.grad(function)(torch.ones(3), torch.ones(3))
 
     assert answers == [True, False, True, False, False, False], f"torch {torch.__version__} nests wrappers otherwise"
+
+
+def test_registries_of_a_module() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.ReLU())
+    found = registries(module)
+    objects = [x for own in found for x in own.values()]
+
+    assert list(map(id, objects)) == list(map(id, [*module, module[0].weight, module[0].bias])), (
+        f"torch {torch.__version__} keeps parameters in other places: see how `torch.nn.Module.named_parameters` finds "
+        f"them."
+    )
+    module[0].bias = None
+    assert next(own for own in found if "bias" in own)["bias"] is None
 
 
 def test_vmap_in_the_handler_of_a_mode() -> None:
