@@ -132,7 +132,7 @@ class Packed(PackedTensors):
     def __repr__(self) -> str:
         n, k = len(self.layout.places), len(self.buffers)
         kinds = [
-            f"{len(x)} of {x.dtype} on {x.device}" if isinstance(x, torch.Tensor) and x.ndim == 1 else repr(x)
+            f"{'x'.join(map(str, x.shape))} of {x.dtype} on {x.device}" if isinstance(x, torch.Tensor) else f"{x!r:.60}"
             for x in self.buffers
         ]
         return (

@@ -9,7 +9,7 @@ import torch
 from . import _walk
 from ._compiler.rule import Bound, Rule, rule_of
 from ._runtime.checks import check_number
-from ._runtime.internals import needs_dispatch
+from ._runtime.internals import has_members, needs_dispatch
 from ._state import get_state
 from ._transform import GradientTransformation, Path, as_transformation
 from ._tree import Tree
@@ -128,7 +128,7 @@ def hyperparams(tx: GradientTransformation, state: Any) -> dict[str, Any]:
             own = _state_of(state, path, bound)
             for name, value in bound.values.items():
                 if value is not None and not isinstance(value, torch.dtype):
-                    value = scheduled(bound, name, int(own.count)) if bound.is_schedule(name) else value
+                    value = scheduled(bound, name, _count_of(own.count, bound)) if bound.is_schedule(name) else value
                     found.append((name, (path, bound.rule.name), value))
         else:
             injected = getattr(get_state(state, path), "hyperparams", None)
@@ -138,7 +138,21 @@ def hyperparams(tx: GradientTransformation, state: Any) -> dict[str, Any]:
     return {name: value for name, (_, _, value) in zip(names, found, strict=True)}
 
 
-def scheduled(bound: Bound, name: str, count: int) -> Any:
+def _count_of(count: torch.Tensor, bound: Bound) -> int | torch.Tensor:
+    """The number of steps that a counter tells; that of a member of `torch.vmap` is the counter itself.
+
+    Raises:
+      ValueError: there are counters of several members.
+    """
+    if count.ndim:
+        raise ValueError(
+            f"the counter of {bound.rule.name} has shape {tuple(count.shape)}: the state is that of several members, "
+            f"which `torch.vmap` maps, as in `vmap(lambda state: fo.hyperparams(tx, state)['learning_rate'])(state)`."
+        )
+    return count if has_members(count) else int(count)
+
+
+def scheduled(bound: Bound, name: str, count: int | torch.Tensor) -> Any:
     """The value of a schedule after some steps.
 
     Raises:

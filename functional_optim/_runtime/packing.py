@@ -77,9 +77,15 @@ class Layout:
             if not isinstance(x, torch.Tensor):
                 raise TypeError(f"buffer {b} of a packed tree is {type(x).__name__} {x!r:.60}, expected a tensor.")
             if x.shape != (size,):
+                is_stack = x.ndim > 1 and x.shape[-1] == size
                 raise ValueError(
-                    f"buffer {b} of a packed tree has shape {tuple(x.shape)}, but its layout has {(size,)}; leaves are "
-                    f"views of buffers, so change their values and not their number."
+                    f"buffer {b} of a packed tree has shape {tuple(x.shape)}, but its layout has {(size,)}; "
+                    + (
+                        "it is a stack of members, so take the packed tree in a function that `torch.vmap` maps, as in "
+                        "`vmap(fo.unpack)(packed)`."
+                        if is_stack
+                        else "leaves are views of buffers, so change their values and not their number."
+                    )
                 )
             # the derivative of one split is one concatenation, that of many slices a sum of as many whole buffers
             for i, chunk in zip(owners, torch.split(x, chunks), strict=True):

@@ -355,6 +355,10 @@ def test_packed_members() -> None:
     assert_same_bits(vmap(fo.unpack)(p), params)
     assert_same_bits(vmap(fo.unpack)(state[2].ema), plain[2].ema)
     assert_same_bits(list(p.buffers), list(vmap(fo.pack)(params).buffers))  # zeros between leaves
+    assert repr(p).startswith(f"Packed({len(SHAPES)} leaves in 1 buffer: {N}x")
+    for look in (p.tree, lambda: fo.unpack(p), lambda: fo.apply_gradients(tx, p, g, state)):
+        with pytest.raises(ValueError, match=r"is a stack of members, .*`vmap\(fo\.unpack\)\(packed\)`"):
+            look()
     # with some leaves that are not computed
     part = fo.masked(fo.sgd(0.1, 0.9), re.compile("weight"))
     some, _ = vmap(lambda p, g: fo.apply_gradients(part, p, g, part.init(p)))(p, g)
@@ -438,6 +442,20 @@ def test_members_that_are_replaced() -> None:
     assert state[0].count.tolist() == [1, 1, 0]
     expected = [fo.apply_gradients(tx, p, member(grads, k), s) for k, (p, s) in enumerate(alone)]
     assert_same_bits(actual, joined(expected))
+
+
+def test_the_numbers_of_members_are_read_back() -> None:
+    make: Any = lambda x: fo.adam(fo.linear_schedule(x, 0.0, 10))  # noqa: E731
+    params = stacks(0)
+    state = vmap(lambda x, p: make(x).init(p))(RATES, params)
+    for _ in range(2):
+        params, state = vmap(lambda x, p, s: fo.apply_gradients(make(x), p, p, s))(RATES, params, state)
+
+    found = vmap(lambda x, s: fo.hyperparams(make(x), s)["learning_rate"])(RATES, state)
+
+    torch.testing.assert_close(found, 0.8 * RATES, **DOUBLE)
+    with pytest.raises(ValueError, match=r"the counter of .* has shape \(3,\): the state is that of several members"):
+        fo.hyperparams(make(0.1), state)
 
 
 def test_a_mask_sees_a_member() -> None:
