@@ -52,13 +52,14 @@ def _form(x: Any, holes: Mapping[int, int]) -> Hashable:
     if isinstance(x, re.Pattern):
         return "pattern", x.pattern, x.flags
     if type(x) in (tuple, list):
-        return type(x), *(_form(y, holes) for y in x)
+        return type(x), *[_form(y, holes) for y in x]
     if type(x) is dict:
-        return dict, *((_form(k, holes), _form(y, holes)) for k, y in x.items())
+        # most keys are names, which no form of anything else is equal to
+        return dict, *[(k if type(k) is str else _form(k, holes), _form(y, holes)) for k, y in x.items()]
     if isinstance(x, (GradientTransformation, Schedule)) and type(x).__reduce__ is not object.__reduce__:
         made = x.__reduce__()
         if made[0] is type(x):  # the call that makes it
-            return Identity(type(x)), *(_form(y, holes) for y in made[1])
+            return Identity(type(x)), *[_form(y, holes) for y in made[1]]
     return Identity(x)
 
 
