@@ -13,11 +13,11 @@ import torch
 
 from .._runtime.internals import (
     all_transformations,
+    before_transformations,
     below_autograd,
     has_tangent,
     in_transformation,
     may_have_tangents,
-    outside_transformations,
     vmap_levels,
     wrap_members,
 )
@@ -254,7 +254,7 @@ def _pure_of_members(
     used = [(level, row) for level, row in zip(levels, rows, strict=True) if any(row)]
     sizes, stacked = [level.size for level, _ in used], [own for _, row in used for own in row]
     members = Members.of(text, sizes, stacked, lists)
-    with outside_transformations():
+    with before_transformations():
         whole = torch.ops.functional_optim.mapped_step(
             text, sizes, stacked, *members.split([stack.tensor for stack in stacks])
         )

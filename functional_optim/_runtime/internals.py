@@ -202,6 +202,15 @@ def outside_transformations() -> Any:
     return torch._C._DisableFuncTorch()
 
 
+def before_transformations() -> Any:
+    """A context in which no transformation of `torch.func` is entered, so that others may be.
+
+    `torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack`, with which the compiler reads tensors. Within
+    the kernel that an operation has for `vmap`, that call of `vmap` is at work and cannot follow another one.
+    """
+    return torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack()
+
+
 def all_transformations() -> Any:
     """A context in which functions of `torch.func` work, also in a kernel that a dispatch mode has called.
 

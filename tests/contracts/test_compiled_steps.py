@@ -408,6 +408,20 @@ def test_members_of_an_ensemble_are_one_operation(backend: str) -> None:
     assert_equal(mine, theirs)
 
 
+def test_members_of_a_graph_that_runs_within_vmap() -> None:
+    """The backend "eager" leaves `vmap` in the graph, and the operation is called within it."""
+    tx, params = fo.chain(fo.clip_by_global_norm(0.5), fo.adam(1e-2)), torch.linspace(-1, 1, 12).reshape(2, 3, 2)
+    state = torch.vmap(torch.vmap(tx.init))(params)
+
+    def step(p: Any, s: Any) -> Any:
+        return fo.apply_gradients(tx, p, p.sin(), s)
+
+    expected = torch.vmap(torch.vmap(step))(params, state)
+    inside = torch.compile(torch.vmap(torch.vmap(step)), fullgraph=True, backend="eager")
+    assert_equal(inside(params, state), expected)
+    assert_equal(torch.vmap(torch.vmap(torch.compile(step, backend="eager")))(params, state), expected)
+
+
 # -- donation -----------------------------------------------------------------------------------------------------
 
 

@@ -116,6 +116,10 @@ NAMES = {
         "internals.all_transformations",
         "see how `torch._dynamo.eval_frame` reads the keys that are excluded from dispatch",
     ),
+    "_functorch.pyfunctorch.temporarily_clear_interpreter_stack": (
+        "internals.before_transformations",
+        "see how `torch._dynamo` reads tensors outside of transformations",
+    ),
     "_C._DisableFuncTorch": (
         "internals.outside_transformations",
         "see how `torch._tensor_str` prints wrapped tensors",
