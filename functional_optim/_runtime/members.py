@@ -162,8 +162,8 @@ class MembersWorkspace:
     """Memory for data pointers, and the launches of kernels on it. Threads that share a step have one each."""
 
     def __init__(self, step: "MembersStep", n_threads: int) -> None:
-        n, n_sources, n_made = len(step.entries), len(step.sources), len(step.makers)
-        self.n_threads, self.pointers = n_threads, Pointers(n, len(step.made))
+        n, n_sources, n_made = len(step.offsets), len(step.sources), len(step.makers)
+        self.n_threads, self.pointers = n_threads, Pointers(n, len(step.made_offsets))
         self.bases, self.new_bases = Pointers(n_sources), Pointers(n_made)
         self.read_bases, self.made_bases = self.bases.tensor[:n_sources], self.new_bases.tensor[:n_made]
         self.read, self.made = self.pointers.tensor[:n], self.pointers.tensor[n + 1 :]
@@ -224,14 +224,11 @@ class MembersStep(Programs):
         self.columns_made: list[tuple[Key, Key, list[int]]] = []  # packed ones, those that they are like, and buffers
         self.parts: list[list[Group]] = []
         self.places: list[list[list[int]]] = []
-        self.entries: list[tuple[int, int]] = []
-        self.made: list[tuple[int, int]] = []
-        self._lay_out(columns, stacks, self._make_results(columns, specs))
+        self.offsets, self.made_offsets = self._lay_out(columns, stacks, self._make_results(columns, specs))
         # for each group, the numbers of all parts, and those between two
         widths = [len(group.sources) * len(group.signature.program.scalars) for group in self.groups]
         own = self.ensemble.n if any(self.of_numbers) else 1
         self.rows = [(width * own, width if len(self.parts) > 1 and own > 1 else 0) for width in widths]
-        self.offsets, self.made_offsets = Offsets(self.entries), Offsets(self.made)
         self.workspaces: list[MembersWorkspace] = []  # those that no thread uses at the moment
 
     # -- binding ------------------------------------------------------------------------------------------------------
@@ -270,7 +267,7 @@ class MembersStep(Programs):
 
     def _lay_out(
         self, columns: Columns, stacks: Sequence[Stack], results: Sequence[Sequence[Sequence["_Result"]]]
-    ) -> None:
+    ) -> tuple[Offsets, Offsets]:
         """Decides where the data pointers of all leaves of all members are.
 
         Each member is a part with launches of its own where something is reduced over the tree. Otherwise the leaves of
@@ -280,7 +277,12 @@ class MembersStep(Programs):
           columns: the tensors.
           stacks: the sources.
           results: for each group and output, the results of its leaves.
+
+        Returns:
+          The pointers that are read, from those of the sources; and those of results, from the tensors that are made.
         """
+        entries: list[tuple[int, int]] = []
+        made: list[tuple[int, int]] = []
         n, index = self.ensemble.n, {source: k for k, source in enumerate(self.sources)}
         distances = [[k * x.tensor.element_size() for k in self.ensemble.offsets(x)] for x in stacks]
         of_inputs: list[list[list[tuple[int, int]]]] = []  # for each group, input and leaf: the source, and bytes in it
@@ -296,12 +298,13 @@ class MembersStep(Programs):
             for inputs, outputs in zip(of_inputs, results, strict=True):
                 places: list[int] = []
                 for own in inputs:
-                    places.append(len(self.entries))
-                    self.entries += [(x, k + distances[x][m]) for m in members for x, k in own]
-                for made in outputs:
-                    places.append(n_read + 1 + len(self.made))  # behind the status of reading
-                    self.made += [(x.maker, x.offset + m * x.distance) for m in members for x in made]
+                    places.append(len(entries))
+                    entries += [(x, k + distances[x][m]) for m in members for x, k in own]
+                for own_results in outputs:
+                    places.append(n_read + 1 + len(made))  # behind the status of reading
+                    made += [(x.maker, x.offset + m * x.distance) for m in members for x in own_results]
                 self.places[-1].append(places)
+        return Offsets(entries), Offsets(made)
 
     def _expanded(self, group: Group, n: int) -> Group:
         """A group with the leaves of several members, each with numbers of its own if any number is stacked."""

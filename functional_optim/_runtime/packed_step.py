@@ -47,6 +47,9 @@ class Offsets:
         self.index = torch.tensor([k for k, _ in entries], dtype=torch.int64, device="cpu")
         self.bytes = torch.tensor([n for _, n in entries], dtype=torch.int64, device="cpu")
 
+    def __len__(self) -> int:
+        return len(self.bytes)
+
     def write(self, bases: torch.Tensor, pointers: torch.Tensor) -> None:
         """Writes the pointers."""
         torch.add(bases.index_select(0, self.index), self.bytes, out=pointers)
