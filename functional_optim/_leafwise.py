@@ -217,10 +217,7 @@ class LeafwiseStep:
             else:
                 self._refuse_changes(call, stacked, before)
                 # slots have memory of their own: views of one buffer would keep all of it alive
-                slots: list[Any] = [
-                    [None] * n if x is None else torch.unbind_copy(x, 0)  # type: ignore[func-returns-value]
-                    for x in results[1:]
-                ]
+                slots = [[None] * n if x is None else _copies(x) for x in results[1:]]
                 return [results[0].unbind(0), *slots]
             results = self._one_by_one(
                 call, paths, arrays
@@ -262,6 +259,13 @@ class LeafwiseStep:
                     f"{call.rule.name} changes its argument `{name}` in place; make a new tensor of it, as in "
                     f"`{name} = {name} * 2` in place of `{name}.mul_(2)`."
                 )
+
+
+def _copies(x: torch.Tensor) -> Sequence[torch.Tensor]:
+    """The leaves of a stack, each in memory of its own."""
+    if needs_dispatch():  # `vmap` cannot follow the other
+        return [leaf.clone() for leaf in x.unbind(0)]
+    return torch.unbind_copy(x, 0)  # type: ignore[no-any-return, func-returns-value]
 
 
 class _Values(NamedTuple):

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .._runtime.internals import (
+    MEMBERS_IN_GRAPHS,
     all_transformations,
     before_transformations,
     below_autograd,
@@ -246,7 +247,7 @@ def _pure_of_members(
 ) -> Sequence[torch.Tensor]:
     """The step under `vmap`: one operation for all members, or operations of torch where something else follows."""
     levels = vmap_levels()
-    if not levels or not find_step(text).of_rules:
+    if not levels or not find_step(text).of_rules or not MEMBERS_IN_GRAPHS:
         return _traced_step(text, updates, params, state, numbers)
     lists = (updates, params, state, numbers)
     stacks = [Stack.of(x, levels) for x in itertools.chain(*lists)]
