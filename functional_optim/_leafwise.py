@@ -265,7 +265,7 @@ def _copies(x: torch.Tensor) -> Sequence[torch.Tensor]:
     """The leaves of a stack, each in memory of its own."""
     if needs_dispatch():  # `vmap` cannot follow the other
         return [leaf.clone() for leaf in x.unbind(0)]
-    return torch.unbind_copy(x, 0)  # type: ignore[no-any-return, func-returns-value]
+    return torch.unbind_copy(x, 0)  # type: ignore[return-value, func-returns-value]
 
 
 class _Values(NamedTuple):

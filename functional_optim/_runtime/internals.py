@@ -213,7 +213,7 @@ def before_transformations() -> Any:
 
 # whether the kernel that an operation has for `vmap` may call another operation in a graph; before, torch's fallback
 # for Python finds no snapshot of its thread-local state there, and fails an assertion
-MEMBERS_IN_GRAPHS = torch.torch_version.TorchVersion(torch.__version__) >= (2, 13)
+MEMBERS_IN_GRAPHS = torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
 
 
 def all_transformations() -> Any:
