@@ -4,13 +4,12 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
-from weakref import WeakValueDictionary
 
 import torch
 
 from ._runtime.packing import Layout, PackedColumn, PackedTensors, Place, aligned, memory_order
 from ._runtime.spec import TensorSpec
-from ._structures import read, rebuild
+from ._structures import FORMS, read, rebuild
 
 
 class Form:
@@ -42,12 +41,7 @@ class Form:
 
     def tree(self, leaves: Sequence[Any]) -> Any:
         """The tree with these leaves."""
-        if self.containers is not None and torch.compiler.is_dynamo_compiling():
-            return rebuild(self.containers, [leaves[k] for k in self.order])
         return self.spec.unflatten(leaves)
-
-
-FORMS: "WeakValueDictionary[str, Form]" = WeakValueDictionary()  # by serial number
 
 
 @functools.lru_cache(maxsize=256)
@@ -110,6 +104,10 @@ class Packed(PackedTensors):
 
     def tree(self) -> Any:
         """The tree, whose leaves are views of the buffers: to write to one is to write to the other."""
+        if self.form.containers is not None and torch.compiler.is_dynamo_compiling():
+            from ._constants import traced_tree  # which imports the compiler, and that takes seconds
+
+            return traced_tree(self.form.serial, self.form.containers, self.buffers)
         return self.form.tree(self.views)
 
     def map(self, fn: Callable[[torch.Tensor], Any]) -> "Packed":

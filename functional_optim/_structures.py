@@ -3,6 +3,7 @@
 import collections
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -17,6 +18,7 @@ Tree = Any
 # the form; others have none.
 Structure = Any
 NO_FORMS: Mapping[str, Any] = {}
+FORMS: "WeakValueDictionary[str, Any]" = WeakValueDictionary()  # of packed trees, by serial number
 DICTS = (dict, collections.OrderedDict)
 
 

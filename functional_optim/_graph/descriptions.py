@@ -26,13 +26,13 @@ from weakref import WeakValueDictionary
 import torch
 
 from .._compiler.rule import Rule, state_type
-from .._packed import FORMS, Form, Packed, form
+from .._packed import Form, Packed, form
 from .._runtime.backend import use_backend
 from .._runtime.internals import is_wrapper_of_a_transformation
 from .._runtime.packing import Place
 from .._schedules.schedule import Schedule, ScheduleFactory
 from .._step import take_step
-from .._structures import Structure, rebuild
+from .._structures import FORMS, Structure, rebuild
 from .._transform import TRANSFORMATIONS, GradientTransformation
 from .._tree import Tree, difference, flatten, flatten_to_buffers, leaves_like, unflatten
 

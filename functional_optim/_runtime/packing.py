@@ -32,15 +32,25 @@ class Place(NamedTuple):
         """Number of elements."""
         return torch.Size(self.shape).numel()
 
-    def view(self, chunk: torch.Tensor) -> torch.Tensor:
-        """The leaf as a view of the chunk of its buffer that begins at `offset`."""
-        if chunk.shape[0] != self.numel:
-            chunk = chunk[: self.numel]
-        order = memory_order(self.shape, self.stride)
-        if order == tuple(range(len(order))):
-            return chunk.view(self.shape)
-        inverse = sorted(range(len(order)), key=order.__getitem__)
-        return chunk.view([self.shape[k] for k in order]).permute(inverse)
+
+# Plain tuples, which compilers of all versions take for constants. A piece is a leaf as a view of a chunk of a buffer:
+# its position, its number of elements, its sizes in the order of memory, and for each dimension its position in that
+# order, or None if that is the order of the leaf. A cut is a buffer: its length, those of its chunks, and its pieces.
+Piece = tuple[int, int, tuple[int, ...], tuple[int, ...] | None]
+Cut = tuple[int, tuple[int, ...], tuple[Piece, ...]]
+
+
+def piece_of(leaf: int, place: Place) -> Piece:
+    """The piece of a leaf at a place.
+
+    Example:
+      >>> piece_of(0, Place(0, 8, (2, 3), (3, 1))), piece_of(1, Place(0, 16, (2, 3), (1, 2)))
+      ((0, 6, (2, 3), None), (1, 6, (3, 2), (1, 0)))
+    """
+    order = memory_order(place.shape, place.stride)
+    inverse = tuple(sorted(range(len(order)), key=order.__getitem__))
+    in_memory = tuple([place.shape[k] for k in order])
+    return leaf, place.numel, in_memory, None if inverse == tuple(range(len(order))) else inverse
 
 
 class Layout:
@@ -58,8 +68,10 @@ class Layout:
                 owners.setdefault(place.buffer, []).append(i)
         self.owners = [sorted(owners[b], key=self._order) for b in range(len(owners))]
         found = [[p for i in own if (p := places[i]) is not None] for own in self.owners]
-        self.chunks = [[aligned(place.numel) for place in own] for own in found]
-        self.sizes = tuple(map(sum, self.chunks))
+        chunks = [tuple([aligned(place.numel) for place in own]) for own in found]
+        self.sizes = tuple(map(sum, chunks))
+        pieces = [tuple(map(piece_of, own, there)) for own, there in zip(self.owners, found, strict=True)]
+        self.cuts: tuple[Cut, ...] = tuple(zip(self.sizes, chunks, pieces, strict=True))
         self.gaps = tuple(size > sum(place.numel for place in own) for size, own in zip(self.sizes, found, strict=True))
 
     def _order(self, i: int) -> tuple[int, int]:
@@ -67,32 +79,41 @@ class Layout:
         return (place.offset if place is not None else 0, i)
 
     def views(self, buffers: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-        """The leaves as views of buffers.
+        """The leaves as views of buffers; see `views_of`."""
+        return views_of(self.cuts, len(self.places), buffers)
 
-        Raises:
-          TypeError, ValueError: a buffer is no tensor, or not one of the right length.
-        """
-        found: list[torch.Tensor | None] = [None] * len(self.places)
-        for b, (x, size, chunks, owners) in enumerate(zip(buffers, self.sizes, self.chunks, self.owners, strict=True)):
-            if not isinstance(x, torch.Tensor):
-                raise TypeError(f"buffer {b} of a packed tree is {type(x).__name__} {x!r:.60}, expected a tensor.")
-            if x.shape != (size,):
-                is_stack = x.ndim > 1 and x.shape[-1] == size
-                raise ValueError(
-                    f"buffer {b} of a packed tree has shape {tuple(x.shape)}, but its layout has {(size,)}; "
-                    + (
-                        "it is a stack of members, so take the packed tree in a function that `torch.vmap` maps, as in "
-                        "`vmap(fo.unpack)(packed)`."
-                        if is_stack
-                        else "leaves are views of buffers, so change their values and not their number."
-                    )
+
+def views_of(cuts: Sequence[Cut], n: int, buffers: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    """Leaves as views of buffers, None for those that are absent.
+
+    Args:
+      cuts: how each buffer is cut.
+      n: the number of leaves.
+      buffers: the buffers.
+
+    Raises:
+      TypeError, ValueError: a buffer is no tensor, or not one of the right length.
+    """
+    found: list[torch.Tensor | None] = [None] * n
+    for b, (x, (size, chunks, pieces)) in enumerate(zip(buffers, cuts, strict=True)):
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"buffer {b} of a packed tree is {type(x).__name__} {x!r:.60}, expected a tensor.")
+        if x.shape != (size,):
+            is_stack = x.ndim > 1 and x.shape[-1] == size
+            raise ValueError(
+                f"buffer {b} of a packed tree has shape {tuple(x.shape)}, but its layout has {(size,)}; "
+                + (
+                    "it is a stack of members, so take the packed tree in a function that `torch.vmap` maps, as in "
+                    "`vmap(fo.unpack)(packed)`."
+                    if is_stack
+                    else "leaves are views of buffers, so change their values and not their number."
                 )
-            # the derivative of one split is one concatenation, that of many slices a sum of as many whole buffers
-            for i, chunk in zip(owners, torch.split(x, chunks), strict=True):
-                place = self.places[i]
-                assert place is not None
-                found[i] = place.view(chunk)
-        return found
+            )
+        # the derivative of one split is one concatenation, that of many slices a sum of as many whole buffers
+        for (leaf, numel, shape, order), chunk in zip(pieces, torch.split(x, list(chunks)), strict=True):
+            view = (chunk if chunk.shape[0] == numel else chunk[:numel]).view(shape)
+            found[leaf] = view if order is None else view.permute(order)
+    return found
 
 
 def aligned(n: int) -> int:

@@ -627,6 +627,23 @@ def test_containers_of_packed_trees(container: str) -> None:
     assert_equal(torch.compile(step, fullgraph=True, backend="eager")(params, state), step(params, state))
 
 
+def test_the_places_of_leaves_are_no_variables() -> None:
+    """With `dynamic=True` a compiler takes the numbers that it finds in objects for variables."""
+    tx, backend = fo.adamw(0.1), counter()
+    params = fo.pack({"w": torch.linspace(-1, 1, 12).reshape(3, 4).t(), "n": None, "b": torch.ones(3)})
+
+    def step(params: Any, state: Any) -> Any:
+        grads = {k: None if x is None else 2 * x for k, x in fo.unpack(params).items()}
+        return fo.apply_gradients(tx, params, grads, state)
+
+    compiled = torch.compile(step, fullgraph=True, backend=backend, dynamic=True)
+    mine, theirs = (params, tx.init(params)), (params, tx.init(params))
+    for _ in range(3):
+        mine, theirs = compiled(*mine), step(*theirs)
+    assert_equal(mine, theirs)
+    assert backend.frame_count == 1
+
+
 def test_derivatives_and_members_with_packed_trees() -> None:
     tx = fo.chain(fo.clip_by_global_norm(0.5), fo.adam(0.1))
     params = fo.pack([torch.ones(2, 3), torch.arange(2.0)])

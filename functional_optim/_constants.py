@@ -1,0 +1,33 @@
+"""The tree of a packed tree as a compiler traces it: places are constants of the graph, and no variables.
+
+A compiler may take numbers that it finds in objects for variables, and all of them with `dynamic=True`. Graphs are
+guarded by the serial number of a form in their place. Imported while a compiler runs.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ._runtime.packing import Cut, views_of
+from ._structures import FORMS, Structure, rebuild
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def cuts_of(serial: str) -> tuple[Cut, ...]:
+    """How the buffers of a form are cut."""
+    cuts: tuple[Cut, ...] = FORMS[serial].layout.cuts
+    return cuts
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def order_of(serial: str) -> tuple[int, ...]:
+    """The position of each leaf of a form's containers among its leaves."""
+    return tuple(FORMS[serial].order)
+
+
+def traced_tree(serial: str, containers: Structure, buffers: Sequence[torch.Tensor]) -> Any:
+    """The tree of a form in these containers, whose leaves are views of buffers."""
+    order = order_of(serial)
+    leaves = views_of(cuts_of(serial), len(order), buffers)
+    return rebuild(containers, [leaves[k] for k in order])
