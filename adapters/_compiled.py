@@ -1,6 +1,8 @@
 """The operation that a step is inside `torch.compile`, which the compiler keeps whole."""
 
+import contextlib
 import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -17,6 +19,7 @@ def _step(
     params: list[torch.Tensor],
     grads: list[torch.Tensor],
     state: list[torch.Tensor],
+    options: list[torch.Tensor],
     names: str,
     values: list[torch.Tensor],
 ) -> None:
@@ -24,7 +27,50 @@ def _step(
     optimizer = OPTIMIZERS.get(handle)
     if optimizer is None:
         raise RuntimeError("the optimizer of this compiled step is gone; keep it as long as the compiled function.")
-    optimizer._run_traced(params, grads, state, dict(zip(names.split(",") if names else (), values, strict=True)))
+    extra = dict(zip(names.split(",") if names else (), values, strict=True))
+    optimizer._run_traced(params, grads, state, options, extra)
 
 
 _step.register_fake(lambda *args: None)  # it returns nothing
+
+
+def tensors_among(group: Mapping[str, Any]) -> list[torch.Tensor]:
+    """The options of a group that are tensors, those in pairs too.
+
+    They are arguments of the operation, so that it comes after what the compiled function has written to them before,
+    and before what it writes later.
+    """
+    tensors: list[torch.Tensor] = []
+    for x in group.values():
+        if isinstance(x, torch.Tensor):
+            tensors.append(x)
+        elif isinstance(x, tuple):
+            tensors.extend([y for y in x if isinstance(y, torch.Tensor)])
+    return tensors
+
+
+@contextlib.contextmanager
+def in_place_of_tensors(groups: Sequence[dict[str, Any]], tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Puts others in the place of `tensors_among` groups, for the time of a step.
+
+    Args:
+      groups: the groups.
+      tensors: the tensors that stand for those of all groups.
+    """
+    given, changed = iter(tensors), []
+    for group in groups:
+        for key, x in group.items():
+            new = x
+            if isinstance(x, torch.Tensor):
+                new = next(given)
+            elif isinstance(x, tuple) and any(isinstance(y, torch.Tensor) for y in x):
+                new = tuple([next(given) if isinstance(y, torch.Tensor) else y for y in x])
+            if new is not x:
+                changed.append((group, key, x, new))
+    try:
+        for group, key, _, new in changed:
+            group[key] = new
+        yield
+    finally:
+        for group, key, x, _ in changed:
+            group[key] = x

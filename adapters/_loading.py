@@ -201,13 +201,15 @@ def _state(
     if not isinstance(saved, Mapping):
         raise ValueError(f"the saved state of {name!r} is {_show(saved)}, expected a dict.")
     tensors = [k for k in slots if k != "step"]
-    if saved and tensors and not any(k in saved for k in tensors):
+    # the first parameter keeps what a transformation has for the whole tree, whether it has taken a step or not
+    stepped = any(not (str(k).startswith("transformation_") and ":tree" in str(k)) for k in saved)
+    if stepped and tensors and not any(k in saved for k in tensors):
         raise ValueError(
             f"the saved state of {name!r} has {', '.join(map(repr, saved))}, expected "
             f"{', '.join(map(repr, tensors))}: another chain or other options made it."
         )
     lacking = [k for k in slots if k not in saved]
-    if saved and lacking:
+    if stepped and lacking:
         raise ValueError(
             f"the saved state of {name!r} lacks {', '.join(map(repr, lacking))}; it has "
             f"{', '.join(map(repr, saved))}, so another chain or other options made it."

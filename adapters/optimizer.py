@@ -22,7 +22,7 @@ from functional_optim._runtime.shard import is_dtensor
 from functional_optim._runtime.spec import PLAIN
 
 from ._averages import averaged
-from ._compiled import HANDLES, OPTIMIZERS
+from ._compiled import HANDLES, OPTIMIZERS, in_place_of_tensors, tensors_among
 from ._loading import load
 from ._naming import names_of
 
@@ -51,6 +51,11 @@ def _check_rate(group: int, lr: Any) -> None:
 def _is_dense(grad: torch.Tensor | None) -> bool:
     """Whether a gradient is not sparse; one that is not there is not."""
     return grad is None or grad.layout is torch.strided
+
+
+def _is_like(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether one tensor can be copied to the other's place."""
+    return (x.shape, x.dtype, x.device) == (y.shape, y.dtype, y.device)
 
 
 class _Bindings:
@@ -538,6 +543,7 @@ class ChainOptimizer(Optimizer):
         params: list[torch.Tensor] = []
         grads: list[torch.Tensor] = []
         state: list[torch.Tensor] = []
+        options: list[torch.Tensor] = []
         handle = 0
         for group in self.param_groups:
             some_params: list[torch.Tensor] = []
@@ -547,8 +553,11 @@ class ChainOptimizer(Optimizer):
             params.extend(some_params)
             grads.extend(some_grads)
             state.extend(some_state)
-        values = [torch.as_tensor(x, dtype=torch.float64) for x in extra.values()]
-        torch.ops.functional_optim.step(handle, params, grads, state, ",".join(extra), values)
+            options.extend(tensors_among(group))
+        from functional_optim._graph.trace import as_numbers  # which imports the compiler, and that takes seconds
+
+        values = [torch.as_tensor(as_numbers(x), dtype=torch.float64) for x in extra.values()]
+        torch.ops.functional_optim.step(handle, params, grads, state, options, ",".join(extra), values)
 
     def _init_group(
         self,
@@ -580,22 +589,36 @@ class ChainOptimizer(Optimizer):
         return handle
 
     def _run_traced(
-        self, params: list[torch.Tensor], grads: list[torch.Tensor], state: list[torch.Tensor], extra: dict[str, Any]
+        self,
+        params: list[torch.Tensor],
+        grads: list[torch.Tensor],
+        state: list[torch.Tensor],
+        options: list[torch.Tensor],
+        extra: dict[str, Any],
     ) -> None:
-        """Takes a step on tensors that stand for this optimizer's own, in the order of `_init_group`."""
+        """Takes a step on tensors that stand for this optimizer's own, in the order of `_run_compiled`."""
         templates, known = self._params()
         own_params, own_grads = list(known.tensors), list(map(GRAD, known.tensors))
-        states = list(self._states(known))
+        own_states = list(self._states(known))
         given, tensors = iter(zip(params, grads, strict=True)), iter(state)
         standing: dict[int, torch.Tensor] = {}  # for which tensor of the state each stands
         for i, g in enumerate(own_grads):
             if g is not None:
                 own_params[i], own_grads[i] = next(given)
-                for x in states[i].values():
+                for x in own_states[i].values():
                     if isinstance(x, torch.Tensor) and id(x) not in standing:
                         standing[id(x)] = next(tensors)
-        states = [{k: standing.get(id(x), x) for k, x in entries.items()} if entries else entries for entries in states]
-        self._step_on(templates, own_params, own_grads, states, extra)
+        states = [{k: standing.get(id(x), x) for k, x in own.items()} if own else own for own in own_states]
+        with in_place_of_tensors(self.param_groups, options):
+            self._step_on(templates, own_params, own_grads, states, extra)
+        # parts of the chain that kernels do not write in place have put new tensors into `states`
+        for own, entries in zip(own_states, states, strict=True):
+            for k, x in entries.items():
+                old = standing.get(id(own.get(k)), own.get(k))
+                if isinstance(old, torch.Tensor) and isinstance(x, torch.Tensor) and _is_like(old, x):
+                    old.copy_(x)
+                elif x is not old:
+                    own[k] = x
 
     def load_state_dict(self, state_dict: dict[str, Any], *, by_name: bool = False, strict: bool = True) -> None:
         """Loads a state dict, of this class or of the torch optimizer of the same name.

@@ -544,6 +544,28 @@ def test_a_number_per_leaf_loads_from_a_number_and_from_one_element() -> None:
             assert_same_bits(state["c"], torch.tensor(3.0, dtype=torch.float64))
 
 
+def test_a_frozen_parameter_that_keeps_the_state_of_the_tree_loads() -> None:
+    """The first parameter holds what a transformation of the caller's has for all, and no slots if it takes no step."""
+
+    def count(updates: Any, state: Any, params: Any = None) -> Any:
+        return updates, {"n": state["n"] + 1}
+
+    counts = fo.GradientTransformation(lambda params: {"n": torch.zeros(())}, count)
+    optimizers = []
+    for _ in range(2):
+        frozen, w = torch.nn.Parameter(torch.ones(3), requires_grad=False), torch.nn.Parameter(torch.ones(2))
+        optimizers.append(TransformOptimizer([frozen, w], fo.chain(fo.trace(0.9), counts, fo.scale(-0.1))))
+        w.grad = torch.ones(2)
+    saved, loaded = optimizers
+    saved.step()
+    loaded.load_state_dict(saved.state_dict())
+    for optimizer in optimizers:
+        optimizer.step()
+    actual, expected = (optimizer.state_dict()["state"] for optimizer in (loaded, saved))
+    assert [list(x) for x in actual.values()] == [list(x) for x in expected.values()]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
 def test_values_without_a_parameter_are_copied() -> None:
     opt, other = SGD(named().values()), SGD(named().values())
     opt.state["mine"] = {"x": torch.ones(2)}
