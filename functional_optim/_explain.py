@@ -17,6 +17,7 @@ from ._leafwise import LeafwiseStep
 from ._params import Journal, ParamList, ParamRegion, ParamStep, Template, tensor_of
 from ._regions import BoundRegion
 from ._runtime.backend import choose_backend
+from ._runtime.checks import at
 from ._runtime.plan import Columns, Group, Key, Leaf
 from ._runtime.shard import local_tensor
 from ._runtime.spec import TensorSpec
@@ -364,7 +365,8 @@ class _Collector:
 
     def _add_group(self, group: Group, backend: str | None) -> None:
         if backend is None:
-            backend, why = choose_backend(self.tensors[group.leaves[0]].device)
+            first = group.leaves[0]
+            backend, why = choose_backend(self.tensors[first].device, at(self.paths[first]))
             self.notes += [why] if why else []
         copied = [self.paths[group.leaves[k]] for k in group.copied]
         if copied and backend in ("c", "triton"):

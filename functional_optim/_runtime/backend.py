@@ -23,8 +23,10 @@ _given_up: dict[str, str] = {}  # backends that failed to build a kernel in this
 def use_backend(name: str) -> Iterator[None]:
     """Chooses the backend that computes updates within a `with` block.
 
-    Where it does not apply (Triton without a GPU, kernels in forward mode), the next best one
-    does; `explain` says which and why.
+    A backend that cannot compute the tensors of a step at all is an error of the step: Triton on the CPU, C on a GPU
+    or without a compiler. Where torch follows a step that kernels have no derivative for (forward mode, second
+    derivatives), for tensors of other classes, and after a kernel has failed to build, which a warning says, the next
+    best one takes its place; `explain` says which and why.
 
     Args:
       name: `"reference"`, `"foreach"`, `"c"` or `"triton"`.
@@ -65,29 +67,60 @@ def _has_triton() -> bool:
     return True
 
 
-def choose_backend(device: torch.device) -> tuple[str, str]:
-    """The backend for plain tensors on a device, and the reason if it is not the fastest or the one asked for."""
+def choose_backend(device: torch.device, where: str = "") -> tuple[str, str]:
+    """The backend for plain tensors on a device, and the reason if it is not the fastest or the one asked for.
+
+    Args:
+      device: the device.
+      where: the place of a leaf on it, for messages.
+
+    Raises:
+      RuntimeError: the backend that is asked for never computes tensors on this device, here.
+    """
     asked = _requested.get()
     if asked in ("reference", "foreach"):
         return asked, ""
+    if asked is not None:
+        never = _why_never(asked, device)
+        if never:
+            others = " or ".join(repr(name) for name in BACKENDS if not _why_never(name, device))
+            raise RuntimeError(
+                f"the backend {asked!r} is asked for, but cannot compute the leaf{where} on {device}: {never}. Ask "
+                f"for {others}, or leave `use_backend` out, and the fastest that applies is chosen."
+            )
     if asked == "triton" or (asked is None and device.type == "cuda"):
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        runs = device.type == "cuda" or (device.type == "cpu" and interpreted)
-        if _has_triton() and runs and "triton" not in _given_up:
-            return "triton", ""
-        why = f"Triton does not run on {device.type}" if _has_triton() else "Triton is not installed"
-        if device.type == "cuda" and not _has_triton():
+        why = _why_never("triton", device)
+        if why:
             give_up("triton", why)
-        why = _given_up.get("triton", why)
+        if "triton" not in _given_up:
+            return "triton", ""
+        why = _given_up["triton"]
     elif device.type == "cpu":
-        if "c" not in _given_up and find_compiler() is None:
-            give_up("c", "there is no C compiler: neither $CC nor cc, gcc or clang is on the PATH")
+        why = _why_never("c", device) if "c" not in _given_up else ""
+        if why:
+            give_up("c", why)
         if "c" not in _given_up:
             return "c", ""
         why = _given_up["c"]
     else:
-        why = f"there is no C kernel for {device.type}"
+        why = _why_never("c", device)
     return ("foreach" if device.type in ("cpu", "cuda") else "reference"), why
+
+
+def _why_never(backend: str, device: torch.device) -> str:
+    """The reason for which a backend cannot compute anything on a device in this process; empty if it may."""
+    if backend == "triton":
+        if not _has_triton():
+            return "Triton is not installed"
+        interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+        runs = "Triton runs on CUDA devices, and on the CPU where TRITON_INTERPRET=1 is set before it is imported"
+        return "" if device.type == "cuda" or interpreted else runs
+    if backend == "c":
+        if device.type != "cpu":
+            return f"there is no C kernel for {device.type}"
+        if find_compiler() is None:
+            return "there is no C compiler: neither $CC nor cc, gcc or clang is on the PATH"
+    return ""
 
 
 def give_up(backend: str, why: str) -> None:

@@ -232,7 +232,7 @@ class BoundStep(Programs):
         parts = []
         for device in dict.fromkeys(group.device for group in self.groups):
             own = [k for k, group in enumerate(self.groups) if group.device == device]
-            backend, _ = choose_backend(device)
+            backend, _ = choose_backend(device, at(self.paths[self.groups[own[0]].leaves[0]]))
             parts.append((self._built(backend, own), own))
         return parts
 

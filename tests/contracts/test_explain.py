@@ -14,6 +14,7 @@ from _lib.compare import Snapshot
 from _lib.optimizers import OURS, fitting
 from _lib.training import train
 from _lib.trees import leaves, make_tree, mixed_tree
+from functional_optim._runtime import backend
 from functional_optim.adapters import SGD, Adam, AdamW, TransformOptimizer
 
 
@@ -52,6 +53,64 @@ def test_use_backend_is_per_thread() -> None:
         assert backends() == ("triton",)
 
     assert found == [("foreach",), ("reference",)]
+
+
+NEVER: dict[str, tuple[str, str]] = {
+    "triton": ("triton", r"cannot compute the leaf at 'b' on cpu: Triton runs on CUDA devices, and on the CPU where"),
+    "not installed": ("triton", r"on cpu: Triton is not installed\. Ask for 'reference' or 'foreach' or 'c', or leave"),
+    "no compiler": ("c", r"on cpu: there is no C compiler: neither \$CC nor cc, gcc or clang is on the PATH\. Ask"),
+}
+
+
+@pytest.mark.parametrize("case", NEVER)
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_backend_that_never_serves_is_an_error(case: str, donate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name, the step and `explain` say which leaf and why, and nothing is written; without, another one serves."""
+    name, message = NEVER[case]
+    monkeypatch.delenv("TRITON_INTERPRET")
+    if case == "not installed":
+        monkeypatch.setattr(backend, "_has_triton", lambda: False)
+    if case == "no compiler":
+        monkeypatch.setattr(backend, "find_compiler", lambda: None)
+    tx, params = fo.adam(0.1), {"n": None, "b": torch.ones(2), "w": torch.ones(3)}
+    state = tx.init(params)
+
+    with fo.use_backend(name):
+        with pytest.raises(RuntimeError, match=f"the backend '{name}' is asked for, but .*{message}"):
+            fo.apply_gradients(tx, params, params, state, donate=donate)
+        with pytest.raises(RuntimeError, match=message):
+            fo.explain(tx, params)
+        optimizer = AdamW([torch.nn.Parameter(torch.ones(2))])
+        optimizer.param_groups[0]["params"][0].grad = torch.ones(2)
+        with pytest.raises(RuntimeError, match=f"the backend '{name}'"):
+            optimizer.step()
+        assert not optimizer.state
+
+    assert all(torch.equal(x, torch.ones_like(x)) for x in (params["b"], params["w"]))
+    assert not any(x.any() for x in (*state[0].mu.values(), state[0].count) if x is not None)
+
+
+@pytest.mark.parametrize("name", ["c", "triton"])
+def test_a_backend_gives_way_where_torch_follows(name: str) -> None:
+    """In forward mode and in second derivatives only operations of torch serve, which is no error."""
+    tx, params = fo.adam(0.1), {"w": torch.ones(3)}
+    state = tx.init(params)
+
+    def after(g: torch.Tensor) -> torch.Tensor:
+        return fo.apply_gradients(tx, params, {"w": g}, state)[0]["w"].square().sum()
+
+    def both() -> Any:
+        g = torch.tensor([1.0, 2.0, 3.0])
+        return torch.func.jvp(after, (g,), (g,))[1], torch.func.hessian(after)(g)
+
+    expected = both()
+    with fo.use_backend(name):
+        torch.testing.assert_close(both(), expected)
+
+
+def test_there_is_no_c_kernel_for_a_gpu() -> None:
+    with fo.use_backend("c"), pytest.raises(RuntimeError, match="on cuda:0: there is no C kernel for cuda"):
+        backend.choose_backend(torch.device("cuda", 0))
 
 
 # --- explain
