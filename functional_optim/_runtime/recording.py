@@ -4,6 +4,7 @@ What is saved are the inputs of the step, which it leaves alone: the derivative 
 fewer bytes than saving them. The derivative is itself recorded, as torch operations, for whoever differentiates it.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from .._compiler.call import Column
 from .._compiler.differentiate import NoDerivative, cotangent, differentiate_all
 from .._compiler.fuse import Recipe, Source
 from .._compiler.program import Level, Program
+from .checks import at
 from .evaluate import evaluate
 from .internals import in_transformation, is_mapped_by_autograd, is_wrapper_of_a_transformation
 from .plan import Columns, Group, Key, Leaf
@@ -189,6 +191,18 @@ class Recording:
             for k in range(len(group.leaves))
         ]
 
+    def tensor_names(self, shape: Sequence[int] | None) -> list[str]:
+        """The names of gathered tensors of a shape, or of all, with the paths of their leaves."""
+        found: dict[str, None] = {}
+        for group, bounds in zip(self.bound.groups, self.bound.bounds, strict=True):
+            program = group.signature.program
+            columns = [("updates", group.updates), *zip((*program.arrays, *program.leaves), group.inputs, strict=True)]
+            for name, gather in columns:
+                for k, i in zip(range(*bounds[gather]), group.leaves, strict=False):
+                    if shape is None or tuple(self.bound.specs[k].shape) == tuple(shape):
+                        found[f"{name}{at(self.bound.paths[i])}"] = None
+        return list(found)
+
     def derivative(self, given: Sequence[bool], wanted: Sequence[bool]) -> Derivative:
         """The derivative for the outputs whose cotangents are given, and the tensors whose cotangents are wanted.
 
@@ -318,6 +332,28 @@ def _pull_back_followed(
     return tuple(pull_back([d for d in cotangents if d is not None]))
 
 
+def _saved_by(ctx: Any) -> Tensors:
+    """The tensors that a step was taken with.
+
+    Raises:
+      RuntimeError: one of them has been written in place since, with the leaves that it may be.
+    """
+    try:
+        saved: Tensors = ctx.saved_tensors
+    except RuntimeError as error:
+        shape = re.search(r"\[torch\.\w+ \[([\d, ]*)\]\]", str(error))
+        if "modified by an inplace operation" not in str(error):
+            raise
+        names = ctx.step.tensor_names([int(n) for n in shape[1].split(",") if n.strip()] if shape else None)
+        shown = f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" or "a hyper-parameter"
+        raise RuntimeError(
+            f"a tensor that a step was given has been written in place, and the derivative of the step is still to be "
+            f"computed from it. By its shape it is one of: {shown}. Take steps with donate=False until `backward` is "
+            f"done, write to a clone, or put a new tensor in its place. torch says: {str(error).split(' Hint:')[0]}"
+        ) from error
+    return saved
+
+
 class _FollowedStep(torch.autograd.Function):
     """A step, of its tensors; one that `torch.func` follows."""
 
@@ -338,13 +374,14 @@ class _FollowedStep(torch.autograd.Function):
         given = [d for d in cotangents if d is not None]
         if not given:
             return (None, *[None] * len(wanted))
+        saved = _saved_by(ctx)
         if any(map(is_mapped_by_autograd, given)):
             with torch.enable_grad():
-                own = [x.detach().requires_grad_(there) for x, there in zip(ctx.saved_tensors, wanted, strict=True)]
+                own = [x.detach().requires_grad_(there) for x, there in zip(saved, wanted, strict=True)]
                 results = iter(_follow_back(ctx.step, own, cotangents, wanted))
         else:  # without `create_graph` nobody differentiates the derivative
             derivative = _Derivative.apply if torch.is_grad_enabled() or in_transformation() else _Derivative.forward
-            results = iter(derivative(ctx.step, present, wanted, *ctx.saved_tensors, *given))
+            results = iter(derivative(ctx.step, present, wanted, *saved, *given))
         return (None, *[next(results) if there else None for there in wanted])
 
 

@@ -293,3 +293,22 @@ def test_donation_under_torch_func(transform: Any) -> None:
         transform(step)(w)
 
     before.check()
+
+
+@pytest.mark.parametrize("written", ["state", "params", "donated"])
+def test_what_a_derivative_still_needs_is_named(written: str) -> None:
+    """Leaves and slots of the shape of the tensor that was written, and the cure."""
+    tx = fo.chain(fo.scale_by_adam(), fo.scale(-0.1))
+    params, g = {"w": torch.ones(3), "b": torch.ones(2)}, torch.ones(3, requires_grad=True)
+    state = tx.init(params)
+    new, _ = fo.apply_gradients(tx, params, {"w": g, "b": torch.ones(2)}, state)
+    if written == "state":
+        state[0].mu["w"].mul_(2)
+    elif written == "params":
+        params["w"].mul_(2)
+    else:
+        fo.apply_gradients(tx, {"w": params["w"]}, {"w": torch.ones(3)}, tx.init({"w": params["w"]}), donate=True)
+
+    names = "updates at 'w', params at 'w', scale_by_adam.mu at 'w', scale_by_adam.nu at 'w'"
+    with pytest.raises(RuntimeError, match=rf"written in place, .* one of: {names}\. Take steps with donate=False"):
+        new["w"].sum().backward()
