@@ -8,6 +8,8 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from functional_optim._runtime.backend import use_backend
+
 
 OPTIMIZERS: "WeakValueDictionary[int, Any]" = WeakValueDictionary()  # optimizers whose step is compiled, by handle
 HANDLES = itertools.count()  # a handle is a constant of a graph, which may outlive its optimizer: none is used twice
@@ -22,13 +24,15 @@ def _step(
     options: list[torch.Tensor],
     names: str,
     values: list[torch.Tensor],
+    backend: str,
 ) -> None:
     """A step of an optimizer, which the compiler keeps whole."""
     optimizer = OPTIMIZERS.get(handle)
     if optimizer is None:
         raise RuntimeError("the optimizer of this compiled step is gone; keep it as long as the compiled function.")
     extra = dict(zip(names.split(",") if names else (), values, strict=True))
-    optimizer._run_traced(params, grads, state, options, extra)
+    with use_backend(backend) if backend else contextlib.nullcontext():
+        optimizer._run_traced(params, grads, state, options, extra)
 
 
 _step.register_fake(lambda *args: None)  # it returns nothing

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from functional_optim._compiler.trace import ShortTracebacks
 from functional_optim._params import GRAD, Journal, Outcome, ParamList, ParamStep, Template
 from functional_optim._rows import RowStep
+from functional_optim._runtime.backend import ASKED
 from functional_optim._runtime.internals import in_checkpoint
 from functional_optim._runtime.overlap import SharedMemoryError
 from functional_optim._runtime.shard import is_dtensor
@@ -557,7 +558,8 @@ class ChainOptimizer(Optimizer):
         from functional_optim._graph.trace import as_numbers  # which imports the compiler, and that takes seconds
 
         values = [torch.as_tensor(as_numbers(x), dtype=torch.float64) for x in extra.values()]
-        torch.ops.functional_optim.step(handle, params, grads, state, options, ",".join(extra), values)
+        backend = ASKED[-1] if ASKED else ""  # which graphs are guarded by
+        torch.ops.functional_optim.step(handle, params, grads, state, options, ",".join(extra), values, backend)
 
     def _init_group(
         self,

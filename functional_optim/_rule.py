@@ -38,6 +38,10 @@ class Fusible(GradientTransformation):
 
     def init(self, params: Tree) -> Any:
         """Makes the state for a tree of parameters."""
+        if torch.compiler.is_dynamo_compiling():
+            from ._graph.trace import init_outside  # which imports the compiler, and that takes seconds
+
+            return init_outside(self, params)
         view = View.of(params)
         for path, p in zip(paths(view.spec), view.leaves, strict=True):
             if p is not None:

@@ -24,9 +24,20 @@ MADE_INSIDE = (
     "arguments, 0-d tensors or schedules"
 )
 PACKED_ALIKE = "updates and parameters of `update` are packed alike in a compiled step; `apply_gradients` takes either"
+INIT_OUTSIDE = (
+    "`init` is called inside of the compiled function; call it once, outside, and pass the state to the function"
+)
+
+
+def _init(tx: GradientTransformation, params: Tree) -> Any:
+    return tx.init(params)
+
+
 outside = torch.compiler.disable(take_step, reason=REASON)  # type: ignore[no-untyped-call]
 outside_with_chain = torch.compiler.disable(take_step, reason=MADE_INSIDE)  # type: ignore[no-untyped-call]
 outside_unpacked = torch.compiler.disable(take_step, reason=PACKED_ALIKE)  # type: ignore[no-untyped-call]
+
+init_outside = torch.compiler.disable(_init, reason=INIT_OUTSIDE)  # type: ignore[no-untyped-call]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

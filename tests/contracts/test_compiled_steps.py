@@ -494,6 +494,9 @@ def test_messages() -> None:
         torch.compile(lambda p, s: fo.apply_gradients(fo.sgd(0.1), p, p, s), fullgraph=True, backend="eager")(
             params, state
         )
+    with pytest.raises(Exception, match="`init` is called inside of the compiled function; call it once, outside"):
+        torch.compile(tx.init, fullgraph=True, backend="eager")(params)
+    assert_equal(torch.compile(tx.init, backend="eager")(params), state)  # a break
     wide = fo.chain(fo.GradientTransformation(counting, lambda u, s, params=None: (u, {"n": s["n"].double()})), tx)
     with pytest.raises(ValueError, match="returns updates and a state of the shapes and dtypes that it was given"):
         apply(wide, params, params, wide.init(params))

@@ -231,4 +231,4 @@ def test_an_operation_whose_optimizer_is_gone_is_refused() -> None:
     handles = [adapters.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)._bindings.handle for _ in range(20)]
     assert len(set(handles)) == 20
     with pytest.raises(RuntimeError, match="optimizer of this compiled step is gone"):
-        torch.ops.functional_optim.step(handles[0], [], [], [], [], "", [])
+        torch.ops.functional_optim.step(handles[0], [], [], [], [], "", [], "")

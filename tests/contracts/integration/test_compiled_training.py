@@ -132,7 +132,7 @@ def make_step(layers: Any, optimizer: Any, set_to_none: bool = True) -> Callable
     ],
 )
 def test_whole_steps_equal_eager_mode(name: str, tensor_lr: bool) -> None:
-    """Bit by bit under a scheduler, and compiled at the first two steps alone: a float is a variable from the second."""
+    """Bit by bit under a scheduler, and compiled at the first two steps alone: a float is a variable by then."""
     results = []
     for backend in (counter(), None):
         layers = model()
@@ -284,6 +284,30 @@ def test_an_extra_number_becomes_a_variable() -> None:
             with strict(settled=k >= 2):
                 take(1.0 + 0.3 * k)
         results.append(numbers_of(layers, optimizer))
+    assert_equal(*results)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_backend_that_is_asked_for_inside_or_around(inside: bool) -> None:
+    """The kernels of C round otherwise in some of these steps; after the context they are back."""
+    results = []
+    for backend in (counter(), None):
+        layers = model()
+        optimizer = adapters.AdamW(layers.parameters(), lr=0.05)
+        seen = []
+
+        def step() -> None:
+            with fo.use_backend("reference") if inside else contextlib.nullcontext():
+                optimizer.step()
+
+        take = step if backend is None else torch.compile(step, backend=backend, fullgraph=True)
+        for k in range(6):
+            optimizer.zero_grad()
+            layers[:4](batch(k)).square().mean().backward()
+            with contextlib.nullcontext() if inside or k >= 4 else fo.use_backend("reference"):
+                take()
+            seen += [x.clone() for x in numbers_of(layers, optimizer)]
+        results.append(seen)
     assert_equal(*results)
 
 

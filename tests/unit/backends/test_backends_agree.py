@@ -12,7 +12,7 @@ from hypothesis import (
 )
 
 import functional_optim as fo
-from _lib.backends import OTHERS, STEPS, only
+from _lib.backends import OTHERS, only
 from _lib.compare import assert_alike
 from _lib.drawn import DRAWN, LAYOUTS, NAMES, RUNS, SHAPES, Leaf, Run, decays, laid_out, links, numbers, wrapped
 from _lib.marks import INTERPRETER
