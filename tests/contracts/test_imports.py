@@ -81,7 +81,11 @@ with torch.no_grad():
 print(e.backends, [str(w.message) for w in found])
 for backend in ("reference", "foreach", "c", "triton"):
     with fo.use_backend(backend), torch.no_grad():
-        fo.apply_gradients(tx, params, params, state)
+        try:
+            fo.apply_gradients(tx, params, params, state)
+            print(backend)
+        except RuntimeError as error:
+            print(error)
 """
 
 
@@ -94,6 +98,10 @@ def test_with_nothing_but_torch() -> None:
         "('foreach',) ['Updates are computed without generated kernels, and slower: there is no C compiler"
     )
     assert out.count("Updates are computed") == 1
+    reference, foreach, c, triton = out.splitlines()[1:]
+    assert (reference, foreach) == ("reference", "foreach")
+    assert "the backend 'c' is asked for, but cannot compute the leaf at 'bias' on cpu: there is no C compiler" in c
+    assert "the backend 'triton' is asked for, but cannot compute the leaf at 'bias' on cpu: Triton is not" in triton
 
 
 IMPORTED = """
