@@ -38,6 +38,10 @@ def pack(tree: Tree) -> Packed:
     """
     if isinstance(tree, Packed):
         return tree
+    if torch.compiler.is_dynamo_compiling():
+        from ._traced import pack_outside  # which imports the compiler, and that takes seconds
+
+        return pack_outside(pack, tree)  # type: ignore[no-any-return]
     inside = packed_inside(tree)
     if inside is not None:
         raise TypeError(f"the tree{at(inside)} is packed already, but not the whole tree; unpack it first.")

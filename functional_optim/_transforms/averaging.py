@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from .._compiler.rule import Leaf, OptionalDtype, Scalar, slot
+from .._packed import Packed
 from .._reading import marked_slots, rule_states
 from .._rule import elementwise
 from .._runtime.checks import at
@@ -164,9 +165,18 @@ def eval_params(state: Any, params: Tree, slot: str | None = None) -> Tree:
       >>> eval_params(tx.init(params), params)
       tensor([1.])
     """
-    leaves, spec = flatten(params)
     states = rule_states(state)
     marked = marked_slots({path: own._rule for path, own in states.items()}, slot)
+    if isinstance(params, Packed):
+        columns = [getattr(states[path], field) for path, field in marked]
+        if len(columns) == 1 and isinstance(columns[0], Packed) and columns[0].form is params.form:
+            pairs = zip(columns[0].buffers, params.buffers, strict=True)
+            return params.with_buffers([x.to(p.dtype, copy=True) for x, p in pairs])
+        if torch.compiler.is_dynamo_compiling():
+            from .._traced import read_outside  # which imports the compiler, and that takes seconds
+
+            return read_outside(eval_params, state, params, slot)
+    leaves, spec = flatten(params)
     if not marked:
         raise ValueError(
             "the state holds no average of parameters; put `params_ema(decay)` or `params_swa(start)` at the end of "

@@ -497,6 +497,9 @@ def test_messages() -> None:
     with pytest.raises(Exception, match="`init` is called inside of the compiled function; call it once, outside"):
         torch.compile(tx.init, fullgraph=True, backend="eager")(params)
     assert_equal(torch.compile(tx.init, backend="eager")(params), state)  # a break
+    with pytest.raises(Exception, match="`pack` is called inside of the compiled function; pack once, outside"):
+        torch.compile(fo.pack, fullgraph=True, backend="eager")(params)
+    assert_equal(fo.unpack(torch.compile(fo.pack, backend="eager")(params)), params)
     wide = fo.chain(fo.GradientTransformation(counting, lambda u, s, params=None: (u, {"n": s["n"].double()})), tx)
     with pytest.raises(ValueError, match="returns updates and a state of the shapes and dtypes that it was given"):
         apply(wide, params, params, wide.init(params))
@@ -645,6 +648,24 @@ def test_the_places_of_leaves_are_no_variables() -> None:
         mine, theirs = compiled(*mine), step(*theirs)
     assert_equal(mine, theirs)
     assert backend.frame_count == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_averages_are_read_within_a_graph(dtype: torch.dtype) -> None:
+    """As those of a tree are, in memory of their own; those of some leaves alone are read outside."""
+    tree = {k: p.detach().to(dtype) for k, p in MODEL.named_parameters()}
+    params = fo.pack(tree)
+    some = fo.masked(
+        fo.params_ema(0.9, accumulator_dtype=torch.float32), {**dict.fromkeys(tree, True), "0.bias": False}
+    )
+    for tx, fullgraph in ((fo.chain(fo.sgd(0.1), fo.params_ema(0.9)), True), (fo.chain(fo.sgd(0.1), some), False)):
+        new, state = fo.apply_gradients(tx, params, tree, tx.init(params))
+        plain, plain_state = fo.apply_gradients(tx, tree, tree, tx.init(tree))
+        read = torch.compile(fo.eval_params, fullgraph=fullgraph, backend="eager")
+        for found in (read(state, new), fo.eval_params(state, new)):
+            assert_equal(fo.unpack(found), fo.eval_params(plain_state, plain))
+            found.buffers[0].zero_()
+        assert_equal(fo.unpack(fo.eval_params(state, new)), fo.eval_params(plain_state, plain))
 
 
 def test_derivatives_and_members_with_packed_trees() -> None:

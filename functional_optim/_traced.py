@@ -1,10 +1,10 @@
-"""The tree of a packed tree as a compiler traces it: places are constants of the graph, and no variables.
+"""Packed trees as a compiler traces them: places are constants of the graph, and no variables.
 
 A compiler may take numbers that it finds in objects for variables, and all of them with `dynamic=True`. Graphs are
 guarded by the serial number of a form in their place. Imported while a compiler runs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,3 +31,14 @@ def traced_tree(serial: str, containers: Structure, buffers: Sequence[torch.Tens
     order = order_of(serial)
     leaves = views_of(cuts_of(serial), len(order), buffers)
     return rebuild(containers, [leaves[k] for k in order])
+
+
+def _call(fn: Callable[..., Any], *arguments: Any) -> Any:
+    return fn(*arguments)
+
+
+PACK = "`pack` is called inside of the compiled function; pack once, outside, and make trees by `packed.map(...)`"
+READ = "averages of some leaves alone, or packed otherwise than the parameters, are packed anew"
+# calls of a function outside of the graph
+pack_outside = torch.compiler.disable(_call, reason=PACK)  # type: ignore[no-untyped-call]
+read_outside = torch.compiler.disable(_call, reason=READ)  # type: ignore[no-untyped-call]
