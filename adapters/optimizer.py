@@ -30,10 +30,6 @@ from ._naming import names_of
 
 # types of options that are another object when they change
 CONSTANT = {float, int, bool, str, type(None)}
-BREAK = (
-    "a step of DTensors, of sparse gradients or with an extra argument that is no number is a graph break: operations "
-    "are handed DTensors only if they can place their results, and sparse tensors and trees never"
-)
 KEEP = 8  # sets of present gradients that an optimizer is bound to at once
 
 
@@ -193,8 +189,9 @@ class ChainOptimizer(Optimizer):
             if torch.compiler.is_compiling():
                 breaks = not self.COMPILES or any(isinstance(x, (list, tuple, dict)) for x in extra.values())
                 if breaks or any(is_dtensor(p) for group in self.param_groups for p in group["params"]):
-                    apart = torch.compiler.disable(ChainOptimizer._run, reason=BREAK)  # type: ignore[no-untyped-call]
-                    apart(self, extra, offered)
+                    from ._outside import run_outside  # which imports the compiler, and that takes seconds
+
+                    run_outside(self, extra, offered)
                 else:
                     self._run_compiled(extra)
             else:

@@ -236,3 +236,6 @@ def test_a_compiled_step_with_it() -> None:
     eager.step(hessian=list(HESSIANS[0].values()), value=1.0)
 
     assert_same_bits({k: p.detach() for k, p in model.items()}, {k: p.detach() for k, p in other.items()})
+    torch.compiler.reset()
+    with pytest.raises(Exception, match="with an extra argument that is no number is a graph break"):
+        torch.compile(opt.step, backend="eager", fullgraph=True)(hessian=list(HESSIANS[0].values()), value=1.0)
