@@ -180,19 +180,19 @@ class _Evaluation:
         return column
 
     def outputs(self) -> list[Column]:
-        columns = []
+        """A column for each output, of tensors of their own: no input, no other output, no number that is repeated."""
+        columns: list[Column] = []
+        known = {id(x) for column in self.call.inputs for x in column}
         for output, dtype in zip(self.program.outputs, self.call.signature.outputs, strict=True):
             column = self.operand(output.value, output.level, self.compute)
-            if output.level is Level.ELEMENT:
-                column = [
-                    x.to(dtype) if x.shape == t.shape else x.to(dtype).expand(t.shape).clone()
-                    for x, t in zip(column, self.like, strict=True)
-                ]
+            value = self.program.values[output.value]
+            if output.level is not Level.ELEMENT:
+                column = [x.to(dtype, copy=True) for x in column]
+            elif value.uniform or value.op == "spread":
+                column = [x.to(dtype).expand(t.shape).clone() for x, t in zip(column, self.like, strict=True)]
             else:
-                column = [x.to(dtype, copy=True) for x in column]  # each leaf's own, though several may have one value
-            # an output that is an input unchanged must still be a tensor of its own
-            source = self.program.values[output.value]
-            if source.op in ("array", "leaf"):
-                column = [x.clone() if x is y else x for x, y in zip(column, self.inputs[source.name], strict=True)]
+                column = [x.to(dtype) for x in column]
+            column = [x.clone() if id(x) in known else x for x in column]
+            known.update(map(id, column))
             columns.append(column)
         return columns

@@ -46,3 +46,27 @@ def test_parameters_of_an_optimizer_that_count_other_steps_are_not_mixed_up() ->
                 opt.step()
         found[backend] = [p.detach() for p in params]
     torch.testing.assert_close(found["foreach"], found["reference"], rtol=1e-13, atol=1e-15)
+
+
+@fo.elementwise(state={"a": fo.zeros, "b": fo.zeros, "n": fo.zeros})
+def alike(
+    u: torch.Tensor, a: torch.Tensor, b: torch.Tensor, n: torch.Tensor, *, step: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    a = a + u
+    return a, a, torch.full_like(b, 2.0), torch.zeros_like(n) + step
+
+
+@pytest.mark.parametrize("sizes", [[(3,), (2, 2), ()], [(9000,), (), ()]], ids=["vectors", "large leaves"])
+@pytest.mark.parametrize("backend", ["c", "foreach", "reference"])
+def test_equal_results_are_tensors_of_their_own(backend: str, sizes: list[tuple[int, ...]]) -> None:
+    params = [torch.zeros(size, dtype=torch.float64) for size in sizes]
+    grads = [torch.ones_like(p) for p in params]
+    tx = alike()
+    with fo.use_backend(backend):
+        updates, state = tx.update(grads, tx.init(params), params)
+        for x in (*updates, *state.a, *state.b, *state.n):
+            x.mul_(2.0)  # each once, all elements of it
+        for x, expected in ((updates, 2.0), (state.a, 2.0), (state.b, 4.0), (state.n, 2.0)):
+            torch.testing.assert_close(x, [torch.full_like(p, expected) for p in params], rtol=0, atol=0)
+        fo.apply_gradients(tx, params, grads, state, donate=True)  # to memory that can be written to
+    torch.testing.assert_close(state.a, [torch.full_like(p, 3.0) for p in params], rtol=0, atol=0)
