@@ -273,6 +273,7 @@ class ChainOptimizer(Optimizer):
             bindings.seen_values is not None
             and len(values) == len(bindings.seen_values)
             and all(map(is_, values, bindings.seen_values))
+            and all(map(is_, groups, bindings.options))  # another dict may have the same values by other names
         ):
             return *bindings.used, bindings.seen_values
         templates: list[Template] = []

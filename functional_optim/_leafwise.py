@@ -11,8 +11,9 @@ import torch
 from ._compiler.rule import Bound, Option, Rule
 from ._compiler.trace import RuleError
 from ._regions import LeafwiseRegion
-from ._runtime.checks import at, check_number
+from ._runtime.checks import at, check_number, refuse_freed
 from ._runtime.internals import needs_dispatch, version
+from ._runtime.members import find_freed
 from ._runtime.plan import Columns, Key
 from ._runtime.pointers import PointerReader, Pointers
 from ._runtime.spec import TensorSpec
@@ -131,11 +132,12 @@ class LeafwiseStep:
         """For each leaf, a number that leaves of the same shapes, dtypes and devices share.
 
         Raises:
-          ValueError: a slot does not go with its leaf.
+          ValueError: a slot does not go with its leaf, or a tensor has no memory.
         """
         reader, kinds = self.known
         if self._are_known(arrays):
             return kinds
+        self._check_memory(arrays)
         for k, i in enumerate(self.leaves):
             self._check_slots([column[k] for column in arrays], self.paths[i], like[i])
         numbers: dict[Hashable, int] = {}
@@ -183,6 +185,18 @@ class LeafwiseStep:
                     f"{f'a tensor of shape {shape} on {p.device}' if shape is not None else 'no entry'} for a leaf of "
                     f"shape {tuple(p.shape)}."
                 )
+
+    def _check_memory(self, arrays: Sequence[Sequence[Any]]) -> None:
+        """Refuses tensors without memory, which operations of torch would read.
+
+        Raises:
+          ValueError: the storage of a tensor has been freed or cut.
+        """
+        found = find_freed(dict(zip(self.keys, arrays, strict=True)), ())
+        if found is not None:
+            key, k = found
+            name = key if isinstance(key, str) else f"state {self.bound.rule.name}.{key[1]}"
+            refuse_freed(name, self.paths[self.leaves[k]], arrays[0][k].shape)
 
     def _run(self, call: "_Call", paths: Sequence[str], arrays: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
         """Columns of results for columns of arguments, of leaves that are alike, at some paths."""

@@ -464,9 +464,12 @@ class ParamStep:
             present = [self.names[i] for i in self.present]
             if any(split.missing(by_name, present) for split in self.opaque.values()):
                 return None
+        whole: set[Key] = set()  # of all parameters
         for stage in self.regions:
             for stored in stage.region.stored:
-                if stored.key in columns:
+                if stored.key in columns:  # counters, which several regions read
+                    if stored.key not in whole and self._lacks(columns[stored.key], stored):
+                        return None
                     continue
                 key = stage.keys[stored.key]
                 if key in self.shared:
@@ -479,15 +482,21 @@ class ParamStep:
                     column, complete = list(map(itemgetter(key), states)), not exact
                 except KeyError:
                     complete = False
-                if not complete:
+                if complete:
+                    whole.add(stored.key)
+                else:
                     column = [state.get(key) for state in states]
-                    if any(column[i] is None and stored.seen[i] for i in self.present):
+                    if self._lacks(column, stored):
                         return None
                 if self.wrapped and stored.key != "step" and (stored.slot is None or stored.slot.like_leaf):
                     columns[stored.key] = self._local(stored.key, column, check_placed, f"{stored.name} at")
                 else:
                     columns[stored.key] = column
         return columns
+
+    def _lacks(self, column: Sequence[Any], stored: Stored) -> bool:
+        """Whether a parameter that takes part has no entry of a slot."""
+        return any(column[i] is None and stored.seen[i] for i in self.present)
 
     def _shared_column(self, stored: Stored, key: str, states: Sequence[dict[str, Any]]) -> list[Any] | None:
         """A number that parameters share, once per parameter; None if one does not have it, or has another."""
@@ -585,7 +594,8 @@ class ParamStep:
                 continue
             for name, (schedule, _) in stage.region.hosts.items():
                 refuse_host_schedule(name, self.devices)
-                counts = [int(states[i]["step"]) if "step" in states[i] else None for i in range(len(states))]
+                held = [state.get("step") for state in states]
+                counts = [None if x is None else int(x) for x in held]
                 own[name] = host_column(name, schedule, counts, self.devices)
             if watched and (stage.region.hosts or stage is not self.stages[0]):  # Python code has run
                 own["params"] = self._local("params", params)
@@ -692,7 +702,13 @@ class ParamStep:
         steady: bool,
     ) -> Columns | None:
         """Runs a region: the columns that change, none if they are written in place; None if a tensor is gone."""
-        if stage.leafwise is not None and steady and not self.wrapped and stage.leafwise.fits(own):
+        if (
+            stage.leafwise is not None
+            and steady
+            and not self.wrapped
+            and not ("step" in own and any(own["step"][i] is None for i in stage.leafwise.leaves))
+            and stage.leafwise.fits(own)
+        ):
             self._mend_counters(own, states, journal)
             return self._run_leafwise(stage, stage.leafwise, own, options, extra, first, fits=True)
         dispatching = needs_dispatch()

@@ -3,14 +3,14 @@
 import bisect
 import itertools
 from collections.abc import Mapping, Sequence, Set
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
 from ._compiler.fuse import Counting, Part, Recipe, fuse_all
 from ._compiler.rule import Bound, Slot, slot
 from ._packed import Form, packed_forms
-from ._runtime.checks import at, check_fit, check_slot
+from ._runtime.checks import at, check_fit, check_slot, refuse_freed
 from ._runtime.internals import MapLevel
 from ._runtime.join import Joins
 from ._runtime.members import MembersReading, MembersStep, find_freed
@@ -280,11 +280,8 @@ class BoundRegion:
                 self._refuse_freed(own, *bound.name_of(found.position))
         return None
 
-    def _refuse_freed(self, own: Columns, name: str, leaf: int) -> None:
-        raise ValueError(
-            f"{name}{at(self.paths[leaf])}, of a leaf of shape {tuple(own['updates'][leaf].shape)} has no memory: its "
-            f"storage has been freed or cut."
-        )
+    def _refuse_freed(self, own: Columns, name: str, leaf: int) -> NoReturn:
+        refuse_freed(name, self.paths[leaf], own["updates"][leaf].shape)
 
     def check_memory(self, own: Columns, levels: Sequence[MapLevel]) -> None:
         """Refuses tensors without memory, where operations of torch are to compute members of `vmap`.

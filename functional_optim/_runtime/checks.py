@@ -1,7 +1,7 @@
 """Refusals: tensors that no rule can work on, or that do not go with one another. Messages name the leaf's path."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
 
 import torch
 
@@ -57,6 +57,13 @@ def check_fit(name: str, other: str, path: str, x: Any, y: torch.Tensor) -> torc
     if x.device != y.device:
         raise ValueError(f"{name}{at(path)} is on {x.device}, but its {other} is on {y.device}; move one of them.")
     return x  # type: ignore[no-any-return]
+
+
+def refuse_freed(name: str, path: str, shape: Sequence[int]) -> NoReturn:
+    """Refuses a tensor whose storage has been freed or cut, of a leaf of some shape."""
+    raise ValueError(
+        f"{name}{at(path)}, of a leaf of shape {tuple(shape)} has no memory: its storage has been freed or cut."
+    )
 
 
 def check_slot(name: str, path: str, x: Any, u: torch.Tensor, slot: Slot) -> None:
