@@ -567,6 +567,8 @@ class ParamStep:
                 "this chain reduces over the whole tree, so it needs the gradients of all parameters at once, but it "
                 "was given one parameter while its gradient is computed; call `step` after the backward pass."
             )
+        if self.runs_python:
+            options = list(options)  # another object, for Python code within the step may change options
         own: Columns = {"updates": grads, "params": params, **columns, **given}
         if self.wrapped:
             own |= {k: self._local(k, x, placed_like, f"the extra argument `{k[1]}` for") for k, x in given.items()}

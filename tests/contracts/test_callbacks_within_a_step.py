@@ -139,3 +139,20 @@ def test_real_and_complex_tensors_moved_by_a_schedule(what: str, dtype: torch.dt
 
     assert torch.equal(p, still)
     assert torch.equal(opts[0].state[p]["trace"], opts[1].state[still]["trace"])
+
+
+@pytest.mark.parametrize("form", ["transformation", "schedule"])
+def test_an_option_that_a_callback_changes_is_that_of_the_step(form: str) -> None:
+    """As if it had been changed before; also at the first step that changes it after several that did not."""
+
+    def act() -> None:
+        opts[0].param_groups[0]["lr"] = rate
+
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    opts = [TransformOptimizer([p], CHAINS[form](a)) for p, a in zip(params, (act, nothing), strict=True)]
+    for rate in (0.5, 0.5, 0.5, 0.25, 0.125, 0.125):
+        opts[1].param_groups[0]["lr"] = rate
+        for p, opt in zip(params, opts, strict=True):
+            p.grad = torch.ones(3)
+            opt.step()
+        assert torch.equal(*params)
