@@ -61,6 +61,7 @@ class _Bindings:
     def __init__(self) -> None:
         self.templates: dict[tuple[Hashable, ...], Template] = {}  # by switches
         self.row_templates: dict[tuple[Hashable, ...], Template | None] = {}  # of sparse gradients, by switches
+        self.seen_names: list[str] = []  # of the options of the groups
         self.seen_values: list[Any] | None = None  # of the groups, if they are other objects when they change
         self.options: tuple[Mapping[str, Any], ...] = ()  # the groups, another tuple when an option has changed
         self.checked: dict[int, list[Any]] = {}  # the options of each group that were in their ranges
@@ -251,6 +252,7 @@ class ChainOptimizer(Optimizer):
             bindings.params, bindings.sizes, bindings.used = known, sizes, (templates, of_group)
         if options is None or options is not bindings.seen_values:
             bindings.options = tuple(self.param_groups)
+            bindings.seen_names = list(chain.from_iterable(self.param_groups))
         bindings.seen_values = options  # last: they say that all the rest is up to date
         return templates, known
 
@@ -273,7 +275,7 @@ class ChainOptimizer(Optimizer):
             bindings.seen_values is not None
             and len(values) == len(bindings.seen_values)
             and all(map(is_, values, bindings.seen_values))
-            and all(map(is_, groups, bindings.options))  # another dict may have the same values by other names
+            and list(chain.from_iterable(groups)) == bindings.seen_names
         ):
             return *bindings.used, bindings.seen_values
         templates: list[Template] = []
@@ -495,6 +497,11 @@ class ChainOptimizer(Optimizer):
                 outcome = step.take(params, columns, grads, states, bindings.options, extra, first, journal)
                 if outcome != "gone":
                     break
+                if exact:
+                    raise RuntimeError(
+                        "a gradient or an entry of state that the step had found was taken away while it was computed; "
+                        "change gradients and state between steps."
+                    )
                 exact = True
             # nothing waits for a device but the first step
             if outcome == "sparse" or (guarded and (first or journal.entries) and float(extra["found_inf"])):

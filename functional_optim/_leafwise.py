@@ -232,7 +232,8 @@ class LeafwiseStep:
                 self._refuse_changes(call, stacked, before)
                 # slots have memory of their own: views of one buffer would keep all of it alive
                 slots = [[None] * n if x is None else _copies(x) for x in results[1:]]
-                return [results[0].unbind(0), *slots]
+                update = _apart(results[0], arrays[0][0]) if viewed else results[0]
+                return [update.unbind(0), *slots]
             results = self._one_by_one(
                 call, paths, arrays
             )  # raises an error of the rule's own anew, with the leaf it is of
@@ -261,7 +262,7 @@ class LeafwiseStep:
                 y if x is None or x is own[first + k] else x.clone()
                 for k, (x, y) in enumerate(zip(slots, old, strict=True))
             ]
-            columns.append([update, *kept])
+            columns.append([_apart(update, leaf[0]), *kept])
         return list(zip(*columns, strict=True))
 
     def _refuse_changes(self, call: "_Call", arrays: Sequence[Any], before: Sequence[int]) -> None:
@@ -280,6 +281,12 @@ def _copies(x: torch.Tensor) -> Sequence[torch.Tensor]:
     if needs_dispatch():  # `vmap` cannot follow the other
         return [leaf.clone() for leaf in x.unbind(0)]
     return torch.unbind_copy(x, 0)  # type: ignore[return-value, func-returns-value]
+
+
+def _apart(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """A tensor, or a copy of it if it is another one, or a view of that."""
+    same = x is y or (not needs_dispatch() and x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr())
+    return x.clone() if same else x
 
 
 class _Values(NamedTuple):

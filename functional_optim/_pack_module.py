@@ -81,6 +81,7 @@ class PackedModule:
 
     def zero_grad(self) -> None:
         """Sets all gradients to zero, one operation for each buffer."""
+        self._refuse_replaced()
         self._refuse_frozen()
         for name, p in self._parameters.items():
             if p.grad is not self._grad_views[name]:

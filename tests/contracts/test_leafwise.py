@@ -588,3 +588,16 @@ def test_a_default_device_does_not_reach_into_a_step() -> None:
             opt.step()
     # the means are 1, 1.5 and 3
     torch.testing.assert_close(p.detach(), torch.full((2, 3), 6.5))
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("view", [False, True])
+def test_an_update_is_no_part_of_the_gradient(batched: bool, view: bool) -> None:
+    """Also where a rule returns what it was given, or a view of it."""
+    tx = fo.leafwise(batched=batched)(lambda u: u.view(u.shape) if view else u)()
+    grads = {"w": torch.ones(2, 3)}
+    state = tx.init(grads)
+    for _ in range(3):
+        updates, state = tx.update(grads, state)
+        updates["w"].mul_(7.0)
+        assert torch.equal(grads["w"], torch.ones(2, 3))

@@ -42,6 +42,9 @@ MAKERS: dict[str, Callable[[list[Any]], torch.optim.Optimizer]] = {
         params, fo.partition({"a": fo.adamw(0.1), "b": fo.sgd(0.1)}, lambda path, p: "a" if p.ndim > 1 else "b")
     ),
     "two programs": lambda params: TransformOptimizer(params, masked()),
+    "a schedule on the host": lambda params: TransformOptimizer(
+        params, fo.chain(fo.trace(0.9), fo.scale_by_schedule(lambda count: [-0.1, -0.2][int(count) % 2]))
+    ),
     "whole tensors": lambda params: TransformOptimizer(params, whole()),
 }
 
@@ -151,6 +154,15 @@ def swap_names(opt: torch.optim.Optimizer, params: list[Any]) -> None:
         opt.param_groups[0] = {names.get(k, k): x for k, x in opt.param_groups[0].items()}
 
 
+def swap_names_in_place(opt: torch.optim.Optimizer, params: list[Any]) -> None:
+    group = opt.param_groups[0]
+    swap_names(opt, params)
+    changed, opt.param_groups[0] = opt.param_groups[0], group
+    if changed is not group:
+        group.clear()
+        group.update(changed)
+
+
 def lose_counters(opt: torch.optim.Optimizer, params: list[Any]) -> None:
     for p in params[7:9]:
         if "step" in opt.state.get(p, {}) and not isinstance(opt, AdamW):  # which torch refuses to copy then
@@ -186,6 +198,7 @@ CHANGES: dict[str, Callable[[Pair], object]] = {
     "a tensor as learning rate": of_both(lambda opt, params: opt.param_groups[0].update(lr=torch.tensor(0.05))),
     "another weight decay": of_both(lambda opt, params: opt.param_groups[0].update(weight_decay=0.5)),
     "the same options by other names": of_both(swap_names),
+    "the same options by other names, in the same dict": of_both(swap_names_in_place),
     "maximize": of_both(lambda opt, params: opt.param_groups[0].update(maximize=True)),
     "a group more": of_both(lambda opt, params: opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})),
     "a loaded state": of_both(reload),
