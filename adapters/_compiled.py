@@ -41,8 +41,7 @@ _step.register_fake(lambda *args: None)  # it returns nothing
 def tensors_among(group: Mapping[str, Any]) -> list[torch.Tensor]:
     """The options of a group that are tensors, those in pairs too.
 
-    They are arguments of the operation, so that it comes after what the compiled function has written to them before,
-    and before what it writes later.
+    They are arguments of the operation, so that the compiler keeps its order among writes of the compiled function.
     """
     tensors: list[torch.Tensor] = []
     for x in group.values():

@@ -201,7 +201,7 @@ def _state(
     if not isinstance(saved, Mapping):
         raise ValueError(f"the saved state of {name!r} is {_show(saved)}, expected a dict.")
     tensors = [k for k in slots if k != "step"]
-    # the first parameter keeps what a transformation has for the whole tree, whether it has taken a step or not
+    # state per tree of a transformation is an entry of the first parameter, whether it has taken a step or not
     stepped = any(not (str(k).startswith("transformation_") and ":tree" in str(k)) for k in saved)
     if stepped and tensors and not any(k in saved for k in tensors):
         raise ValueError(

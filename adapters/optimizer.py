@@ -14,7 +14,7 @@ import torch
 from torch.optim import Optimizer
 
 from functional_optim._compiler.trace import ShortTracebacks
-from functional_optim._params import GRAD, Journal, Outcome, ParamList, ParamStep, Template
+from functional_optim._params import GRAD, Journal, Outcome, ParamList, ParamStep, Template, is_alike
 from functional_optim._rows import RowStep
 from functional_optim._runtime.backend import ASKED
 from functional_optim._runtime.internals import in_checkpoint
@@ -48,11 +48,6 @@ def _check_rate(group: int, lr: Any) -> None:
 def _is_dense(grad: torch.Tensor | None) -> bool:
     """Whether a gradient is not sparse; one that is not there is not."""
     return grad is None or grad.layout is torch.strided
-
-
-def _is_like(x: torch.Tensor, y: torch.Tensor) -> bool:
-    """Whether one tensor can be copied to the other's place."""
-    return (x.shape, x.dtype, x.device) == (y.shape, y.dtype, y.device)
 
 
 class _Bindings:
@@ -618,11 +613,11 @@ class ChainOptimizer(Optimizer):
         states = [{k: standing.get(id(x), x) for k, x in own.items()} if own else own for own in own_states]
         with in_place_of_tensors(self.param_groups, options):
             self._step_on(templates, own_params, own_grads, states, extra)
-        # parts of the chain that kernels do not write in place have put new tensors into `states`
+        # whole-tensor rules and Python transformations have put new tensors into `states`
         for own, entries in zip(own_states, states, strict=True):
             for k, x in entries.items():
                 old = standing.get(id(own.get(k)), own.get(k))
-                if isinstance(old, torch.Tensor) and isinstance(x, torch.Tensor) and _is_like(old, x):
+                if isinstance(old, torch.Tensor) and is_alike(old, x):
                     old.copy_(x)
                 elif x is not old:
                     own[k] = x

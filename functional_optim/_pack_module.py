@@ -96,7 +96,7 @@ class PackedModule:
         self._known_ids = list(map(id, self._registered))
 
     def _refuse_replaced(self) -> None:
-        """Refuses a module that has other parameters to train than those that were packed.
+        """Refuses a module whose parameters are not the packed ones.
 
         Raises:
           RuntimeError: with the name of one.

@@ -818,7 +818,7 @@ class ParamStep:
         old = state.get(key)
         if not captures or old is new:
             journal.set(state, key, new)
-        elif isinstance(old, torch.Tensor) and _is_alike(old, new) and old.device in self.devices:
+        elif isinstance(old, torch.Tensor) and is_alike(old, new) and old.device in self.devices:
             old.copy_(new)
         elif isinstance(old, torch.Tensor) or type(old) is not type(new) or old != new:
             refuse_state_of_python(key)
@@ -846,7 +846,7 @@ class ParamStep:
         return found, split.entries(new_state, present)
 
 
-def _is_alike(x: torch.Tensor, y: Any) -> bool:
+def is_alike(x: torch.Tensor, y: Any) -> bool:
     """Whether an entry of state is a tensor like another one, to which it can be copied."""
     return isinstance(y, torch.Tensor) and (x.shape, x.dtype, x.device) == (y.shape, y.dtype, y.device)
 

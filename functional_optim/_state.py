@@ -178,7 +178,7 @@ Copies = dict[tuple[torch.device, torch.dtype], tuple[torch.Tensor, Sequence[tor
 def _copies(value: torch.Tensor, n: int, known: Copies) -> Sequence[torch.Tensor]:
     """Copies of a number, in memory of earlier ones if there are some: kernels then find them where they were."""
     key = value.device, value.dtype
-    # nothing outside of inference mode may write to what was made in it
+    # inference tensors are not written to outside of inference mode
     if key in known and (torch.is_inference_mode_enabled() or not known[key][0].is_inference()):
         known[key][0].copy_(value)
     else:

@@ -84,7 +84,7 @@ class Layout:
 
 
 def views_of(cuts: Sequence[Cut], n: int, buffers: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-    """Leaves as views of buffers, None for those that are absent.
+    """Leaves as views of buffers, None for absent leaves.
 
     Args:
       cuts: how each buffer is cut.

@@ -46,7 +46,7 @@ DTYPES = [F32, F64, BF16, F16]
 
 
 class Leaf(NamedTuple):
-    """What a drawn leaf is like."""
+    """Shape, dtype and layout of a drawn leaf."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -56,12 +56,12 @@ class Leaf(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What is drawn.
+    """A drawn chain and its tree.
 
     Args:
       tx: the transformation.
-      leaves: what the parameters and gradients are like.
-      seed: where their values come from.
+      leaves: shapes, dtypes and layouts of parameters and gradients.
+      seed: the seed of their values.
       spoiled: whether some gradients are NaN.
       how: whether a step is "update", an "apply" of gradients, or one that may "donate" its arguments.
     """
@@ -112,7 +112,7 @@ RULES = st.one_of(
     st.builds(fo.scale_by_adam, decays, decays, numbers(1e-8, 1e-2), mu_dtype=stored, nesterov=st.booleans()),
     st.builds(fo.scale_by_amsgrad, decays, decays, numbers(1e-8, 1e-2)),
     st.builds(fo.scale_by_rms, decays, numbers(1e-8, 1e-2), numbers(0, 1), st.booleans(), st.booleans()),
-    # with its bias corrected, the first variance is zero but for what rounding leaves of it
+    # with its bias corrected, the first variance is zero but for rounding
     st.builds(fo.scale_by_stddev, decays, numbers(1e-4, 1e-2), numbers(0, 1), st.booleans()),
     st.builds(fo.scale_by_lion, decays, decays, stored, st.sampled_from(["hard", "smooth", "refined"])),
     st.builds(fo.scale_by_sign),
@@ -153,7 +153,7 @@ leaves = st.builds(
     st.sampled_from(LAYOUTS),
     st.sampled_from([*LAYOUTS, "expanded"]),
 )
-# leaves of the same dtypes are one program, which is what most trees are like
+# leaves of the same dtypes are one program, as in most trees
 alike = st.tuples(st.lists(leaves, min_size=1, max_size=len(NAMES)), leaves).map(
     lambda x: tuple(leaf._replace(dtype=x[1].dtype, grad_dtype=x[1].grad_dtype) for leaf in x[0])
 )
@@ -169,7 +169,7 @@ RUNS = st.builds(
 )
 
 
-# the same chains every time: what is drawn at random belongs on a developer's machine
+# the same chains every time: random ones belong on a developer's machine
 # and a case that fails is shown as it was drawn: making it smaller can take minutes (add Phase.shrink to do so)
 PHASES = (Phase.explicit, Phase.generate)
 DRAWN = settings(derandomize=True, deadline=None, max_examples=25, database=None, phases=PHASES)

@@ -208,7 +208,7 @@ def test_donation_under_inference_mode(backend: str) -> None:
 @pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
 @pytest.mark.parametrize("form", ["tree", "packed", "members"])
 def test_steps_after_one_in_inference_mode(form: str, backend: str) -> None:
-    """What a transformation keeps from step to step is no tensor of inference mode."""
+    """Memory that a transformation keeps from step to step is no tensor of inference mode."""
     tx = fo.chain(fo.clip_by_global_norm(1.0), fo.adam(0.1))
     params = {"a": torch.zeros(2, 3), "b": torch.zeros(2)}
     grads = [like(params, seed) for seed in range(3)]

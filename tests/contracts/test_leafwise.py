@@ -593,7 +593,7 @@ def test_a_default_device_does_not_reach_into_a_step() -> None:
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("view", [False, True])
 def test_an_update_is_no_part_of_the_gradient(batched: bool, view: bool) -> None:
-    """Also where a rule returns what it was given, or a view of it."""
+    """Also where a rule returns its argument, or a view of it."""
     tx = fo.leafwise(batched=batched)(lambda u: u.view(u.shape) if view else u)()
     grads = {"w": torch.ones(2, 3)}
     state = tx.init(grads)

@@ -545,7 +545,7 @@ def test_a_number_per_leaf_loads_from_a_number_and_from_one_element() -> None:
 
 
 def test_a_frozen_parameter_that_keeps_the_state_of_the_tree_loads() -> None:
-    """The first parameter holds what a transformation of the caller's has for all, and no slots if it takes no step."""
+    """State per tree is an entry of the first parameter, which has no slots if it takes no step."""
 
     def count(updates: Any, state: Any, params: Any = None) -> Any:
         return updates, {"n": state["n"] + 1}

@@ -219,7 +219,7 @@ def test_two_optimizers_in_one_function() -> None:
     assert_equal(*results)
 
 
-# -- what the compiled function writes around the step ------------------------------------------------------------
+# -- writes of the compiled function around the step --------------------------------------------------------------
 
 
 def write_rates(layers: Any, optimizer: Any, rate: torch.Tensor) -> None:

@@ -189,7 +189,7 @@ def test_a_captured_chain_replays_its_reduction(device: StandIn) -> None:
 
 
 def test_a_captured_step_keeps_its_kernels(device: StandIn) -> None:
-    """Triton unloads those that nobody holds, and a graph holds none."""
+    """Triton unloads kernels without references, and a graph holds none."""
     _, opt = warm()
     before = len(capture.HELD)
     with device.capture():
@@ -250,7 +250,7 @@ IN_PYTHON: dict[str, Callable[[list[nn.Parameter]], Any]] = {
 
 @pytest.mark.parametrize("name", IN_PYTHON)
 def test_state_stays_where_it_is_in_a_captured_step(device: StandIn, name: str) -> None:
-    """A replay reads what the last one has written. Elsewhere some of it is in new tensors after each step."""
+    """A replay reads the results of the last one. Elsewhere some of it is in new tensors after each step."""
     params = make()
     opt = IN_PYTHON[name](params)
     for step in range(2):
