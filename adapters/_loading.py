@@ -11,7 +11,7 @@ import torch
 
 from functional_optim import _walk
 from functional_optim._compiler.rule import Option
-from functional_optim._params import Template, slots_of, view_of
+from functional_optim._params.template import Template, slots_of, view_of
 from functional_optim._runtime.shard import loaded_like
 
 from ._naming import names_of

@@ -6,7 +6,7 @@ from typing import Any
 
 import functional_optim as fo
 from functional_optim._compiler.rule import Option
-from functional_optim._params import Template
+from functional_optim._params.template import Template
 from functional_optim._transforms.decay import decay_then_add, l2_penalty
 
 from ._groups import copied

@@ -10,7 +10,7 @@ import functional_optim as fo
 from functional_optim import _walk
 from functional_optim._chain import Chain
 from functional_optim._compiler.rule import Option
-from functional_optim._params import Template
+from functional_optim._params.template import Template
 from functional_optim._reading import slot_names, unique
 from functional_optim._transform import Path
 

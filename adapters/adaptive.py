@@ -9,7 +9,7 @@ import torch
 
 import functional_optim as fo
 from functional_optim._compiler.rule import Option
-from functional_optim._params import Template
+from functional_optim._params.template import Template
 from functional_optim._transforms.adadelta import adadelta_ratio
 from functional_optim._transforms.adagrad import adagrad_step, sparse_adagrad_step
 from functional_optim._transforms.adamax import adamax_step

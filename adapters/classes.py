@@ -14,7 +14,7 @@ import torch
 
 import functional_optim as fo
 from functional_optim._compiler.rule import Option
-from functional_optim._params import Template
+from functional_optim._params.template import Template
 from functional_optim._transforms.adam import adam_step, amsgrad_step
 from functional_optim._transforms.decay import decay_then_add
 from functional_optim._transforms.momentum import momentum

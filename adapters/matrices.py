@@ -7,7 +7,7 @@ import torch
 
 import functional_optim as fo
 from functional_optim._compiler.rule import Option
-from functional_optim._params import Template
+from functional_optim._params.template import Template
 from functional_optim._transforms.decay import shrink_and_descend
 from functional_optim._transforms.factored import adafactor_descend, factored_square
 from functional_optim._transforms.muon import torch_muon_momentum

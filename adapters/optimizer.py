@@ -14,7 +14,10 @@ import torch
 from torch.optim import Optimizer
 
 from functional_optim._compiler.trace import ShortTracebacks
-from functional_optim._params import GRAD, Journal, Outcome, ParamList, ParamStep, Template, is_alike
+from functional_optim._params.journal import Journal
+from functional_optim._params.state import is_alike
+from functional_optim._params.step import GRAD, Outcome, ParamStep
+from functional_optim._params.template import ParamList, Template
 from functional_optim._rows import RowStep
 from functional_optim._runtime.backend import ASKED
 from functional_optim._runtime.internals import in_checkpoint
@@ -185,9 +188,9 @@ class ChainOptimizer(Optimizer):
             if torch.compiler.is_compiling():
                 breaks = not self.COMPILES or any(isinstance(x, (list, tuple, dict)) for x in extra.values())
                 if breaks or any(is_dtensor(p) for group in self.param_groups for p in group["params"]):
-                    from ._outside import run_outside  # which imports the compiler, and that takes seconds
+                    from ._outside import step_outside  # which imports the compiler, and that takes seconds
 
-                    run_outside(self, extra, offered)
+                    step_outside(self._run, extra, offered)
                 else:
                     self._run_compiled(extra)
             else:
@@ -395,11 +398,11 @@ class ChainOptimizer(Optimizer):
         try:
             if any(g is not None for g in touched):
                 step = self._find_step(bindings.row_steps, row_templates, touched, guarded, True)
-                columns = step.columns(states, True)
+                columns = step.state.columns(states, True)
                 if columns is None:
-                    step.make_state(states, self.param_groups, journal)
+                    step.state.make(bindings.params.tensors, states, self.param_groups, journal)
                     self._adopt(bindings.params.tensors, touched, states, journal)
-                    columns = step.columns(states)
+                    columns = step.state.columns(states)
                     assert columns is not None, "the state that was missing has been made"
                 rows = RowStep(step, params, columns, touched, others, bindings.disjoint)
                 bindings.disjoint = rows.disjoint
@@ -473,14 +476,15 @@ class ChainOptimizer(Optimizer):
             while True:
                 step = self._find_step(bindings.steps, templates, grads, guarded, exact)
                 step.begin()
-                columns, new = step.columns(states, exact), before
+                columns, new = step.state.columns(states, exact), before
                 if columns is None and not exact:
                     exact = True  # before state is made for parameters whose gradients are gone
                     continue
                 if columns is None:
-                    new = before | {id(originals[i]) for i in step.make_state(states, self.param_groups, journal)}
+                    made = step.state.make(originals, states, self.param_groups, journal)
+                    new = before | {id(originals[i]) for i in made}
                     self._adopt(originals, grads, states, journal)
-                    columns = step.columns(states)
+                    columns = step.state.columns(states)
                     assert columns is not None, "the state that was missing has been made"
                 elif self.EMPTY_STATES and 0 < len(self.state) < len(params):
                     self._adopt(originals, grads, states, journal)
@@ -572,8 +576,8 @@ class ChainOptimizer(Optimizer):
         templates, known = self._params()
         own_grads, states, journal = list(map(GRAD, known.tensors)), self._states(known), Journal()
         step = self._find_step(self._bindings.steps, templates, own_grads, False, True)
-        if step.columns(states) is None:
-            made = step.make_state(states, self.param_groups, journal)
+        if step.state.columns(states) is None:
+            made = step.state.make(known.tensors, states, self.param_groups, journal)
             self._bindings.new = self._bindings.new | {id(known.tensors[i]) for i in made}
             self._adopt(known.tensors, own_grads, states, journal)
         owners: dict[int, Any] = {}  # a number that parameters share is passed once, with the first of them

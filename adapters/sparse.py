@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 
 import functional_optim as fo
-from functional_optim._params import Template
+from functional_optim._params.template import Template
 from functional_optim._runtime.internals import in_checkpoint
 from functional_optim._runtime.shard import is_dtensor
 from functional_optim._transforms.adam import sparse_adam_step

@@ -12,7 +12,7 @@ import torch
 
 import functional_optim as fo
 from functional_optim import _walk
-from functional_optim._params import Template
+from functional_optim._params.template import Template
 from functional_optim._reading import scheduled
 from functional_optim._transform import Declared
 

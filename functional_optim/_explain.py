@@ -14,7 +14,11 @@ from ._compiler.rule import Option
 from ._compiler.trace import ShortTracebacks
 from ._compiler.triton.emit import emit_triton, launches
 from ._leafwise import LeafwiseStep
-from ._params import Journal, ParamList, ParamRegion, ParamStep, Template, tensor_of
+from ._params.journal import Journal
+from ._params.local import tensor_of
+from ._params.region import ParamRegion
+from ._params.step import ParamStep
+from ._params.template import ParamList, Template
 from ._regions import BoundRegion
 from ._runtime.backend import choose_backend
 from ._runtime.checks import at
@@ -233,13 +237,12 @@ def explain_params(
     with ShortTracebacks():
         step = ParamStep(templates, params, grads, guarded=False, counter=counter, warn=False)
     shadows = [_shadow(local_tensor(p)) for p in params.tensors]
-    step.params = params._replace(tensors=shadows)  # so that the state that is made has no memory either
     states: list[dict[str, Any]] = [{} for _ in shadows]
-    step.make_state(states, options, Journal())
-    columns = step.columns(states)
+    step.state.make(shadows, states, options, Journal())  # without memory, as the parameters are now
+    columns = step.state.columns(states)
     assert columns is not None, "the state that was missing has been made"
-    if step.counts_in_integers and "step" in columns:
-        columns["step"] = [None if x is None else step.counter_of(x, i) for i, x in enumerate(columns["step"])]
+    if step.state.counts_in_integers and "step" in columns:
+        columns["step"] = [None if x is None else step.state.counter_of(x, i) for i, x in enumerate(columns["step"])]
     local = [tensor_of(x) for x in shadows]
     found = _Collector(step.names, [tensor_of(p) for p in params.tensors], records)
     for stage in step.stages:
@@ -254,7 +257,7 @@ def explain_params(
             }
             for name, (schedule, _) in stage.region.hosts.items():
                 own[name] = host_column(name, schedule, [0] * len(local), step.devices)
-            found.add_region(stage, own, stage.leaves(own, params.groups, frozenset(), step.numels, step.shards))
+            found.add_region(stage, own, stage.leaves(own, params.groups, frozenset(), step.numels, step.local.shards))
         else:
             found.add_opaque(stage.link.tx)
     chains = tuple(_chain_of(k, template, params, step.view) for k, template in enumerate(templates))

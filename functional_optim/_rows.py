@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from ._params import Journal, ParamStep, tensor_of
+from ._params.journal import Journal
+from ._params.local import tensor_of
+from ._params.step import ParamStep
 from ._regions import Stored
 from ._runtime.checks import at, check_fit, check_leaf
 from ._runtime.internals import needs_dispatch
@@ -88,7 +90,7 @@ class RowStep:
     Args:
       step: the step over parameters whose gradients are sparse; its rules compute element by element.
       params: all parameters.
-      columns: the slots; see `ParamStep.columns`.
+      columns: the slots; see `ParamState.columns`.
       grads: the sparse gradients, None for all other parameters.
       others: the parameters that another part of the step writes.
       disjoint: that of the last step.
@@ -163,7 +165,7 @@ class RowStep:
     def _copy(self, key: Key, i: int, x: Any) -> torch.Tensor:
         """A copy of the rows of a tensor, or of a number."""
         if key == "step":
-            return self.step.counter_of(x, i)
+            return self.step.state.counter_of(x, i)
         return x.clone() if key in self.numbers else self.rows[i].of(x)
 
     def take(
@@ -202,7 +204,7 @@ class RowStep:
         for (key, i), x in self.copies.items():
             whole = self.whole[key, i]
             if not isinstance(whole, torch.Tensor):
-                states[i]["step"] = int(x) if self.step.counts_in_integers else x
+                states[i]["step"] = int(x) if self.step.state.counts_in_integers else x
             elif key in self.numbers:
                 whole.copy_(x)
             else:

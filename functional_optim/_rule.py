@@ -41,7 +41,7 @@ class Fusible(GradientTransformation):
         if torch.compiler.is_dynamo_compiling():
             from ._graph.trace import init_outside  # which imports the compiler, and that takes seconds
 
-            return init_outside(self, params)
+            return init_outside(self.init, params)
         view = View.of(params)
         for path, p in zip(paths(view.spec), view.leaves, strict=True):
             if p is not None:

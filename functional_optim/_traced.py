@@ -4,11 +4,12 @@ A compiler may take numbers that it finds in objects for variables, and all of t
 guarded by the serial number of a form in their place. Imported while a compiler runs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from ._graph_breaks import outside
 from ._runtime.packing import Cut, views_of
 from ._structures import FORMS, Structure, rebuild
 
@@ -33,12 +34,6 @@ def traced_tree(serial: str, containers: Structure, buffers: Sequence[torch.Tens
     return rebuild(containers, [leaves[k] for k in order])
 
 
-def _call(fn: Callable[..., Any], *arguments: Any) -> Any:
-    return fn(*arguments)
-
-
 PACK = "`pack` is called inside of the compiled function; pack once, outside, and make trees by `packed.map(...)`"
 READ = "averages of some leaves alone, or packed otherwise than the parameters, are packed anew"
-# calls of a function outside of the graph
-pack_outside = torch.compiler.disable(_call, reason=PACK)  # type: ignore[no-untyped-call]
-read_outside = torch.compiler.disable(_call, reason=READ)  # type: ignore[no-untyped-call]
+pack_outside, read_outside = outside(PACK), outside(READ)

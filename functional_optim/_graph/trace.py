@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from .._graph_breaks import outside
 from .._packed import Packed
 from .._runtime.backend import ASKED
 from .._step import take_step
@@ -27,17 +28,8 @@ PACKED_ALIKE = "updates and parameters of `update` are packed alike in a compile
 INIT_OUTSIDE = (
     "`init` is called inside of the compiled function; call it once, outside, and pass the state to the function"
 )
-
-
-def _init(tx: GradientTransformation, params: Tree) -> Any:
-    return tx.init(params)
-
-
-outside = torch.compiler.disable(take_step, reason=REASON)  # type: ignore[no-untyped-call]
-outside_with_chain = torch.compiler.disable(take_step, reason=MADE_INSIDE)  # type: ignore[no-untyped-call]
-outside_unpacked = torch.compiler.disable(take_step, reason=PACKED_ALIKE)  # type: ignore[no-untyped-call]
-
-init_outside = torch.compiler.disable(_init, reason=INIT_OUTSIDE)  # type: ignore[no-untyped-call]
+step_outside, with_chain_outside, unpacked_outside = outside(REASON), outside(MADE_INSIDE), outside(PACKED_ALIKE)
+init_outside = outside(INIT_OUTSIDE)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -63,7 +55,7 @@ def trace_step(
     With the backend `"reference"` the operation is one that the compiler looks into.
     """
     if not hasattr(tx, "_serial"):
-        return outside_with_chain(tx, apply, updates, state, params, extra, donate)  # type: ignore[no-any-return]
+        return with_chain_outside(take_step, tx, apply, updates, state, params, extra, donate)  # type: ignore[no-any-return]
     u: list[Any] = []
     p: list[Any] = []
     s: list[Any] = []
@@ -76,9 +68,9 @@ def trace_step(
     s_tree, e_tree = read(state, s, strange, forms), read(numbers, e, strange, forms)
     passes = p_tree is not None and same(u_tree, p_tree)
     if not (apply or params is None or passes) and (isinstance(updates, Packed) or isinstance(params, Packed)):
-        return outside_unpacked(tx, apply, updates, state, params, extra, donate)  # type: ignore[no-any-return]
+        return unpacked_outside(take_step, tx, apply, updates, state, params, extra, donate)  # type: ignore[no-any-return]
     if strange or (apply and params is None):
-        return outside(tx, apply, updates, state, params, extra, donate)  # type: ignore[no-any-return]
+        return step_outside(take_step, tx, apply, updates, state, params, extra, donate)  # type: ignore[no-any-return]
     backend = ASKED[-1] if ASKED else None
     text = description_of(
         tx._serial,

@@ -212,7 +212,7 @@ def test_a_captured_step_has_copies_of_shared_numbers_of_its_own(device: StandIn
         set_grads(params, grads(step))
         opt.step()
     (bound,) = opt._bindings.steps
-    (known,) = bound.copies.values()
+    (known,) = bound.state.copies.values()
     own = {memory.data_ptr() for memory, _ in known.values()}
     made: list[torch.Tensor] = []
     clone = torch.Tensor.clone

@@ -15,7 +15,9 @@ from _lib.chains import halving, scale_by_value
 from _lib.compare import Snapshot
 from _lib.marks import INTERPRETER
 from functional_optim._compiler.rule import Option
-from functional_optim._params import Journal, ParamList, ParamStep, Template
+from functional_optim._params.journal import Journal
+from functional_optim._params.step import ParamStep
+from functional_optim._params.template import ParamList, Template
 from functional_optim._runtime.backend import BACKENDS
 from functional_optim._walk import rules
 from functional_optim.adapters import TransformOptimizer
@@ -368,9 +370,9 @@ class Bench:
     def take(self, step: ParamStep, grads: Sequence[torch.Tensor | None], options: Any = None, **extra: Any) -> str:
         """Takes a step that has been bound, with state that is made if need be."""
         options = [options or {}]
-        if step.columns(self.states) is None:
-            step.make_state(self.states, options, self.journal)
-        columns = step.columns(self.states)
+        if step.state.columns(self.states) is None:
+            step.state.make(self.tensors, self.states, options, self.journal)
+        columns = step.state.columns(self.states)
         assert columns is not None
         return step.take(self.tensors, columns, grads, self.states, options, extra, frozenset(), self.journal)
 

@@ -1,0 +1,27 @@
+"""A journal of entries of state, by which a step that fails takes them back."""
+
+from collections.abc import MutableMapping
+from typing import Any
+
+
+_MISSING = object()
+
+
+class Journal:
+    """Entries of state that a step has put in place, to be taken back if it fails before anything is written."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[MutableMapping[Any, Any], Any, Any]] = []
+
+    def set(self, state: MutableMapping[Any, Any], key: Any, value: Any) -> None:
+        """Puts an entry in place."""
+        self.entries.append((state, key, state.get(key, _MISSING)))
+        state[key] = value
+
+    def undo(self) -> None:
+        """Takes all entries back."""
+        for state, key, before in reversed(self.entries):
+            if before is _MISSING:
+                state.pop(key, None)
+            else:
+                state[key] = before

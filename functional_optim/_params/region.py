@@ -1,0 +1,88 @@
+"""Regions of a chain over parameters."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .._leafwise import LeafwiseStep
+from .._regions import BoundRegion, LeafwiseRegion, Region
+from .._runtime.join import Joins
+from .._runtime.plan import Columns, Key
+from .._runtime.shard import MeshShard, is_in_mesh, own_part, whole_tensor
+from .._transform import Path
+from .template import ParamList
+
+
+class ParamRegion(BoundRegion):
+    """A region over parameters, with the keys of its slots in their states.
+
+    Args:
+      region: the region.
+      params: the parameters.
+      present: the parameters that take part.
+      keys: for each transformation, the keys of its slots.
+      shards: the mesh dimensions over which each parameter is in parts.
+    """
+
+    def __init__(
+        self,
+        region: Region,
+        params: ParamList,
+        present: Sequence[int],
+        keys: Sequence[Mapping[tuple[Path, str], str]],
+        shards: Sequence[MeshShard | None],
+    ) -> None:
+        super().__init__(region, params.names, present)
+        self.params, self.shards = params, shards
+        self.leafwise: LeafwiseStep | None = None
+        if isinstance(region, LeafwiseRegion):
+            here = [i for i in present if is_in_mesh(params.tensors[i])]  # in another process there is nothing to do
+            self.leafwise = LeafwiseStep(region, params.names, here, params.tensors)
+        programs = [region.recipes[kind].program for kind in region.kinds]
+        self.joins = (Joins(programs, shards) or None) if self.leafwise is None else None
+        self.keys: dict[Key, str] = {}
+        for stored in region.stored:
+            if isinstance(stored.key, str):
+                self.keys[stored.key] = stored.key
+            else:
+                position, slot = stored.key
+                self.keys[stored.key] = keys[position][region.links[position].path, slot]
+        self.first_slots = {k for k, bound in region.bounds.items() if bound.rule.uses_first}
+
+    def run_leafwise(
+        self,
+        rule: LeafwiseStep,
+        own: Columns,
+        options: Sequence[Mapping[str, Any]],
+        extra: Mapping[str, Any],
+        first: frozenset[int],
+        fits: bool = False,
+    ) -> Columns:
+        """Runs a rule for whole tensors. Of a tensor in parts every process gathers all, and keeps its part.
+
+        Args:
+          rule: the rule of this region.
+          own: the columns that it reads.
+          options: mappings that hyper-parameters are looked up in.
+          extra: the extra arguments.
+          first: the parameters that take their first step.
+          fits: whether the columns are known to have the specs of the last step.
+
+        Returns:
+          The columns that it computes.
+        """
+        parts = [i for i in rule.leaves if self.shards[i] is not None]
+        if not parts:
+            return rule.compute(own, extra, options, self.params.groups, first, fits)
+        params = self.params.tensors
+        like_leaf = {"updates", *(s.key for s in self.region.stored if s.slot is not None and s.slot.like_leaf)}
+        whole = dict(own)
+        for key in rule.keys:
+            if key in like_leaf or key == "params":
+                column = list(own[key])
+                for i in parts:
+                    column[i] = whole_tensor(column[i], params[i])
+                whole[key] = column
+        results = rule.compute(whole, extra, options, self.params.groups, first)
+        for key in like_leaf & results.keys():
+            results[key] = [own_part(x, params[i]) if i in parts else x for i, x in enumerate(results[key])]
+        return results

@@ -1,0 +1,315 @@
+"""State of parameters: a flat dict for each, read as columns, made where it is missing, put back after a step."""
+
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from operator import itemgetter
+from typing import Any
+
+import torch
+
+from .._compiler.rule import Option
+from .._opaque import SplitState
+from .._regions import Region, Stored
+from .._runtime.cuda.capture import is_capturing, refuse_new_state, refuse_state_of_python
+from .._runtime.internals import needs_dispatch
+from .._runtime.plan import Columns, Key
+from .._runtime.shard import check_placed
+from .._state import Copies, shared_column
+from .journal import Journal
+from .local import LocalColumns
+from .region import ParamRegion
+from .template import ParamList
+
+
+class ParamState:
+    """The entries of state that a step keeps for each parameter, whose dicts belong to the optimizer.
+
+    Args:
+      params: the parameters.
+      present: those that take part.
+      regions: the regions of the step.
+      opaque: the states of transformations that are not made of rules, by position.
+      local: the columns of local tensors.
+      devices: the device of each parameter that takes part.
+      counter: the dtype of counters; None if they are Python's integers.
+
+    Attributes:
+      counts_in_integers: whether counters are Python's integers.
+    """
+
+    def __init__(
+        self,
+        params: ParamList,
+        present: Sequence[int],
+        regions: Sequence[ParamRegion],
+        opaque: Mapping[int, SplitState],
+        local: LocalColumns,
+        devices: Sequence[torch.device | None],
+        counter: torch.dtype | None,
+    ) -> None:
+        self.params, self.present, self.regions, self.opaque = params, present, regions, opaque
+        self.local, self.devices = local, devices
+        self.counts_in_integers, self.counter = counter is None, counter or torch.float64
+        # for each number that parameters share, by key, the parameters that do, whether or not they take part
+        self.shared: dict[str, list[int]] = {}
+        for stage in regions:
+            for stored in stage.region.stored:
+                if stored.slot is not None and stored.slot.per_tree:
+                    sharing = self.shared.setdefault(stage.keys[stored.key], [])
+                    sharing += [i for i, seen in enumerate(stored.seen) if seen]
+        self.takers = {key: [i for i in present if i in set(sharing)] for key, sharing in self.shared.items()}
+        self.copies: dict[str, Copies] = {key: {} for key in self.shared}
+
+    def make(
+        self,
+        params: Sequence[torch.Tensor],
+        states: Sequence[dict[str, Any]],
+        options: Sequence[Mapping[str, Any]],
+        journal: Journal,
+    ) -> set[int]:
+        """Makes the entries that are not there yet.
+
+        Args:
+          params: the parameters, or tensors that stand for them.
+          states: the state of each parameter.
+          options: mappings that hyper-parameters are looked up in.
+          journal: takes note of entries that are made.
+
+        Returns:
+          The parameters for which something was made whose first step differs.
+
+        Raises:
+          CaptureError: a CUDA graph is being captured, and would make the state anew at each replay.
+        """
+        refuse_new_state(self.devices)
+        new: set[int] = set()
+        present = [self.params.names[i] for i in self.present]
+        for split in self.opaque.values():
+            by_name = dict(zip(self.params.names, states, strict=True))
+            for name, key, x in split.make(split.missing(by_name, present)):
+                journal.set(by_name[name], key, x)
+        for stage in self.regions:
+            for stored in stage.region.stored:
+                key = stage.keys[stored.key]
+                shared = self._tie(key, states, journal) if key in self.shared else None
+                for i in self.present:
+                    if not stored.seen[i]:
+                        continue
+                    if states[i].get(key) is None:
+                        if shared is None:
+                            made = self._make(stage.region, stored, params[i], i, options)
+                            shared = made if key in self.shared else None
+                        else:
+                            made = shared
+                        journal.set(states[i], key, made)
+                        if stored.key != "step" and stored.key[0] in stage.first_slots:
+                            new.add(i)
+        return new
+
+    def _tie(self, key: str, states: Sequence[dict[str, Any]], journal: Journal) -> Any:
+        """Has parameters that share a number hold one tensor: that of the first which has one. A loaded state has many.
+
+        Args:
+          key: the key of the number.
+          states: the state of each parameter.
+          journal: takes note of entries that are replaced.
+
+        Returns:
+          The tensor; None if no parameter has one.
+
+        Raises:
+          ValueError: two parameters have other numbers.
+        """
+        names = self.params.names
+        holders = [i for i in sorted(self.shared[key]) if states[i].get(key) is not None]
+        shared = states[holders[0]][key] if holders else None
+        for i in holders:
+            x = states[i][key]
+            if x is shared:
+                continue
+            if not _is_equal(x, shared):
+                raise ValueError(
+                    f"state {key!r} is one number for all parameters, but it is {x!r:.60} at {names[i]!r} and "
+                    f"{shared!r:.60} at {names[holders[0]]!r}; set it for all of them."
+                )
+            journal.set(states[i], key, shared)
+        return shared
+
+    def _make(
+        self, region: Region, stored: Stored, p: torch.Tensor, i: int, options: Sequence[Mapping[str, Any]]
+    ) -> torch.Tensor | int:
+        """The first value of a slot for a parameter."""
+        slot = stored.slot
+        assert slot is not None, "counters that parameters share are not stored with them"
+        with torch.no_grad():
+            if isinstance(stored.key, str):
+                return 0 if self.counts_in_integers else torch.zeros((), dtype=self.counter, device=self.devices[i])
+            declared = region.bounds[stored.key[0]].values
+            values = {k: v for k, v in declared.items() if k in (slot.start, slot.dtype, *slot.shape_hypers)}
+            own = options[self.params.groups[i]]
+            made = slot.make(p, {k: v.look_up(own) if isinstance(v, Option) else v for k, v in values.items()})
+            assert made is not None, "a leaf that has no entry of a slot is not asked for one"
+            return made
+
+    def mend_counters(self, own: Columns, states: Sequence[dict[str, Any]], journal: Journal) -> Columns:
+        """Puts counters that a program can count on in the place of numbers of another form or place.
+
+        Args:
+          own: the columns of the step.
+          states: the state of each parameter.
+          journal: takes note of entries that are replaced.
+
+        Returns:
+          The column of counters; no column where nothing counts.
+        """
+        if "step" not in own:
+            return {}
+        column = list(own["step"])
+        for i in self.present:
+            if column[i] is not None and not _is_counter(column[i], self.devices[i]):
+                column[i] = self._counter(column[i], i)
+                journal.set(states[i], "step", column[i])
+        return {"step": column}
+
+    def counter_of(self, x: Any, i: int) -> torch.Tensor:
+        """A copy of a counter, on which a program can count."""
+        return (x if _is_counter(x, self.devices[i]) else self._counter(x, i)).clone()
+
+    def _counter(self, x: Any, i: int) -> torch.Tensor:
+        """A counter that somebody has put there, as this step keeps it."""
+        if isinstance(x, torch.Tensor) and x.numel() == 1:
+            kept = x.dtype.is_floating_point or x.dtype is torch.int64
+            return x.reshape(()).to(dtype=x.dtype if kept else self.counter, device=self.devices[i])
+        if isinstance(x, Real):
+            return torch.tensor(float(x), dtype=self.counter, device=self.devices[i])
+        raise ValueError(f"state step at {self.params.names[i]!r} is {x!r:.60}, expected one number.")
+
+    def columns(self, states: Sequence[dict[str, Any]], exact: bool = False) -> Columns | None:
+        """The slots of all regions; None if an entry has to be made first.
+
+        Args:
+          states: the state of each parameter.
+          exact: whether to look for entries that are None; they are found when tensors are read, too.
+        """
+        columns: Columns = {}
+        if self.opaque:
+            by_name = dict(zip(self.params.names, states, strict=True))
+            present = [self.params.names[i] for i in self.present]
+            if any(split.missing(by_name, present) for split in self.opaque.values()):
+                return None
+        whole: set[Key] = set()  # of all parameters
+        for stage in self.regions:
+            for stored in stage.region.stored:
+                if stored.key in columns:  # counters, which several regions read
+                    if stored.key not in whole and self._lacks(columns[stored.key], stored):
+                        return None
+                    continue
+                key = stage.keys[stored.key]
+                if key in self.shared:
+                    found = self._shared_column(stored, key, states)
+                    if found is None:
+                        return None
+                    columns[stored.key] = found
+                    continue
+                try:
+                    column, complete = list(map(itemgetter(key), states)), not exact
+                except KeyError:
+                    complete = False
+                if complete:
+                    whole.add(stored.key)
+                else:
+                    column = [state.get(key) for state in states]
+                    if self._lacks(column, stored):
+                        return None
+                if self.local.wrapped and stored.key != "step" and (stored.slot is None or stored.slot.like_leaf):
+                    columns[stored.key] = self.local.of(stored.key, column, check_placed, f"{stored.name} at")
+                else:
+                    columns[stored.key] = column
+        return columns
+
+    def _lacks(self, column: Sequence[Any], stored: Stored) -> bool:
+        """Whether a parameter that takes part has no entry of a slot."""
+        return any(column[i] is None and stored.seen[i] for i in self.present)
+
+    def _shared_column(self, stored: Stored, key: str, states: Sequence[dict[str, Any]]) -> list[Any] | None:
+        """A number that parameters share, once per parameter; None if one does not have it, or has another."""
+        held = [states[i].get(key) for i in self.shared[key]]
+        value = next((x for x in held if x is not None), None)
+        if value is None or any(x is not None and x is not value for x in held):
+            return None
+        takers = self.takers[key]
+        if any(states[i].get(key) is None for i in takers):
+            return None
+        # a graph that writes to copies has some of its own, which nobody frees or writes anew
+        keeps = not (torch.is_grad_enabled() or needs_dispatch() or is_capturing(self.devices))
+        column = shared_column(stored.name, value, self.devices, takers, True, self.copies[key] if keeps else {})
+        return [x if seen else None for x, seen in zip(column, stored.seen, strict=True)]
+
+    def replace(
+        self, stage: ParamRegion, results: Columns, own: Columns, states: Sequence[dict[str, Any]], journal: Journal
+    ) -> None:
+        """Puts new tensors in the place of the entries of a region's slots.
+
+        Args:
+          stage: the region.
+          results: the columns that it has computed.
+          own: the columns that it was computed from.
+          states: the state of each parameter.
+          journal: takes note of entries that are replaced.
+        """
+        wrapped, captures = set(self.local.wrapped), self.captures()
+        for stored in stage.region.stored:
+            if stored.key not in results:
+                continue
+            key = stage.keys[stored.key]
+            if key in self.shared:
+                first = self.takers[key][0]
+                if stored.seen[first]:  # all have computed the same
+                    for i in self.shared[key]:
+                        if key in states[i]:
+                            self.put(states[i], key, results[stored.key][first], journal, captures)
+                continue
+            plain = stored.slot is not None and not stored.slot.like_leaf
+            for i in self.present:
+                x = results[stored.key][i]
+                if x is not own[stored.key][i]:
+                    new = x if plain or i not in wrapped else self.local.like(x, i)
+                    self.put(states[i], key, new, journal, captures)
+
+    def captures(self) -> bool:
+        """Whether a CUDA graph is being captured, whose replays go on from the state that there is."""
+        return not torch.is_grad_enabled() and is_capturing(self.devices)
+
+    def put(self, state: dict[str, Any], key: str, new: Any, journal: Journal, captures: bool) -> None:
+        """Puts an entry of state in the place of another; in a graph, its elements.
+
+        Raises:
+          CaptureError: a graph could not.
+        """
+        old = state.get(key)
+        if not captures or old is new:
+            journal.set(state, key, new)
+        elif isinstance(old, torch.Tensor) and is_alike(old, new) and old.device in self.devices:
+            old.copy_(new)
+        elif isinstance(old, torch.Tensor) or type(old) is not type(new) or old != new:
+            refuse_state_of_python(key)
+
+
+def is_alike(x: torch.Tensor, y: Any) -> bool:
+    """Whether an entry of state is a tensor like another one, to which it can be copied."""
+    return isinstance(y, torch.Tensor) and (x.shape, x.dtype, x.device) == (y.shape, y.dtype, y.device)
+
+
+def _is_equal(x: Any, y: Any) -> bool:
+    """Whether two entries of state are the same number, as far as one can tell."""
+    if not all(isinstance(z, torch.Tensor) and z.numel() == 1 and not z.is_meta for z in (x, y)):
+        return x is y or (isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) and (x.is_meta or y.is_meta))
+    a, b = float(x), float(y)
+    return a == b or (math.isnan(a) and math.isnan(b))
+
+
+def _is_counter(x: Any, device: torch.device | None) -> bool:
+    """Whether an entry of state is one number, on a device, that a program can count on."""
+    fits = isinstance(x, torch.Tensor) and not x.ndim and x.device == device
+    return fits and (x.dtype.is_floating_point or x.dtype is torch.int64)

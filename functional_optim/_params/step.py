@@ -1,0 +1,443 @@
+"""`ParamStep`: a step of chains over the parameters that have gradients."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from operator import attrgetter, is_
+from typing import Any, Literal
+
+import torch
+
+from .._compiler.fuse import Counting
+from .._opaque import SplitState
+from .._regions import Opaque, Region, Variant, cut_into_regions
+from .._runtime.backend import requested_backend
+from .._runtime.checks import check_fit, check_leaf
+from .._runtime.cuda.capture import refuse_host_schedule
+from .._runtime.internals import in_backward, needs_dispatch
+from .._runtime.plan import Columns
+from .._runtime.shard import is_fsdp1, placed_like
+from .._runtime.step import Numbers, Workspace
+from .._step import (
+    CHANGED_MESSAGE,
+    SpecWatch,
+    call_opaque,
+    check_no_number,
+    check_no_tree,
+    check_updates,
+    extras_of,
+    host_column,
+    updates_of,
+)
+from .._transform import Link, Path
+from .._tree import Reader, View
+from .journal import Journal
+from .local import LocalColumns, tensor_of
+from .region import ParamRegion
+from .state import ParamState
+from .template import ParamList, Template, view_of
+
+
+GRAD = attrgetter("grad")
+
+Outcome = Literal["taken", "gone", "sparse"]
+
+
+class ParamStep:
+    """Transformations over parameters of which the same ones have gradients.
+
+    Args:
+      templates: the transformations.
+      params: the parameters.
+      grads: their gradients, None for parameters that the step skips.
+      guarded: whether a step is taken only if `found_inf` is 0.
+      counter: the dtype of counters; None if they are Python's integers.
+      warn: whether to warn of masks that match nothing.
+
+    Raises:
+      ValueError, TypeError: a parameter cannot be stepped.
+    """
+
+    def __init__(
+        self,
+        templates: Sequence[Template],
+        params: ParamList,
+        grads: Sequence[torch.Tensor | None],
+        guarded: bool,
+        counter: torch.dtype | None,
+        warn: bool,
+    ) -> None:
+        self.templates, self.params, self.guarded = tuple(templates), params, guarded
+        self.names = list(params.names)
+        self.present = tuple(i for i, g in enumerate(grads) if g is not None)
+        self.absent = tuple(i for i, g in enumerate(grads) if g is None)
+        self._refuse_meta()
+        self.local = LocalColumns(params, self.present)
+        self.view = view_of(self.names, params.tensors)
+        self.reader = Reader(self.view.spec)
+        links, scopes, keys, steps = self._links(warn)
+        counting = [Counting(advance, guarded) for advance in steps]
+        self.stages: list[ParamRegion | Opaque] = [
+            ParamRegion(stage, params, self.present, keys, self.local.shards) if isinstance(stage, Region) else stage
+            for stage in cut_into_regions(links, True, len(self.names), scopes, counting)
+        ]
+        self.regions = [stage for stage in self.stages if isinstance(stage, ParamRegion)]
+        self._refuse_complex()
+        if warn and any(r.program.reductions for stage in self.regions for r in stage.region.recipes.values()):
+            self._warn_of_flat_params()
+        self.opaque = {
+            stage.position: SplitState(stage.link, f"transformation_{stage.position}", self.view)
+            for stage in self.stages
+            if isinstance(stage, Opaque)
+        }
+        self.devices = [
+            tensor_of(p).device if g is not None else None for p, g in zip(params.tensors, grads, strict=True)
+        ]
+        self.state = ParamState(params, self.present, self.regions, self.opaque, self.local, self.devices, counter)
+        self.spans_tree = any(stage.region.spans_tree for stage in self.regions)
+        self.traced = [stage.region for stage in self.regions if stage.region.traced]
+        self.extras = extras_of([stage.region if isinstance(stage, ParamRegion) else stage for stage in self.stages])
+        self.needed = {name for stage in self.regions for name in stage.region.extras} | self.extras.columns.keys()
+        self.runs_python = bool(self.opaque) or any(stage.region.hosts or stage.leafwise for stage in self.regions)
+        self.numels = [p.numel() * (1 + p.is_complex()) for p in params.tensors]
+        self.watch = SpecWatch((), ())
+        self.done = False
+        self.workspace: Workspace | None = None  # of the last region of the last step
+
+    def _refuse_meta(self) -> None:
+        """Refuses parameters without memory, but for a step that is only traced.
+
+        Raises:
+          RuntimeError: with the name of the parameter.
+        """
+        for i in self.present:
+            if self.params.tensors[i].is_meta and not needs_dispatch():
+                raise RuntimeError(
+                    f"{self.names[i]} is on meta and has no memory; give it some, with `model.to_empty(device=...)` "
+                    f"and initial values, before the first step."
+                )
+
+    def _refuse_complex(self) -> None:
+        """Refuses complex parameters where a rule needs whole tensors of real numbers.
+
+        Raises:
+          ValueError: with the name of the rule and of the parameter.
+        """
+        for stage in self.regions:
+            for i in self.local.complex if stage.leafwise is not None else ():
+                assert stage.leafwise is not None
+                if i in stage.leafwise.leaves:
+                    raise ValueError(
+                        f"{stage.leafwise.bound.rule.name} needs real numbers, but {self.names[i]!r} is "
+                        f"{self.params.tensors[i].dtype}; leave it to other rules with `masked` or `partition`."
+                    )
+
+    def _links(self, warn: bool) -> tuple[list[Link], list[int], list[Any], list[bool]]:
+        """The transformations of all templates, their scopes, the keys of each, and which parameters count steps."""
+        links: list[Link] = []
+        scopes: list[int] = []
+        keys: list[Any] = []
+        steps = [False] * len(self.names)
+        places: dict[Path, int] = {}
+        for t, template in enumerate(self.templates):
+            if warn and len(steps) > 1:  # a parameter of its own may well be masked
+                template.tx._warn(self.view)
+            own = template.tx._links(self.view.narrow([k == t for k in self.params.templates]), ())
+            links += own
+            scopes += [places.setdefault(link.path, len(places)) for link in own]
+            keys += [template.keys] * len(own)
+            for link in own:
+                if link.bound is not None and link.bound.uses_step:
+                    steps = [a or b for a, b in zip(steps, link.seen, strict=True)]
+        return links, scopes, keys, steps
+
+    def _warn_of_flat_params(self) -> None:
+        flat = next((name for name, p in zip(self.names, self.params.tensors, strict=True) if is_fsdp1(p)), None)
+        if flat is not None:
+            warnings.warn(
+                f"{flat!r} is a part of a flat parameter of `FullyShardedDataParallel`, so norms, means and maxima of "
+                f"this chain are those of the part in each process; use `fully_shard`, where they are those of whole "
+                f"tensors.",
+                stacklevel=2,
+            )
+
+    def is_for(self, templates: Sequence[Template], grads: Sequence[Any], guarded: bool, exact: bool) -> bool:
+        """Whether the step is for such transformations, and for gradients of which the same ones are there.
+
+        Args:
+          templates: the transformations.
+          grads: the gradients.
+          guarded: whether the step is taken only if `found_inf` is 0.
+          exact: whether to look for gradients that are gone and for parameters that are placed otherwise; `take` finds
+            them, too.
+        """
+        return (
+            self.guarded is guarded
+            and len(templates) == len(self.templates)
+            and all(map(is_, templates, self.templates))
+            and not (self.absent and any(grads[i] is not None for i in self.absent))
+            and not (self.traced and not all(region.is_current for region in self.traced))
+            and not (
+                (exact or self.runs_python)
+                and (any(grads[i] is None for i in self.present) or not self.local.fits(self.params.tensors))
+            )
+        )
+
+    # -- the step -----------------------------------------------------------------------------------------------------
+
+    def take(
+        self,
+        params: Sequence[torch.Tensor],
+        columns: Columns,
+        grads: Sequence[torch.Tensor | None],
+        states: Sequence[dict[str, Any]],
+        options: Sequence[Mapping[str, Any]],
+        extra: Mapping[str, Any],
+        first: frozenset[int],
+        journal: Journal,
+    ) -> Outcome:
+        """Takes the step, which has begun. `completed` tells whether everything has been written.
+
+        Args:
+          params: the parameters, or tensors that stand for them.
+          columns: the slots; see `ParamState.columns`.
+          grads: the gradients.
+          states: the state of each parameter.
+          options: mappings that hyper-parameters are looked up in.
+          extra: the extra arguments.
+          first: the parameters that take their first step.
+          journal: takes note of entries of state that are replaced.
+
+        Returns:
+          `"taken"`; or, if nothing has been done, `"gone"` if a gradient or an entry is gone that was there, or
+          parameters are placed otherwise, and `"sparse"` if a gradient is sparse.
+
+        Raises:
+          ValueError, TypeError, RuntimeError: something does not fit.
+        """
+        self._check_call(extra)
+        given: Columns = {
+            (-1, name): self._extra_column(name, rule, extra[name]) for name, rule in self.extras.columns.items()
+        }
+        if self.runs_python:
+            options = list(options)  # another object, for Python code within the step may change options
+        own: Columns = {"updates": grads, "params": params, **columns, **given}
+        if self.local.wrapped:
+            found = self._local_columns(params, grads, given)
+            if isinstance(found, str):
+                return found
+            own |= found
+        watched = self.runs_python and not needs_dispatch()
+        steady = False  # whether parameters have the specs of the last step
+        if watched:
+            watch = SpecWatch.of(self.watch, own["params"], self.present)
+            steady, self.watch = watch is self.watch, watch
+        for stage in self.stages:
+            if stage.entered is not None:
+                own[stage.entered] = own["updates"]
+            if isinstance(stage, Opaque):
+                own["updates"], entries = self._call(stage, own, params, states, extra)
+                by_name, captures = dict(zip(self.names, states, strict=True)), self.state.captures()
+                for name, key, x in entries:
+                    self.state.put(by_name[name], key, x, journal, captures)
+                continue
+            for name, (schedule, _) in stage.region.hosts.items():
+                refuse_host_schedule(name, self.devices)
+                held = [state.get("step") for state in states]
+                counts = [None if x is None else int(x) for x in held]
+                own[name] = host_column(name, schedule, counts, self.devices)
+            if watched and (stage.region.hosts or stage is not self.stages[0]):  # Python code has run
+                own["params"] = self.local.of("params", params)
+                if not self.watch.holds(own["params"]):
+                    raise RuntimeError(CHANGED_MESSAGE)
+                own |= self.state.columns(states) or {}
+            last = stage is self.stages[-1]
+            results = self._run(stage, own, states, options, extra, first, journal, last, steady)
+            if results is None:
+                sparse = any(g is not None and g.layout is not torch.strided for g in grads)
+                return "sparse" if sparse else "gone"
+            if last and results:
+                self._write(stage, own, results, states, journal)
+            elif not last:
+                own["updates"] = results.pop("updates", own["updates"])
+                self.state.replace(stage, results, own, states, journal)
+        if self.local.dtensors:
+            torch.autograd.graph.increment_version([params[i] for i in self.local.dtensors])
+        self.done = True
+        return "taken"
+
+    def _check_call(self, extra: Mapping[str, Any]) -> None:
+        """Refuses a step that this chain cannot take now.
+
+        Raises:
+          TypeError, ValueError: an extra argument is missing or of another form, or gradients are scaled.
+          RuntimeError: autograd cannot record the step, or gradients are not all there yet.
+        """
+        lacking = sorted(self.needed - extra.keys()) if self.needed else []
+        if lacking:
+            raise TypeError(f"`{lacking[0]}` is needed: call `step(closure, {lacking[0]}=...)`.")
+        for name, rule in self.extras.needed.items():
+            check_no_tree(name, rule, extra.get(name))
+        if self.guarded and (self.opaque or any(stage.leafwise for stage in self.regions)):
+            raise ValueError(
+                "gradients that are still multiplied by a loss scale reach transformations that torch operations "
+                "compute; unscale them before the step."
+            )
+        if self.local.dtensors and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{self.names[self.local.dtensors[0]]} is a DTensor, whose local tensor is written to, so that "
+                f"autograd cannot record the step; use differentiable=False, or the functions of a transformation."
+            )
+        if self.spans_tree and len(self.names) == 1 and in_backward():
+            raise RuntimeError(
+                "this chain reduces over the whole tree, so it needs the gradients of all parameters at once, but it "
+                "was given one parameter while its gradient is computed; call `step` after the backward pass."
+            )
+
+    def _local_columns(
+        self, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None], given: Columns
+    ) -> Columns | Literal["gone", "sparse"]:
+        """Parameters, gradients and extra arguments as local tensors; an outcome of `take` if it cannot go on."""
+        local = self.local
+        own_params = local.known("params", params)
+        if own_params is None and not local.fits(params):
+            return "gone"
+        own_grads = local.known("updates", grads)
+        # a region finds sparse gradients when it reads tensors
+        if (own_grads is None or len(self.stages) > 1) and any(
+            g is not None and g.layout is not torch.strided for g in map(grads.__getitem__, local.dtensors)
+        ):
+            return "sparse"
+        return {
+            "params": own_params or local.of("params", params),
+            "updates": own_grads or local.of("updates", grads, placed_like, "the gradient of"),
+            **{k: local.of(k, x, placed_like, f"the extra argument `{k[1]}` for") for k, x in given.items()},
+        }
+
+    def _extra_column(self, name: str, rule: str, x: Any) -> list[Any]:
+        """An extra argument that is one tensor per parameter, as a column.
+
+        Args:
+          name: its name.
+          rule: a rule that takes it.
+          x: a list in the order of the parameters, or a dict by their names or by the parameters themselves.
+
+        Raises:
+          ValueError: it does not go with the parameters.
+        """
+        check_no_number(name, rule, x, "a list, or a dict by name or by parameter")
+        if isinstance(x, Mapping):
+            known = {key: i for i, p in enumerate(self.params.tensors) for key in (self.names[i], p)}
+            unknown = next((key for key in x if key not in known), None)
+            if unknown is not None:
+                shown = "a tensor" if isinstance(unknown, torch.Tensor) else repr(unknown)
+                raise ValueError(
+                    f"the extra argument `{name}` has the key {shown:.80}, which is no parameter of the optimizer; "
+                    f"there are {', '.join(map(repr, self.names[:5]))}{' ...' if len(self.names) > 5 else ''}."
+                )
+            entries = {known[key]: tensor for key, tensor in x.items()}
+            return [entries.get(i) for i in range(len(self.names))]
+        if not isinstance(x, Sequence) or isinstance(x, str):
+            raise ValueError(
+                f"the extra argument `{name}` is {type(x).__name__} {x!r:.60}, but {rule} takes a list, or a dict by "
+                f"name or by parameter, a tensor for each."
+            )
+        if len(x) != len(self.names):
+            raise ValueError(
+                f"the extra argument `{name}` has {len(x)} entries, but the optimizer has {len(self.names)} "
+                f"parameters; give None for one that has none."
+            )
+        return list(x)
+
+    def begin(self) -> None:
+        """Begins a step, of which nothing has been written."""
+        self.done, self.workspace = False, None
+
+    @property
+    def completed(self) -> bool:
+        """Whether everything of the last step has been written."""
+        return self.done or (self.workspace is not None and self.workspace.completed)
+
+    def _run(
+        self,
+        stage: ParamRegion,
+        own: Columns,
+        states: Sequence[dict[str, Any]],
+        options: Sequence[Mapping[str, Any]],
+        extra: Mapping[str, Any],
+        first: frozenset[int],
+        journal: Journal,
+        in_place: bool,
+        steady: bool,
+    ) -> Columns | None:
+        """Runs a region: the columns that change, none if they are written in place; None if a tensor is gone."""
+        if (
+            stage.leafwise is not None
+            and steady
+            and not self.local.wrapped
+            and not ("step" in own and any(own["step"][i] is None for i in stage.leafwise.leaves))
+            and stage.leafwise.fits(own)
+        ):
+            own |= self.state.mend_counters(own, states, journal)
+            return stage.run_leafwise(stage.leafwise, own, options, extra, first, fits=True)
+        dispatching = needs_dispatch()
+        variant = Variant(in_place, requested_backend(), first if stage.first_slots else frozenset())
+        found = None if dispatching or stage.leafwise else stage.find(own, variant)
+        if found is None:
+            if any(u is None or u.layout is not torch.strided for u in (own["updates"][i] for i in self.present)):
+                return None
+            if any(own[s.key][i] is None and s.seen[i] for s in stage.region.stored for i in self.present):
+                return None
+            for i in self.present:
+                u = check_leaf("updates", self.names[i], own["updates"][i])
+                p = check_leaf("params", self.names[i], own["params"][i])
+                check_fit("updates", "parameter", self.names[i], u, p)
+            own |= self.state.mend_counters(own, states, journal)
+            if stage.leafwise is not None:
+                return stage.run_leafwise(stage.leafwise, own, options, extra, first)
+            leaves = stage.leaves(own, self.params.groups, variant.first, self.numels, self.local.shards)
+            if dispatching:
+                programs = stage.programs(own, leaves)
+                return programs.evaluate(own, programs.numbers(options, extra))
+            found = stage.bind(own, variant, leaves)
+        bound, reading = found
+        numbers: Numbers = bound.numbers(options, extra)
+        if torch.is_grad_enabled() and bound.requires_grad(reading, numbers):
+            bound.release(reading)
+            return bound.evaluate(own, numbers)
+        self.workspace = reading.workspace if in_place else None
+        return bound.run(reading, own, numbers)
+
+    def _write(
+        self, stage: ParamRegion, own: Columns, results: Columns, states: Sequence[dict[str, Any]], journal: Journal
+    ) -> None:
+        """Writes the results of a last region that was not computed in place, because autograd records it."""
+        if torch.is_grad_enabled() and not self.local.wrapped:
+            # autograd may have kept the old tensor for the derivative of an earlier step
+            self.state.replace(stage, {key: x for key, x in results.items() if key != "params"}, own, states, journal)
+            results = {"params": results["params"]} if "params" in results else {}
+        for key, column in results.items():
+            for i in self.present:
+                if column[i] is not own[key][i]:
+                    own[key][i].copy_(column[i])
+
+    def _call(
+        self,
+        stage: Opaque,
+        own: Columns,
+        params: Sequence[torch.Tensor],
+        states: Sequence[dict[str, Any]],
+        extra: Mapping[str, Any],
+    ) -> tuple[list[Any], list[tuple[str, str, Any]]]:
+        """Calls a transformation that is not made of rules: its updates, and the new entries of its state."""
+        link, split = stage.link, self.opaque[stage.position]
+        updates = list(own["updates"])
+        for i in self.local.wrapped:
+            updates[i] = None if updates[i] is None else self.local.like(updates[i], i)
+        view = View(self.view.spec, tuple(updates), link.seen)
+        state = split.gather(dict(zip(self.names, states, strict=True)))
+        tree, new_state = call_opaque(link.tx, view.tree(), state, view.tree(params), extra)
+        found = updates_of(link, tree, updates, self.reader)
+        found = list(self.local.of((stage.position, "update"), found, placed_like, "the update that was returned for"))
+        check_updates(link, found, own["params"], self.names, self.present)
+        present = [self.names[i] for i in self.present if link.seen[i]]
+        return found, split.entries(new_state, present)

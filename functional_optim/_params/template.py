@@ -1,0 +1,66 @@
+"""Templates and lists of parameters: the parameters of an optimizer, and the chains that step them."""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from .._compiler.rule import Slot
+from .._transform import GradientTransformation, Path
+from .._tree import View
+
+
+class Template(NamedTuple):
+    """A transformation whose numbers are options, and the names of its slots.
+
+    Args:
+      tx: the transformation.
+      keys: for each rule's path in it and slot, the key in the state of a parameter.
+    """
+
+    tx: GradientTransformation
+    keys: Mapping[tuple[Path, str], str]
+
+
+class ParamList(NamedTuple):
+    """The parameters of a step, an entry per parameter in each field.
+
+    Args:
+      names: the name of each, in messages and for masks; no name occurs twice.
+      tensors: the parameters.
+      templates: the transformation of each, as a position in a list of templates.
+      groups: the options of each, as a position in a list of options.
+    """
+
+    names: Sequence[str]
+    tensors: Sequence[torch.Tensor]
+    templates: Sequence[int]
+    groups: Sequence[int]
+
+
+def view_of(names: Sequence[str], params: Sequence[torch.Tensor]) -> View:
+    """Parameters as the tree that masks are asked about."""
+    return View.of(OrderedDict(zip(names, params, strict=True)))
+
+
+def slots_of(template: Template, view: View) -> list[dict[str, tuple[Slot, Mapping[str, Any]] | None]]:
+    """The slots that a chain keeps for each parameter, which not all of its transformations may see.
+
+    Args:
+      template: the chain.
+      view: the parameters; it keeps nothing for one that is not seen.
+
+    Returns:
+      For each parameter, by key, the slot and the hyper-parameters of its rule; None for the counter `step`.
+    """
+    slots: list[dict[str, tuple[Slot, Mapping[str, Any]] | None]] = [{} for _ in view.seen]
+    counted: list[bool] = [False] * len(slots)
+    for link in template.tx._links(view, ()):
+        for i in (i for i, seen in enumerate(link.seen) if seen and link.bound is not None):
+            assert link.bound is not None
+            counted[i] |= link.bound.uses_step
+            for name, slot in link.bound.rule.slots.items():
+                if i not in link.lacking.get(name, ()):
+                    slots[i][template.keys[link.path, name]] = slot, link.bound.values
+    return [{"step": None, **own} if own and steps else own for own, steps in zip(slots, counted, strict=True)]
