@@ -2,8 +2,9 @@
 
 A compiled graph refers to its step by a text alone, and so do files of graphs: a cache, or an exported program. So the
 text says what the step is, wherever that is possible: it is a pickle in which only transformations, schedules, rules
-and structures may occur. A chain with functions that no description can hold (an opaque transformation, a mask or a
-schedule that is a function of the caller's) is looked up in this process by its serial number.
+and structures may occur, and a digest of formulas, which a graph may hold, too. A chain with functions that no
+description can hold (an opaque transformation, a mask or a schedule that is a function of the caller's) is looked up
+in this process by its serial number.
 """
 
 import base64
@@ -16,7 +17,6 @@ import itertools
 import pickle
 import re
 import sys
-import uuid
 import zlib
 from collections.abc import Sequence
 from operator import attrgetter
@@ -35,6 +35,7 @@ from .._step import take_step
 from .._structures import FORMS, Structure, rebuild
 from .._transform import TRANSFORMATIONS, GradientTransformation
 from .._tree import Tree, difference, flatten, flatten_to_buffers, leaves_like, unflatten
+from .digest import PROCESS, digest_of
 
 
 class Outline(NamedTuple):
@@ -131,14 +132,7 @@ class DescribedStep:
 
     def __init__(self, tx: GradientTransformation, apply: bool, trees: Trees, backend: str | None) -> None:
         self.tx, self.apply, self.trees, self.backend = tx, apply, trees, backend
-        parts: list[GradientTransformation] = []
-
-        def note(path: Any, part: GradientTransformation) -> GradientTransformation:
-            parts.append(part)
-            return part
-
-        tx._rewrite(note, ())
-        rules = [getattr(part, "bound", None) for part in parts]
+        rules = [getattr(part, "bound", None) for part in _parts(tx)]
         self.runs_foreign_code = any(bound is None for bound in rules)
         self.of_rules = not any(bound is None or bound.rule.whole for bound in rules)
         self.may_return_views = not self.of_rules
@@ -216,6 +210,18 @@ class DescribedStep:
         return own
 
 
+def _parts(tx: GradientTransformation) -> list[GradientTransformation]:
+    """The transformations that a chain is made of."""
+    parts: list[GradientTransformation] = []
+
+    def note(path: Any, part: GradientTransformation) -> GradientTransformation:
+        parts.append(part)
+        return part
+
+    tx._rewrite(note, ())
+    return parts
+
+
 def _skeleton(structure: Structure, n: int) -> Tree:
     """A tree of a structure of `n` leaves, with numbers for leaves; that which a packed tree stands for."""
     tree = rebuild(structure, [0] * n)
@@ -267,12 +273,12 @@ def describe(serial: str, apply: bool, trees: Trees, backend: str | None) -> str
 
 def _write(tx: GradientTransformation, rest: tuple[Any, ...], by_serial: bool) -> str:
     file = io.BytesIO()
-    _Writer(file, tx, by_serial).dump((len(tx._tensors), tx, *rest))
+    _Writer(file, tx, by_serial).dump((digest_of(_parts(tx)), len(tx._tensors), tx, *rest))
     return base64.b85encode(zlib.compress(file.getvalue())).decode()
 
 
 def _read(text: str) -> DescribedStep:
-    n, tx, apply, updates, params, state, extra, backend = _Reader(text).load()
+    _, n, tx, apply, updates, params, state, extra, backend = _Reader(text).load()
     assert n == len(tx._tensors)
     return DescribedStep(tx, apply, Trees(updates, params, state, extra), backend)
 
@@ -287,7 +293,6 @@ def find_step(text: str) -> DescribedStep:
     return _read(text)
 
 
-PROCESS = uuid.uuid4().hex  # serial numbers of another process are of other transformations
 # NamedTuples that are defined within functions, by identity, for texts that only this process can read
 CLASSES: "WeakValueDictionary[int, type]" = WeakValueDictionary()
 

@@ -1,0 +1,102 @@
+"""Compiled steps in torch's caches on disk: another process finds them, and none is found for an edited formula."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+ROOT = Path(__file__).parents[2]
+RULE = """
+import functional_optim as fo
+
+@fo.elementwise
+def scale_twice(u, *, rate=0.5):
+    return u * rate * {factor}
+
+@fo.leafwise
+def scale_whole(u):
+    return u * {factor}
+"""
+PROGRAM = """
+import json
+import torch
+import functional_optim as fo
+from functional_optim.adapters import AdamW
+from edited import scale_twice, scale_whole
+from torch._dynamo.utils import counters
+
+P = {"w": torch.arange(8.0).reshape(2, 4), "b": torch.ones(3)}
+G = {k: torch.full_like(p, 0.5) for k, p in P.items()}
+
+def pure(tx, params, grads):
+    return fo.apply_gradients(tx, params, grads, tx_state[tx])[0]["b"]
+
+def traced(tx, params, grads):
+    with fo.use_backend("reference"):
+        return pure(tx, params, grads)
+
+def derivative(tx, params, grads):
+    return torch.autograd.grad(pure(tx, params, grads).sum(), grads["b"])[0]
+
+def adapter(tx, params, grads):
+    opt.step()
+
+def run(name, fn, tx):
+    grads = {k: g.clone().requires_grad_(name == "derivative") for k, g in G.items()}
+    torch.compiler.reset()
+    for group in ("aot_autograd", "inductor"):
+        counters[group].clear()
+    result = torch.compile(lambda: fn(tx, P, grads))()
+    result = p.detach() if result is None else result
+    expected = fn(tx, P, grads) if fn is not adapter else result
+    torch.testing.assert_close(result, expected, rtol=1e-6, atol=0)
+    return result.tolist(), counters["aot_autograd"]["autograd_cache_hit"]
+
+p = torch.nn.Parameter(torch.ones(3))
+p.grad = torch.full_like(p, 0.5)
+opt = AdamW([p], lr=0.25)
+rules = fo.chain(scale_twice(0.25), fo.sgd(0.5, momentum=0.5))
+own = fo.chain(fo.scale_by_schedule(fo.cosine_decay_schedule(1.0, 10)), fo.adamw(0.1))
+whole = fo.chain(scale_whole(), fo.sgd(0.5))
+called = fo.chain(fo.GradientTransformation(lambda p: (), lambda u, s, p=None: (u, s)), fo.sgd(0.5))
+tx_state = {tx: tx.init(P) for tx in (rules, own, whole, called)}
+print(json.dumps({
+    "own, pure": run("pure", pure, own), "rules, pure": run("pure", pure, rules),
+    "rules, traced": run("traced", traced, rules), "rules, derivative": run("derivative", derivative, rules),
+    "whole, traced": run("traced", traced, whole), "called, pure": run("pure", pure, called),
+    "optimizer": run("optimizer", adapter, own),
+}))
+"""
+
+
+def run(folder: Path, factor: float) -> dict[str, tuple[list[float], int]]:
+    """The results of compiled steps in a process of their own, and whether they were found in a cache."""
+    (folder / "edited.py").write_text(RULE.format(factor=factor))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]),
+        "PYTHONDONTWRITEBYTECODE": "1",  # two edits within a second look alike to Python's own cache
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=300, check=False, env=environment
+    )
+    assert not done.returncode, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return {name: (result, hits) for name, (result, hits) in found.items()}
+
+
+@pytest.mark.slow
+def test_another_process_finds_a_compiled_step_and_none_of_an_edited_formula(tmp_path: Path) -> None:
+    first, again, edited = run(tmp_path, 2.0), run(tmp_path, 2.0), run(tmp_path, 4.0)
+    assert {name: hits for name, (_, hits) in first.items()} == dict.fromkeys(first, 0)
+    assert [name for name, (_, hits) in again.items() if not hits] == ["whole, traced", "called, pure"]
+    assert [name for name, (_, hits) in edited.items() if hits] == ["own, pure", "optimizer"]
+    assert {name: x for name, (x, _) in first.items()} == {name: x for name, (x, _) in again.items()}
+    differ = {name for name in first if first[name][0] != edited[name][0]}
+    assert differ == {"rules, pure", "rules, traced", "rules, derivative", "whole, traced"}
