@@ -8,6 +8,7 @@ import importlib.util
 import json
 import marshal
 import os
+import select
 import shutil
 import signal
 import stat
@@ -981,6 +982,16 @@ def finish(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+def wait_for(fifo: Path, process: "subprocess.Popen[str]") -> None:
+    """Waits until somebody writes to a fifo; a process that ends before that is a failure."""
+    end = os.open(fifo, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        while not select.select([end], [], [], 0.1)[0]:
+            assert process.poll() is None, finish(process)
+    finally:
+        os.close(end)
+
+
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_two_processes_that_build_the_same_library(
     library: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -1016,7 +1027,7 @@ def test_a_build_that_is_killed(library: str, cache: Path, tmp_path: Path, monke
     compiler = Compiler(tmp_path, f'{hang}\nexec {COMPILER} "$@"')
     monkeypatch.setenv("CC", str(compiler.path))
     process = start(HANG=library)
-    started.read_text()  # until the compiler is there
+    wait_for(started, process)
 
     os.killpg(process.pid, signal.SIGKILL)
     returncode, _, _ = finish(process)
