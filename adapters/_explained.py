@@ -15,7 +15,7 @@ from .optimizer import ChainOptimizer
 @explanation.register
 def _(optimizer: ChainOptimizer, params: Tree | None) -> Explanation:
     _refuse_params(optimizer, params)
-    templates, own = optimizer._params()
+    templates, own = optimizer._bindings.gather(optimizer)
     records = bool(optimizer.defaults.get("differentiable"))
     return explain_params(templates, own, optimizer.param_groups, optimizer._counter_dtype(), records)
 

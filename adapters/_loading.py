@@ -181,7 +181,7 @@ def _template(optimizer: "ChainOptimizer", g: int, group: dict[str, Any]) -> Tem
                 value = group.get(flag)
                 if not (value is None or isinstance(value, (bool, int))):
                     raise ValueError(f"{flag!r} is {_show(value)}, expected True, False or None.")
-        template = optimizer._template_of(group)
+        template = optimizer._bindings.template_of(optimizer, group)
         for rule in _walk.rules(template.tx).values():
             for option in rule.bound.values.values():
                 if isinstance(option, Option):

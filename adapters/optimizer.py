@@ -6,18 +6,15 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from itertools import chain
-from operator import is_
 from typing import Any, ClassVar
 
 import torch
 from torch.optim import Optimizer
 
-from functional_optim._compiler.trace import ShortTracebacks
 from functional_optim._params.journal import Journal
 from functional_optim._params.state import is_alike
 from functional_optim._params.step import GRAD, Outcome, ParamStep
-from functional_optim._params.template import ParamList, Template
+from functional_optim._params.template import Template
 from functional_optim._rows import RowStep
 from functional_optim._runtime.backend import ASKED
 from functional_optim._runtime.internals import in_checkpoint
@@ -26,14 +23,9 @@ from functional_optim._runtime.shard import is_dtensor
 from functional_optim._runtime.spec import PLAIN
 
 from ._averages import averaged
-from ._compiled import HANDLES, OPTIMIZERS, in_place_of_tensors, tensors_among
+from ._bindings import Bindings
+from ._compiled import OPTIMIZERS, in_place_of_tensors, tensors_among
 from ._loading import load
-from ._naming import names_of
-
-
-# types of options that are another object when they change
-CONSTANT = {float, int, bool, str, type(None)}
-KEEP = 8  # sets of present gradients that an optimizer is bound to at once
 
 
 def _check_rate(group: int, lr: Any) -> None:
@@ -51,34 +43,6 @@ def _check_rate(group: int, lr: Any) -> None:
 def _is_dense(grad: torch.Tensor | None) -> bool:
     """Whether a gradient is not sparse; one that is not there is not."""
     return grad is None or grad.layout is torch.strided
-
-
-class _Bindings:
-    """The tensors and chains that an optimizer is bound to: it makes steps faster, and is made anew if it is gone."""
-
-    def __init__(self) -> None:
-        self.templates: dict[tuple[Hashable, ...], Template] = {}  # by switches
-        self.row_templates: dict[tuple[Hashable, ...], Template | None] = {}  # of sparse gradients, by switches
-        self.seen_names: list[str] = []  # of the options of the groups
-        self.seen_values: list[Any] | None = None  # of the groups, if they are other objects when they change
-        self.options: tuple[Mapping[str, Any], ...] = ()  # the groups, another tuple when an option has changed
-        self.checked: dict[int, list[Any]] = {}  # the options of each group that were in their ranges
-        self.used: tuple[list[Template], list[int]] = ([], [])  # the templates of the groups, and that of each
-        self.params: ParamList | None = None
-        self.sizes: list[int] = []  # of the groups
-        self.names: list[list[str] | None] = []  # given with the groups
-        self.states: list[dict[str, Any]] = []  # of the parameters
-        self.known: tuple[list[Any], list[Any]] = ([], [])  # keys and values of the optimizer's state
-        self.steps: list[ParamStep] = []
-        self.row_steps: list[ParamStep] = []  # of the rows that sparse gradients touch
-        self.disjoint: Sequence[Any] = ()  # tensors with rows to be written that were found to share no memory
-        self.sparse = False  # whether a gradient has been sparse, so that layouts are looked at before a step
-        self.new: set[int] = set()  # ids of parameters that have state, but have not taken their first step
-        self.warned = False
-        self.handle = next(HANDLES)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Bindings, ()  # tensors of a copy are other ones
 
 
 class ChainOptimizer(Optimizer):
@@ -136,22 +100,9 @@ class ChainOptimizer(Optimizer):
         _check_rate(g, group.get("lr"))
 
     @functools.cached_property
-    def _bindings(self) -> _Bindings:
+    def _bindings(self) -> Bindings:
         """The steps that are bound; copies and pickles of an optimizer do not have them, and get their own."""
-        return _Bindings()
-
-    def _template_of(self, group: Mapping[str, Any]) -> Template:
-        switches, known = self._switches(group), self._bindings.templates
-        try:
-            found = known.get(switches)
-        except TypeError:
-            raise TypeError(
-                f"an option that decides what is computed must be a bool, a number or a string; this parameter group "
-                f"has {', '.join(repr(x) for x in switches if not isinstance(x, Hashable))}."
-            ) from None
-        if found is None:
-            found = known[switches] = self._template(switches)
-        return found
+        return Bindings()
 
     def __getstate__(self) -> dict[str, Any]:
         if "_averaged" in self.__dict__:
@@ -201,18 +152,19 @@ class ChainOptimizer(Optimizer):
         """Takes a step on the parameters and the gradients that they have."""
         if "_averaged" in self.__dict__:
             raise RuntimeError("step was called inside `averaged_params()`, where parameters are averages.")
-        templates, params = self._params()
+        bindings = self._bindings
+        templates, params = bindings.gather(self)
         if extra:
             self._check_extra(templates, extra, offered)
         grads = list(map(GRAD, params.tensors))
         try:
-            self._step_on(templates, params.tensors, grads, self._states(params), extra)
+            self._step_on(templates, params.tensors, grads, bindings.states_of(self, params), extra)
         except SharedMemoryError:
             turns = self._turns(params.tensors, grads)
             if len(turns) < 2:
                 raise
             for some in turns:
-                self._step_on(templates, params.tensors, some, self._states(params), extra)
+                self._step_on(templates, params.tensors, some, bindings.states_of(self, params), extra)
 
     @staticmethod
     def _check_extra(templates: Sequence[Template], extra: Mapping[str, Any], offered: frozenset[str]) -> None:
@@ -225,125 +177,7 @@ class ChainOptimizer(Optimizer):
                 f"this chain takes {', '.join(map(repr, known)) or 'none'}."
             )
 
-    # -- gathering ----------------------------------------------------------------------------------------------------
-
-    def _params(self) -> tuple[list[Template], ParamList]:
-        """The chains of the groups, and the parameters."""
-        bindings = self._bindings
-        templates, of_group, options = self._templates()
-        lists = [group["params"] for group in self.param_groups]
-        params = list(chain.from_iterable(lists))
-        known, sizes = bindings.params, list(map(len, lists))
-        names = [group.get("param_names") for group in self.param_groups]
-        if (
-            known is None
-            or bindings.used != (templates, of_group)
-            or sizes != bindings.sizes
-            or names != bindings.names
-            or not all(map(is_, params, known.tensors))
-        ):
-            groups = [g for g, size in enumerate(sizes) for _ in range(size)]
-            self._check_names(sizes)
-            known = ParamList(names_of(self.param_groups), params, [of_group[g] for g in groups], groups)
-            bindings.steps, bindings.row_steps, bindings.states = [], [], []
-            bindings.names = [None if x is None else list(x) for x in names]
-            bindings.params, bindings.sizes, bindings.used = known, sizes, (templates, of_group)
-        if options is None or options is not bindings.seen_values:
-            bindings.options = tuple(self.param_groups)
-            bindings.seen_names = list(chain.from_iterable(self.param_groups))
-        bindings.seen_values = options  # last: they say that all the rest is up to date
-        return templates, known
-
-    def _check_names(self, sizes: Sequence[int]) -> None:
-        for g, (size, group) in enumerate(zip(sizes, self.param_groups, strict=True)):
-            names = group.get("param_names")
-            if names is not None and len(names) != size:
-                raise ValueError(
-                    f"parameter group {g} has {size} params but {len(names)} param_names; change both together."
-                )
-
-    def _templates(self) -> tuple[list[Template], list[int], list[Any] | None]:
-        """The chains of all groups, which of them each group has, and the options that they depend on.
-
-        There are no options to compare by if one of them can change and be the same object.
-        """
-        bindings, groups = self._bindings, self.param_groups
-        values = list(chain.from_iterable(map(dict.values, groups)))
-        if (
-            bindings.seen_values is not None
-            and len(values) == len(bindings.seen_values)
-            and all(map(is_, values, bindings.seen_values))
-            and list(chain.from_iterable(groups)) == bindings.seen_names
-        ):
-            return *bindings.used, bindings.seen_values
-        templates: list[Template] = []
-        of_group: list[int] = []
-        for g, group in enumerate(groups):
-            self._check_options(g, group)
-            template = self._template_of(group)
-            if not any(template is t for t in templates):
-                templates.append(template)
-            of_group.append(next(k for k, t in enumerate(templates) if t is template))
-        return templates, of_group, values if self._is_constant() else None
-
-    def _is_constant(self) -> bool:
-        """Whether no option can change and be the same object, apart from lists of parameters and names."""
-        values = (x for group in self.param_groups for k, x in group.items() if k not in ("params", "param_names"))
-        parts = chain.from_iterable(x if type(x) is tuple else (x,) for x in values)
-        return {type(x) for x in parts} <= CONSTANT
-
-    def _states(self, params: ParamList) -> list[dict[str, Any]]:
-        """The state of each parameter; a dict that is not the optimizer's yet for one that has none."""
-        bindings, state = self._bindings, self.state
-        keys, values = bindings.known
-        same = len(state) == len(keys) and all(map(is_, state, keys)) and all(map(is_, state.values(), values))
-        if not bindings.states or not same:
-            found = [state.get(p) for p in params.tensors]
-            bindings.states = [{} if x is None else x for x in found]
-            bindings.known = list(state), list(state.values())
-        return bindings.states
-
-    def _adopt(
-        self,
-        params: Sequence[torch.Tensor],
-        grads: Sequence[Any],
-        states: Sequence[dict[str, Any]],
-        journal: Journal,
-    ) -> None:
-        """Takes up states that have been made; where some parameters have one, the others get an empty one."""
-        bindings = self._bindings
-        everyone = self.EMPTY_STATES and (bool(self.state) or any(states))
-        for p, g, state in zip(params, grads, states, strict=True):
-            if (state or (everyone and g is not None)) and p not in self.state:
-                journal.set(self.state, p, state)
-                bindings.states = []  # to be gathered anew
-
     # -- stepping -----------------------------------------------------------------------------------------------------
-
-    def _find_step(
-        self, steps: list[ParamStep], templates: Sequence[Template], grads: Sequence[Any], guarded: bool, exact: bool
-    ) -> ParamStep:
-        """The step for gradients of which the same ones are there, if there is one that is bound; else a new one.
-
-        Args:
-          steps: the steps that are bound; a new one becomes the first of them.
-          templates: the chains of the groups.
-          grads: the gradients.
-          guarded: whether the step is taken only if `found_inf` is 0.
-          exact: whether to look for gradients that are gone; they are found when tensors are read, too.
-        """
-        bindings = self._bindings
-        for step in steps:
-            if step.is_for(templates, grads, guarded, exact):
-                return step
-        assert bindings.params is not None
-        with ShortTracebacks():
-            step = ParamStep(
-                templates, bindings.params, grads, guarded, self._counter_dtype(), warn=not bindings.warned
-            )
-        bindings.warned = True
-        steps[:] = [step, *steps[: KEEP - 1]]
-        return step
 
     def _step_on(
         self,
@@ -397,11 +231,11 @@ class ChainOptimizer(Optimizer):
         before, rows = bindings.new, None
         try:
             if any(g is not None for g in touched):
-                step = self._find_step(bindings.row_steps, row_templates, touched, guarded, True)
+                step = bindings.find_step(self, bindings.row_steps, row_templates, touched, guarded, True)
                 columns = step.state.columns(states, True)
                 if columns is None:
                     step.state.make(bindings.params.tensors, states, self.param_groups, journal)
-                    self._adopt(bindings.params.tensors, touched, states, journal)
+                    bindings.adopt(self, bindings.params.tensors, touched, states, journal)
                     columns = step.state.columns(states)
                     assert columns is not None, "the state that was missing has been made"
                 rows = RowStep(step, params, columns, touched, others, bindings.disjoint)
@@ -436,20 +270,13 @@ class ChainOptimizer(Optimizer):
         for i, g in enumerate(grads):
             if g is None or _is_dense(g):
                 continue
-            found = self._row_template_of(self.param_groups[bindings.params.groups[i]])
+            found = bindings.row_template_of(self, self.param_groups[bindings.params.groups[i]])
             if found is None or not g.is_sparse or torch.is_grad_enabled() or is_dtensor(bindings.params.tensors[i]):
                 dense[i] = g.to_dense()
             else:
                 row_templates[bindings.params.templates[i]] = found
                 dense[i], touched[i] = None, g
         return row_templates, dense, touched
-
-    def _row_template_of(self, group: Mapping[str, Any]) -> Template | None:
-        """The chain of the rows of a parameter group that sparse gradients touch; see `_row_template`."""
-        switches, known = self._switches(group), self._bindings.row_templates
-        if switches not in known:
-            known[switches] = self._row_template(switches)
-        return known[switches]
 
     def _step_dense(
         self,
@@ -474,7 +301,7 @@ class ChainOptimizer(Optimizer):
         first: frozenset[int] = frozenset()
         try:
             while True:
-                step = self._find_step(bindings.steps, templates, grads, guarded, exact)
+                step = bindings.find_step(self, bindings.steps, templates, grads, guarded, exact)
                 step.begin()
                 columns, new = step.state.columns(states, exact), before
                 if columns is None and not exact:
@@ -483,11 +310,11 @@ class ChainOptimizer(Optimizer):
                 if columns is None:
                     made = step.state.make(originals, states, self.param_groups, journal)
                     new = before | {id(originals[i]) for i in made}
-                    self._adopt(originals, grads, states, journal)
+                    bindings.adopt(self, originals, grads, states, journal)
                     columns = step.state.columns(states)
                     assert columns is not None, "the state that was missing has been made"
                 elif self.EMPTY_STATES and 0 < len(self.state) < len(params):
-                    self._adopt(originals, grads, states, journal)
+                    bindings.adopt(self, originals, grads, states, journal)
                 if dry:
                     bindings.new = new
                     return "taken"
@@ -573,15 +400,16 @@ class ChainOptimizer(Optimizer):
         state: list[torch.Tensor],
     ) -> int:
         """Appends a group's tensors to lists, and returns the handle that the compiled step finds this optimizer by."""
-        templates, known = self._params()
-        own_grads, states, journal = list(map(GRAD, known.tensors)), self._states(known), Journal()
-        step = self._find_step(self._bindings.steps, templates, own_grads, False, True)
+        bindings = self._bindings
+        templates, known = bindings.gather(self)
+        own_grads, states, journal = list(map(GRAD, known.tensors)), bindings.states_of(self, known), Journal()
+        step = bindings.find_step(self, bindings.steps, templates, own_grads, False, True)
         if step.state.columns(states) is None:
             made = step.state.make(known.tensors, states, self.param_groups, journal)
-            self._bindings.new = self._bindings.new | {id(known.tensors[i]) for i in made}
-            self._adopt(known.tensors, own_grads, states, journal)
+            bindings.new = bindings.new | {id(known.tensors[i]) for i in made}
+            bindings.adopt(self, known.tensors, own_grads, states, journal)
         owners: dict[int, Any] = {}  # a number that parameters share is passed once, with the first of them
-        for p, g, entries in zip(known.tensors, own_grads, self._states(known), strict=True):
+        for p, g, entries in zip(known.tensors, own_grads, bindings.states_of(self, known), strict=True):
             for x in entries.values() if g is not None else ():
                 owners.setdefault(id(x), p)
         for p in group["params"]:
@@ -590,7 +418,7 @@ class ChainOptimizer(Optimizer):
                 grads.append(p.grad)
                 entries = self.state[p]
                 state.extend(x for x in entries.values() if isinstance(x, torch.Tensor) and owners[id(x)] is p)
-        handle = self._bindings.handle
+        handle = bindings.handle
         OPTIMIZERS[handle] = self
         return handle
 
@@ -603,9 +431,10 @@ class ChainOptimizer(Optimizer):
         extra: dict[str, Any],
     ) -> None:
         """Takes a step on tensors that stand for this optimizer's own, in the order of `_run_compiled`."""
-        templates, known = self._params()
+        bindings = self._bindings
+        templates, known = bindings.gather(self)
         own_params, own_grads = list(known.tensors), list(map(GRAD, known.tensors))
-        own_states = list(self._states(known))
+        own_states = list(bindings.states_of(self, known))
         given, tensors = iter(zip(params, grads, strict=True)), iter(state)
         standing: dict[int, torch.Tensor] = {}  # for which tensor of the state each stands
         for i, g in enumerate(own_grads):

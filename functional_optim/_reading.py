@@ -1,5 +1,6 @@
 """Reading back: hyper-parameters and slots by name, from the state of a chain."""
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -32,16 +33,14 @@ def unique(names: Sequence[str], owners: Sequence[tuple[Path, str]], taken: froz
         labels = "_".join(str(k) for k in path if isinstance(k, str))
         plain = [name] if counts[name] == 1 else []
         labelled = [f"{labels}_{name}"] if labels else []
-        for candidate in (*plain, *labelled, *_numbered(f"{rule}_{name}")):
-            if candidate not in taken and candidate not in chosen:
-                chosen[candidate] = None
-                break
+        candidates = itertools.chain(plain, labelled, _numbered(f"{rule}_{name}"))
+        chosen[next(x for x in candidates if x not in taken and x not in chosen)] = None
     return list(chosen)
 
 
 def _numbered(name: str) -> Iterator[str]:
     yield name
-    yield from (f"{name}_{k}" for k in range(2, 1000))
+    yield from (f"{name}_{k}" for k in itertools.count(2))
 
 
 def slot_names(rules: Mapping[Path, Rule], renamed: Mapping[str, str] | None = None) -> dict[tuple[Path, str], str]:

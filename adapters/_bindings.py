@@ -1,0 +1,200 @@
+"""Bindings of an optimizer: its groups as one list of parameters with their chains, and the steps that are bound."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from itertools import chain
+from operator import is_
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from functional_optim._compiler.trace import ShortTracebacks
+from functional_optim._params.journal import Journal
+from functional_optim._params.step import ParamStep
+from functional_optim._params.template import ParamList, Template
+
+from ._compiled import HANDLES
+from ._naming import names_of
+
+
+if TYPE_CHECKING:
+    from .optimizer import ChainOptimizer
+
+
+# types of options that are another object when they change
+CONSTANT = {float, int, bool, str, type(None)}
+KEEP = 8  # sets of present gradients that an optimizer is bound to at once
+
+
+class Bindings:
+    """The tensors and chains that an optimizer is bound to: it makes steps faster, and is made anew if it is gone."""
+
+    def __init__(self) -> None:
+        self.templates: dict[tuple[Hashable, ...], Template] = {}  # by switches
+        self.row_templates: dict[tuple[Hashable, ...], Template | None] = {}  # of sparse gradients, by switches
+        self.seen_names: list[str] = []  # of the options of the groups
+        self.seen_values: list[Any] | None = None  # of the groups, if they are other objects when they change
+        self.options: tuple[Mapping[str, Any], ...] = ()  # the groups, another tuple when an option has changed
+        self.checked: dict[int, list[Any]] = {}  # the options of each group that were in their ranges
+        self.used: tuple[list[Template], list[int]] = ([], [])  # the templates of the groups, and that of each
+        self.params: ParamList | None = None
+        self.sizes: list[int] = []  # of the groups
+        self.names: list[list[str] | None] = []  # given with the groups
+        self.states: list[dict[str, Any]] = []  # of the parameters
+        self.known: tuple[list[Any], list[Any]] = ([], [])  # keys and values of the optimizer's state
+        self.steps: list[ParamStep] = []
+        self.row_steps: list[ParamStep] = []  # of the rows that sparse gradients touch
+        self.disjoint: Sequence[Any] = ()  # tensors with rows to be written that were found to share no memory
+        self.sparse = False  # whether a gradient has been sparse, so that layouts are looked at before a step
+        self.new: set[int] = set()  # ids of parameters that have state, but have not taken their first step
+        self.warned = False
+        self.handle = next(HANDLES)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Bindings, ()  # tensors of a copy are other ones
+
+    def template_of(self, opt: "ChainOptimizer", group: Mapping[str, Any]) -> Template:
+        """The chain of a parameter group.
+
+        Raises:
+          TypeError: an option that decides what is computed has no hash.
+        """
+        switches, known = opt._switches(group), self.templates
+        try:
+            found = known.get(switches)
+        except TypeError:
+            raise TypeError(
+                f"an option that decides what is computed must be a bool, a number or a string; this parameter group "
+                f"has {', '.join(repr(x) for x in switches if not isinstance(x, Hashable))}."
+            ) from None
+        if found is None:
+            found = known[switches] = opt._template(switches)
+        return found
+
+    def row_template_of(self, opt: "ChainOptimizer", group: Mapping[str, Any]) -> Template | None:
+        """The chain of the rows of a group that sparse gradients touch; see `ChainOptimizer._row_template`."""
+        switches, known = opt._switches(group), self.row_templates
+        if switches not in known:
+            known[switches] = opt._row_template(switches)
+        return known[switches]
+
+    def gather(self, opt: "ChainOptimizer") -> tuple[list[Template], ParamList]:
+        """The chains of the groups, and the parameters."""
+        templates, of_group, options = self._templates(opt)
+        lists = [group["params"] for group in opt.param_groups]
+        params = list(chain.from_iterable(lists))
+        known, sizes = self.params, list(map(len, lists))
+        names = [group.get("param_names") for group in opt.param_groups]
+        if (
+            known is None
+            or self.used != (templates, of_group)
+            or sizes != self.sizes
+            or names != self.names
+            or not all(map(is_, params, known.tensors))
+        ):
+            groups = [g for g, size in enumerate(sizes) for _ in range(size)]
+            _check_names(opt, sizes)
+            known = ParamList(names_of(opt.param_groups), params, [of_group[g] for g in groups], groups)
+            self.steps, self.row_steps, self.states = [], [], []
+            self.names = [None if x is None else list(x) for x in names]
+            self.params, self.sizes, self.used = known, sizes, (templates, of_group)
+        if options is None or options is not self.seen_values:
+            self.options = tuple(opt.param_groups)
+            self.seen_names = list(chain.from_iterable(opt.param_groups))
+        self.seen_values = options  # last: they say that all the rest is up to date
+        return templates, known
+
+    def _templates(self, opt: "ChainOptimizer") -> tuple[list[Template], list[int], list[Any] | None]:
+        """The chains of all groups, which of them each group has, and the options that they depend on.
+
+        There are no options to compare by if one of them can change and be the same object.
+        """
+        groups = opt.param_groups
+        values = list(chain.from_iterable(map(dict.values, groups)))
+        if (
+            self.seen_values is not None
+            and len(values) == len(self.seen_values)
+            and all(map(is_, values, self.seen_values))
+            and list(chain.from_iterable(groups)) == self.seen_names
+        ):
+            return *self.used, self.seen_values
+        templates: list[Template] = []
+        of_group: list[int] = []
+        for g, group in enumerate(groups):
+            opt._check_options(g, group)
+            template = self.template_of(opt, group)
+            if not any(template is t for t in templates):
+                templates.append(template)
+            of_group.append(next(k for k, t in enumerate(templates) if t is template))
+        return templates, of_group, values if _is_constant(opt) else None
+
+    def states_of(self, opt: "ChainOptimizer", params: ParamList) -> list[dict[str, Any]]:
+        """The state of each parameter; a dict that is not the optimizer's yet for one that has none."""
+        state = opt.state
+        keys, values = self.known
+        same = len(state) == len(keys) and all(map(is_, state, keys)) and all(map(is_, state.values(), values))
+        if not self.states or not same:
+            found = [state.get(p) for p in params.tensors]
+            self.states = [{} if x is None else x for x in found]
+            self.known = list(state), list(state.values())
+        return self.states
+
+    def adopt(
+        self,
+        opt: "ChainOptimizer",
+        params: Sequence[torch.Tensor],
+        grads: Sequence[Any],
+        states: Sequence[dict[str, Any]],
+        journal: Journal,
+    ) -> None:
+        """Takes up states that have been made; where some parameters have one, the others get an empty one."""
+        everyone = opt.EMPTY_STATES and (bool(opt.state) or any(states))
+        for p, g, state in zip(params, grads, states, strict=True):
+            if (state or (everyone and g is not None)) and p not in opt.state:
+                journal.set(opt.state, p, state)
+                self.states = []  # to be gathered anew
+
+    def find_step(
+        self,
+        opt: "ChainOptimizer",
+        steps: list[ParamStep],
+        templates: Sequence[Template],
+        grads: Sequence[Any],
+        guarded: bool,
+        exact: bool,
+    ) -> ParamStep:
+        """The step for gradients of which the same ones are there, if there is one that is bound; else a new one.
+
+        Args:
+          opt: the optimizer.
+          steps: the steps that are bound; a new one becomes the first of them.
+          templates: the chains of the groups.
+          grads: the gradients.
+          guarded: whether the step is taken only if `found_inf` is 0.
+          exact: whether to look for gradients that are gone; they are found when tensors are read, too.
+        """
+        for step in steps:
+            if step.is_for(templates, grads, guarded, exact):
+                return step
+        assert self.params is not None
+        with ShortTracebacks():
+            step = ParamStep(templates, self.params, grads, guarded, opt._counter_dtype(), warn=not self.warned)
+        self.warned = True
+        steps[:] = [step, *steps[: KEEP - 1]]
+        return step
+
+
+def _check_names(opt: "ChainOptimizer", sizes: Sequence[int]) -> None:
+    """Refuses names of another number than the parameters of their group."""
+    for g, (size, group) in enumerate(zip(sizes, opt.param_groups, strict=True)):
+        names = group.get("param_names")
+        if names is not None and len(names) != size:
+            raise ValueError(
+                f"parameter group {g} has {size} params but {len(names)} param_names; change both together."
+            )
+
+
+def _is_constant(opt: "ChainOptimizer") -> bool:
+    """Whether no option can change and be the same object, apart from lists of parameters and names."""
+    values = (x for group in opt.param_groups for k, x in group.items() if k not in ("params", "param_names"))
+    parts = chain.from_iterable(x if type(x) is tuple else (x,) for x in values)
+    return {type(x) for x in parts} <= CONSTANT
