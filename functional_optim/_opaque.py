@@ -113,10 +113,11 @@ class SplitState:
           state: the state.
           present: the parameters that took the step; entries of others are left out.
         """
-        there, taken = {*present, None} if self.seen else set(present), _places(self.view.leaves)
+        there, found = {*present, None} if self.seen else set(present), self.split(state)
+        taken = _places(self.view.leaves) if found else frozenset()
         return [
             (name or self.seen[0], self.keys[name, path], _apart(x, taken))
-            for (name, path), x in self.split(state).items()
+            for (name, path), x in found.items()
             if name in there
         ]
 

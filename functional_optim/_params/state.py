@@ -205,6 +205,9 @@ class ParamState:
                     if stored.key not in whole and self._lacks(columns[stored.key], stored):
                         return None
                     continue
+                if not any(stored.seen):  # counters of which no leaf has one
+                    columns[stored.key] = [None] * len(states)
+                    continue
                 key = stage.keys[stored.key]
                 if key in self.shared:
                     found = self._shared_column(stored, key, states)

@@ -340,3 +340,28 @@ def test_options_changed_while_other_params_have_gradients() -> None:
             opt.step()
     # a stale rate would be off by tenths; 40 steps of at most 0.2, each of which differs by some ulp
     torch.testing.assert_close(ours, theirs, rtol=0, atol=40 * 0.2 * 2**-20)
+
+
+@pytest.mark.parametrize("bad", [{0}, {0, 1}, {3}, {3, 4}], ids=str)
+@pytest.mark.parametrize("at_end", [False, True])
+def test_updates_of_a_transformation_that_do_not_fit_at_some_steps(bad: set[int], at_end: bool) -> None:
+    """They are refused at each of these steps, which change nothing; the others are those of a run without them."""
+    calls = iter(range(100))
+
+    def cut(updates: Any, params: Any) -> Any:
+        return {k: u[:2] for k, u in updates.items()} if next(calls) in bad else updates
+
+    rules = (fo.trace(0.9), fo.stateless(cut)) if at_end else (fo.trace(0.9), fo.stateless(cut), fo.scale(-0.1))
+    p, q = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = TransformOptimizer([p], fo.chain(*rules))
+    other = TransformOptimizer([q], fo.chain(*(rule for rule in rules if rule is not rules[1])))
+    for step in range(8):
+        p.grad = torch.full((3,), 1.0 + step)
+        q.grad = p.grad.clone()
+        if step in bad:
+            with pytest.raises(ValueError, match=r"the update that .* returned at .* has shape \(2,\)"):
+                optimizer.step()
+        else:
+            optimizer.step()
+            other.step()
+        assert torch.equal(p, q)
