@@ -10,7 +10,16 @@ from ._packed import Packed
 from ._rule import Fusible, RuleTransformation
 from ._runtime.checks import check_fit, check_leaf
 from ._structures import add
-from ._transform import GradientTransformation, Link, as_transformation, joined_names, joined_tensors
+from ._transform import (
+    GradientTransformation,
+    Link,
+    Path,
+    Rewrite,
+    as_transformation,
+    joined_names,
+    joined_tensors,
+    parts,
+)
 from ._tree import Tree, View, difference, flatten, leaves_like, packed_like, paths, unflatten
 
 
@@ -41,11 +50,11 @@ class Chain(Fusible):
         for tx in self.members:
             tx._warn(view)
 
-    def _rewrite(self, fn: Any, path: tuple[int | str, ...]) -> GradientTransformation:
+    def _rewrite(self, fn: Rewrite, path: Path) -> GradientTransformation:
         pairs = zip(self._keys(), self.members, strict=True)
         return Chain(tuple(tx._rewrite(fn, (*path, key)) for key, tx in pairs), self.names)
 
-    def _links(self, view: View, path: tuple[int | str, ...]) -> list[Link]:
+    def _links(self, view: View, path: Path) -> list[Link]:
         return [
             link for key, tx in zip(self._keys(), self.members, strict=True) for link in tx._links(view, (*path, key))
         ]
@@ -128,10 +137,8 @@ def _warn_if_not_last(members: tuple[GradientTransformation, ...]) -> None:
     """Warns of a rule that needs updates as they will be added to the parameters, and is not at the end."""
     early: str | None = None
     for member in members:
-        parts: dict[Any, GradientTransformation] = {}
-        member._rewrite(parts.setdefault, ())
         # an opaque transformation may do anything
-        rules = [part.bound.rule for part in parts.values() if isinstance(part, RuleTransformation)]
+        rules = [part.bound.rule for part in parts(member).values() if isinstance(part, RuleTransformation)]
         if early and any(not rule.final for rule in rules):
             warnings.warn(
                 f"{early} stands before {member!r:.80}, which changes updates again, but it works on updates as they "

@@ -15,7 +15,7 @@ import torch
 from ._runtime.internals import is_wrapper_of_a_transformation
 from ._schedules.schedule import Identity, Schedule
 from ._schedules.traced import has_fixed_key
-from ._transform import GradientTransformation
+from ._transform import GradientTransformation, parts
 
 
 _VALUES = (type(None), bool, int, str, bytes, torch.dtype)
@@ -68,14 +68,7 @@ def _template(form: Form) -> GradientTransformation | None:
     """The chain that takes the steps of all chains of a form; None if its parts keep their tensors to themselves."""
     tx, form.tx = form.tx, None
     assert tx is not None
-    parts: list[Any] = []
-
-    def note(path: Any, part: GradientTransformation) -> GradientTransformation:
-        parts.append(part)
-        return part
-
-    tx._rewrite(note, ())
-    if not all(_takes_tensors(part) for part in parts):
+    if not all(map(_takes_tensors, parts(tx).values())):
         return None
     return tx._with_tensors([torch.zeros((), dtype=torch.float64) for _ in tx._tensors])
 

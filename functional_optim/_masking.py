@@ -12,7 +12,17 @@ from ._addresses import publish
 from ._compiler.rule import Option
 from ._rule import Fusible, RuleTransformation
 from ._runtime.internals import register_in_exports
-from ._transform import EmptyState, GradientTransformation, Link, as_transformation, joined_names, joined_tensors
+from ._transform import (
+    EmptyState,
+    GradientTransformation,
+    Link,
+    Path,
+    Rewrite,
+    as_transformation,
+    joined_names,
+    joined_tensors,
+    parts,
+)
 from ._tree import MaskedNode, View, broadcast_prefix, leaves_like, paths, show, tree_map
 
 
@@ -119,12 +129,12 @@ class Masked(Fusible):
 
     def _check(self, view: View, narrow: View) -> None:
         if any(view.seen) and not any(narrow.seen):
-            _warn(f"the mask {_cut(show(self.mask), 80)} of {_called(self.inner)} matches no parameter", view)
+            _warn(f"the mask {_cut(show(self.mask))} of {_called(self.inner)} matches no parameter", view)
 
-    def _rewrite(self, fn: Any, path: tuple[int | str, ...]) -> GradientTransformation:
+    def _rewrite(self, fn: Rewrite, path: Path) -> GradientTransformation:
         return Masked(self.inner._rewrite(fn, (*path, 0)), self.mask)
 
-    def _links(self, view: View, path: tuple[int | str, ...]) -> list[Link]:
+    def _links(self, view: View, path: Path) -> list[Link]:
         return self.inner._links(self._narrow(view), (*path, 0))
 
     def _asks_leaves(self) -> bool:
@@ -153,16 +163,14 @@ def _warn(what: str, view: View) -> None:
 
 def _called(tx: GradientTransformation) -> str:
     """A transformation in a message; without numbers where an adapter looks them up, which nobody has written so."""
-    parts: dict[Any, GradientTransformation] = {}
-    tx._rewrite(parts.setdefault, ())
-    rules = [x.bound for x in parts.values() if isinstance(x, RuleTransformation)]
+    rules = [x.bound for x in parts(tx).values() if isinstance(x, RuleTransformation)]
     if any(isinstance(value, Option) for bound in rules for value in bound.values.values()):
-        return _cut(", ".join(f"{bound.rule.name}(...)" for bound in rules), 80)
-    return _cut(repr(tx), 80)
+        return _cut(", ".join(f"{bound.rule.name}(...)" for bound in rules))
+    return _cut(repr(tx))
 
 
-def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[:length]} ..."
+def _cut(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:80]} ..."
 
 
 def _is_truth(x: Any) -> bool:
@@ -209,11 +217,11 @@ class Partition(Fusible):
             if isinstance(k, re.Pattern) and not any(map(k.search, names)):
                 _warn(f"the pattern {k.pattern!r:.80} of partition is found in no parameter's path", view)
 
-    def _rewrite(self, fn: Any, path: tuple[int | str, ...]) -> GradientTransformation:
+    def _rewrite(self, fn: Rewrite, path: Path) -> GradientTransformation:
         transforms = {k: tx._rewrite(fn, (*path, 0, k, 0)) for k, tx in self.transforms.items()}
         return Partition(transforms, self.labels)
 
-    def _links(self, view: View, path: tuple[int | str, ...]) -> list[Link]:
+    def _links(self, view: View, path: Path) -> list[Link]:
         parts = self._parts(view)
         return [
             link

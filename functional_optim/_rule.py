@@ -13,7 +13,7 @@ from ._graph.run import run
 from ._runtime.checks import check_leaf
 from ._runtime.internals import register_in_exports
 from ._schedules.schedule import swap_tensors, tensors_of
-from ._transform import GradientTransformation, Link, as_transformation, joined_names, joined_tensors
+from ._transform import GradientTransformation, Link, Path, Rewrite, as_transformation, joined_names, joined_tensors
 from ._tree import MaskedNode, Tree, View, paths, show
 
 
@@ -97,7 +97,7 @@ class RuleTransformation(Fusible):
         register_in_exports(self.bound.state_type)
         return self.bound.state_type(**fields)
 
-    def _links(self, view: View, path: tuple[int | str, ...]) -> list[Link]:
+    def _links(self, view: View, path: Path) -> list[Link]:
         return [Link(self, path, view.seen, self.bound, self._lacking(view))]
 
     def _lacking(self, view: View) -> Mapping[str, frozenset[int]]:
@@ -160,10 +160,10 @@ class Wrapping(Fusible):
     def _warn(self, view: View) -> None:
         self.inner._warn(view)
 
-    def _rewrite(self, fn: Any, path: tuple[int | str, ...]) -> GradientTransformation:
+    def _rewrite(self, fn: Rewrite, path: Path) -> GradientTransformation:
         return Wrapping(self.inner._rewrite(fn, (*path, 0)), self.own._rewrite(fn, (*path, 1)))
 
-    def _links(self, view: View, path: tuple[int | str, ...]) -> list[Link]:
+    def _links(self, view: View, path: Path) -> list[Link]:
         inside = self.inner._links(view, (*path, 0))
         rule, *behind = self.own._links(view, (*path, 1))
         return [*inside, rule._replace(wraps=len(inside)), *behind]

@@ -255,6 +255,19 @@ def as_transformation(x: Any) -> GradientTransformation:
     return GradientTransformation(x.init, x.update)
 
 
+def parts(tx: GradientTransformation) -> dict[Path, GradientTransformation]:
+    """The innermost transformations of a transformation, by path: rules, and opaque ones.
+
+    Example:
+      >>> import functional_optim as fo
+      >>> parts(fo.sgd(0.1))
+      {(1,): scale_by_learning_rate(learning_rate=0.1)}
+    """
+    found: dict[Path, GradientTransformation] = {}
+    tx._rewrite(found.setdefault, ())
+    return found
+
+
 def joined_tensors(members: Iterable[GradientTransformation]) -> tuple[torch.Tensor, ...]:
     """The tensors among the hyper-parameters of several transformations, each once."""
     return tuple({id(x): x for tx in members for x in tx._tensors}.values())

@@ -4,25 +4,11 @@ from collections.abc import Callable
 
 from ._chain import Chain
 from ._rule import RuleTransformation
-from ._transform import GradientTransformation, Path
-
-
-def parts(tx: GradientTransformation) -> dict[Path, GradientTransformation]:
-    """The innermost transformations of a transformation, by path: rules, and opaque ones.
-
-    Example:
-      >>> import functional_optim as fo
-      >>> parts(fo.sgd(0.1))
-      {(1,): scale_by_learning_rate(learning_rate=0.1)}
-    """
-    found: dict[Path, GradientTransformation] = {}
-
-    def keep(path: Path, inner: GradientTransformation) -> GradientTransformation:
-        found[path] = inner
-        return inner
-
-    tx._rewrite(keep, ())
-    return found
+from ._transform import (
+    GradientTransformation,
+    Path,
+    parts as parts,
+)
 
 
 def rules(tx: GradientTransformation) -> dict[Path, RuleTransformation]:

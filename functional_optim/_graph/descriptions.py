@@ -33,7 +33,7 @@ from .._runtime.packing import Place
 from .._schedules.schedule import Schedule, ScheduleFactory
 from .._step import take_step
 from .._structures import FORMS, Structure, rebuild
-from .._transform import TRANSFORMATIONS, GradientTransformation
+from .._transform import TRANSFORMATIONS, GradientTransformation, parts
 from .._tree import Tree, difference, flatten, flatten_to_buffers, leaves_like, unflatten
 from .digest import PROCESS, digest_of
 
@@ -132,7 +132,7 @@ class DescribedStep:
 
     def __init__(self, tx: GradientTransformation, apply: bool, trees: Trees, backend: str | None) -> None:
         self.tx, self.apply, self.trees, self.backend = tx, apply, trees, backend
-        rules = [getattr(part, "bound", None) for part in _parts(tx)]
+        rules = [getattr(part, "bound", None) for part in parts(tx).values()]
         self.runs_foreign_code = any(bound is None for bound in rules)
         self.of_rules = not any(bound is None or bound.rule.whole for bound in rules)
         self.may_return_views = not self.of_rules
@@ -210,18 +210,6 @@ class DescribedStep:
         return own
 
 
-def _parts(tx: GradientTransformation) -> list[GradientTransformation]:
-    """The transformations that a chain is made of."""
-    parts: list[GradientTransformation] = []
-
-    def note(path: Any, part: GradientTransformation) -> GradientTransformation:
-        parts.append(part)
-        return part
-
-    tx._rewrite(note, ())
-    return parts
-
-
 def _skeleton(structure: Structure, n: int) -> Tree:
     """A tree of a structure of `n` leaves, with numbers for leaves; that which a packed tree stands for."""
     tree = rebuild(structure, [0] * n)
@@ -273,7 +261,7 @@ def describe(serial: str, apply: bool, trees: Trees, backend: str | None) -> str
 
 def _write(tx: GradientTransformation, rest: tuple[Any, ...], by_serial: bool) -> str:
     file = io.BytesIO()
-    _Writer(file, tx, by_serial).dump((digest_of(_parts(tx)), len(tx._tensors), tx, *rest))
+    _Writer(file, tx, by_serial).dump((digest_of(parts(tx).values()), len(tx._tensors), tx, *rest))
     return base64.b85encode(zlib.compress(file.getvalue())).decode()
 
 

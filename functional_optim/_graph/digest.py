@@ -7,7 +7,7 @@ their formulas, too. So a description says by a digest which formulas they were:
 import functools
 import hashlib
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ PROCESS = uuid.uuid4().hex  # a name of what is known in this process alone
 _PACKAGE = __name__.partition(".")[0]
 
 
-def digest_of(parts: Sequence[GradientTransformation]) -> str:
+def digest_of(parts: Iterable[GradientTransformation]) -> str:
     """The digest of the code of transformations.
 
     Of a rule that is computed element by element it is the traced program; of this package, its source. Other code
