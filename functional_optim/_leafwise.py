@@ -13,10 +13,10 @@ from ._compiler.trace import RuleError
 from ._regions import LeafwiseRegion
 from ._runtime.checks import at, check_number, refuse_freed
 from ._runtime.internals import needs_dispatch, version
-from ._runtime.members import find_freed
 from ._runtime.plan import Columns, Key
 from ._runtime.pointers import PointerReader, Pointers
 from ._runtime.spec import TensorSpec
+from ._runtime.stacks import find_freed
 
 
 STACK = 1 << 20  # the most elements of leaves that are computed together on a CPU, so that they stay in its cache

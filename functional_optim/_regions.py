@@ -13,12 +13,14 @@ from ._packed import Form, packed_forms
 from ._runtime.checks import at, check_fit, check_slot, refuse_freed
 from ._runtime.internals import MapLevel
 from ._runtime.join import Joins
-from ._runtime.members import MembersReading, MembersStep, find_freed
+from ._runtime.members import MembersReading, MembersStep
 from ._runtime.packed_step import PackedStep
 from ._runtime.plan import Columns, Key, Leaf
+from ._runtime.programs import NoKernels, Programs
 from ._runtime.shard import MeshShard
 from ._runtime.spec import TensorSpec, specs_of
-from ._runtime.step import BoundStep, Programs, Reading
+from ._runtime.stacks import find_freed
+from ._runtime.step import BoundStep, Reading
 from ._schedules.traced import has_fixed_key, traced_key
 from ._transform import Link
 from ._tree import MaskedNode
@@ -340,8 +342,9 @@ class BoundRegion:
           extra: the extra arguments that are numbers.
           given: tensors in the place of those that hyper-parameters have, by identity.
         """
-        bound = MembersStep(leaves, self.specs(own), own, levels, counters, extra, given)
-        if not bound.fits:
+        try:
+            bound = MembersStep(leaves, self.specs(own), own, levels, counters, extra, given)
+        except NoKernels:
             return None
         self.of_members = [(packed_forms(own.values()), bound), *self.of_members[: self.KEEP - 1]]
         return self.find_members(own, levels, extra, given)
@@ -358,8 +361,10 @@ class BoundRegion:
           counters: columns of counters that all leaves share.
         """
         arguments = (leaves, self.specs(own), own, self.paths, variant.in_place, counters, self.joins)
-        packed = PackedStep(*arguments) if any(variant.forms) else None
-        bound = packed if packed is not None and packed.fits else BoundStep(*arguments)
+        try:
+            bound = PackedStep(*arguments) if any(variant.forms) else BoundStep(*arguments)
+        except NoKernels:
+            bound = BoundStep(*arguments)
         self.bound = [(variant, bound), *self.bound[: self.KEEP - 1]]
         found = self.find(own, variant)
         assert found is not None, "a step is bound to the tensors that it was made for"

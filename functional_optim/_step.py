@@ -28,14 +28,15 @@ from ._runtime.internals import (
     takes_gradients,
     without_wrappers,
 )
-from ._runtime.members import different_numbers
+from ._runtime.numbers import Numbers
 from ._runtime.overlap import SharedMemoryError
 from ._runtime.packing import PackedColumn
 from ._runtime.plan import Columns, Key
 from ._runtime.pointers import PointerReader, Pointers
 from ._runtime.recording import can_record, record
 from ._runtime.spec import TensorSpec
-from ._runtime.step import BoundStep, Numbers, Reading
+from ._runtime.stacks import different_numbers
+from ._runtime.step import BoundStep, Reading
 from ._state import StateReader, get_state, set_states
 from ._transform import GradientTransformation, Link
 from ._tree import MaskedNode, Reader, Tree, View, difference, flatten, packed_inside, paths

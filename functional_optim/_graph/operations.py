@@ -22,7 +22,7 @@ from .._runtime.internals import (
     vmap_levels,
     wrap_members,
 )
-from .._runtime.members import Stack
+from .._runtime.stacks import Stack
 from .descriptions import DescribedStep, find_step
 
 

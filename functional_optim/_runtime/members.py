@@ -13,115 +13,23 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._compiler.cache import BuildError
 from .._compiler.call import LeafTable
 from .._compiler.program import Level
-from .backend import choose_backend, give_up
-from .cpu import CpuLaunchesOfParts, compile_c, usable_threads
-from .internals import (
-    MapLevel,
-    is_wrapper_of_a_transformation,
-    members_unwrapper,
-    outside_transformations,
-    wrap_members,
-)
+from .backend import choose_backend
+from .cpu import CpuLaunchesOfParts, usable_threads
+from .internals import is_wrapper_of_a_transformation, members_unwrapper, outside_transformations, wrap_members
+from .kernels import build_kernels
+from .numbers import Numbers
 from .packed_step import Offsets, Source
 from .packing import PackedColumn
 from .plan import Columns, Group, Key, Leaf
 from .pointers import Difference, PointerReader, Pointers
+from .programs import REQUIRES_GRAD, NoKernels, Programs, Specs
 from .spec import TensorSpec
-from .step import REQUIRES_GRAD, Numbers, Programs, Specs
+from .stacks import Ensemble, Levels, Stack, Stacked
 
 
-Levels = Sequence[MapLevel]  # the calls of `vmap` that are active, outermost first
-Stacked = tuple[bool, ...]  # for each level, whether members have tensors of their own
 Scalars = Sequence[Sequence["float | Stack"]]  # the scalar table of each group, with stacks in the place of tensors
-
-
-class Stack(NamedTuple):
-    """A tensor of all members, without wrappers.
-
-    Args:
-      tensor: the tensor; the dimensions of members come first, those of outer levels before those of inner ones.
-      stacked: the levels that it has a dimension of.
-    """
-
-    tensor: torch.Tensor
-    stacked: Stacked
-
-    @classmethod
-    def of(cls, x: torch.Tensor, levels: Levels) -> "Stack":
-        """The tensor that stands behind one within `vmap`, which need not be a wrapper."""
-        unwrap = members_unwrapper()
-        if len(levels) == 1:
-            x, dim = unwrap(x, levels[0].level)
-            return cls(x.movedim(dim, 0) if dim else x, (dim is not None,))
-        dims: list[int | None] = []
-        for level in reversed(levels):
-            x, dim = unwrap(x, level.level)
-            dims.insert(0, dim)
-        if any(dims):  # an inner dimension is counted without those of outer levels
-            rest = list(range(x.ndim))
-            first = [rest.pop(dim) for dim in dims if dim is not None]
-            x = x.permute(first + rest)
-        return cls(x, tuple(dim is not None for dim in dims))
-
-
-def different_numbers(x: torch.Tensor, levels: Levels) -> list[float]:
-    """The numbers that members have, each once."""
-    tensor = Stack.of(x, levels).tensor
-    with outside_transformations():
-        return list(dict.fromkeys(tensor.flatten().tolist()))
-
-
-def find_freed(columns: Columns, levels: Levels) -> tuple[Key, int] | None:
-    """The place of a tensor whose storage has been freed or cut, which operations of torch would read.
-
-    Args:
-      columns: the tensors, as they are within `vmap`.
-      levels: the calls of `vmap` that are active.
-    """
-    for key, column in columns.items():
-        for i, x in enumerate(column):
-            tensor = Stack.of(x, levels).tensor if isinstance(x, torch.Tensor) else None
-            if tensor is None or is_wrapper_of_a_transformation(tensor):
-                continue
-            spec = TensorSpec.of(tensor)
-            end = tensor.storage_offset() * tensor.element_size() + spec.span if spec.plain and spec.span else 0
-            if end and end > tensor.untyped_storage().nbytes():
-                return key, i
-    return None
-
-
-class Ensemble:
-    """The members of a step: those of nested calls of `vmap` in one row.
-
-    Args:
-      sizes: the number of members at each level; 1 where no tensor has some of its own.
-
-    Example:
-      >>> pair = Ensemble((2, 3))
-      >>> pair.offsets(Stack(torch.zeros(3, 5), (False, True)))
-      [0, 5, 10, 0, 5, 10]
-      >>> pair.values(Stack(torch.tensor([1.0, 2.0]), (True, False)))
-      [1.0, 1.0, 1.0, 2.0, 2.0, 2.0]
-    """
-
-    def __init__(self, sizes: Sequence[int]) -> None:
-        self.sizes, self.n = tuple(sizes), math.prod(sizes)
-
-    def offsets(self, stack: Stack) -> list[int]:
-        """For each member, the offset of its part of a tensor, in elements."""
-        strides = iter(stack.tensor.stride())
-        steps = [next(strides) if own else 0 for own in stack.stacked]
-        places = itertools.product(*map(range, self.sizes))
-        return [sum(k * step for k, step in zip(place, steps, strict=True)) for place in places]
-
-    def values(self, stack: Stack) -> list[float]:
-        """For each member, its number."""
-        shape = [size if own else 1 for size, own in zip(self.sizes, stack.stacked, strict=True)]
-        values: list[float] = stack.tensor.reshape(shape).expand(self.sizes).flatten().tolist()
-        return values
 
 
 class _Result(NamedTuple):
@@ -183,8 +91,8 @@ class MembersStep(Programs):
       extra: the extra arguments that are numbers.
       given: tensors in the place of those that hyper-parameters have, by identity.
 
-    Attributes:
-      fits: whether kernels compute the step. If not, operations of torch are to.
+    Raises:
+      NoKernels: operations of torch are to compute the step.
     """
 
     def __init__(
@@ -202,15 +110,13 @@ class MembersStep(Programs):
         if self.contiguous:  # copies of stacks are walked side by side
             super().__init__(leaves, {key: list(map(_contiguous, column)) for key, column in specs.items()})
         self.sizes, self.counters = tuple(level.size for level in levels), counters
-        self.fits = self._builds_kernels(specs)
-        if not self.fits or (self.contiguous and any(isinstance(x, PackedColumn) for x in columns.values())):
-            self.fits = False
-            return
+        if self.contiguous and any(isinstance(x, PackedColumn) for x in columns.values()):
+            raise NoKernels
+        self._build_kernels(specs)
         self.sources = self._find_sources(columns)
         stacks = [self._stack(source.of(columns), levels) for source in self.sources]
-        if not all(self._is_whole(stack) for stack in stacks):
-            self.fits = False
-            return
+        if not all(map(self._is_whole, stacks)):
+            raise NoKernels
         with outside_transformations():
             tensors = [stack.tensor for stack in stacks]
             self.reader = PointerReader(tensors, list(map(TensorSpec.of, tensors)))
@@ -233,19 +139,18 @@ class MembersStep(Programs):
 
     # -- binding ------------------------------------------------------------------------------------------------------
 
-    def _builds_kernels(self, specs: Specs) -> bool:
-        """Whether C computes all groups; its kernels are built here."""
+    def _build_kernels(self, specs: Specs) -> None:
+        """Builds kernels of C for all groups.
+
+        Raises:
+          NoKernels: another backend computes them.
+        """
         found = {spec for column in specs.values() for spec in column if spec is not None}
         on_cpu = all(spec.plain and spec.device.type == "cpu" for spec in found)
         if not (self.groups and on_cpu and choose_backend(torch.device("cpu"))[0] == "c"):
-            return False
-        try:
-            for group in self.groups:
-                compile_c(group.signature)
-        except BuildError as error:
-            give_up("c", str(error))
-            return False
-        return True
+            raise NoKernels
+        if not build_kernels("c", self.groups):
+            raise NoKernels
 
     def _source(self, columns: Columns, key: Key, i: int) -> tuple[Source, int]:
         """The origin of a tensor, and its offset there in elements. Leaves share a counter, which is read once."""

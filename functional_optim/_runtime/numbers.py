@@ -11,6 +11,7 @@ from .plan import Group
 
 
 Number = float | torch.Tensor
+Numbers = Sequence[Sequence[Number]]  # the scalar table of each group
 
 
 class _Lookup(NamedTuple):

@@ -10,11 +10,14 @@ from typing import Any, NamedTuple
 import torch
 
 from .._compiler.call import Column
+from .join import Joins
+from .kernels import COMPILE
 from .packing import PackedColumn, Place
-from .plan import Columns, Key
+from .plan import Columns, Key, Leaf
 from .pointers import Difference, PointerReader, Pointers
+from .programs import NoKernels, Specs
 from .spec import TensorSpec
-from .step import COMPILE, BoundStep, Reading, Workspace
+from .step import BoundStep, Reading, Workspace
 
 
 class Source(NamedTuple):
@@ -104,20 +107,25 @@ class PackedWorkspace(Workspace):
 class PackedStep(BoundStep):
     """Programs bound to tensors some of which are views of buffers; see `BoundStep`.
 
-    Attributes:
-      fits: whether kernels compute the whole step on buffers. If not, a `BoundStep` is to compute it on the views.
+    Raises:
+      NoKernels: kernels do not compute the whole step on buffers; a `BoundStep` is to compute it on the views.
     """
 
     workspace_type: type[Workspace] = PackedWorkspace
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        columns: Columns = arguments[2]
-        self.fits = self._runs_kernels()
-        self.sources: list[Source] = []
-        self.made: list[Made] = []
-        if not self.fits:
-            return
+    def __init__(
+        self,
+        leaves: Sequence[Leaf],
+        specs: Specs,
+        columns: Columns,
+        paths: Sequence[str],
+        in_place: bool,
+        counters: Sequence[Key] = (),
+        joins: Joins | None = None,
+    ) -> None:
+        super().__init__(leaves, specs, columns, paths, in_place, counters, joins)
+        if not self._runs_kernels():
+            raise NoKernels
         gathers = [gather for group in self.groups for gather in group.gathers]
         places = [place for gather in gathers for place in gather.places[: gather.width]]
         found: dict[Source, int] = {}
@@ -125,13 +133,15 @@ class PackedStep(BoundStep):
         for (key, i), spec in zip(places, self.specs, strict=True):
             source, offset = self._source(columns, key, i)
             entries.append((found.setdefault(source, len(found)), offset * spec.dtype.itemsize))
-        self.sources, self.offsets = list(found), Offsets(entries)
+        self.sources: list[Source] = list(found)
+        self.offsets = Offsets(entries)
         self.owner = [k for k, _ in entries]  # the source of each gathered tensor
         self.first = {k: position for position, k in reversed(list(enumerate(self.owner)))}
         written = dict.fromkeys(self.owner[i] for start, stop in self.written for i in range(start, stop))
         self.written_sources = list(written)
         tensors = [source.of(columns) for source in self.sources]
         self.buffer_reader = PointerReader(tensors, list(map(TensorSpec.of, tensors)))
+        self.made: list[Made] = []
         if self.allocates:
             self._lay_out_results(columns)
 
@@ -151,7 +161,11 @@ class PackedStep(BoundStep):
         return Source(key, i, False), 0
 
     def _lay_out_results(self, columns: Columns) -> None:
-        """Decides which buffers the results have; the step does not fit if they cannot have any."""
+        """Decides which buffers the results have.
+
+        Raises:
+          NoKernels: they cannot have any.
+        """
         found: dict[tuple[Key, int], list[tuple[Place, torch.dtype]]] = {}
         entries: list[tuple[tuple[Key, int], Place, torch.dtype]] = []
         likes: dict[Key, Key] = {}
@@ -163,8 +177,7 @@ class PackedStep(BoundStep):
                     column = columns[likes[key]]
                     place = column.place(i) if isinstance(column, PackedColumn) else None
                     if place is None:
-                        self.fits = False
-                        return
+                        raise NoKernels
                     found.setdefault((key, place.buffer), []).append((place, dtype))
                     entries.append(((key, place.buffer), place, dtype))
         for (key, b), own in found.items():
@@ -173,8 +186,7 @@ class PackedStep(BoundStep):
             dtype, is_one = own[0][1], len({dtype for _, dtype in own}) == 1
             kept = len({place for place, _ in own}) < len(like.packed.layout.owners[b])
             if not is_one or (kept and not self._may_keep(columns, key, likes[key], b, dtype)):
-                self.fits = False
-                return
+                raise NoKernels
             self.made.append(Made(key, b, likes[key], dtype, kept))
         positions = {(made.key, made.position): k for k, made in enumerate(self.made)}
         for key in {made.key for made in self.made}:
@@ -182,8 +194,7 @@ class PackedStep(BoundStep):
             assert isinstance(like, PackedColumn)
             for b, x in enumerate(like.packed.buffers):
                 if (key, b) not in positions and not self._may_keep(columns, key, likes[key], b, x.dtype):
-                    self.fits = False
-                    return
+                    raise NoKernels
         self.made_offsets = Offsets([(positions[k], place.offset * dtype.itemsize) for k, place, dtype in entries])
 
     @staticmethod

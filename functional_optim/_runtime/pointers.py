@@ -15,7 +15,7 @@ import torch
 
 from .._compiler.c.build import BuildError, load_c
 from .internals import is_wrapper_of_a_transformation
-from .spec import TensorSpec
+from .spec import TensorSpec, lies_outside
 
 
 NAMESPACE = "functional_optim"
@@ -192,11 +192,7 @@ class PointerReader:
         for k, (x, spec) in enumerate(zip(tensors, self.specs, strict=True)):
             if x.layout is not torch.strided or not _same(TensorSpec.of(x), spec):
                 return Difference(k, False)
-            if (
-                spec.plain
-                and spec.span
-                and x.storage_offset() * x.element_size() + spec.span > x.untyped_storage().nbytes()
-            ):
+            if spec.plain and lies_outside(x, spec):
                 return Difference(k, True)
         return None
 

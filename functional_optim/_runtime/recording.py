@@ -10,17 +10,18 @@ from typing import Any
 
 import torch
 
-from .._compiler.call import Column
 from .._compiler.differentiate import NoDerivative, cotangent, differentiate_all
 from .._compiler.fuse import Recipe, Source
 from .._compiler.program import Level, Program
 from .checks import at
 from .evaluate import evaluate
 from .internals import in_transformation, is_mapped_by_autograd, is_wrapper_of_a_transformation
+from .kernels import COMPILE
+from .numbers import Numbers
 from .plan import Columns, Group, Key, Leaf
 from .pointers import Difference
 from .spec import specs_of
-from .step import COMPILE, BoundStep, Numbers
+from .step import BoundStep, flat
 
 
 Tensors = Sequence[torch.Tensor]
@@ -173,13 +174,13 @@ class Recording:
         gathered, tables = self.split(tensors)
         reading = self.bound.read_tensors(gathered)
         assert not isinstance(reading, Difference), "the tensors of a step are those that it was bound to"
-        return _flat(self.bound.compute(reading, {}, tables))
+        return flat(self.bound.compute(reading, {}, tables))
 
     def follow(self, tensors: Tensors) -> list[torch.Tensor]:
         """The outputs by torch operations."""
         gathered, tables = self.split(tensors)
         columns = self.bound.split(gathered)
-        return _flat(evaluate("reference", self.bound.groups, columns, tables, None))
+        return flat(evaluate("reference", self.bound.groups, columns, tables, None))
 
     def names(self) -> list[tuple[int, str, int]]:
         """Of each output, one after another: its group, its name, and the place of its leaf in the group."""
@@ -295,11 +296,6 @@ def _sum(parts: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
     if total.dtype is not like.dtype or total.device != like.device:
         total = total.to(device=like.device, dtype=like.dtype)
     return total if total.shape == like.shape else total.reshape(like.shape)
-
-
-def _flat(outputs: Sequence[Sequence[Column]]) -> list[torch.Tensor]:
-    """The tensors of all columns."""
-    return [x for own in outputs for column in own for x in column]
 
 
 def _follow_back(

@@ -7,7 +7,6 @@ import torch
 
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)  # the classes whose memory a kernel may be handed
-FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class TensorSpec(NamedTuple):
@@ -83,6 +82,11 @@ class TensorSpec(NamedTuple):
                     return True
                 reach += (size - 1) * stride
         return False
+
+
+def lies_outside(x: torch.Tensor, spec: TensorSpec) -> bool:
+    """Whether elements of a tensor that has memory lie outside of its storage, which has been freed or cut."""
+    return spec.span > 0 and x.storage_offset() * x.element_size() + spec.span > x.untyped_storage().nbytes()
 
 
 def walk_together(specs: Sequence[TensorSpec]) -> bool:

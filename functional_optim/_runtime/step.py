@@ -6,116 +6,27 @@ gathers its tensors, has them compared and their data pointers read in one opera
 
 import ctypes
 import functools
-import itertools
 from collections.abc import Callable, Mapping, Sequence
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 
-from .._compiler.cache import BuildError
 from .._compiler.call import Column
 from .._compiler.program import Level
-from .backend import choose_backend, give_up
+from .backend import choose_backend
 from .checks import at
-from .cpu import CpuLaunches, compile_c, usable_threads
+from .cpu import CpuLaunches, usable_threads
 from .cuda.capture import refuse_binding
 from .cuda.launch import DeviceMemory, TritonLaunch
-from .cuda.loaded import load_kernels
 from .evaluate import evaluate
 from .join import Joins
-from .numbers import Number, Table
+from .kernels import COMPILE, build_kernels
+from .numbers import Numbers as Numbers
 from .overlap import OverlapCheck, SharedMemoryError
-from .plan import Columns, Group, Key, Leaf, group_leaves
+from .plan import Columns, Group, Key, Leaf
 from .pointers import Difference, PointerReader, Pointers
-from .spec import TensorSpec
-
-
-REQUIRES_GRAD = attrgetter("requires_grad")
-COMPILE: dict[str, Callable[[Group], Any]] = {
-    "c": lambda group: compile_c(group.signature),
-    "triton": lambda group: load_kernels(group.signature, group.device, aligned=True),
-}
-Specs = Mapping[Key, Sequence[TensorSpec | None]]
-Numbers = Sequence[Sequence[Number]]  # the scalar table of each group
-
-
-class Programs:
-    """The programs of some leaves, which torch operations can compute wherever torch works.
-
-    Args:
-      leaves: the leaves that programs compute.
-      specs: the specs of their tensors, by column.
-      joins: the reductions over processes, if there are any.
-      shared: columns in which all leaves on a device have one tensor.
-    """
-
-    def __init__(
-        self, leaves: Sequence[Leaf], specs: Specs, joins: Joins | None = None, shared: Sequence[Key] = ()
-    ) -> None:
-        self.joins = joins
-        self.groups = group_leaves(leaves, specs, shared)
-        self.tables = [Table(group) for group in self.groups]
-        self.gathers = [(gather.key, gather.pick) for group in self.groups for gather in group.gathers]
-        ends = itertools.accumulate([gather.width for group in self.groups for gather in group.gathers], initial=0)
-        bounds = itertools.pairwise(ends)
-        # for each group and gather, the bounds of its tensors among all that are gathered
-        self.bounds = [list(itertools.islice(bounds, len(group.gathers))) for group in self.groups]
-
-    def numbers(self, options: Sequence[Mapping[str, Any]], extra: Mapping[str, Any]) -> list[list[Number]]:
-        """The numbers of this step; see `Table.numbers`."""
-        return [table.numbers(options, extra) for table in self.tables]
-
-    def own_numbers(self, extra: Mapping[str, Any], given: Mapping[int, torch.Tensor]) -> Numbers:
-        """The numbers of this step, with other tensors in the place of those that hyper-parameters have.
-
-        Args:
-          extra: the extra arguments that are numbers.
-          given: the other tensors, by the identity of those that they replace.
-        """
-        tables = self.numbers((), extra)
-        if not given:
-            return tables
-        return [[given.get(id(x), x) if isinstance(x, torch.Tensor) else x for x in table] for table in tables]
-
-    def gather(self, columns: Columns) -> list[Any]:
-        """The tensors of all groups: for each group and gather, one per leaf, or one that leaves share."""
-        tensors: list[Any] = []
-        for key, pick in self.gathers:
-            source: Any = columns if key is None else columns[key]
-            tensors += source if pick is None else pick(source)
-        return tensors
-
-    def split(self, tensors: Sequence[Any]) -> list[list[Column]]:
-        """Gathered tensors as columns of each group."""
-        return [
-            [
-                list(tensors[start:stop]) * (len(group.leaves) if gather.shared else 1)
-                for gather, (start, stop) in zip(group.gathers, bounds, strict=True)
-            ]
-            for group, bounds in zip(self.groups, self.bounds, strict=True)
-        ]
-
-    def evaluate(self, columns: Columns, numbers: Numbers) -> Columns:
-        """New values by the reference, which autograd and transformations follow. Nothing is written.
-
-        Returns:
-          The columns that change, complete.
-        """
-        tensors = self.split(self.gather(columns))
-        return self.scatter(columns, evaluate("reference", self.groups, tensors, numbers, self.joins))
-
-    def scatter(self, columns: Columns, outputs: Sequence[Sequence[Sequence[Any]]]) -> Columns:
-        """The columns that change, with the outputs of all groups in their places."""
-        results: dict[Key, list[Any]] = {}
-        for group, own in zip(self.groups, outputs, strict=True):
-            for k, values in zip(group.outputs, own, strict=True):
-                places = [("updates", i) for i in group.leaves] if k is None else group.gathers[k].places
-                for (key, i), value in zip(places, values, strict=True):
-                    if key not in results:
-                        results[key] = list(columns[key])
-                    results[key][i] = value
-        return dict(results)
+from .programs import REQUIRES_GRAD, Programs, Specs
+from .spec import TensorSpec, lies_outside
 
 
 class Reading(NamedTuple):
@@ -233,22 +144,10 @@ class BoundStep(Programs):
         for device in dict.fromkeys(group.device for group in self.groups):
             own = [k for k, group in enumerate(self.groups) if group.device == device]
             backend, _ = choose_backend(device, at(self.paths[self.groups[own[0]].leaves[0]]))
-            parts.append((self._built(backend, own), own))
+            if backend in COMPILE and not build_kernels(backend, [self.groups[k] for k in own]):
+                backend = "foreach"
+            parts.append((backend, own))
         return parts
-
-    def _built(self, backend: str, own: Sequence[int]) -> str:
-        """The backend, if it builds the kernels of some groups; else the one that takes its place.
-
-        The kernels stay in the cache of the backend, where launches find them.
-        """
-        if backend in COMPILE:
-            try:
-                for k in own:
-                    COMPILE[backend](self.groups[k])
-            except BuildError as error:
-                give_up(backend, str(error))
-                return "foreach"
-        return backend
 
     def _kernel_columns(self) -> list[list[int]]:
         """For each group, the positions among the pointers at which the columns of its kernel begin.
@@ -360,8 +259,7 @@ class BoundStep(Programs):
             x = originals[i] = tensors[i]
             if not isinstance(x, torch.Tensor) or x.layout is not torch.strided or TensorSpec.of(x) != self.specs[i]:
                 return Difference(i, False)
-            span = self.specs[i].span
-            if span and x.storage_offset() * x.element_size() + span > x.untyped_storage().nbytes():
+            if lies_outside(x, self.specs[i]):
                 return Difference(i, True)
             tensors[i] = x.contiguous()
         workspace = self.take_workspace()
@@ -512,7 +410,7 @@ class BoundStep(Programs):
             start, stop = bounds[group.updates]
             like = reading.tensors[start:stop]
             outputs.append([list(map(make, like)) for make in makers])
-        new = _flat(outputs)
+        new = flat(outputs)
         memory = reading.workspace.pointers.memory
         memory[self.n_gathered + 1 : self.n_gathered + 1 + len(new)] = list(map(torch.Tensor.data_ptr, new))
         return outputs
@@ -562,6 +460,6 @@ class BoundStep(Programs):
         return f"{name}{at(self.paths[leaf])}"
 
 
-def _flat(outputs: Sequence[Sequence[Column]]) -> list[torch.Tensor]:
+def flat(outputs: Sequence[Sequence[Column]]) -> list[torch.Tensor]:
     """The tensors of all columns."""
     return [x for own in outputs for column in own for x in column]

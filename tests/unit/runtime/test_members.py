@@ -10,7 +10,8 @@ import functional_optim as fo
 from functional_optim._compiler.c.build import find_compiler
 from functional_optim._forms import template_of
 from functional_optim._runtime.internals import map_levels
-from functional_optim._runtime.members import MembersStep, Stack
+from functional_optim._runtime.members import MembersStep
+from functional_optim._runtime.stacks import Stack
 
 
 COMPILER = pytest.mark.skipif(find_compiler() is None, reason="there is no C compiler")

@@ -1,0 +1,27 @@
+"""The kernels of groups, built once and kept by the cache of their backend, where launches find them."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from .._compiler.cache import BuildError
+from .backend import give_up
+from .cpu import compile_c
+from .cuda.loaded import load_kernels
+from .plan import Group
+
+
+COMPILE: dict[str, Callable[[Group], Any]] = {
+    "c": lambda group: compile_c(group.signature),
+    "triton": lambda group: load_kernels(group.signature, group.device, aligned=True),
+}
+
+
+def build_kernels(backend: str, groups: Iterable[Group]) -> bool:
+    """Builds the kernels of groups; returns False, and gives the backend up, if one cannot be built."""
+    try:
+        for group in groups:
+            COMPILE[backend](group)
+    except BuildError as error:
+        give_up(backend, str(error))
+        return False
+    return True

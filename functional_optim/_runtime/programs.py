@@ -1,0 +1,104 @@
+"""Programs: those of some leaves, with the places of their tensors among columns. A step is bound to them.
+
+Torch operations compute them wherever torch works, which a step of kernels falls back to.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+
+from .._compiler.call import Column
+from .evaluate import evaluate
+from .join import Joins
+from .numbers import Number, Numbers, Table
+from .plan import Columns, Key, Leaf, group_leaves
+from .spec import TensorSpec
+
+
+REQUIRES_GRAD = attrgetter("requires_grad")
+Specs = Mapping[Key, Sequence[TensorSpec | None]]
+
+
+class NoKernels(Exception):
+    """Kernels do not compute a step as it was to be bound; torch operations, or a step of another kind, do."""
+
+
+class Programs:
+    """The programs of some leaves, which torch operations can compute wherever torch works.
+
+    Args:
+      leaves: the leaves that programs compute.
+      specs: the specs of their tensors, by column.
+      joins: the reductions over processes, if there are any.
+      shared: columns in which all leaves on a device have one tensor.
+    """
+
+    def __init__(
+        self, leaves: Sequence[Leaf], specs: Specs, joins: Joins | None = None, shared: Sequence[Key] = ()
+    ) -> None:
+        self.joins = joins
+        self.groups = group_leaves(leaves, specs, shared)
+        self.tables = [Table(group) for group in self.groups]
+        self.gathers = [(gather.key, gather.pick) for group in self.groups for gather in group.gathers]
+        ends = itertools.accumulate([gather.width for group in self.groups for gather in group.gathers], initial=0)
+        bounds = itertools.pairwise(ends)
+        # for each group and gather, the bounds of its tensors among all that are gathered
+        self.bounds = [list(itertools.islice(bounds, len(group.gathers))) for group in self.groups]
+
+    def numbers(self, options: Sequence[Mapping[str, Any]], extra: Mapping[str, Any]) -> list[list[Number]]:
+        """The numbers of this step; see `Table.numbers`."""
+        return [table.numbers(options, extra) for table in self.tables]
+
+    def own_numbers(self, extra: Mapping[str, Any], given: Mapping[int, torch.Tensor]) -> Numbers:
+        """The numbers of this step, with other tensors in the place of those that hyper-parameters have.
+
+        Args:
+          extra: the extra arguments that are numbers.
+          given: the other tensors, by the identity of those that they replace.
+        """
+        tables = self.numbers((), extra)
+        if not given:
+            return tables
+        return [[given.get(id(x), x) if isinstance(x, torch.Tensor) else x for x in table] for table in tables]
+
+    def gather(self, columns: Columns) -> list[Any]:
+        """The tensors of all groups: for each group and gather, one per leaf, or one that leaves share."""
+        tensors: list[Any] = []
+        for key, pick in self.gathers:
+            source: Any = columns if key is None else columns[key]
+            tensors += source if pick is None else pick(source)
+        return tensors
+
+    def split(self, tensors: Sequence[Any]) -> list[list[Column]]:
+        """Gathered tensors as columns of each group."""
+        return [
+            [
+                list(tensors[start:stop]) * (len(group.leaves) if gather.shared else 1)
+                for gather, (start, stop) in zip(group.gathers, bounds, strict=True)
+            ]
+            for group, bounds in zip(self.groups, self.bounds, strict=True)
+        ]
+
+    def evaluate(self, columns: Columns, numbers: Numbers) -> Columns:
+        """New values by the reference, which autograd and transformations follow. Nothing is written.
+
+        Returns:
+          The columns that change, complete.
+        """
+        tensors = self.split(self.gather(columns))
+        return self.scatter(columns, evaluate("reference", self.groups, tensors, numbers, self.joins))
+
+    def scatter(self, columns: Columns, outputs: Sequence[Sequence[Sequence[Any]]]) -> Columns:
+        """The columns that change, with the outputs of all groups in their places."""
+        results: dict[Key, list[Any]] = {}
+        for group, own in zip(self.groups, outputs, strict=True):
+            for k, values in zip(group.outputs, own, strict=True):
+                places = [("updates", i) for i in group.leaves] if k is None else group.gathers[k].places
+                for (key, i), value in zip(places, values, strict=True):
+                    if key not in results:
+                        results[key] = list(columns[key])
+                    results[key][i] = value
+        return dict(results)
