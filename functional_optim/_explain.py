@@ -13,6 +13,7 @@ from ._compiler.passes import Signature, plan, read_bytes, written_bytes
 from ._compiler.rule import Option
 from ._compiler.trace import ShortTracebacks
 from ._compiler.triton.emit import emit_triton, launches
+from ._foreign import host_column
 from ._leafwise import LeafwiseStep
 from ._params.journal import Journal
 from ._params.local import tensor_of
@@ -25,7 +26,7 @@ from ._runtime.checks import at
 from ._runtime.plan import Columns, Group, Key, Leaf
 from ._runtime.shard import local_tensor
 from ._runtime.spec import TensorSpec
-from ._step import TreeRegion, TreeStep, host_column
+from ._step import TreeRegion, TreeStep
 from ._transform import GradientTransformation, as_transformation
 from ._tree import Tree, View, flatten, show
 

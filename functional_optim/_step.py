@@ -4,21 +4,34 @@ The first step over trees of some structure binds the transformation to them; la
 transformation itself, and only have their tensors compared.
 """
 
-import numbers
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from ._compiler.trace import ShortTracebacks
+from ._extras import (
+    check_no_number as check_no_number,
+    check_no_tree as check_no_tree,
+    extras_of as extras_of,
+)
+from ._foreign import (
+    CHANGED_MESSAGE as CHANGED_MESSAGE,
+    SpecWatch as SpecWatch,
+    call_opaque as call_opaque,
+    check_updates as check_updates,
+    host_column as host_column,
+    updates_of as updates_of,
+    value_of_members,
+)
 from ._forms import template_of
 from ._leafwise import LeafwiseStep
 from ._opaque import check_apart
 from ._packed import packed_forms
 from ._regions import BoundRegion, LeafwiseRegion, Opaque, Region, Variant, cut_into_regions
 from ._runtime.backend import requested_backend
-from ._runtime.checks import at, check_fit, check_leaf, check_number
+from ._runtime.checks import at, check_fit, check_leaf
 from ._runtime.cuda.capture import refuse_host_schedule, refuse_new_trees
 from ._runtime.internals import (
     is_wrapper_of_a_transformation,
@@ -32,14 +45,12 @@ from ._runtime.numbers import Numbers
 from ._runtime.overlap import SharedMemoryError
 from ._runtime.packing import PackedColumn
 from ._runtime.plan import Columns, Key
-from ._runtime.pointers import PointerReader, Pointers
 from ._runtime.recording import can_record, record
-from ._runtime.spec import TensorSpec
 from ._runtime.stacks import different_numbers
 from ._runtime.step import BoundStep, Reading
 from ._state import StateReader, get_state, set_states
-from ._transform import GradientTransformation, Link
-from ._tree import MaskedNode, Reader, Tree, View, difference, flatten, packed_inside, paths
+from ._transform import GradientTransformation, Link, Path
+from ._tree import Reader, Tree, View, difference, flatten, packed_inside, paths
 
 
 KEEP = 8  # trees that a transformation is bound to at once
@@ -91,9 +102,7 @@ class TreeStep:
         columns: Columns = {"updates": self._read("updates", updates)}
         if params is not None:
             columns["params"] = self._read("params", params)
-        there = _present(columns)
-        self.present = tuple(i for i, x in enumerate(there) if x)
-        self.absent = tuple(i for i, x in enumerate(there) if not x)
+        self.present = _present(columns)
         self._check_leaves(columns)
         links = tx._links(View(self.spec, tuple(leaves), tuple(x is not None for x in leaves)), ())
         self._check_params(links)
@@ -126,7 +135,7 @@ class TreeStep:
                     "updates", "parameter", self.paths[i], u, check_leaf("params", self.paths[i], columns["params"][i])
                 )
 
-    def _check_params(self, links: Sequence[Any]) -> None:
+    def _check_params(self, links: Sequence[Link]) -> None:
         for link in links:
             if not self.with_params and link.bound is not None and link.bound.rule.uses_params:
                 raise ValueError(f"{link.bound.rule.name} needs the parameters: call `update(updates, state, params)`.")
@@ -147,8 +156,8 @@ class TreeStep:
                 columns["params"] = self.read(params)
         except (ValueError, TypeError):
             return None
-        there = _present(columns) if self.absent or self.runs_python else ()
-        if there and tuple(i for i, x in enumerate(there) if x) != self.present:
+        some_are_absent = len(self.present) < len(self.paths)
+        if (some_are_absent or self.runs_python) and _present(columns) != self.present:
             return None
         return columns
 
@@ -183,7 +192,7 @@ class TreeStep:
         Raises:
           ValueError, TypeError, RuntimeError: something does not fit; nothing has been written.
         """
-        numbers = self._extra_numbers(extra) if extra or self.extras.needed or self.extras.columns else extra
+        numbers = self.extras.numbers(extra) if extra or self.extras.needed or self.extras.columns else extra
         columns = columns | self._extra_columns(extra) if self.extras.columns else columns
         dispatching = needs_dispatch()
         if donate and dispatching:
@@ -196,7 +205,7 @@ class TreeStep:
         watched = self.runs_python and not dispatching and self.with_params
         if watched:
             watch = self.watch = SpecWatch.of(self.watch, columns["params"], self.present)
-        new_states: dict[tuple[int | str, ...], Any] = {}
+        new_states: dict[Path, Any] = {}
         for stage in self.stages:
             if stage.entered is not None:
                 columns = {**columns, stage.entered: columns["updates"]}
@@ -230,7 +239,7 @@ class TreeStep:
         Raises:
           ValueError, TypeError: one of them is no leaf, or does not fit.
         """
-        if [i for i, x in enumerate(_present(own)) if x] != list(self.present) or self._has_containers(own):
+        if _present(own) != self.present or self._has_containers(own):
             return False
         self._check_leaves(own)
         return True
@@ -359,27 +368,6 @@ class TreeStep:
         check_updates(link, updates, columns.get("params", columns["updates"]), self.paths, self.present)
         return {**columns, "updates": updates}, new_state
 
-    def _extra_numbers(self, extra: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The extra arguments that rules take, as numbers.
-
-        Raises:
-          TypeError: one is missing, or nothing in the chain takes one that is given.
-        """
-        for name, rule in (*self.extras.needed.items(), *self.extras.columns.items()):
-            if name not in extra:
-                raise TypeError(
-                    f"{rule} needs the extra argument `{name}`: call `update(updates, state, params, {name}=...)`."
-                )
-        unknown = [] if self.extras.taken is None else [name for name in extra if name not in self.extras.taken]
-        if unknown:
-            raise TypeError(
-                f"no transformation of the chain takes the extra argument `{unknown[0]}`; "
-                f"they take {', '.join(map(repr, sorted(self.extras.taken or ()))) or 'none'}."
-            )
-        for name, rule in self.extras.needed.items():
-            check_no_tree(name, rule, extra[name])
-        return {name: check_number(f"the extra argument `{name}` is", extra[name]) for name in self.extras.needed}
-
     def _extra_columns(self, extra: Mapping[str, Any]) -> Columns:
         """The extra arguments that are trees, as columns.
 
@@ -430,217 +418,15 @@ class TreeStep:
             )
 
 
-CHANGED_MESSAGE = (
-    "params changed while the step was computed: a transformation or a schedule that runs in Python made something "
-    "else of a tensor (another shape, dtype, layout, device, or no memory). Change tensors between steps."
-)
-
-
 def _seen(links: Sequence[Link]) -> list[tuple[Any, tuple[bool, ...]]]:
     """The leaves that each transformation sees; one that sees none may be left out, so paths count."""
     return [(link.path, link.seen) for link in links]
 
 
-class SpecWatch:
-    """The specs of parameters at the beginning of a step in which Python code of a caller runs.
-
-    Args:
-      params: the parameters.
-      present: the leaves that take part.
-    """
-
-    def __init__(self, params: Sequence[Any], present: Sequence[int]) -> None:
-        self.present = present
-        tensors = [params[i] for i in present]
-        self.reader = PointerReader(tensors, list(map(TensorSpec.of, tensors)))
-
-    @classmethod
-    def of(cls, last: "SpecWatch", params: Sequence[Any], present: Sequence[int]) -> "SpecWatch":
-        """The watch of the last step, if it holds for these parameters; else a new one."""
-        return last if last.present == present and last.holds(params) else cls(params, present)
-
-    def holds(self, params: Sequence[Any]) -> bool:
-        """Whether parameters are as they were."""
-        tensors = [params[i] for i in self.present]
-        return self.reader.read(tensors, Pointers(len(tensors))) is None
-
-
-def check_updates(
-    link: Any, updates: Sequence[Any], params: Sequence[Any], paths: Sequence[str], present: Sequence[int]
-) -> None:
-    """Refuses updates of a transformation that do not fit the parameters.
-
-    Raises:
-      TypeError, ValueError: with the transformation, the path and both shapes.
-    """
-    for i in present:
-        u, p = updates[i], params[i]
-        if type(u) is not torch.Tensor or u.shape != p.shape or u.dtype != p.dtype or u.device != p.device:
-            check_fit(f"the update that {link.tx!r:.60} returned", "parameter", paths[i], u, p)
-
-
-def host_column(
-    name: str, schedule: Callable[[int], Any], counts: Sequence[int | None], devices: Sequence[torch.device | None]
-) -> list[torch.Tensor | None]:
-    """The value of a schedule that only Python can evaluate, for each leaf.
-
-    Args:
-      name: its name in messages.
-      schedule: the schedule.
-      counts: the count of each leaf.
-      devices: the device of each leaf, None for one that takes no part.
-
-    Raises:
-      ValueError: it returned something else than a number.
-    """
-    values = {
-        count: check_number(f"the schedule of {name} returned", schedule(count))
-        for count in dict.fromkeys(counts)
-        if count is not None
-    }
-    known: dict[Any, torch.Tensor] = {}
-    column: list[torch.Tensor | None] = []
-    for count, device in zip(counts, devices, strict=True):
-        if count is None or device is None:
-            column.append(None)
-            continue
-        if (count, device) not in known:
-            known[count, device] = torch.as_tensor(values[count], dtype=torch.float64, device=device)
-        column.append(known[count, device])
-    return column
-
-
-def value_of_members(
-    name: str, schedule: Callable[[int], Any], count: torch.Tensor, counts: Sequence[float]
-) -> torch.Tensor:
-    """The value of a schedule that only Python can evaluate, for members of `vmap`, which have counts of their own.
-
-    Args:
-      name: its name in messages.
-      schedule: the schedule, which is called once for each count.
-      count: the count within `vmap`.
-      counts: all counts that there are.
-
-    Raises:
-      ValueError: it returned something else than a number.
-    """
-    found: torch.Tensor | None = None
-    for k in counts:
-        value = check_number(f"the schedule of {name} returned", schedule(int(k)))
-        value = torch.as_tensor(value, dtype=torch.float64, device=count.device)
-        found = value if found is None else torch.where(count == k, value, found)
-    return torch.zeros((), dtype=torch.float64) if found is None else found
-
-
-ALWAYS_ACCEPTED = frozenset(
-    {"value", "grad", "value_fn"}
-)  # names that training loops pass to any transformation, as with optax
-
-
-class Extras(NamedTuple):
-    """The extra arguments of a chain.
-
-    Args:
-      needed: the numbers that rules need, each with a rule.
-      columns: the trees that rules need, each with a rule.
-      taken: all names that are taken; None if any is.
-    """
-
-    needed: dict[str, str]
-    columns: dict[str, str]
-    taken: frozenset[str] | None
-
-
-def extras_of(stages: Sequence[Region | Opaque]) -> Extras:
-    """The extra arguments of the stages of a chain.
-
-    Raises:
-      TypeError: one is a number for a rule and a tree for another.
-    """
-    needed: dict[str, str] = {}
-    columns: dict[str, str] = {}
-    taken: set[str] | None = set()
-    for stage in stages:
-        if isinstance(stage, Region):
-            for bound in stage.bounds.values():
-                needed |= dict.fromkeys(bound.rule.extras, bound.rule.name)
-            columns |= stage.columns
-        elif taken is not None:
-            own = stage.link.tx._extra_names()
-            taken = None if own is None else taken | own
-    both = next((name for name in needed if name in columns), None)
-    if both is not None:
-        raise TypeError(
-            f"the extra argument `{both}` is a number for {needed[both]} and a tree for {columns[both]}; rename one."
-        )
-    known = None if taken is None else frozenset(taken | set(needed) | set(columns)) | ALWAYS_ACCEPTED
-    return Extras(needed, columns, known)
-
-
-def check_no_tree(name: str, rule: str, x: Any) -> None:
-    """Refuses a tree where a rule takes a number.
-
-    Raises:
-      ValueError: it is one.
-    """
-    if isinstance(x, (Mapping, list, tuple)):
-        raise ValueError(
-            f"the extra argument `{name}` is a {type(x).__name__}, but {rule} takes a number; a rule that takes a tree "
-            f"like the parameters is declared with `extra={{{name!r}: 'element'}}`."
-        )
-
-
-def check_no_number(name: str, rule: str, x: Any, expected: str, one_leaf: bool = False) -> None:
-    """Refuses a number, or one tensor for all leaves, where a rule takes a tree.
-
-    Raises:
-      ValueError: it is one.
-    """
-    number = not isinstance(x, torch.Tensor) and isinstance(x, numbers.Number)
-    if number or (isinstance(x, torch.Tensor) and not one_leaf):
-        shown = repr(x) if number else f"one tensor of shape {tuple(x.shape)}"
-        raise ValueError(
-            f"the extra argument `{name}` is {shown}, but {rule} takes {expected}, a tensor for each leaf."
-        )
-
-
-def _present(columns: Columns) -> list[bool]:
-    """For each leaf, whether there is an update and a parameter."""
-    params = columns.get("params", columns["updates"])
-    return [u is not None and p is not None for u, p in zip(columns["updates"], params, strict=True)]
-
-
-def call_opaque(
-    tx: GradientTransformation, updates: Tree, state: Any, params: Tree | None, extra: Mapping[str, Any]
-) -> tuple[Tree, Any]:
-    """Calls `update` of a transformation that is not made of rules.
-
-    Raises:
-      TypeError: it returned something else than updates and a state.
-    """
-    result = tx.update(updates, state, params, **extra)
-    if not isinstance(result, tuple) or len(result) != 2:
-        raise TypeError(f"{tx!r:.60} returned {result!r:.60} from `update`, expected (updates, state).")
-    return result[0], result[1]
-
-
-def updates_of(link: Any, tree: Tree, before: Sequence[Any], read: Reader) -> list[Any]:
-    """The updates that a transformation returned; where it does not see a leaf, or there is no gradient, those before.
-
-    Raises:
-      ValueError: the tree has another structure than the parameters.
-    """
-    try:
-        found = read(tree)
-    except (ValueError, TypeError):
-        raise ValueError(
-            f"the update that {link.tx!r:.60} returned does not have the structure of params: "
-            f"{difference(read.spec, tree)}."
-        ) from None
-    return [
-        x if seen and u is not None and not isinstance(x, MaskedNode) else u
-        for x, u, seen in zip(found, before, link.seen, strict=True)
-    ]
+def _present(columns: Columns) -> tuple[int, ...]:
+    """The leaves of which there is an update and a parameter."""
+    pairs = zip(columns["updates"], columns.get("params", columns["updates"]), strict=True)
+    return tuple([i for i, (u, p) in enumerate(pairs) if u is not None and p is not None])
 
 
 def take_step(

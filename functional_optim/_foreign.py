@@ -1,0 +1,145 @@
+"""Code of callers within a step: transformations that can only be called, and schedules that Python evaluates.
+
+It may return anything, and do anything to the tensors of the step.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ._runtime.checks import check_fit, check_number
+from ._runtime.pointers import PointerReader, Pointers
+from ._runtime.spec import TensorSpec
+from ._transform import GradientTransformation, Link
+from ._tree import MaskedNode, Reader, Tree, difference
+
+
+def call_opaque(
+    tx: GradientTransformation, updates: Tree, state: Any, params: Tree | None, extra: Mapping[str, Any]
+) -> tuple[Tree, Any]:
+    """Calls `update` of a transformation that is not made of rules.
+
+    Raises:
+      TypeError: it returned something else than updates and a state.
+    """
+    result = tx.update(updates, state, params, **extra)
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(f"{tx!r:.60} returned {result!r:.60} from `update`, expected (updates, state).")
+    return result[0], result[1]
+
+
+def updates_of(link: Link, tree: Tree, before: Sequence[Any], read: Reader) -> list[Any]:
+    """The updates that a transformation returned; where it does not see a leaf, or there is no gradient, those before.
+
+    Raises:
+      ValueError: the tree has another structure than the parameters.
+    """
+    try:
+        found = read(tree)
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"the update that {link.tx!r:.60} returned does not have the structure of params: "
+            f"{difference(read.spec, tree)}."
+        ) from None
+    return [
+        x if seen and u is not None and not isinstance(x, MaskedNode) else u
+        for x, u, seen in zip(found, before, link.seen, strict=True)
+    ]
+
+
+def check_updates(
+    link: Link, updates: Sequence[Any], params: Sequence[Any], paths: Sequence[str], present: Sequence[int]
+) -> None:
+    """Refuses updates of a transformation that do not fit the parameters.
+
+    Raises:
+      TypeError, ValueError: with the transformation, the path and both shapes.
+    """
+    for i in present:
+        u, p = updates[i], params[i]
+        if type(u) is not torch.Tensor or u.shape != p.shape or u.dtype != p.dtype or u.device != p.device:
+            check_fit(f"the update that {link.tx!r:.60} returned", "parameter", paths[i], u, p)
+
+
+def host_column(
+    name: str, schedule: Callable[[int], Any], counts: Sequence[int | None], devices: Sequence[torch.device | None]
+) -> list[torch.Tensor | None]:
+    """The value of a schedule that only Python can evaluate, for each leaf.
+
+    Args:
+      name: its name in messages.
+      schedule: the schedule.
+      counts: the count of each leaf.
+      devices: the device of each leaf, None for one that takes no part.
+
+    Raises:
+      ValueError: it returned something else than a number.
+    """
+    values = {
+        count: check_number(f"the schedule of {name} returned", schedule(count))
+        for count in dict.fromkeys(counts)
+        if count is not None
+    }
+    known: dict[Any, torch.Tensor] = {}
+    column: list[torch.Tensor | None] = []
+    for count, device in zip(counts, devices, strict=True):
+        if count is None or device is None:
+            column.append(None)
+            continue
+        if (count, device) not in known:
+            known[count, device] = torch.as_tensor(values[count], dtype=torch.float64, device=device)
+        column.append(known[count, device])
+    return column
+
+
+def value_of_members(
+    name: str, schedule: Callable[[int], Any], count: torch.Tensor, counts: Sequence[float]
+) -> torch.Tensor:
+    """The value of a schedule that only Python can evaluate, for members of `vmap`, which have counts of their own.
+
+    Args:
+      name: its name in messages.
+      schedule: the schedule, which is called once for each count.
+      count: the count within `vmap`.
+      counts: all counts that there are.
+
+    Raises:
+      ValueError: it returned something else than a number.
+    """
+    found: torch.Tensor | None = None
+    for k in counts:
+        value = check_number(f"the schedule of {name} returned", schedule(int(k)))
+        value = torch.as_tensor(value, dtype=torch.float64, device=count.device)
+        found = value if found is None else torch.where(count == k, value, found)
+    return torch.zeros((), dtype=torch.float64) if found is None else found
+
+
+CHANGED_MESSAGE = (
+    "params changed while the step was computed: a transformation or a schedule that runs in Python made something "
+    "else of a tensor (another shape, dtype, layout, device, or no memory). Change tensors between steps."
+)
+
+
+class SpecWatch:
+    """The specs of parameters at the beginning of a step in which Python code of a caller runs.
+
+    Args:
+      params: the parameters.
+      present: the leaves that take part.
+    """
+
+    def __init__(self, params: Sequence[Any], present: Sequence[int]) -> None:
+        self.present = present
+        tensors = [params[i] for i in present]
+        self.reader = PointerReader(tensors, list(map(TensorSpec.of, tensors)))
+
+    @classmethod
+    def of(cls, last: "SpecWatch", params: Sequence[Any], present: Sequence[int]) -> "SpecWatch":
+        """The watch of the last step, if it holds for these parameters; else a new one."""
+        return last if last.present == present and last.holds(params) else cls(params, present)
+
+    def holds(self, params: Sequence[Any]) -> bool:
+        """Whether parameters are as they were."""
+        tensors = [params[i] for i in self.present]
+        return self.reader.read(tensors, Pointers(len(tensors))) is None
