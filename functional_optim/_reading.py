@@ -11,7 +11,7 @@ from . import _walk
 from ._compiler.rule import Bound, Rule, rule_of
 from ._runtime.checks import check_number
 from ._runtime.internals import has_members, needs_dispatch
-from ._state import get_state
+from ._state import get_state, wrong_state
 from ._transform import GradientTransformation, Path, as_transformation
 from ._tree import Tree
 
@@ -200,9 +200,5 @@ def _state_of(state: Any, path: Path, bound: Bound) -> Any:
     except (KeyError, IndexError, TypeError):
         found = None
     if type(found) is not bound.state_type:
-        where = "".join(f"[{key!r}]" for key in path)
-        raise TypeError(
-            f"state{where} is {type(found).__name__}, expected the {bound.state_type.__name__} of {bound.rule.name}; "
-            f"pass the transformation that made the state."
-        )
+        raise wrong_state(found, path, bound)
     return found

@@ -1,4 +1,4 @@
-"""Where state lives: a nest of NamedTuples of trees in the pure API, a flat dict per parameter in optimizers.
+"""State: a nest of NamedTuples of trees in the pure API, a flat dict per parameter in optimizers.
 
 Both are read as columns, a tensor per leaf, which is all that a step knows of them.
 """
@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
+from ._compiler.rule import Bound
 from ._packed import Packed
 from ._regions import Region
 from ._runtime.checks import check_count
 from ._runtime.plan import Columns
+from ._transform import Path
 from ._tree import Reader, Tree, difference, unpacked
-
-
-Path = Sequence[int | str]
 
 
 def get_state(state: Any, path: Path) -> Any:
@@ -25,13 +24,22 @@ def get_state(state: Any, path: Path) -> Any:
     return state
 
 
-def set_states(state: Any, new: Mapping[tuple[int | str, ...], Any]) -> Any:
+def wrong_state(found: Any, path: Path, bound: Bound) -> TypeError:
+    """The error of a state that another transformation has made, which has something else at the path of a rule."""
+    where = "".join(f"[{key!r}]" for key in path)
+    return TypeError(
+        f"state{where} is {type(found).__name__}, expected the {bound.state_type.__name__} of {bound.rule.name}; make "
+        f"the state with `init` of the same transformation, or pass the one that made it."
+    )
+
+
+def set_states(state: Any, new: Mapping[Path, Any]) -> Any:
     """The same nest of states with some of them replaced."""
     if not new:
         return state
     if () in new:
         return new[()]
-    by_key: dict[int | str, dict[tuple[int | str, ...], Any]] = {}
+    by_key: dict[int | str, dict[Path, Any]] = {}
     for path, value in new.items():
         by_key.setdefault(path[0], {})[path[1:]] = value
     if isinstance(state, Mapping):
@@ -76,12 +84,7 @@ class StateReader:
             except (KeyError, IndexError, TypeError):
                 found = None
             if type(found) is not expected:
-                where = "".join(f"[{key!r}]" for key in path)
-                name = self.region.bounds[k].rule.name
-                raise TypeError(
-                    f"state{where} is {type(found).__name__}, expected the {expected.__name__} of {name}; make the "
-                    f"state with `init` of the same transformation."
-                )
+                raise wrong_state(found, path, self.region.bounds[k])
             states[k] = found
         return states
 
@@ -125,7 +128,7 @@ class StateReader:
 
     def replaced(
         self, states: Mapping[int, Any], columns: Columns, like: Tree, moving: Sequence[int]
-    ) -> dict[tuple[int | str, ...], Any]:
+    ) -> dict[Path, Any]:
         """New states, by path.
 
         Args:
@@ -148,7 +151,7 @@ class StateReader:
             if k in moving:
                 fields["count"] = states[k].count + 1
             if fields:
-                new[tuple(self.region.links[k].path)] = states[k]._replace(**fields)
+                new[self.region.links[k].path] = states[k]._replace(**fields)
         return new
 
     def _rebuild(self, slot: Tree, like: Tree, leaves: Sequence[Any]) -> Tree:
