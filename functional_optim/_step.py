@@ -25,7 +25,6 @@ from ._foreign import (
     updates_of as updates_of,
     value_of_members,
 )
-from ._forms import template_of
 from ._leafwise import LeafwiseStep
 from ._opaque import check_apart
 from ._packed import packed_forms
@@ -48,6 +47,7 @@ from ._runtime.plan import Columns, Key
 from ._runtime.recording import can_record, record
 from ._runtime.stacks import different_numbers
 from ._runtime.step import BoundStep, Reading
+from ._stand_ins import stand_in_of
 from ._state import StateReader, get_state, set_states
 from ._transform import GradientTransformation, Link, Path
 from ._tree import Reader, Tree, View, difference, flatten, packed_inside, paths
@@ -453,7 +453,7 @@ def take_step(
       The new parameters if `apply`, else the new updates; and the new state.
     """
     like = updates if params is None else params
-    home, given = template_of(tx) if tx._tensors else (tx, {})
+    home, given = stand_in_of(tx) if tx._tensors else (tx, {})
     bound = home._bound_steps
     for step in bound:
         columns = step.columns(updates, params, donate) if step.apply is apply else None

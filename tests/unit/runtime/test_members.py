@@ -8,10 +8,10 @@ import torch
 
 import functional_optim as fo
 from functional_optim._compiler.c.build import find_compiler
-from functional_optim._forms import template_of
 from functional_optim._runtime.internals import map_levels
 from functional_optim._runtime.members import MembersStep
 from functional_optim._runtime.stacks import Stack
+from functional_optim._stand_ins import stand_in_of
 
 
 COMPILER = pytest.mark.skipif(find_compiler() is None, reason="there is no C compiler")
@@ -68,7 +68,7 @@ def test_chains_that_members_make_are_bound_to_one_of_their_form() -> None:
 
     def step(rate: torch.Tensor, p: torch.Tensor) -> Any:
         tx = fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(rate, mask=_mask))
-        homes.append(template_of(tx)[0])
+        homes.append(stand_in_of(tx)[0])
         return fo.apply_gradients(tx, p, p, tx.init(p))
 
     for _ in range(3):
@@ -111,24 +111,24 @@ OTHERS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_chains_of_other_forms(name: str) -> None:
+def test_stand_ins_of_other_chains(name: str) -> None:
     first, second = OTHERS[name]
     found: list[bool] = []
 
     def ask(x: torch.Tensor) -> torch.Tensor:
-        a, again, b = (template_of(make(x))[0] for make in (first, first, second))
+        a, again, b = (stand_in_of(make(x))[0] for make in (first, first, second))
         found.extend([a is again, a is b])
         return x
 
     torch.vmap(ask)(torch.rand(2))
-    # two ways of giving the same tensors are one form
+    # two ways of giving the same tensors have one key
     assert found == [name != "a function", False] or name == "the tensor of a number", found
 
 
-def test_a_chain_with_tensors_of_its_own_is_its_own_home() -> None:
+def test_a_chain_with_tensors_of_its_own_is_its_own_stand_in() -> None:
     tx = fo.sgd(torch.tensor(0.1))
     found: list[Any] = []
-    torch.vmap(lambda x: (found.append(template_of(tx)), x)[1])(torch.rand(2))
+    torch.vmap(lambda x: (found.append(stand_in_of(tx)), x)[1])(torch.rand(2))
     assert found == [(tx, {})]
 
 
