@@ -243,7 +243,7 @@ class LeafwiseStep:
 
     @staticmethod
     def _room(rule: Rule, leaf: torch.Tensor) -> int:
-        """How many leaves like one are computed together."""
+        """The number of leaves like one that are computed together."""
         if rule.stacked_up_to is not None and leaf.numel() > rule.stacked_up_to:
             return 1
         return max(1, STACK // max(1, leaf.numel())) if leaf.device.type == "cpu" else sys.maxsize

@@ -16,7 +16,7 @@ from ._structures import FORMS, Structure, rebuild
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def cuts_of(serial: str) -> tuple[Cut, ...]:
-    """How the buffers of a form are cut."""
+    """The cuts of a form's buffers."""
     cuts: tuple[Cut, ...] = FORMS[serial].layout.cuts
     return cuts
 

@@ -21,7 +21,7 @@ _Key = TypeVar("_Key")
 
 
 class Source(NamedTuple):
-    """Where a number of the scalar table comes from.
+    """The origin of a number of the scalar table.
 
     Args:
       kind: a fixed number or tensor; an extra argument of `update`; an option that each leaf looks up; or whether it

@@ -110,7 +110,7 @@ class Prologue(NamedTuple):
 
 @functools.lru_cache(maxsize=512)
 def plan_prologues(signature: Signature) -> tuple[Prologue, ...]:
-    """Which uniform values each pass computes; each is computed in the first pass that needs it."""
+    """The uniform values that each pass computes; each is computed in the first pass that needs it."""
     program = signature.program
     values = program.values
     new: list[list[int]] = []

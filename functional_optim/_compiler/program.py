@@ -31,7 +31,7 @@ from .ops import OPS, REDUCTIONS
 
 
 class Level(IntEnum):
-    """How many values there are of one: per row of the scalar table, per leaf, or per element."""
+    """The number of values that one stands for: per row of the scalar table, per leaf, or per element."""
 
     ROW = 0
     LEAF = 1

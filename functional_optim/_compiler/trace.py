@@ -289,7 +289,7 @@ class Tracer:
         return self.add(Value("spread", (y.index,), level=Level.ELEMENT, stage=value.stage))
 
     def level(self, x: Any) -> Level:
-        """How many there are of a value."""
+        """The number of values that a symbol stands for: per row, per leaf, or per element."""
         return self.values[self.symbol(x).index].level
 
     def behind_spread(self, x: Any) -> Symbol | None:

@@ -1,8 +1,11 @@
 """The private names of torch that the package reads, each with the reason. A test says which one is gone.
 
+Those of DTensors stand in `shard.py`.
+
 Nothing here is guessed: each is a name of a Python module, read and never written.
 """
 
+import ctypes
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -129,13 +132,16 @@ def vmap_levels() -> tuple[MapLevel, ...]:
 
 def map_levels() -> tuple[MapLevel, ...]:
     """The calls of `torch.vmap` that are active, outermost first; none if there is something else that follows too."""
-    if (
+    return () if _others_follow() else vmap_levels()
+
+
+def _others_follow() -> bool:
+    """Whether something follows operations that is no transformation; `needs_dispatch` asks the same, for less."""
+    return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch.autograd.forward_ad._current_level >= 0
         or torch.compiler.is_compiling()
-    ):
-        return ()
-    return vmap_levels()
+    )
 
 
 def takes_gradients() -> bool:
@@ -145,13 +151,7 @@ def takes_gradients() -> bool:
     """
     functorch: Any = torch._C._functorch
     stack = functorch.get_interpreter_stack()
-    return (
-        bool(stack)
-        and all(x.key() == functorch.TransformType.Grad for x in stack)
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch.autograd.forward_ad._current_level < 0
-        and not torch.compiler.is_compiling()
-    )
+    return bool(stack) and all(x.key() == functorch.TransformType.Grad for x in stack) and not _others_follow()
 
 
 def without_wrappers(x: Any) -> Any:
@@ -295,6 +295,15 @@ def registries(module: torch.nn.Module) -> list[Mapping[str, Any]]:
     takes longer than the step of a packed module.
     """
     return [own for part in module.modules() for own in (part._parameters, part._modules)]
+
+
+# whether a tensor is zero everywhere and stores nothing, as derivatives may be; torch prints tensors by it
+is_zero_tensor = torch.Tensor._is_zerotensor
+
+
+def library_of_torch() -> ctypes.CDLL:
+    """The library that holds the stable C ABI of torch, which is linked to that of its Python module, `torch._C`."""
+    return ctypes.CDLL(torch._C.__file__)
 
 
 def version(x: Any) -> int:

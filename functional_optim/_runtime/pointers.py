@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .._compiler.c.build import BuildError, load_c
-from .internals import is_wrapper_of_a_transformation
+from .internals import is_wrapper_of_a_transformation, is_zero_tensor, library_of_torch
 from .spec import TensorSpec, lies_outside
 
 
@@ -67,7 +67,7 @@ def operations() -> Any:
         return getattr(torch.ops, NAMESPACE)
     try:
         own = library()
-        torch_library = ctypes.CDLL(torch._C.__file__)
+        torch_library = library_of_torch()
         n = ctypes.c_int.in_dll(own, "n_functions").value
         names = [(name or b"").decode() for name in (ctypes.c_char_p * n).in_dll(own, "function_names")]
         functions = [getattr(ctypes.pythonapi if name.startswith("Py") else torch_library, name) for name in names]
@@ -198,7 +198,7 @@ class PointerReader:
 
 
 _ASK = attrgetter("layout", "dtype", "shape", "device")
-_ASK_LAZY = torch.Tensor.is_neg, torch.Tensor.is_conj, torch.Tensor._is_zerotensor
+_ASK_LAZY = torch.Tensor.is_neg, torch.Tensor.is_conj, is_zero_tensor
 _OFFSET, _STORAGE, _NBYTES = torch.Tensor.storage_offset, torch.Tensor.untyped_storage, torch.UntypedStorage.nbytes
 
 

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .internals import is_zero_tensor
+
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)  # the classes whose memory a kernel may be handed
 
@@ -37,7 +39,7 @@ class TensorSpec(NamedTuple):
     @classmethod
     def of(cls, x: torch.Tensor) -> "TensorSpec":
         """The spec of a strided tensor."""
-        return cls(type(x), x.dtype, x.shape, x.stride(), x.device, x.is_neg() or x.is_conj() or x._is_zerotensor())
+        return cls(type(x), x.dtype, x.shape, x.stride(), x.device, x.is_neg() or x.is_conj() or is_zero_tensor(x))
 
     @property
     def plain(self) -> bool:

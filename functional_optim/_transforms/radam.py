@@ -17,7 +17,7 @@ def _rectification(length: Scalar, most: Scalar, rectified: Leaf) -> Leaf:
     """The factor that makes up for the variance of the second moment; 1 where it is not asked for."""
     above = (length - 4) * (length - 2) * most
     below = (most - 4) * (most - 2) * length
-    # what is not asked for is no number, and its derivative would be none either
+    # the other branch is no number, and its derivative would be none either
     return torch.sqrt(torch.where(rectified, above, 1.0) / torch.where(rectified, below, 1.0))
 
 

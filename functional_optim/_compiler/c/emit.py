@@ -204,7 +204,7 @@ class _Emitter:
         return lines + [f"const double u{i} = {self.uniform(i)};" for i in self.per_leaf if i not in self.repeated]
 
     def kept(self, i: int) -> str:
-        """Where a uniform value was left by the prologue."""
+        """The place where the prologue left a uniform value."""
         value = self.program.values[i]
         if value.op == "const":
             return literal(value.const)

@@ -18,6 +18,7 @@ from functional_optim._runtime.internals import (
     in_backward,
     is_mapped_by_autograd,
     is_wrapper_of_a_transformation,
+    library_of_torch,
     map_levels,
     members_unwrapper,
     needs_dispatch,
@@ -65,7 +66,7 @@ NAMES = {
         "see how `torch._functorch` tells wrapped tensors",
     ),
     "Tensor._is_zerotensor": (
-        "spec.TensorSpec.of",
+        "internals.is_zero_tensor",
         "see how the printing of tensors tells those that are zero without memory",
     ),
     "utils._pytree.register_pytree_node": (
@@ -125,7 +126,7 @@ NAMES = {
         "see how `torch._tensor_str` prints wrapped tensors",
     ),
     "_C.__file__": (
-        "pointers.operations",
+        "internals.library_of_torch",
         "find the library that holds the stable C ABI in the package of torch",
     ),
 }
@@ -145,7 +146,7 @@ def test_functions_of_the_c_abi_are_there() -> None:
         pytest.skip("there is no C compiler")
     n = ctypes.c_int.in_dll(library(), "n_functions").value
     names = [name.decode() for name in (ctypes.c_char_p * n).in_dll(library(), "function_names")]
-    torch_library = ctypes.CDLL(torch._C.__file__)
+    torch_library = library_of_torch()
     libraries = {name: ctypes.pythonapi if name.startswith("Py") else torch_library for name in names}
     missing = [name for name, found in libraries.items() if not hasattr(found, name)]
     assert not missing, (
