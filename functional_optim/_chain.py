@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
+from ._fusible import Fusible, RuleTransformation
 from ._graph.run import run
 from ._packed import Packed
-from ._rule import Fusible, RuleTransformation
 from ._runtime.checks import check_fit, check_leaf
 from ._structures import add
 from ._transform import (

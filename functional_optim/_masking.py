@@ -10,7 +10,7 @@ import torch
 
 from ._addresses import publish
 from ._compiler.rule import Option
-from ._rule import Fusible, RuleTransformation
+from ._fusible import Fusible, RuleTransformation
 from ._runtime.internals import register_in_exports
 from ._transform import (
     EmptyState,

@@ -9,15 +9,15 @@ from ._compiler.rule import (
     Slot as Slot,
     restore_state as restore_state,
 )
+from ._fusible import (
+    RuleTransformation as RuleTransformation,
+    Wrapping as Wrapping,
+)
 from ._masking import (
     Masked as Masked,
     Partition as Partition,
 )
 from ._optimizers.matrices import _IsMatrix as _IsMatrix
-from ._rule import (
-    RuleTransformation as RuleTransformation,
-    Wrapping as Wrapping,
-)
 from ._transforms.decay import _add_decayed_weights as _add_decayed_weights
 from ._transforms.lbfgs import ScaleByLBFGSState as ScaleByLBFGSState
 from ._transforms.linesearch import (

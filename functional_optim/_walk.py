@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from ._chain import Chain
-from ._rule import RuleTransformation
+from ._fusible import RuleTransformation
 from ._transform import (
     GradientTransformation,
     Path,

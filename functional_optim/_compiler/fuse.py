@@ -52,14 +52,14 @@ class Recipe(NamedTuple):
     slots: dict[str, tuple[int, str]]
     hosts: dict[str, "HostSchedule"]
 
-    def list_of(self, name: str) -> str | tuple[int, str]:
-        """The list of tensors that an input or output of the program is."""
+    def column_of(self, name: str) -> str | tuple[int, str]:
+        """The column that an input or output of the program is."""
         return self.slots.get(name, name)
 
-    def lists(self) -> list[str | tuple[int, str]]:
-        """The lists that the program reads and writes."""
+    def columns(self) -> list[str | tuple[int, str]]:
+        """The columns that the program reads and writes."""
         names = (*self.program.arrays, *self.program.leaves, *[o.name for o in self.program.outputs])
-        return list(dict.fromkeys(["updates", *map(self.list_of, names)]))
+        return list(dict.fromkeys(["updates", *map(self.column_of, names)]))
 
 
 class HostSchedule(NamedTuple):

@@ -1,0 +1,286 @@
+"""Transformations that the compiler sees into: rules with their hyper-parameters, and the functions that make them."""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from ._compiler.rule import Bound, Rule, Slot, restore_state
+from ._compiler.trace import Symbol
+from ._graph.run import run
+from ._runtime.checks import check_leaf
+from ._runtime.internals import register_in_exports
+from ._schedules.schedule import swap_tensors, tensors_of
+from ._transform import GradientTransformation, Link, Path, Rewrite, as_transformation, joined_names, joined_tensors
+from ._tree import MaskedNode, Tree, View, paths, show
+
+
+EMPTY = inspect.Parameter.empty
+
+
+class Fusible(GradientTransformation):
+    """A transformation that the compiler sees into: made of rules, or a combination of transformations."""
+
+    def init(self, params: Tree) -> Any:
+        """Makes the state for a tree of parameters."""
+        if torch.compiler.is_dynamo_compiling():
+            from ._graph.trace import init_outside  # which imports the compiler, and that takes seconds
+
+            return init_outside(self.init, params)
+        view = View.of(params)
+        for path, p in zip(paths(view.spec), view.leaves, strict=True):
+            if p is not None:
+                check_leaf("params", path, p)
+        return self._init(view)
+
+    def update(self, updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> tuple[Tree, Any]:
+        """Transforms updates; see `GradientTransformation.update`."""
+        return run(self, False, updates, state, params, extra, donate=False)
+
+
+class RuleTransformation(Fusible):
+    """A rule with its hyper-parameters: immutable, comparable, picklable. Its `repr` is the call that makes it.
+
+    Args:
+      factory: the function that `elementwise` made.
+      values: every hyper-parameter by name.
+    """
+
+    def __init__(self, factory: "RuleFactory", values: Mapping[str, Any]) -> None:
+        self.factory = factory
+        self.bound = Bound(factory.rule, dict(values))
+        self._tensors = tensors_of(self.bound.values)
+
+    def replace(self, **values: Any) -> "RuleTransformation":
+        """The same rule with some hyper-parameters replaced."""
+        unknown = [name for name in values if name not in self.bound.values]
+        if unknown:
+            raise TypeError(
+                f"{self.bound.rule.name} has no hyper-parameter `{unknown[0]}`; its hyper-parameters are "
+                f"{self.factory.__signature__}."
+            )
+        return self.factory.make({**self.bound.values, **values})
+
+    def _swap(self, tensor: Callable[[torch.Tensor], torch.Tensor]) -> "RuleTransformation":
+        values = swap_tensors(self.bound.values, tensor)
+        return RuleTransformation(self.factory, values) if self._tensors else self
+
+    def _init(self, view: View) -> Any:
+        rule, values = self.bound.rule, self.bound.values
+        seen = [p for p, own in zip(view.leaves, view.seen, strict=True) if own]
+
+        def make(slot: Slot, p: torch.Tensor) -> Any:
+            made = slot.make(p, values)
+            return MaskedNode() if made is None else made  # which functions of torch.func pass by, as they do not None
+
+        fields = {
+            name: slot.make_shared(seen, values) if slot.per_tree else view.map(functools.partial(make, slot))
+            for name, slot in rule.slots.items()
+        }
+        if self.bound.counted:
+            fields["count"] = torch.zeros((), dtype=torch.int64, device=seen[0].device if seen else None)
+        register_in_exports(self.bound.state_type)
+        return self.bound.state_type(**fields)
+
+    def _links(self, view: View, path: Path) -> list[Link]:
+        return [Link(self, path, view.seen, self.bound, self._lacking(view))]
+
+    def _lacking(self, view: View) -> Mapping[str, frozenset[int]]:
+        """The slots of which some leaves have no entry, with the positions of those leaves."""
+        shaped = {name: slot for name, slot in self.bound.rule.slots.items() if slot.may_lack}
+        return {
+            name: frozenset(
+                i
+                for i, (p, seen) in enumerate(zip(view.leaves, view.seen, strict=True))
+                if seen and slot.shape_for(p, self.bound.values) is None
+            )
+            for name, slot in shaped.items()
+        }
+
+    def _extra_names(self) -> frozenset[str] | None:
+        return frozenset((*self.bound.rule.extras, *self.bound.rule.columns))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RuleTransformation, (self.factory, self.bound.values)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RuleTransformation) and self.bound.key == other.bound.key
+
+    def __hash__(self) -> int:
+        return hash(self.bound.key)
+
+    def __repr__(self) -> str:
+        return f"{self.bound.rule.name}({', '.join(self._shown())})"
+
+    def _shown(self) -> list[str]:
+        """The arguments of `repr`: hyper-parameters that are not their defaults."""
+        shown = []
+        for name, value in self.bound.values.items():
+            default = self.bound.rule.hypers[name]
+            if (
+                default is EMPTY
+                or type(value) is not type(default)
+                or isinstance(value, torch.Tensor)
+                or value != default
+            ):
+                shown.append(f"{name}={show(value)}")
+        return shown
+
+
+class Wrapping(Fusible):
+    """A rule around an inner transformation: it sees the update that entered that beside the one that left it.
+
+    Args:
+      inner: the inner transformation.
+      own: the rule; in an optimizer a chain that begins with it.
+    """
+
+    def __init__(self, inner: GradientTransformation, own: GradientTransformation) -> None:
+        self.inner, self.own = inner, own
+        self._tensors = joined_tensors((inner, own))
+
+    def _init(self, view: View) -> Any:
+        return self.inner._init(view), self.own._init(view)
+
+    def _warn(self, view: View) -> None:
+        self.inner._warn(view)
+
+    def _rewrite(self, fn: Rewrite, path: Path) -> GradientTransformation:
+        return Wrapping(self.inner._rewrite(fn, (*path, 0)), self.own._rewrite(fn, (*path, 1)))
+
+    def _links(self, view: View, path: Path) -> list[Link]:
+        inside = self.inner._links(view, (*path, 0))
+        rule, *behind = self.own._links(view, (*path, 1))
+        return [*inside, rule._replace(wraps=len(inside)), *behind]
+
+    def _asks_leaves(self) -> bool:
+        return self.inner._asks_leaves()
+
+    def _extra_names(self) -> frozenset[str] | None:
+        return joined_names((self.inner, self.own))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Wrapping, (self.inner, self.own)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Wrapping) and (self.inner, self.own) == (other.inner, other.own)
+
+    def __hash__(self) -> int:
+        return hash((Wrapping, self.inner, self.own))
+
+    def __repr__(self) -> str:
+        if not isinstance(self.own, RuleTransformation):
+            return f"{self.own!r} around {self.inner!r}"
+        return f"{self.own.bound.rule.name}({', '.join([repr(self.inner), *self.own._shown()])})"
+
+
+class RuleFactory:
+    """A function of hyper-parameters that returns a transformation."""
+
+    __name__: str
+    __qualname__: str
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+        rule.factory = self
+        functools.update_wrapper(self, rule.fn)
+        hypers = {**({"inner": EMPTY} if rule.wraps else {}), **rule.hypers}
+        if rule.wraps:  # some hyper-parameter may have no default
+            kinds = [inspect.Parameter.POSITIONAL_OR_KEYWORD, *[inspect.Parameter.KEYWORD_ONLY] * len(rule.hypers)]
+        else:
+            kinds = [inspect.Parameter.POSITIONAL_OR_KEYWORD] * len(hypers)
+        self.__signature__ = inspect.Signature(
+            [inspect.Parameter(k, kind, default=v) for (k, v), kind in zip(hypers.items(), kinds, strict=True)],
+            return_annotation=Wrapping if rule.wraps else RuleTransformation,
+        )
+        # so that `torch.load(weights_only=True)` may load states
+        torch.serialization.add_safe_globals([(self, f"{self.__module__}.{self.__qualname__}"), restore_state])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> RuleTransformation:
+        return self.make(self.bind(args, kwargs))
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by name, defaults among them.
+
+        Raises:
+          TypeError: an argument is missing or unknown.
+        """
+        try:
+            bound = self.__signature__.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{self.rule.name}: {error}; its hyper-parameters are {self.__signature__}.") from None
+        bound.apply_defaults()
+        return dict(bound.arguments)
+
+    def make(self, values: Mapping[str, Any]) -> RuleTransformation:
+        """The rule with its hyper-parameters."""
+        return RuleTransformation(self, values)
+
+    def formula(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the formula itself, as a part of another rule's.
+
+        Hyper-parameters that are left out have their defaults, and numbers are checked as ever. The caller keeps the
+        slots: it declares them, passes them and returns their new values. On tensors the formula is plain torch.
+
+        Args:
+          *args: the update, the parameter if the formula takes it, and its slots, in order.
+          **kwargs: `step`, `first` and extra arguments if it takes them, and hyper-parameters.
+
+        Returns:
+          The new update, followed by the new value of every slot.
+
+        Raises:
+          TypeError: an argument is missing or unknown, or a schedule, whose value only the rule that is called has.
+          ValueError: a number is out of its range.
+
+        Example:
+          >>> import functional_optim as fo, torch
+          >>> @fo.elementwise(state={"mu": fo.zeros, "nu": fo.zeros})
+          ... def signed_adam(u, mu, nu, *, step, b1=0.9):
+          ...     u, mu, nu = fo.scale_by_adam.formula(u, mu, nu, step=step, b1=b1)
+          ...     return torch.sign(u), mu, nu
+          >>> tx = signed_adam()
+          >>> tx.update(torch.tensor([3.0, -0.5]), tx.init(torch.zeros(2)))[0]
+          tensor([ 1., -1.])
+        """
+        rule = self.rule
+        try:
+            bound = inspect.signature(rule.fn).bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(
+                f"the formula of {rule.name}: {error}; it takes {_arguments(rule)}, as they are in the rule that calls."
+            ) from None
+        bound.apply_defaults()
+        values = {k: bound.arguments[k] for k in rule.hypers}
+        for hyper, value in values.items():
+            if isinstance(value, Symbol):
+                continue
+            if hyper not in rule.static and callable(value) and not isinstance(value, torch.Tensor):
+                raise TypeError(
+                    f"the formula of {rule.name}: `{hyper}` is {show(value)}, expected its value at this step. Make it "
+                    f"a hyper-parameter of the rule that calls: schedules are looked up for those."
+                )
+            bound.arguments[hyper] = rule.check(hyper, value, values)
+        return rule.fn(*bound.args, **bound.kwargs)
+
+    def __repr__(self) -> str:
+        return f"<rule {self.rule.name}{self.__signature__}>"
+
+    def __reduce__(self) -> str:
+        return self.__qualname__
+
+
+class WrappingFactory(RuleFactory):
+    """A function of an inner transformation and hyper-parameters that returns a transformation."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Wrapping:  # type: ignore[override]
+        values = self.bind(args, kwargs)
+        return Wrapping(as_transformation(values.pop("inner")), self.make(values))
+
+
+def _arguments(rule: Rule) -> str:
+    """The arguments of a formula, with defaults and without annotations."""
+    parameters = inspect.signature(rule.fn).parameters.values()
+    return str(inspect.Signature([p.replace(annotation=EMPTY) for p in parameters]))
