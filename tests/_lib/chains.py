@@ -37,6 +37,18 @@ def remember_first(
     return best, best, seen * rate
 
 
+@fo.elementwise(state={"norm": fo.slot(per="tree")})
+def watch(u: Any, norm: Any) -> tuple[Any, Any]:
+    """A rule with one number for the tree."""
+    return u, fo.tree_norm(u)
+
+
+@fo.elementwise
+def cautious(u: Any, before: Any) -> Any:
+    """A rule around another."""
+    return torch.where(u * before < 0, u, 0.0)
+
+
 @fo.elementwise
 def nested(u: Any, p: Any) -> Any:
     """A reduction of what depends on a reduction that depends on a reduction."""

@@ -1,10 +1,8 @@
 """Averages of parameters against torch's `AveragedModel`: in pure steps, in an optimizer, with buffers beside them."""
 
 import copy
-import importlib.util
 import io
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,6 +12,7 @@ from torch.optim import swa_utils
 
 import functional_optim as fo
 from _lib.compare import assert_same_bits
+from _lib.scripts import load_script
 from _lib.training import fit, make_batches, values
 from _lib.trees import BF16, F32, F64, clone, like, make_tree
 from functional_optim.adapters import TransformOptimizer
@@ -552,12 +551,7 @@ def test_update_average_leaves_its_arguments_alone() -> None:
 @pytest.mark.parametrize("recipe", ["swa", "ema"])
 @pytest.mark.parametrize("form", ["an_optimizer", "functions"])
 def test_the_recipes_of_the_example_are_those_of_torch(recipe: str, form: str) -> None:
-    path = Path(__file__).parents[2] / "examples" / "averaging.py"
-    spec = importlib.util.spec_from_file_location("averaging_example", path)
-    assert spec is not None
-    assert spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
+    example = load_script("examples/averaging.py")
 
     result = getattr(example, f"{recipe}_with_{form}")(example.make_data(), 6)
 

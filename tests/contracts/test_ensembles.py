@@ -1,10 +1,8 @@
 """Steps of many members at once by `torch.func.vmap`: each member's are those that it takes alone, to the bit."""
 
-import importlib.util
 import re
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,25 +16,14 @@ from torch import nn
 from torch.func import functional_call, grad, grad_and_value, stack_module_state, vmap
 
 import functional_optim as fo
-from _lib.chains import CHAINS, STEPS, is_matrix, remember_first, scale_by_value
+from _lib.chains import CHAINS, STEPS, cautious, is_matrix, remember_first, scale_by_value, watch
 from _lib.compare import DOUBLE, assert_alike, assert_same_bits
+from _lib.scripts import load_script
 from _lib.trees import BF16, F32, F64, Tree, tensors, tree_map
 
 
 N = 3
 SHAPES: dict[str, tuple[int, ...]] = {"weight": (4, 3), "bias": (3,), "gain": (), "none": (0, 2)}
-
-
-@fo.elementwise(state={"norm": fo.slot(per="tree")})
-def watch(u: Any, norm: Any) -> tuple[Any, Any]:
-    """A rule with one number for the tree."""
-    return u, fo.tree_norm(u)
-
-
-@fo.elementwise
-def cautious(u: Any, before: Any) -> Any:
-    """A rule around another."""
-    return torch.where(u * before < 0, u, 0.0)
 
 
 CASES: dict[str, Any] = CHAINS | {
@@ -574,12 +561,7 @@ def test_a_tensor_of_another_call_is_refused(inner: bool) -> None:
 
 
 def test_the_members_of_the_example_are_those_that_are_trained_alone() -> None:
-    path = Path(__file__).parents[2] / "examples" / "ensemble_sweep.py"
-    spec = importlib.util.spec_from_file_location("ensemble_sweep", path)
-    assert spec is not None
-    assert spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
+    example = load_script("examples/ensemble_sweep.py")
     problem, rates = example.make_problem(), torch.tensor([1e-3, 1e-2], dtype=F64)
 
     sweep, alone = (train(problem, rates, 20) for train in (example.at_once, example.one_by_one))

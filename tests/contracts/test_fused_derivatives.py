@@ -1,8 +1,6 @@
 """Derivatives through steps that kernels compute: every rule, beside torch operations and central differences."""
 
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import functional_optim as fo
 from _lib.marks import INTERPRETER
+from _lib.scripts import load_script
 from _lib.transforms import CASES, IDS
 
 
@@ -241,21 +240,8 @@ def test_transformations_of_steps_are_those_of_torch_operations(name: str) -> No
 # --- the examples
 
 
-def load(name: str) -> Any:
-    """A module of examples/."""
-    folder = Path(__file__).parents[2] / "examples"
-    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(folder))
-        spec.loader.exec_module(module)
-    return module
-
-
 def test_meta_learning_makes_adaptation_better() -> None:
-    example = load("maml_sinusoid")
+    example = load_script("examples/maml_sinusoid.py")
     model = example.make_model()
     _, first = example.losses(model)
     example.meta_train(model, 15)
@@ -265,7 +251,7 @@ def test_meta_learning_makes_adaptation_better() -> None:
 
 
 def test_hyper_parameters_that_are_learned_lower_the_loss() -> None:
-    example = load("hypergradient")
+    example = load_script("examples/hypergradient.py")
     rounds = example.learn(example.make_problem(), 10)
     assert rounds[-1].test_loss < rounds[0].test_loss
     assert all(x != y for x, y in zip(rounds[0][:3], rounds[-1][:3], strict=True))

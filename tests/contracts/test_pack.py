@@ -18,25 +18,13 @@ from hypothesis import (
 from torch.utils import _pytree as pytree
 
 import functional_optim as fo
-from _lib.chains import CHAINS, halving
+from _lib.chains import CHAINS, cautious, halving, watch
 from _lib.compare import Snapshot, assert_alike, assert_same_bits
 from _lib.trees import BF16, F32, F64, Tree
 from functional_optim import adapters
 
 
 STEPS = 5
-
-
-@fo.elementwise(state={"norm": fo.slot(per="tree")})
-def watch(u: Any, norm: Any) -> tuple[Any, Any]:
-    """A rule with one number for the tree."""
-    return u, fo.tree_norm(u)
-
-
-@fo.elementwise
-def cautious(u: Any, before: Any) -> Any:
-    """A rule around another."""
-    return torch.where(u * before < 0, u, 0.0)
 
 
 @fo.elementwise(extra={"hessian": "element"})

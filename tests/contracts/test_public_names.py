@@ -1,6 +1,5 @@
 """The public names: `__all__`, `dir`, the docstrings, docs/api.md and the README say the same."""
 
-import importlib.util
 import pkgutil
 import re
 import types
@@ -12,6 +11,7 @@ import pytest
 import functional_optim as fo
 import functional_optim.adapters
 import functional_optim.plot
+from _lib.scripts import load_script
 
 
 ROOT = Path(__file__).parents[2]
@@ -20,16 +20,7 @@ README = (ROOT / "README.md").read_text()
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
 
 
-def load_make_api() -> Any:
-    spec = importlib.util.spec_from_file_location("make_api", ROOT / "docs" / "make_api.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-API = load_make_api()
+API = load_script("docs/make_api.py")
 
 
 def listed(module: types.ModuleType) -> list[str]:

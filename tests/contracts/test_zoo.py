@@ -1,31 +1,17 @@
 """Promises of examples/zoo.py: ten optimizers that were written as rules equal loops in plain torch."""
 
-import importlib.util
 import io
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 import functional_optim as fo
+from _lib.scripts import load_script
 from functional_optim.adapters import TransformOptimizer
 
 
-def load_example() -> ModuleType:
-    path = Path(__file__).parents[2] / "examples" / "zoo.py"
-    spec = importlib.util.spec_from_file_location("zoo_example", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # for dataclasses, and for the source of its functions
-    spec.loader.exec_module(module)
-    return module
-
-
-zoo = load_example()
+zoo = load_script("examples/zoo.py")
 STEPS = 20
 # Parameters and updates stay below 4, and a formula has fewer than 50 operations, each of which rounds on both sides;
 # an error of an update counts LR times, and gradients shrink those of earlier steps. Newton-Schulz iterations multiply
