@@ -50,7 +50,7 @@ from ._runtime.step import BoundStep, Reading
 from ._stand_ins import stand_in_of
 from ._state import StateReader, get_state, set_states
 from ._transform import GradientTransformation, Link, Path
-from ._tree import Reader, Tree, View, difference, flatten, packed_inside, paths
+from ._tree import Reader, Tree, View, difference, flatten, paths, refuse_packed_inside
 
 
 KEEP = 8  # trees that a transformation is bound to at once
@@ -118,9 +118,7 @@ class TreeStep:
         self.traced = [stage for stage in stages if isinstance(stage, Region) and stage.traced]
 
     def _read(self, name: str, tree: Tree) -> Sequence[Any]:
-        path = packed_inside(tree)
-        if path is not None:
-            raise TypeError(f"{name}{at(path)} is packed, but not the whole tree: call `pack` of the whole tree.")
+        refuse_packed_inside(name, tree)
         try:
             return self.read(tree)
         except (ValueError, TypeError):

@@ -15,6 +15,7 @@ import optree
 import torch
 
 from ._packed import Form, Packed, form
+from ._runtime.checks import at
 from ._runtime.internals import leaves_as_written, register_with_torch, structure_as_text, tree_from_text
 from ._runtime.packing import PackedColumn, Place
 
@@ -71,6 +72,17 @@ def packed_inside(tree: Tree) -> str | None:
         return None
     leaves, spec = flatten(tree, is_leaf=lambda x: isinstance(x, Packed))
     return next((path for path, x in zip(paths(spec), leaves, strict=True) if isinstance(x, Packed)), None)
+
+
+def refuse_packed_inside(name: str, tree: Tree) -> None:
+    """Refuses a tree of which only a part is packed.
+
+    Raises:
+      TypeError: with the path of that part.
+    """
+    path = packed_inside(tree)
+    if path is not None:
+        raise TypeError(f"{name}{at(path)} is packed, but not the whole tree: call `pack` of the whole tree.")
 
 
 class Reader:
@@ -235,9 +247,7 @@ class View(NamedTuple):
         Raises:
           TypeError: a part of the tree is packed.
         """
-        path = packed_inside(tree)
-        if path is not None:
-            raise TypeError(f"the tree at {path!r} is packed, but not the whole tree: call `pack` of the whole tree.")
+        refuse_packed_inside("the tree", tree)
         leaves, spec = flatten(tree)
         return cls(spec, tuple(leaves), tuple(x is not None for x in leaves), isinstance(tree, Packed))
 
@@ -280,11 +290,11 @@ def _reduce(packed: Packed) -> tuple[Any, ...]:
 copyreg.pickle(Packed, _reduce)
 
 
-def _buffers(packed: Any) -> tuple[list[Any], Any]:
+def _buffers(packed: Packed) -> tuple[list[Any], Form]:
     return list(packed.buffers), packed.form
 
 
-def _of_buffers(form: Any, buffers: Iterable[Any]) -> Any:
+def _of_buffers(form: Form, buffers: Iterable[Any]) -> Packed:
     return Packed(form, tuple(buffers))
 
 
