@@ -64,6 +64,7 @@ from cpu_step import (
     table,
     torch_clip_adamw_ema_steps,
 )
+from figures import ratio, write_figures
 
 import functional_optim as fo
 from functional_optim.adapters import AdamW, TransformOptimizer
@@ -154,11 +155,6 @@ def turns(steps: Mapping[str, Step], rounds: int) -> dict[str, list[float]]:
         for name in order:
             samples[name].append(seconds(steps[name], times[name]))
     return samples
-
-
-def ratio(samples: Mapping[str, Sequence[float]], a: str, b: str) -> float:
-    """How many times as long one contender takes as another: the median over rounds."""
-    return median(x / y for x, y in zip(samples[a], samples[b], strict=True))
 
 
 def torch_memory(step: Step) -> tuple[int, int]:
@@ -512,9 +508,7 @@ def main() -> None:
         "goals": goals,
         "cases": cases,
     }
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"\nfigures: {args.json}")
+    write_figures(args.json, report)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from pathlib import Path
 from statistics import median
 from unittest import mock
 
+from figures import write_figures
+
 
 PARTS = ("first", "compile", "rest", "second")
 
@@ -131,9 +133,7 @@ def main() -> None:
         "goals": [{"what": what, "at_most_s": most, "found_s": actual} for what, most, actual in goals],
         "seconds": found,
     }
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"figures: {args.json}")
+    write_figures(args.json, report)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import argparse
 import functools
 import gc
 import itertools
-import json
 import math
 import platform
 import random
@@ -33,6 +32,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+from figures import ratio, write_figures
 
 import functional_optim as fo
 
@@ -421,12 +421,6 @@ def measure(shapes: str, recipe: str, rounds: int, compiled: bool) -> dict[str, 
     }
 
 
-def ratio(case: dict[str, Any], name: str, to: str = DONATED) -> float:
-    """How many times as long one contender takes as another: the median over rounds."""
-    samples: dict[str, list[float]] = case["samples_s"]
-    return median(a / b for a, b in zip(samples[name], samples[to], strict=True))
-
-
 # -- reporting --------------------------------------------------------------------------------------------------------
 
 
@@ -449,7 +443,7 @@ def show(case: dict[str, Any]) -> str:
             f"{1e3 * case['fastest_s'][name]:.3f}",
             f"{moved / s / 1e9:.1f}",
             f"{moved / s / memory['in place']:.0%}",
-            f"{ratio(case, name):.2f}",
+            f"{ratio(case['samples_s'], name, DONATED):.2f}",
             f"{1e3 * case['first_step_s'][name]:.0f}",
         )
         for name, s in case["median_s"].items()
@@ -484,7 +478,7 @@ def goals(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for what, shapes, recipe, names, least in GOALS:
         if (case := by_name.get((shapes, recipe))) is not None:
-            best = min(ratio(case, name) for name in names)
+            best = min(ratio(case["samples_s"], name, DONATED) for name in names)
             found.append({"what": f"{what}, {shapes}", "at_least": least, "found": best, "met": best >= least})
     return found
 
@@ -544,9 +538,7 @@ def main() -> None:
         "goals": found,
         "cases": cases,
     }
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"\nfigures: {args.json}")
+    write_figures(args.json, report)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ time of each contender; "of copy" compares it with copying 4 GiB from device to 
 import argparse
 import contextlib
 import gc
-import json
 import platform
 import sys
 import time
@@ -44,6 +43,7 @@ from cpu_step import (
     small_tree,
     table,
 )
+from figures import write_figures
 
 import functional_optim as fo
 from functional_optim import adapters
@@ -377,8 +377,7 @@ def main() -> None:
             print(show(cases[-1], copy), end="\n\n", flush=True)
     if args.json is not None:
         report = {"device": name, "torch": torch.__version__, "copy_bytes_per_s": copy, "cases": cases}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_figures(args.json, report)
 
 
 if __name__ == "__main__":

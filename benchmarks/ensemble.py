@@ -24,6 +24,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from figures import ratio
 from torch.func import vmap
 
 import functional_optim as fo
@@ -98,11 +99,6 @@ def measure(steps: Ways, seconds: float) -> dict[str, list[float]]:
             steps[name]()
             samples[name].append(1e6 * (time.perf_counter() - start))
     return samples
-
-
-def ratio(samples: dict[str, list[float]], of: str, to: str) -> float:
-    """How many times as long one way takes as another: the median over rounds."""
-    return median(x / y for x, y in zip(samples[of], samples[to], strict=True))
 
 
 def main() -> None:

@@ -28,8 +28,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from adapter_step import ADAMW, Found, Step, case, goal, parameters, ratio, show_goals, show_times, turns
+from adapter_step import ADAMW, Found, Step, case, goal, parameters, show_goals, show_times, turns
 from cpu_step import LR, SHAPES, TRANSFORMATIONS, cpu_name, draw, table
+from figures import ratio, write_figures
 
 import functional_optim as fo
 import functional_optim.adapters
@@ -214,9 +215,7 @@ def main() -> None:
     if not args.tiny:
         print(show_goals(goals))
     report = {"cpu": cpu_name(), "torch": torch.__version__, "tiny": args.tiny, "goals": goals, "cases": cases}
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"\nfigures: {args.json}")
+    write_figures(args.json, report)
 
 
 if __name__ == "__main__":

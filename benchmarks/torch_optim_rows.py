@@ -14,8 +14,6 @@ ratio is the median of the ratios of each round. Before that, each is compared w
 
 import argparse
 import gc
-import json
-import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -23,8 +21,9 @@ from statistics import median
 from typing import Any
 
 import torch
-from adapter_step import parameters, ratio, turns
+from adapter_step import parameters, turns
 from cpu_step import SHAPES, Tensors, cpu_name, draw, many, small_tree, table
+from figures import ratio, write_figures
 
 import functional_optim as fo
 from functional_optim import adapters
@@ -212,8 +211,7 @@ def main() -> None:
         f"\n{machine['cpu']}, {args.threads} threads, torch {torch.__version__}; medians of {rounds} rounds, float32\n"
     )
     print(show(rows))
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + os.linesep)
+    write_figures(args.json, {"machine": machine, "rows": rows})
 
 
 if __name__ == "__main__":
