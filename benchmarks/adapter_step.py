@@ -1,4 +1,4 @@
-"""What a step costs when a chain is a `torch.optim.Optimizer`: time, first step, memory, and the host's part in it.
+"""The cost of a step when a chain is a `torch.optim.Optimizer`: time, first step, memory, and the host's part in it.
 
     python benchmarks/adapter_step.py
     python benchmarks/adapter_step.py --only a,c --rounds 51 --threads 4
@@ -201,7 +201,7 @@ def process_memory(step: Step) -> int | None:
 
 
 def spawn(what: str, args: argparse.Namespace, *more: str, **environment: str) -> dict[str, Any]:
-    """What a function below returns when it is called in a process of its own."""
+    """The result of a function below, called in a process of its own."""
     options = ["--child", what, "--threads", str(args.threads), "--rounds", str(args.rounds), *more]
     done = subprocess.run(
         [sys.executable, __file__, *options, *(["--tiny"] if args.tiny else [])],
@@ -320,7 +320,7 @@ CHILDREN = {"first_step": first_step, "step_memory": step_memory, "under_fsdp": 
 
 
 def named(args: argparse.Namespace, shapes: str) -> str:
-    """Which shapes stand for some others."""
+    """The shapes that stand for some others."""
     return "tiny" if args.tiny else shapes
 
 

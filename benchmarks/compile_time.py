@@ -1,4 +1,4 @@
-"""How long the first step of clip + AdamW + EMA takes, for more and more tensors.
+"""The time of the first step of clip + AdamW + EMA, for more and more tensors.
 
     python benchmarks/compile_time.py
     python benchmarks/compile_time.py --tensors 10 100 --repeats 1

@@ -288,7 +288,7 @@ def torch_lamb_steps(
         steps = itertools.count(1)
         return lambda: step(*map(number, corrections(next(steps))))
 
-    # what a compiled function gets as a number is compiled in, so it gets tensors
+    # a number given to a compiled function is compiled in, so it gets tensors
     return {LOOP: counted(loop), FOREACH: counted(foreach), COMPILED: counted(compile_step(foreach), torch.tensor)}
 
 
@@ -361,7 +361,7 @@ def seconds(step: Callable[[], object], times: int = 1) -> float:
 
 
 def memory() -> dict[str, tuple[Callable[[], object], int]]:
-    """What the memory can do: steps over 256 MiB, and the bytes that each reads and writes.
+    """The speed of the memory: steps over 256 MiB, and the bytes that each reads and writes.
 
     A copy makes the processor read what it is about to overwrite, which is not counted; working in place does not.
     """

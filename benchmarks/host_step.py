@@ -56,7 +56,7 @@ def optimizer(make: Callable[..., torch.optim.Optimizer], shapes: str, **more: A
 
 
 def calls(step: Step, folders: tuple[str, ...]) -> tuple[int, int]:
-    """How many calls of Python functions in some folders a step makes, and in how many files they are."""
+    """The number of calls of Python functions in some folders that a step makes, and of files that they are in."""
     files: list[str] = []
 
     def note(frame: FrameType, event: str, _: object) -> None:

@@ -132,7 +132,7 @@ def flags(name: str) -> list[str]:
 
 
 def cost(row: Row) -> dict[str, str]:
-    """What `explain` says of a step of the class, in float32."""
+    """The words of `explain` on a step of the class, in float32."""
     params = [torch.nn.Parameter(torch.zeros(shape)) for shape in row.shapes]
     e = fo.explain(getattr(adapters, row.name)(params, **row.options))
     whole = any("computes whole tensors" in note for note in e.notes)

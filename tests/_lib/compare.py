@@ -48,7 +48,7 @@ def _record(x: Any) -> Record:
 
 
 class Snapshot:
-    """What trees are at one moment: their leaves by identity, and each tensor's memory, layout and version.
+    """Trees at one moment: their leaves by identity, and each tensor's memory, layout and version.
 
     Args:
       *trees: trees of tensors and of anything else.
@@ -98,7 +98,7 @@ def assert_alike(actual: Any, expected: Any) -> None:
 
 
 def ulps(actual: torch.Tensor, expected: torch.Tensor, *terms: torch.Tensor) -> torch.Tensor:
-    """How many units in the last place two tensors differ by.
+    """The difference of two tensors in units in the last place.
 
     A unit is that of the largest of the numbers: a sum that cancels has the errors of its terms.
     """

@@ -1,4 +1,4 @@
-"""What two processes check together; `integration/test_processes.py` reads what they found."""
+"""Checks that two processes make together; `integration/test_processes.py` reads what they found."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -35,7 +35,7 @@ EXACT_OPTIMIZERS: dict[str, Make] = {
     "Lion": lambda p: adapters.Lion(p, lr=0.01),
     "schedule and average": chain(fo.adamw(fo.linear_schedule(0.05, 0.01, 10)), fo.params_ema(0.9)),
 }
-# what looks at whole tensors, or at the whole model
+# transformations that look at whole tensors, or at the whole model
 NORM_OPTIMIZERS: dict[str, Make] = {
     "clip": chain(fo.clip_by_global_norm(0.01), fo.sgd(1.0)),
     "clip, AdamW and average": chain(fo.clip_by_global_norm(0.1), fo.adamw(0.05), fo.params_ema(0.9)),
@@ -123,7 +123,7 @@ def fsdp2_empty_shard(rank: int, folder: Path) -> None:
 
 
 def fsdp2_versions(rank: int, folder: Path) -> None:
-    """What is written to a part counts as written to the whole, so that autograd notices."""
+    """A write to a part counts as one to the whole, so that autograd notices."""
     model = sharded(make_model())
     optimizer = adapters.AdamW(model.parameters(), lr=0.05)
     fit(model, optimizer, make_batches(STEPS))

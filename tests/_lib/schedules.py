@@ -17,7 +17,7 @@ CLOSE_IN_KERNELS = {"rtol": 1e-12, "atol": 2.0**-50}
 
 
 def in_kernel(tx: fo.GradientTransformation, counts: Sequence[int], backend: str) -> torch.Tensor:
-    """What a transformation makes of an update of 1 at each of some counts."""
+    """The results that a transformation makes of an update of 1 at each of some counts."""
     update = torch.ones(1, dtype=torch.float64)
     state = tx.init(update)
     with use(backend):

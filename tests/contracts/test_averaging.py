@@ -310,7 +310,7 @@ def test_a_parameter_that_joins_an_optimizer_counts_its_own_steps() -> None:
 
 
 def test_options_of_an_average_change_between_steps() -> None:
-    """What has been averaged is counted, so that the average stays an equal one."""
+    """Terms of the average are counted, so that it stays an equal one."""
     p = nn.Parameter(torch.zeros(1, dtype=F64))
     opt = TransformOptimizer([p], fo.chain(fo.sgd(1.0), fo.params_swa(2, 2)))
     for step in range(1, 13):

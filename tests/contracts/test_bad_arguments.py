@@ -190,7 +190,7 @@ def test_every_declared_range_is_tested() -> None:
     assert declared <= set(RANGES)
 
 
-# What is no number may be found out when the formula is first read; the message names the rule and the value.
+# A value that is no number may be found out when the formula is first read; the message names the rule and the value.
 KINDS: dict[str, tuple[Callable[[], Any], str]] = {
     "a list": (lambda: fo.scale([0.1]), r"scale\b.*\[0\.1\]"),
     "text": (lambda: fo.scale("0.1"), r"scale\b.*'0\.1'"),

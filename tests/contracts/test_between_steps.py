@@ -53,7 +53,7 @@ def replace_data(p: torch.Tensor, new: torch.Tensor) -> None:
     p.data = new
 
 
-# What may happen to a parameter "p", its gradient "g" or its momentum "m", all square matrices, after some steps.
+# Changes of a parameter "p", its gradient "g" or its momentum "m", all square matrices, after some steps.
 CHANGES: dict[str, Callable[[dict[str, torch.Tensor]], None]] = {
     "nothing": lambda x: None,
     "parameter: new memory": lambda x: replace_data(x["p"], x["p"].data * 2),
@@ -95,7 +95,7 @@ def momentum_as(name: str) -> Any:
 @pytest.mark.parametrize("donate", [False, True])
 @pytest.mark.parametrize("change", CHANGES)
 def test_tensors_that_change_between_steps(change: str, donate: bool) -> None:
-    """Whatever becomes of a tensor, the next step is the one that a transformation never used before would make."""
+    """After any change of a tensor the next step is the one that a transformation never used before would make."""
     generator = torch.Generator().manual_seed(0)
     x = {k: torch.randn(3, 3, generator=generator) for k in "pgm"}
     names = [f"{change}, {donate}, {use}" for use in ("used", "fresh")]

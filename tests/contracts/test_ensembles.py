@@ -122,7 +122,7 @@ def test_members_with_hyper_parameters_of_their_own(name: str) -> None:
     for t in range(3):
         params, state = vmap(step)(RATES, params, stacks(t + 1), state)
 
-    # what is not a table of numbers is computed in operations of torch
+    # anything but a table of numbers is computed in operations of torch
     close = {"of whole matrices", "in a function of the step"}
     (assert_alike if name in close else assert_same_bits)((params, state), joined(alone))
 

@@ -1,4 +1,4 @@
-"""What could go wrong where rules become one program: names, scopes, slots, numbers that only look fixed."""
+"""Mistakes that could be made where rules become one program: names, scopes, slots, numbers that only look fixed."""
 
 import re
 from typing import Any
@@ -131,7 +131,7 @@ UNCHANGED = ("start", "rate", "unread")
 
 
 def versions(state: Any) -> list[int]:
-    """How often each slot of `pulled_back` has been written."""
+    """The number of writes to each slot of `pulled_back`."""
     return [x._version for name in UNCHANGED for x in getattr(state, name).values()]
 
 

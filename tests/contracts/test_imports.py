@@ -1,4 +1,4 @@
-"""What importing the package needs and does, and what it offers."""
+"""Imports of the package: their needs, their effects, and the names that they bring."""
 
 import inspect
 import os
@@ -160,7 +160,7 @@ PUBLIC = {name: x for name, x in vars(fo).items() if not name.startswith("_") an
 
 
 def test_the_public_names() -> None:
-    """What the first release offers. A name that goes breaks somebody; one that comes is added here."""
+    """Names of the first release. A name that goes breaks somebody; one that comes is added here."""
     expected = [
         "GradientTransformation",
         "EmptyState",

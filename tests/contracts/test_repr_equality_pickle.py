@@ -175,7 +175,7 @@ def test_copies_of_transformations(name: str, how: str) -> None:
 
 @pytest.mark.parametrize("how", COPIES)
 def test_copies_of_transformations_that_have_been_used(how: str) -> None:
-    """Whatever a transformation remembers of its use, its copy works."""
+    """A copy works, with all that the transformation remembers of its use."""
     tx = fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(1e-2, mask=is_matrix), fo.params_ema(0.9))
     params = make_tree(0)
     grads = [like(params, seed) for seed in range(3)]

@@ -324,7 +324,7 @@ def test_a_function_that_may_change_unseen_has_no_key(name: str) -> None:
 
 
 class Rates:
-    """What the functions below refer to, and how it is changed."""
+    """Names that the functions below refer to, and changes of them."""
 
     def __init__(self) -> None:
         self.rate = 0.5

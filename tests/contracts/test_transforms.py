@@ -23,7 +23,7 @@ MATRIX_METHODS = {"orthogonalize", "scale_by_shape", "scale_by_muon", "scale_by_
 
 @functools.cache
 def expected(row: int) -> Any:
-    """What optax computes. It keeps a counter only where a formula of its own reads it."""
+    """Results of optax. It keeps a counter only where a formula of its own reads it."""
     case = CASES[row]
     record = run_optax_updates(case.theirs, case.gradients)
     if "count" in fields_of(case):

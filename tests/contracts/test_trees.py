@@ -160,7 +160,7 @@ ALIKE: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
 @pytest.mark.parametrize("second", ALIKE)
 @pytest.mark.parametrize("first", ALIKE)
 def test_one_transformation_for_trees_in_other_containers(first: str, second: str) -> None:
-    """What a transformation remembers of one tree does not show in another."""
+    """Bindings of a transformation to one tree do not show in another."""
     tx = fo.chain(fo.trace(0.9), fo.scale(-1.0))
     zeros = ALIKE[first](torch.zeros(2), torch.zeros(2))
     fo.apply_gradients(tx, zeros, zeros, tx.init(zeros))
@@ -197,7 +197,7 @@ def test_one_transformation_takes_any_number_of_trees() -> None:
     torch.testing.assert_close([leaves(tree) for tree in trees], expected, **DOUBLE)
 
 
-# Which gradients are there: all, one, others, none at all, and back. "c" has none in the first steps.
+# Gradients that are there: all, one, others, none at all, and back. "c" has none in the first steps.
 PRESENT = [("a", "b"), ("a",), (), ("b", "c"), ("a", "b", "c"), (), ("c",), ("b",), ("a", "b", "c")] * 3
 
 

@@ -1,4 +1,4 @@
-"""What a third-party optimizer must satisfy, item by item, where the other files here do not show it already.
+"""The contract of a third-party optimizer, item by item, where the other files here do not show it already.
 
 Never wrong
 - one class, one hooked layer: here (`is_an_optimizer`), test_hooks.py

@@ -39,7 +39,7 @@ FUSED = {"fused": True}
 ROUNDED: dict[str, dict[str, Any]] = {"Adamax": {}, "ASGD": {}, "Rprop": {}} | dict.fromkeys(
     ("SGD", "Adam", "AdamW", "Adagrad"), FUSED
 )
-# What these forms can be asked for
+# Arguments that these forms take
 EXACT: dict[str, tuple[str, dict[str, Any]]] = {
     "sgd": ("SGD", {}),
     "sgd, decay": ("SGD", {"lr": 0.02, "weight_decay": 0.1}),
@@ -254,7 +254,7 @@ def test_half_types_are_computed_in_single_precision_and_rounded_once(case: str,
 
 
 def reload(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """What a file makes of a state."""
+    """A state as a file keeps it."""
     file = io.BytesIO()
     torch.save(state_dict, file)
     file.seek(0)

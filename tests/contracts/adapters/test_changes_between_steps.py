@@ -1,4 +1,4 @@
-"""Whatever happens to tensors, states and options between two steps: the next step is right, or refused."""
+"""Changes of tensors, states and options between two steps: the next step is right, or refused."""
 
 import copy
 import re

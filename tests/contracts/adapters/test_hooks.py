@@ -1,4 +1,4 @@
-"""What surrounds a step: hooks, zeroing of gradients, printing, profiling, and being freed."""
+"""Things around a step: hooks, zeroing of gradients, printing, profiling, and being freed."""
 
 import gc
 import inspect
@@ -108,7 +108,7 @@ def test_a_pre_hook_that_returns_something_else_is_refused(opt: torch.optim.Opti
 
 
 def test_a_pre_hook_changes_options_and_gradients_of_its_step(opt: torch.optim.Optimizer) -> None:
-    """What a hook sets is what the step obeys. The learning rates of ASGD and Rprop are in their states."""
+    """The step obeys options that a hook sets. The learning rates of ASGD and Rprop are in their states."""
     before = content(opt)["params"]
 
     def hook(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""What an optimizer was not made for: it goes on rightly, or says what is wrong and changes nothing."""
+"""Misuse of an optimizer: it goes on rightly, or says what is wrong and changes nothing."""
 
 import copy
 import math
@@ -323,7 +323,7 @@ def test_a_gradient_that_is_zero_and_has_no_memory(steps: int) -> None:
 
 
 def test_options_changed_while_other_params_have_gradients() -> None:
-    """What is remembered of the options belongs to the parameters that took part then."""
+    """Options that are remembered belong to the parameters that took part then."""
     ours, theirs = [[torch.nn.Parameter(torch.ones(16)) for _ in range(4)] for _ in range(2)]
     opts = [
         cls([{"params": ps[:2], "lr": 0.1}, {"params": ps[2:], "lr": 0.2}])

@@ -79,7 +79,7 @@ def test_optim_db_has_every_class_and_flag() -> None:
 
 
 def leafless(params: list[Any]) -> list[torch.Tensor]:
-    """What an optimizer that records its step can work on: tensors that are not leaves."""
+    """Tensors that an optimizer which records its step can work on: they are not leaves."""
     return [p.clone() for p in params]
 
 

@@ -16,7 +16,7 @@ from functional_optim import adapters
 
 pytestmark = [
     pytest.mark.integration,
-    # what this library does inside is its own
+    # warnings from inside this library are its own
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
@@ -46,7 +46,7 @@ NAME = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
 class Run:
-    """What is prepared for a training run."""
+    """Objects that are prepared for a training run."""
 
     def __init__(self, accelerator: Any, name: str, seed: int = 0) -> None:
         model = make_model(seed)

@@ -73,7 +73,7 @@ def make_lr(tensor: bool) -> Any:
 
 
 def set_lr(optimizer: Any, factor: float) -> None:
-    """What a scheduler does: a tensor is written to, a float replaced."""
+    """A change as schedulers make it: a tensor is written to, a float replaced."""
     for group in optimizer.param_groups:
         lr = group["lr"]
         if isinstance(lr, torch.Tensor):

@@ -17,7 +17,7 @@ from functional_optim import adapters
 
 pytestmark = [
     pytest.mark.integration,
-    # what this library does inside is its own, and so is its advice about workers, loggers and folders
+    # warnings from inside this library are its own, and so is its advice about workers, loggers and folders
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings(

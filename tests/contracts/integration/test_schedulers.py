@@ -150,7 +150,7 @@ def test_schedule_in_the_chain_times_the_scheduler_outside(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["CosineAnnealingLR", "OneCycleLR"])
 def test_resumes_in_the_middle(name: str) -> None:
-    """What a scheduler keeps in the groups comes back with the optimizer's state."""
+    """Entries of a scheduler in the groups come back with the optimizer's state."""
     make = SCHEDULERS[name]
     _, expected = run(adapters.AdamW(make_params(shapes=SMALL), lr=0.05), make)
 

@@ -16,7 +16,7 @@ from functional_optim import adapters
 
 pytestmark = [
     pytest.mark.integration,
-    # what these libraries do inside is theirs
+    # warnings from inside these libraries are theirs
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),

@@ -1,4 +1,4 @@
-"""How many programs are compiled: nothing that changes between steps is baked in."""
+"""Counts of compiled programs: nothing that changes between steps is baked in."""
 
 import math
 from typing import Any

@@ -54,7 +54,7 @@ class Case(NamedTuple):
     any_zero: bool = False
 
 
-# How many ulp a backend may differ from torch, for (float32, float64): its own error plus torch's, rounded up.
+# The ulp that a backend may differ from torch by, for (float32, float64): its own error plus torch's, rounded up.
 #
 # torch's vector functions (SLEEF and MKL) are within 1 ulp, and so is its square root. The C library is within 1, or
 # 2 for `tanh` and `log1p`. The reference and foreach call torch itself, but on lists and scalars, where torch may take
@@ -356,7 +356,7 @@ def test_cases_cover_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
         ops = {v.op for v in tracer.values}
         tested |= {label.partition("/")[0]} & ({*recorded} | ops)
 
-    # what reductions make of uniform values, and a part of Adam that is tested in its place
+    # results of reductions over uniform values, and a part of Adam that is tested in its place
     assert {*OPS, *trace.REWRITES} - tested == {"spread", "fused_weight"}
 
 
@@ -444,7 +444,7 @@ def few_leaves_left(dtype: torch.dtype) -> torch.Tensor:
 
 
 class Pattern(NamedTuple):
-    """Which operands are one number for a whole leaf, and so computed with in the prologue.
+    """The operands that are one number for a whole leaf, and so computed with in the prologue.
 
     Args:
       uniform: those of x, y, z and w.
@@ -530,7 +530,7 @@ def run_cases(backend: str, dtype: torch.dtype, pattern: str, names: tuple[str, 
 
 
 def actual(backend: str, dtype: torch.dtype, pattern: str, name: str) -> torch.Tensor:
-    """What a backend computes. All cases are one program, which is much faster, unless one of them breaks it."""
+    """Results of a backend. All cases are one program, which is much faster, unless one of them breaks it."""
     results = run_cases(backend, dtype, pattern, tuple(PATTERNS[pattern].cases))
     return results[name] if results else run_cases(backend, dtype, pattern, (name,))[name]
 
@@ -543,7 +543,7 @@ def operands(backend: str, dtype: torch.dtype, pattern: str) -> torch.Tensor:
 
 
 def expected(backend: str, dtype: torch.dtype, pattern: str, name: str) -> torch.Tensor:
-    """What torch computes."""
+    """Results of torch."""
     case = PATTERNS[pattern].cases[name]
     of = (ON_CUDA.get(name) if backend == "triton" else None) or case.torch or case.of
     if name == "fused_number" and backend == "triton" and pattern == "uniform":
@@ -818,7 +818,7 @@ def around_ties(stored: torch.dtype, dtype: torch.dtype) -> torch.Tensor:
 
 
 def fewer(backend: str, x: torch.Tensor) -> torch.Tensor:
-    """What Triton's interpreter can do in a second. It mangles subnormal bfloat16, which have zeros in their place."""
+    """Cases for a second of Triton's interpreter. It mangles subnormal bfloat16, which have zeros in their place."""
     if backend != "triton":
         return x
     normal = x.double().abs() >= torch.finfo(BF16).smallest_normal

@@ -1,4 +1,4 @@
-"""What rules become: the text of programs, the plan of their passes, and what is counted in the emitted C.
+"""Rules as text: programs, the plan of their passes, and what is counted in the emitted C.
 
 The expected texts are part of this file. After a deliberate change, `EXPECTTEST_ACCEPT=1 pytest` writes them anew, and
 the difference is what there is to review.
@@ -432,7 +432,7 @@ pass 3
 
 
 class Counted(NamedTuple):
-    """What a text of C does: launches, and bytes per element loaded and stored."""
+    """Counts in a text of C: launches, and bytes per element loaded and stored."""
 
     launches: int
     bytes_read: int

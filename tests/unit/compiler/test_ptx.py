@@ -82,7 +82,7 @@ def signature_of(case: Case) -> Signature:
 
 
 def compiled(kernel: Kernel, architecture: int, aligned: bool | None = None) -> dict[str, Any]:
-    """What is counted in the PTX and the machine code of a kernel."""
+    """Counts in the PTX and the machine code of a kernel."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -388,7 +388,7 @@ def good(u: Any, p: Any, mu: Any, *, step: Any, decay: float = 0.9, mu_dtype: An
 
 
 class Declared(NamedTuple):
-    """What `elementwise` is told, and a part of the message that refuses it."""
+    """Arguments of `elementwise`, and a part of the message that refuses them."""
 
     rule: Callable[..., Any]
     arguments: dict[str, Any]

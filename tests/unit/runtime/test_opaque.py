@@ -186,7 +186,7 @@ def test_state_that_is_split_and_joined_is_the_same(form: str, tree: str) -> Non
 @pytest.mark.parametrize("tree", [name for name in NAMES if name != "masked all"])
 @pytest.mark.parametrize("form", FORMS)
 def test_state_in_the_dicts_of_parameters(form: str, tree: str) -> None:
-    """What `entries` puts into the dicts, `gather` finds; keys begin with the prefix."""
+    """`gather` finds all that `entries` puts into the dicts; keys begin with the prefix."""
     names = NAMES[tree]
     split = split_state(FORMS[form].init, names)
     params = OrderedDict((n, torch.ones(k + 1) if n != "masked" else MaskedNode()) for k, n in enumerate(names))

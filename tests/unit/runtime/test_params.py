@@ -216,7 +216,7 @@ def test_param_groups_changed_in_place_are_read_anew(change: str) -> None:
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
-# What users and libraries do to a state behind the optimizer's back; the next step starts from ones.
+# Changes of a state by users and libraries, behind the optimizer's back; the next step starts from ones.
 STATE_CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "fill": lambda state: state["mu"].fill_(1.0),
     "replace": lambda state: state.update(mu=torch.ones_like(state["mu"])),
