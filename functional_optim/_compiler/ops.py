@@ -146,7 +146,9 @@ OPS: dict[str, Op] = {
     # of a number
     "fused_number": Op("{0}", "({0}).to({E}).to({T})", torch.clone),
     "to_float32": Op("({T})(float){0}", "({0}).to(tl.float32).to({T})", lambda x: x.float().to(x.dtype)),
-    "to_bfloat16": Op("({T})from_bf16(to_bf16({0}))", "_bf16({0}).to({T})", lambda x: x.bfloat16().to(x.dtype)),
+    "to_bfloat16": Op(
+        "({T})from_bf16(to_bf16({0}))", "_bf16({0}.to(tl.float32)).to({T})", lambda x: x.bfloat16().to(x.dtype)
+    ),
     "to_float16": Op("({T})from_f16(to_f16({0}))", "({0}).to(tl.float16).to({T})", lambda x: x.half().to(x.dtype)),
 }
 

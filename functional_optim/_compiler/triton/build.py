@@ -56,7 +56,7 @@ def _build(source: str, folder: Path) -> ModuleType:
     except Exception as error:
         raise ToolError(f"Triton does not take {path} ({type(error).__name__}: {error})") from error
     if interprets() and hasattr(module, "libdevice"):
-        module.__dict__["libdevice"] = interpreted.libdevice()
+        module.__dict__.update(libdevice=interpreted.libdevice(), _bf16=interpreted.to_bf16())
     return module
 
 

@@ -247,9 +247,9 @@ class _Elements(_Emitter):
         for k in stored:
             i, dtype = self.program.outputs[k].value, self.signature.outputs[k]
             x = self.operand(i)
-            x = f"_bf16({x})" if dtype is torch.bfloat16 else x
-            x = f"{x}.to(tl.float32)" if dtype is torch.float16 else x  # torch rounds a double twice, too
             x = f"({x} + tl.zeros((BLOCK,), {compute}))" if self.values[i].uniform else x
+            x = f"{x}.to(tl.float32)" if dtype.itemsize == 2 else x  # torch rounds a double twice, too
+            x = f"_bf16({x})" if dtype is torch.bfloat16 else x
             lines.append(f"tl.store(o{k} + i, {x}.to({TYPES[dtype]}), inside)")
         if p.reductions:
             results = [

@@ -24,10 +24,8 @@ def _sqrt(x):
 
 @triton.jit
 def _bf16(x):
-    # round to nearest even by hand, because a conversion may truncate
-    u = x.to(tl.float32).to(tl.uint32, bitcast=True)
-    r = (u + 0x7FFF + ((u >> 16) & 1)) & 0xFFFF0000
-    return tl.where(x == x, r.to(tl.float32, bitcast=True), float("nan"))
+    # of float32, to nearest even; the interpreter, which would truncate, has a function of its own in this place
+    return x.to(tl.bfloat16)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""A stand-in for libdevice in Triton's interpreter, which runs kernels with NumPy and has no library of the GPU."""
+"""Stand-ins in Triton's interpreter, which runs kernels with NumPy: libdevice, of which it has none, and a rounding."""
 
 import ctypes
 import functools
@@ -27,6 +27,13 @@ def libdevice() -> SimpleNamespace:
     functions = {name: getattr(numpy, name) for name in SAME}
     functions |= {"atan": numpy.arctan, "atan2": numpy.arctan2, "pow": numpy.power, "erf": erf, "fma": _fma()}
     return SimpleNamespace(**{name: _on_tensors(function) for name, function in functions.items()})
+
+
+def to_bf16() -> Callable[..., Any]:
+    """The rounding of float32 to bfloat16, to nearest even; the interpreter's own conversion truncates."""
+    import torch
+
+    return _on_tensors(lambda x: torch.from_numpy(x).bfloat16().float().numpy())
 
 
 def _fma() -> Callable[..., Any]:

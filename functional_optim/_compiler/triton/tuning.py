@@ -2,6 +2,9 @@
 
 A program of a pass that only streams has one block, for many small programs keep memory busiest. A program of a pass
 that reduces has several, for each leaves a partial result that the next uniform kernel adds up.
+
+A thread has as many elements as fill 16 bytes of the widest array. With more, Triton would store that array in another
+layout than the others, and have its elements change threads by way of shared memory.
 """
 
 from typing import NamedTuple
@@ -28,9 +31,9 @@ class Tuning(NamedTuple):
 
 TUNED = {
     "stream": Tuning(1024, 8, 64, "H100 80GB HBM3: the best of 60 pairs for AdamW; longer programs lose up to 15%"),
-    "stream, 16 bits": Tuning(
-        2048, 8, 96, "not tuned: 16 bytes of the narrowest array for each thread, as in `stream`"
-    ),
+    "stream, 16 bits": Tuning(2048, 8, 80, "not tuned: 16 bytes of an array for each thread, as in `stream`"),
+    "stream, mixed": Tuning(1024, 8, 64, "not tuned: 16 bytes of the widest array for each thread, 8 of a half type"),
+    "stream, 64 bits": Tuning(512, 8, 64, "not tuned: 16 bytes of the widest array for each thread"),
     "norm": Tuning(4096, 8, 128, "H100 80GB HBM3: the best of three for the norm of a clip"),
     "reduce": Tuning(1024, 8, 128, "not tuned: the block of `stream`, for a pass that also stores or reads much"),
 }
@@ -48,7 +51,10 @@ def kind_of(signature: Signature, p: Pass) -> str:
         return "norm" if len(p.reductions) == 1 and not stored and len(p.inputs) + len(p.reloads) <= 2 else "reduce"
     dtypes = [signature.dtypes[signature.program.values[i].name] for i in p.inputs]
     dtypes += [signature.outputs[k] for k in (*stored, *[k for _, k in p.reloads])]
-    return "stream, 16 bits" if min(dtype.itemsize for dtype in dtypes) < 4 else "stream"
+    widths = {8 * dtype.itemsize for dtype in dtypes}
+    if 64 in widths:
+        return "stream, 64 bits"
+    return "stream, mixed" if len(widths) > 1 else "stream" if widths == {32} else "stream, 16 bits"
 
 
 def chunk_size(n_elements: int) -> int:

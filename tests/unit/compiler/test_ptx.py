@@ -57,13 +57,20 @@ class Case(NamedTuple):
 
 
 CLIPPED = fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(1e-3), fo.params_ema(0.99))
+MIXED = fo.adamw(1e-3, mu_dtype=torch.float32)
 EVERY = fo.chain(fo.clip_by_global_norm(1.0), every_operation(), fo.sgd(fo.cosine_decay_schedule(0.1, 100)))
 CASES = {
     "adamw": Case(fo.adamw(1e-3), aligned=(True, False)),
     "adamw, sm_80": Case(fo.adamw(1e-3), architecture=80),
     "adamw, sm_100": Case(fo.adamw(1e-3), architecture=100),
-    "adamw, bfloat16": Case(fo.adamw(1e-3, mu_dtype=torch.float32), torch.bfloat16),
+    "adamw, bfloat16": Case(fo.adamw(1e-3), torch.bfloat16),
+    "adamw, bfloat16 and float32": Case(MIXED, torch.bfloat16, aligned=(True, False)),
+    "adamw, bfloat16 and float32, sm_80": Case(MIXED, torch.bfloat16, architecture=80),
+    "adamw, bfloat16 and float32, sm_100": Case(MIXED, torch.bfloat16, architecture=100),
+    "adamw, float32 and float64": Case(MIXED, torch.float64),
     "clipped adamw with average": Case(CLIPPED),
+    "clipped adamw with average, sm_80": Case(CLIPPED, architecture=80),
+    "clipped adamw with average, sm_100": Case(CLIPPED, architecture=100),
     "lamb": Case(fo.lamb(1e-3)),
     "torch's adamw": Case(adapters.AdamW),
     "every operation": Case(EVERY),
@@ -102,6 +109,8 @@ def compiled(kernel: Kernel, architecture: int, aligned: bool | None = None) -> 
     registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0]
     return {
         "accesses": collections.Counter(re.findall(r"(?:ld|st)\.global\S*", ptx)),
+        "conversions": collections.Counter(re.findall(r"cvt\.\S*bf16\S*", ptx)),
+        "shared": made.metadata.shared,
         "operations": collections.Counter(re.findall(r"^\s*(?:@\S+ )?([a-z]\w*\.\S*(?:f32|f64))\s", ptx, re.MULTILINE)),
         "registers": int(registers),
         "stack": int(stack),
@@ -119,17 +128,17 @@ def main() -> None:
                 found[name].append({"kind": "uniform", **compiled(stage.uniform, case.architecture)})
             for aligned in case.aligned:
                 assert stage.elements is not None
-                own = {"kind": kind_of(signature, p), "aligned": aligned, "bytes": bytes_of(signature, p)}
+                own = {"kind": kind_of(signature, p), "aligned": aligned, "sizes": sizes_of(signature, p)}
                 found[name].append(own | compiled(stage.elements, case.architecture, aligned))
     print(json.dumps(found))
 
 
-def bytes_of(signature: Signature, p: Pass) -> int:
-    """Bytes of an element that a pass reads and writes."""
+def sizes_of(signature: Signature, p: Pass) -> list[int]:
+    """Bytes of an element of each array that a pass reads or writes."""
     outputs = signature.program.outputs
     read = [signature.dtypes[signature.program.values[i].name] for i in p.inputs]
     written = [signature.outputs[k] for k in p.stores if outputs[k].level is Level.ELEMENT]
-    return sum(dtype.itemsize for dtype in (*read, *[signature.outputs[k] for _, k in p.reloads], *written))
+    return [dtype.itemsize for dtype in (*read, *[signature.outputs[k] for _, k in p.reloads], *written)]
 
 
 @pytest.fixture(scope="module")
@@ -150,18 +159,47 @@ pytestmark = pytest.mark.slow
 SIMPLE = [name for name in CASES if not name.startswith("every")]  # the others are bound by their arithmetic
 
 
+def wide_accesses(kernel: Any) -> dict[int, int]:
+    """The accesses of several elements in the code of a kernel: how many there are of each number of bytes."""
+    found: collections.Counter[int] = collections.Counter()
+    for access, n in kernel["accesses"].items():
+        for elements, bits in re.findall(r"\.v(\d)\.b(\d+)$", access):
+            found[int(elements) * int(bits) // 8] += n
+    return dict(found)
+
+
 @pytest.mark.parametrize("name", SIMPLE)
-def test_ptx_of_whole_blocks_has_accesses_of_16_bytes(found: Any, name: str) -> None:
-    """All of them: a thread's elements times their bytes. A pass whose addresses are not aligned has none."""
+def test_ptx_of_whole_blocks_has_wide_accesses(found: Any, name: str) -> None:
+    """Of 16 bytes, or of all elements of a thread where they are fewer; none where addresses are not aligned."""
     for kernel in found[name]:
-        wide = sum(n for access, n in kernel["accesses"].items() if access.endswith(("v4.b32", "v2.b64")))
         if kernel["kind"] != "uniform":
             tuning = TUNED[kernel["kind"]]
             elements = tuning.block // (32 * tuning.warps)
-            assert 16 * wide == (elements * kernel["bytes"] if kernel["aligned"] else 0)
+            expected: collections.Counter[int] = collections.Counter()
+            for size in kernel["sizes"] if kernel["aligned"] else ():
+                width = min(16, elements * size)
+                expected[width] += elements * size // width
+            assert wide_accesses(kernel) == expected
+            assert not kernel["aligned"] or 16 in expected
 
 
 @pytest.mark.parametrize("name", SIMPLE)
+def test_streaming_passes_use_no_shared_memory(found: Any, name: str) -> None:
+    """All arrays of a pass have one layout over threads, so that no element changes its thread to be stored."""
+    for kernel in found[name]:
+        assert kernel["shared"] == 0 or not kernel["kind"].startswith("stream")
+
+
+def test_conversions_to_bfloat16_round_to_nearest(found: Any) -> None:
+    names = [name for name in SIMPLE if "bfloat16" in name]
+    assert {CASES[name].architecture for name in names} == {80, 90, 100}
+    for name in names:
+        down = {x for kernel in found[name] for x in kernel["conversions"] if re.search(r"bf16(x2)?\.f32", x)}
+        assert down
+        assert all(x.startswith("cvt.rn.") for x in down)
+
+
+@pytest.mark.parametrize("name", [name for name in SIMPLE if CASES[name].dtype != torch.float64])
 def test_ptx_of_streaming_passes_has_no_double_precision(found: Any, name: str) -> None:
     passes = [kernel for kernel in found[name] if kernel["kind"].startswith("stream")]
     assert passes
