@@ -3,13 +3,13 @@
 import contextlib
 import contextvars
 import functools
-import os
 import warnings
 from collections.abc import Iterator
 
 import torch
 
 from .._compiler.c.build import find_compiler
+from .._compiler.triton.build import interprets
 
 
 BACKENDS = ("reference", "foreach", "c", "triton")
@@ -17,6 +17,7 @@ _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend
 # the same as a list, of all threads: a compiler follows no context variables, and guards its graphs by this
 ASKED: list[str] = []
 _given_up: dict[str, str] = {}  # backends that failed to build a kernel in this process, and the reason
+_warned: set[str] = set()  # reasons that a warning has named
 
 
 @contextlib.contextmanager
@@ -64,6 +65,8 @@ def _has_triton() -> bool:
         import triton  # noqa: F401
     except ImportError:
         return False
+    except Exception:  # it is there, but broken, which a build says
+        pass
     return True
 
 
@@ -88,23 +91,14 @@ def choose_backend(device: torch.device, where: str = "") -> tuple[str, str]:
                 f"the backend {asked!r} is asked for, but cannot compute the leaf{where} on {device}: {never}. Ask "
                 f"for {others}, or leave `use_backend` out, and the fastest that applies is chosen."
             )
-    if asked == "triton" or (asked is None and device.type == "cuda"):
-        why = _why_never("triton", device)
-        if why:
-            give_up("triton", why)
-        if "triton" not in _given_up:
-            return "triton", ""
-        why = _given_up["triton"]
-    elif device.type == "cpu":
-        why = _why_never("c", device) if "c" not in _given_up else ""
-        if why:
-            give_up("c", why)
-        if "c" not in _given_up:
-            return "c", ""
-        why = _given_up["c"]
-    else:
-        why = _why_never("c", device)
-    return ("foreach" if device.type in ("cpu", "cuda") else "reference"), why
+    best = "triton" if asked == "triton" or (asked is None and device.type == "cuda") else "c"
+    why = _why_never(best, device) or _given_up.get(best, "")
+    if not why:
+        return best, ""
+    if device.type not in ("cpu", "cuda"):
+        return "reference", why
+    _warn_once(why)
+    return "foreach", why
 
 
 def _why_never(backend: str, device: torch.device) -> str:
@@ -112,9 +106,10 @@ def _why_never(backend: str, device: torch.device) -> str:
     if backend == "triton":
         if not _has_triton():
             return "Triton is not installed"
-        interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-        runs = "Triton runs on CUDA devices, and on the CPU where TRITON_INTERPRET=1 is set before it is imported"
-        return "" if device.type == "cuda" or interpreted else runs
+        if device.type == "cuda":
+            return "TRITON_INTERPRET is set, and the interpreter reads no memory of a GPU" if interprets() else ""
+        if not (device.type == "cpu" and interprets()):
+            return "Triton runs on CUDA devices, and on the CPU where TRITON_INTERPRET=1 is set before it is imported"
     if backend == "c":
         if device.type != "cpu":
             return f"there is no C kernel for {device.type}"
@@ -125,12 +120,18 @@ def _why_never(backend: str, device: torch.device) -> str:
 
 def give_up(backend: str, why: str) -> None:
     """Remembers that a backend cannot build kernels, so that it is not tried at every step; warns once."""
-    if backend not in _given_up:
-        _given_up[backend] = why
-        warnings.warn(f"Updates are computed without generated kernels, and slower: {why}.", stacklevel=2)
+    _given_up.setdefault(backend, why)
+    _warn_once(_given_up[backend])
+
+
+def _warn_once(why: str) -> None:
+    if why not in _warned:
+        _warned.add(why)
+        warnings.warn(f"Updates are computed without generated kernels, and slower: {why}.", stacklevel=3)
 
 
 def try_again() -> None:
     """Forgets which backends were given up."""
     _given_up.clear()
+    _warned.clear()
     _has_triton.cache_clear()

@@ -15,8 +15,8 @@ from . import interpreted
 
 
 def interprets() -> bool:
-    """Whether Triton's interpreter runs kernels, on tensors of the CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    """Whether Triton's interpreter runs kernels, on tensors of the CPU. Triton reads the variable alike."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def load_triton(source: str) -> ModuleType:
@@ -38,8 +38,8 @@ def _build(source: str, folder: Path) -> ModuleType:
     try:
         with cache.forks_wait():
             import triton  # noqa: F401
-    except ImportError as error:
-        raise ToolError(f"Triton cannot be imported ({error})") from None
+    except Exception as error:  # it is missing, or broken: a library of it that cannot be loaded, say
+        raise ToolError(f"Triton cannot be imported ({error})") from error
     content = source.encode()
     name = f"functional_optim_{hashlib.sha256(content).hexdigest()[:32]}"
     path = folder / f"{name}.py"

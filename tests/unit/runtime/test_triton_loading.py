@@ -16,6 +16,7 @@ import torch
 
 import functional_optim as fo
 from functional_optim._compiler.cache import BuildError
+from functional_optim._compiler.triton import build
 from functional_optim._runtime import backend, step
 
 
@@ -133,6 +134,47 @@ def test_without_triton_a_gpu_has_foreach_and_one_warning() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert backend.choose_backend(torch.device("cuda", 0)) == ("foreach", "Triton is not installed")
+
+
+@pytest.mark.parametrize("spelling", ["1", "true", "TRUE", "On", "yes", "y", "0", "", "off", "no", "t", "2", " 1"])
+def test_the_interpreter_is_chosen_where_triton_chooses_it(spelling: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    monkeypatch.setenv("TRITON_INTERPRET", spelling)
+    assert build.interprets() == triton.knobs.runtime.interpret
+
+
+@pytest.mark.usefixtures("nothing_given_up")
+def test_the_interpreter_reads_no_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Addresses in a kernel's tables are those of the device; the CPU still has the interpreter."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.warns(UserWarning, match="slower: TRITON_INTERPRET is set, and the interpreter reads no memory of"):
+        assert backend.choose_backend(torch.device("cuda", 0))[0] == "foreach"
+    with fo.use_backend("triton"):
+        assert backend.choose_backend(torch.device("cpu")) == ("triton", "")
+        with pytest.raises(RuntimeError, match="cannot compute the leaf on cuda:0: TRITON_INTERPRET is set"):
+            backend.choose_backend(torch.device("cuda", 0))
+
+
+STEP = """
+import torch
+import functional_optim as fo
+
+tx, params = fo.adamw(0.1), {"w": torch.ones(3)}
+with fo.use_backend("triton"):
+    for _ in range(2):
+        fo.apply_gradients(tx, params, params, tx.init(params))
+"""
+
+
+def test_a_triton_that_is_broken_gives_way_to_foreach(environment: dict[str, str], tmp_path: Path) -> None:
+    """It is there, but its import fails in another way than that of a package that is not."""
+    (tmp_path / "triton.py").write_text("raise OSError('libtriton.so: cannot open shared object file')")
+    own = {**environment, "PYTHONPATH": f"{tmp_path}{os.pathsep}{environment['PYTHONPATH']}", "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", STEP], env=own, capture_output=True, text=True, cwd=Path.cwd())
+    assert done.returncode == 0, done.stderr
+    (warning,) = [line for line in done.stderr.splitlines() if "UserWarning" in line]
+    assert "and slower: Triton cannot be imported (libtriton.so: cannot open shared object file)." in warning
 
 
 @pytest.mark.usefixtures("nothing_given_up")
