@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import torch
 
 from .._compiler.call import Column
+from .._compiler.program import Level
 from .join import Joins
 from .kernels import COMPILE
+from .numbers import Numbers
 from .packing import PackedColumn, Place
 from .plan import Columns, Key, Leaf
 from .pointers import Difference, PointerReader, Pointers
@@ -240,6 +242,40 @@ class PackedStep(BoundStep):
         self.made_offsets.write(workspace.made_bases, workspace.made)
         return [[buffers]]
 
+    def _evaluate(
+        self,
+        backend: str,
+        own: Sequence[int],
+        tensors: list[torch.Tensor],
+        numbers: Numbers,
+        outputs: list[list[Column]],
+    ) -> None:
+        """Computes groups with torch operations on views, for a kernel that was to be launched is not there."""
+        views = [
+            x if not source.packed else _view(x, spec, n)
+            for x, source, spec, n in zip(
+                [tensors[k] for k in self.owner],
+                [self.sources[k] for k in self.owner],
+                self.specs,
+                self.offsets.bytes.tolist(),
+                strict=True,
+            )
+        ]
+        results: list[list[Column]] = [[] for _ in self.groups]
+        super()._evaluate(backend, own, views, numbers, results)
+        if self.in_place:
+            return
+        places = iter(zip(self.made_offsets.index.tolist(), self.made_offsets.bytes.tolist(), strict=True))
+        for group, bounds, columns in zip(self.groups, self.bounds, results, strict=True):
+            first = bounds[group.updates][0]
+            for output in group.signature.program.outputs:
+                values = columns.pop(0) if columns else [None] * len(group.leaves)  # of another part
+                for i, x in enumerate(values):
+                    k, n = next(places)
+                    if x is not None:
+                        spec = self.specs[first + i] if output.level is Level.ELEMENT else TensorSpec.of(x)
+                        _view(outputs[0][0][k], spec, n).copy_(x)
+
     def _results(self, columns: Columns, outputs: Sequence[Sequence[Sequence[Any]]]) -> Columns:
         """The columns that change, with new buffers."""
         results: dict[Key, PackedColumn] = {}
@@ -254,3 +290,9 @@ class PackedStep(BoundStep):
             buffers[made.position] = x
             results[made.key] = results[made.key].with_buffers(buffers)
         return dict(results)
+
+
+def _view(buffer: torch.Tensor, spec: TensorSpec, n: int) -> torch.Tensor:
+    """The view of a buffer that begins `n` bytes behind its first element and has the sizes and strides of a spec."""
+    offset = buffer.storage_offset() + n // buffer.element_size()
+    return buffer.detach().as_strided(spec.shape, spec.stride, offset)

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .._compiler.cache import BuildError
 from .._compiler.call import Column
 from .._compiler.program import Level
-from .backend import choose_backend
+from .backend import choose_backend, give_up
 from .checks import at
 from .cpu import CpuLaunches, usable_threads
 from .cuda.capture import refuse_binding
@@ -365,11 +366,21 @@ class BoundStep(Programs):
         return written
 
     def _prepare(self, workspace: Workspace, numbers: Numbers) -> dict[int, DeviceMemory]:
-        """Brings the tables of launches on devices up to date; for each part, memory that is ready."""
-        return {
-            part: launch.prepare(workspace.pointers, [numbers[g] for g in self.parts[part][1]], workspace.device[part])
-            for part, launch in self.triton.items()
-        }
+        """Brings the tables of launches on devices up to date; for each part, memory that is ready.
+
+        Addresses of another alignment have another variant of kernels, which may fail to build: nothing has been
+        written then, and all devices have operations of torch from there on.
+        """
+        ready: dict[int, DeviceMemory] = {}
+        try:
+            for part, (backend, own) in enumerate(self.parts):
+                if backend == "triton":
+                    tables = [numbers[g] for g in own]
+                    ready[part] = self.triton[part].prepare(workspace.pointers, tables, workspace.device[part])
+        except BuildError as error:
+            give_up("triton", str(error))
+            self.parts = [("foreach" if backend == "triton" else backend, own) for backend, own in self.parts]
+        return ready
 
     def _run_parts(
         self,

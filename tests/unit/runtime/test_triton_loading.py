@@ -9,15 +9,19 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 
 import functional_optim as fo
+from _lib.marks import INTERPRETER
 from functional_optim._compiler.cache import BuildError
+from functional_optim._compiler.passes import Signature
 from functional_optim._compiler.triton import build
 from functional_optim._runtime import backend, step
+from functional_optim._runtime.cuda import launch
 
 
 STAND_IN = """
@@ -192,3 +196,45 @@ def test_kernels_that_cannot_be_loaded_give_way_to_foreach() -> None:
             warnings.simplefilter("error")
             fo.apply_gradients(fo.adamw(0.1), params, grads, tx.init(params))
     assert broken.call_count == 1
+
+
+def shifted(x: torch.Tensor) -> torch.Tensor:
+    """The same values, one element behind a multiple of 16 bytes."""
+    return x.new_empty(x.numel() + 1).as_strided(x.shape, x.stride(), 1).copy_(x)
+
+
+@INTERPRETER
+@pytest.mark.usefixtures("nothing_given_up")
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("packs", [False, True])
+def test_a_variant_that_cannot_be_built_gives_way_to_foreach(packs: bool, donate: bool) -> None:
+    """The one for addresses that are not aligned is built when such come; that step is taken by foreach, all later."""
+    load, tries = launch.load_kernels, list[Signature]()
+
+    def loads(signature: Signature, device: torch.device, aligned: bool) -> Any:
+        if not aligned:
+            tries.append(signature)
+            raise BuildError("Triton cannot build or load a kernel")
+        return load(signature, device, aligned)
+
+    def run(name: str) -> Any:
+        tx = fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(0.1))
+        tree = {"w": torch.linspace(-1, 1, 12).reshape(4, 3).t(), "b": torch.ones(5)}
+        params = fo.pack(tree) if packs else tree
+        state = tx.init(params)
+        with fo.use_backend(name):
+            for step in range(3):
+                values = {k: (step + 1) * x.square() + 0.5 for k, x in tree.items()}
+                grads = fo.pack(values) if packs else values
+                if step:
+                    grads = grads.map(shifted) if packs else {k: shifted(x) for k, x in grads.items()}
+                params, state = fo.apply_gradients(tx, params, grads, state, donate=donate)
+        return fo.unpack(params) if packs else params
+
+    expected = run("foreach")
+    with mock.patch.object(launch, "load_kernels", loads), warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always", UserWarning)
+        actual = run("triton")
+    assert len(tries) == 1
+    assert ["cannot build or load" in str(x.message) for x in seen if x.category is UserWarning] == [True]
+    torch.testing.assert_close(actual, expected)
