@@ -12,6 +12,7 @@ from ._compiler.rule import Bound, Option, Rule
 from ._compiler.trace import RuleError
 from ._regions import LeafwiseRegion
 from ._runtime.checks import at, check_number, refuse_freed
+from ._runtime.cuda.capture import NumberWatch
 from ._runtime.internals import needs_dispatch, version
 from ._runtime.plan import Columns, Key
 from ._runtime.pointers import PointerReader, Pointers
@@ -48,6 +49,7 @@ class LeafwiseStep:
         # the specs of the last step's tensors, and for each leaf, the number that those alike share
         self.known: tuple[PointerReader | None, list[int]] = (None, [])
         self.batched = True  # until the rule turns out to be one that cannot be
+        self.watch = NumberWatch()
         self.checked = False  # whether it has been seen to leave its arguments alone
 
     def compute(
@@ -88,12 +90,16 @@ class LeafwiseStep:
         batches: dict[tuple[Hashable, int], list[int]] = {}
         for k, key in enumerate(zip(tokens, kinds, strict=True)):
             batches.setdefault(key, []).append(k)
-        for (token, _), batch in batches.items():
-            device, (owner, count, is_first) = columns["updates"][self.leaves[batch[0]]].device, meant[token]
-            if (token, device) not in values:
-                values[token, device] = _Values.of(self.bound, options[owner], count, is_first, extra, device)
+        devices = {key: columns["updates"][self.leaves[batch[0]]].device for key, batch in batches.items()}
+        for key, device in devices.items():
+            owner, count, is_first = meant[key[0]]
+            if (key[0], device) not in values:
+                values[key[0], device] = _Values.of(self.bound, options[owner], count, is_first, extra, device)
+        if not needs_dispatch():
+            self.watch.check([x for own in values.values() for x in own.numbers(self.bound)], {*devices.values()})
+        for (token, kind), batch in batches.items():
             paths = [self.paths[self.leaves[k]] for k in batch]
-            call = _Call(self.bound.rule, values[token, device], paths[0])
+            call = _Call(self.bound.rule, values[token, devices[token, kind]], paths[0])
             outputs = self._run(call, paths, [[column[k] for k in batch] for column in arrays])
             for result, column in zip(results.values(), outputs, strict=True):
                 for k, x in zip(batch, column, strict=True):
@@ -336,6 +342,10 @@ class _Values(NamedTuple):
         if rule.takes_first:
             keywords["first"] = first
         return cls(keywords, first)
+
+    def numbers(self, bound: Bound) -> list[Any]:
+        """The hyper-parameters and extra arguments."""
+        return [self.keywords[name] for name in (*bound.values, *bound.rule.extras)]
 
 
 class _Call(NamedTuple):

@@ -75,7 +75,9 @@ def run_reference(
 def _number(x: float | torch.Tensor, device: torch.device) -> torch.Tensor:
     if isinstance(x, torch.Tensor):
         return x.to(device).double().reshape(())
-    return torch.tensor(x, dtype=torch.float64, device=device)
+    if device.type == "cpu":
+        return torch.tensor(x, dtype=torch.float64, device=device)
+    return torch.full((), x, dtype=torch.float64, device=device)  # written there: a copy would wait for the device
 
 
 class _Evaluation:

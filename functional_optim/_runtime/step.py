@@ -6,6 +6,7 @@ gathers its tensors, has them compared and their data pointers read in one opera
 
 import ctypes
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from .._compiler.program import Level
 from .backend import choose_backend, give_up
 from .checks import at
 from .cpu import CpuLaunches, usable_threads
-from .cuda.capture import refuse_binding
+from .cuda.capture import NumberWatch, refuse_binding
 from .cuda.launch import DeviceMemory, TritonLaunch
 from .evaluate import evaluate
 from .join import Joins
@@ -115,6 +116,8 @@ class BoundStep(Programs):
             for k, (backend, own) in enumerate(self.parts)
             if backend == "triton"
         }
+        self.watches = [NumberWatch() for _ in self.parts]
+        self.prepares = any(backend != "c" for backend, _ in self.parts)
         self.copied = self._find_copied(launched)
         self.written = self._find_written() if in_place else []
         self.repeated = self._find_repeated() if in_place else None
@@ -328,7 +331,7 @@ class BoundStep(Programs):
         counters: list[int] = []  # addresses
         if self.in_place:
             self._refuse_overlap(reading)
-        ready = self._prepare(workspace, numbers) if self.triton else {}
+        ready = self._prepare(workspace, numbers) if self.prepares else {}
         if self.in_place:
             written = self._written_tensors(reading)
             for i in self.counters.values():
@@ -366,7 +369,7 @@ class BoundStep(Programs):
         return written
 
     def _prepare(self, workspace: Workspace, numbers: Numbers) -> dict[int, DeviceMemory]:
-        """Brings the tables of launches on devices up to date; for each part, memory that is ready.
+        """Brings the tables of launches on devices up to date; for each part with launches, memory that is ready.
 
         Addresses of another alignment have another variant of kernels, which may fail to build: nothing has been
         written then, and all devices have operations of torch from there on.
@@ -374,8 +377,10 @@ class BoundStep(Programs):
         ready: dict[int, DeviceMemory] = {}
         try:
             for part, (backend, own) in enumerate(self.parts):
-                if backend == "triton":
-                    tables = [numbers[g] for g in own]
+                tables = [numbers[g] for g in own]
+                if backend not in COMPILE:
+                    self.watches[part].check([*itertools.chain(*tables)], {self.groups[g].device for g in own})
+                elif backend == "triton":
                     ready[part] = self.triton[part].prepare(workspace.pointers, tables, workspace.device[part])
         except BuildError as error:
             give_up("triton", str(error))

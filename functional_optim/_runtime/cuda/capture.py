@@ -7,7 +7,7 @@ capturing; the steps before set it aside.
 """
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 
@@ -85,6 +85,58 @@ def is_capturing(devices: Iterable[torch.device | None]) -> bool:
             if driver_of(device).is_capturing():
                 return True
     return False
+
+
+def refuse_numbers(numbers: Iterable[object], devices: Collection[torch.device]) -> None:
+    """Refuses hyper-parameters in captured steps that are tensors elsewhere than on some devices.
+
+    Raises:
+      CaptureError: there is one.
+    """
+    apart = next((x.device for x in numbers if isinstance(x, torch.Tensor) and x.device not in devices), None)
+    if apart is not None:
+        raise CaptureError(
+            f"a hyper-parameter is a tensor on {apart}, and a graph would keep its value",
+            f"move it to {next(iter(devices))}, where replays read it",
+        )
+
+
+def refuse_new_numbers() -> None:
+    """Refuses Python numbers in a captured step that are not those of the step before.
+
+    Raises:
+      CaptureError: always.
+    """
+    raise CaptureError(
+        "a hyper-parameter that is a Python number has another value than in the step before, and a graph would "
+        "keep it",
+        "pass it as a tensor on the device, or take a step with this value before the capture",
+    )
+
+
+class NumberWatch:
+    """The Python numbers of steps that operations of torch take, which a graph keeps as constants."""
+
+    def __init__(self) -> None:
+        self.seen: list[int | float] = []  # those of the last step that was not captured
+
+    def check(self, numbers: Sequence[object], devices: Collection[torch.device]) -> None:
+        """Notes the numbers of a step outside of a graph; refuses others while a stream is capturing.
+
+        Args:
+          numbers: the hyper-parameters, tensors among them.
+          devices: the devices of the step.
+
+        Raises:
+          CaptureError: a graph could not replay this step.
+        """
+        constants = [x for x in numbers if isinstance(x, (int, float))]
+        if not is_capturing(devices):
+            self.seen = constants
+            return
+        refuse_numbers(numbers, devices)
+        if constants != self.seen:
+            refuse_new_numbers()
 
 
 def refuse_binding(devices: Iterable[torch.device]) -> None:

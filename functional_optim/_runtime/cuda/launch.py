@@ -12,7 +12,7 @@ from ..join import Joins
 from ..numbers import Number
 from ..plan import Group
 from ..pointers import Pointers
-from .capture import CaptureError, Reserve, hold
+from .capture import CaptureError, Reserve, hold, refuse_new_numbers, refuse_numbers
 from .driver import driver_of
 from .loaded import load_kernels
 from .tables import StepMemory, Tables
@@ -120,19 +120,9 @@ class TritonLaunch:
             raise CaptureError("no step over these tensors was taken before", "take one before the capture")
         if self.join is not None:
             raise CaptureError("its reductions span processes", "capture the step of each process without them")
-        tensors = [x for own in numbers for x in own if isinstance(x, torch.Tensor)]
-        apart = next((x.device for x in tensors if x.device != self.device), None)
-        if apart is not None:
-            raise CaptureError(
-                f"a hyper-parameter is a tensor on {apart}, and a graph would keep its value",
-                f"move it to {self.device}, where replays read it",
-            )
+        refuse_numbers([x for own in numbers for x in own], [self.device])
         if content != self.numbers_seen:
-            raise CaptureError(
-                "a hyper-parameter that is a Python number has another value than in the step before, and a graph "
-                "would keep it",
-                "pass it as a tensor on the device, or take a step with this value before the capture",
-            )
+            refuse_new_numbers()
         hold(self.tables)
         memory = DeviceMemory(self.tables)
         memory.upload(pointers, content, self.reserve.take, self.driver)

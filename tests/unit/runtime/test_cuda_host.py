@@ -1,5 +1,6 @@
 """The host side of launches on a device, against a stand-in: uploads, memory, streams, capture, refusals."""
 
+import contextlib
 import gc
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +15,7 @@ from _lib.compare import Snapshot
 from _lib.marks import INTERPRETER
 from _lib.stand_in import StandIn, replay, stand_in
 from functional_optim import adapters
+from functional_optim._runtime.backend import BACKENDS
 from functional_optim._runtime.cuda import capture
 from functional_optim._runtime.cuda.capture import CaptureError
 from functional_optim._runtime.cuda.launch import STREAMS
@@ -337,6 +339,34 @@ def test_a_number_on_another_device_is_refused(device: StandIn) -> None:
     params, opt = warm(lr=torch.tensor(0.1))
     opt.param_groups[0]["lr"] = torch.empty((), device="meta")
     refused(device, opt, params, "a tensor on meta.*move it to cpu")
+
+
+@fo.leafwise()
+def scaled(u: Any, *, lr: Any) -> Any:
+    """A rule for whole tensors with a number, which it is the only part of a chain with."""
+    return -lr * u
+
+
+@pytest.mark.parametrize("name", ["foreach", "reference", "a rule for whole tensors"])
+def test_numbers_are_refused_in_steps_of_torch_operations(device: StandIn, name: str) -> None:
+    """They are constants of a graph there, too."""
+    leaves = [nn.Parameter(torch.ones(n, 1)) for n in SIZES]
+    make = adapters.AdamW if name in BACKENDS else lambda p, lr: adapters.TransformOptimizer(p, scaled(lr=lr))
+    with fo.use_backend(name) if name in BACKENDS else contextlib.nullcontext():
+        opt = make(leaves, lr=0.1)
+        for _ in range(2):
+            set_grads(leaves, [torch.ones(n, 1) for n in SIZES])
+            opt.step()
+        with device.capture():
+            opt.step()
+        opt.param_groups[0]["lr"] = 0.05
+        refused(device, opt, leaves, "Python number has another value.*pass it as a tensor on the device")
+        opt.param_groups[0]["lr"] = torch.empty((), device="meta")
+        refused(device, opt, leaves, "a tensor on meta.*move it to cpu")
+        opt.param_groups[0]["lr"] = torch.tensor(0.05)
+        opt.step()
+        with device.capture():
+            opt.step()
 
 
 def test_a_schedule_that_python_evaluates_is_refused(device: StandIn) -> None:

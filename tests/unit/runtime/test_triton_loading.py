@@ -20,7 +20,7 @@ from _lib.marks import INTERPRETER
 from functional_optim._compiler.cache import BuildError
 from functional_optim._compiler.passes import Signature
 from functional_optim._compiler.triton import build
-from functional_optim._runtime import backend, step
+from functional_optim._runtime import backend, kernels
 from functional_optim._runtime.cuda import launch
 
 
@@ -188,7 +188,7 @@ def test_kernels_that_cannot_be_loaded_give_way_to_foreach() -> None:
     with fo.use_backend("reference"):
         expected, _ = fo.apply_gradients(tx, params, grads, tx.init(params))
     broken = mock.Mock(side_effect=BuildError("Triton cannot build or load a kernel"))
-    with mock.patch.object(step, "load_kernels", broken), fo.use_backend("triton"):
+    with mock.patch.object(kernels, "load_kernels", broken), fo.use_backend("triton"):
         with pytest.warns(UserWarning, match="and slower: Triton cannot build or load a kernel"):
             actual, _ = fo.apply_gradients(tx, params, grads, tx.init(params))
         torch.testing.assert_close(actual, expected)
