@@ -2,6 +2,7 @@
 
 Steps
   apply_gradients apply_updates eval_params update_average hyperparams slots explain use_backend
+  CapturedMemory
 Packing
   pack unpack pack_module Packed PackedModule
 Combinators
@@ -123,6 +124,7 @@ from ._rule import (
     leafwise,
 )
 from ._runtime.backend import use_backend
+from ._runtime.cuda.capture import CapturedMemory
 from ._schedules.averaging import (
     ema_debias_schedule,
     ema_warmup_schedule,
@@ -240,6 +242,7 @@ from ._tree import MaskedNode
 
 __version__ = "0.1.0"
 __all__ = [
+    "CapturedMemory",
     "EmptyState",
     "Explanation",
     "GradientTransformation",

@@ -6,8 +6,10 @@ graph, and on the host in pinned memory that nobody writes again. Such memory ca
 capturing; the steps before set it aside.
 """
 
+import contextvars
 import threading
 from collections.abc import Collection, Iterable, Sequence
+from typing import Self
 
 import torch
 
@@ -16,16 +18,46 @@ from .driver import Driver, driver_of
 
 RESERVE = 1 << 13  # words: 64 KiB
 TABLES = 4  # tables, at least, that a reserve has room for
-HELD: list[object] = []  # memory that graphs read: torch has no hook at the end of a graph, so it stays
+
+
+class CapturedMemory:
+    """The memory that CUDA graphs of steps read: it stays for as long as this object.
+
+    A graph replays launches and copies with addresses, so tables on the device and in pinned memory, and loaded
+    kernels, have to outlive it; torch tells nobody when a graph is gone. Captures in a `with` block of an object
+    leave them to it: keep it beside the graph, and let both go together. Captures outside of one leave them to the
+    process. They are some tens of bytes for each tensor, and 64 KiB or more for each graph.
+
+    Example:
+      >>> memory = CapturedMemory()
+      >>> with memory:  # and `torch.cuda.graph(graph)`
+      ...     pass
+    """
+
+    def __init__(self) -> None:
+        self.held: list[object] = []
+        self._tokens: list[contextvars.Token[CapturedMemory]] = []
+
+    def __enter__(self) -> Self:
+        self._tokens.append(_holder.set(self))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _holder.reset(self._tokens.pop())
+
+    def hold(self, memory: object) -> None:
+        """Keeps something that a graph reads, or kernels that it launches; Triton unloads those that nobody holds."""
+        if not any(x is memory for x in self.held):
+            self.held.append(memory)
+
+
+PROCESS = CapturedMemory()  # of captures that nobody else holds memory of
+_holder = contextvars.ContextVar("holder", default=PROCESS)
 
 
 def hold(memory: object) -> None:
-    """Keeps memory that a graph reads, or kernels that it launches, for as long as the process lives.
-
-    It is some tens of bytes for each tensor. Triton unloads a kernel that nobody holds.
-    """
-    if not any(x is memory for x in HELD):
-        HELD.append(memory)
+    """Keeps memory that the graph being captured reads."""
+    _holder.get().hold(memory)
 
 
 class CaptureError(RuntimeError):

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -30,7 +31,7 @@ SIZES = (5, 33, 8)
 def device() -> Iterator[StandIn]:
     with stand_in() as device, fo.use_backend("triton"):
         yield device
-    capture.HELD.clear()
+    capture.PROCESS.held.clear()
 
 
 def make(seed: int = 0) -> list[nn.Parameter]:
@@ -193,11 +194,33 @@ def test_a_captured_chain_replays_its_reduction(device: StandIn) -> None:
 def test_a_captured_step_keeps_its_kernels(device: StandIn) -> None:
     """Triton unloads kernels without references, and a graph holds none."""
     _, opt = warm()
-    before = len(capture.HELD)
     with device.capture():
         opt.step()
-    held = capture.HELD[before:]
+    held = capture.PROCESS.held
     assert any(isinstance(stage, Loaded) for x in held if isinstance(x, tuple) for stage in x)
+
+
+def test_memory_of_a_graph_belongs_to_its_owner(device: StandIn) -> None:
+    """It is freed with the object that holds it, not before; other captures leave theirs to the process."""
+    _, opt = warm()
+    memory, freed = fo.CapturedMemory(), list[int]()
+    for k in range(2):
+        with memory, device.capture():
+            opt.step()
+        opt.step()  # sets other memory aside
+        block = [x for x in memory.held if isinstance(x, torch.Tensor)][-1]
+        weakref.finalize(block, freed.append, k)
+    assert not capture.PROCESS.held
+    del block
+    opt.step()
+    gc.collect()
+    assert freed == []
+    del memory
+    gc.collect()
+    assert sorted(freed) == [0, 1]
+    with device.capture():
+        opt.step()
+    assert capture.PROCESS.held
 
 
 @fo.elementwise(state={"size": fo.slot(per="tree")})
