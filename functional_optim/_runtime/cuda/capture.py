@@ -25,8 +25,9 @@ class CapturedMemory:
 
     A graph replays launches and copies with addresses, so tables on the device and in pinned memory, and loaded
     kernels, have to outlive it; torch tells nobody when a graph is gone. Captures in a `with` block of an object
-    leave them to it: keep it beside the graph, and let both go together. Captures outside of one leave them to the
-    process. They are some tens of bytes for each tensor, and 64 KiB or more for each graph.
+    leave them to it: keep it beside the graph, and let both go together, when the device has done with its replays.
+    Captures outside of one leave them to the process. They are some tens of bytes for each tensor, and 64 KiB or more
+    for each graph.
 
     Example:
       >>> memory = CapturedMemory()
