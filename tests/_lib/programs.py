@@ -17,6 +17,11 @@ from functional_optim._runtime.spec import specs_of
 from functional_optim._runtime.step import BoundStep, Reading
 
 
+def device_of(backend: str) -> torch.device:
+    """The device of tensors that a backend computes: Triton's is a GPU, unless its interpreter runs kernels."""
+    return torch.device("cuda" if backend == "triton" and not interprets() else "cpu")
+
+
 def bind(program: Program, columns: Columns, in_place: bool = False, counters: Sequence[Key] = ()) -> BoundStep:
     """Binds a program to columns; each leaf has a row of the scalar table.
 
@@ -64,8 +69,7 @@ def run_program(
         per leaf in double precision, stored as float64, beside elements that are not.
     """
     chosen = mock.patch.object(plan, "compute_dtype", return_value=compute)
-    if backend == "triton" and not interprets():  # kernels of a GPU: see tests/cuda
-        columns = {key: [x.cuda() for x in column] for key, column in columns.items()}
+    columns = {key: [x.to(device_of(backend)) for x in column] for key, column in columns.items()}
     with only(backend), chosen if compute else contextlib.nullcontext():
         step = bind(program, columns)
         assert compute in (None, *[group.signature.compute for group in step.groups])

@@ -20,7 +20,7 @@ import torch
 import functional_optim as fo
 from _lib.floats import fma
 from _lib.marks import INTERPRETER
-from _lib.programs import run_program
+from _lib.programs import device_of, run_program
 from functional_optim._compiler import trace
 from functional_optim._compiler.c.build import find_compiler
 from functional_optim._compiler.c.emit import prelude
@@ -755,7 +755,7 @@ def test_uniform_updates_count_once_for_each_element(backend: str) -> None:
     """A rule may reduce what a rule before it has made the same for every element."""
     two = fo.elementwise(lambda u: 2.0)()
     sums = fo.elementwise(lambda u: u * 0 + fo.tree_sum(u) + 10 * fo.leaf_sum(u) + 100 * fo.leaf_amax(-u))()
-    params = [torch.zeros(()), torch.zeros(2, 3), torch.zeros(1030)]
+    params = [torch.zeros(shape, device=device_of(backend)) for shape in ((), (2, 3), (1030,))]
     tx = fo.chain(two, sums)
     with fo.use_backend(backend):
         updates, _ = tx.update(params, tx.init(params), params)
@@ -772,20 +772,19 @@ def test_torch_norm_is_the_norm_of_a_leaf() -> None:
 @ON_EVERY_BACKEND
 def test_empty_leaves_are_left_out_of_reductions(backend: str) -> None:
     tx = fo.chain(fo.zero_nans(), fo.clip_by_global_norm(1.0), fo.clip_by_block_rms(10.0))
-    params = {"empty": torch.zeros(0, 3), "full": torch.zeros(2)}
-    grads = {"empty": torch.zeros(0, 3), "full": torch.tensor([3.0, 4.0])}
+    with device_of(backend):
+        params = {"empty": torch.zeros(0, 3), "full": torch.zeros(2)}
+        grads = {"empty": torch.zeros(0, 3), "full": torch.tensor([3.0, 4.0])}
+        expected = {"empty": torch.zeros(0, 3), "full": torch.tensor([0.6, 0.8])}
     with fo.use_backend(backend):
         updates, _ = tx.update(grads, tx.init(params), params)
-    # 3 / 5 and 4 / 5 round twice
-    torch.testing.assert_close(
-        updates, {"empty": torch.zeros(0, 3), "full": torch.tensor([0.6, 0.8])}, rtol=2e-7, atol=0
-    )
+    torch.testing.assert_close(updates, expected, rtol=2e-7, atol=0)  # 3 / 5 and 4 / 5 round twice
 
 
 @ON_EVERY_BACKEND
 def test_a_tree_of_empty_leaves(backend: str) -> None:
     tx = fo.chain(fo.clip_by_global_norm(1.0), fo.adam(0.1))
-    params = [torch.zeros(0), torch.zeros(3, 0)]
+    params = [torch.zeros(shape, device=device_of(backend)) for shape in ((0,), (3, 0))]
     with fo.use_backend(backend):
         new, state = fo.apply_gradients(tx, params, params, tx.init(params))
     torch.testing.assert_close((new, state[1][0].count.item()), (params, 1))
