@@ -28,6 +28,7 @@ import torch
 from .._compiler.rule import Rule, state_type
 from .._packed import Form, Packed, form
 from .._runtime.backend import use_backend
+from .._runtime.cuda.driver import driver_of
 from .._runtime.internals import is_wrapper_of_a_transformation
 from .._runtime.packing import Place
 from .._schedules.schedule import Schedule, ScheduleFactory
@@ -203,7 +204,8 @@ class DescribedStep:
         if key not in self._own:
             while len(self._own) >= self.KEEP:
                 self._own.popitem(last=False)
-            self._own[key] = self.tx._with_tensors([torch.empty_like(x) for x in given])
+            made = [driver_of(x.device).allocate(functools.partial(torch.empty_like, x), x.device) for x in given]
+            self._own[key] = self.tx._with_tensors(made)
         own = self._own[key]
         for mine, x in zip(own._tensors, given, strict=True):
             mine.copy_(x.detach())

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import optree
 import pytest
 import torch
 from torch import nn
@@ -275,6 +276,39 @@ def test_graphs_and_steps_in_turns() -> None:
             set_grads(own, 10 + step)
             run()
     torch.testing.assert_close(params, expected, rtol=0, atol=0)
+
+
+def test_a_step_in_graphed_callables() -> None:
+    tx, params, grads = CHAINS["clip, schedule, average"](), draw(0, device="cuda"), draw(1, device="cuda")
+    state = tx.init(params)
+
+    def step(*updates: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        new, _ = fo.apply_gradients(tx, params, dict(zip(params, updates, strict=True)), state)
+        return tuple(new.values())
+
+    graphed = torch.cuda.make_graphed_callables(step, tuple(grads.values()))
+    for k in range(3):
+        updates = tuple(draw(10 + k, device="cuda").values())
+        torch.testing.assert_close(graphed(*updates), step(*updates), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore")  # of Inductor, about what it could do
+@pytest.mark.parametrize("live", [False, True], ids=["a number", "a tensor"])
+def test_a_step_compiled_with_reduced_overhead(live: bool) -> None:
+    """Compiled once, run once, captured, and then replayed; state is what the last replay has left."""
+    lr = torch.tensor(1e-2, device="cuda") if live else 1e-2
+    tx, params = fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(lr)), draw(0, device="cuda")
+    state = tx.init(params)
+    expected, kept = params, state
+    step = torch.compile(lambda *given: fo.apply_gradients(tx, *given), mode="reduce-overhead")
+    for k in range(6):
+        if isinstance(lr, torch.Tensor):
+            lr.fill_(1e-2 / (1 + k))
+        grads = draw(1 + k, device="cuda")
+        torch.compiler.cudagraph_mark_step_begin()
+        params, state = optree.tree_map(torch.clone, step(params, grads, state))
+        expected, kept = fo.apply_gradients(tx, expected, grads, kept)
+        torch.testing.assert_close(params, expected, rtol=0, atol=0)
 
 
 def test_a_first_step_is_refused_while_capturing() -> None:

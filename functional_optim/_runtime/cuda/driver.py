@@ -1,10 +1,14 @@
 """The calls to torch.cuda that launches make, and the same for the CPU, where an interpreter runs kernels."""
 
 import contextlib
-from collections.abc import Iterable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
 
 import torch
+
+
+T = TypeVar("T")
 
 
 class Driver(Protocol):
@@ -24,6 +28,9 @@ class Driver(Protocol):
 
     def follow(self, mark: Any, tensors: Iterable[torch.Tensor], device: torch.device) -> None:
         """Has the current stream wait for a mark, and tensors stay until it has done with them if they are freed."""
+
+    def allocate(self, make: Callable[[], T], device: torch.device) -> T:
+        """The result of a function, whose tensors stay behind the step, and are of no memory pool of its caller."""
 
     def staging(self, n: int) -> torch.Tensor:
         """Host memory of `n` 64-bit words, from which a copy to the device does not wait."""
@@ -65,6 +72,21 @@ class CudaDriver:
         for x in tensors:
             x.record_stream(stream)
 
+    def allocate(self, make: Callable[[], T], device: torch.device) -> T:
+        """The result of a function that allocates in another thread, for the current stream of this one.
+
+        The first run of `torch.compile(mode="reduce-overhead")` has all memory of its thread come from the pool of
+        its graphs, and refuses what stays there.
+        """
+        stream = torch.cuda.current_stream(device)
+
+        def run() -> T:
+            with torch.cuda.stream(stream):
+                return make()
+
+        with ThreadPoolExecutor(1) as executor:
+            return executor.submit(run).result()
+
     def staging(self, n: int) -> torch.Tensor:
         """Pinned memory of `n` 64-bit words."""
         return torch.empty(n, dtype=torch.int64, device="cpu", pin_memory=True)
@@ -94,6 +116,10 @@ class HostDriver:
 
     def follow(self, mark: None, tensors: Iterable[torch.Tensor], device: torch.device) -> None:
         """Nothing."""
+
+    def allocate(self, make: Callable[[], T], device: torch.device) -> T:
+        """The result of a function."""
+        return make()
 
     def staging(self, n: int) -> torch.Tensor:
         """Memory of `n` 64-bit words."""

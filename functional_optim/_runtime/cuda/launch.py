@@ -49,7 +49,9 @@ class TritonLaunch:
         self.join = JoinedChunks(groups, cuts, joins, self.device) if joins is not None else None
         n_joined = self.join.n_joined if self.join is not None else 0
         with self.driver.guard(self.device):
-            self.tables = Tables(groups, places, self.kernels, self.chunk, n_joined)
+            self.tables = self.driver.allocate(
+                lambda: Tables(groups, places, self.kernels, self.chunk, n_joined), self.device
+            )
             self.uploaded = self.driver.mark(self.device)
         ends = [len(kernels.stages) for kernels in self.kernels] + ([] if joins is None else [joins.stages - 1])
         self.n_stages = max(ends)
@@ -105,7 +107,7 @@ class TritonLaunch:
         stream = self.driver.stream(self.device)
         if stream not in memories:
             self.driver.follow(self.uploaded, self.tables.on_device(), self.device)
-            memories[stream] = DeviceMemory(self.tables)
+            memories[stream] = self.driver.allocate(lambda: DeviceMemory(self.tables), self.device)
             if len(memories) > STREAMS:
                 del memories[next(iter(memories))]
         return memories[stream]

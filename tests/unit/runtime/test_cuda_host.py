@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +18,7 @@ from _lib.marks import INTERPRETER
 from _lib.stand_in import StandIn, replay, stand_in
 from functional_optim import adapters
 from functional_optim._runtime.backend import BACKENDS
-from functional_optim._runtime.cuda import capture
+from functional_optim._runtime.cuda import capture, driver
 from functional_optim._runtime.cuda.capture import CaptureError
 from functional_optim._runtime.cuda.launch import STREAMS
 from functional_optim._runtime.cuda.loaded import Loaded
@@ -131,6 +132,37 @@ def test_a_number_in_host_memory_is_read_without_a_copy(device: StandIn) -> None
     tables.device = torch.device("cuda", 0)
     content, live = tables.numbers(numbers)
     assert (tables.packer.unpack(content)[0], live) == (0.25, [])
+
+
+def test_memory_that_stays_is_allocated_in_another_thread() -> None:
+    """So it is of no pool that the caller's thread allocates from, but of its stream."""
+    stream, streams = object(), list[Any]()
+
+    @contextlib.contextmanager
+    def enter(x: Any) -> Iterator[None]:
+        streams.append((threading.get_ident(), x))
+        yield
+
+    def fails() -> None:
+        raise torch.OutOfMemoryError("none is left")
+
+    with mock.patch("torch.cuda.current_stream", return_value=stream), mock.patch("torch.cuda.stream", enter):
+        own = driver.CUDA.allocate(threading.get_ident, torch.device("cuda", 0))
+        with pytest.raises(torch.OutOfMemoryError, match="none is left"):
+            driver.CUDA.allocate(fails, torch.device("cuda", 0))
+    assert own != threading.get_ident()
+    assert streams[0] == (own, stream)
+
+
+def test_memory_that_stays_is_told_from_that_of_a_graph(device: StandIn) -> None:
+    """Tables, and the memory of a stream; a graph has memory in its own pool."""
+    with mock.patch.object(device, "allocate", wraps=device.allocate) as allocate:
+        _, opt = warm()
+        assert allocate.call_count == 2
+        with device.capture():
+            opt.step()
+        opt.step()
+        assert allocate.call_count == 2
 
 
 # -- capture ----------------------------------------------------------------------------------------------------------
