@@ -128,17 +128,19 @@ def main() -> None:
                 found[name].append({"kind": "uniform", **compiled(stage.uniform, case.architecture)})
             for aligned in case.aligned:
                 assert stage.elements is not None
-                own = {"kind": kind_of(signature, p), "aligned": aligned, "sizes": sizes_of(signature, p)}
+                read, written = sizes_of(signature, p)
+                own = {"kind": kind_of(signature, p), "aligned": aligned, "sizes": read + written, "read": sum(read)}
                 found[name].append(own | compiled(stage.elements, case.architecture, aligned))
     print(json.dumps(found))
 
 
-def sizes_of(signature: Signature, p: Pass) -> list[int]:
-    """Bytes of an element of each array that a pass reads or writes."""
+def sizes_of(signature: Signature, p: Pass) -> tuple[list[int], list[int]]:
+    """Bytes of an element of each array that a pass reads, and of each that it writes."""
     outputs = signature.program.outputs
     read = [signature.dtypes[signature.program.values[i].name] for i in p.inputs]
     written = [signature.outputs[k] for k in p.stores if outputs[k].level is Level.ELEMENT]
-    return [dtype.itemsize for dtype in (*read, *[signature.outputs[k] for _, k in p.reloads], *written)]
+    read += [signature.outputs[k] for _, k in p.reloads]
+    return [dtype.itemsize for dtype in read], [dtype.itemsize for dtype in written]
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +214,17 @@ def test_registers_are_within_the_bound_of_the_table(found: Any, name: str) -> N
     for kernel in found[name]:
         assert not kernel["stack"]
         assert kernel["kind"] == "uniform" or kernel["registers"] <= TUNED[kernel["kind"]].registers
+
+
+@pytest.mark.parametrize("name", [name for name in SIMPLE if CASES[name].architecture == 90])
+def test_enough_bytes_are_on_their_way_to_an_sm(found: Any, name: str) -> None:
+    """An H100 moves 3.35 TB/s to 132 SMs: 38 kB for each, should a load take 1.5 us. Registers bound how many are."""
+    for kernel in found[name]:
+        if kernel["kind"] != "uniform":
+            block, warps = TUNED[kernel["kind"]][:2]
+            of_warp = -(-32 * kernel["registers"] // 256) * 256  # they are given out by 256
+            programs = min(65536 // (of_warp * warps), 64 // warps)
+            assert programs * block * kernel["read"] >= 38_000
 
 
 @pytest.mark.parametrize("name", CASES)
