@@ -2,8 +2,8 @@
 
 They need a device, and kernels that are compiled. With one:
 
-    TRITON_INTERPRET=0 python -m pytest tests/cuda
-    TRITON_INTERPRET=0 python -m pytest tests/unit/compiler/test_operations.py -m triton
+    TRITON_INTERPRET=0 python -m pytest -n 6 --dist=load tests/cuda
+    TRITON_INTERPRET=0 python -m pytest -n 6 --dist=load tests/unit/compiler/test_operations.py -m triton
 
 The second command runs the tests of operations on the device, which Triton's interpreter runs elsewhere.
 """
@@ -377,7 +377,7 @@ def test_threads_on_streams_of_their_own() -> None:
     torch.testing.assert_close(actual, [expected] * 4, rtol=0, atol=0)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one CUDA device")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two CUDA devices")
 def test_a_tree_on_two_devices() -> None:
     params = {k: x.to(f"cuda:{int(k)}") for k, x in (("0", torch.ones(5)), ("1", torch.ones(7)))}
     tx = fo.adamw(1e-2)
