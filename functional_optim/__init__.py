@@ -47,6 +47,7 @@ from ._chain import (
     identity,
     named_chain,
 )
+from ._compiler.errors import RuleError
 from ._compiler.functions import (
     cbrt,
     leaf_amax,
@@ -62,7 +63,6 @@ from ._compiler.rule import (
     slot,
     zeros,
 )
-from ._compiler.trace import RuleError
 from ._explain import (
     Explanation,
     explain,

@@ -9,9 +9,9 @@ import torch
 
 from ._compiler.c.emit import emit_c
 from ._compiler.differentiate import NoDerivative, differentiate_signatures
+from ._compiler.errors import ShortTracebacks
 from ._compiler.passes import Signature, plan, read_bytes, written_bytes
 from ._compiler.rule import Option
-from ._compiler.trace import ShortTracebacks
 from ._compiler.triton.emit import emit_triton, launches
 from ._foreign import host_column
 from ._leafwise import LeafwiseStep

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ._compiler.errors import RuleError
 from ._compiler.rule import Bound, Option, Rule
-from ._compiler.trace import RuleError
 from ._regions import LeafwiseRegion
 from ._runtime.checks import at, check_number, refuse_freed
 from ._runtime.cuda.capture import NumberWatch

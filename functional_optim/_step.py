@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ._compiler.trace import ShortTracebacks
+from ._compiler.errors import ShortTracebacks
 from ._extras import (
     check_no_number as check_no_number,
     check_no_tree as check_no_tree,

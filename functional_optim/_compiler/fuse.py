@@ -12,9 +12,10 @@ import torch
 
 from .._schedules.schedule import Schedule
 from .._schedules.traced import traced_key
+from .errors import RuleError
 from .program import Level, Program
 from .rule import Bound, Option, Rule
-from .trace import RuleError, Symbol, Tracer
+from .trace import Symbol, Tracer
 
 
 _Key = TypeVar("_Key")

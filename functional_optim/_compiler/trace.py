@@ -9,47 +9,21 @@ on a symbol is refused in the rule's own line.
 import difflib
 import functools
 import math
-import os
 import re
-import traceback
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
 
+from .errors import (
+    RuleError,
+    ShortTracebacks as ShortTracebacks,
+    user_frame,
+    where,
+)
 from .names import PUBLIC, WHOLE, hint_for, listed
 from .ops import OPS
 from .program import INPUTS, Level, Output, Program, Value
-
-
-class RuleError(TypeError):
-    """A rule does something that cannot become a kernel."""
-
-
-class ShortTracebacks:
-    """Context in which the traceback of a `RuleError` loses the lines of this package and of torch."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if not isinstance(error, RuleError) or tb is None:
-            return
-        kept: list[TracebackType] = []
-        rest = tb.tb_next
-        while rest is not None:
-            if not rest.tb_frame.f_code.co_filename.startswith((_PACKAGE, _TORCH)):
-                kept.append(rest)
-            rest = rest.tb_next
-        for each in reversed(kept):
-            rest = TracebackType(rest, each.tb_frame, each.tb_lasti, each.tb_lineno)
-        error.__traceback__ = TracebackType(rest, tb.tb_frame, tb.tb_lasti, tb.tb_lineno)
-
-
-_TORCH = os.path.dirname(torch.__file__) + os.sep
-_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
-_COMPILER = os.path.dirname(__file__) + os.sep
 
 
 class Symbol:
@@ -72,7 +46,7 @@ class Symbol:
             raise AttributeError(name)
         if name in ("shape", "dtype", "device", "ndim"):
             raise RuleError(
-                f"{_where()} reads `.{name}` of a traced value. A rule is written for one element of any leaf; "
+                f"{where()} reads `.{name}` of a traced value. A rule is written for one element of any leaf; "
                 f"use `leaf_mean` and its siblings for what depends on the whole leaf, `leaf_size` for its number of "
                 f"elements."
             )
@@ -82,7 +56,7 @@ class Symbol:
 
     def _refuse(self, what: str) -> RuleError:
         return RuleError(
-            f"{_where()} {what}, which is only known when the kernel runs. Use `torch.where(condition, a, b)`, or "
+            f"{where()} {what}, which is only known when the kernel runs. Use `torch.where(condition, a, b)`, or "
             f"declare the hyper-parameter static if it is a switch: `@elementwise(static=(...,))`."
         )
 
@@ -93,28 +67,28 @@ class Symbol:
         raise self._refuse("branches on a traced value")
 
     def __float__(self) -> float:
-        line = getattr(_user_frame(), "line", None) or ""
+        line = getattr(user_frame(), "line", None) or ""
         functions = [name for name in re.findall(r"\bmath\.(\w+)", line) if name in PUBLIC]
         if not functions:
             raise self._refuse("takes the number behind a traced value")
         instead = ", ".join(f"`torch.{name}` for `math.{name}`" for name in dict.fromkeys(functions))
         raise RuleError(
-            f"{_where()} takes the number behind a traced value, as functions of `math` do. Use torch's: {instead}."
+            f"{where()} takes the number behind a traced value, as functions of `math` do. Use torch's: {instead}."
         )
 
     __int__ = __index__ = __float__
 
     def __iter__(self) -> Any:
-        raise RuleError(f"{_where()} iterates over a traced value. {WHOLE}")
+        raise RuleError(f"{where()} iterates over a traced value. {WHOLE}")
 
     def __len__(self) -> int:
-        raise RuleError(f"{_where()} takes the length of a traced value. Use `leaf_size` for its number of elements.")
+        raise RuleError(f"{where()} takes the length of a traced value. Use `leaf_size` for its number of elements.")
 
     def __getitem__(self, key: Any) -> Any:
-        raise RuleError(f"{_where()} indexes a traced value. {WHOLE}")
+        raise RuleError(f"{where()} indexes a traced value. {WHOLE}")
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        raise RuleError(f"{_where()} writes to an element of a traced value. {WHOLE}")
+        raise RuleError(f"{where()} writes to an element of a traced value. {WHOLE}")
 
     def __repr__(self) -> str:
         return f"<%{self.index} = {self.tracer.values[self.index]}>"
@@ -134,29 +108,17 @@ for _name in ("lt", "le", "gt", "ge", "eq", "ne", "neg", "abs", "invert", "pos",
     setattr(Symbol, f"__{_name}__", _operator(_name, reverse=False))
 
 
-def _user_frame() -> traceback.FrameSummary | None:
-    """The innermost line outside the compiler and torch: the rule's own."""
-    frames = reversed(traceback.extract_stack())
-    return next((x for x in frames if not x.filename.startswith((_COMPILER, _TORCH))), None)
-
-
-def _where() -> str:
-    """Names the line of the rule."""
-    frame = _user_frame()
-    return "A rule" if frame is None else f"`{frame.name}` ({frame.filename}:{frame.lineno}: `{frame.line}`)"
-
-
 def _unknown(name: str) -> NoReturn:
     near = [x for x in difflib.get_close_matches(name, PUBLIC) if x != name]
     nearest = f"Near to it: {', '.join(near)}. " if near else ""
     help_ = hint_for(name) or f"{nearest}A rule can use: {listed()}; see docs/rules.md."
-    raise RuleError(f"{_where()} uses `{name}`, which has no row in the operation table. {help_}")
+    raise RuleError(f"{where()} uses `{name}`, which has no row in the operation table. {help_}")
 
 
 def _record(name: str, *args: Any, **kwargs: Any) -> "Symbol":
     tracer = next((a.tracer for a in (*args, *kwargs.values()) if isinstance(a, Symbol)), None)
     if name.endswith("_") and not name.endswith("__"):
-        raise RuleError(f"{_where()} uses `{name}`, which writes in place; a rule returns new values: `x = x * 2`.")
+        raise RuleError(f"{where()} uses `{name}`, which writes in place; a rule returns new values: `x = x * 2`.")
     name = name.strip("_").removeprefix("special_")  # torch.special.erf is called special_erf
     if tracer is None or (name not in REWRITES and name not in OPS):
         _unknown(name)
@@ -168,7 +130,7 @@ def _record(name: str, *args: Any, **kwargs: Any) -> "Symbol":
     except TypeError as error:
         if isinstance(error, RuleError):
             raise
-        raise RuleError(f"{_where()} calls `{name}` in a form that has no kernel: {error}") from None
+        raise RuleError(f"{where()} calls `{name}` in a form that has no kernel: {error}") from None
 
 
 class Tracer:
@@ -209,19 +171,19 @@ class Tracer:
         """Takes an operand: a symbol, a number, or a tensor that holds one number."""
         if isinstance(x, Symbol):
             if x.tracer is not self:
-                raise RuleError(f"{_where()} uses a value of another trace.")
+                raise RuleError(f"{where()} uses a value of another trace.")
             return x
         if isinstance(x, torch.Tensor):
             if x.ndim:
                 raise RuleError(
-                    f"{_where()} uses a tensor of shape {tuple(x.shape)} that is not an argument of the rule. "
+                    f"{where()} uses a tensor of shape {tuple(x.shape)} that is not an argument of the rule. "
                     f"Declare it as state, or pass it as a hyper-parameter."
                 )
             name = next((k for k, y in self.captured.items() if y is x), f"captured.{len(self.captured)}")
             self.captured[name] = x
             return self.input("scalar", name)
         if not isinstance(x, (bool, int, float)):
-            raise RuleError(f"{_where()} uses {x!r} as a number.")
+            raise RuleError(f"{where()} uses {x!r} as a number.")
         # repr tells -0.0 from 0.0 and one NaN from another, which == does not
         return self.add(Value("const", name=repr(float(x)), const=float(x)))
 
@@ -307,7 +269,7 @@ class Tracer:
             x = self.op("real", x)
         value = self.values[x.index]
         if value.level is not Level.ELEMENT:
-            raise RuleError(f"{_where()} reduces a value that is the same for every element.")
+            raise RuleError(f"{where()} reduces a value that is the same for every element.")
         tree, scope = kind.startswith("tree_"), ""
         if tree:
             # leaves with other rules meet in the same scope, so reductions are numbered in the order of their calls

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from .._compiler.errors import RuleError
 from .._compiler.rule import plain_number
-from .._compiler.trace import RuleError, Symbol
+from .._compiler.trace import Symbol
 from .schedule import NUMBER, Schedule, schedule, value_at
 
 

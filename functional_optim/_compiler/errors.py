@@ -1,0 +1,48 @@
+"""Errors of rules: they name the rule's own line, and their tracebacks show no other."""
+
+import os
+import traceback
+from types import TracebackType
+
+import torch
+
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
+_COMPILER = os.path.dirname(__file__) + os.sep
+
+
+class RuleError(TypeError):
+    """A rule does something that cannot become a kernel."""
+
+
+class ShortTracebacks:
+    """Context in which the traceback of a `RuleError` loses the lines of this package and of torch."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if not isinstance(error, RuleError) or tb is None:
+            return
+        kept: list[TracebackType] = []
+        rest = tb.tb_next
+        while rest is not None:
+            if not rest.tb_frame.f_code.co_filename.startswith((_PACKAGE, _TORCH)):
+                kept.append(rest)
+            rest = rest.tb_next
+        for each in reversed(kept):
+            rest = TracebackType(rest, each.tb_frame, each.tb_lasti, each.tb_lineno)
+        error.__traceback__ = TracebackType(rest, tb.tb_frame, tb.tb_lasti, tb.tb_lineno)
+
+
+def user_frame() -> traceback.FrameSummary | None:
+    """The innermost line outside the compiler and torch: the rule's own."""
+    frames = reversed(traceback.extract_stack())
+    return next((x for x in frames if not x.filename.startswith((_COMPILER, _TORCH))), None)
+
+
+def where() -> str:
+    """Names the line of the rule."""
+    frame = user_frame()
+    return "A rule" if frame is None else f"`{frame.name}` ({frame.filename}:{frame.lineno}: `{frame.line}`)"
