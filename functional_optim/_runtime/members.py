@@ -236,19 +236,18 @@ class MembersStep(Programs):
         """
         kinds: dict[Key, list[tuple[int, torch.dtype]]] = {}
         for group in self.groups:
-            for k, dtype in zip(group.outputs, group.signature.outputs, strict=True):
-                for key, i in [("updates", i) for i in group.leaves] if k is None else group.gathers[k].places:
+            for places, dtype in zip(group.targets, group.signature.outputs, strict=True):
+                for key, i in places:
                     kinds.setdefault(key, []).append((i, dtype))
         buffers = {key: self._make_buffers(columns, key, own) for key, own in kinds.items()}
         results: list[list[list[_Result]]] = []
         for group in self.groups:
             results.append([])
             likes = [specs[key][i] for key, i in group.gathers[group.updates].places]
-            for k, output, dtype in zip(
-                group.outputs, group.signature.program.outputs, group.signature.outputs, strict=True
+            for places, output, dtype in zip(
+                group.targets, group.signature.program.outputs, group.signature.outputs, strict=True
             ):
                 own = []
-                places = [("updates", i) for i in group.leaves] if k is None else group.gathers[k].places
                 for (key, i), spec in zip(places, likes, strict=True):
                     known = buffers[key]
                     if known is not None:

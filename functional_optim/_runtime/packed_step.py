@@ -172,8 +172,7 @@ class PackedStep(BoundStep):
         entries: list[tuple[tuple[Key, int], Place, torch.dtype]] = []
         likes: dict[Key, Key] = {}
         for group in self.groups:
-            for k, dtype in zip(group.outputs, group.signature.outputs, strict=True):
-                places = [("updates", i) for i in group.leaves] if k is None else group.gathers[k].places
+            for places, dtype in zip(group.targets, group.signature.outputs, strict=True):
                 for key, i in places:
                     likes[key] = "params" if key == "updates" and "params" in columns else key
                     column = columns[likes[key]]

@@ -86,6 +86,7 @@ class Group(NamedTuple):
       updates: which of them are the updates, whose layout new tensors take.
       inputs: which of them each input is.
       outputs: which of them each output is written to; None for updates, which are always new tensors.
+      targets: for each output, the column and position of each leaf's result.
       table: the leaves' sizes and rows of the scalar table.
       sources: for each row, the origins of its numbers.
       owners: for each row, the options that are looked up, and whether it is the first step.
@@ -100,6 +101,7 @@ class Group(NamedTuple):
     updates: int
     inputs: tuple[int, ...]
     outputs: tuple[int | None, ...]
+    targets: tuple[tuple[tuple[Key, int], ...], ...]
     table: LeafTable
     sources: tuple[tuple[Source, ...], ...]
     owners: tuple[tuple[int, bool], ...]
@@ -200,14 +202,16 @@ def _group(members: Sequence[tuple[Leaf, _Fit]], n_leaves: int, shared: Containe
     updates = place("updates")
     inputs = tuple(map(place, (*program.arrays, *program.leaves)))
     outputs = tuple(None if o.name == "updates" else place(o.name) for o in program.outputs)
+    all_places = tuple(gathers)
     return Group(
         fit.signature,
         fit.device,
         tuple(leaf.position for leaf in leaves),
-        tuple(Gather.of(places, n_leaves, shared) for places in gathers),
+        tuple(Gather.of(places, n_leaves, shared) for places in all_places),
         updates,
         inputs,
         outputs,
+        tuple(all_places[updates if k is None else k] for k in outputs),
         LeafTable(
             tuple(own.size for _, own in members),
             tuple(leaf.numel for leaf in leaves),

@@ -95,8 +95,7 @@ class Programs:
         """The columns that change, with the outputs of all groups in their places."""
         results: dict[Key, list[Any]] = {}
         for group, own in zip(self.groups, outputs, strict=True):
-            for k, values in zip(group.outputs, own, strict=True):
-                places = [("updates", i) for i in group.leaves] if k is None else group.gathers[k].places
+            for places, values in zip(group.targets, own, strict=True):
                 for (key, i), value in zip(places, values, strict=True):
                     if key not in results:
                         results[key] = list(columns[key])
