@@ -6,7 +6,7 @@ called a second time for a tree with one more parameter, and the two states are 
 an entry holds one entry per parameter, everything else belongs to the tree. What fits neither is refused.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +14,8 @@ import torch
 from ._runtime.checks import at
 from ._runtime.internals import is_wrapper_of_a_transformation
 from ._runtime.spec import PLAIN
-from ._transform import Link
-from ._tree import Spec, View, flatten, one_level, paths, unflatten
+from ._transform import GradientTransformation, Link
+from ._tree import Spec, View, flatten, key_name, one_level, paths, unflatten
 
 
 # The entries of a state: by the parameter's name, None for an entry of the tree, and the path
@@ -62,9 +62,7 @@ class SplitState:
         Raises:
           TypeError, ValueError: its structure is not that of the state that `init` made.
         """
-        found: Entries = {}
-        self.shape.split(state, "", found, self)
-        return found
+        return self.shape.split(state, "", self)
 
     def join(self, found: Entries) -> Any:
         """The state of which these are the entries."""
@@ -125,7 +123,7 @@ class SplitState:
 MISSING = object()
 
 
-def check_apart(tx: Any, state: Any, params: Sequence[Any]) -> None:
+def check_apart(tx: GradientTransformation, state: Any, params: Sequence[Any]) -> None:
     """Refuses a state whose memory is that of parameters, which a step that is donated writes to.
 
     Raises:
@@ -163,9 +161,9 @@ def _place(x: Any) -> int | None:
 class _Leaf(NamedTuple):
     """A tensor, a number or None that belongs to the tree."""
 
-    def split(self, x: Any, path: str, found: Entries, owner: SplitState) -> None:
+    def split(self, x: Any, path: str, owner: SplitState) -> Entries:
         _check_entry(x, path, owner)
-        found[None, path] = x
+        return {(None, path): x}
 
     def join(self, path: str, found: Entries, owner: SplitState) -> Any:
         return found[None, path]
@@ -182,14 +180,16 @@ class _Node(NamedTuple):
 
     spec: Spec
     names: list[str]
-    children: list[Any]
+    children: "list[Shape]"
 
-    def split(self, x: Any, path: str, found: Entries, owner: SplitState) -> None:
+    def split(self, x: Any, path: str, owner: SplitState) -> Entries:
         children, spec, _ = _open(x)
         if spec != self.spec:
             raise _other_structure(owner, path, x)
+        found: Entries = {}
         for name, shape, child in zip(self.names, self.children, children, strict=True):
-            shape.split(child, _at(path, _escaped(name)), found, owner)
+            found |= shape.split(child, _at(path, _escaped(name)), owner)
+        return found
 
     def join(self, path: str, found: Entries, owner: SplitState) -> Any:
         children = [
@@ -211,10 +211,11 @@ class _PerParam(NamedTuple):
     owners: list[str | None]
     children: list[tuple[Spec, list[str]]]
 
-    def split(self, x: Any, path: str, found: Entries, owner: SplitState) -> None:
+    def split(self, x: Any, path: str, owner: SplitState) -> Entries:
         children, spec, _ = _open(x)
         if spec != self.spec:
             raise _other_structure(owner, path, x)
+        found: Entries = {}
         for name, (own, leaf_paths), child in zip(self.owners, self.children, children, strict=True):
             leaves, child_spec = flatten(child)
             if child_spec != own:
@@ -223,6 +224,7 @@ class _PerParam(NamedTuple):
                 _check_entry(leaf, _at(path, leaf_path), owner)
                 if name is not None:
                     found[name, _at(path, leaf_path)] = leaf
+        return found
 
     def join(self, path: str, found: Entries, owner: SplitState) -> Any:
         children = [
@@ -232,6 +234,7 @@ class _PerParam(NamedTuple):
         return unflatten(self.spec, children)
 
 
+Shape = _Leaf | _Node | _PerParam
 _EXTRA = "one more parameter"  # the name of the one that the second state has an entry for
 
 
@@ -242,7 +245,7 @@ def _with_one_more(view: View) -> Any:
     return tree if like is None else type(tree)([*tree.items(), (_EXTRA, like)])
 
 
-def _compare(a: Any, b: Any, seen: Sequence[str], fail: Any, path: str = "") -> Any:
+def _compare(a: Any, b: Any, seen: Sequence[str], fail: Callable[[str, str], Exception], path: str = "") -> Shape:
     """The shape of a state `a`; `b` is the state of a tree with one more parameter."""
     (one, one_spec, one_names), (two, two_spec, two_names) = _open(a), _open(b)
     if one_spec is None or two_spec is None:
@@ -274,7 +277,7 @@ def _open(x: Any) -> tuple[list[Any], Spec | None, list[str]]:
     if opened is None:
         return [], None, []
     children, spec = opened
-    return children, spec, [_key(path[0]) for path in spec.accessors()]
+    return children, spec, [key_name(path[0]) for path in spec.accessors()]
 
 
 def _at(path: str, name: str) -> str:
@@ -288,12 +291,7 @@ def _escaped(key: Any) -> str:
 
 def escaped_paths(spec: Spec) -> list[str]:
     """The paths of the leaves of an entry."""
-    return [".".join(_escaped(_key(entry)) for entry in path) for path in spec.accessors()]
-
-
-def _key(entry: Any) -> str:
-    """A key, index or name of a field."""
-    return str(getattr(entry, "field", entry.entry))
+    return [".".join(_escaped(key_name(entry)) for entry in path) for path in spec.accessors()]
 
 
 def _check_entry(x: Any, path: str, owner: SplitState) -> None:

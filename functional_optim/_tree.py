@@ -194,7 +194,12 @@ def tree_map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
 @functools.lru_cache(maxsize=64)
 def paths(spec: Spec) -> list[str]:
     """The path of each leaf: keys, indices and field names, joined by dots."""
-    return [".".join(str(getattr(e, "field", e.entry)) for e in accessor) for accessor in spec.accessors()]
+    return [".".join(map(key_name, accessor)) for accessor in spec.accessors()]
+
+
+def key_name(entry: optree.PyTreeEntry) -> str:
+    """A step on the path to a leaf: a key, an index, or the name of a field."""
+    return str(getattr(entry, "field", entry.entry))
 
 
 def broadcast_prefix(prefix: Tree, spec: Spec) -> list[Any]:
