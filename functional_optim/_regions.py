@@ -2,12 +2,12 @@
 
 import bisect
 import itertools
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Hashable, Mapping, Sequence, Set
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from ._compiler.fuse import Counting, Part, Recipe, fuse_all
+from ._compiler.fuse import Counting, HostSchedule, Part, Recipe, fuse_all
 from ._compiler.rule import Bound, Slot, slot
 from ._packed import Form, packed_forms
 from ._runtime.checks import at, check_fit, check_slot, refuse_freed
@@ -59,15 +59,57 @@ class Opaque(NamedTuple):
 
 
 class Region:
-    """Neighbouring rules, which fuse: a program for each kind of leaf.
+    """Neighbouring rules that are computed together: a `FusedRegion`, or a `LeafwiseRegion`.
 
     Args:
       links: the rules, by position in the chain.
       apply: whether the programs end by adding the updates to the parameters.
+      entered: the column that its updates are kept in, for a rule behind other stages.
+
+    Attributes:
+      bounds: the rules with their hyper-parameters, by position.
+      kinds: the kind of each leaf; none where nothing fuses.
+      recipes: the program of each kind.
+      hosts: schedules that Python evaluates, by the name of their column.
+      extras: the extra arguments that are numbers.
+      traced: functions that have been traced, with the key of all that they refer to.
+      stored: the columns of state.
+    """
+
+    def __init__(self, links: dict[int, Link], apply: bool, entered: str | None) -> None:
+        self.links, self.apply, self.entered = links, apply, entered
+        self.bounds: dict[int, Bound] = {k: link.bound for k, link in links.items() if link.bound is not None}
+        self.kinds: list[Kind] = []
+        self.recipes: dict[Kind, Recipe] = {}
+        self.hosts: dict[str, HostSchedule] = {}
+        self.extras: set[str] = set()
+        self.traced: list[tuple[Any, Hashable]] = []
+        self.stored: list[Stored] = []
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Extra arguments that are trees, each with a rule that takes it."""
+        return {name: bound.rule.name for bound in self.bounds.values() for name in bound.rule.columns}
+
+    @property
+    def is_current(self) -> bool:
+        """Whether functions that have been traced still refer to the same."""
+        return all(traced_key(fn) == key for fn, key in self.traced)
+
+    @property
+    def spans_tree(self) -> bool:
+        """Whether something is reduced over all leaves."""
+        return any(recipe.program.spans_tree for recipe in self.recipes.values())
+
+
+class FusedRegion(Region):
+    """Neighbouring rules, which fuse: a program for each kind of leaf.
+
+    Args:
+      links, apply, entered: see `Region`.
       n_leaves: number of leaves.
       scopes: each transformation's position as reductions over the tree know it.
       counting: the counter of each leaf; None where transformations count for all leaves.
-      entered: the column that its updates are kept in, for a rule behind other stages.
     """
 
     def __init__(
@@ -79,13 +121,12 @@ class Region:
         counting: Sequence[Counting] | None,
         entered: str | None = None,
     ) -> None:
-        self.links, self.apply, self.entered = links, apply, entered
-        self.bounds: dict[int, Bound] = {k: link.bound for k, link in links.items() if link.bound is not None}
+        super().__init__(links, apply, entered)
         positions, seen = tuple(links), [link.seen for link in links.values()]
         columns = list(zip(*seen, strict=True)) if seen else [()] * n_leaves
         none: list[Counting | None] = [None] * n_leaves
         # leaves of a kind share a program: the same rules see them, and they count alike
-        self.kinds: list[Kind] = [
+        self.kinds = [
             (tuple(itertools.compress(positions, column)), count)
             for column, count in zip(columns, none if counting is None else counting, strict=True)
         ]
@@ -94,7 +135,7 @@ class Region:
             for kind in dict.fromkeys(self.kinds)
         }
         own = None if counting is None else {kind: count for kind in parts if (count := kind[1]) is not None}
-        self.recipes: dict[Kind, Recipe] = fuse_all(parts, apply, own)
+        self.recipes = fuse_all(parts, apply, own)
         self.hosts = {name: host for recipe in self.recipes.values() for name, host in recipe.hosts.items()}
         self.extras = {
             source.name for recipe in self.recipes.values() for source in recipe.scalars if source.kind == "extra"
@@ -102,7 +143,6 @@ class Region:
         schedules = [
             bound.values[hyper] for bound in self.bounds.values() for hyper in bound.values if bound.is_schedule(hyper)
         ]
-        # functions that have been traced, with the key of all that they refer to
         self.traced = [(fn, traced_key(fn)) for fn in schedules if not has_fixed_key(fn)]
         self.stored = self._stored(counting is not None)
 
@@ -124,21 +164,6 @@ class Region:
             return None, None
         return (k - inside, None) if k - inside >= min(self.links) else (None, entered_at(k - inside))
 
-    @property
-    def columns(self) -> dict[str, str]:
-        """Extra arguments that are trees, each with a rule that takes it."""
-        return {name: bound.rule.name for bound in self.bounds.values() for name in bound.rule.columns}
-
-    @property
-    def is_current(self) -> bool:
-        """Whether functions that have been traced still refer to the same."""
-        return all(traced_key(fn) == key for fn, key in self.traced)
-
-    @property
-    def spans_tree(self) -> bool:
-        """Whether something is reduced over all leaves."""
-        return any(recipe.program.spans_tree for recipe in self.recipes.values())
-
 
 class LeafwiseRegion(Region):
     """One rule for whole tensors, which torch operations compute.
@@ -152,9 +177,8 @@ class LeafwiseRegion(Region):
 
     def __init__(self, position: int, link: Link, own_counters: bool, entered: str | None = None) -> None:
         assert link.bound is not None
-        self.position, self.link, self.bound, self.entered = position, link, link.bound, entered
-        self.links, self.bounds, self.apply = {position: link}, {position: link.bound}, False
-        self.kinds, self.recipes, self.hosts, self.traced = [], {}, {}, []
+        super().__init__({position: link}, False, entered)
+        self.position, self.link, self.bound = position, link, link.bound
         self.extras = set(link.bound.rule.extras)
         self.counter: Key = "step" if own_counters else (position, "count")
         self.stored = self._stored(own_counters)
@@ -207,7 +231,7 @@ def cut_into_regions(
         if fuses:
             counts = counting if last else still
             entered = next((entered_at(k) for k in run if k in cuts), None)
-            stages.append(Region(run, apply and last, n_leaves, scopes or range(len(links)), counts, entered))
+            stages.append(FusedRegion(run, apply and last, n_leaves, scopes or range(len(links)), counts, entered))
             continue
         for position, link in run.items():
             entered = entered_at(position) if position in cuts else None
