@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from functional_optim._compiler.trace import ShortTracebacks
+from functional_optim._compiler.errors import ShortTracebacks
 from functional_optim._params.journal import Journal
 from functional_optim._params.step import ParamStep
 from functional_optim._params.template import ParamList, Template

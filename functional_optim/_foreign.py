@@ -122,10 +122,10 @@ CHANGED_MESSAGE = (
 
 
 class SpecWatch:
-    """The specs of parameters at the beginning of a step in which Python code of a caller runs.
+    """The specs of tensors that code of a caller may make something else of: parameters, or its updates.
 
     Args:
-      params: the parameters.
+      params: the tensors.
       present: the leaves that take part.
     """
 

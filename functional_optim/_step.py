@@ -11,20 +11,8 @@ from typing import Any
 import torch
 
 from ._compiler.errors import ShortTracebacks
-from ._extras import (
-    check_no_number as check_no_number,
-    check_no_tree as check_no_tree,
-    extras_of as extras_of,
-)
-from ._foreign import (
-    CHANGED_MESSAGE as CHANGED_MESSAGE,
-    SpecWatch as SpecWatch,
-    call_opaque as call_opaque,
-    check_updates as check_updates,
-    host_column as host_column,
-    updates_of as updates_of,
-    value_of_members,
-)
+from ._extras import check_no_number, extras_of
+from ._foreign import CHANGED_MESSAGE, SpecWatch, call_opaque, check_updates, host_column, updates_of, value_of_members
 from ._leafwise import LeafwiseStep
 from ._opaque import check_apart
 from ._packed import packed_forms

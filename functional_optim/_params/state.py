@@ -199,14 +199,17 @@ class ParamState:
             if any(split.missing(by_name, present) for split in self.opaque.values()):
                 return None
         whole: set[Key] = set()  # of all parameters
+        unused: set[Key] = set()  # that no region so far has entries of
         for stage in self.regions:
             for stored in stage.region.stored:
-                if stored.key in columns:  # counters, which several regions read
+                if not any(stored.seen):  # counters of which no leaf has one
+                    if stored.key not in columns:
+                        columns[stored.key] = [None] * len(states)
+                        unused.add(stored.key)
+                    continue
+                if stored.key in columns and stored.key not in unused:  # counters, which several regions read
                     if stored.key not in whole and self._lacks(columns[stored.key], stored):
                         return None
-                    continue
-                if not any(stored.seen):  # counters of which no leaf has one
-                    columns[stored.key] = [None] * len(states)
                     continue
                 key = stage.keys[stored.key]
                 if key in self.shared:

@@ -8,26 +8,18 @@ from typing import Any, Literal
 import torch
 
 from .._compiler.fuse import Counting
+from .._extras import check_no_number, check_no_tree, extras_of
+from .._foreign import CHANGED_MESSAGE, SpecWatch, call_opaque, check_updates, host_column, updates_of
 from .._opaque import SplitState
 from .._regions import Opaque, Region, Variant, cut_into_regions
 from .._runtime.backend import requested_backend
 from .._runtime.checks import check_fit, check_leaf
 from .._runtime.cuda.capture import refuse_host_schedule
 from .._runtime.internals import in_backward, needs_dispatch
+from .._runtime.numbers import Numbers
 from .._runtime.plan import Columns
 from .._runtime.shard import is_fsdp1, placed_like
-from .._runtime.step import Numbers, Workspace
-from .._step import (
-    CHANGED_MESSAGE,
-    SpecWatch,
-    call_opaque,
-    check_no_number,
-    check_no_tree,
-    check_updates,
-    extras_of,
-    host_column,
-    updates_of,
-)
+from .._runtime.step import Workspace
 from .._transform import Link, Path
 from .._tree import Reader, View
 from .journal import Journal
