@@ -37,6 +37,7 @@ class Bindings:
         self.checked: dict[int, list[Any]] = {}  # the options of each group that were in their ranges
         self.used: tuple[list[Template], list[int]] = ([], [])  # the templates of the groups, and that of each
         self.params: ParamList | None = None
+        self.counter: torch.dtype | None = None  # the dtype of counters that chains and steps were made for
         self.sizes: list[int] = []  # of the groups
         self.names: list[list[str] | None] = []  # given with the groups
         self.states: list[dict[str, Any]] = []  # of the parameters
@@ -79,6 +80,9 @@ class Bindings:
 
     def gather(self, opt: "ChainOptimizer") -> tuple[list[Template], ParamList]:
         """The chains of the groups, and the parameters."""
+        counter = opt._counter_dtype()
+        if counter is not self.counter:
+            self.seen_values = None
         templates, of_group, options = self._templates(opt)
         lists = [group["params"] for group in opt.param_groups]
         params = list(chain.from_iterable(lists))
@@ -89,6 +93,7 @@ class Bindings:
             or self.used != (templates, of_group)
             or sizes != self.sizes
             or names != self.names
+            or counter is not self.counter
             or not all(map(is_, params, known.tensors))
         ):
             groups = [g for g, size in enumerate(sizes) for _ in range(size)]
@@ -96,8 +101,9 @@ class Bindings:
             known = ParamList(names_of(opt.param_groups), params, [of_group[g] for g in groups], groups)
             self.steps, self.row_steps, self.states = [], [], []
             self.names = [None if x is None else list(x) for x in names]
-            self.params, self.sizes, self.used = known, sizes, (templates, of_group)
-        if options is None or options is not self.seen_values:
+            self.params, self.sizes, self.used, self.counter = known, sizes, (templates, of_group), counter
+        same_groups = len(self.options) == len(sizes) and all(map(is_, self.options, opt.param_groups))
+        if options is None or options is not self.seen_values or not same_groups:
             self.options = tuple(opt.param_groups)
             self.seen_names = list(chain.from_iterable(opt.param_groups))
         self.seen_values = options  # last: they say that all the rest is up to date
@@ -181,6 +187,11 @@ class Bindings:
         self.warned = True
         steps[:] = [step, *steps[: KEEP - 1]]
         return step
+
+    def forget_step(self, step: ParamStep | None) -> None:
+        """Gives up a step that has failed: masks may have been asked about parameters that will have another shape."""
+        for steps in (self.steps, self.row_steps):
+            steps[:] = [x for x in steps if x is not step]
 
 
 def _check_names(opt: "ChainOptimizer", sizes: Sequence[int]) -> None:

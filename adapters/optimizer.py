@@ -229,6 +229,7 @@ class ChainOptimizer(Optimizer):
         row_templates, dense, touched = self._split(templates, grads)
         others = [i for i, g in enumerate(dense) if g is not None]
         before, rows = bindings.new, None
+        step: ParamStep | None = None
         try:
             if any(g is not None for g in touched):
                 step = bindings.find_step(self, bindings.row_steps, row_templates, touched, guarded, True)
@@ -248,6 +249,7 @@ class ChainOptimizer(Optimizer):
             if guarded and journal.entries and float(extra["found_inf"]):
                 self._undo(journal, before)
         except BaseException:
+            bindings.forget_step(step)
             self._undo(journal, bindings.new)
             raise
 
@@ -333,6 +335,7 @@ class ChainOptimizer(Optimizer):
             if outcome == "sparse" or (guarded and (first or journal.entries) and float(extra["found_inf"])):
                 self._undo(journal, before)
         except BaseException:
+            bindings.forget_step(step)
             changed = first or journal.entries
             if step is None or not step.completed or (guarded and changed and float(extra["found_inf"])):
                 self._undo(journal, before)

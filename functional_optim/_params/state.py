@@ -242,6 +242,8 @@ class ParamState:
         """A number that parameters share, once per parameter; None if one does not have it, or has another."""
         held = [states[i].get(key) for i in self.shared[key]]
         value = next((x for x in held if x is not None), None)
+        if not self.takers[key]:
+            return [None] * len(states)
         if value is None or any(x is not None and x is not value for x in held):
             return None
         takers = self.takers[key]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import functional_optim as fo
+from functional_optim import adapters
 from functional_optim.adapters import SGD, AdamW, TransformOptimizer
 
 
@@ -349,3 +350,75 @@ def test_replaced_gradients_and_state_are_freed() -> None:
     pair.opts[0].state[pair.params[0][7]]["exp_avg"] = torch.zeros(3, 3)
 
     assert [x() for x in seen] == [None, None]
+
+
+# -- what is remembered beyond its time -------------------------------------------------------------------------------
+
+
+def test_options_of_a_group_that_another_dict_has_replaced_are_not_read() -> None:
+    """Not even where the old dict has other values by then, and the new one those of the last step."""
+    params = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    opt = SGD(params, lr=1.0)
+    params[0].grad = torch.ones(2)
+    opt.step()
+    old = opt.param_groups[0]
+    opt.param_groups[0] = dict(old)
+    old["lr"] = 100.0
+    params[1].grad = torch.ones(2)  # so that options are read anew
+    opt.step()
+    assert [p.tolist() for p in params] == [[-2.0] * 2, [-1.0] * 2]
+
+
+@pytest.mark.parametrize("maker", ["two programs", "whole tensors"])
+def test_a_failed_step_leaves_no_answers_of_masks(maker: str) -> None:
+    """A function that is a mask has been asked about a shape that the next step does not have."""
+    pair = Pair(maker)
+    pair.draw()
+    k = next(k for k, p in enumerate(pair.params[0]) if p.ndim > 1)
+    p = pair.params[0][k]
+    whole = p.data
+    p.data = torch.ones(5)
+    with pytest.raises((ValueError, TypeError, RuntimeError)):
+        pair.opts[0].step()
+    p.data = whole
+    for _ in range(3):
+        pair.step()
+        pair.draw()
+
+
+@fo.elementwise(state={"norm": fo.slot(per="tree")})
+def over_norm(u: Any, norm: Any) -> Any:
+    """A rule that keeps one number for all parameters."""
+    norm = 0.5 * norm + 0.5 * fo.tree_norm(u)
+    return u / (norm + 1), norm
+
+
+def test_a_step_without_gradients_makes_no_number_of_the_tree() -> None:
+    pair = Pair("SGD")
+    pair.opts = [TransformOptimizer(params, fo.chain(over_norm(), fo.sgd(0.1))) for params in pair.params]
+    assert pair.opts[0].step() is None
+    assert not pair.opts[0].state
+    for _ in range(3):
+        pair.draw()
+        pair.step()
+        pair.opts[0].zero_grad()
+        pair.opts[1].zero_grad()
+        pair.step()
+        pair.steps = 0  # all have gradients again
+
+
+@pytest.mark.parametrize("name", ["AdamW", "NAdam", "ASGD"])
+def test_state_that_is_made_after_a_change_of_the_default_dtype_has_it(name: str) -> None:
+    """As in torch, also where a step with the same gradients has been taken before."""
+    cls, params = getattr(adapters, name), [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    opt = cls(params, lr=0.1)
+    params[0].grad = params[1].grad = torch.ones(2)
+    opt.step()
+    del opt.state[params[1]]
+    torch.set_default_dtype(torch.float64)
+    try:
+        opt.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    kinds = [{x.dtype for x in opt.state[p].values() if not x.ndim} for p in params]
+    assert kinds == [{torch.float32}, {torch.float64}]
