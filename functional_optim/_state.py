@@ -220,6 +220,7 @@ def shared_column(
             shown = f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
         raise ValueError(f"{name} is {shown}, expected a tensor that holds one floating number for all leaves.")
     column: list[Any] = [None] * len(devices)
+    takers = [i for i in takers if devices[i] is not None]  # a leaf that is gone is found when tensors are read
     for device in dict.fromkeys(devices[i] for i in takers):
         own = [i for i in takers if devices[i] == device]
         one = value if value.is_meta else value.to(device)

@@ -133,8 +133,9 @@ class TreeStep:
         if self.traced and not all(region.is_current for region in self.traced):
             return None
         like = updates if params is None else params
-        # a donated step returns its very arguments; any other returns trees whose containers are those it was given
-        if not (donate or self.read.is_fixed(like)) and flatten(like)[1] != self.spec:
+        # a step that is donated as a whole returns its very arguments; any other returns trees whose containers are
+        # those it was given
+        if not ((donate and len(self.stages) == 1) or self.read.is_fixed(like)) and flatten(like)[1] != self.spec:
             return None
         try:
             columns: Columns = {"updates": self.read(updates)}
@@ -144,6 +145,10 @@ class TreeStep:
             return None
         some_are_absent = len(self.present) < len(self.paths)
         if (some_are_absent or self.runs_python) and _present(columns) != self.present:
+            return None
+        if self.runs_python and self._has_containers(
+            columns
+        ):  # before Python code is handed a tree of another structure
             return None
         return columns
 
@@ -344,9 +349,11 @@ class TreeStep:
         """Calls a transformation that is not made of rules: the columns with its updates, and its new state.
 
         Raises:
-          TypeError, ValueError: it returned something else than updates and a state.
+          TypeError, ValueError: it returned something else than updates and a state, or was to get what is no leaf.
         """
         link = stage.link
+        if stage is self.stages[0]:  # leaves may have changed since the step was made; programs look at them anyway
+            self._check_leaves(columns)
         view = View(self.spec, tuple(columns["updates"]), link.seen)
         params = view.tree(columns["params"]) if "params" in columns else None
         tree, new_state = call_opaque(link.tx, view.tree(), get_state(state, link.path), params, extra)

@@ -157,7 +157,10 @@ class Reader:
         if self.is_plain(like):
             found = dict(zip(self.keys or (), leaves, strict=True))
             return {key: found[key] for key in like}
-        return flatten(like)[1].unflatten(leaves)
+        spec = flatten(like)[1]
+        if spec != self.spec:  # such as that of an ordered dict, whose leaves are in an order of their own
+            leaves = spec.flatten_up_to(self.spec.unflatten(leaves))
+        return spec.unflatten(leaves)
 
     def is_fixed(self, tree: Tree) -> bool:
         """Whether a tree that has been read has the very containers of the structure.

@@ -479,3 +479,25 @@ def test_opaque_transformation_refuses_bad_input() -> None:
 
     with pytest.raises(ValueError, match=r"updates at 'bias' has shape \(4,\)"):
         fo.apply_gradients(Halve(), params, {**params, "bias": zeros(4)}, ())
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        ([zeros(3)], TypeError, "updates at .bias. is list"),
+        (torch.ones(3, dtype=torch.int32), TypeError, "updates at 'bias'"),
+        (zeros(4), ValueError, r"updates at 'bias' has shape \(4,\)"),
+    ],
+    ids=["a container", "integers", "another shape"],
+)
+def test_used_opaque_transformation_refuses_bad_input(
+    bad: Any, error: type[Exception], message: str, donate: bool
+) -> None:
+    """As at its first step, and before its own code runs."""
+    tx, params = fo.chain(Halve(), fo.stateless(lambda updates, params: updates)), make_tree(0)
+    state = tx.init(params)
+    fo.apply_gradients(tx, params, make_tree(1), state)
+
+    with pytest.raises(error, match=message):
+        fo.apply_gradients(tx, params, {**make_tree(1), "bias": bad}, state, donate=donate)

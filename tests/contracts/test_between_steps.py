@@ -1,5 +1,6 @@
 """Tensors that change between steps, and steps from several threads."""
 
+import collections
 import gc
 import itertools
 import threading
@@ -257,3 +258,35 @@ def test_gradient_with_negative_bit(repeated: bool) -> None:
     new, _ = fo.apply_gradients(tx, params, {"v": torch._neg_view(g), "w": torch._neg_view(g)}, state)
 
     torch.testing.assert_close(new, {"v": g, "w": g})
+
+
+# --- trees in turns
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("chain", ["whole tensors", "Python", "rules"])
+def test_trees_with_the_same_keys_in_another_order_take_turns(chain: str, donate: bool) -> None:
+    """A dict and an ordered dict are read alike; each has its own containers, with its own leaves at its keys."""
+
+    def squared(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return updates, type(updates)((k, state[k] + u * u) for k, u in updates.items())
+
+    first = {
+        "whole tensors": fo.scale_by_factored_rms(min_dim_size_to_factor=2),
+        "Python": fo.GradientTransformation(lambda p: type(p)((k, torch.zeros_like(x)) for k, x in p.items()), squared),
+        "rules": fo.trace(0.5),
+    }[chain]
+    tx = fo.chain(first, fo.scale(-0.1))
+    plain = {k: torch.tensor([1.0 + i]) for i, k in enumerate("abcd")}
+    ordered = collections.OrderedDict((k, plain[k] + 10) for k in "cadb")
+    trees: list[Any] = [plain, ordered]
+    states = [tx.init(tree) for tree in trees]
+    expected = [train(fo.chain(first, fo.scale(-0.1)), clone(tree), [clone(tree)] * 2) for tree in trees]
+    grads = clone(trees)
+
+    for _ in range(2):
+        for k, g in enumerate(grads):
+            trees[k], states[k] = fo.apply_gradients(tx, trees[k], g, states[k], donate=donate)
+
+    for k in range(2):
+        assert_same_bits((trees[k], states[k]), expected[k])

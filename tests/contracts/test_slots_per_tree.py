@@ -96,6 +96,18 @@ def test_one_number_for_the_tree(backend: str, donate: bool) -> None:
     torch.testing.assert_close([float(state.d), float(state.r)], [expected.d, expected.r], **DOUBLE)
 
 
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_step_without_any_gradient_leaves_it(donate: bool) -> None:
+    """After one with all of them, for which the step is bound."""
+    tx, params = watched(), clone(FIRST)
+    params, state = fo.apply_gradients(tx, params, slope(params), tx.init(params), donate=donate)
+    before = clone((params, state))
+
+    after = fo.apply_gradients(tx, params, dict.fromkeys(params), state, donate=donate)
+
+    assert_same_bits(after, before)
+
+
 def optimizer_of(tx: Any, groups: Callable[[dict[str, Any]], Any] = lambda m: list(m.items())) -> Any:
     model = {k: torch.nn.Parameter(p.clone()) for k, p in FIRST.items()}
     return model, TransformOptimizer(groups(model), tx)
