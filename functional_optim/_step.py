@@ -146,9 +146,8 @@ class TreeStep:
         some_are_absent = len(self.present) < len(self.paths)
         if (some_are_absent or self.runs_python) and _present(columns) != self.present:
             return None
-        if self.runs_python and self._has_containers(
-            columns
-        ):  # before Python code is handed a tree of another structure
+        # before Python code is handed a tree of another structure
+        if self.runs_python and self._has_containers(columns):
             return None
         return columns
 
