@@ -76,13 +76,18 @@ def value(k: int, seed: int = 0, shape: tuple[int, ...] = (5, 3)) -> torch.Tenso
 
 
 def gradients_of_any_placement(rank: int, folder: Path) -> None:
-    """From step to step another placement, so that a step that is like the last one in all else is not taken for it."""
+    """From step to step another placement, so that a step that is like the last one in all else is not taken for it.
+
+    AdamW meets each pair of placements of a parameter and a gradient. A norm is of gradients that are placed already,
+    so that others meet some pairs.
+    """
     where = layouts()
     for name, make in OPTIMIZERS.items():
+        steps = STEPS if name == "AdamW" else 5
         params = [torch.nn.Parameter(distributed(value(k), *layout)) for k, layout in enumerate(where)]
         alone = [torch.nn.Parameter(value(k)) for k in range(len(where))]
         optimizer, other = make(params), make(alone)
-        for step in range(STEPS):
+        for step in range(steps):
             for k, (mesh, _) in enumerate(where):
                 among = list(placements(mesh, (*PLACED, Partial())))
                 alone[k].grad = value(k, seed=1 + step)
@@ -118,34 +123,32 @@ def states_of_any_placement(rank: int, folder: Path) -> None:
     for mesh in meshes():
         pairs = list(itertools.product(placements(mesh, PLACED), repeat=2))
         grads = [[value(k, seed=1 + step) for k in range(len(pairs))] for step in range(4)]
-        for name in ("SGD", "AdamW", "LAMB"):
-            make = OPTIMIZERS[name]
-            alone = [torch.nn.Parameter(value(k)) for k in range(len(pairs))]
-            other = make(alone)
-            old = [torch.nn.Parameter(distributed(value(k), mesh, a)) for k, (a, _) in enumerate(pairs)]
-            optimizer = make(old)
-            for step in (0, 1):
-                for k, (a, _) in enumerate(pairs):
-                    alone[k].grad, old[k].grad = grads[step][k], distributed(grads[step][k], mesh, a)
-                optimizer.step()
-                other.step()
-            new = [torch.nn.Parameter(distributed(whole(p), mesh, b)) for p, (_, b) in zip(old, pairs, strict=True)]
-            resumed = make(new)
-            resumed.load_state_dict(optimizer.state_dict())
-            for step in (2, 3):
-                for k, (_, b) in enumerate(pairs):
-                    alone[k].grad, new[k].grad = grads[step][k], distributed(grads[step][k], mesh, b)
-                resumed.step()
-                other.step()
-            assert_same(new, alone, name)
+        make = OPTIMIZERS["AdamW"]
+        alone = [torch.nn.Parameter(value(k)) for k in range(len(pairs))]
+        other = make(alone)
+        old = [torch.nn.Parameter(distributed(value(k), mesh, a)) for k, (a, _) in enumerate(pairs)]
+        optimizer = make(old)
+        for step in (0, 1):
+            for k, (a, _) in enumerate(pairs):
+                alone[k].grad, old[k].grad = grads[step][k], distributed(grads[step][k], mesh, a)
+            optimizer.step()
+            other.step()
+        new = [torch.nn.Parameter(distributed(whole(p), mesh, b)) for p, (_, b) in zip(old, pairs, strict=True)]
+        resumed = make(new)
+        resumed.load_state_dict(optimizer.state_dict())
+        for step in (2, 3):
+            for k, (_, b) in enumerate(pairs):
+                alone[k].grad, new[k].grad = grads[step][k], distributed(grads[step][k], mesh, b)
+            resumed.step()
+            other.step()
+        assert_same(new, alone, "AdamW")
 
 
 def states_that_are_replaced(rank: int, folder: Path) -> None:
     """Another placement, or a plain tensor: refused at the step, which changes nothing, until it is loaded."""
     for mesh in meshes():
-        for a, b in itertools.permutations([*placements(mesh, PLACED), None], 2):
-            if a is None:
-                continue
+        among = list(placements(mesh, PLACED))
+        for a, b in [*zip(among, among[1:] + among[:1], strict=True), *((a, None) for a in among)]:
             p, q = torch.nn.Parameter(distributed(value(0), mesh, a)), torch.nn.Parameter(value(0))
             optimizer, other = ELEMENTWISE["AdamW"]([p]), ELEMENTWISE["AdamW"]([q])
             for step in range(4):
@@ -226,23 +229,23 @@ def momentum() -> fo.GradientTransformation:
 def transformations_that_are_no_rules(rank: int, folder: Path) -> None:
     """Alone and between rules: norms, means along a dimension and state are those of whole tensors."""
     where = layouts()
-    kinds: dict[str, Callable[[], Any]] = {
-        "unit": lambda: fo.stateless(unit),
-        "by columns": lambda: fo.stateless(by_columns),
-        "momentum": momentum,
+    kinds: dict[str, Callable[[], list[Any]]] = {
+        "unit": lambda: [fo.stateless(unit)],
+        "by columns": lambda: [fo.trace(0.5), fo.stateless(by_columns), fo.sgd(0.1)],
+        "momentum": lambda: [momentum()],
+        "momentum between rules": lambda: [fo.trace(0.5), momentum(), fo.sgd(0.1)],
     }
-    for (name, make), between in itertools.product(kinds.items(), (False, True)):
-        parts = [fo.trace(0.5), make(), fo.sgd(0.1)] if between else [make()]
+    for name, parts in kinds.items():
         named = [(f"w{k}", torch.nn.Parameter(distributed(value(k), *layout))) for k, layout in enumerate(where)]
         alone = [(f"w{k}", torch.nn.Parameter(value(k))) for k in range(len(where))]
-        optimizer, other = chain(*parts)(named), chain(*parts)(alone)
+        optimizer, other = chain(*parts())(named), chain(*parts())(alone)
         for step in range(STEPS):
             for k, layout in enumerate(where):
                 alone[k][1].grad = value(k, seed=1 + step)
                 named[k][1].grad = distributed(value(k, seed=1 + step), *layout)
             optimizer.step()
             other.step()
-        assert_same([p for _, p in named], [p for _, p in alone], f"{name}, between rules: {between}, norms")
+        assert_same([p for _, p in named], [p for _, p in alone], f"{name}, norms")
 
 
 def maxima_keep_nan(rank: int, folder: Path) -> None:
@@ -323,9 +326,8 @@ def collectives_of_a_step(rank: int, folder: Path) -> None:
 
 def compiled_steps(rank: int, folder: Path) -> None:
     """From the first step on, and after one that was not compiled."""
-    if dist.get_world_size() > 2:
-        return  # each process compiles for itself, so that four tell no more than two, and take half a minute
-    for (name, make), later in itertools.product(OPTIMIZERS.items(), (False, True)):
+    makes = [(name, OPTIMIZERS[name]) for name in ("AdamW", "clip", "LAMB", "whole tensors")]
+    for (name, make), later in zip(makes, itertools.cycle((False, True)), strict=False):
         torch._dynamo.reset()
         model, alone = sharded_model(), make_model()
         optimizer, other = make(model.parameters()), make(alone.parameters())
@@ -343,7 +345,6 @@ def donated(rank: int, folder: Path) -> None:
     """The pure API with `donate=True`, which may write to what it is given."""
     chains = {
         "SGD": lambda: fo.sgd(0.1, momentum=0.9),
-        "AdamW": lambda: fo.adamw(0.05),
         "clip": lambda: fo.chain(fo.clip_by_global_norm(0.5), fo.adamw(0.05)),
     }
     for (name, make), mesh in itertools.product(chains.items(), meshes()):
@@ -432,6 +433,8 @@ def reading_the_state_in_one_process(rank: int, folder: Path) -> None:
         assert_same(model.parameters(), alone.parameters(), name)
 
 
+# each process compiles for itself, so that four processes tell no more than two
+COMPILED = {compiled_steps.__name__: compiled_steps}
 CHECKS = {
     check.__name__: check
     for check in (
@@ -444,7 +447,6 @@ CHECKS = {
         maxima_keep_nan,
         missing_gradients_differ,
         collectives_of_a_step,
-        compiled_steps,
         donated,
         a_process_outside_of_the_mesh,
         whole_states_for_parts,

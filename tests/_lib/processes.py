@@ -5,6 +5,9 @@ one process group. Its module must be importable in a new process.
 """
 
 import datetime
+import multiprocessing
+import os
+import runpy
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
@@ -22,6 +25,9 @@ MARKS = [
     pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed"),
     pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo"),
 ]
+# Processes are forked from one that has imported what takes long; where there is none, each imports it.
+START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+IMPORTED = ["torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "torch.distributed.tensor"]
 
 
 def results(checks: Mapping[str, Check], world: int, make_folder: Callable[[str], Path]) -> dict[str, str]:
@@ -32,13 +38,16 @@ def results(checks: Mapping[str, Check], world: int, make_folder: Callable[[str]
       world: the number of processes.
       make_folder: makes a new folder.
     """
+    multiprocessing.set_forkserver_preload(IMPORTED)
     found: dict[str, str] = {}
     while len(found) < len(checks):
         folder = make_folder("processes")
         remaining = {name: check for name, check in checks.items() if name not in found}
         message = ""
         try:
-            mp.spawn(_run, args=(world, remaining, folder), nprocs=world)  # type: ignore[no-untyped-call]
+            mp.start_processes(  # type: ignore[no-untyped-call]
+                _run, args=(world, remaining, folder), nprocs=world, start_method=START
+            )
         except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
             message = str(error)
         for name in remaining:
@@ -49,6 +58,26 @@ def results(checks: Mapping[str, Check], world: int, make_folder: Callable[[str]
                 break
             found[name] = ""
     return found
+
+
+def run_script(script: Path) -> str:
+    """Runs a script in a new process, within its folder; returns what the process wrote to stderr if it failed."""
+    multiprocessing.set_forkserver_preload(IMPORTED)
+    errors = script.with_suffix(".errors")
+    process = multiprocessing.get_context(START).Process(target=_run_script, args=(script, errors))
+    process.start()
+    process.join(300)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+    return "" if process.exitcode == 0 else f"{errors.read_text()}\nexit code {process.exitcode}"
+
+
+def _run_script(script: Path, errors: Path) -> None:
+    with errors.open("w") as f:
+        os.dup2(f.fileno(), 2)
+    os.chdir(script.parent)
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def _run(rank: int, world: int, checks: Mapping[str, Check], folder: Path) -> None:

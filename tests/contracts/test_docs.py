@@ -2,8 +2,6 @@
 
 import linecache
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 
 import functional_optim as fo
+from _lib.processes import run_script
 from functional_optim import adapters
 from functional_optim._compiler.names import HIDDEN, NAMES, PUBLIC, names_of
 from functional_optim._compiler.ops import OPS
@@ -42,9 +41,9 @@ def test_the_code_of_a_page_runs(page: str, tmp_path: Path) -> None:
     script = tmp_path / "page.py"  # rules are read from their file when an error quotes them
     script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{READERS.get(page, '')}{code(page)}")
 
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    failure = run_script(script)
 
-    assert not done.returncode, done.stderr
+    assert not failure, failure
 
 
 def test_the_explanation_in_the_readme() -> None:
