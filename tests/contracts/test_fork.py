@@ -19,42 +19,43 @@ sys.path.insert(0, ROOT)
 from functional_optim._compiler.c.build import load_c
 from functional_optim._compiler.triton.build import load_triton
 
-kind, owner, name = sys.argv[1:]
-parent, started, go = os.getpid(), threading.Event(), threading.Event()
+parent = os.getpid()
 
-def stop_within(module, name):
-    function = getattr(module, name)
-    def stopping(*args, **kwargs):
-        if os.getpid() == parent and threading.current_thread() is thread:
-            started.set()
-            assert go.wait(60)
-        return function(*args, **kwargs)
-    setattr(module, name, stopping)
-
-def load(k):
+def load(kind, k):
     if kind == "c":
         return load_c(f"int x = {k};").x is not None
     return load_triton(f"import triton, triton.language as tl\\nx = {k}\\n").x == k
 
-loaded = []
-thread = threading.Thread(target=lambda: loaded.append(load(1)))
-load(0)
-if owner:
-    stop_within(sys.modules[owner], name)
-    thread.start()
-    assert started.wait(60)
-child = os.fork()
-if not child:
-    signal.alarm(60)
-    assert load(0) and load(1) and load(2)
-    sys.exit()
-status = os.waitpid(child, 0)[1]
-go.set()
-if owner:
-    thread.join()
-    assert loaded == [True]
-assert load(0) and load(1) and load(2) and load(3)
-print(status)
+def fork_within(kind, owner, name, first):
+    started, go, loaded = threading.Event(), threading.Event(), []
+    load(kind, first)
+    if owner:
+        module, thread = sys.modules[owner], threading.Thread(target=lambda: loaded.append(load(kind, first + 1)))
+        function = getattr(module, name)
+        def stopping(*args, **kwargs):
+            if os.getpid() == parent and threading.current_thread() is thread:
+                started.set()
+                assert go.wait(60)
+            return function(*args, **kwargs)
+        setattr(module, name, stopping)
+        thread.start()
+        assert started.wait(60)
+    child = os.fork()
+    if not child:
+        signal.alarm(60)
+        assert all(load(kind, first + k) for k in range(3))
+        sys.exit()
+    status = os.waitpid(child, 0)[1]
+    go.set()
+    if owner:
+        thread.join()
+        assert loaded == [True]
+        setattr(module, name, function)
+    assert all(load(kind, first + k) for k in range(4))
+    return status
+
+for k, place in enumerate(sys.argv[1:]):
+    print(place, fork_within(*place.split(","), 10 * k), flush=True)
 """
 
 
@@ -70,21 +71,17 @@ def run(program: str, *arguments: str, **variables: str) -> str:
     return done.stdout
 
 
+# what a thread is at: compiling, writing, renaming and loading, or nothing, after libraries have been loaded
 WITHIN = {
-    "compiling": ("c", "subprocess", "run"),
-    "writing C": ("c", "tempfile", "mkstemp"),
-    "renaming a library": ("c", "os", "replace"),
-    "loading a library": ("c", "ctypes", "CDLL"),
-    "nothing, libraries are loaded": ("c", "", ""),
-    "writing Triton": ("triton", "tempfile", "mkstemp"),
-    "renaming Triton": ("triton", "os", "replace"),
-    "nothing, modules are loaded": ("triton", "", ""),
+    "c": ["c,subprocess,run", "c,tempfile,mkstemp", "c,os,replace", "c,ctypes,CDLL", "c,,"],
+    "triton": ["triton,tempfile,mkstemp", "triton,os,replace", "triton,,"],
 }
 
 
-@pytest.mark.parametrize("name", WITHIN)
-def test_a_child_does_not_wait_for_a_build_of_its_parent(name: str, tmp_path: Path) -> None:
-    assert run(PROGRAM, *WITHIN[name], FUNCTIONAL_OPTIM_CACHE=str(tmp_path / "cache")) == "0\n"
+@pytest.mark.parametrize("kind", WITHIN)
+def test_a_child_does_not_wait_for_a_build_of_its_parent(kind: str, tmp_path: Path) -> None:
+    out = run(PROGRAM, *WITHIN[kind], FUNCTIONAL_OPTIM_CACHE=str(tmp_path / "cache"))
+    assert out.splitlines() == [f"{place} 0" for place in WITHIN[kind]]
     left = [x.name for x in (tmp_path / "cache").iterdir() if x.name.startswith(".")]
     assert left == []  # a child that ends does not remove what its parent is at, nor leaves something
 
