@@ -21,9 +21,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the com
 ROOT = Path(__file__).parents[3]
 
 
-# -- graphs that are kept -----------------------------------------------------------------------------------------
-
-
 class Step(torch.nn.Module):
     """A step as a module, which is what can be exported."""
 

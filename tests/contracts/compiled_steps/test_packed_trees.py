@@ -32,9 +32,6 @@ from _lib.compiled import (
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
 
 
-# -- packed trees ---------------------------------------------------------------------------------------------------
-
-
 def packed_loss(params: Any, x: torch.Tensor) -> torch.Tensor:
     return loss(fo.unpack(params), x)
 
