@@ -189,7 +189,9 @@ class Bindings:
         return step
 
     def forget_step(self, step: ParamStep | None) -> None:
-        """Gives up a step that has failed: masks may have been asked about parameters that will have another shape."""
+        """Gives up a step that has failed, and whose masks were asked about parameters that may get another shape."""
+        if step is None or not any(template.tx._asks_leaves() for template in step.templates):
+            return
         for steps in (self.steps, self.row_steps):
             steps[:] = [x for x in steps if x is not step]
 

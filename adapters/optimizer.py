@@ -330,7 +330,8 @@ class ChainOptimizer(Optimizer):
                         "a gradient or an entry of state that the step had found was taken away while it was computed; "
                         "change gradients and state between steps."
                     )
-                exact = True
+                self._undo(journal, before)  # slots of stages before the one that found something gone
+                exact, journal = True, Journal()
             # nothing waits for a device but the first step
             if outcome == "sparse" or (guarded and (first or journal.entries) and float(extra["found_inf"])):
                 self._undo(journal, before)

@@ -17,6 +17,7 @@ import itertools
 import pickle
 import re
 import sys
+import threading
 import zlib
 from collections.abc import Sequence
 from operator import attrgetter
@@ -200,11 +201,12 @@ class DescribedStep:
         """The chain with tensors of its own, which hold these numbers: a kernel stays bound to it."""
         if not given:
             return self.tx
-        key = tuple((x.dtype, x.device) for x in given)
+        key = threading.get_ident(), *((x.dtype, x.device) for x in given)  # a thread does not write another one's
         if key not in self._own:
             while len(self._own) >= self.KEEP:
                 self._own.popitem(last=False)
-            made = [driver_of(x.device).allocate(functools.partial(torch.empty_like, x), x.device) for x in given]
+            with torch.inference_mode(False):  # steps outside of that mode write to them, too
+                made = [driver_of(x.device).allocate(functools.partial(torch.empty_like, x), x.device) for x in given]
             self._own[key] = self.tx._with_tensors(made)
         own = self._own[key]
         for mine, x in zip(own._tensors, given, strict=True):

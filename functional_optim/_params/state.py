@@ -211,6 +211,7 @@ class ParamState:
                     if stored.key not in whole and self._lacks(columns[stored.key], stored):
                         return None
                     continue
+                unused.discard(stored.key)
                 key = stage.keys[stored.key]
                 if key in self.shared:
                     found = self._shared_column(stored, key, states)

@@ -212,3 +212,23 @@ def test_numbers_of_numpy_count_too() -> None:
     opt.state[p]["step"] = np.float32(1)
     opt.step()
     assert float(opt.state[p]["step"]) == 2.0
+
+
+@fo.leafwise(state={"sum": fo.zeros})
+def add_up(u: Any, sum: Any) -> Any:
+    return u.clone(), sum + u
+
+
+def test_an_entry_that_is_gone_behind_another_stage_moves_no_slot_twice() -> None:
+    """A stage before the one that finds nothing in its place has put its own slots in place already."""
+    found = []
+    for gone in (False, True):
+        p = torch.nn.Parameter(torch.ones(3))
+        optimizer = TransformOptimizer([p], fo.chain(fo.trace(0.9), add_up(), fo.scale(-0.1)))
+        for step in range(4):
+            p.grad = torch.full((3,), 1.0 + step)
+            if gone and step == 2:
+                optimizer.state[p]["sum"] = None
+            optimizer.step()
+        found.append([p.detach(), optimizer.state[p]["trace"]])
+    assert all(map(torch.equal, *found))
