@@ -19,7 +19,7 @@ from .._schedules.traced import has_fixed_key
 from .._transform import Declared, GradientTransformation
 
 
-PROCESS = uuid.uuid4().hex  # a name of what is known in this process alone
+PROCESS = uuid.uuid4().hex  # digest of code that only this process has
 _PACKAGE = __name__.partition(".")[0]
 
 
@@ -47,7 +47,7 @@ def _text(part: GradientTransformation) -> str:
 
 
 def _is_own(fn: Callable[..., Any], arguments: Mapping[str, Any]) -> bool:
-    """Whether a function and those that it is given are of this package."""
+    """Whether a function and its callable arguments are of this package."""
     given = [x for x in arguments.values() if callable(x) and not isinstance(x, torch.Tensor)]
     return fn.__module__.partition(".")[0] == _PACKAGE and all(map(has_fixed_key, given))
 

@@ -92,7 +92,7 @@ class ParamStep:
         self.runs_python = bool(self.opaque) or any(stage.region.hosts or stage.leafwise for stage in self.regions)
         self.numels = [p.numel() * (1 + p.is_complex()) for p in params.tensors]
         self.watch = SpecWatch((), ())  # of the parameters
-        self.returned: dict[int, SpecWatch] = {}  # of updates that fit, by the position of what returned them
+        self.returned: dict[int, SpecWatch] = {}  # of updates that fit, by the position of the opaque stage
         self.done = False
         self.workspace: Workspace | None = None  # of the last region of the last step
 

@@ -53,7 +53,7 @@ class Programs:
         return [table.numbers(options, extra) for table in self.tables]
 
     def own_numbers(self, extra: Mapping[str, Any], given: Mapping[int, torch.Tensor]) -> Numbers:
-        """The numbers of this step, with other tensors in the place of those that hyper-parameters have.
+        """The numbers of this step, with other tensors in the place of the hyper-parameters' own.
 
         Args:
           extra: the extra arguments that are numbers.

@@ -27,7 +27,7 @@ LIBRARIES = ("kernel", "pointers")
 
 
 def restart() -> None:
-    """Forgets all that this process has found out, loaded and warned of; classes of states stay what they are."""
+    """Clears the caches of this process: compilers, kernels, warnings; classes of states stay."""
     kernel_cache.clear()
     for name, module in list(sys.modules.items()):
         if name.startswith("functional_optim.") and name != "functional_optim._compiler.rule":

@@ -147,7 +147,7 @@ def copy_to(target: torch.optim.Optimizer, source: torch.optim.Optimizer) -> Non
 def distances(
     name: str, dtype: torch.dtype, steps: int, ours: dict[str, Any], theirs: dict[str, Any], **more: Any
 ) -> dict[str, float]:
-    """Bounds of the distance of one step of ours from one of torch's, by what it writes, in units in the last place.
+    """Bounds of the distance between a step of ours and of torch's, by tensor written, in units in the last place.
 
     torch's optimizer takes over ours after every step, so that what is measured is a single step.
     """

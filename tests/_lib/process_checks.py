@@ -1,4 +1,4 @@
-"""Checks that two processes make together; `integration/test_processes.py` reads what they found."""
+"""Checks that two processes make together; `integration/test_fsdp_ddp_zero.py` reads their results."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path

@@ -47,7 +47,7 @@ class CapturedMemory:
         _holder.reset(self._tokens.pop())
 
     def hold(self, memory: object) -> None:
-        """Keeps something that a graph reads, or kernels that it launches; Triton unloads those that nobody holds."""
+        """Keeps memory that a graph reads, or kernels that it launches; Triton unloads kernels without a reference."""
         if not any(x is memory for x in self.held):
             self.held.append(memory)
 
