@@ -6,6 +6,7 @@ import copy
 import os
 import pickle
 import re
+import threading
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 
 import functional_optim as fo
 from functional_optim._graph import operations
-from functional_optim._graph.descriptions import Outline, Trees, describe, find_step
+from functional_optim._graph.descriptions import DescribedStep, Outline, Trees, describe, find_step
 from functional_optim._structures import read
 
 
@@ -149,3 +150,38 @@ def test_results_share_no_memory() -> None:
     own = operations._apart([given, given[2:], given.clone()], [given], views=True)
     places = {x.untyped_storage().data_ptr() for x in [*own, given]}
     assert len(places) == 4
+
+
+def _scale_by_a_tensor() -> Any:
+    """The step of a chain whose rate is an argument of the graph."""
+    tx = fo.scale(torch.tensor(0.0, dtype=torch.float64))
+    trees = [{"w": torch.ones(3)}, tx.init({"w": torch.ones(3)}), {}]
+    outlines = []
+    for tree in trees:
+        leaves: list[Any] = []
+        structure = read(tree, leaves, [], {})
+        outlines.append(Outline(structure, tuple(x is not None for x in leaves)))
+    return DescribedStep(tx, False, Trees(outlines[0], None, *outlines[1:]), None)
+
+
+def _scaled(step: Any, rate: float) -> float:
+    results, _ = step.take([torch.ones(3)], [], [], [torch.tensor(rate, dtype=torch.float64)])
+    return float(results[0][0])
+
+
+def test_numbers_of_a_graph_are_those_of_its_thread() -> None:
+    step, found = _scale_by_a_tensor(), []
+    rate = torch.tensor(1.0, dtype=torch.float64)
+    first = step._chain_of([rate])
+    thread = threading.Thread(target=lambda: found.append(_scaled(step, 2.0)))
+    thread.start()
+    thread.join()
+    assert found == [2.0]
+    assert first._tensors[0].item() == 1.0
+
+
+def test_numbers_of_a_graph_after_a_first_call_under_inference_mode() -> None:
+    step = _scale_by_a_tensor()
+    with torch.inference_mode():
+        assert _scaled(step, 2.0) == 2.0
+    assert _scaled(step, 3.0) == 3.0
