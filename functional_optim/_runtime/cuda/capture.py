@@ -66,6 +66,10 @@ class CaptureError(RuntimeError):
 
     def __init__(self, reason: str, advice: str) -> None:
         super().__init__(f"this step cannot be captured in a CUDA graph: {reason}; {advice}.")
+        self._arguments = reason, advice
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str, str]]:
+        return type(self), self._arguments
 
 
 class Reserve:

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import pickle
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -449,3 +450,8 @@ def test_more_captures_than_there_is_memory_for_are_refused(device: StandIn) -> 
     with device.capture() as graph:
         opt.step()
     assert graph
+
+
+def test_a_refusal_is_pickled_with_its_message() -> None:
+    error = CaptureError("it is the first one", "take two before")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
