@@ -2,6 +2,7 @@
 
     python benchmarks/cuda_step.py
     python benchmarks/cuda_step.py --shapes gpt2 --recipes adamw --compile --json figures.json
+    python benchmarks/cuda_step.py --shapes gpt2 llama --recipes muon
 
 It runs from a checkout where torch, Triton and optree can be imported, and takes about two minutes on an H100; most
 of the first run is compiling. Before anything is timed, all forms of each recipe are compared with the reference on
@@ -11,7 +12,8 @@ How it is measured. "Device ms" is the time between two events around steps that
 their number; "host ms" is the time to enqueue one. Where both are alike, the host is the limit. Medians of three runs.
 Every contender has its own parameters and state, and none of them is in memory while another is timed. Gradients are
 fixed tensors. "Useful GB/s" is the bytes that our program moves, as `fo.explain` counts them, divided by the device
-time of each contender; "of copy" compares it with copying 4 GiB from device to device, bytes read and written.
+time of each contender; "of copy" compares it with copying 4 GiB from device to device, bytes read and written. Muon
+multiplies matrices instead, so it has times only, of a step over the matrices of a model's layers.
 """
 
 import argparse
@@ -20,7 +22,7 @@ import gc
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,6 +46,7 @@ from cpu_step import (
     table,
 )
 from figures import write_figures
+from torch_optim_rows import layers
 
 import functional_optim as fo
 from functional_optim import adapters
@@ -78,6 +81,14 @@ SHAPES = {
     "tiny": CPU_SHAPES["tiny"],
 }
 RECIPES = TRANSFORMATIONS | {"sgd": lambda: fo.sgd(LR, momentum=B1)}
+
+
+MUON = "muon"
+MATRICES = {
+    "gpt2": layers,
+    "llama": lambda: ((name, shape) for name, shape in llama() if "norm" not in name and "layers" in name),
+    "tiny": lambda: many(4, 8, 12),
+}
 
 
 # -- contenders -------------------------------------------------------------------------------------------------------
@@ -193,6 +204,7 @@ TORCH: dict[str, dict[str, Callable[[Tensors], Step]]] = {
     "lamb": {},
     "sgd": {FUSED: lambda x: torch_sgd(x, fused=True), FOREACH: lambda x: torch_sgd(x, foreach=True)},
 }
+MUONS: dict[str, Callable[..., torch.optim.Optimizer]] = {ADAPTER: adapters.Muon, "torch": torch.optim.Muon}
 OURS: dict[str, Callable[[str, Tensors], Step]] = {DONATED: ours_donated, PURE: ours_pure, ADAPTER: ours_adapter}
 
 
@@ -237,6 +249,22 @@ def check(recipe: str, device: torch.device, steps: int = 5) -> None:
             # Values are of order one and a step moves them by 1e-3: a wrong formula shows as 1e-4 or more.
             actual = x.params[k].detach().cpu()
             torch.testing.assert_close(actual, p, rtol=0, atol=5e-6, msg=lambda m: f"{recipe}, {name}: {m}")
+
+
+def check_muon(device: torch.device, steps: int = 5) -> None:
+    """Compares Muon with torch's.
+
+    Raises:
+      AssertionError: they differ by more than steps in bfloat16 do.
+    """
+    results = []
+    for make in MUONS.values():
+        x = Tensors(*(on_device("tiny", seed, 1.0, device, MATRICES) for seed in (0, 1)))
+        optimizer = make(x.leaves(), lr=LR)
+        for _ in range(steps):
+            optimizer.step()
+        results.append(x.params)
+    torch.testing.assert_close(*results, rtol=0, atol=steps * LR * 2**-6)
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------
@@ -319,12 +347,39 @@ def measure(shapes: str, recipe: str, device: torch.device, compiled: bool) -> d
     }
 
 
-def on_device(shapes: str, seed: int, scale: float, device: torch.device) -> dict[str, torch.Tensor]:
+def measure_muon(shapes: str, device: torch.device) -> dict[str, Any]:
+    """Times Muon on the matrices of a model, ours beside torch's, with the same arithmetic in bfloat16."""
+    seconds = {}
+    for name, make in MUONS.items():
+        gc.collect()
+        matrices = [on_device(shapes, seed, scale, device, MATRICES) for seed, scale in ((0, 0.02), (1, 1e-3))]
+        seconds[name] = timed(make(Tensors(*matrices).leaves(), lr=LR).step, device)
+        del matrices
+    return {
+        "shapes": shapes,
+        "recipe": MUON,
+        "device_s": {name: s for name, (s, _) in seconds.items()},
+        "host_s": {name: s for name, (_, s) in seconds.items()},
+    }
+
+
+def show_muon(case: dict[str, Any]) -> str:
+    """A case of Muon as a table."""
+    rows = [
+        (name, f"{1e3 * s:.2f}", f"{1e3 * case['host_s'][name]:.2f}", f"{s / case['device_s'][ADAPTER]:.2f}")
+        for name, s in case["device_s"].items()
+    ]
+    return f"{case['shapes']}, {MUON}\n{table(('', 'device ms', 'host ms', 'times ours'), rows)}"
+
+
+def on_device(
+    shapes: str, seed: int, scale: float, device: torch.device, models: Mapping[str, Any] = SHAPES
+) -> dict[str, torch.Tensor]:
     """Normal values, drawn on the device."""
     if device.type == "cpu":
-        return draw(SHAPES[shapes](), seed, scale)
+        return draw(models[shapes](), seed, scale)
     generator = torch.Generator(device=device).manual_seed(seed)
-    return {k: torch.randn(s, generator=generator, device=device).mul_(scale) for k, s in SHAPES[shapes]()}
+    return {k: torch.randn(s, generator=generator, device=device).mul_(scale) for k, s in models[shapes]()}
 
 
 def show(case: dict[str, Any], copy: float) -> str:
@@ -354,7 +409,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = [name for name in SHAPES if name != "tiny"]
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=default, help="which models")
-    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="which optimizers")
+    parser.add_argument(
+        "--recipes", nargs="+", choices=[*RECIPES, MUON], default=list(RECIPES), help="which optimizers"
+    )
     parser.add_argument("--compile", action="store_true", help="measure torch.compile of torch's steps too: minutes")
     parser.add_argument("--smoke", action="store_true", help="only see that it works: one small tree, also on a CPU")
     parser.add_argument("--json", type=Path, help="where the figures go")
@@ -366,15 +423,19 @@ def main() -> None:
         args.shapes = ["tiny"]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
     for recipe in args.recipes:
-        check(recipe, device)
+        check_muon(device) if recipe == MUON else check(recipe, device)
     print(f"correct: {', '.join(args.recipes)}, against the reference on the CPU", flush=True)
     copy = copy_bandwidth(device)
     print(f"{name}, torch {torch.__version__}; a copy moves {copy / 1e9:.0f} GB/s; float32\n", flush=True)
     cases = []
     for shapes in args.shapes:
         for recipe in args.recipes:
-            cases.append(measure(shapes, recipe, device, args.compile))
-            print(show(cases[-1], copy), end="\n\n", flush=True)
+            if recipe != MUON:
+                cases.append(measure(shapes, recipe, device, args.compile))
+                print(show(cases[-1], copy), end="\n\n", flush=True)
+            elif shapes in MATRICES:
+                cases.append(measure_muon(shapes, device))
+                print(show_muon(cases[-1]), end="\n\n", flush=True)
     if args.json is not None:
         report = {"device": name, "torch": torch.__version__, "copy_bytes_per_s": copy, "cases": cases}
         write_figures(args.json, report)

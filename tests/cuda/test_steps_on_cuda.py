@@ -10,7 +10,7 @@ The second command runs the tests of operations on the device, which Triton's in
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import optree
@@ -19,19 +19,13 @@ import torch
 from torch import nn
 
 import functional_optim as fo
+from _lib.on_cuda import NEEDS_A_DEVICE, Tree, draw, leaves, set_grads, side_stream
 from functional_optim import adapters
-from functional_optim._compiler.triton.build import interprets
 from functional_optim._runtime.cuda.capture import CaptureError
 
 
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-    pytest.mark.skipif(interprets(), reason="Triton interprets kernels; set TRITON_INTERPRET=0"),
-    # torch warns of its own questions: once in a process, and of a graph in which a refused step has left nothing
-    pytest.mark.filterwarnings("ignore:Synchronization debug mode", "ignore:The CUDA Graph is empty"),
-]
+pytestmark = NEEDS_A_DEVICE
 STEPS = 20
-SHAPES = ((33, 17), (5,), (), (0, 3), (100, 129), (4, 3, 2, 7))
 CHAINS: dict[str, Callable[[], fo.GradientTransformation]] = {
     "sgd": lambda: fo.sgd(1e-2, momentum=0.9, nesterov=True),
     "adamw": lambda: fo.adamw(1e-2, weight_decay=0.1),
@@ -46,15 +40,6 @@ CHAINS: dict[str, Callable[[], fo.GradientTransformation]] = {
 # A step moves a value of order one by 1e-2 and rounds it once to its dtype; moments round once each. Both sides do
 # so, and half precision doubles a difference where they round to neighbours: eps of the dtype, times steps.
 TOLERANCES = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 0.16, torch.float16: 0.1}
-Tree = dict[str, torch.Tensor]
-
-
-def draw(seed: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tree:
-    generator = torch.Generator().manual_seed(seed)
-    tree = {str(k): torch.randn(shape, generator=generator) for k, shape in enumerate(SHAPES)}
-    tree["channels last"] = torch.randn(2, 3, 4, 5, generator=generator).to(memory_format=torch.channels_last)
-    tree["transposed"] = torch.randn(6, 8, generator=generator).t()
-    return {k: x.to(device, dtype) for k, x in tree.items()}
 
 
 def shifted(tree: Tree) -> Tree:
@@ -64,19 +49,6 @@ def shifted(tree: Tree) -> Tree:
         memory = x.new_empty(x.numel() + 1)
         found[k] = memory.as_strided(x.shape, x.stride(), 1).copy_(x)
     return found
-
-
-def leaves(seed: int = 0) -> list[nn.Parameter]:
-    return [nn.Parameter(x) for x in draw(seed, device="cuda").values()]
-
-
-def set_grads(params: list[nn.Parameter], step: int) -> None:
-    """Writes new gradients to the tensors that are there, or makes them."""
-    for p, g in zip(params, draw(100 + step, device="cuda").values(), strict=True):
-        if p.grad is None:
-            p.grad = g
-        else:
-            p.grad.copy_(g)
 
 
 @pytest.mark.parametrize("donate", [False, True])
@@ -177,16 +149,6 @@ def test_steps_wait_for_nothing() -> None:
 
 
 # -- capture ----------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def side_stream() -> Iterator[None]:
-    """Another stream, ordered with the current one."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream().wait_stream(stream)
 
 
 @pytest.mark.parametrize("name", ["AdamW", "Adafactor"])
