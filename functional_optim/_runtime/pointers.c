@@ -1,4 +1,4 @@
-/* Two operations on lists of tensors, registered through torch's stable C ABI, and the start of kernels.
+/* Three operations on lists of tensors, registered through torch's stable C ABI, and the start of kernels.
 
    describe(Tensor[] tensors, Tensor(a!) rows) -> ()
      One row of int64 per tensor: its spec, as `read_pointers` compares it.
@@ -6,7 +6,11 @@
    read_pointers(Tensor[] tensors, Tensor spec_index, Tensor specs, Tensor(a!) pointers) -> ()
      Compares each of n tensors with its row of `specs` and writes its data pointer. The last of the n + 1 numbers of
      `pointers` becomes -1, or 2 * i for the first tensor i that differs from its spec, 2 * i + 1 if its elements lie
-     outside of its storage. */
+     outside of its storage.
+
+   new_tensors(Tensor spec_index, Tensor specs, Tensor(a!) pointers) -> Tensor[]
+     Makes a tensor for each row of `specs` that `spec_index` names, with memory of its own, and writes its data
+     pointer. The list ends before the first tensor for which there is no memory. */
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -25,6 +29,10 @@ typedef void (*Kernel)(StableIValue *, uint64_t, uint64_t);
   X(torch_list_size, (Handle, size_t *))                                                \
   X(torch_list_get_item, (Handle, size_t, StableIValue *)) /* the caller owns the item */ \
   X(torch_delete_list, (Handle))                                                        \
+  X(torch_new_list_reserve_size, (size_t, Handle *))                                    \
+  X(torch_list_push_back, (Handle, StableIValue)) /* the list owns the item */            \
+  X(aoti_torch_empty_strided,                                                           \
+    (int64_t, const int64_t *, const int64_t *, int32_t, int32_t, int32_t, Handle *))   \
   X(aoti_torch_delete_tensor_object, (Handle))                                          \
   X(aoti_torch_get_data_ptr, (Handle, void **))                                         \
   X(aoti_torch_get_dtype, (Handle, int32_t *))                                          \
@@ -165,7 +173,28 @@ static void read_pointers(StableIValue *stack, uint64_t n_in, uint64_t n_out) {
   aoti_torch_delete_tensor_object(result);
 }
 
-/* The same operation where the memory of a tensor does not hold its elements as they are: they are conjugated or
+static void new_tensors(StableIValue *stack, uint64_t n_in, uint64_t n_out) {
+  Handle index = (Handle)stack[0], table = (Handle)stack[1], result = (Handle)stack[2], list = NULL;
+  const int64_t *spec_index = data_of(index), *specs = data_of(table), width = size_of(table, 2, 1);
+  int64_t *pointers = data_of(result), n = 0;
+  if (size_of(index, 1, 0) == size_of(result, 1, 0)) n = size_of(result, 1, 0);
+  torch_new_list_reserve_size(n, &list);
+  for (int64_t i = 0; i < n; i++) {
+    const int64_t *spec = specs + spec_index[i] * width, *sizes = spec + SIZES;
+    Handle tensor;
+    if (aoti_torch_empty_strided(spec[DIM], sizes, sizes + spec[DIM], (int32_t)spec[DTYPE], (int32_t)spec[DEVICE_TYPE],
+                                 (int32_t)spec[DEVICE], &tensor))
+      break;
+    pointers[i] = (int64_t)(intptr_t)data_of(tensor);
+    torch_list_push_back(list, (StableIValue)tensor);
+  }
+  aoti_torch_delete_tensor_object(index);
+  aoti_torch_delete_tensor_object(table);
+  aoti_torch_delete_tensor_object(result);
+  stack[0] = (StableIValue)list;
+}
+
+/* `read_pointers` where the memory of a tensor does not hold its elements as they are: they are conjugated or
    negated when they are read, or all zero. torch's own fallback would hand over a copy that is gone after the call.
    The status stays as it was. */
 static void refuse_pointers(StableIValue *stack, uint64_t n_in, uint64_t n_out) {
@@ -179,7 +208,7 @@ static Error implement(const char *name_space, const char *key, const char *name
   return error ? error : torch_library_impl(library, name, kernel, version);
 }
 
-/* Registers both operations; `version` is that of the ABI, as torch encodes its own. Returns 0 if all is well. */
+/* Registers all operations; `version` is that of the ABI, as torch encodes its own. Returns 0 if all is well. */
 int register_operations(const char *name_space, uint64_t version) {
   static const char *const lazy[] = {"Negative", "Conjugate", "ZeroTensor"};
   Handle library;
@@ -188,7 +217,11 @@ int register_operations(const char *name_space, uint64_t version) {
   if (!error)
     error = aoti_torch_library_def(
         library, "read_pointers(Tensor[] tensors, Tensor spec_index, Tensor specs, Tensor(a!) pointers) -> ()");
+  if (!error)
+    error = aoti_torch_library_def(
+        library, "new_tensors(Tensor spec_index, Tensor specs, Tensor(a!) pointers) -> Tensor[]");
   if (!error) error = implement(name_space, "CompositeExplicitAutograd", "describe", describe, version);
+  if (!error) error = implement(name_space, "CompositeExplicitAutograd", "new_tensors", new_tensors, version);
   if (!error) error = implement(name_space, "CompositeExplicitAutograd", "read_pointers", read_pointers, version);
   for (int k = 0; k < 3 && !error; k++)
     error = implement(name_space, lazy[k], "read_pointers", refuse_pointers, version);

@@ -21,7 +21,7 @@ from .spec import TensorSpec, lies_outside
 NAMESPACE = "functional_optim"
 ABI_VERSION = 2 << 56 | 10 << 48  # torch 2.10, the first with all functions of the C ABI in use
 HEAD = 7  # numbers of a row before sizes and strides; `SIZES` of pointers.c
-SPAN, ITEM = 5, 6
+DIM, SPAN, ITEM = 4, 5, 6
 
 
 class Difference(NamedTuple):
@@ -78,7 +78,26 @@ def operations() -> Any:
         return None
     for name in ("read_pointers", "describe"):
         torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *_: None)  # they return nothing
+    torch.library.register_fake(f"{NAMESPACE}::new_tensors", _no_tensors)
     return getattr(torch.ops, NAMESPACE)
+
+
+def _no_tensors(*_: torch.Tensor) -> list[torch.Tensor]:
+    """No tensors, as where there is no memory: under a fake mode the numbers of a table cannot be read."""
+    return []
+
+
+def describe(tensors: Sequence[torch.Tensor], dims: int) -> torch.Tensor:
+    """Rows of `pointers.c` that describe tensors.
+
+    Args:
+      tensors: the tensors.
+      dims: number of dimensions, at least, that there are columns for.
+    """
+    table = torch.zeros((len(tensors), HEAD + 2 * dims), dtype=torch.int64, device="cpu")
+    with torch.no_grad():
+        operations().describe.default(list(tensors), table)
+    return table
 
 
 class Pointers:
@@ -128,7 +147,7 @@ class PointerReader:
         self.operation = None
         if own is not None and not any(map(is_wrapper_of_a_transformation, tensors)):
             self.operation = own.read_pointers.default
-            self._describe(own.describe.default, tensors)
+            self._describe(tensors)
         else:
             self.asked = [(torch.strided, spec.dtype, spec.shape, spec.device) for spec in specs]
             self.strides = [spec.stride for spec in specs]
@@ -139,15 +158,12 @@ class PointerReader:
                 for spec, offset in zip(specs, self.offsets, strict=True)
             ]
 
-    def _describe(self, describe: Any, tensors: Sequence[torch.Tensor]) -> None:
+    def _describe(self, tensors: Sequence[torch.Tensor]) -> None:
         """Fills the table of specs, a row for each that differs."""
         rows = {spec: k for k, spec in enumerate(dict.fromkeys(self.specs))}
         examples = dict(zip(self.specs, tensors, strict=True))
-        width = HEAD + 2 * max((len(spec.shape) for spec in rows), default=0)
         self.spec_index = torch.tensor([rows[spec] for spec in self.specs], dtype=torch.int64, device="cpu")
-        self.table = torch.zeros((len(rows), width), dtype=torch.int64, device="cpu")
-        with torch.no_grad():
-            describe([examples[spec] for spec in rows], self.table)
+        self.table = describe([examples[spec] for spec in rows], max((len(spec.shape) for spec in rows), default=0))
         for spec, k in rows.items():
             self.table[k, SPAN], self.table[k, ITEM] = spec.span, spec.dtype.itemsize
 

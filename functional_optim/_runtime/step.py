@@ -7,7 +7,7 @@ gathers its tensors, has them compared and their data pointers read in one opera
 import ctypes
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ import torch
 from .._compiler.cache import BuildError
 from .._compiler.call import Column
 from .._compiler.program import Level
+from .allocate import Allocator, Make
 from .backend import choose_backend, give_up
 from .checks import at
 from .cpu import CpuLaunches, usable_threads
@@ -25,7 +26,7 @@ from .join import Joins
 from .kernels import COMPILE, build_kernels
 from .numbers import Numbers as Numbers
 from .overlap import OverlapCheck, SharedMemoryError
-from .plan import Columns, Group, Key, Leaf
+from .plan import Columns, Key, Leaf
 from .pointers import Difference, PointerReader, Pointers
 from .programs import REQUIRES_GRAD, Programs, Specs
 from .spec import TensorSpec, lies_outside
@@ -109,7 +110,6 @@ class BoundStep(Programs):
         self.n_outputs = sum(len(g.leaves) * len(g.outputs) for g in self.groups) if self.allocates else 0
         self.copies: list[tuple[int, int, int]] = []  # of pointers to shared tensors: from, to, and how many
         self.places = self._kernel_columns()
-        self.makers = [self._makers(group, bounds) for group, bounds in zip(self.groups, self.bounds, strict=True)]
         self.n_copies = sum(n for _, _, n in self.copies)
         self.triton = {
             k: TritonLaunch([self.groups[g] for g in own], [self.places[g] for g in own], joins)
@@ -131,6 +131,7 @@ class BoundStep(Programs):
         for i in self.copied:
             seen[i] = TensorSpec.of(tensors[i])
         self.reader = PointerReader(tensors, seen)
+        self.allocator = self._allocator(seen) if self.allocates else None
         self.n_results = sum(len(g.leaves) * len(g.outputs) for g in self.groups)
         self.derivatives: dict[Any, Any] = {}  # by the cotangents that are given and wanted; see `recording`
         self.workspaces: list[Workspace] = []  # those that no thread uses at the moment
@@ -179,17 +180,19 @@ class BoundStep(Programs):
             places.append(own)
         return places
 
-    def _makers(self, group: Group, bounds: Sequence[tuple[int, int]]) -> list[Callable[[torch.Tensor], torch.Tensor]]:
-        """For each output of a group, a function that makes a new tensor for it, like an update."""
-        start, stop = bounds[group.updates]
-        like = {spec.dtype for spec in set(self.specs[start:stop])}
-        makers: list[Callable[[torch.Tensor], torch.Tensor]] = []
-        for output, dtype in zip(group.signature.program.outputs, group.signature.outputs, strict=True):
-            if output.level is Level.LEAF:
-                makers.append(functools.partial(torch.Tensor.new_empty, size=(), dtype=dtype))
-            else:  # an argument costs a quarter of the time
-                makers.append(torch.empty_like if like == {dtype} else functools.partial(torch.empty_like, dtype=dtype))
-        return makers
+    def _allocator(self, specs: Sequence[TensorSpec]) -> Allocator:
+        """The maker of new tensors for all outputs: each is like an update, and a number per leaf has no shape."""
+        likes: list[Sequence[TensorSpec]] = []
+        makers: list[Make] = []
+        for group, bounds in zip(self.groups, self.bounds, strict=True):
+            like = specs[slice(*bounds[group.updates])]
+            for output, dtype in zip(group.signature.program.outputs, group.signature.outputs, strict=True):
+                likes.append(like)
+                if output.level is Level.LEAF:
+                    makers.append(functools.partial(torch.Tensor.new_empty, size=(), dtype=dtype))
+                else:
+                    makers.append(functools.partial(torch.empty_like, dtype=dtype))
+        return Allocator(likes, makers, self.n_gathered + 1)
 
     def _find_copied(self, launched: Sequence[int]) -> list[int]:
         """Positions of the tensors that kernels are handed copies of."""
@@ -421,15 +424,14 @@ class BoundStep(Programs):
 
     def _allocate(self, reading: Reading, columns: Columns) -> list[list[Column]]:
         """New tensors for the outputs of kernels, with their pointers among those of the step."""
-        outputs: list[list[Column]] = []
-        for group, makers, bounds in zip(self.groups, self.makers, self.bounds, strict=True):
-            start, stop = bounds[group.updates]
-            like = reading.tensors[start:stop]
-            outputs.append([list(map(make, like)) for make in makers])
-        new = flat(outputs)
-        memory = reading.workspace.pointers.memory
-        memory[self.n_gathered + 1 : self.n_gathered + 1 + len(new)] = list(map(torch.Tensor.data_ptr, new))
-        return outputs
+        assert self.allocator is not None
+        likes = [
+            reading.tensors[slice(*bounds[group.updates])]
+            for group, bounds in zip(self.groups, self.bounds, strict=True)
+            for _ in group.outputs
+        ]
+        made = iter(self.allocator(likes, reading.workspace.pointers))
+        return [list(itertools.islice(made, len(group.outputs))) for group in self.groups]
 
     def _copy_back(self, reading: Reading) -> None:
         """Writes the copies that kernels have changed to their originals."""

@@ -76,12 +76,14 @@ class _Kernel:
     def __init__(self, device: StandIn, kernel: Any) -> None:
         self.device, self.kernel = device, kernel
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def run(*arguments: Any) -> None:
+    def bind(self, programs: int, arguments: Any, stream: int) -> Callable[[], None]:
+        launch = self.kernel.bind(programs, arguments, stream)
+
+        def run() -> None:
             if self.device.graph is None:
-                self.kernel[grid](*arguments)
+                launch()
             else:
-                self.device.graph.append(lambda: self.kernel[grid](*arguments))
+                self.device.graph.append(launch)
 
         return run
 
@@ -92,9 +94,9 @@ def stand_in() -> Iterator[StandIn]:
     device = StandIn()
     make = launch.DeviceMemory
 
-    def kept(tables: Any) -> Any:
+    def kept(*arguments: Any) -> Any:
         """Memory that is not freed, as that of a graph's pool is not, in which addresses stay good."""
-        device.pool.append(make(tables))
+        device.pool.append(make(*arguments))
         return device.pool[-1]
 
     with (

@@ -1,7 +1,6 @@
 """A step on the device: its tables are brought up to date, then its kernels launched."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
@@ -14,19 +13,24 @@ from ..plan import Group
 from ..pointers import Pointers
 from .capture import CaptureError, Reserve, hold, refuse_new_numbers, refuse_numbers
 from .driver import driver_of
-from .loaded import load_kernels
+from .loaded import Call, Loaded, load_kernels
 from .tables import StepMemory, Tables
 
 
 STREAMS = 4  # streams whose memory a thread keeps
-Call = tuple[Callable[..., Any], tuple[Any, ...]]  # of a kernel, with its arguments
 
 
 class DeviceMemory(StepMemory):
-    """The memory of a step, and the calls of kernels on it."""
+    """The memory of a step in a stream, and the launches of kernels on it.
 
-    def __init__(self, tables: Tables) -> None:
+    Args:
+      tables: the tables.
+      stream: the stream.
+    """
+
+    def __init__(self, tables: Tables, stream: int) -> None:
         super().__init__(tables)
+        self.stream = stream
         self.calls: list[list[Call]] = []  # by stage
         self.called: tuple[bool, ...] = ()  # the variants that they are of
 
@@ -96,8 +100,8 @@ class TritonLaunch:
         """Launches all kernels of a step."""
         with self.driver.guard(self.device):
             for stage, calls in enumerate(memory.calls):
-                for run, arguments in calls:
-                    run(*arguments)
+                for call in calls:
+                    call()
                 if self.join is not None:
                     self.join(memory.buffers, stage + 1)
         self.loaded.add(memory.aligned)
@@ -107,7 +111,7 @@ class TritonLaunch:
         stream = self.driver.stream(self.device)
         if stream not in memories:
             self.driver.follow(self.uploaded, self.tables.on_device(), self.device)
-            memories[stream] = self.driver.allocate(lambda: DeviceMemory(self.tables), self.device)
+            memories[stream] = self.driver.allocate(lambda: DeviceMemory(self.tables, stream), self.device)
             if len(memories) > STREAMS:
                 del memories[next(iter(memories))]
         return memories[stream]
@@ -126,7 +130,7 @@ class TritonLaunch:
         if content != self.numbers_seen:
             refuse_new_numbers()
         hold(self.tables)
-        memory = DeviceMemory(self.tables)
+        memory = DeviceMemory(self.tables, self.driver.stream(self.device))
         memory.upload(pointers, content, self.reserve.take, self.driver)
         if memory.aligned not in self.loaded:
             raise CaptureError(
@@ -138,7 +142,7 @@ class TritonLaunch:
         return memory
 
     def _calls(self, memory: DeviceMemory) -> list[list[Call]]:
-        """The calls of all kernels on a step's memory, by stage."""
+        """The launches of all kernels on a step's memory, by stage."""
         total = self.tables.firsts[-1] + self.tables.n_joined
         stages: list[list[Call]] = []
         for stage in range(self.n_stages):
@@ -152,18 +156,19 @@ class TritonLaunch:
                 words, uniforms = memory.words, memory.uniforms[k]
                 columns, partials = words[slice(*own.columns)], words[slice(*own.partials)]
                 scalars = words[slice(*own.scalars)].view(torch.float64)
-                if table.uniform is not None:
+                if table.uniform is not None and loaded.uniform is not None:
                     leaves = (own.leaf_row, own.leaf_whole, own.leaf_chunk)
                     arguments = (*leaves, columns, scalars, uniforms, partials, n, total, first)
-                    uniform.append((loaded.uniform[(-(-n // table.uniform.block), 1, 1)], arguments))
+                    programs = -(-n // table.uniform.block)
+                    uniform.append(loaded.uniform.bind(programs, arguments, memory.stream))
                 chunks, count = own.of_pass[stage]
-                if table.elements is not None and count:
+                if table.elements is not None and loaded.elements is not None and count:
                     blocks = self.chunk // table.elements.block if table.reduces else 1
                     passed = (chunks, own.leaf_size, columns, uniforms, partials, n, blocks, first, memory.aligned[k])
-                    elements.append((loaded.elements[(count, 1, 1)], passed))
+                    elements.append(loaded.elements.bind(count, passed, memory.stream))
             stages.append(uniform + elements)
         return stages
 
-    def _loaded(self, k: int, memory: DeviceMemory) -> Any:
+    def _loaded(self, k: int, memory: DeviceMemory) -> tuple[Loaded, ...]:
         """The kernels of a group, in the variant for a step's addresses."""
         return load_kernels(self.groups[k].signature, self.device, memory.aligned[k])

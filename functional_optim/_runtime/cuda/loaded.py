@@ -6,7 +6,8 @@ that variant, and what this returns is called from then on.
 """
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -22,16 +23,26 @@ UNIFORM = (I64, I64, I64, I64, F64, F64, I64, 1, 1, 1)  # the dtypes and numbers
 ELEMENTS = (I32, I64, I64, F64, I64, 1, 1, 1)
 
 
+Call = Callable[[], object]  # a launch
+
+
+class LoadedKernel(Protocol):
+    """A kernel on a device."""
+
+    def bind(self, programs: int, arguments: Sequence[Any], stream: int) -> Call:
+        """A launch of so many programs on a stream. Tensors among its arguments are for the caller to keep."""
+
+
 class Loaded(NamedTuple):
     """The kernels of a stage.
 
     Args:
-      uniform: the uniform kernel: by a grid, and then by arguments, it is launched. None if there is none.
-      elements: the pass over elements, likewise.
+      uniform: the uniform kernel; None if there is none.
+      elements: the pass over elements; None if there is none.
     """
 
-    uniform: Any
-    elements: Any
+    uniform: LoadedKernel | None
+    elements: LoadedKernel | None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -56,8 +67,8 @@ def load_kernels(signature: Signature, device: torch.device, aligned: bool) -> t
         )
 
 
-def _load(kernel: Kernel, arguments: tuple[Any, ...], constants: dict[str, Any]) -> Any:
-    """A kernel that is called with its constants behind its other arguments."""
+def _load(kernel: Kernel, arguments: tuple[Any, ...], constants: dict[str, Any]) -> LoadedKernel:
+    """A kernel that is launched with its constants behind its other arguments."""
     if interprets():
         return _Interpreted(kernel, tuple(constants))
     try:
@@ -66,19 +77,29 @@ def _load(kernel: Kernel, arguments: tuple[Any, ...], constants: dict[str, Any])
     except Exception as error:  # of a compiler, of a tool that is missing, of the driver
         first = next(iter(str(error).splitlines()), "")
         raise BuildError(f"Triton cannot build or load a kernel ({type(error).__name__}: {first:.200})") from error
-    return compiled
+    return _Compiled(compiled)
+
+
+class _Compiled:
+    """A kernel that Triton has compiled."""
+
+    def __init__(self, compiled: Any) -> None:
+        self.compiled = compiled
+
+    def bind(self, programs: int, arguments: Sequence[Any], stream: int) -> Call:
+        # addresses in place of tensors, each of which Triton would ask for its address, and the driver for its device
+        plain = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments]
+        return functools.partial(self.compiled[(programs, 1, 1)], *plain, stream=stream)
 
 
 class _Interpreted:
-    """A kernel that Triton's interpreter runs, with the calling convention of a compiled one."""
+    """A kernel that Triton's interpreter runs."""
 
     def __init__(self, kernel: Kernel, names: tuple[str, ...]) -> None:
         self.kernel, self.names = kernel, names
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(*arguments: Any) -> None:
-            n = len(arguments) - len(self.names)
-            constants = dict(zip(self.names, arguments[n:], strict=True))
-            self.kernel.function[grid](*arguments[:n], **constants, **self.kernel.options)
-
-        return launch
+    def bind(self, programs: int, arguments: Sequence[Any], stream: int) -> Call:
+        n = len(arguments) - len(self.names)
+        constants = dict(zip(self.names, arguments[n:], strict=True))
+        launch = self.kernel.function[(programs, 1, 1)]
+        return functools.partial(launch, *arguments[:n], **constants, **self.kernel.options)
