@@ -267,6 +267,17 @@ def check_muon(device: torch.device, steps: int = 5) -> None:
     torch.testing.assert_close(*results, rtol=0, atol=steps * LR * 2**-6)
 
 
+def first_step(device: torch.device) -> float:
+    """Seconds of the first step of a process, kernels and all, after a first use of the device."""
+    params, grads = ({k: x.to(device) for k, x in tree.items()} for tree in small_tree())
+    synchronize(device)
+    start = time.perf_counter()
+    tx = RECIPES["adamw"]()
+    fo.apply_gradients(tx, params, grads, tx.init(params), donate=True)
+    synchronize(device)
+    return time.perf_counter() - start
+
+
 # -- measuring --------------------------------------------------------------------------------------------------------
 
 
@@ -422,11 +433,13 @@ def main() -> None:
     if args.smoke:
         args.shapes = ["tiny"]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
+    first = first_step(device)
     for recipe in args.recipes:
         check_muon(device) if recipe == MUON else check(recipe, device)
     print(f"correct: {', '.join(args.recipes)}, against the reference on the CPU", flush=True)
     copy = copy_bandwidth(device)
-    print(f"{name}, torch {torch.__version__}; a copy moves {copy / 1e9:.0f} GB/s; float32\n", flush=True)
+    print(f"{name}, torch {torch.__version__}; a copy moves {copy / 1e9:.0f} GB/s; float32")
+    print(f"the first step of this process, with kernels to be built or on disk, took {first:.2f} s\n", flush=True)
     cases = []
     for shapes in args.shapes:
         for recipe in args.recipes:
@@ -437,7 +450,13 @@ def main() -> None:
                 cases.append(measure_muon(shapes, device))
                 print(show_muon(cases[-1]), end="\n\n", flush=True)
     if args.json is not None:
-        report = {"device": name, "torch": torch.__version__, "copy_bytes_per_s": copy, "cases": cases}
+        report = {
+            "device": name,
+            "torch": torch.__version__,
+            "copy_bytes_per_s": copy,
+            "first_step_s": first,
+            "cases": cases,
+        }
         write_figures(args.json, report)
 
 

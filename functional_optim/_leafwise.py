@@ -216,16 +216,11 @@ class LeafwiseStep:
             return [list(itertools.chain.from_iterable(column)) for column in zip(*stacks, strict=True)]
         if self.batched and (n > 1 or call.rule.batched):
             # copies, so that a rule which writes to its arguments is refused before it has changed anything; a view
-            # will do for the update of a rule that has been seen not to
-            viewed = n == 1 and self.checked
-            stacked = [
-                None
-                if column[0] is None
-                else column[0].unsqueeze(0)
-                if viewed and k == 0
-                else torch.stack(list(column))
-                for k, column in enumerate(arrays)
-            ]
+            # will do for the updates of a rule that has been seen not to
+            whole = _whole(arrays[0]) if self.checked else None
+            viewed = whole is not None
+            stacked = [None if column[0] is None else torch.stack(list(column)) for column in arrays[viewed:]]
+            stacked = [whole, *stacked] if viewed else stacked
             before = [version(x) for x in stacked]
             try:
                 results = call(*stacked) if call.rule.batched else call.mapped(stacked)
@@ -280,6 +275,24 @@ class LeafwiseStep:
                     f"{call.rule.name} changes its argument `{name}` in place; make a new tensor of it, as in "
                     f"`{name} = {name} * 2` in place of `{name}.mul_(2)`."
                 )
+
+
+def _whole(leaves: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """The stack of leaves as a view of the memory that they have one after the other; None if they have not.
+
+    So have the updates of a rule for whole tensors, which are views of its results, and the leaves of a packed tree.
+    """
+    x, n = leaves[0], len(leaves)
+    if n == 1:
+        return x.unsqueeze(0)
+    if needs_dispatch() or any(map(_REQUIRES_GRAD, leaves)):
+        return None
+    size, memory = x.numel(), x.untyped_storage().data_ptr()
+    for k, y in enumerate(leaves):
+        expected = x.stride(), memory, x.storage_offset() + k * size
+        if (y.stride(), y.untyped_storage().data_ptr(), y.storage_offset()) != expected:
+            return None
+    return x.as_strided((n, *x.shape), (size, *x.stride()))
 
 
 def _copies(x: torch.Tensor) -> Sequence[torch.Tensor]:

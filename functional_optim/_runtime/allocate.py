@@ -47,6 +47,7 @@ class Allocator:
             new = self.operation(self.index, self.table, place)
             if len(new) == self.n:
                 return _split(new, self.lengths)
+            del new  # which takes memory, too
         # without a compiler; and without memory, for the error of torch, which says how much was asked for
         columns = [list(map(make, own)) for own, make in zip(like, self.makers, strict=True)]
         pointers.memory[self.first : self.first + self.n] = [x.data_ptr() for column in columns for x in column]

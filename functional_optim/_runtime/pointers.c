@@ -238,3 +238,10 @@ void run_passes(const pass_t *passes, int64_t n_passes, int64_t *const *counters
   for (int64_t k = 0; k < n_passes; k++) passes[k].run(passes[k].launch);
   for (int64_t k = 0; k < n_counters; k++) ++*counters[k];
 }
+
+/* Copies pointers in an order, and returns the bitwise or of those at some positions: of their alignment. */
+int64_t order_pointers(const int64_t *from, const int64_t *order, int64_t n, int64_t *to) {
+  int64_t bits = 0;
+  for (int64_t k = 0; k < n; k++) bits |= to[k] = from[order[k]];
+  return bits;
+}

@@ -4,10 +4,11 @@ With a C compiler both are one loop of `pointers.c`, an operation that torch dis
 same comparison runs in Python; no kernel is launched then, so nothing needs the pointers.
 """
 
+import contextlib
 import ctypes
 import functools
 from collections.abc import Sequence
-from operator import attrgetter, eq, le
+from operator import attrgetter, eq, le, or_
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,6 +122,50 @@ class Pointers:
     def all_content(self) -> bytes:
         """All pointers, those to new tensors too, as bytes."""
         return ctypes.string_at(self.address, 8 * len(self.memory))
+
+
+class PointerOrder:
+    """Pointers in the order of the columns of kernels.
+
+    Args:
+      positions: the position of each among the pointers of a step.
+
+    Example:
+      >>> pointers, found = Pointers(3), Pointers(2)
+      >>> pointers.memory[:3] = [16, 32, 40]
+      >>> PointerOrder([2, 0]).copy(pointers, 0, 2, found.address)
+      56
+      >>> found.memory[:2]
+      [40, 16]
+    """
+
+    def __init__(self, positions: Sequence[int]) -> None:
+        self.positions = (ctypes.c_int64 * len(positions))(*positions)
+        self.start = ctypes.addressof(self.positions)
+        self.function: Any = None
+        with contextlib.suppress(BuildError):
+            self.function = library().order_pointers
+            self.function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+            self.function.restype = ctypes.c_int64
+
+    def copy(self, pointers: Pointers, first: int, last: int, address: int) -> int:
+        """Copies a run of pointers.
+
+        Args:
+          pointers: the pointers of a step.
+          first: the first one of the run.
+          last: the end of the run.
+          address: host memory for it.
+
+        Returns:
+          The bitwise or of all that were copied, whose low bits tell what they are multiples of.
+        """
+        n = last - first
+        if self.function is not None:
+            return int(self.function(pointers.address, self.start + 8 * first, n, address))
+        found: list[ctypes.c_int64 | int] = [pointers.memory[k] for k in self.positions[first:last]]
+        (ctypes.c_int64 * n).from_address(address)[:] = found
+        return functools.reduce(or_, (pointers.memory[k] for k in self.positions[first:last]), 0)
 
 
 class PointerReader:

@@ -191,7 +191,8 @@ def orthogonalize(
     high = x.shape[1] > x.shape[2]
     steps = polynomials(ns_coeffs, ns_steps)
     x = newton_schulz(x.mT if high else x, steps, preconditioning, eps, eps_is_least, by_gram)
-    x = (x.mT if high else x).to(u.dtype)
+    # in the order of the updates, by the copy that changes the dtype, and not by another one after it
+    x = (x.mT if high else x).to(u.dtype, memory_format=torch.contiguous_format)
     if adaptive:
         x = x * (x * matrices).sum((1, 2), keepdim=True)
     return x.reshape(u.shape)

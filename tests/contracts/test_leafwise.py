@@ -601,3 +601,43 @@ def test_an_update_is_no_part_of_the_gradient(batched: bool, view: bool) -> None
         updates, state = tx.update(grads, state)
         updates["w"].mul_(7.0)
         assert torch.equal(grads["w"], torch.ones(2, 3))
+
+
+@fo.leafwise(state={"kept": fo.slot(0.0)})
+def keep(u: Any, kept: Any) -> Any:
+    """The argument itself, as update and as slot."""
+    return u, u
+
+
+@fo.leafwise(batched=True)
+def turned(u: Any) -> Any:
+    """Matrices whose elements lie in memory the other way round."""
+    return (2 * u).mT.contiguous().mT
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("layout", ["packed", "views of a stack", "expanded", "overlapping", "apart"])
+def test_leaves_that_lie_one_after_the_other_are_read_where_they_are(layout: str, alone: bool) -> None:
+    """And are nobody's results: gradients stay as they are, and no update or slot shares their memory."""
+    tx = keep() if alone else fo.chain(keep(), turned(), keep(), turned(), fo.scale(0.25))
+    params = {k: torch.zeros(3, 4) for k in "abc"}
+    memory = torch.arange(100.0)
+    grads: Any = {
+        "packed": lambda: fo.pack({k: torch.full((3, 4), 1.0 + i) for i, k in enumerate("abc")}),
+        "views of a stack": lambda: dict(zip("abc", memory[:36].view(3, 3, 4), strict=True)),
+        "expanded": lambda: dict(zip("abc", memory[:3].view(3, 1, 1).expand(3, 3, 4), strict=True)),
+        "overlapping": lambda: {k: memory[2 * i :].as_strided((3, 4), (4, 1)) for i, k in enumerate("abc")},
+        "apart": lambda: {k: torch.full((3, 4), 1.0 + i) for i, k in enumerate("abc")},
+    }[layout]()
+    before = Snapshot(grads)
+    like: Any = fo.pack(params) if layout == "packed" else params
+    state = tx.init(like)
+    for _ in range(3):  # views are taken from the second step on
+        updates, state = tx.update(grads, state, like)
+        before.check()
+        plain, given = (fo.unpack(x) if layout == "packed" else x for x in (updates, grads))
+        assert_same_bits(plain, dict(given))
+        torch.utils._pytree.tree_map_only(
+            torch.Tensor, lambda x: x.zero_() if x.is_floating_point() else x, (plain, state)
+        )
+        before.check()

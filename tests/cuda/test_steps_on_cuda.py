@@ -314,6 +314,28 @@ def test_any_stream_and_freed_gradients() -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
+def test_memory_that_runs_out_is_torchs_error() -> None:
+    """New tensors that find no room leave the step undone; it can be taken again when there is some."""
+    tx, params, grads = (
+        CHAINS["adamw"](),
+        {"w": torch.ones(1 << 26, device="cuda")},
+        {"w": torch.ones(1 << 26, device="cuda")},
+    )
+    state = tx.init(params)
+    fo.apply_gradients(tx, params, grads, state)
+    torch.cuda.empty_cache()
+    room = torch.cuda.memory_reserved() + (1 << 28)  # for one of three new tensors
+    torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+            fo.apply_gradients(tx, params, grads, state)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    new, _ = fo.apply_gradients(tx, params, grads, state)
+    small, _ = fo.apply_gradients(tx, {"w": params["w"][:8]}, {"w": grads["w"][:8]}, tx.init({"w": params["w"][:8]}))
+    torch.testing.assert_close(new["w"], small["w"][0].expand(1 << 26), rtol=0, atol=0)
+
+
 def test_threads_on_streams_of_their_own() -> None:
     """They share a transformation, whose binding they share, too."""
     tx = CHAINS["clip, schedule, average"]()

@@ -4,6 +4,7 @@ Addresses, and then the scalar tables, stand in one buffer on the device. The ho
 those of the last one, and copies what has changed in one piece.
 """
 
+import ctypes
 import itertools
 import struct
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from ..._compiler.triton.kernels import Kernels
 from ..chunks import Chunks, chunk_table, cut, partial_buffers
 from ..numbers import Number
 from ..plan import Group
-from ..pointers import Pointers
+from ..pointers import PointerOrder, Pointers
 from .driver import Driver
 
 
@@ -31,7 +32,7 @@ class GroupTables(NamedTuple):
       of_pass: the chunks of each stage, and how many there are.
       leaf_size, leaf_row, leaf_whole, leaf_chunk: a number per leaf.
       columns, partials, scalars: the bounds of its addresses, of those of its partial results, and of its numbers.
-      arrays: the positions among all addresses of those of arrays, on the host.
+      runs: the bounds of the columns of arrays, and of those of numbers per leaf, each with whether they are arrays.
     """
 
     chunks: Chunks
@@ -43,7 +44,7 @@ class GroupTables(NamedTuple):
     columns: tuple[int, int]
     partials: tuple[int, int]
     scalars: tuple[int, int]
-    arrays: torch.Tensor
+    runs: list[tuple[int, int, bool]]
 
 
 class Tables:
@@ -78,7 +79,7 @@ class Tables:
         order = [
             range(place, place + len(group.leaves)) for group, own in zip(groups, places, strict=True) for place in own
         ]
-        self.order = torch.tensor(list(itertools.chain(*order)), dtype=torch.int64, device="cpu")
+        self.order = PointerOrder(list(itertools.chain(*order)))
         self.of_group = [
             self._lay_out(k, kernels[k], chunk, (bounds[k], bounds[n + k], bounds[2 * n + k])) for k in range(n)
         ]
@@ -103,8 +104,10 @@ class Tables:
         program, n = group.signature.program, len(group.leaves)
         levels = [Level.ELEMENT] * len(program.arrays) + [Level.LEAF] * len(program.leaves)
         levels += [output.level for output in program.outputs]
-        runs = [columns[0] + i * n for i, level in enumerate(levels) if level is Level.ELEMENT]
-        arrays = [i for start in runs for i in range(start, start + n)]
+        runs, place = [], columns[0]
+        for is_array, own in itertools.groupby(level is Level.ELEMENT for level in levels):
+            start, place = place, place + n * len(list(own))
+            runs.append((start, place, is_array))
         return GroupTables(
             chunks=reducing,
             of_pass=of_pass,
@@ -115,8 +118,27 @@ class Tables:
             columns=columns,
             partials=bounds[1],
             scalars=bounds[2],
-            arrays=torch.tensor(arrays, dtype=torch.int64, device="cpu"),
+            runs=runs,
         )
+
+    def write_addresses(self, pointers: Pointers, place: int) -> tuple[bool, ...]:
+        """Writes the addresses of a step in the order of columns.
+
+        Args:
+          pointers: the data pointers of the step.
+          place: the address of host memory for them.
+
+        Returns:
+          For each group, whether all its arrays begin at multiples of 16 bytes.
+        """
+        aligned = []
+        for own in self.of_group:
+            bits = 0
+            for start, stop, is_array in own.runs:
+                found = self.order.copy(pointers, start, stop, place + 8 * start)
+                bits |= found if is_array else 0
+            aligned.append(bits % ALIGNED == 0)
+        return tuple(aligned)
 
     def on_device(self) -> list[torch.Tensor]:
         """The tables that are the same at every step."""
@@ -167,8 +189,10 @@ class StepMemory:
             self.scalars = self.words[tables.n_addresses :].view(torch.float64)
             self.uniforms = [torch.empty(n, dtype=torch.float64, device=device) for n in tables.uniform_words]
             self.buffers = partial_buffers(tables.groups, tables.cuts, device, tables.n_joined)
+            n = tables.n_addresses  # what is uploaded, by whether addresses and numbers have changed
+            self.pieces = {(True, True): self.words, (True, False): self.words[:n], (False, True): self.words[n:]}
         partials = [x.data_ptr() for own in self.buffers for x in own]
-        self.partials = torch.tensor(partials, dtype=torch.int64, device="cpu")
+        self.partials = struct.pack(f"{len(partials)}q", *partials)
         self.places: dict[int, torch.Tensor] = {}  # of numbers that are read on the device
         self.aligned: tuple[bool, ...] = ()
         self.addresses_seen = self.numbers_seen = b""  # of the last upload
@@ -186,20 +210,17 @@ class StepMemory:
         is_moved, is_new = addresses != self.addresses_seen, numbers != self.numbers_seen
         if not (is_moved or is_new):
             return
-        tables = self.tables
-        first = 0 if is_moved else tables.n_addresses
-        last = tables.n_words if is_new else tables.n_addresses
-        staged, aligned = stage(last - first), self.aligned
+        tables, target, aligned = self.tables, self.pieces[is_moved, is_new], self.aligned
+        staged = stage(len(target))
+        place = staged.data_ptr()
         if is_moved:
-            torch.index_select(pointers.tensor, 0, tables.order, out=staged[: tables.n_pointers])
-            staged[tables.n_pointers : tables.n_addresses] = self.partials
-            aligned = tuple(
-                not bool((staged.index_select(0, own.arrays) & (ALIGNED - 1)).any()) for own in tables.of_group
-            )
+            aligned = tables.write_addresses(pointers, place)
+            ctypes.memmove(place + 8 * tables.n_pointers, self.partials, len(self.partials))
+            place += 8 * tables.n_addresses
         if is_new:
-            staged[tables.n_addresses - first :] = torch.frombuffer(bytearray(numbers), dtype=torch.int64)
+            ctypes.memmove(place, numbers, len(numbers))
         self.addresses_seen = self.numbers_seen = b""  # unknown, should the copy fail
-        driver.copy(self.words[first:last], staged)
+        driver.copy(target, staged)
         self.addresses_seen, self.numbers_seen, self.aligned = addresses, numbers, aligned
 
     def read_numbers(self, live: Sequence[tuple[int, torch.Tensor]], driver: Driver) -> None:
