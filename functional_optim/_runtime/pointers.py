@@ -79,13 +79,7 @@ def operations() -> Any:
         return None
     for name in ("read_pointers", "describe"):
         torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *_: None)  # they return nothing
-    torch.library.register_fake(f"{NAMESPACE}::new_tensors", _no_tensors)
     return getattr(torch.ops, NAMESPACE)
-
-
-def _no_tensors(*_: torch.Tensor) -> list[torch.Tensor]:
-    """No tensors, as where there is no memory: under a fake mode the numbers of a table cannot be read."""
-    return []
 
 
 def describe(tensors: Sequence[torch.Tensor], dims: int) -> torch.Tensor:
