@@ -36,7 +36,7 @@ class CapturedMemory:
     """
 
     def __init__(self) -> None:
-        self.held: list[object] = []
+        self._held: dict[int, object] = {}  # by identity
         self._tokens: list[contextvars.Token[CapturedMemory]] = []
 
     def __enter__(self) -> Self:
@@ -48,8 +48,16 @@ class CapturedMemory:
 
     def hold(self, memory: object) -> None:
         """Keeps memory that a graph reads, or kernels that it launches; Triton unloads kernels without a reference."""
-        if not any(x is memory for x in self.held):
-            self.held.append(memory)
+        self._held[id(memory)] = memory
+
+    @property
+    def held(self) -> list[object]:
+        """The memory that is kept."""
+        return [*self._held.values()]
+
+    def clear(self) -> None:
+        """Lets go of all memory, when no graph that reads it will be replayed again."""
+        self._held.clear()
 
 
 PROCESS = CapturedMemory()  # of captures that nobody else holds memory of
@@ -110,7 +118,6 @@ class Reserve:
                     f"the {self.size // n} tables set aside for it are in use by captured steps",
                     "take a step outside of a graph before the next capture, or capture fewer steps at once",
                 )
-            hold(self.block)
             return self.block[start : start + n]
 
 

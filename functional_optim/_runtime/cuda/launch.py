@@ -129,16 +129,21 @@ class TritonLaunch:
         refuse_numbers([x for own in numbers for x in own], [self.device])
         if content != self.numbers_seen:
             refuse_new_numbers()
-        hold(self.tables)
-        memory = DeviceMemory(self.tables, self.driver.stream(self.device))
-        memory.upload(pointers, content, self.reserve.take, self.driver)
+        memory, staged = DeviceMemory(self.tables, self.driver.stream(self.device)), list[torch.Tensor]()
+
+        def stage(n: int) -> torch.Tensor:
+            assert self.reserve is not None
+            staged.append(self.reserve.take(n))
+            return staged[-1]
+
+        memory.upload(pointers, content, stage, self.driver)
         if memory.aligned not in self.loaded:
             raise CaptureError(
                 "a tensor does not begin at a multiple of 16 bytes, or all do, other than in the step before",
                 "take a step over tensors of that kind before the capture",
             )
-        for k in range(len(self.groups)):
-            hold(self._loaded(k, memory))
+        for kept in (self.tables, *staged, *[self._loaded(k, memory) for k in range(len(self.groups))]):
+            hold(kept)
         return memory
 
     def _calls(self, memory: DeviceMemory) -> list[list[Call]]:

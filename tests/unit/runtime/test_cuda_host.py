@@ -33,7 +33,7 @@ SIZES = (5, 33, 8)
 def device() -> Iterator[StandIn]:
     with stand_in() as device, fo.use_backend("triton"):
         yield device
-    capture.PROCESS.held.clear()
+    capture.PROCESS.clear()
 
 
 def make(seed: int = 0) -> list[nn.Parameter]:
@@ -439,6 +439,7 @@ def test_other_alignment_than_before_is_refused(device: StandIn) -> None:
     opt.step()
     params[0].grad = torch.empty(6)[1:].copy_(params[0].grad)
     refused(device, opt, params, "multiple of 16 bytes.*take a step over tensors of that kind")
+    assert not capture.PROCESS.held, "a refused capture keeps nothing"
 
 
 def test_more_captures_than_there_is_memory_for_are_refused(device: StandIn) -> None:
