@@ -85,7 +85,8 @@ class LeafwiseStep:
             if fits
             else self._kinds_of(arrays, self.params or columns["params" if "params" in columns else "updates"])
         )
-        tokens, meant = self._tokens(columns.get(self.region.counter), owners, first if self.slots else None)
+        alike = None if owners is None else self._with_like_options(options, owners)
+        tokens, meant = self._tokens(columns.get(self.region.counter), alike, first if self.slots else None)
         values: dict[Hashable, _Values] = {}
         batches: dict[tuple[Hashable, int], list[int]] = {}
         for k, key in enumerate(zip(tokens, kinds, strict=True)):
@@ -107,6 +108,17 @@ class LeafwiseStep:
                         result[self.leaves[k]] = x
         self.checked = True
         return dict(results)
+
+    def _with_like_options(self, options: Sequence[Mapping[str, Any]], owners: Sequence[int]) -> list[int]:
+        """The owner of each leaf, or the first one with the same numbers for this rule: such leaves go together."""
+        own = [x for x in self.bound.values.values() if isinstance(x, Option)]
+        firsts: dict[Hashable, int] = {}
+        alike = {}
+        for owner in dict.fromkeys(owners):
+            values = [option.look_up(options[owner]) for option in own]
+            key = tuple((type(x), x) if isinstance(x, (int, float)) else id(x) for x in values)
+            alike[owner] = firsts.setdefault(key, owner)
+        return [alike[owner] for owner in owners]
 
     def _tokens(
         self, counter: Sequence[Any] | None, owners: Sequence[int] | None, first: frozenset[int] | None

@@ -175,6 +175,32 @@ def test_leaves_of_one_shape_are_computed_at_once() -> None:
     assert counts[0] == counts[1]
 
 
+def test_groups_with_the_same_numbers_are_computed_at_once() -> None:
+    """Others are not, and those that differ in what the rule does not read are."""
+    sizes: list[int] = []
+
+    @fo.leafwise(batched=True)
+    def spread(u: Any, *, rate: Any = 2.0) -> Any:
+        sizes.append(len(u))
+        return u * rate
+
+    params = [nn.Parameter(torch.ones(2, 2)) for _ in range(5)]
+    live = torch.tensor(3.0)
+    groups = [
+        {"params": [p], "rate": rate, "lr": 0.1 * k}
+        for k, (p, rate) in enumerate(zip(params, (2.0, live, 2.0, 5.0, live), strict=True))
+    ]
+    opt = TransformOptimizer(groups, fo.chain(spread(), fo.scale_by_learning_rate(0.5)))
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.ones(2, 2)
+        sizes.clear()
+        opt.step()
+        assert sorted(sizes) == [1, 2, 2]
+    for p, group in zip(params, opt.param_groups, strict=True):
+        assert p[0, 0].item() == pytest.approx(1 - 2 * float(group["rate"]) * group["lr"])
+
+
 def test_a_function_that_cannot_be_batched_is_called_leaf_by_leaf() -> None:
     @fo.leafwise
     def signed(u: Any) -> Any:
