@@ -19,9 +19,9 @@ and fused. `Transformation` lists these questions. All are asked about a `View`,
 import abc
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -35,6 +35,7 @@ from ._tree import Tree, View
 
 TRANSFORMATIONS: "WeakValueDictionary[str, GradientTransformation]" = WeakValueDictionary()  # by serial number
 _SERIALS = itertools.count()
+F = TypeVar("F", bound=Callable[..., Any])
 Path = tuple[int | str, ...]
 Rewrite = Callable[[Path, "GradientTransformation"], "GradientTransformation"]
 
@@ -200,11 +201,28 @@ class GradientTransformation(Transformation):
         return None if self._extras is None else self._extras - {"updates", "state", "params"}
 
 
+FACTORIES: set[Any] = set()  # functions that make declared transformations
+
+
+def declares(factory: F) -> F:
+    """Marks a function that makes a declared transformation; descriptions of chains may call it."""
+    FACTORIES.add(factory)
+    return factory
+
+
+class LabelFunction(abc.ABC):
+    """A function of this package that labels leaves, as one of `partition`; descriptions of chains may hold it."""
+
+    @abc.abstractmethod
+    def __call__(self, path: str, p: torch.Tensor) -> Hashable:
+        """The label of a leaf."""
+
+
 class Declared(GradientTransformation):
     """A pair of functions that is known by the call that made it: it is printed, compared and pickled as that call.
 
     Args:
-      factory: the function that makes it, which a module has under its name.
+      factory: the function that makes it, marked by `declares`, which a module has under its name.
       arguments: what `factory` was called with, by name.
       init, update: see `GradientTransformation`.
     """

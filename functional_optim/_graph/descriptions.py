@@ -2,7 +2,7 @@
 
 A compiled graph refers to its step by a text alone, and so do files of graphs: a cache, or an exported program. So the
 text says what the step is, wherever that is possible: it is a pickle in which only transformations, schedules, rules
-and structures may occur, and a digest of formulas, which a graph may hold, too. A chain with functions that no
+and structures may occur, and digests of formulas, which a graph may hold, too. A chain with functions that no
 description can hold (an opaque transformation, a mask or a schedule that is a function of the caller's) is looked up
 in this process by its serial number.
 """
@@ -21,6 +21,7 @@ import threading
 import zlib
 from collections.abc import Sequence
 from operator import attrgetter
+from types import FunctionType
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -35,9 +36,9 @@ from .._runtime.packing import Place
 from .._schedules.schedule import Schedule, ScheduleFactory
 from .._step import take_step
 from .._structures import FORMS, Structure, rebuild
-from .._transform import TRANSFORMATIONS, GradientTransformation, parts
+from .._transform import FACTORIES, TRANSFORMATIONS, GradientTransformation, LabelFunction, parts
 from .._tree import Tree, difference, flatten, flatten_to_buffers, leaves_like, unflatten
-from .digest import PROCESS, digest_of
+from .digest import PROCESS, digest_of, digest_of_package, is_edited
 
 
 class Outline(NamedTuple):
@@ -251,26 +252,35 @@ def describe(serial: str, apply: bool, trees: Trees, backend: str | None) -> str
     """
     trees.check()
     tx = TRANSFORMATIONS[serial]
-    for by_serial in (False, True):
-        try:
-            text = _write(tx, (apply, *trees, backend), by_serial)
-            if not by_serial:
-                _read(text)
-            return text
-        except Exception:  # pickles fail in many ways, depending on the object
-            if by_serial:
-                raise
-    raise AssertionError
+    try:
+        text = _write(tx, (apply, *trees, backend), by_serial=False)
+        _read(text)
+    except Exception:  # pickles fail in many ways, depending on the object
+        text = _write(tx, (apply, *trees, backend), by_serial=True)
+    DESCRIBED[text] = tx
+    return text
+
+
+DESCRIBED: "WeakValueDictionary[str, GradientTransformation]" = WeakValueDictionary()  # chains that are here, by text
 
 
 def _write(tx: GradientTransformation, rest: tuple[Any, ...], by_serial: bool) -> str:
-    file = io.BytesIO()
-    _Writer(file, tx, by_serial).dump((digest_of(parts(tx).values()), len(tx._tensors), tx, *rest))
-    return base64.b85encode(zlib.compress(file.getvalue())).decode()
+    digests = [digest_of_package(), *map(digest_of, parts(tx).values())]
+    return base64.b85encode(zlib.compress(_pickled((digests, len(tx._tensors), tx, *rest), tx, by_serial))).decode()
 
 
 def _read(text: str) -> DescribedStep:
-    _, n, tx, apply, updates, params, state, extra, backend = _Reader(text).load()
+    (_, *digests), n, tx, apply, updates, params, state, extra, backend = _Reader(text).load()
+    own = parts(tx).values()
+    edited = next((part for part, digest in zip(own, digests, strict=True) if is_edited(part, digest)), None)
+    if edited is not None:  # names lead to other rules now; the chain that was described may still have the old ones
+        tx = DESCRIBED.get(text)
+        if tx is None:
+            raise RuntimeError(
+                f"{edited!r:.100} is not what it was when this step was compiled or exported: the rule, or something "
+                f"that it refers to, has been edited or defined anew since. Compile or export the step again, or keep "
+                f"the chain that was compiled."
+            )
     assert n == len(tx._tensors)
     return DescribedStep(tx, apply, Trees(updates, params, state, extra), backend)
 
@@ -280,13 +290,20 @@ def find_step(text: str) -> DescribedStep:
     """The step that a text describes.
 
     Raises:
-      RuntimeError: it cannot be found in this process.
+      RuntimeError: it cannot be found in this process, or its rules have been edited.
     """
     return _read(text)
 
 
 # NamedTuples that are defined within functions, by identity, for texts that only this process can read
 CLASSES: "WeakValueDictionary[int, type]" = WeakValueDictionary()
+
+
+def _pickled(x: Any, tx: GradientTransformation, by_serial: bool) -> bytes:
+    """An object of a description of a chain."""
+    file = io.BytesIO()
+    _Writer(file, tx, by_serial).dump(x)
+    return file.getvalue()
 
 
 class _Writer(pickle.Pickler):
@@ -304,6 +321,8 @@ class _Writer(pickle.Pickler):
             if position is None:
                 raise pickle.PicklingError("a tensor that is no hyper-parameter")
             return "number", position
+        if isinstance(x, frozenset):  # whose order differs from process to process
+            return "set", sorted(x, key=lambda entry: _pickled(entry, self.tx, self.by_serial))
         if isinstance(x, Form) and x.containers is not None:
             return "form", x.containers, [None if p is None else tuple(p) for p in x.layout.places]
         if isinstance(x, Form) and self.by_serial:
@@ -331,6 +350,8 @@ class _Reader(pickle.Unpickler):
             return self.numbers.setdefault(rest[0], torch.zeros((), dtype=torch.float64))
         if kind == "state":
             return state_type(rest[0].rule, rest[1])
+        if kind == "set":
+            return frozenset(rest[0])
         if kind == "class":
             return CLASSES[rest[0]]
         if kind == "form":
@@ -362,23 +383,21 @@ class _Reader(pickle.Unpickler):
             raise RuntimeError(
                 f"the chain of this compiled step uses {name} of the module {module}, which has no such name here."
             ) from None
-        if not (found in _CALLED if isinstance(found, type(re.compile)) else _is_harmless(found)):
+        if not _is_harmless(found):
             raise pickle.UnpicklingError(f"{module}.{name} is no part of a chain")
         return found
 
 
-_CALLED = (re._compile,)  # type: ignore[attr-defined]  # the function that patterns name when they are pickled
+# with the class of a call to come, as which a declared transformation is pickled
+_CLASSES = (dict, list, tuple, collections.OrderedDict, functools.partial)
 
 
 def _is_harmless(x: Any) -> bool:
     """Whether an object of a description is a class or a function of parts of chains."""
     if not isinstance(x, type):
+        if isinstance(x, FunctionType):
+            return x in (re._compile, *FACTORIES)  # type: ignore[attr-defined]  # as which a pattern is pickled
         return isinstance(x, (torch.dtype, ScheduleFactory)) or isinstance(getattr(x, "rule", None), Rule)
     if issubclass(x, tuple) and hasattr(x, "_fields"):
         return True
-    return issubclass(x, (GradientTransformation, Schedule, Packed)) or x in (
-        dict,
-        list,
-        tuple,
-        collections.OrderedDict,
-    )
+    return issubclass(x, (GradientTransformation, LabelFunction, Schedule, Packed)) or x in _CLASSES

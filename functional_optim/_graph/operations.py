@@ -24,6 +24,7 @@ from .._runtime.internals import (
 )
 from .._runtime.stacks import Stack
 from .descriptions import DescribedStep, find_step
+from .referred import refuse_referred_tensors
 
 
 Tensors = Sequence[torch.Tensor]
@@ -71,10 +72,15 @@ def _donated_step(text: str, updates: Tensors, params: Tensors, state: Tensors, 
 
 def _traced_step(text: str, updates: Tensors, params: Tensors, state: Tensors, numbers: Tensors) -> list[torch.Tensor]:
     """The step by operations of torch, which autograd, transformations and compilers follow."""
-    step = find_step(text)
-    results, new = step.take(updates, params, state, numbers, reference=True)
+    step, given = find_step(text), (*updates, *params, *state, *numbers)
+    try:
+        results, new = step.take(updates, params, state, numbers, reference=True)
+    except Exception as error:
+        if "to FakeTensors" in str(error):  # a compiler's message, which names no rule
+            refuse_referred_tensors(step.tx)
+        raise
     results += new
-    return _apart(results, (*updates, *params, *state, *numbers), False)
+    return _apart(results, given, False)
 
 
 def _likes(step: DescribedStep, updates: Tensors, params: Tensors) -> list[torch.Tensor]:

@@ -10,7 +10,7 @@ import torch
 from .._chain import chain
 from .._compiler.rule import OptionalDtype, Scalar
 from .._masking import partition
-from .._transform import GradientTransformation
+from .._transform import GradientTransformation, LabelFunction
 from .._transforms.clipping import clip_by_block_rms
 from .._transforms.decay import add_decayed_weights
 from .._transforms.factored import scale_by_factored_rms
@@ -85,7 +85,7 @@ def adafactor(
 
 
 @dataclass(frozen=True)
-class _IsMatrix:
+class _IsMatrix(LabelFunction):
     """The label of a leaf for `muon`: chosen by a predicate, or by its number of dimensions."""
 
     choose: Callable[[str, torch.Tensor], bool] | None = None

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .._lbfgs.recursion import two_loop
-from .._transform import Declared, GradientTransformation
+from .._transform import Declared, GradientTransformation, declares
 from .._tree import Tree
 from ._vectors import Leaves, flat, rows, shaped, split, vector, wide
 
@@ -34,6 +34,7 @@ class ScaleByLBFGSState(NamedTuple):
 torch.serialization.add_safe_globals([ScaleByLBFGSState])
 
 
+@declares
 def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> GradientTransformation:
     r"""Multiplies updates by the inverse Hessian as L-BFGS approximates it, over all leaves as one vector.
 

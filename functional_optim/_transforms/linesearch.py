@@ -11,7 +11,7 @@ from .._lbfgs.backtracking import backtrack
 from .._lbfgs.point import Found, curvature_error, excess
 from .._lbfgs.strong_wolfe import strong_wolfe
 from .._lbfgs.zoom import zoom
-from .._transform import Declared, GradientTransformation
+from .._transform import Declared, GradientTransformation, declares
 from .._tree import Tree, flatten
 from ._objective import Objective, gradients
 from ._vectors import Leaves, wide
@@ -117,6 +117,7 @@ def _first_state(params: Tree, name: str) -> tuple[torch.Tensor, torch.Tensor, T
     return one, one * math.inf, grad, torch.zeros((), dtype=torch.int64, device=like.device)
 
 
+@declares
 def scale_by_backtracking_linesearch(
     max_backtracking_steps: int,
     slope_rtol: float = 1e-4,
@@ -276,6 +277,7 @@ def _wolfe(
     return Declared(factory, arguments, init, update)
 
 
+@declares
 def scale_by_zoom_linesearch(
     max_linesearch_steps: int,
     max_learning_rate: float | None = None,
@@ -369,6 +371,7 @@ def scale_by_zoom_linesearch(
     return _wolfe(scale_by_zoom_linesearch, arguments, search)
 
 
+@declares
 def scale_by_strong_wolfe_linesearch(
     max_linesearch_steps: int = 25,
     slope_rtol: float = 1e-4,

@@ -65,9 +65,11 @@ rules, same = (fo.chain(module.scale_twice(0.25), fo.sgd(0.5, momentum=0.5)) for
 own = fo.chain(fo.scale_by_schedule(fo.cosine_decay_schedule(1.0, 10)), fo.adamw(0.1))
 whole = fo.chain(kept.scale_whole(), fo.sgd(0.5))
 called = fo.chain(fo.GradientTransformation(lambda p: (), lambda u, s, p=None: (u, s)), fo.sgd(0.5))
-tx_state = {tx: tx.init(P) for tx in (rules, same, own, whole, called)}
+matrices = fo.chain(fo.scale_by_lbfgs(3), fo.muon(0.1))
+tx_state = {tx: tx.init(P) for tx in (rules, same, own, whole, called, matrices)}
 print(json.dumps({
     "own, pure": run("pure", pure, own),
+    "matrices, pure": run("matrices", pure, matrices),
     "optimizer": run("optimizer", adapter, own),
     "kept, traced": run("traced", traced, same),
     "kept, derivative": run("derivative", derivative, same),
@@ -104,6 +106,7 @@ def test_another_process_finds_a_compiled_step_and_none_of_an_edited_formula(tmp
     assert all(misses for _, misses in first.values())
     assert {name for name, (_, misses) in second.items() if not misses} == {
         "own, pure",
+        "matrices, pure",
         "optimizer",
         "kept, traced",
         "kept, derivative",

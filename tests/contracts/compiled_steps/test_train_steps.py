@@ -432,3 +432,38 @@ def test_inductor_compiles_donation_without_copies() -> None:
     code = "\n".join(sources)
     assert code.count("functional_optim.donated_step.default(") == 1
     assert not re.search(r"copy_\(|empty_strided_cpu\(\(|cpp_fused", code.partition("def call(")[2])
+
+
+# -- tensors that a compiler cannot follow -------------------------------------------------------------------------
+
+
+FACTOR = torch.tensor(2.0)
+
+
+@fo.elementwise
+def by_a_tensor(u: torch.Tensor) -> torch.Tensor:
+    return u * FACTOR
+
+
+@fo.leafwise
+def whole_by_a_tensor(u: torch.Tensor) -> torch.Tensor:
+    return _times(u)
+
+
+def _times(u: torch.Tensor) -> torch.Tensor:
+    return u * FACTOR
+
+
+@pytest.mark.parametrize(("rule", "backend"), [(by_a_tensor, "inductor"), (whole_by_a_tensor, "eager")])
+def test_a_tensor_that_a_rule_refers_to_is_named_where_a_compiler_cannot_follow_it(rule: Any, backend: str) -> None:
+    tx = rule()
+
+    @torch.compile(backend=backend, fullgraph=True)
+    def step(params: Any) -> Any:
+        with fo.use_backend("reference"):
+            return fo.apply_gradients(tx, params, params, state)
+
+    params = {"w": torch.ones(2, 3)}
+    state = tx.init(params)
+    with pytest.raises(Exception, match=rf"{rule.__name__} refers to `FACTOR`, a tensor that is no argument"):
+        step(params)

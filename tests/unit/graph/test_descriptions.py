@@ -3,10 +3,13 @@
 import base64
 import collections
 import copy
+import gc
 import os
 import pickle
 import re
+import sys
 import threading
+import types
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +19,7 @@ import torch
 
 import functional_optim as fo
 from functional_optim._graph import operations
-from functional_optim._graph.descriptions import DescribedStep, Outline, Trees, describe, find_step
+from functional_optim._graph.descriptions import DESCRIBED, DescribedStep, Outline, Trees, describe, find_step
 from functional_optim._structures import read
 
 
@@ -31,6 +34,7 @@ CHAINS: dict[str, Callable[[], Any]] = {
         {"a": fo.masked(fo.sgd(0.1, momentum=0.9), {"w": True, "b": False}), "b": fo.lion(0.1)},
         {re.compile("b"): "b", re.compile(""): "a"},
     ),
+    "matrices, opaque": lambda: fo.chain(fo.scale_by_lbfgs(3), fo.muon(0.1)),
     "function": lambda: fo.adamw(lambda count: 0.1 / (1 + count), mask=lambda path, p: p.ndim > 1),
     # a state in another layout than before, and updates that are views of it
     "layouts": lambda: fo.chain(
@@ -78,7 +82,7 @@ def test_the_operation_of_members_keeps_its_promises(name: str, counts: bool) ->
     torch.library.opcheck(torch.ops.functional_optim.mapped_step.default, arguments)
 
 
-@pytest.mark.parametrize("name", ["numbers", "schedules, tensors", "masks"])
+@pytest.mark.parametrize("name", ["numbers", "schedules, tensors", "masks", "matrices, opaque"])
 def test_a_description_stands_for_an_equal_chain(name: str) -> None:
     """The chain is made anew of the text alone: the one that it describes is gone."""
     tx = CHAINS[name]()
@@ -102,6 +106,63 @@ def test_a_chain_with_functions_is_found_in_its_process_alone(name: str) -> None
     del tx
     with pytest.raises(RuntimeError, match="give masks as trees or regular expressions in place of functions"):
         find_step(text)
+
+
+LINE_SEARCHES = {
+    "backtracking": lambda: fo.scale_by_backtracking_linesearch(5),
+    "zoom": lambda: fo.scale_by_zoom_linesearch(5),
+    "strong Wolfe": fo.scale_by_strong_wolfe_linesearch,
+}
+
+
+@pytest.mark.parametrize("name", LINE_SEARCHES)
+def test_line_searches_have_descriptions(name: str) -> None:
+    tx = LINE_SEARCHES[name]()
+    text, shown = step_of(tx)[0], repr(tx)
+    del tx
+    assert repr(find_step(text).tx) == shown
+
+
+@fo.elementwise(static=("kinds",))
+def by_kinds(u: torch.Tensor, *, kinds: frozenset[int]) -> torch.Tensor:
+    return u * len(kinds)
+
+
+def test_sets_have_one_description() -> None:
+    """The order of a set follows from the hashes of its entries, which differ in each process; those of 0 and 8 clash,
+    so that it follows from the order in which they were added."""
+    one, other = (frozenset(entries) for entries in ([0, 8], [8, 0]))
+    assert list(one) != list(other)
+    texts = {step_of(by_kinds(kinds))[0] for kinds in (one, other)}
+    assert len(texts) == 1
+    find_step.cache_clear()
+    assert find_step(texts.pop()).tx == by_kinds(one)
+
+
+def define(kind: str, factor: float) -> Any:
+    """A rule, under the same name in the same module as others before it."""
+    module = sys.modules.setdefault("edited_rules", types.ModuleType("edited_rules"))
+    exec(f"import functional_optim as fo\n@fo.{kind}\ndef rule(u):\n    return u * {factor}", vars(module))
+    return module.rule
+
+
+@pytest.mark.parametrize("kind", ["elementwise", "leafwise"])
+def test_a_step_is_not_made_of_a_rule_that_was_defined_anew(kind: str) -> None:
+    """The old one is found as long as its chain is there: names lead to the new one."""
+    tx = define(kind, 2.0)()
+    text, tensors = step_of(tx)
+    assert DESCRIBED[text] is tx
+    define(kind, 3.0)
+    find_step.cache_clear()
+    assert find_step(text).take(*tensors)[0][0][0, 0] == 3.0  # 1 + 2 * 1
+    find_step.cache_clear()
+    del tx
+    gc.collect()  # steps that are bound refer to their chain
+    with pytest.raises(RuntimeError, match=r"rule\(\) is not what it was when this step was compiled"):
+        find_step(text)
+    define(kind, 2.0)
+    if kind == "elementwise":  # the same formula; of other rules only the object is known
+        assert find_step(text).take(*tensors)[0][0][0, 0] == 3.0
 
 
 def test_containers_of_a_caller() -> None:
