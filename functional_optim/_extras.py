@@ -27,25 +27,36 @@ class Extras(NamedTuple):
     columns: dict[str, str]
     taken: frozenset[str] | None
 
+    def check(self, extra: Mapping[str, Any], call: str) -> None:
+        """Refuses extra arguments among which one is missing, or has a tree in the place of a number.
+
+        Args:
+          extra: the extra arguments of a step.
+          call: the call that is to be made, with a pair of braces for the name of an argument.
+
+        Raises:
+          TypeError: one is missing.
+          ValueError: one is a tree, but a rule takes a number.
+        """
+        for name, rule in (*self.needed.items(), *self.columns.items()):
+            if name not in extra:
+                raise TypeError(f"{rule} needs the extra argument `{name}`: call `{call.format(name)}`.")
+        for name, rule in self.needed.items():
+            check_no_tree(name, rule, extra[name])
+
     def numbers(self, extra: Mapping[str, Any]) -> Mapping[str, Any]:
         """The extra arguments of a step that are numbers.
 
         Raises:
           TypeError: one is missing, or nothing in the chain takes one that is given.
         """
-        for name, rule in (*self.needed.items(), *self.columns.items()):
-            if name not in extra:
-                raise TypeError(
-                    f"{rule} needs the extra argument `{name}`: call `update(updates, state, params, {name}=...)`."
-                )
+        self.check(extra, "update(updates, state, params, {}=...)")
         unknown = [] if self.taken is None else [name for name in extra if name not in self.taken]
         if unknown:
             raise TypeError(
                 f"no transformation of the chain takes the extra argument `{unknown[0]}`; "
                 f"they take {', '.join(map(repr, sorted(self.taken or ()))) or 'none'}."
             )
-        for name, rule in self.needed.items():
-            check_no_tree(name, rule, extra[name])
         return {name: check_number(f"the extra argument `{name}` is", extra[name]) for name in self.needed}
 
 

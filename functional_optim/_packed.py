@@ -30,12 +30,11 @@ class Form:
     def __init__(self, spec: Any, layout: Layout) -> None:
         self.spec, self.layout = spec, layout
         self.serial = f"form {next(self._serials)}"
-        strange: list[str] = []
-        containers = read(spec.unflatten([None] * spec.num_leaves), [], strange, {})
-        self.containers = None if strange else containers
+        skeleton = read(spec.unflatten([None] * spec.num_leaves))
+        self.containers = None if skeleton.strange else skeleton.structure
         self.order: list[int] = []
-        if not strange:
-            places = spec.flatten_up_to(rebuild(containers, range(spec.num_leaves)))
+        if not skeleton.strange:
+            places = spec.flatten_up_to(rebuild(self.containers, range(spec.num_leaves)))
             self.order = sorted(range(len(places)), key=places.__getitem__)
         FORMS[self.serial] = self
 

@@ -20,7 +20,7 @@ from ._runtime.programs import NoKernels, Programs
 from ._runtime.shard import MeshShard
 from ._runtime.spec import TensorSpec, specs_of
 from ._runtime.stacks import find_freed
-from ._runtime.step import BoundStep, Reading
+from ._runtime.step import Binding, BoundStep, Reading
 from ._schedules.traced import has_fixed_key, traced_key
 from ._transform import Link
 from ._tree import MaskedNode
@@ -71,7 +71,6 @@ class Region:
       kinds: the kind of each leaf; none where nothing fuses.
       recipes: the program of each kind.
       hosts: schedules that Python evaluates, by the name of their column.
-      extras: the extra arguments that are numbers.
       traced: functions that have been traced, with the key of all that they refer to.
       stored: the columns of state.
     """
@@ -82,7 +81,6 @@ class Region:
         self.kinds: list[Kind] = []
         self.recipes: dict[Kind, Recipe] = {}
         self.hosts: dict[str, HostSchedule] = {}
-        self.extras: set[str] = set()
         self.traced: list[tuple[Any, Hashable]] = []
         self.stored: list[Stored] = []
 
@@ -137,9 +135,6 @@ class FusedRegion(Region):
         own = None if counting is None else {kind: count for kind in parts if (count := kind[1]) is not None}
         self.recipes = fuse_all(parts, apply, own)
         self.hosts = {name: host for recipe in self.recipes.values() for name, host in recipe.hosts.items()}
-        self.extras = {
-            source.name for recipe in self.recipes.values() for source in recipe.scalars if source.kind == "extra"
-        }
         schedules = [
             bound.values[hyper] for bound in self.bounds.values() for hyper in bound.values if bound.is_schedule(hyper)
         ]
@@ -179,7 +174,6 @@ class LeafwiseRegion(Region):
         assert link.bound is not None
         super().__init__({position: link}, False, entered)
         self.position, self.link, self.bound = position, link, link.bound
-        self.extras = set(link.bound.rule.extras)
         self.counter: Key = "step" if own_counters else (position, "count")
         self.stored = self._stored(own_counters)
 
@@ -275,15 +269,17 @@ class BoundRegion:
       region: the region.
       paths: the path of each leaf.
       present: the leaves that take part.
+      joins: the reductions over processes, if there are any.
     """
 
     KEEP = 8
 
-    def __init__(self, region: Region, paths: Sequence[str], present: Sequence[int]) -> None:
-        self.region, self.paths, self.present = region, paths, present
+    def __init__(
+        self, region: Region, paths: Sequence[str], present: Sequence[int], joins: Joins | None = None
+    ) -> None:
+        self.region, self.paths, self.present, self.joins = region, paths, present, joins
         self.bound: list[tuple[Variant, BoundStep]] = []
         self.of_members: list[tuple[tuple[Form | None, ...], MembersStep]] = []
-        self.joins: Joins | None = None
         self.entered = region.entered
 
     def find(self, own: Columns, variant: Variant) -> tuple[BoundStep, Reading] | None:
@@ -384,11 +380,11 @@ class BoundRegion:
           leaves: the leaves that programs compute.
           counters: columns of counters that all leaves share.
         """
-        arguments = (leaves, self.specs(own), own, self.paths, variant.in_place, counters, self.joins)
+        binding = Binding(leaves, self.specs(own), own, self.paths, variant.in_place, counters, self.joins)
         try:
-            bound = PackedStep(*arguments) if any(variant.forms) else BoundStep(*arguments)
+            bound = PackedStep(binding) if any(variant.forms) else BoundStep(binding)
         except NoKernels:
-            bound = BoundStep(*arguments)
+            bound = BoundStep(binding)
         self.bound = [(variant, bound), *self.bound[: self.KEEP - 1]]
         found = self.find(own, variant)
         assert found is not None, "a step is bound to the tensors that it was made for"

@@ -174,20 +174,24 @@ def broadcast_count(count: torch.Tensor, leaves: Sequence[Any]) -> list[Any]:
     return column
 
 
-# by device and dtype: the memory of the copies of a number, and a view of each
-Copies = dict[tuple[torch.device, torch.dtype], tuple[torch.Tensor, Sequence[torch.Tensor]]]
+class Copies:
+    """Copies of a number that leaves share, in memory of earlier ones: kernels find them where they were."""
 
+    def __init__(self) -> None:
+        # by device and dtype: the memory, and a view of each copy
+        self._known: dict[tuple[torch.device, torch.dtype], tuple[torch.Tensor, Sequence[torch.Tensor]]] = {}
 
-def _copies(value: torch.Tensor, n: int, known: Copies) -> Sequence[torch.Tensor]:
-    """Copies of a number, in memory of earlier ones if there are some: kernels then find them where they were."""
-    key = value.device, value.dtype
-    # inference tensors are not written to outside of inference mode
-    if key in known and (torch.is_inference_mode_enabled() or not known[key][0].is_inference()):
-        known[key][0].copy_(value)
-    else:
+    def of(self, value: torch.Tensor, n: int) -> Sequence[torch.Tensor]:
+        """Copies of a number, as many as ever."""
+        memory, views = self._known.get((value.device, value.dtype), (None, ()))
+        # inference tensors are not written to outside of inference mode
+        if memory is not None and (torch.is_inference_mode_enabled() or not memory.is_inference()):
+            memory.copy_(value)
+            return views
         memory = value.expand(n).clone()
-        known[key] = memory, memory.unbind()
-    return known[key][1]
+        views = memory.unbind()
+        self._known[value.device, value.dtype] = memory, views
+        return views
 
 
 def shared_column(
@@ -196,7 +200,7 @@ def shared_column(
     devices: Sequence[torch.device | None],
     takers: Sequence[int],
     in_place: bool,
-    known: Copies | None = None,
+    copies: Copies | None = None,
 ) -> list[Any]:
     """A number that leaves share, once per leaf and on its device.
 
@@ -209,7 +213,7 @@ def shared_column(
       devices: the device of each leaf.
       takers: positions of the leaves that share it; the first one on its device writes it.
       in_place: whether it is written in place.
-      known: copies of earlier steps, whose memory is written anew; those that are made are added.
+      copies: those of earlier steps, whose memory is written anew.
 
     Raises:
       ValueError: it is not one number, or in place on a device where no leaf is.
@@ -224,8 +228,8 @@ def shared_column(
     for device in dict.fromkeys(devices[i] for i in takers):
         own = [i for i in takers if devices[i] == device]
         one = value if value.is_meta else value.to(device)
-        copies = _copies(one, len(own), {} if known is None else known) if in_place else [one] * len(own)
-        for i, copy in zip(own, copies, strict=True):
+        own_copies = (copies or Copies()).of(one, len(own)) if in_place else [one] * len(own)
+        for i, copy in zip(own, own_copies, strict=True):
             column[i] = copy
     if in_place and takers and not value.is_meta:
         writer = next((i for i in takers if devices[i] == value.device), None)

@@ -2,7 +2,7 @@
 
 import collections
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -22,29 +22,43 @@ FORMS: "WeakValueDictionary[str, Any]" = WeakValueDictionary()  # of packed tree
 DICTS = (dict, collections.OrderedDict)
 
 
-def read(tree: Tree, leaves: list[Any], strange: list[str], forms: dict[str, Any]) -> Structure:
-    """The structure of a tree.
+class Contents(NamedTuple):
+    """A tree that has been read.
+
+    Args:
+      structure: its structure.
+      leaves: its tensors, None where a leaf is absent.
+      strange: names of all else in it.
+      forms: the forms of packed trees, by serial number.
+    """
+
+    structure: Structure
+    leaves: list[Any]
+    strange: list[str]
+    forms: dict[str, Any]
+
+
+NOTHING = Contents(None, [], [], {})  # in the place of a tree that is not there
+
+
+def read(tree: Tree) -> Contents:
+    """The structure of a tree, and its leaves.
 
     Args:
       tree: dicts, lists, tuples, NamedTuples and packed trees of tensors and None.
-      leaves: a list that the tensors are appended to, and None where a leaf is absent.
-      strange: a list that anything else is noted in.
-      forms: a dict that the forms of packed trees are noted in, by serial number.
 
     Example:
-      >>> read({"a": None, "b": (None, [None])}, [], [], {})
+      >>> read({"a": None, "b": (None, [None])}).structure
       (<class 'dict'>, ('a', 'b'), ('*', (<class 'tuple'>, None, ('*', (<class 'list'>, None, 1)))))
     """
     if tree is None:
-        leaves.append(None)
-        return LEAF
+        return Contents(LEAF, [None], [], {})
     if isinstance(tree, torch.Tensor):
-        if torch.compiler.is_dynamo_compiling() and type(tree) not in PLAIN:
-            strange.append("a tensor of another class")
-        leaves.append(tree)
-        return LEAF
+        known = not torch.compiler.is_dynamo_compiling() or type(tree) in PLAIN
+        return Contents(LEAF, [tree], [] if known else ["a tensor of another class"], {})
     keys: Any = None
     children: Any = tree
+    forms: dict[str, Any] = {}
     if type(tree) in DICTS:
         keys, children = tuple(tree), tree.values()
     elif isinstance(tree, PackedTensors):
@@ -52,8 +66,9 @@ def read(tree: Tree, leaves: list[Any], strange: list[str], forms: dict[str, Any
         keys, children = form.serial, tree.buffers
         forms[keys] = form
     elif not isinstance(tree, (tuple, list)):
-        strange.append("another object")
-        return LEAF
+        return Contents(LEAF, [], ["another object"], {})
+    leaves: list[Any] = []
+    strange: list[str] = []
     inside: list[Structure] = []
     flat = True
     for x in children:
@@ -62,8 +77,12 @@ def read(tree: Tree, leaves: list[Any], strange: list[str], forms: dict[str, Any
             inside.append(LEAF)
         else:
             flat = False
-            inside.append(read(x, leaves, strange, forms))
-    return type(tree), keys, len(inside) if flat else tuple(inside)
+            child = read(x)
+            inside.append(child.structure)
+            leaves += child.leaves
+            strange += child.strange
+            forms.update(child.forms)
+    return Contents((type(tree), keys, len(inside) if flat else tuple(inside)), leaves, strange, forms)
 
 
 def rebuild(structure: Structure, leaves: Sequence[Any], forms: Mapping[str, Any] = NO_FORMS) -> Tree:
@@ -105,15 +124,11 @@ def _rebuild(structure: Structure, leaves: Sequence[Any], start: int, forms: Map
 
 def add(params: Tree, updates: Tree) -> Tree | None:
     """Parameters with updates added, as `apply_updates` does; None if the trees are of other kinds, or do not fit."""
-    p: list[Any] = []
-    u: list[Any] = []
-    strange: list[str] = []
-    forms: dict[str, Any] = {}
-    structure, other = read(params, p, strange, forms), read(updates, u, strange, forms)
-    if strange or structure != other:
+    p, u = read(params), read(updates)
+    if p.strange or u.strange or p.structure != u.structure:
         return None
-    for x, y in zip(p, u, strict=True):
+    for x, y in zip(p.leaves, u.leaves, strict=True):
         if x is not None and y is not None and (x.shape != y.shape or not x.dtype.is_floating_point):
             return None
-    both = zip(p, u, strict=True)
-    return rebuild(structure, [x if x is None or y is None else (x + y).to(x.dtype) for x, y in both], forms)
+    both = zip(p.leaves, u.leaves, strict=True)
+    return rebuild(p.structure, [x if x is None or y is None else (x + y).to(x.dtype) for x, y in both], p.forms)

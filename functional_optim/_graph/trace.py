@@ -9,7 +9,7 @@ from .._graph_breaks import outside
 from .._packed import Packed
 from .._runtime.backend import ASKED
 from .._step import take_step
-from .._structures import read, rebuild
+from .._structures import NOTHING, read, rebuild
 from .._transform import GradientTransformation
 from .._tree import Tree
 from .descriptions import Outline, Trees, describe, with_forms
@@ -56,49 +56,42 @@ def trace_step(
     """
     if not hasattr(tx, "_serial"):
         return with_chain_outside(take_step, tx, apply, updates, state, params, extra, donate)  # type: ignore[no-any-return]
-    u: list[Any] = []
-    p: list[Any] = []
-    s: list[Any] = []
-    e: list[Any] = []
-    strange: list[str] = []
     numbers = {name: as_numbers(x) for name, x in extra.items()}
-    forms: dict[str, Any] = {}
-    u_tree = read(updates, u, strange, forms)
-    p_tree = read(params, p, strange, forms) if params is not None else None
-    s_tree, e_tree = read(state, s, strange, forms), read(numbers, e, strange, forms)
-    passes = p_tree is not None and same(u_tree, p_tree)
+    u, s, e = read(updates), read(state), read(numbers)
+    p = read(params) if params is not None else NOTHING
+    passes = params is not None and same(u.structure, p.structure)
     if not (apply or params is None or passes) and (isinstance(updates, Packed) or isinstance(params, Packed)):
         return unpacked_outside(take_step, tx, apply, updates, state, params, extra, donate)  # type: ignore[no-any-return]
-    if strange or (apply and params is None):
+    if u.strange or p.strange or s.strange or e.strange or (apply and params is None):
         return step_outside(take_step, tx, apply, updates, state, params, extra, donate)  # type: ignore[no-any-return]
     backend = ASKED[-1] if ASKED else None
     text = description_of(
         tx._serial,
         apply,
-        (u_tree, _there(u)),
-        None if p_tree is None else (p_tree, _there(p)),
-        (s_tree, _there(s)),
-        (e_tree, _there(e)),
+        (u.structure, _there(u.leaves)),
+        None if params is None else (p.structure, _there(p.leaves)),
+        (s.structure, _there(s.leaves)),
+        (e.structure, _there(e.leaves)),
         backend,
     )
-    arguments = (_tensors(u), _tensors(p), _tensors(s), [*_tensors(e), *tx._tensors])
+    arguments = (_tensors(u.leaves), _tensors(p.leaves), _tensors(s.leaves), [*_tensors(e.leaves), *tx._tensors])
     if donate and backend != "reference":
         torch.ops.functional_optim.donated_step(text, *arguments)
         return params if apply else updates, state
     step = torch.ops.functional_optim.traced_step if backend == "reference" else torch.ops.functional_optim.pure_step
     results = iter(step(text, *arguments))
-    base, base_tree, other = (p, p_tree, u) if apply else (u, u_tree, p)
+    base, other = (p, u) if apply else (u, p)
     leaves = [
         x if x is None or (passes and y is None) else next(results)
-        for x, y in zip(base, other if passes else base, strict=True)
+        for x, y in zip(base.leaves, other.leaves if passes else base.leaves, strict=True)
     ]
-    new_state = [x if x is None else next(results) for x in s]
+    new_state = [x if x is None else next(results) for x in s.leaves]
     if donate:
-        for x, y in zip([*base, *s], [*leaves, *new_state], strict=True):
+        for x, y in zip([*base.leaves, *s.leaves], [*leaves, *new_state], strict=True):
             if x is not y:
                 x.copy_(y)
         return params if apply else updates, state
-    return rebuild(base_tree, leaves, forms), rebuild(s_tree, new_state, forms)
+    return rebuild(base.structure, leaves, base.forms), rebuild(s.structure, new_state, s.forms)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

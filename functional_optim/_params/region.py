@@ -31,14 +31,14 @@ class ParamRegion(BoundRegion):
         keys: Sequence[Mapping[tuple[Path, str], str]],
         shards: Sequence[MeshShard | None],
     ) -> None:
-        super().__init__(region, params.names, present)
+        programs = [region.recipes[kind].program for kind in region.kinds]
+        joins = Joins(programs, shards) if programs else None
+        super().__init__(region, params.names, present, joins or None)
         self.params, self.shards = params, shards
         self.leafwise: LeafwiseStep | None = None
         if isinstance(region, LeafwiseRegion):
             here = [i for i in present if is_in_mesh(params.tensors[i])]  # in another process there is nothing to do
             self.leafwise = LeafwiseStep(region, params.names, here, params.tensors)
-        programs = [region.recipes[kind].program for kind in region.kinds]
-        self.joins = (Joins(programs, shards) or None) if self.leafwise is None else None
         self.keys: dict[Key, str] = {}
         for stored in region.stored:
             if isinstance(stored.key, str):

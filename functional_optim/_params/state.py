@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from operator import itemgetter
+from operator import itemgetter, or_
 from typing import Any
 
 import torch
@@ -59,7 +59,17 @@ class ParamState:
                     sharing = self.shared.setdefault(stage.keys[stored.key], [])
                     sharing += [i for i, seen in enumerate(stored.seen) if seen]
         self.takers = {key: [i for i in present if i in set(sharing)] for key, sharing in self.shared.items()}
-        self.copies: dict[str, Copies] = {key: {} for key in self.shared}
+        self.copies = {key: Copies() for key in self.shared}
+        # each column once, with the key of its entries: counters are those of all regions that read them
+        columns: dict[Key, tuple[Stored, str]] = {}
+        for stage in regions:
+            for stored in stage.region.stored:
+                seen = columns[stored.key][0].seen if stored.key in columns else stored.seen
+                both = tuple(map(or_, seen, stored.seen))
+                columns[stored.key] = stored._replace(seen=both), stage.keys[stored.key]
+        self.kept = [(stored, key) for stored, key in columns.values() if any(stored.seen)]
+        nothing = (None,) * len(params.tensors)
+        self.empty: Columns = {key: nothing for key, (stored, _) in columns.items() if not any(stored.seen)}
 
     def make(
         self,
@@ -84,10 +94,8 @@ class ParamState:
         """
         refuse_new_state(self.devices)
         new: set[int] = set()
-        present = [self.params.names[i] for i in self.present]
-        for split in self.opaque.values():
-            by_name = dict(zip(self.params.names, states, strict=True))
-            for name, key, x in split.make(split.missing(by_name, present)):
+        for split, by_name, missing in self._missing(states):
+            for name, key, x in split.make(missing):
                 journal.set(by_name[name], key, x)
         for stage in self.regions:
             for stored in stage.region.stored:
@@ -192,52 +200,35 @@ class ParamState:
           states: the state of each parameter.
           exact: whether to look for entries that are None; they are found when tensors are read, too.
         """
-        columns: Columns = {}
-        if self.opaque:
-            by_name = dict(zip(self.params.names, states, strict=True))
-            present = [self.params.names[i] for i in self.present]
-            if any(split.missing(by_name, present) for split in self.opaque.values()):
-                return None
-        whole: set[Key] = set()  # of all parameters
-        unused: set[Key] = set()  # that no region so far has entries of
-        for stage in self.regions:
-            for stored in stage.region.stored:
-                if not any(stored.seen):  # counters of which no leaf has one
-                    if stored.key not in columns:
-                        columns[stored.key] = [None] * len(states)
-                        unused.add(stored.key)
-                    continue
-                if stored.key in columns and stored.key not in unused:  # counters, which several regions read
-                    if stored.key not in whole and self._lacks(columns[stored.key], stored):
-                        return None
-                    continue
-                unused.discard(stored.key)
-                key = stage.keys[stored.key]
-                if key in self.shared:
-                    found = self._shared_column(stored, key, states)
-                    if found is None:
-                        return None
-                    columns[stored.key] = found
-                    continue
-                try:
-                    column, complete = list(map(itemgetter(key), states)), not exact
-                except KeyError:
-                    complete = False
-                if complete:
-                    whole.add(stored.key)
-                else:
-                    column = [state.get(key) for state in states]
-                    if self._lacks(column, stored):
-                        return None
-                if self.local.wrapped and stored.key != "step" and (stored.slot is None or stored.slot.like_leaf):
-                    columns[stored.key] = self.local.of(stored.key, column, check_placed, f"{stored.name} at")
-                else:
-                    columns[stored.key] = column
+        if self.opaque and any(missing for _, _, missing in self._missing(states)):
+            return None
+        columns = dict(self.empty)
+        for stored, key in self.kept:
+            if key in self.shared:
+                found = self._shared_column(stored, key, states)
+                if found is None:
+                    return None
+                columns[stored.key] = found
+                continue
+            try:
+                column, complete = list(map(itemgetter(key), states)), not exact
+            except KeyError:
+                complete = False
+            if not complete:
+                column = [state.get(key) for state in states]
+                if any(column[i] is None and stored.seen[i] for i in self.present):
+                    return None
+            if self.local.wrapped and stored.key != "step" and (stored.slot is None or stored.slot.like_leaf):
+                columns[stored.key] = self.local.of(stored.key, column, check_placed, f"{stored.name} at")
+            else:
+                columns[stored.key] = column
         return columns
 
-    def _lacks(self, column: Sequence[Any], stored: Stored) -> bool:
-        """Whether a parameter that takes part has no entry of a slot."""
-        return any(column[i] is None and stored.seen[i] for i in self.present)
+    def _missing(self, states: Sequence[dict[str, Any]]) -> list[tuple[SplitState, dict[str, Any], list[Any]]]:
+        """For each transformation that is not made of rules, its state, the dicts by name, and entries that lack."""
+        by_name = dict(zip(self.params.names, states, strict=True))
+        present = [self.params.names[i] for i in self.present]
+        return [(split, by_name, split.missing(by_name, present)) for split in self.opaque.values()]
 
     def _shared_column(self, stored: Stored, key: str, states: Sequence[dict[str, Any]]) -> list[Any] | None:
         """A number that parameters share, once per parameter; None if one does not have it, or has another."""
@@ -252,7 +243,7 @@ class ParamState:
             return None
         # a graph that writes to copies has some of its own, which nobody frees or writes anew
         keeps = not (torch.is_grad_enabled() or needs_dispatch() or is_capturing(self.devices))
-        column = shared_column(stored.name, value, self.devices, takers, True, self.copies[key] if keeps else {})
+        column = shared_column(stored.name, value, self.devices, takers, True, self.copies[key] if keeps else None)
         return [x if seen else None for x, seen in zip(column, stored.seen, strict=True)]
 
     def replace(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from .._compiler.fuse import Counting
-from .._extras import check_no_number, check_no_tree, extras_of
+from .._extras import check_no_number, extras_of
 from .._foreign import CHANGED_MESSAGE, SpecWatch, call_opaque, check_updates, host_column, updates_of
 from .._opaque import SplitState
 from .._regions import Opaque, Region, Variant, cut_into_regions
@@ -88,7 +88,6 @@ class ParamStep:
         self.spans_tree = any(stage.region.spans_tree for stage in self.regions)
         self.traced = [stage.region for stage in self.regions if stage.region.traced]
         self.extras = extras_of([stage.region if isinstance(stage, ParamRegion) else stage for stage in self.stages])
-        self.needed = {name for stage in self.regions for name in stage.region.extras} | self.extras.columns.keys()
         self.runs_python = bool(self.opaque) or any(stage.region.hosts or stage.leafwise for stage in self.regions)
         self.numels = [p.numel() * (1 + p.is_complex()) for p in params.tensors]
         self.watch = SpecWatch((), ())  # of the parameters
@@ -265,11 +264,8 @@ class ParamStep:
           TypeError, ValueError: an extra argument is missing or of another form, or gradients are scaled.
           RuntimeError: autograd cannot record the step, or gradients are not all there yet.
         """
-        lacking = sorted(self.needed - extra.keys()) if self.needed else []
-        if lacking:
-            raise TypeError(f"`{lacking[0]}` is needed: call `step(closure, {lacking[0]}=...)`.")
-        for name, rule in self.extras.needed.items():
-            check_no_tree(name, rule, extra.get(name))
+        if self.extras.needed or self.extras.columns:
+            self.extras.check(extra, "step(closure, {}=...)")
         if self.guarded and (self.opaque or any(stage.leafwise for stage in self.regions)):
             raise ValueError(
                 "gradients that are still multiplied by a loss scale reach transformations that torch operations "

@@ -11,15 +11,14 @@ import torch
 
 from .._compiler.call import Column
 from .._compiler.program import Level
-from .join import Joins
 from .kernels import COMPILE
 from .numbers import Numbers
 from .packing import PackedColumn, Place
-from .plan import Columns, Key, Leaf
+from .plan import Columns, Key
 from .pointers import Difference, PointerReader, Pointers
-from .programs import NoKernels, Specs
+from .programs import NoKernels
 from .spec import TensorSpec
-from .step import BoundStep, Reading, Workspace
+from .step import Binding, BoundStep, Reading, Workspace
 
 
 class Source(NamedTuple):
@@ -115,17 +114,9 @@ class PackedStep(BoundStep):
 
     workspace_type: type[Workspace] = PackedWorkspace
 
-    def __init__(
-        self,
-        leaves: Sequence[Leaf],
-        specs: Specs,
-        columns: Columns,
-        paths: Sequence[str],
-        in_place: bool,
-        counters: Sequence[Key] = (),
-        joins: Joins | None = None,
-    ) -> None:
-        super().__init__(leaves, specs, columns, paths, in_place, counters, joins)
+    def __init__(self, binding: Binding) -> None:
+        super().__init__(binding)
+        columns = binding.columns
         if not self._runs_kernels():
             raise NoKernels
         gathers = [gather for group in self.groups for gather in group.gathers]
@@ -247,9 +238,12 @@ class PackedStep(BoundStep):
         own: Sequence[int],
         tensors: list[torch.Tensor],
         numbers: Numbers,
-        outputs: list[list[Column]],
-    ) -> None:
-        """Computes groups with torch operations on views, for a kernel that was to be launched is not there."""
+        outputs: Sequence[Sequence[Column]],
+    ) -> dict[int, list[Column]]:
+        """Computes groups with torch operations on views, for a kernel that was to be launched is not there.
+
+        New tensors are views of buffers that have been allocated, `outputs`.
+        """
         views = [
             x if not source.packed else _view(x, spec, n)
             for x, source, spec, n in zip(
@@ -260,20 +254,20 @@ class PackedStep(BoundStep):
                 strict=True,
             )
         ]
-        results: list[list[Column]] = [[] for _ in self.groups]
-        super()._evaluate(backend, own, views, numbers, results)
+        results = super()._evaluate(backend, own, views, numbers, outputs)
         if self.in_place:
-            return
+            return {}
         places = iter(zip(self.made_offsets.index.tolist(), self.made_offsets.bytes.tolist(), strict=True))
-        for group, bounds, columns in zip(self.groups, self.bounds, results, strict=True):
-            first = bounds[group.updates][0]
+        for g, (group, bounds) in enumerate(zip(self.groups, self.bounds, strict=True)):
+            first, columns = bounds[group.updates][0], iter(results.get(g, ()))
             for output in group.signature.program.outputs:
-                values = columns.pop(0) if columns else [None] * len(group.leaves)  # of another part
+                values = next(columns, [None] * len(group.leaves))  # of another part
                 for i, x in enumerate(values):
                     k, n = next(places)
                     if x is not None:
                         spec = self.specs[first + i] if output.level is Level.ELEMENT else TensorSpec.of(x)
                         _view(outputs[0][0][k], spec, n).copy_(x)
+        return {}
 
     def _results(self, columns: Columns, outputs: Sequence[Sequence[Sequence[Any]]]) -> Columns:
         """The columns that change, with new buffers."""

@@ -21,7 +21,7 @@ from .numbers import Numbers
 from .plan import Columns, Group, Key, Leaf
 from .pointers import Difference
 from .spec import specs_of
-from .step import BoundStep, flat
+from .step import Binding, BoundStep, flat
 
 
 Tensors = Sequence[torch.Tensor]
@@ -118,7 +118,7 @@ class Derivative:
             if not isinstance(reading, Difference):
                 return bound, reading
         specs = {key: specs_of(column) for key, column in columns.items()}
-        bound = BoundStep(self.leaves, specs, columns, self.step.paths, False)
+        bound = BoundStep(Binding(self.leaves, specs, columns, self.step.paths, False))
         self.bound = [bound, *self.bound[: KEEP - 1]]
         reading = bound.read(columns)
         assert not isinstance(reading, Difference), "a step is bound to the tensors that it was made for"

@@ -71,8 +71,8 @@ class Workspace:
         return self.status.value != 0
 
 
-class BoundStep(Programs):
-    """Programs bound to tensors of certain specs.
+class Binding(NamedTuple):
+    """All that a step is bound to.
 
     Args:
       leaves: the leaves that programs compute.
@@ -84,18 +84,22 @@ class BoundStep(Programs):
       joins: the reductions over processes, if there are any.
     """
 
+    leaves: Sequence[Leaf]
+    specs: Specs
+    columns: Columns
+    paths: Sequence[str]
+    in_place: bool
+    counters: Sequence[Key] = ()
+    joins: Joins | None = None
+
+
+class BoundStep(Programs):
+    """Programs bound to tensors of certain specs."""
+
     workspace_type: "type[Workspace]" = Workspace
 
-    def __init__(
-        self,
-        leaves: Sequence[Leaf],
-        specs: Specs,
-        columns: Columns,
-        paths: Sequence[str],
-        in_place: bool,
-        counters: Sequence[Key] = (),
-        joins: Joins | None = None,
-    ) -> None:
+    def __init__(self, binding: Binding) -> None:
+        leaves, specs, columns, paths, in_place, counters, joins = binding
         super().__init__(leaves, specs, joins, counters)
         self.paths, self.in_place = paths, in_place
         self.specs: list[TensorSpec] = self.gather(dict(specs))
@@ -347,15 +351,15 @@ class BoundStep(Programs):
                 counters.append(workspace.status_address)
             workspace.cpu[0](numbers, counters)
         else:
-            outputs = list(outputs)
-            self._run_parts(reading, numbers, outputs, ready)
+            computed = self._run_parts(reading, numbers, outputs, ready)
+            outputs = [computed.get(g, own) for g, own in enumerate(outputs)]
             for i in self.counters.values():
                 self.tensor_at(reading, i).add_(1)
         if reading.originals:
             if self.in_place:
                 self._copy_back(reading)
             else:
-                self._restore_layout(reading, outputs)
+                outputs = self._in_layouts(reading, outputs)
         workspace.status.value = 1
         self.workspaces.append(workspace)
         return outputs
@@ -394,10 +398,15 @@ class BoundStep(Programs):
         self,
         reading: Reading,
         numbers: Numbers,
-        outputs: list[list[Column]],
+        outputs: Sequence[Sequence[Column]],
         ready: Mapping[int, DeviceMemory],
-    ) -> None:
-        """Runs the groups of several devices, or of a backend that is not one call."""
+    ) -> dict[int, list[Column]]:
+        """Runs the groups of several devices, or of a backend that is not one call.
+
+        Returns:
+          By group, the new tensors of those that operations of torch compute.
+        """
+        computed: dict[int, list[Column]] = {}
         for part, (backend, own) in enumerate(self.parts):
             table = [numbers[g] for g in own]
             if backend == "c":
@@ -405,7 +414,8 @@ class BoundStep(Programs):
             elif backend == "triton":
                 self.triton[part].launch(ready[part])
             else:
-                self._evaluate(backend, own, reading.tensors, table, outputs)
+                computed |= self._evaluate(backend, own, reading.tensors, table, outputs)
+        return computed
 
     def _evaluate(
         self,
@@ -413,14 +423,17 @@ class BoundStep(Programs):
         own: Sequence[int],
         tensors: list[torch.Tensor],
         numbers: Numbers,
-        outputs: list[list[Column]],
-    ) -> None:
-        """Computes groups with torch operations."""
+        outputs: Sequence[Sequence[Column]],
+    ) -> dict[int, list[Column]]:
+        """Computes groups with torch operations.
+
+        Returns:
+          By group, its new tensors; nothing if they are in place, or in memory that `outputs` have already.
+        """
         columns = self.split(tensors)
         groups = [self.groups[g] for g in own]
         results = evaluate(backend, groups, [columns[g] for g in own], numbers, self.joins, self.in_place)
-        for g, values in zip(own, results, strict=True):
-            outputs[g] = [] if self.in_place else values
+        return {} if self.in_place else dict(zip(own, results, strict=True))
 
     def _allocate(self, reading: Reading, columns: Columns) -> list[list[Column]]:
         """New tensors for the outputs of kernels, with their pointers among those of the step."""
@@ -439,14 +452,18 @@ class BoundStep(Programs):
             if x is not reading.tensors[i] and any(start <= i < stop for start, stop in self.written):
                 x.copy_(reading.tensors[i])
 
-    def _restore_layout(self, reading: Reading, outputs: list[list[Column]]) -> None:
-        """Gives new tensors of leaves that were copied the layout of the tensors that they follow."""
+    def _in_layouts(self, reading: Reading, outputs: Sequence[Sequence[Column]]) -> list[list[Column]]:
+        """New tensors, those of leaves that were copied in the layout of the tensors that they follow."""
+        found: list[list[Column]] = []
         for group, bounds, own in zip(self.groups, self.bounds, outputs, strict=True):
+            columns: list[Column] = []
             for k, output, column in zip(group.outputs, group.signature.program.outputs, own, strict=True):
-                for i in group.copied if output.level is Level.ELEMENT else ():
-                    like = reading.originals.get(bounds[group.updates if k is None else k][0] + i)
-                    if like is not None:
-                        column[i] = torch.empty_like(like, dtype=column[i].dtype, requires_grad=False).copy_(column[i])
+                first = bounds[group.updates if k is None else k][0]
+                copied = group.copied if output.level is Level.ELEMENT else ()
+                likes = {i: reading.originals[first + i] for i in copied if first + i in reading.originals}
+                columns.append([_in_layout_of(likes[i], x) if i in likes else x for i, x in enumerate(column)])
+            found.append(columns)
+        return found
 
     def _refuse_overlap(self, reading: Reading) -> None:
         """Refuses to write to memory that two tensors share, if pointers are not those of the last time.
@@ -476,6 +493,11 @@ class BoundStep(Programs):
         """A gathered tensor as messages call it."""
         name, leaf = self.name_of(position)
         return f"{name}{at(self.paths[leaf])}"
+
+
+def _in_layout_of(like: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A copy of a tensor in the layout of another one."""
+    return torch.empty_like(like, dtype=x.dtype, requires_grad=False).copy_(x)
 
 
 def flat(outputs: Sequence[Sequence[Column]]) -> list[torch.Tensor]:

@@ -14,7 +14,7 @@ from functional_optim._compiler.triton.build import interprets
 from functional_optim._runtime import plan
 from functional_optim._runtime.plan import Columns, Key, Leaf
 from functional_optim._runtime.spec import specs_of
-from functional_optim._runtime.step import BoundStep, Reading
+from functional_optim._runtime.step import Binding, BoundStep, Reading
 
 
 def device_of(backend: str) -> torch.device:
@@ -34,7 +34,8 @@ def bind(program: Program, columns: Columns, in_place: bool = False, counters: S
     recipe = Recipe(program, tuple(Source("option", -1, name, Option(name)) for name in program.scalars), {}, {})
     leaves = [Leaf(k, recipe, ("leaf", k, False), x.numel(), None) for k, x in enumerate(columns["updates"])]
     specs = {key: specs_of(column) for key, column in columns.items()}
-    return BoundStep(leaves, specs, columns, [f"p{k}" for k in range(len(leaves))], in_place, counters)
+    paths = [f"p{k}" for k in range(len(leaves))]
+    return BoundStep(Binding(leaves, specs, columns, paths, in_place, counters))
 
 
 def run(step: BoundStep, columns: Columns, numbers: Mapping[str, Sequence[float]]) -> Columns:

@@ -11,6 +11,7 @@ import functional_optim as fo
 from _lib.chains import Halve, TimesValue, scale_by_value
 from _lib.compare import Snapshot, assert_same_bits
 from _lib.trees import make_tree
+from functional_optim.adapters import TransformOptimizer
 
 
 STEPS = 20
@@ -141,5 +142,9 @@ def test_extra_arguments_that_nothing_takes_are_refused(name: str, wrapper: str,
 def test_an_extra_argument_that_is_missing_is_refused() -> None:
     tx, params = fo.chain(Halve(), scale_by_value()), make_tree(0)
 
-    with pytest.raises(TypeError, match=r"scale_by_value needs the extra argument `value`"):
+    with pytest.raises(TypeError, match=r"scale_by_value needs the extra argument `value`: call `update\("):
         tx.update(params, tx.init(params), params, grad=params)
+    p = torch.nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    with pytest.raises(TypeError, match=r"scale_by_value needs the extra argument `value`: call `step\(closure, value="):
+        TransformOptimizer([p], fo.chain(fo.scale(2.0), scale_by_value())).step()

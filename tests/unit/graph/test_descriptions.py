@@ -51,9 +51,9 @@ def step_of(tx: Any, params: Any = PARAMS) -> tuple[str, list[list[torch.Tensor]
     """The text of a step, and the arguments of its operation."""
     outlines, tensors = [], []
     for tree in (params, params, tx.init(params), {}):
-        leaves: list[Any] = []
-        outlines.append(Outline(read(tree, leaves, [], {}), (True,) * len(leaves)))
-        tensors.append(leaves)
+        found = read(tree)
+        outlines.append(Outline(found.structure, (True,) * len(found.leaves)))
+        tensors.append(found.leaves)
     return describe(tx._serial, True, Trees(*outlines), None), [*tensors[:3], list(tx._tensors)]
 
 
@@ -217,11 +217,8 @@ def _scale_by_a_tensor() -> Any:
     """The step of a chain whose rate is an argument of the graph."""
     tx = fo.scale(torch.tensor(0.0, dtype=torch.float64))
     trees = [{"w": torch.ones(3)}, tx.init({"w": torch.ones(3)}), {}]
-    outlines = []
-    for tree in trees:
-        leaves: list[Any] = []
-        structure = read(tree, leaves, [], {})
-        outlines.append(Outline(structure, tuple(x is not None for x in leaves)))
+    contents = map(read, trees)
+    outlines = [Outline(found.structure, tuple(x is not None for x in found.leaves)) for found in contents]
     return DescribedStep(tx, False, Trees(outlines[0], None, *outlines[1:]), None)
 
 
