@@ -179,18 +179,18 @@ class Copies:
 
     def __init__(self) -> None:
         # by device and dtype: the memory, and a view of each copy
-        self._known: dict[tuple[torch.device, torch.dtype], tuple[torch.Tensor, Sequence[torch.Tensor]]] = {}
+        self.known: dict[tuple[torch.device, torch.dtype], tuple[torch.Tensor, Sequence[torch.Tensor]]] = {}
 
     def of(self, value: torch.Tensor, n: int) -> Sequence[torch.Tensor]:
         """Copies of a number, as many as ever."""
-        memory, views = self._known.get((value.device, value.dtype), (None, ()))
+        memory, views = self.known.get((value.device, value.dtype), (None, ()))
         # inference tensors are not written to outside of inference mode
         if memory is not None and (torch.is_inference_mode_enabled() or not memory.is_inference()):
             memory.copy_(value)
             return views
         memory = value.expand(n).clone()
         views = memory.unbind()
-        self._known[value.device, value.dtype] = memory, views
+        self.known[value.device, value.dtype] = memory, views
         return views
 
 

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 
 from ._graph_breaks import outside
-from ._runtime.packing import Cut, views_of
+from ._runtime.packing import BufferSplit, views_of
 from ._structures import FORMS, Structure, rebuild
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def cuts_of(serial: str) -> tuple[Cut, ...]:
-    """The cuts of a form's buffers."""
-    cuts: tuple[Cut, ...] = FORMS[serial].layout.cuts
-    return cuts
+def splits_of(serial: str) -> tuple[BufferSplit, ...]:
+    """How the buffers of a form are split."""
+    splits: tuple[BufferSplit, ...] = FORMS[serial].layout.splits
+    return splits
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -30,7 +30,7 @@ def order_of(serial: str) -> tuple[int, ...]:
 def traced_tree(serial: str, containers: Structure, buffers: Sequence[torch.Tensor]) -> Any:
     """The tree of a form in these containers, whose leaves are views of buffers."""
     order = order_of(serial)
-    leaves = views_of(cuts_of(serial), len(order), buffers)
+    leaves = views_of(splits_of(serial), len(order), buffers)
     return rebuild(containers, [leaves[k] for k in order])
 
 

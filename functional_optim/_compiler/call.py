@@ -6,12 +6,24 @@ from typing import NamedTuple, Protocol
 import torch
 
 from .passes import Signature
+from .program import Value
 
 
 Column = list[torch.Tensor]  # a tensor per leaf
+# a leaf and its reduction; or a reduction over the tree and a shard
+ReductionKey = tuple[int, int] | tuple[str, Hashable]
 
 
-Place = tuple[int, int] | tuple[str, Hashable]  # a leaf and its reduction; or a reduction over the tree and a shard
+def reduction_key(value: Value, i: int, leaf: int, shard: Hashable) -> ReductionKey:
+    """The key of a reduction over a leaf that is in parts.
+
+    Args:
+      value: the reduction.
+      i: its position in the program.
+      leaf: the position of the leaf.
+      shard: the processes that have the other parts.
+    """
+    return (value.name, shard) if value.op.startswith("tree_") else (leaf, i)
 
 
 class Join(Protocol):
@@ -21,15 +33,17 @@ class Join(Protocol):
     def stages(self) -> int:
         """Number of stages, the first of which has nothing to join."""
 
-    def __call__(self, stage: int, parts: Mapping[Place, Sequence[torch.Tensor]]) -> Mapping[Place, torch.Tensor]:
+    def __call__(
+        self, stage: int, parts: Mapping[ReductionKey, Sequence[torch.Tensor]]
+    ) -> Mapping[ReductionKey, torch.Tensor]:
         """Completes the reductions that end before a stage.
 
         Args:
           stage: the stage.
-          parts: numbers of this process, some for each place; none where it has no part.
+          parts: numbers of this process, some for each reduction; none where it has no part.
 
         Returns:
-          A number for every place.
+          A number for every reduction.
         """
 
 

@@ -21,8 +21,8 @@ from .trace import Symbol, Tracer
 _Key = TypeVar("_Key")
 
 
-class Source(NamedTuple):
-    """The origin of a number of the scalar table.
+class ScalarSource(NamedTuple):
+    """The source of a number of the scalar table.
 
     Args:
       kind: a fixed number or tensor; an extra argument of `update`; an option that each leaf looks up; or whether it
@@ -43,13 +43,13 @@ class Recipe(NamedTuple):
 
     Args:
       program: the program.
-      scalars: where each column of the scalar table comes from.
+      scalars: the source of each column of the scalar table.
       slots: for each stored input and output, the position of its transformation and the slot's name.
       hosts: schedules that Python evaluates, by the name of the input that their value is.
     """
 
     program: Program
-    scalars: tuple[Source, ...]
+    scalars: tuple[ScalarSource, ...]
     slots: dict[str, tuple[int, str]]
     hosts: dict[str, "HostSchedule"]
 
@@ -175,7 +175,7 @@ class _Fusion:
     def __init__(self, stages: Mapping[str, int] | None, counting: Counting | None) -> None:
         self.t = Tracer(stages)
         self.counting = counting
-        self.sources: dict[str, Source] = {}
+        self.sources: dict[str, ScalarSource] = {}
         self.hosts: dict[str, HostSchedule] = {}
         self.slots: dict[str, tuple[int, str]] = {}
         self.per_leaf: set[str] = set()
@@ -187,7 +187,7 @@ class _Fusion:
         updates, params = t.input("array", "updates"), t.input("array", "params")
         u: Any = updates
         if counting is not None and counting.guarded:
-            u = t.op("div", u, self.scalar("grad_scale", Source("extra", -1, "grad_scale")))
+            u = t.op("div", u, self.scalar("grad_scale", ScalarSource("extra", -1, "grad_scale")))
         outputs: dict[str, Any] = {}
         names: list[str] = []
         trail = [(-1, u)]  # the update behind each part
@@ -208,15 +208,15 @@ class _Fusion:
             outputs["step"] = t.op("add", self.counter("step"), 1.0)
         outputs = {**final, **outputs}
         if counting is not None and counting.guarded:
-            found = self.scalar("found_inf", Source("extra", -1, "found_inf"))
+            found = self.scalar("found_inf", ScalarSource("extra", -1, "found_inf"))
             before = {"params": params, **self.stored}
             outputs = {k: t.op("where", t.op("eq", found, 0.0), x, before[k]) for k, x in outputs.items()}
         program = t.finish(outputs, frozenset(self.per_leaf))
-        self.sources |= {name: Source("value", -1, name, x) for name, x in t.captured.items()}
+        self.sources |= {name: ScalarSource("value", -1, name, x) for name, x in t.captured.items()}
         hosts = {name: host for name, host in self.hosts.items() if name in program.leaves}
         return Recipe(program, tuple(self.sources[name] for name in program.scalars), self.slots, hosts)
 
-    def scalar(self, name: str, source: Source) -> Symbol:
+    def scalar(self, name: str, source: ScalarSource) -> Symbol:
         self.sources[name] = source
         return self.t.input("scalar", name)
 
@@ -260,11 +260,11 @@ class _Fusion:
                 keywords[hyper] = self.schedule(value, count, position, label)
             elif bound.is_scalar(hyper):
                 kind: Any = "option" if isinstance(value, Option) else "value"
-                keywords[hyper] = self.scalar(label, Source(kind, position, label, value))
+                keywords[hyper] = self.scalar(label, ScalarSource(kind, position, label, value))
             else:
                 keywords[hyper] = value
         for extra in rule.extras:
-            keywords[extra] = self.scalar(extra, Source("extra", position, extra))
+            keywords[extra] = self.scalar(extra, ScalarSource("extra", position, extra))
         for extra in rule.columns:
             self.slots[extra] = (-1, extra)
             keywords[extra] = t.input("array", extra)
@@ -272,7 +272,7 @@ class _Fusion:
         if rule.uses_first and (self.counting is None or not rule.slots):
             first = t.op("eq", count, 0.0)
         elif rule.uses_first:
-            first = t.op("ne", self.scalar(f"{name}.first", Source("first", position, f"{name}.first")), 0.0)
+            first = t.op("ne", self.scalar(f"{name}.first", ScalarSource("first", position, f"{name}.first")), 0.0)
         if rule.takes_first:
             keywords["first"] = first
         before = []
@@ -339,7 +339,7 @@ class _Fusion:
 
         def number(label: str, value: Any) -> Symbol:
             values.append(value)
-            return self.scalar(f"{name}.{label}", Source("value", position, f"{name}.{label}", value))
+            return self.scalar(f"{name}.{label}", ScalarSource("value", position, f"{name}.{label}", value))
 
         read = schedule.replace_numbers(number)
         # Python may branch on a number, but not on a tensor, which may hold another one at the next step

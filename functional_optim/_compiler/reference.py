@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from .call import Call, Column, Join, Place
+from .call import Call, Column, Join, ReductionKey, reduction_key
 from .ops import OPS, REDUCTIONS
 from .program import Level, Value
 
@@ -50,14 +50,14 @@ def run_reference(
     """
     machines = [_Evaluation(call, elementwise) for call in calls]
     for stage in range(max([m.program.stages for m in machines] + ([] if join is None else [join.stages]), default=0)):
-        parts: dict[Place, Column] = {}
+        parts: dict[ReductionKey, Column] = {}
         for m in machines:
             m.reduce(stage, parts)
         joined = {} if join is None else join(stage, parts)
         partials: dict[str, Column] = {}
-        for place, x in joined.items():
-            if isinstance(place[0], str):
-                partials.setdefault(place[0], []).append(x)
+        for key, x in joined.items():
+            if isinstance(key[0], str):
+                partials.setdefault(key[0], []).append(x)
         for m in machines:
             m.contribute(stage, joined, partials)
         for m in machines:
@@ -94,7 +94,7 @@ class _Evaluation:
         self.wide: dict[int, Column] = {}
         self.cast: dict[tuple[int, torch.dtype], Column] = {}
 
-    def reduce(self, stage: int, parts: dict[Place, Column]) -> None:
+    def reduce(self, stage: int, parts: dict[ReductionKey, Column]) -> None:
         """Reduces each leaf, where reductions end before `stage`; parts for other processes go to `parts`."""
         for i in self.program.reductions:
             value = self.program.values[i]
@@ -104,10 +104,9 @@ class _Evaluation:
             self.reduced[i] = [REDUCTIONS[value.reduction].eager(x.double()) for x in column]
             if self.call.shard is not None:
                 for position, x in zip(self.call.positions, self.reduced[i], strict=True):
-                    place: Place = (value.name, self.call.shard) if value.op.startswith("tree_") else (position, i)
-                    parts.setdefault(place, []).append(x)
+                    parts.setdefault(reduction_key(value, i, position, self.call.shard), []).append(x)
 
-    def contribute(self, stage: int, joined: Mapping[Place, torch.Tensor], partials: dict[str, Column]) -> None:
+    def contribute(self, stage: int, joined: Mapping[ReductionKey, torch.Tensor], partials: dict[str, Column]) -> None:
         """Adds this call's part of tree reductions to `partials`, and takes completed reductions."""
         for i in self.reduced:
             value = self.program.values[i]

@@ -3,7 +3,7 @@
 leaves, a tensor per leaf and column
   |  plan.py        groups of leaves that share a program
 Group
-  |  programs.py    programs, and the places of their tensors among columns
+  |  programs.py    programs, and the cells that their tensors are in
   |  step.py        BoundStep: launch structures filled once, checked and started at every step
 launches            cpu.py, cuda/; evaluate.py where torch operations compute instead
 

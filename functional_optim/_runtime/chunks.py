@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from .._compiler.call import Place
+from .._compiler.call import ReductionKey
 from .._compiler.ops import REDUCTIONS
 from .join import Joins, Vector
 from .plan import Group
@@ -80,25 +80,25 @@ def partial_buffers(
     return buffers
 
 
-class _Piece(NamedTuple):
+class _LeafPart(NamedTuple):
     """The part of a reduction over leaves that one group has.
 
     Args:
       group: the position of the group.
       reduction: which of its reductions it is.
       firsts: each leaf's first chunk, among those of all groups.
-      cut: the leaves that are cut into several chunks, with the bounds of these.
+      several: the leaves that have several chunks, with the bounds of these.
       entries: the entry of each leaf in the vector that is joined.
     """
 
     group: int
     reduction: int
     firsts: torch.Tensor
-    cut: list[tuple[int, int, int]]
+    several: list[tuple[int, int, int]]
     entries: torch.Tensor
 
 
-class _Whole(NamedTuple):
+class _TreePart(NamedTuple):
     """The part of a reduction over the tree that groups in parts over the same processes have.
 
     Args:
@@ -107,7 +107,7 @@ class _Whole(NamedTuple):
       spans: the bounds of the groups' chunks among those of all groups; none if this process has no such leaf.
       entry: the entry in the vector that is joined.
       entries: the same as an index on the device, for which a copy at each step would wait.
-      place: where the joined number goes.
+      position: that of the joined number in the buffer.
     """
 
     group: int
@@ -115,7 +115,7 @@ class _Whole(NamedTuple):
     spans: list[tuple[int, int]]
     entry: int
     entries: torch.Tensor
-    place: int
+    position: int
 
 
 class JoinedChunks:
@@ -131,12 +131,12 @@ class JoinedChunks:
     def __init__(self, groups: Sequence[Group], cuts: Sequence[Chunks], joins: Joins, device: torch.device) -> None:
         starts = [0, *itertools.accumulate(len(chunks.leaf) for chunks in cuts)]
         self.n_joined, self.device = len(joins.shards), device
-        self.stages: dict[int, list[tuple[Vector, list[_Piece], list[_Whole]]]] = {}
+        self.stages: dict[int, list[tuple[Vector, list[_LeafPart], list[_TreePart]]]] = {}
         for stage, vectors in joins.vectors.items():
             for vector in vectors:
-                pieces: list[_Piece] = []
+                of_leaves: list[_LeafPart] = []
                 trees: dict[str, tuple[int, int]] = {}
-                spans: dict[Place, list[tuple[int, int]]] = {}
+                spans: dict[ReductionKey, list[tuple[int, int]]] = {}
                 for g, (group, chunks) in enumerate(zip(groups, cuts, strict=True)):
                     program = group.signature.program
                     for k, i in enumerate(program.reductions):
@@ -149,8 +149,8 @@ class JoinedChunks:
                         elif group.shard is not None:
                             firsts = [starts[g] + first for first in chunks.first]
                             bounds = enumerate(itertools.pairwise(firsts))
-                            pieces.append(
-                                _Piece(
+                            of_leaves.append(
+                                _LeafPart(
                                     g,
                                     k,
                                     torch.tensor(firsts[:-1], device=device),
@@ -158,18 +158,18 @@ class JoinedChunks:
                                     torch.tensor([vector.entries[leaf, i] for leaf in group.leaves], device=device),
                                 )
                             )
-                wholes = [
-                    _Whole(
-                        *trees[place[0]],
-                        spans.get(place, []),
+                of_trees = [
+                    _TreePart(
+                        *trees[key[0]],
+                        spans.get(key, []),
                         entry,
                         torch.tensor([entry], device=device),
-                        starts[-1] + joins.shards.index(place[1]),  # type: ignore[arg-type]
+                        starts[-1] + joins.shards.index(key[1]),  # type: ignore[arg-type]
                     )
-                    for place, entry in vector.entries.items()
-                    if isinstance(place[0], str) and place[0] in trees
+                    for key, entry in vector.entries.items()
+                    if isinstance(key[0], str) and key[0] in trees
                 ]
-                self.stages.setdefault(stage, []).append((vector, pieces, wholes))
+                self.stages.setdefault(stage, []).append((vector, of_leaves, of_trees))
 
     def __call__(self, buffers: Sequence[Sequence[torch.Tensor]], stage: int) -> None:
         """Completes the partial results of reductions that end before a stage.
@@ -178,32 +178,32 @@ class JoinedChunks:
           buffers: the buffers of `partial_buffers`.
           stage: the stage.
         """
-        for vector, pieces, wholes in self.stages.get(stage, ()):
+        for vector, of_leaves, of_trees in self.stages.get(stage, ()):
             identity, reduce = REDUCTIONS[vector.kind]
             entries: list[torch.Tensor] = []
             values: list[torch.Tensor] = []
-            for piece in pieces:
-                buffer = buffers[piece.group][piece.reduction]
-                totals = buffer[piece.firsts]
-                for leaf, first, last in piece.cut:
+            for part in of_leaves:
+                buffer = buffers[part.group][part.reduction]
+                totals = buffer[part.firsts]
+                for leaf, first, last in part.several:
                     totals[leaf] = reduce(buffer[first:last])
-                entries.append(piece.entries)
+                entries.append(part.entries)
                 values.append(totals)
-            for whole in wholes:
-                buffer = buffers[whole.group][whole.reduction]
-                if whole.spans:
-                    entries.append(whole.entries)
-                    values.append(reduce(torch.cat([buffer[a:b] for a, b in whole.spans])).reshape(1))
+            for tree in of_trees:
+                buffer = buffers[tree.group][tree.reduction]
+                if tree.spans:
+                    entries.append(tree.entries)
+                    values.append(reduce(torch.cat([buffer[a:b] for a, b in tree.spans])).reshape(1))
             no_entry = torch.empty(0, dtype=torch.int64, device=self.device)
             no_value = torch.empty(0, dtype=torch.float64, device=self.device)
             made = vector.complete(torch.cat([no_entry, *entries]), torch.cat([no_value, *values]))
-            for piece in pieces:
-                buffer = buffers[piece.group][piece.reduction]
-                for _, first, last in piece.cut:
+            for part in of_leaves:
+                buffer = buffers[part.group][part.reduction]
+                for _, first, last in part.several:
                     buffer[first:last] = identity
-                buffer[piece.firsts] = made[piece.entries]
-            for whole in wholes:
-                buffer = buffers[whole.group][whole.reduction]
-                for a, b in whole.spans:
+                buffer[part.firsts] = made[part.entries]
+            for tree in of_trees:
+                buffer = buffers[tree.group][tree.reduction]
+                for a, b in tree.spans:
                     buffer[a:b] = identity
-                buffer[whole.place] = made[whole.entry]
+                buffer[tree.position] = made[tree.entry]

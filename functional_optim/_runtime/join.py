@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from .._compiler.call import Place
+from .._compiler.call import ReductionKey, reduction_key
 from .._compiler.ops import REDUCTIONS
 from .._compiler.program import Program
 from .shard import Join, MeshShard
@@ -25,7 +25,7 @@ class Vector(NamedTuple):
     """
 
     kind: str
-    entries: Mapping[Place, int]
+    entries: Mapping[ReductionKey, int]
     join: Join
 
     def complete(self, entries: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -52,17 +52,16 @@ class Joins:
 
     def __init__(self, programs: Sequence[Program], shards: Sequence[MeshShard | None]) -> None:
         self.shards = list(dict.fromkeys(shard for shard in shards if shard is not None))
-        found: dict[tuple[int, str], dict[Place, MeshShard]] = {}
+        found: dict[tuple[int, str], dict[ReductionKey, MeshShard]] = {}
         for position, (program, shard) in enumerate(zip(programs, shards, strict=True)):
             for i in program.reductions if shard is not None else ():
                 value = program.values[i]
-                place: Place = (value.name, shard) if value.op.startswith("tree_") else (position, i)
                 assert shard is not None
-                found.setdefault((value.stage, value.reduction), {})[place] = shard
+                found.setdefault((value.stage, value.reduction), {})[reduction_key(value, i, position, shard)] = shard
         self.vectors: dict[int, list[Vector]] = {}
-        for (stage, kind), places in sorted(found.items(), key=lambda x: x[0]):
-            entries = {place: k for k, place in enumerate(places)}
-            self.vectors.setdefault(stage, []).append(Vector(kind, entries, Join(list(places.values()))))
+        for (stage, kind), keys in sorted(found.items(), key=lambda x: x[0]):
+            entries = {key: k for k, key in enumerate(keys)}
+            self.vectors.setdefault(stage, []).append(Vector(kind, entries, Join(list(keys.values()))))
 
     @property
     def stages(self) -> int:
@@ -72,19 +71,21 @@ class Joins:
     def __bool__(self) -> bool:
         return bool(self.vectors)
 
-    def __call__(self, stage: int, parts: Mapping[Place, Sequence[torch.Tensor]]) -> dict[Place, torch.Tensor]:
+    def __call__(
+        self, stage: int, parts: Mapping[ReductionKey, Sequence[torch.Tensor]]
+    ) -> dict[ReductionKey, torch.Tensor]:
         """Completes the reductions that end before a stage.
 
         Args:
           stage: the stage.
-          parts: numbers of this process, some for each place; none where it has no part.
+          parts: numbers of this process, some for each reduction; none where it has no part.
 
         Returns:
-          A number for every place.
+          A number for every reduction.
         """
-        results: dict[Place, torch.Tensor] = {}
+        results: dict[ReductionKey, torch.Tensor] = {}
         for vector in self.vectors.get(stage, ()):
-            own = {k: parts[place] for place, k in vector.entries.items() if place in parts}
+            own = {k: parts[key] for key, k in vector.entries.items() if key in parts}
             device = next(iter(own.values()))[0].device if own else torch.device("cpu")
             eager = REDUCTIONS[vector.kind].eager
             values = [eager(torch.stack([x.to(device) for x in xs])) for xs in own.values()]

@@ -20,7 +20,7 @@ from .cpu import CpuLaunchesOfParts, usable_threads
 from .internals import is_wrapper_of_a_transformation, members_unwrapper, outside_transformations, wrap_members
 from .kernels import build_kernels
 from .numbers import Numbers
-from .packed_step import Offsets, Source
+from .packed_step import Offsets, Origin
 from .packing import PackedColumn
 from .plan import Columns, Group, Key, Leaf
 from .pointers import Difference, PointerReader, Pointers
@@ -70,10 +70,10 @@ class MembersWorkspace:
     """Memory for data pointers, and the launches of kernels on it. Threads that share a step have one each."""
 
     def __init__(self, step: "MembersStep", n_threads: int) -> None:
-        n, n_sources, n_made = len(step.offsets), len(step.sources), len(step.makers)
+        n, n_origins, n_made = len(step.offsets), len(step.origins), len(step.makers)
         self.n_threads, self.pointers = n_threads, Pointers(n, len(step.made_offsets))
-        self.bases, self.new_bases = Pointers(n_sources), Pointers(n_made)
-        self.read_bases, self.made_bases = self.bases.tensor[:n_sources], self.new_bases.tensor[:n_made]
+        self.bases, self.new_bases = Pointers(n_origins), Pointers(n_made)
+        self.read_bases, self.made_bases = self.bases.tensor[:n_origins], self.new_bases.tensor[:n_made]
         self.read, self.made = self.pointers.tensor[:n], self.pointers.tensor[n + 1 :]
         self.known = b""  # the data pointers of stacks that `read` follows from
         self.run = CpuLaunchesOfParts(step.parts, step.places, self.pointers, n_threads, step.rows)
@@ -113,8 +113,8 @@ class MembersStep(Programs):
         if self.contiguous and any(isinstance(x, PackedColumn) for x in columns.values()):
             raise NoKernels
         self._build_kernels(specs)
-        self.sources = self._find_sources(columns)
-        stacks = [self._stack(source.of(columns), levels) for source in self.sources]
+        self.origins = self._find_origins(columns)
+        stacks = [self._stack(origin.of(columns), levels) for origin in self.origins]
         if not all(map(self._is_whole, stacks)):
             raise NoKernels
         with outside_transformations():
@@ -152,18 +152,18 @@ class MembersStep(Programs):
         if not build_kernels("c", self.groups):
             raise NoKernels
 
-    def _source(self, columns: Columns, key: Key, i: int) -> tuple[Source, int]:
+    def _origin(self, columns: Columns, key: Key, i: int) -> tuple[Origin, int]:
         """The origin of a tensor, and its offset there in elements. Leaves share a counter, which is read once."""
         column = columns[key]
         place = column.place(i) if isinstance(column, PackedColumn) else None
         if place is not None:
-            return Source(key, place.buffer, True), place.offset
-        return Source(key, self.groups[0].leaves[0] if key in self.counters else i, False), 0
+            return Origin(key, place.buffer, True), place.offset
+        return Origin(key, self.groups[0].leaves[0] if key in self.counters else i, False), 0
 
-    def _find_sources(self, columns: Columns) -> list[Source]:
+    def _find_origins(self, columns: Columns) -> list[Origin]:
         """The origins of all tensors that are read, and of updates, whose layout results have."""
         inputs = [group.gathers[k] for group in self.groups for k in (group.updates, *group.inputs)]
-        return list(dict.fromkeys(self._source(columns, *place)[0] for gather in inputs for place in gather.places))
+        return list(dict.fromkeys(self._origin(columns, *cell)[0] for gather in inputs for cell in gather.cells))
 
     def _stack(self, x: torch.Tensor, levels: Levels) -> Stack:
         """The tensor that stands behind one within `vmap`, in an order that kernels walk."""
@@ -180,19 +180,19 @@ class MembersStep(Programs):
 
         Args:
           columns: the tensors.
-          stacks: the sources.
+          stacks: the stacks of the origins.
           results: for each group and output, the results of its leaves.
 
         Returns:
-          The pointers that are read, from those of the sources; and those of results, from the tensors that are made.
+          The pointers that are read, from those of the origins; and those of results, from the tensors that are made.
         """
         entries: list[tuple[int, int]] = []
         made: list[tuple[int, int]] = []
-        n, index = self.ensemble.n, {source: k for k, source in enumerate(self.sources)}
+        n, index = self.ensemble.n, {origin: k for k, origin in enumerate(self.origins)}
         distances = [[k * x.tensor.element_size() for k in self.ensemble.offsets(x)] for x in stacks]
-        of_inputs: list[list[list[tuple[int, int]]]] = []  # for each group, input and leaf: the source, and bytes in it
+        of_inputs: list[list[list[tuple[int, int]]]] = []  # for each group, input and leaf: the origin, and bytes in it
         for group in self.groups:
-            found = [[self._source(columns, *place) for place in group.gathers[k].places] for k in group.inputs]
+            found = [[self._origin(columns, *cell) for cell in group.gathers[k].cells] for k in group.inputs]
             sizes = [dtype.itemsize for dtype in group.signature.inputs]
             of_inputs.append([[(index[x], k * size) for x, k in own] for own, size in zip(found, sizes, strict=True)])
         spans_tree = any(group.signature.program.spans_tree for group in self.groups)
@@ -243,7 +243,7 @@ class MembersStep(Programs):
         results: list[list[list[_Result]]] = []
         for group in self.groups:
             results.append([])
-            likes = [specs[key][i] for key, i in group.gathers[group.updates].places]
+            likes = [specs[key][i] for key, i in group.gathers[group.updates].cells]
             for places, output, dtype in zip(
                 group.targets, group.signature.program.outputs, group.signature.outputs, strict=True
             ):
@@ -300,11 +300,11 @@ class MembersStep(Programs):
 
     def name_of(self, position: int) -> tuple[str, int]:
         """The name of a tensor's column in messages, and the position of its leaf."""
-        source = self.sources[position]
+        origin = self.origins[position]
         for group in self.groups:
             for k, gather in enumerate(group.gathers):
-                for key, i in gather.places:
-                    if key == source.key and (source.packed or i == source.position):
+                for key, i in gather.cells:
+                    if key == origin.key and (origin.packed or i == origin.position):
                         return group.name_of(k), i
         raise IndexError(position)
 
@@ -344,7 +344,7 @@ class MembersStep(Programs):
         tensors = []
         if len(levels) == 1 and not self.contiguous:  # a call less for each
             unwrap, level = members_unwrapper(), levels[0].level
-            for (key, position, packed), (stacked,) in zip(self.sources, self.stacked, strict=True):
+            for (key, position, packed), (stacked,) in zip(self.origins, self.stacked, strict=True):
                 column: Any = columns[key]
                 x = column.packed.buffers[position] if packed else column[position]
                 if not isinstance(x, torch.Tensor):
@@ -354,8 +354,8 @@ class MembersStep(Programs):
                     return None
                 tensors.append(x.movedim(dim, 0) if dim else x)
             return tensors
-        for source, expected in zip(self.sources, self.stacked, strict=True):
-            x = source.of(columns)
+        for origin, expected in zip(self.origins, self.stacked, strict=True):
+            x = origin.of(columns)
             if not isinstance(x, torch.Tensor):
                 return None
             stack = self._stack(x, levels)

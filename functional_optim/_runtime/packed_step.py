@@ -21,7 +21,7 @@ from .spec import TensorSpec
 from .step import Binding, BoundStep, Reading, Workspace
 
 
-class Source(NamedTuple):
+class Origin(NamedTuple):
     """The origin of tensors of a step: a buffer of a packed column, or an entry of another one.
 
     Args:
@@ -96,9 +96,9 @@ class PackedWorkspace(Workspace):
 
     def __init__(self, step: "PackedStep", n_threads: int) -> None:
         super().__init__(step, n_threads)
-        self.bases, self.new_bases = Pointers(len(step.sources)), Pointers(len(step.made))
+        self.bases, self.new_bases = Pointers(len(step.origins)), Pointers(len(step.made))
         self.content = self.bases.content  # of buffers, which the pointers to leaves follow from
-        self.read_bases = self.bases.tensor[: len(step.sources)]
+        self.read_bases = self.bases.tensor[: len(step.origins)]
         self.made_bases = self.new_bases.tensor[: len(step.made)]
         self.read = self.pointers.tensor[: step.n_gathered]
         self.known = b""  # the data pointers of buffers that `read` follows from
@@ -120,19 +120,19 @@ class PackedStep(BoundStep):
         if not self._runs_kernels():
             raise NoKernels
         gathers = [gather for group in self.groups for gather in group.gathers]
-        places = [place for gather in gathers for place in gather.places[: gather.width]]
-        found: dict[Source, int] = {}
+        cells = [cell for gather in gathers for cell in gather.cells[: gather.width]]
+        found: dict[Origin, int] = {}
         entries = []
-        for (key, i), spec in zip(places, self.specs, strict=True):
-            source, offset = self._source(columns, key, i)
-            entries.append((found.setdefault(source, len(found)), offset * spec.dtype.itemsize))
-        self.sources: list[Source] = list(found)
+        for (key, i), spec in zip(cells, self.specs, strict=True):
+            origin, offset = self._origin(columns, key, i)
+            entries.append((found.setdefault(origin, len(found)), offset * spec.dtype.itemsize))
+        self.origins: list[Origin] = list(found)
         self.offsets = Offsets(entries)
-        self.owner = [k for k, _ in entries]  # the source of each gathered tensor
+        self.owner = [k for k, _ in entries]  # the origin of each gathered tensor
         self.first = {k: position for position, k in reversed(list(enumerate(self.owner)))}
         written = dict.fromkeys(self.owner[i] for start, stop in self.written for i in range(start, stop))
-        self.written_sources = list(written)
-        tensors = [source.of(columns) for source in self.sources]
+        self.written_origins = list(written)
+        tensors = [origin.of(columns) for origin in self.origins]
         self.buffer_reader = PointerReader(tensors, list(map(TensorSpec.of, tensors)))
         self.made: list[Made] = []
         if self.allocates:
@@ -144,14 +144,14 @@ class PackedStep(BoundStep):
         return bool(self.groups) and self.plain and not self.copied and kernels
 
     @staticmethod
-    def _source(columns: Columns, key: Key, i: int) -> tuple[Source, int]:
+    def _origin(columns: Columns, key: Key, i: int) -> tuple[Origin, int]:
         """The origin of a tensor, and its offset there in elements."""
         column = columns[key]
         if isinstance(column, PackedColumn):
             place = column.place(i)
             assert place is not None, "a leaf that takes part has all its tensors"
-            return Source(key, place.buffer, True), place.offset
-        return Source(key, i, False), 0
+            return Origin(key, place.buffer, True), place.offset
+        return Origin(key, i, False), 0
 
     def _lay_out_results(self, columns: Columns) -> None:
         """Decides which buffers the results have.
@@ -163,8 +163,8 @@ class PackedStep(BoundStep):
         entries: list[tuple[tuple[Key, int], Place, torch.dtype]] = []
         likes: dict[Key, Key] = {}
         for group in self.groups:
-            for places, dtype in zip(group.targets, group.signature.outputs, strict=True):
-                for key, i in places:
+            for cells, dtype in zip(group.targets, group.signature.outputs, strict=True):
+                for key, i in cells:
                     likes[key] = "params" if key == "updates" and "params" in columns else key
                     column = columns[likes[key]]
                     place = column.place(i) if isinstance(column, PackedColumn) else None
@@ -202,7 +202,7 @@ class PackedStep(BoundStep):
 
     def read(self, columns: Columns) -> Reading | Difference:
         """The buffers and other tensors of this step, if they have the specs that it is bound to."""
-        tensors = [source.of(columns) for source in self.sources]
+        tensors = [origin.of(columns) for origin in self.origins]
         workspace = self.take_workspace()
         assert isinstance(workspace, PackedWorkspace)
         found = self.buffer_reader.read(tensors, workspace.bases)
@@ -221,7 +221,7 @@ class PackedStep(BoundStep):
         return reading.tensors[self.owner[position]]
 
     def _written_tensors(self, reading: Reading) -> list[torch.Tensor]:
-        return [reading.tensors[k] for k in self.written_sources]
+        return [reading.tensors[k] for k in self.written_origins]
 
     def _allocate(self, reading: Reading, columns: Columns) -> list[list[Column]]:
         """New buffers as one column, with the pointers of results among those of the step."""
@@ -245,10 +245,10 @@ class PackedStep(BoundStep):
         New tensors are views of buffers that have been allocated, `outputs`.
         """
         views = [
-            x if not source.packed else _view(x, spec, n)
-            for x, source, spec, n in zip(
+            x if not origin.packed else _view(x, spec, n)
+            for x, origin, spec, n in zip(
                 [tensors[k] for k in self.owner],
-                [self.sources[k] for k in self.owner],
+                [self.origins[k] for k in self.owner],
                 self.specs,
                 self.offsets.bytes.tolist(),
                 strict=True,
@@ -257,13 +257,13 @@ class PackedStep(BoundStep):
         results = super()._evaluate(backend, own, views, numbers, outputs)
         if self.in_place:
             return {}
-        places = iter(zip(self.made_offsets.index.tolist(), self.made_offsets.bytes.tolist(), strict=True))
+        entries = iter(zip(self.made_offsets.index.tolist(), self.made_offsets.bytes.tolist(), strict=True))
         for g, (group, bounds) in enumerate(zip(self.groups, self.bounds, strict=True)):
             first, columns = bounds[group.updates][0], iter(results.get(g, ()))
             for output in group.signature.program.outputs:
                 values = next(columns, [None] * len(group.leaves))  # of another part
                 for i, x in enumerate(values):
-                    k, n = next(places)
+                    k, n = next(entries)
                     if x is not None:
                         spec = self.specs[first + i] if output.level is Level.ELEMENT else TensorSpec.of(x)
                         _view(outputs[0][0][k], spec, n).copy_(x)

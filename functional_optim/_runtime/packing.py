@@ -33,18 +33,18 @@ class Place(NamedTuple):
         return torch.Size(self.shape).numel()
 
 
-# Plain tuples, which compilers of all versions take for constants. A piece is a leaf as a view of a chunk of a buffer:
-# its position, its number of elements, its sizes in the order of memory, and for each dimension its position in that
-# order, or None if that is the order of the leaf. A cut is a buffer: its length, those of its chunks, and its pieces.
-Piece = tuple[int, int, tuple[int, ...], tuple[int, ...] | None]
-Cut = tuple[int, tuple[int, ...], tuple[Piece, ...]]
+# Plain tuples, which compilers of all versions take for constants. A leaf is a view of a section of a buffer: its
+# position, its number of elements, its sizes in the order of memory, and for each dimension its position in that order,
+# or None if that is the order of the leaf. A buffer is split by its length, those of its sections, and these views.
+LeafView = tuple[int, int, tuple[int, ...], tuple[int, ...] | None]
+BufferSplit = tuple[int, tuple[int, ...], tuple[LeafView, ...]]
 
 
-def piece_of(leaf: int, place: Place) -> Piece:
-    """The piece of a leaf at a place.
+def leaf_view(leaf: int, place: Place) -> LeafView:
+    """The view that a leaf at a place is.
 
     Example:
-      >>> piece_of(0, Place(0, 8, (2, 3), (3, 1))), piece_of(1, Place(0, 16, (2, 3), (1, 2)))
+      >>> leaf_view(0, Place(0, 8, (2, 3), (3, 1))), leaf_view(1, Place(0, 16, (2, 3), (1, 2)))
       ((0, 6, (2, 3), None), (1, 6, (3, 2), (1, 0)))
     """
     order = memory_order(place.shape, place.stride)
@@ -68,10 +68,10 @@ class Layout:
                 owners.setdefault(place.buffer, []).append(i)
         self.owners = [sorted(owners[b], key=self._order) for b in range(len(owners))]
         found = [[p for i in own if (p := places[i]) is not None] for own in self.owners]
-        chunks = [tuple([aligned(place.numel) for place in own]) for own in found]
-        self.sizes = tuple(map(sum, chunks))
-        pieces = [tuple(map(piece_of, own, there)) for own, there in zip(self.owners, found, strict=True)]
-        self.cuts: tuple[Cut, ...] = tuple(zip(self.sizes, chunks, pieces, strict=True))
+        sections = [tuple([aligned(place.numel) for place in own]) for own in found]
+        self.sizes = tuple(map(sum, sections))
+        views = [tuple(map(leaf_view, own, there)) for own, there in zip(self.owners, found, strict=True)]
+        self.splits: tuple[BufferSplit, ...] = tuple(zip(self.sizes, sections, views, strict=True))
         self.gaps = tuple(size > sum(place.numel for place in own) for size, own in zip(self.sizes, found, strict=True))
 
     def _order(self, i: int) -> tuple[int, int]:
@@ -80,14 +80,14 @@ class Layout:
 
     def views(self, buffers: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         """The leaves as views of buffers; see `views_of`."""
-        return views_of(self.cuts, len(self.places), buffers)
+        return views_of(self.splits, len(self.places), buffers)
 
 
-def views_of(cuts: Sequence[Cut], n: int, buffers: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+def views_of(splits: Sequence[BufferSplit], n: int, buffers: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
     """Leaves as views of buffers, None for absent leaves.
 
     Args:
-      cuts: how each buffer is cut.
+      splits: how each buffer is split.
       n: the number of leaves.
       buffers: the buffers.
 
@@ -95,7 +95,7 @@ def views_of(cuts: Sequence[Cut], n: int, buffers: Sequence[torch.Tensor]) -> li
       TypeError, ValueError: a buffer is no tensor, or not one of the right length.
     """
     found: list[torch.Tensor | None] = [None] * n
-    for b, (x, (size, chunks, pieces)) in enumerate(zip(buffers, cuts, strict=True)):
+    for b, (x, (size, sections, views)) in enumerate(zip(buffers, splits, strict=True)):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"buffer {b} of a packed tree is {type(x).__name__} {x!r:.60}, expected a tensor.")
         if x.shape != (size,):
@@ -110,8 +110,8 @@ def views_of(cuts: Sequence[Cut], n: int, buffers: Sequence[torch.Tensor]) -> li
                 )
             )
         # the derivative of one split is one concatenation, that of many slices a sum of as many whole buffers
-        for (leaf, numel, shape, order), chunk in zip(pieces, torch.split(x, list(chunks)), strict=True):
-            view = (chunk if chunk.shape[0] == numel else chunk[:numel]).view(shape)
+        for (leaf, numel, shape, order), section in zip(views, torch.split(x, list(sections)), strict=True):
+            view = (section if section.shape[0] == numel else section[:numel]).view(shape)
             found[leaf] = view if order is None else view.permute(order)
     return found
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .._compiler.call import LeafTable
-from .._compiler.fuse import Recipe, Source
+from .._compiler.fuse import Recipe, ScalarSource
 from .._compiler.passes import Signature
 from .._compiler.program import Level
 from .shard import MeshShard
@@ -19,6 +19,7 @@ from .spec import TensorSpec, compute_dtype, walk_together
 # or a transformation's position and a slot, or -1 and an extra argument
 Key = str | tuple[int, str]
 Columns = dict[Key, Sequence[Any]]  # a tensor per leaf in each, None where there is none
+Cell = tuple[Key, int]  # a column, and the position of a leaf in it
 
 
 class Leaf(NamedTuple):
@@ -46,33 +47,33 @@ class Gather(NamedTuple):
     Args:
       key: the column, if it is the same for all leaves.
       pick: takes them from the column, or from all columns if there is no `key`; None if they are the whole column.
-      places: each leaf's column and position.
+      cells: each leaf's column and position.
       shared: whether all leaves have one tensor, which is taken once.
     """
 
     key: Key | None
     pick: Callable[[Any], Sequence[Any]] | None
-    places: tuple[tuple[Key, int], ...]
+    cells: tuple[Cell, ...]
     shared: bool
 
     @classmethod
-    def of(cls, places: Sequence[tuple[Key, int]], n_leaves: int, shared: Container[Key]) -> "Gather":
-        """The gather of some places among columns of `n_leaves` tensors; those in `shared` hold one tensor."""
-        keys = {key for key, _ in places}
+    def of(cls, cells: Sequence[Cell], n_leaves: int, shared: Container[Key]) -> "Gather":
+        """The gather of some cells of columns of `n_leaves` tensors; those in `shared` hold one tensor."""
+        keys = {key for key, _ in cells}
         if len(keys) > 1:
-            return cls(None, lambda columns: [columns[key][i] for key, i in places], tuple(places), False)
-        positions, is_shared = [i for _, i in places], places[0][0] in shared
+            return cls(None, lambda columns: [columns[key][i] for key, i in cells], tuple(cells), False)
+        positions, is_shared = [i for _, i in cells], cells[0][0] in shared
         if positions == list(range(n_leaves)) and not is_shared:
-            return cls(places[0][0], None, tuple(places), False)
+            return cls(cells[0][0], None, tuple(cells), False)
         # an itemgetter of one item returns no sequence
         one = len(positions) == 1 or is_shared
         pick = itemgetter(slice(positions[0], positions[0] + 1)) if one else itemgetter(*positions)
-        return cls(places[0][0], pick, tuple(places), is_shared)
+        return cls(cells[0][0], pick, tuple(cells), is_shared)
 
     @property
     def width(self) -> int:
         """Number of tensors."""
-        return 1 if self.shared else len(self.places)
+        return 1 if self.shared else len(self.cells)
 
 
 class Group(NamedTuple):
@@ -86,9 +87,9 @@ class Group(NamedTuple):
       updates: which of them are the updates, whose layout new tensors take.
       inputs: which of them each input is.
       outputs: which of them each output is written to; None for updates, which are always new tensors.
-      targets: for each output, the column and position of each leaf's result.
+      targets: for each output, the cell of each leaf's result.
       table: the leaves' sizes and rows of the scalar table.
-      sources: for each row, the origins of its numbers.
+      sources: for each row, the scalar sources of its numbers.
       owners: for each row, the options that are looked up, and whether it is the first step.
       copied: positions within the group of leaves whose arrays a kernel cannot walk side by side.
       shard: the processes that have other parts of the leaves, if there are any.
@@ -101,9 +102,9 @@ class Group(NamedTuple):
     updates: int
     inputs: tuple[int, ...]
     outputs: tuple[int | None, ...]
-    targets: tuple[tuple[tuple[Key, int], ...], ...]
+    targets: tuple[tuple[Cell, ...], ...]
     table: LeafTable
-    sources: tuple[tuple[Source, ...], ...]
+    sources: tuple[tuple[ScalarSource, ...], ...]
     owners: tuple[tuple[int, bool], ...]
     copied: tuple[int, ...]
     shard: MeshShard | None
@@ -114,7 +115,7 @@ class Group(NamedTuple):
         names = [*zip(self.inputs, (*program.arrays, *program.leaves), strict=True)]
         names += [(k, o.name) for k, o in zip(self.outputs, program.outputs, strict=True) if k is not None]
         name = next((name for k, name in names if k == gather), "updates")
-        key = self.gathers[gather].places[0][0]
+        key = self.gathers[gather].cells[0][0]
         if isinstance(key, tuple) and key[0] < 0:
             return f"the extra argument `{name}`"
         if "@" in name:  # kept for a rule that wraps others
@@ -191,27 +192,27 @@ def _group(members: Sequence[tuple[Leaf, _Fit]], n_leaves: int, shared: Containe
     program = fit.signature.program
     rows = {leaf.row: k for k, leaf in enumerate({leaf.row: leaf for leaf in leaves}.values())}
     sources = {leaf.row: leaf.recipe.scalars for leaf in leaves}
-    gathers: dict[tuple[tuple[Key, int], ...], int] = {}
+    gathers: dict[tuple[Cell, ...], int] = {}
 
     @functools.cache
-    def place(name: str) -> int:
+    def position(name: str) -> int:
         """The position of a column among the gathers; one that is both read and written has one position."""
-        places = tuple((leaf.recipe.column_of(name), leaf.position) for leaf in leaves)
-        return gathers.setdefault(places, len(gathers))
+        cells = tuple((leaf.recipe.column_of(name), leaf.position) for leaf in leaves)
+        return gathers.setdefault(cells, len(gathers))
 
-    updates = place("updates")
-    inputs = tuple(map(place, (*program.arrays, *program.leaves)))
-    outputs = tuple(None if o.name == "updates" else place(o.name) for o in program.outputs)
-    all_places = tuple(gathers)
+    updates = position("updates")
+    inputs = tuple(map(position, (*program.arrays, *program.leaves)))
+    outputs = tuple(None if o.name == "updates" else position(o.name) for o in program.outputs)
+    all_cells = tuple(gathers)
     return Group(
         fit.signature,
         fit.device,
         tuple(leaf.position for leaf in leaves),
-        tuple(Gather.of(places, n_leaves, shared) for places in all_places),
+        tuple(Gather.of(cells, n_leaves, shared) for cells in all_cells),
         updates,
         inputs,
         outputs,
-        tuple(all_places[updates if k is None else k] for k in outputs),
+        tuple(all_cells[updates if k is None else k] for k in outputs),
         LeafTable(
             tuple(own.size for _, own in members),
             tuple(leaf.numel for leaf in leaves),

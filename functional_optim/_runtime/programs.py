@@ -1,4 +1,4 @@
-"""Programs: those of some leaves, with the places of their tensors among columns. A step is bound to them.
+"""Programs: those of some leaves, with the cells of columns that their tensors are in. A step is bound to them.
 
 Torch operations compute them wherever torch works, which a step of kernels falls back to.
 """
@@ -92,11 +92,11 @@ class Programs:
         return self.scatter(columns, evaluate("reference", self.groups, tensors, numbers, self.joins))
 
     def scatter(self, columns: Columns, outputs: Sequence[Sequence[Sequence[Any]]]) -> Columns:
-        """The columns that change, with the outputs of all groups in their places."""
+        """The columns that change, with the outputs of all groups in their cells."""
         results: dict[Key, list[Any]] = {}
         for group, own in zip(self.groups, outputs, strict=True):
-            for places, values in zip(group.targets, own, strict=True):
-                for (key, i), value in zip(places, values, strict=True):
+            for cells, values in zip(group.targets, own, strict=True):
+                for (key, i), value in zip(cells, values, strict=True):
                     if key not in results:
                         results[key] = list(columns[key])
                     results[key][i] = value

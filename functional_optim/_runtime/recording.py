@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .._compiler.differentiate import NoDerivative, cotangent, differentiate_all
-from .._compiler.fuse import Recipe, Source
+from .._compiler.fuse import Recipe, ScalarSource
 from .._compiler.program import Level, Program
 from .checks import at
 from .evaluate import evaluate
@@ -99,7 +99,7 @@ class Derivative:
                 if output.name in given[g]:
                     self._put(cotangent(output.name), group, range(result, result + len(group.leaves)))
                 result += len(group.leaves)
-            recipe = Recipe(program, tuple(Source("value", -1, name) for name in program.scalars), {}, {})
+            recipe = Recipe(program, tuple(ScalarSource("value", -1, name) for name in program.scalars), {}, {})
             first = len(self.rows)
             self.rows += [(g, row) for row in range(len(group.sources))]
             for i, numel, row in zip(group.leaves, group.table.wholes, group.table.rows, strict=True):

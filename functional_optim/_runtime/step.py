@@ -241,8 +241,8 @@ class BoundStep(Programs):
         found: dict[Key, int] = {}
         for group, bounds in zip(self.groups, self.bounds, strict=True):
             for gather, (start, _) in zip(group.gathers, bounds, strict=True):
-                if gather.places[0][0] in keys:
-                    found.setdefault(gather.places[0][0], start)
+                if gather.cells[0][0] in keys:
+                    found.setdefault(gather.cells[0][0], start)
         return found
 
     def name_of(self, position: int) -> tuple[str, int]:

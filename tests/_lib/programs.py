@@ -7,7 +7,7 @@ from unittest import mock
 import torch
 
 from _lib.backends import only
-from functional_optim._compiler.fuse import Recipe, Source
+from functional_optim._compiler.fuse import Recipe, ScalarSource
 from functional_optim._compiler.program import Program
 from functional_optim._compiler.rule import Option
 from functional_optim._compiler.triton.build import interprets
@@ -31,7 +31,7 @@ def bind(program: Program, columns: Columns, in_place: bool = False, counters: S
       in_place: whether outputs are written to their columns.
       counters: columns of one counter, which a step in place moves on.
     """
-    recipe = Recipe(program, tuple(Source("option", -1, name, Option(name)) for name in program.scalars), {}, {})
+    recipe = Recipe(program, tuple(ScalarSource("option", -1, name, Option(name)) for name in program.scalars), {}, {})
     leaves = [Leaf(k, recipe, ("leaf", k, False), x.numel(), None) for k, x in enumerate(columns["updates"])]
     specs = {key: specs_of(column) for key, column in columns.items()}
     paths = [f"p{k}" for k in range(len(leaves))]

@@ -146,5 +146,7 @@ def test_an_extra_argument_that_is_missing_is_refused() -> None:
         tx.update(params, tx.init(params), params, grad=params)
     p = torch.nn.Parameter(torch.ones(2))
     p.grad = torch.ones(2)
-    with pytest.raises(TypeError, match=r"scale_by_value needs the extra argument `value`: call `step\(closure, value="):
+    with pytest.raises(
+        TypeError, match=r"scale_by_value needs the extra argument `value`: call `step\(closure, value="
+    ):
         TransformOptimizer([p], fo.chain(fo.scale(2.0), scale_by_value())).step()

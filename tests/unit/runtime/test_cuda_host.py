@@ -270,14 +270,14 @@ def test_a_captured_step_has_copies_of_shared_numbers_of_its_own(device: StandIn
         set_grads(params, grads(step))
         opt.step()
     (bound,) = opt._bindings.steps
-    (known,) = bound.state.copies.values()
-    own = {memory.data_ptr() for memory, _ in known.values()}
+    (copies,) = bound.state.copies.values()
+    own = {memory.data_ptr() for memory, _ in copies.known.values()}
     made: list[torch.Tensor] = []
     clone = torch.Tensor.clone
     with device.capture(), mock.patch.object(torch.Tensor, "clone", lambda x: made.append(clone(x)) or made[-1]):
         opt.step()
     assert made
-    assert own == {memory.data_ptr() for memory, _ in known.values()}
+    assert own == {memory.data_ptr() for memory, _ in copies.known.values()}
     assert not own & {x.data_ptr() for x in made}
 
 
