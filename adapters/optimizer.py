@@ -246,7 +246,7 @@ class ChainOptimizer(Optimizer):
                 self._step_dense(templates, params, dense, states, extra, guarded)
             if rows is not None:
                 rows.write(states)
-            if guarded and journal.entries and float(extra["found_inf"]):
+            if guarded and journal and float(extra["found_inf"]):
                 self._undo(journal, before)
         except BaseException:
             bindings.forget_step(step)
@@ -333,11 +333,11 @@ class ChainOptimizer(Optimizer):
                 self._undo(journal, before)  # slots of stages before the one that found something gone
                 exact, journal = True, Journal()
             # nothing waits for a device but the first step
-            if outcome == "sparse" or (guarded and (first or journal.entries) and float(extra["found_inf"])):
+            if outcome == "sparse" or (guarded and (first or journal) and float(extra["found_inf"])):
                 self._undo(journal, before)
         except BaseException:
             bindings.forget_step(step)
-            changed = first or journal.entries
+            changed = first or journal
             if step is None or not step.completed or (guarded and changed and float(extra["found_inf"])):
                 self._undo(journal, before)
             raise

@@ -234,4 +234,5 @@ def apply_gradients(
       >>> params["w"]
       tensor([0.9000, 0.9000])
     """
-    return run(as_transformation(tx), True, grads, state, params, extra, donate)
+    tx = tx if isinstance(tx, GradientTransformation) else as_transformation(tx)
+    return run(tx, True, grads, state, params, extra, donate)

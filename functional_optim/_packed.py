@@ -2,12 +2,12 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
 
-from ._runtime.packing import Layout, PackedColumn, PackedTensors, Place, aligned, memory_order
+from ._runtime.packing import Layout, PackedTensors, Place, aligned, memory_order
 from ._runtime.spec import TensorSpec
 from ._structures import FORMS, read, rebuild
 
@@ -136,15 +136,6 @@ class Packed(PackedTensors):
             f"Packed({n} lea{'f' if n == 1 else 'ves'} in {k} buffer{'' if k == 1 else 's'}"
             f"{': ' if kinds else ''}{', '.join(kinds)})"
         )
-
-
-def packed_forms(columns: Iterable[Any]) -> tuple[Form | None, ...]:
-    """The form of each column that is packed, and None for others; nothing if none is."""
-    columns = tuple(columns)
-    if PackedColumn not in map(type, columns):
-        return ()
-    packed = [x.packed if type(x) is PackedColumn else None for x in columns]
-    return tuple([x.form if isinstance(x, Packed) else None for x in packed])
 
 
 def _dense_order(x: torch.Tensor) -> tuple[int, ...]:

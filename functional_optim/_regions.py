@@ -2,25 +2,26 @@
 
 import bisect
 import itertools
-from collections.abc import Hashable, Mapping, Sequence, Set
+from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 
 from ._compiler.fuse import Counting, HostSchedule, Part, Recipe, fuse_all
 from ._compiler.rule import Bound, Slot, slot
-from ._packed import Form, packed_forms
+from ._packed import Form, Packed
 from ._runtime.checks import at, check_fit, check_slot, refuse_freed
 from ._runtime.internals import MapLevel
 from ._runtime.join import Joins
 from ._runtime.members import MembersReading, MembersStep
 from ._runtime.packed_step import PackedStep
+from ._runtime.packing import PackedColumn
 from ._runtime.plan import Columns, Key, Leaf
-from ._runtime.programs import NoKernels, Programs
+from ._runtime.programs import Binding, NoKernels, Programs
 from ._runtime.shard import MeshShard
 from ._runtime.spec import TensorSpec, specs_of
 from ._runtime.stacks import find_freed
-from ._runtime.step import Binding, BoundStep, Reading
+from ._runtime.step import BoundStep, Reading
 from ._schedules.traced import has_fixed_key, traced_key
 from ._transform import Link
 from ._tree import MaskedNode
@@ -260,6 +261,15 @@ class Variant(NamedTuple):
     backend: str | None
     first: frozenset[int] = frozenset()
     forms: tuple[Form | None, ...] = ()
+
+
+def packed_forms(columns: Iterable[Any]) -> tuple[Form | None, ...]:
+    """The form of each column that is packed, and None for others; nothing if none is."""
+    columns = tuple(columns)
+    if PackedColumn not in map(type, columns):
+        return ()
+    packed = [x.packed if type(x) is PackedColumn else None for x in columns]
+    return tuple([x.form if isinstance(x, Packed) else None for x in packed])
 
 
 class BoundRegion:

@@ -15,9 +15,8 @@ from ._extras import check_no_number, extras_of
 from ._foreign import CHANGED_MESSAGE, SpecWatch, call_opaque, check_updates, host_column, updates_of, value_of_members
 from ._leafwise import LeafwiseStep
 from ._opaque import check_apart
-from ._packed import packed_forms
-from ._regions import BoundRegion, LeafwiseRegion, Opaque, Region, Variant, cut_into_regions
-from ._runtime.backend import requested_backend
+from ._regions import BoundRegion, LeafwiseRegion, Opaque, Region, Variant, cut_into_regions, packed_forms
+from ._runtime.backend import REQUESTED
 from ._runtime.checks import at, check_fit, check_leaf
 from ._runtime.cuda.capture import refuse_host_schedule, refuse_new_trees
 from ._runtime.internals import (
@@ -238,12 +237,12 @@ class TreeStep:
         self, stage: TreeRegion, own: Columns, extra: Mapping[str, Any], given: Mapping[int, torch.Tensor]
     ) -> Columns | None:
         """Runs a region where torch follows: by kernels where only `vmap`, or only `grad` does, else by operations."""
-        if takes_gradients() and requested_backend() in (None, "c", "triton"):
+        if takes_gradients() and REQUESTED.get() in (None, "c", "triton"):
             recorded = self._bound_to_plain(stage, own)
             if recorded is not None and can_record(recorded):
                 return record(recorded, own, recorded.own_numbers(extra, given), plain=False)
         mapped = map_levels()
-        levels = mapped if requested_backend() in (None, "c") else ()
+        levels = mapped if REQUESTED.get() in (None, "c") else ()
         found = stage.find_members(own, levels, extra, given) if levels else None
         if found is None:
             if not self._has_its_leaves(own):
@@ -267,7 +266,7 @@ class TreeStep:
         """The step that is bound to the tensors that wrappers of `grad` stand for; None if others are there now."""
         plain: Columns = {key: list(map(without_wrappers, column)) for key, column in own.items()}
         with outside_transformations():
-            variant = Variant(False, requested_backend())
+            variant = Variant(False, REQUESTED.get())
             found = stage.find(plain, variant)
             if found is None:
                 if not self._has_its_leaves(plain):
@@ -295,7 +294,7 @@ class TreeStep:
         """
         if dispatching and stage.leafwise is None:
             return self._run_followed(stage, own, extra, given)
-        variant = Variant(in_place, requested_backend(), forms=packed_forms(own.values()))
+        variant = Variant(in_place, REQUESTED.get(), forms=packed_forms(own.values()))
         found = None if stage.leafwise else stage.find(own, variant)
         if found is None:
             if stage.leafwise is not None and stage.leafwise.fits(own):

@@ -7,20 +7,20 @@ from typing import Any
 _MISSING = object()
 
 
-class Journal:
-    """Entries of state that a step has put in place, to be taken back if it fails before anything is written."""
+class Journal(list[tuple[MutableMapping[Any, Any], Any, Any]]):
+    """Entries of state that a step has put in place, to be taken back if it fails before anything is written.
 
-    def __init__(self) -> None:
-        self.entries: list[tuple[MutableMapping[Any, Any], Any, Any]] = []
+    A list of the dicts, keys and values before, in order.
+    """
 
     def set(self, state: MutableMapping[Any, Any], key: Any, value: Any) -> None:
         """Puts an entry in place."""
-        self.entries.append((state, key, state.get(key, _MISSING)))
+        self.append((state, key, state.get(key, _MISSING)))
         state[key] = value
 
     def undo(self) -> None:
         """Takes all entries back."""
-        for state, key, before in reversed(self.entries):
+        for state, key, before in reversed(self):
             if before is _MISSING:
                 state.pop(key, None)
             else:

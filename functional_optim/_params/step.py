@@ -12,7 +12,7 @@ from .._extras import check_no_number, extras_of
 from .._foreign import CHANGED_MESSAGE, SpecWatch, call_opaque, check_updates, host_column, updates_of
 from .._opaque import SplitState
 from .._regions import Opaque, Region, Variant, cut_into_regions
-from .._runtime.backend import requested_backend
+from .._runtime.backend import REQUESTED
 from .._runtime.checks import check_fit, check_leaf
 from .._runtime.cuda.capture import refuse_host_schedule
 from .._runtime.internals import in_backward, needs_dispatch
@@ -369,7 +369,7 @@ class ParamStep:
             own |= self.state.mend_counters(own, states, journal)
             return stage.run_leafwise(stage.leafwise, own, options, extra, first, fits=True)
         dispatching = needs_dispatch()
-        variant = Variant(in_place, requested_backend(), first if stage.first_slots else frozenset())
+        variant = Variant(in_place, REQUESTED.get(), first if stage.first_slots else frozenset())
         found = None if dispatching or stage.leafwise else stage.find(own, variant)
         if found is None:
             if any(u is None or u.layout is not torch.strided for u in (own["updates"][i] for i in self.present)):

@@ -13,7 +13,7 @@ from .._compiler.triton.build import interprets
 
 
 BACKENDS = ("reference", "foreach", "c", "triton")
-_requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
+REQUESTED: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)  # by `use_backend`
 # the same as a list, of all threads: a compiler follows no context variables, and guards its graphs by this
 ASKED: list[str] = []
 _given_up: dict[str, str] = {}  # backends that failed to build a kernel in this process, and the reason
@@ -44,19 +44,14 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; there are {', '.join(map(repr, BACKENDS))}.")
-    token = None if torch.compiler.is_dynamo_compiling() else _requested.set(name)
+    token = None if torch.compiler.is_dynamo_compiling() else REQUESTED.set(name)
     ASKED.append(name)
     try:
         yield
     finally:
         ASKED.pop()
         if token is not None:
-            _requested.reset(token)
-
-
-def requested_backend() -> str | None:
-    """The backend that `use_backend` asks for, if any."""
-    return _requested.get()
+            REQUESTED.reset(token)
 
 
 @functools.lru_cache(maxsize=1)
@@ -80,7 +75,7 @@ def choose_backend(device: torch.device, where: str = "") -> tuple[str, str]:
     Raises:
       RuntimeError: the backend that is asked for never computes tensors on this device, here.
     """
-    asked = _requested.get()
+    asked = REQUESTED.get()
     if asked in ("reference", "foreach"):
         return asked, ""
     if asked is not None:

@@ -16,9 +16,9 @@ from .numbers import Numbers
 from .packing import PackedColumn, Place
 from .plan import Columns, Key
 from .pointers import Difference, PointerReader, Pointers
-from .programs import NoKernels
+from .programs import Binding, NoKernels
 from .spec import TensorSpec
-from .step import Binding, BoundStep, Reading, Workspace
+from .step import BoundStep, Reading, Workspace
 
 
 class Origin(NamedTuple):

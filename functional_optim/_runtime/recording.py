@@ -20,8 +20,9 @@ from .kernels import COMPILE
 from .numbers import Numbers
 from .plan import Columns, Group, Key, Leaf
 from .pointers import Difference
+from .programs import Binding
 from .spec import specs_of
-from .step import Binding, BoundStep, flat
+from .step import BoundStep, flat
 
 
 Tensors = Sequence[torch.Tensor]

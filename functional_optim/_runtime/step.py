@@ -22,13 +22,12 @@ from .cpu import CpuLaunches, usable_threads
 from .cuda.capture import NumberWatch, refuse_binding
 from .cuda.launch import DeviceMemory, TritonLaunch
 from .evaluate import evaluate
-from .join import Joins
 from .kernels import COMPILE, build_kernels
 from .numbers import Numbers as Numbers
 from .overlap import OverlapCheck, SharedMemoryError
-from .plan import Columns, Key, Leaf
+from .plan import Columns, Key
 from .pointers import Difference, PointerReader, Pointers
-from .programs import REQUIRES_GRAD, Programs, Specs
+from .programs import REQUIRES_GRAD, Binding, Programs
 from .spec import TensorSpec, lies_outside
 
 
@@ -69,28 +68,6 @@ class Workspace:
     def completed(self) -> bool:
         """Whether everything has been written, which C notes in the call that writes."""
         return self.status.value != 0
-
-
-class Binding(NamedTuple):
-    """All that a step is bound to.
-
-    Args:
-      leaves: the leaves that programs compute.
-      specs: the specs of their tensors, by column.
-      columns: tensors of these specs.
-      paths: the path of each leaf of the tree.
-      in_place: whether results are written to the tensors that are there; otherwise they are new tensors.
-      counters: columns of counters that all leaves on a device share, which a step in place moves on by one.
-      joins: the reductions over processes, if there are any.
-    """
-
-    leaves: Sequence[Leaf]
-    specs: Specs
-    columns: Columns
-    paths: Sequence[str]
-    in_place: bool
-    counters: Sequence[Key] = ()
-    joins: Joins | None = None
 
 
 class BoundStep(Programs):

@@ -13,8 +13,9 @@ from functional_optim._compiler.rule import Option
 from functional_optim._compiler.triton.build import interprets
 from functional_optim._runtime import plan
 from functional_optim._runtime.plan import Columns, Key, Leaf
+from functional_optim._runtime.programs import Binding
 from functional_optim._runtime.spec import specs_of
-from functional_optim._runtime.step import Binding, BoundStep, Reading
+from functional_optim._runtime.step import BoundStep, Reading
 
 
 def device_of(backend: str) -> torch.device:
