@@ -1,5 +1,6 @@
 """Costs of a step, counted in calls that Python makes, and not in time."""
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -12,12 +13,17 @@ import functional_optim as fo
 from functional_optim.adapters import AdamW, TransformOptimizer
 
 
-def calls(step: Callable[[], Any]) -> int:
-    """Number of functions that a step calls, those written in C included."""
-    count = [0]
+# adapters are beside the package in a checkout, and within it where it is installed
+PACKAGE = tuple(os.path.dirname(os.path.realpath(x.__file__)) + os.sep for x in (fo, fo.adapters))
+
+
+def calls(step: Callable[[], Any]) -> list[str]:
+    """The functions that a step calls, those written in C included: the file of each, empty for C."""
+    found: list[str] = []
 
     def profile(frame: Any, event: str, arg: Any) -> None:
-        count[0] += event in ("call", "c_call")
+        if event in ("call", "c_call"):
+            found.append(frame.f_code.co_filename if event == "call" else "")
 
     before = sys.getprofile()
     sys.setprofile(profile)
@@ -25,7 +31,7 @@ def calls(step: Callable[[], Any]) -> int:
         step()
     finally:
         sys.setprofile(before)
-    return count[0]
+    return found
 
 
 def identity(updates: Any, params: Any) -> Any:
@@ -74,8 +80,18 @@ def per_tensor(make: Callable[[int], Callable[[], Any]]) -> float:
         step = make(n)
         for _ in range(3):
             step()
-        found.append(calls(step))
+        found.append(len(calls(step)))
     return (found[1] - found[0]) / 100
+
+
+def test_a_step_can_be_followed() -> None:
+    """The numbers of functions and files that docs/kernels.md tells."""
+    for step, files in ((pure(fo.adamw(1e-3), True)(3), 12), (optimizer(None)(3), 11)):
+        for _ in range(5):
+            step()
+        own = [file for file in calls(step) if os.path.realpath(file).startswith(PACKAGE)]
+        assert len(own) < 40
+        assert len(set(own)) <= files
 
 
 def test_a_step_of_rules_calls_nothing_for_each_tensor() -> None:
@@ -102,5 +118,5 @@ def test_calls_do_not_grow_with_the_square_of_tensors(members: int) -> None:
         step = optimizer(tx)(n)
         for _ in range(3):
             step()
-        found.append(calls(step))
+        found.append(len(calls(step)))
     assert found[2] - found[1] <= 2.2 * (found[1] - found[0])
