@@ -12,6 +12,7 @@ import torch
 from ._params.journal import Journal
 from ._params.local import tensor_of
 from ._params.step import ParamStep
+from ._params.template import States
 from ._regions import Stored
 from ._runtime.checks import at, check_fit, check_leaf
 from ._runtime.internals import needs_dispatch
@@ -170,7 +171,7 @@ class RowStep:
 
     def take(
         self,
-        states: Sequence[dict[str, Any]],
+        states: States,
         options: Sequence[Mapping[str, Any]],
         extra: Mapping[str, Any],
         journal: Journal,

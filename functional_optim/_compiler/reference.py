@@ -4,7 +4,8 @@ It runs on any device and layout, under `torch.func` transformations and autogra
 eager column of the operation table.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -14,6 +15,7 @@ from .program import Level, Value
 
 
 Elementwise = Callable[[Value, list[Column], torch.dtype], Column]
+K = TypeVar("K", bound=Hashable)
 
 
 def each_leaf(value: Value, operands: list[Column], dtype: torch.dtype) -> Column:
@@ -50,16 +52,10 @@ def run_reference(
     """
     machines = [_Evaluation(call, elementwise) for call in calls]
     for stage in range(max([m.program.stages for m in machines] + ([] if join is None else [join.stages]), default=0)):
-        parts: dict[ReductionKey, Column] = {}
-        for m in machines:
-            m.reduce(stage, parts)
+        parts = _merged([m.reduce(stage) for m in machines])
         joined = {} if join is None else join(stage, parts)
-        partials: dict[str, Column] = {}
-        for key, x in joined.items():
-            if isinstance(key[0], str):
-                partials.setdefault(key[0], []).append(x)
-        for m in machines:
-            m.contribute(stage, joined, partials)
+        of_shards = [{key[0]: [x]} for key, x in joined.items() if isinstance(key[0], str)]
+        partials = _merged([*of_shards, *(m.complete(stage, joined) for m in machines)])
         for m in machines:
             m.evaluate(stage, partials)
     results = [m.outputs() for m in machines]
@@ -70,6 +66,15 @@ def run_reference(
                     t.copy_(x)
                 columns[k] = target
     return results
+
+
+def _merged(several: Sequence[Mapping[K, Column]]) -> dict[K, Column]:
+    """All columns of several mappings, those of one key behind one another."""
+    found: dict[K, Column] = {}
+    for own in several:
+        for key, column in own.items():
+            found.setdefault(key, []).extend(column)
+    return found
 
 
 def _number(x: float | torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -94,8 +99,9 @@ class _Evaluation:
         self.wide: dict[int, Column] = {}
         self.cast: dict[tuple[int, torch.dtype], Column] = {}
 
-    def reduce(self, stage: int, parts: dict[ReductionKey, Column]) -> None:
-        """Reduces each leaf, where reductions end before `stage`; parts for other processes go to `parts`."""
+    def reduce(self, stage: int) -> dict[ReductionKey, Column]:
+        """Reduces each leaf, where reductions end before a stage: the parts that other processes are to complete."""
+        parts: dict[ReductionKey, Column] = {}
         for i in self.program.reductions:
             value = self.program.values[i]
             if value.stage != stage:
@@ -105,9 +111,11 @@ class _Evaluation:
             if self.call.shard is not None:
                 for position, x in zip(self.call.positions, self.reduced[i], strict=True):
                     parts.setdefault(reduction_key(value, i, position, self.call.shard), []).append(x)
+        return parts
 
-    def contribute(self, stage: int, joined: Mapping[ReductionKey, torch.Tensor], partials: dict[str, Column]) -> None:
-        """Adds this call's part of tree reductions to `partials`, and takes completed reductions."""
+    def complete(self, stage: int, joined: Mapping[ReductionKey, torch.Tensor]) -> dict[str, Column]:
+        """Takes the reductions over leaves that have been completed; returns the part of those over the tree."""
+        partials: dict[str, Column] = {}
         for i in self.reduced:
             value = self.program.values[i]
             if value.stage != stage:
@@ -118,6 +126,7 @@ class _Evaluation:
             elif not value.op.startswith("tree_"):
                 device = self.like[0].device
                 self.reduced[i] = [joined[position, i].to(device) for position in self.call.positions]
+        return partials
 
     def evaluate(self, stage: int, partials: dict[str, Column]) -> None:
         signature, program = self.call.signature, self.program

@@ -19,7 +19,7 @@ from .._state import Copies, shared_column
 from .journal import Journal
 from .local import LocalColumns
 from .region import ParamRegion
-from .template import ParamList
+from .template import ParamList, States
 
 
 class ParamState:
@@ -74,7 +74,7 @@ class ParamState:
     def make(
         self,
         params: Sequence[torch.Tensor],
-        states: Sequence[dict[str, Any]],
+        states: States,
         options: Sequence[Mapping[str, Any]],
         journal: Journal,
     ) -> set[int]:
@@ -115,13 +115,8 @@ class ParamState:
                             new.add(i)
         return new
 
-    def _tie(self, key: str, states: Sequence[dict[str, Any]], journal: Journal) -> Any:
-        """Has parameters that share a number hold one tensor: that of the first which has one. A loaded state has many.
-
-        Args:
-          key: the key of the number.
-          states: the state of each parameter.
-          journal: takes note of entries that are replaced.
+    def _tie(self, key: str, states: States, journal: Journal) -> Any:
+        """Has parameters that share a number, of which a loaded state has many, hold the tensor of the first.
 
         Returns:
           The tensor; None if no parameter has one.
@@ -160,7 +155,7 @@ class ParamState:
             assert made is not None, "a leaf that has no entry of a slot is not asked for one"
             return made
 
-    def mend_counters(self, own: Columns, states: Sequence[dict[str, Any]], journal: Journal) -> Columns:
+    def mend_counters(self, own: Columns, states: States, journal: Journal) -> Columns:
         """Puts counters that a program can count on in the place of numbers of another form or place.
 
         Args:
@@ -193,7 +188,7 @@ class ParamState:
             return torch.tensor(float(x), dtype=self.counter, device=self.devices[i])
         raise ValueError(f"state step at {self.params.names[i]!r} is {x!r:.60}, expected one number.")
 
-    def columns(self, states: Sequence[dict[str, Any]], exact: bool = False) -> Columns | None:
+    def columns(self, states: States, exact: bool = False) -> Columns | None:
         """The slots of all regions; None if an entry has to be made first.
 
         Args:
@@ -224,13 +219,13 @@ class ParamState:
                 columns[stored.key] = column
         return columns
 
-    def _missing(self, states: Sequence[dict[str, Any]]) -> list[tuple[SplitState, dict[str, Any], list[Any]]]:
+    def _missing(self, states: States) -> list[tuple[SplitState, dict[str, Any], list[Any]]]:
         """For each transformation that is not made of rules, its state, the dicts by name, and entries that lack."""
         by_name = dict(zip(self.params.names, states, strict=True))
         present = [self.params.names[i] for i in self.present]
         return [(split, by_name, split.missing(by_name, present)) for split in self.opaque.values()]
 
-    def _shared_column(self, stored: Stored, key: str, states: Sequence[dict[str, Any]]) -> list[Any] | None:
+    def _shared_column(self, stored: Stored, key: str, states: States) -> list[Any] | None:
         """A number that parameters share, once per parameter; None if one does not have it, or has another."""
         held = [states[i].get(key) for i in self.shared[key]]
         value = next((x for x in held if x is not None), None)
@@ -246,9 +241,7 @@ class ParamState:
         column = shared_column(stored.name, value, self.devices, takers, True, self.copies[key] if keeps else None)
         return [x if seen else None for x, seen in zip(column, stored.seen, strict=True)]
 
-    def replace(
-        self, stage: ParamRegion, results: Columns, own: Columns, states: Sequence[dict[str, Any]], journal: Journal
-    ) -> None:
+    def replace(self, stage: ParamRegion, results: Columns, own: Columns, states: States, journal: Journal) -> None:
         """Puts new tensors in the place of the entries of a region's slots.
 
         Args:

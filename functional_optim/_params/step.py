@@ -26,7 +26,7 @@ from .journal import Journal
 from .local import LocalColumns, tensor_of
 from .region import ParamRegion
 from .state import ParamState
-from .template import ParamList, Template, view_of
+from .template import ParamList, States, Template, view_of
 
 
 GRAD = attrgetter("grad")
@@ -181,7 +181,7 @@ class ParamStep:
         params: Sequence[torch.Tensor],
         columns: Columns,
         grads: Sequence[torch.Tensor | None],
-        states: Sequence[dict[str, Any]],
+        states: States,
         options: Sequence[Mapping[str, Any]],
         extra: Mapping[str, Any],
         first: frozenset[int],
@@ -350,7 +350,7 @@ class ParamStep:
         self,
         stage: ParamRegion,
         own: Columns,
-        states: Sequence[dict[str, Any]],
+        states: States,
         options: Sequence[Mapping[str, Any]],
         extra: Mapping[str, Any],
         first: frozenset[int],
@@ -396,9 +396,7 @@ class ParamStep:
         self.workspace = reading.workspace if in_place else None
         return bound.run(reading, own, numbers)
 
-    def _write(
-        self, stage: ParamRegion, own: Columns, results: Columns, states: Sequence[dict[str, Any]], journal: Journal
-    ) -> None:
+    def _write(self, stage: ParamRegion, own: Columns, results: Columns, states: States, journal: Journal) -> None:
         """Writes the results of a last region that was not computed in place, because autograd records it."""
         if torch.is_grad_enabled() and not self.local.wrapped:
             # autograd may have kept the old tensor for the derivative of an earlier step
@@ -414,7 +412,7 @@ class ParamStep:
         stage: Opaque,
         own: Columns,
         params: Sequence[torch.Tensor],
-        states: Sequence[dict[str, Any]],
+        states: States,
         extra: Mapping[str, Any],
         steady: bool,
     ) -> tuple[list[Any], list[tuple[str, str, Any]]]:

@@ -11,6 +11,9 @@ from .._transform import GradientTransformation, Path
 from .._tree import View
 
 
+States = Sequence[dict[str, Any]]  # the state of each parameter
+
+
 class Template(NamedTuple):
     """A transformation whose numbers are options, and the names of its slots.
 

@@ -89,8 +89,7 @@ class BoundStep(Programs):
         launched = [g for backend, own in self.parts for g in own if backend in COMPILE]
         self.allocates = bool(launched) and not in_place
         self.n_outputs = sum(len(g.leaves) * len(g.outputs) for g in self.groups) if self.allocates else 0
-        self.copies: list[tuple[int, int, int]] = []  # of pointers to shared tensors: from, to, and how many
-        self.places = self._kernel_columns()
+        self.places, self.copies = self._kernel_columns()
         self.n_copies = sum(n for _, _, n in self.copies)
         self.triton = {
             k: TritonLaunch([self.groups[g] for g in own], [self.places[g] for g in own], joins)
@@ -135,19 +134,25 @@ class BoundStep(Programs):
             parts.append((backend, own))
         return parts
 
-    def _kernel_columns(self) -> list[list[int]]:
-        """For each group, the positions among the pointers at which the columns of its kernel begin.
+    def _kernel_columns(self) -> tuple[list[list[int]], list[tuple[int, int, int]]]:
+        """Decides where kernels find pointers.
 
         Gathered tensors come first, then the status of reading them, new tensors, and copies: a kernel reads a pointer
         per leaf, also of a tensor that leaves share.
+
+        Returns:
+          For each group, the positions among the pointers at which the columns of its kernel begin; and the copies of
+          pointers to shared tensors: from where, to where, and how many.
         """
-        places, new = [], self.n_gathered + 1
+        places: list[list[int]] = []
+        copies: list[tuple[int, int, int]] = []
+        new = self.n_gathered + 1
         copy = new + self.n_outputs
         for group, bounds in zip(self.groups, self.bounds, strict=True):
             n, own = len(group.leaves), []
             for i in group.inputs:
                 if group.gathers[i].shared:
-                    self.copies.append((bounds[i][0], copy, n))
+                    copies.append((bounds[i][0], copy, n))
                     own.append(copy)
                     copy += n
                 else:
@@ -159,7 +164,7 @@ class BoundStep(Programs):
                 elif k is not None:
                     own.append(bounds[k][0])
             places.append(own)
-        return places
+        return places, copies
 
     def _allocator(self, specs: Sequence[TensorSpec]) -> Allocator:
         """The maker of new tensors for all outputs: each is like an update, and a number per leaf has no shape."""
