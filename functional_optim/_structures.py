@@ -51,11 +51,16 @@ def read(tree: Tree) -> Contents:
       >>> read({"a": None, "b": (None, [None])}).structure
       (<class 'dict'>, ('a', 'b'), ('*', (<class 'tuple'>, None, ('*', (<class 'list'>, None, 1)))))
     """
+    return Contents(*_read(tree))
+
+
+def _read(tree: Tree) -> tuple[Structure, list[Any], list[str], dict[str, Any]]:
+    """The contents of a tree as a plain tuple, which a compiler is quicker to follow, one for each container."""
     if tree is None:
-        return Contents(LEAF, [None], [], {})
+        return LEAF, [None], [], {}
     if isinstance(tree, torch.Tensor):
         known = not torch.compiler.is_dynamo_compiling() or type(tree) in PLAIN
-        return Contents(LEAF, [tree], [] if known else ["a tensor of another class"], {})
+        return LEAF, [tree], [] if known else ["a tensor of another class"], {}
     keys: Any = None
     children: Any = tree
     forms: dict[str, Any] = {}
@@ -66,7 +71,7 @@ def read(tree: Tree) -> Contents:
         keys, children = form.serial, tree.buffers
         forms[keys] = form
     elif not isinstance(tree, (tuple, list)):
-        return Contents(LEAF, [], ["another object"], {})
+        return LEAF, [], ["another object"], {}
     leaves: list[Any] = []
     strange: list[str] = []
     inside: list[Structure] = []
@@ -77,12 +82,12 @@ def read(tree: Tree) -> Contents:
             inside.append(LEAF)
         else:
             flat = False
-            child = read(x)
-            inside.append(child.structure)
-            leaves += child.leaves
-            strange += child.strange
-            forms.update(child.forms)
-    return Contents((type(tree), keys, len(inside) if flat else tuple(inside)), leaves, strange, forms)
+            structure, own_leaves, own_strange, own_forms = _read(x)
+            inside.append(structure)
+            leaves += own_leaves
+            strange += own_strange
+            forms |= own_forms
+    return (type(tree), keys, len(inside) if flat else tuple(inside)), leaves, strange, forms
 
 
 def rebuild(structure: Structure, leaves: Sequence[Any], forms: Mapping[str, Any] = NO_FORMS) -> Tree:
