@@ -18,6 +18,7 @@ from ._masking import (
     Partition as Partition,
 )
 from ._optimizers.matrices import _IsMatrix as _IsMatrix
+from ._runtime.internals import register_in_exports
 from ._transforms.decay import _add_decayed_weights as _add_decayed_weights
 from ._transforms.lbfgs import ScaleByLBFGSState as ScaleByLBFGSState
 from ._transforms.linesearch import (
@@ -29,4 +30,12 @@ from ._transforms.linesearch import (
 from ._tree import restore_packed as restore_packed
 
 
-publish(__name__, [x for x in list(globals().values()) if x is not publish])
+publish(__name__, [x for x in list(globals().values()) if x not in (publish, register_in_exports)])
+for _cls in (
+    ScaleByLBFGSState,
+    ScaleByBacktrackingLinesearchState,
+    ScaleByZoomLinesearchState,
+    BacktrackingLinesearchInfo,
+    ZoomLinesearchInfo,
+):
+    register_in_exports(_cls)  # by this address, as those of rules are by that of the rule

@@ -53,13 +53,15 @@ def test_make_fx_traces_the_reference() -> None:
 @pytest.mark.slow
 def test_exported_steps_are_saved_and_loaded(tmp_path: Path) -> None:
     """In this process, and in one that knows nothing but the package and the classes of the state."""
-    tx = fo.chain(fo.clip_by_global_norm(0.1), fo.adamw(fo.cosine_decay_schedule(0.1, STEPS)))
+    rules = fo.chain(fo.clip_by_global_norm(0.1), fo.adamw(fo.cosine_decay_schedule(0.1, STEPS)))
+    matrices = fo.chain(fo.scale_by_lbfgs(2), fo.muon(0.1))
     names = []
-    for packed, donate, strict in (
-        (False, False, False),
-        (False, True, True),
-        (True, False, False),
-        (True, True, False),
+    for tx, packed, donate, strict in (
+        (rules, False, False, False),
+        (rules, False, True, True),
+        (rules, True, False, False),
+        (rules, True, True, False),
+        (matrices, False, True, False),
     ):
         given, again = [(packed_start if packed else start)(tx) for _ in range(2)]
         grads = pytree.tree_map(torch.ones_like, given[0])
@@ -69,12 +71,13 @@ def test_exported_steps_are_saved_and_loaded(tmp_path: Path) -> None:
         assert calls == ["donated_step" if donate else "pure_step"]
         assert_equal(program.module()(again[0], grads, again[1]), expected)
         assert donate is torch.equal(fo.unpack(again[0])["0.weight"], fo.unpack(expected[0])["0.weight"])
-        names.append(f"{packed} {donate}")
+        names.append(f"{len(names)} {packed} {donate}")
         torch.export.save(program, tmp_path / f"{names[-1]}.pt2")
         torch.save((given[0], grads, given[1], expected), tmp_path / f"{names[-1]}.pt")
     code = f"""
 import torch, functional_optim as fo
-fo.adamw(fo.constant_schedule(0.1)).init(torch.ones(1))
+for tx in (fo.adamw(fo.constant_schedule(0.1)), fo.muon(0.1)):
+    tx.init(torch.ones(1, 1))
 for name in {names!r}:
     file = {str(tmp_path)!r} + "/" + name
     params, grads, state, expected = torch.load(file + ".pt")
