@@ -88,7 +88,7 @@ class SplitState:
 
         They are given away, since `update` may write to them: an entry that starts anew is made anew.
         """
-        made, taken = [], _places(self.view.leaves)
+        made, taken = [], _addresses_of(self.view.leaves)
         for entry in entries:
             if entry not in self.initial:
                 self.initial = self.split(self.tx.init(self.view.tree()))
@@ -112,7 +112,7 @@ class SplitState:
           present: the parameters that took the step; entries of others are left out.
         """
         there, found = {*present, None} if self.seen else set(present), self.split(state)
-        taken = _places(self.view.leaves) if found else frozenset()
+        taken = _addresses_of(self.view.leaves) if found else frozenset()
         return [
             (name or self.seen[0], self.keys[name, path], _apart(x, taken))
             for (name, path), x in found.items()
@@ -130,9 +130,9 @@ def check_apart(tx: GradientTransformation, state: Any, params: Sequence[Any]) -
       ValueError: with the path of the entry.
     """
     leaves, spec = flatten(state)
-    taken = _places(params)
+    taken = _addresses_of(params)
     for path, x in zip(paths(spec), leaves, strict=True):
-        if _place(x) in taken:
+        if _address(x) in taken:
             raise ValueError(
                 f"the state of {tx!r:.100}{at(path)} shares memory with a parameter, which donate=True "
                 f"writes to; store `x.detach().clone()`."
@@ -141,15 +141,15 @@ def check_apart(tx: GradientTransformation, state: Any, params: Sequence[Any]) -
 
 def _apart(x: Any, taken: frozenset[int]) -> Any:
     """An entry that a step on parameters does not write to: a copy of one whose memory is theirs."""
-    return x.detach().clone() if _place(x) in taken else x
+    return x.detach().clone() if _address(x) in taken else x
 
 
-def _places(tensors: Iterable[Any]) -> frozenset[int]:
+def _addresses_of(tensors: Iterable[Any]) -> frozenset[int]:
     """The addresses of the storages of tensors that have one."""
-    return frozenset(place for place in map(_place, tensors) if place is not None)
+    return frozenset(address for address in map(_address, tensors) if address is not None)
 
 
-def _place(x: Any) -> int | None:
+def _address(x: Any) -> int | None:
     if type(x) not in PLAIN or x.layout is not torch.strided or is_wrapper_of_a_transformation(x):
         return None
     return x.untyped_storage().data_ptr() or None

@@ -129,13 +129,13 @@ class ParamStep:
         scopes: list[int] = []
         keys: list[Any] = []
         steps = [False] * len(self.names)
-        places: dict[Path, int] = {}
+        positions: dict[Path, int] = {}
         for t, template in enumerate(self.templates):
             if warn and len(steps) > 1:  # a parameter of its own may well be masked
                 template.tx._warn(self.view)
             own = template.tx._links(self.view.narrow([k == t for k in self.params.templates]), ())
             links += own
-            scopes += [places.setdefault(link.path, len(places)) for link in own]
+            scopes += [positions.setdefault(link.path, len(positions)) for link in own]
             keys += [template.keys] * len(own)
             for link in own:
                 if link.bound is not None and link.bound.uses_step:

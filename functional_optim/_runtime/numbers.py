@@ -15,9 +15,9 @@ Numbers = Sequence[Sequence[Number]]  # the scalar table of each group
 
 
 class _Lookup(NamedTuple):
-    """A number that is looked up in options: its place in the table, and whose options have it."""
+    """A number that is looked up in options: its position in the table, and whose options have it."""
 
-    place: int
+    position: int
     owner: int
     option: Option
     label: str
@@ -37,12 +37,12 @@ class Table:
         self.lookups: list[_Lookup] = []
         for row, (owner, first) in zip(group.sources, group.owners, strict=True):
             for source in row:
-                place = len(self.template)
+                position = len(self.template)
                 self.template.append(source.value if source.kind == "value" else float(first))
                 if source.kind == "extra":
-                    self.extras.setdefault(source.name, []).append(place)
+                    self.extras.setdefault(source.name, []).append(position)
                 elif source.kind == "option":
-                    self.lookups.append(_Lookup(place, owner, source.value, source.name))
+                    self.lookups.append(_Lookup(position, owner, source.value, source.name))
 
     def numbers(self, options: Sequence[Mapping[str, Any]], extra: Mapping[str, Any]) -> list[Number]:
         """The numbers of this step.
@@ -60,15 +60,15 @@ class Table:
             self._look_up(options)
             self.options = options
         numbers = self.template.copy()
-        for name, places in self.extras.items():
+        for name, positions in self.extras.items():
             x = check_number(f"the extra argument `{name}` is", extra[name])
-            for k in places:
+            for k in positions:
                 numbers[k] = x
         return numbers
 
     def _look_up(self, options: Sequence[Mapping[str, Any]]) -> None:
         """Puts the numbers that options have into the template."""
-        for place, owner, option, label in self.lookups:
+        for position, owner, option, label in self.lookups:
             try:
                 x = options[owner][option.name]
             except KeyError:
@@ -78,7 +78,7 @@ class Table:
                 ) from None
             if option.index is not None:
                 x = option.pick(x)
-            self.template[place] = x if type(x) is float else _number(option, x)
+            self.template[position] = x if type(x) is float else _number(option, x)
 
 
 def _number(option: Option, x: Any) -> Number:

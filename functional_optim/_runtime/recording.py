@@ -149,24 +149,24 @@ class Recording:
 
     def __init__(self, bound: BoundStep, numbers: Numbers) -> None:
         self.bound, self.numbers = bound, [list(table) for table in numbers]
-        self.places: dict[int, list[tuple[int, int]]] = {}  # of each tensor among numbers: groups, and places in tables
+        found: dict[int, list[tuple[int, int]]] = {}  # by tensor: groups, and its positions in their tables
         self.tensors: list[torch.Tensor] = []
         for g, table in enumerate(numbers):
             for k, x in enumerate(table):
                 if isinstance(x, torch.Tensor) and not (x.requires_grad or is_wrapper_of_a_transformation(x)):
                     self.numbers[g][k] = x.clone()  # the caller may change it before the derivative is computed
                 elif isinstance(x, torch.Tensor):
-                    if id(x) not in self.places:
+                    if id(x) not in found:
                         self.tensors.append(x)
-                    self.places.setdefault(id(x), []).append((g, k))
-        self.slots = [self.places[id(x)] for x in self.tensors]
+                    found.setdefault(id(x), []).append((g, k))
+        self.positions = [found[id(x)] for x in self.tensors]
 
     def split(self, tensors: Tensors) -> tuple[list[torch.Tensor], list[list[Any]]]:
         """The gathered tensors, and the scalar tables with other tensors in the place of those that they had."""
         n = self.bound.n_gathered
         tables = [list(table) for table in self.numbers]
-        for x, places in zip(tensors[n:], self.slots, strict=True):
-            for g, k in places:
+        for x, positions in zip(tensors[n:], self.positions, strict=True):
+            for g, k in positions:
                 tables[g][k] = x
         return list(tensors[:n]), tables
 
@@ -184,7 +184,7 @@ class Recording:
         return flat(evaluate("reference", self.bound.groups, columns, tables, None))
 
     def names(self) -> list[tuple[int, str, int]]:
-        """Of each output, one after another: its group, its name, and the place of its leaf in the group."""
+        """Of each output, one after another: its group, its name, and the position of its leaf in the group."""
         groups = enumerate(self.bound.groups)
         return [
             (g, output.name, k)
@@ -212,7 +212,7 @@ class Recording:
           NoDerivative: an operation of the step has none.
         """
         known: dict[Any, Derivative] = self.bound.derivatives
-        key = tuple(given), tuple(wanted), tuple(map(tuple, self.slots))
+        key = tuple(given), tuple(wanted), tuple(map(tuple, self.positions))
         found = known.get(key)
         if found is None:
             outputs, inputs = self._names_of(given, wanted)
@@ -238,8 +238,8 @@ class Recording:
             for name, gather in zip((*program.arrays, *program.leaves), group.inputs, strict=True):
                 if any(wanted[slice(*bounds[gather])]):
                     inputs[g].add(name)
-        for places, there in zip(self.slots, wanted[self.bound.n_gathered :], strict=True):
-            for g, k in places if there else ():
+        for positions, there in zip(self.positions, wanted[self.bound.n_gathered :], strict=True):
+            for g, k in positions if there else ():
                 scalars = groups[g].signature.program.scalars
                 inputs[g].add(scalars[k % len(scalars)])
         return tuple(map(frozenset, outputs)), tuple(map(frozenset, inputs))
@@ -264,25 +264,25 @@ class Recording:
         bound, reading = derivative.bind(columns)
         results = bound.run(reading, columns, derivative.numbers(bound, tables))
         parts = [[results[name][i] for name, i in own] for own in derivative.parts]
-        parts += [self._parts_of_number(places, results) for places in self.slots]
+        parts += [self._parts_of_number(positions, results) for positions in self.positions]
         return [_sum(own, x) for own, x, there in zip(parts, tensors, wanted, strict=True) if there]
 
     def _zeros(self, k: int, gathered: Tensors) -> torch.Tensor:
         """The cotangent of an output that has none, where others of its name have one."""
-        g, name, place = self.names()[k]
+        g, name, position = self.names()[k]
         group = self.bound.groups[g]
-        like = gathered[self.bound.bounds[g][group.updates][0] + place]
+        like = gathered[self.bound.bounds[g][group.updates][0] + position]
         outputs = zip(group.signature.program.outputs, group.signature.outputs, strict=True)
         output, dtype = next((output, dtype) for output, dtype in outputs if output.name == name)
         return like.new_zeros(like.shape if output.level is Level.ELEMENT else (), dtype=dtype)
 
-    def _parts_of_number(self, places: Sequence[tuple[int, int]], results: Columns) -> list[torch.Tensor]:
+    def _parts_of_number(self, positions: Sequence[tuple[int, int]], results: Columns) -> list[torch.Tensor]:
         """The cotangents of leaves whose sum is that of a tensor among numbers."""
         found = []
-        for g, place in places:
+        for g, position in positions:
             group = self.bound.groups[g]
             scalars = group.signature.program.scalars
-            row, k = divmod(place, len(scalars))
+            row, k = divmod(position, len(scalars))
             column = results.get(cotangent(scalars[k]))
             if column is not None:
                 found += [column[i] for i, own in zip(group.leaves, group.table.rows, strict=True) if own == row]

@@ -53,7 +53,7 @@ def different_numbers(x: torch.Tensor, levels: Levels) -> list[float]:
 
 
 def find_freed(columns: Columns, levels: Levels) -> tuple[Key, int] | None:
-    """The place of a tensor whose storage has been freed or cut, which operations of torch would read.
+    """The cell of a tensor whose storage has been freed or cut, which operations of torch would read.
 
     Args:
       columns: the tensors, as they are within `vmap`.
@@ -91,8 +91,8 @@ class Ensemble:
         """For each member, the offset of its part of a tensor, in elements."""
         strides = iter(stack.tensor.stride())
         steps = [next(strides) if own else 0 for own in stack.stacked]
-        places = itertools.product(*map(range, self.sizes))
-        return [sum(k * step for k, step in zip(place, steps, strict=True)) for place in places]
+        members = itertools.product(*map(range, self.sizes))
+        return [sum(k * step for k, step in zip(member, steps, strict=True)) for member in members]
 
     def values(self, stack: Stack) -> list[float]:
         """For each member, its number."""
