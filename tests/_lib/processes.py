@@ -1,17 +1,22 @@
-"""Checks that several processes do together: starts the processes once, and returns what each check found.
+"""Programs in processes of their own, and checks that several processes do together, which are started once.
 
 A check is a function of its process's rank and of a folder. All processes do the same checks in the same order, with
 one process group. Its module must be importable in a new process.
 """
 
+import atexit
 import datetime
 import multiprocessing
 import os
 import runpy
+import signal
+import sys
+import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,24 +65,77 @@ def results(checks: Mapping[str, Check], world: int, make_folder: Callable[[str]
     return found
 
 
-def run_script(script: Path) -> str:
-    """Runs a script in a new process, within its folder; returns what the process wrote to stderr if it failed."""
-    multiprocessing.set_forkserver_preload(IMPORTED)
-    errors = script.with_suffix(".errors")
-    process = multiprocessing.get_context(START).Process(target=_run_script, args=(script, errors))
-    process.start()
-    process.join(300)
-    if process.exitcode is None:
-        process.kill()
-        process.join()
-    return "" if process.exitcode == 0 else f"{errors.read_text()}\nexit code {process.exitcode}"
+class Program:
+    """Python code in a process of its own, which leads a group of processes; it has started when this has been made.
+
+    Args:
+      code: the code, or the file that it is in, in whose folder it runs.
+      folder: where what it writes is kept.
+      arguments: those of the command line.
+      warnings: whether warnings are errors.
+      environment: variables that the process has besides those of this one.
+    """
+
+    def __init__(
+        self,
+        code: str | Path,
+        folder: Path,
+        arguments: Sequence[str] = (),
+        warnings: bool = True,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        multiprocessing.set_forkserver_preload(IMPORTED)
+        self._within = Path(tempfile.mkdtemp(dir=folder, prefix="program_"))
+        variables = os.environ | dict(environment or {})
+        self.process = multiprocessing.get_context(START).Process(
+            target=_run_program, args=(code, self._within, list(arguments), warnings, dict(variables))
+        )
+        self.process.start()
+
+    def ended(self) -> bool:
+        return self.process.exitcode is not None
+
+    def kill(self) -> None:
+        """Kills the process and those that it has started."""
+        os.killpg(self.process.pid or 0, signal.SIGKILL)
+
+    def finish(self, timeout: float = 300) -> tuple[int, str, str]:
+        """The exit code, and what the process wrote to stdout and stderr; it is killed if it does not end."""
+        self.process.join(timeout)
+        if not self.ended():
+            self.kill()
+            self.process.join()
+        out, err = ((self._within / name).read_text() for name in ("out", "err"))
+        return self.process.exitcode or 0, out, err
 
 
-def _run_script(script: Path, errors: Path) -> None:
-    with errors.open("w") as f:
-        os.dup2(f.fileno(), 2)
-    os.chdir(script.parent)
-    runpy.run_path(str(script), run_name="__main__")
+def run_program(code: str | Path, folder: Path, **options: Any) -> str:
+    """What a program writes to stdout, which must not fail; for the arguments see `Program`."""
+    exit_code, out, err = Program(code, folder, **options).finish()
+    assert exit_code == 0, f"{err}\nexit code {exit_code}"
+    return out
+
+
+def _run_program(
+    code: str | Path, within: Path, arguments: list[str], errors: bool, environment: dict[str, str]
+) -> None:
+    os.setsid()
+    for number, name in enumerate(("out", "err"), 1):
+        os.dup2(os.open(within / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = ["program", *arguments]
+    if errors:
+        warnings.simplefilter("error")
+    try:
+        if isinstance(code, Path):
+            os.chdir(code.parent)
+            runpy.run_path(str(code), run_name="__main__")
+        else:
+            exec(compile(code, "<program>", "exec"), {"__name__": "__main__"})
+    finally:
+        sys.stdout.flush()
+        atexit._run_exitfuncs()  # which processes of `multiprocessing` leave out
 
 
 def _run(rank: int, world: int, checks: Mapping[str, Check], folder: Path) -> None:

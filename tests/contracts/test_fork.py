@@ -1,11 +1,11 @@
 """Processes that are forked while another thread builds a kernel, loads one, or has done so."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from _lib.processes import run_program
 
 
 ROOT = Path(__file__).parents[2]
@@ -59,16 +59,8 @@ for k, place in enumerate(sys.argv[1:]):
 """
 
 
-def run(program: str, *arguments: str, **variables: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-c", program.replace("ROOT", repr(str(ROOT))), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | variables,
-    )
-    assert not done.returncode, done.stderr
-    return done.stdout
+def run(program: str, folder: Path, *arguments: str, **environment: str) -> str:
+    return run_program(program.replace("ROOT", repr(str(ROOT))), folder, arguments=arguments, environment=environment)
 
 
 # what a thread is at: compiling, writing, renaming and loading, or nothing, after libraries have been loaded
@@ -80,7 +72,7 @@ WITHIN = {
 
 @pytest.mark.parametrize("kind", WITHIN)
 def test_a_child_does_not_wait_for_a_build_of_its_parent(kind: str, tmp_path: Path) -> None:
-    out = run(PROGRAM, *WITHIN[kind], FUNCTIONAL_OPTIM_CACHE=str(tmp_path / "cache"))
+    out = run(PROGRAM, tmp_path, *WITHIN[kind], FUNCTIONAL_OPTIM_CACHE=str(tmp_path / "cache"))
     assert out.splitlines() == [f"{place} 0" for place in WITHIN[kind]]
     left = [x.name for x in (tmp_path / "cache").iterdir() if x.name.startswith(".")]
     assert left == []  # a child that ends does not remove what its parent is at, nor leaves something
@@ -119,7 +111,7 @@ def test_a_child_does_not_wait_for_a_module_that_its_parent_imports(tmp_path: Pa
     """Triton takes a second to be imported; what the module imports is locked until it is there."""
     (tmp_path / "slow.py").write_text("import pause\npause.wait()\nx = 1\n")
 
-    assert run(HALF_IMPORTED, str(tmp_path), FUNCTIONAL_OPTIM_CACHE=str(tmp_path / "cache")) == "0\n"
+    assert run(HALF_IMPORTED, tmp_path, str(tmp_path), FUNCTIONAL_OPTIM_CACHE=str(tmp_path / "cache")) == "0\n"
 
 
 TEMPORARY = """
@@ -150,5 +142,5 @@ def test_a_child_has_a_temporary_folder_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "temporary").mkdir()
     variables = {"FUNCTIONAL_OPTIM_CACHE": "/dev/null/cache", "TMPDIR": str(tmp_path / "temporary")}
 
-    assert run(TEMPORARY, str(tmp_path / "temporary"), **variables) == "2\n"
+    assert run(TEMPORARY, tmp_path, str(tmp_path / "temporary"), **variables) == "2\n"
     assert list((tmp_path / "temporary").iterdir()) == []

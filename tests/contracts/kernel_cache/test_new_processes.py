@@ -4,7 +4,6 @@ import json
 import os
 import select
 import signal
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from _lib.compilers import BROKEN, COMPILER, LIBRARIES, Compiler, built, names, only, step, warned
+from _lib.processes import Program, run_program
 
 
 pytestmark = [
@@ -35,7 +35,7 @@ def test_a_broken_compiler_that_is_mended_leaves_nothing_behind(
     assert len(warned(step)) == 1
     flag.unlink()
 
-    assert finish(start()) == (0, "done\n", "")
+    assert run_program(PROCESS, tmp_path) == "done\n"
 
 
 STEPS = f"""
@@ -78,7 +78,7 @@ def test_a_broken_compiler_in_a_new_process(
     broken = Compiler(tmp_path, f'if [ {library} = $library ]; then {BROKEN[name]}; exit; fi\nexec {COMPILER} "$@"')
     monkeypatch.setenv("CC", str(broken.path))
 
-    steps_without_kernels()
+    steps_without_kernels(tmp_path)
 
 
 def test_a_compiler_that_hangs_in_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,17 +87,14 @@ def test_a_compiler_that_hangs_in_a_new_process(tmp_path: Path, monkeypatch: pyt
     hanging = Compiler(tmp_path, f"read x < {tmp_path}/never")
     monkeypatch.setenv("CC", str(hanging.path))
 
-    steps_without_kernels(TIMEOUT="0.2")
+    steps_without_kernels(tmp_path, TIMEOUT="0.2")
 
     assert len(hanging.calls) == 1
 
 
-def steps_without_kernels(**variables: str) -> None:
+def steps_without_kernels(folder: Path, **variables: str) -> None:
     """Takes `STEPS` in a new process, which must say once that there are no kernels."""
-    returncode, out, err = finish(start(STEPS, **variables))
-
-    assert (returncode, err) == (0, "")
-    found, backends = json.loads(out)
+    found, backends = json.loads(run_program(STEPS, folder, environment=variables))
     assert len(found) == 1, found
     assert "Updates are computed without generated kernels" in found[0]
     assert backends == ["foreach"]
@@ -129,34 +126,12 @@ print("done")
 """
 
 
-def start(code: str = PROCESS, **variables: str) -> "subprocess.Popen[str]":
-    """Starts a process that takes the step, in a group of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", code],
-        env={**os.environ, **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
-    try:
-        out, err = process.communicate(timeout=120)
-    finally:
-        if process.returncode is None:  # with the compiler that it waits for; its pipes are closed as well
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-    return process.returncode, out, err
-
-
-def wait_for(fifo: Path, process: "subprocess.Popen[str]") -> None:
+def wait_for(fifo: Path, program: Program) -> None:
     """Waits until somebody writes to a fifo; a process that ends before that is a failure."""
     end = os.open(fifo, os.O_RDWR | os.O_NONBLOCK)
     try:
         while not select.select([end], [], [], 0.1)[0]:
-            assert process.poll() is None, finish(process)
+            assert not program.ended(), program.finish()
     finally:
         os.close(end)
 
@@ -171,9 +146,9 @@ def test_two_processes_that_build_the_same_library(
     wait = f"if mkdir {tmp_path}/first 2> /dev/null; then read x < {meet}; else echo > {meet}; fi"
     compiler = Compiler(tmp_path, f'if [ $library = {library} ]; then {wait}; fi\nexec {COMPILER} "$@"')
     monkeypatch.setenv("CC", str(compiler.path))
-    processes = [start(), start()]
+    programs = [Program(PROCESS, tmp_path), Program(PROCESS, tmp_path)]
 
-    results = list(map(finish, processes))
+    results = [program.finish() for program in programs]
 
     assert results == [(0, "done\n", "")] * 2
     assert len(compiler.calls_for(library)) == 2
@@ -195,11 +170,11 @@ def test_a_build_that_is_killed(library: str, cache: Path, tmp_path: Path, monke
     hang = f'if [ "$HANG" = $library ]; then {half}; echo > {started}; read x < {never}; fi'
     compiler = Compiler(tmp_path, f'{hang}\nexec {COMPILER} "$@"')
     monkeypatch.setenv("CC", str(compiler.path))
-    process = start(HANG=library)
-    wait_for(started, process)
+    program = Program(PROCESS, tmp_path, environment={"HANG": library})
+    wait_for(started, program)
 
-    os.killpg(process.pid, signal.SIGKILL)
-    returncode, _, _ = finish(process)
+    program.kill()
+    returncode, _, _ = program.finish()
 
     assert returncode == -signal.SIGKILL
     assert built(cache, library) == []
