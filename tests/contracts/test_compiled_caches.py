@@ -1,13 +1,12 @@
 """Compiled steps in torch's caches on disk: another process finds them, and none is found for an edited formula."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from _lib.processes import run_program
 
 
 ROOT = Path(__file__).parents[2]
@@ -86,17 +85,11 @@ def run(folder: Path, factor: float) -> dict[str, tuple[list[float], int]]:
     """The results of compiled steps in a process of their own, and how many graphs were in no cache."""
     for module, number in (("kept", 2.0), ("edited", factor)):
         (folder / f"{module}.py").write_text(RULE.format(factor=number))
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]),
-        "PYTHONDONTWRITEBYTECODE": "1",  # two edits within a second look alike to Python's own cache
-        "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=300, check=False, env=environment
-    )
-    assert not done.returncode, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
+    # two edits within a second look alike to Python's own cache
+    head = f"import sys\nsys.path[:0] = [{str(folder)!r}, {str(ROOT)!r}]\nsys.dont_write_bytecode = True\n"
+    out = run_program(head + PROGRAM, folder, warnings=False, environment=environment)
+    found: dict[str, Any] = json.loads(out.splitlines()[-1])
     return {name: (result, misses) for name, (result, misses) in found.items()}
 
 

@@ -1,8 +1,6 @@
 """Steps of the pure API that are traced, exported, saved, and compiled ahead of time."""
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +11,10 @@ from torch.utils import _pytree as pytree
 
 import functional_optim as fo
 from _lib.compiled import CHAINS, STEPS, assert_close, assert_equal, packed_start, start
+from _lib.processes import run_program
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
-
-
-ROOT = Path(__file__).parents[3]
 
 
 class Step(torch.nn.Module):
@@ -84,10 +80,7 @@ for name in {names!r}:
     new = torch.export.load(file + ".pt2").module()(params, grads, state)
     assert all(torch.equal(fo.unpack(new[0])[k], x) for k, x in fo.unpack(expected[0]).items())
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=300, check=False
-    )
-    assert not done.returncode, done.stderr
+    run_program(code, tmp_path, warnings=False)
 
 
 @pytest.mark.slow
