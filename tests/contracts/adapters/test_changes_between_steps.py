@@ -14,7 +14,7 @@ from functional_optim import adapters
 from functional_optim.adapters import SGD, AdamW, TransformOptimizer
 
 
-N = 40
+N = 12
 
 
 def masked() -> fo.GradientTransformation:
@@ -211,7 +211,7 @@ CHANGES: dict[str, Callable[[Pair], object]] = {
 @pytest.mark.parametrize("maker", MAKERS)
 def test_step_after_a_change_of_params_grads_state_or_options(maker: str, change: str) -> None:
     pair = Pair(maker)
-    for _ in range(5):
+    for _ in range(3):
         pair.draw()
         pair.step()
     if maker == "no state" and ("state" in change or "dict" in change) and change != "a loaded state":
@@ -222,7 +222,7 @@ def test_step_after_a_change_of_params_grads_state_or_options(maker: str, change
     CHANGES[change](pair)
 
     pair.step()
-    for _ in range(4):
+    for _ in range(3):
         pair.draw()
         pair.step()
 
