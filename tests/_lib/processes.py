@@ -35,6 +35,12 @@ START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() 
 IMPORTED = ["torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "torch.distributed.tensor"]
 
 
+def forks() -> Any:
+    """The way to start processes, with the imports of the one that they are forked from."""
+    multiprocessing.set_forkserver_preload(IMPORTED)
+    return multiprocessing.get_context(START)
+
+
 def results(checks: Mapping[str, Check], world: int, make_folder: Callable[[str], Path]) -> dict[str, str]:
     """An error message per check, empty where none failed. Processes are started once, and again after each failure.
 
@@ -43,7 +49,7 @@ def results(checks: Mapping[str, Check], world: int, make_folder: Callable[[str]
       world: the number of processes.
       make_folder: makes a new folder.
     """
-    multiprocessing.set_forkserver_preload(IMPORTED)
+    forks()
     found: dict[str, str] = {}
     while len(found) < len(checks):
         folder = make_folder("processes")
@@ -84,10 +90,9 @@ class Program:
         warnings: bool = True,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        multiprocessing.set_forkserver_preload(IMPORTED)
         self._within = Path(tempfile.mkdtemp(dir=folder, prefix="program_"))
         variables = os.environ | dict(environment or {})
-        self.process = multiprocessing.get_context(START).Process(
+        self.process = forks().Process(
             target=_run_program, args=(code, self._within, list(arguments), warnings, dict(variables))
         )
         self.process.start()

@@ -1,4 +1,4 @@
-"""Checks of `_runtime/shard.py` by two and four processes; `integration/test_shard.py` reads what they found.
+"""Checks of `_runtime/shard.py` by four processes; `integration/test_shard.py` reads what they found.
 
 Each check knows the whole tensors, so that every process can tell what it must hold. Values are whole numbers or
 halves of them, whose sums are exact in any order.

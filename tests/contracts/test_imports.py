@@ -115,19 +115,16 @@ print(*sorted({"torch._dynamo", "torch._inductor", "torch.onnx"} & (set(sys.modu
 
 
 @pytest.mark.slow
-def test_what_importing_imports() -> None:
-    packages, heavy = python(IMPORTED).split("\n")[:2]
+def test_what_importing_imports(tmp_path: Path) -> None:
+    """Nothing but what it needs; and it touches no disk."""
+    packages, heavy = python(IMPORTED, HOME=str(tmp_path), FUNCTIONAL_OPTIM_CACHE=str(tmp_path / "cache")).split("\n")[
+        :2
+    ]
 
     # the two that it depends on, and what optree itself imports
     third_party = set(packages.split()) - sys.stdlib_module_names
     assert third_party <= {"functional_optim", "optree", "torch", "typing_extensions"}
     assert heavy == ""
-
-
-@pytest.mark.slow
-def test_importing_touches_no_disk(tmp_path: Path) -> None:
-    python("import functional_optim", HOME=str(tmp_path), FUNCTIONAL_OPTIM_CACHE=str(tmp_path / "cache"))
-
     assert list(tmp_path.iterdir()) == []
 
 
@@ -317,25 +314,25 @@ import torch
 from functional_optim.adapters import AdamW
 
 torch.set_num_threads(2)
-params = [torch.nn.Parameter(torch.ones(SIZE)) for _ in range(600)]
-for p in params:
-    p.grad = torch.ones(SIZE)
-opt = AdamW(params)
 torch.ones(1 << 20).exp()  # by two threads
-for _ in range(3):
-    opt.step()
-child = os.fork()
-if not child:
-    signal.alarm(60)
-    opt.step()
-    os._exit(0)
-print(os.waitpid(child, 0)[1])
+for size in (2, 100):
+    params = [torch.nn.Parameter(torch.ones(size)) for _ in range(600)]
+    for p in params:
+        p.grad = torch.ones(size)
+    opt = AdamW(params)
+    for _ in range(3):
+        opt.step()
+    child = os.fork()
+    if not child:
+        signal.alarm(60)
+        opt.step()
+        os._exit(0)
+    print(size, os.waitpid(child, 0)[1])
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
-@pytest.mark.parametrize("size", [2, 100])
-def test_a_forked_child_does_not_wait_for_threads_of_its_parent(size: int, tmp_path: Path) -> None:
+def test_a_forked_child_does_not_wait_for_threads_of_its_parent(tmp_path: Path) -> None:
     environment = {"PATH": os.environ["PATH"], "FUNCTIONAL_OPTIM_CACHE": str(tmp_path)}
-    assert python(FORK.replace("SIZE", str(size)), warnings="default", **environment) == "0\n"
+    assert python(FORK, warnings="default", **environment) == "2 0\n100 0\n"

@@ -14,8 +14,10 @@ from torch.distributed.checkpoint import state_dict as dsd
 
 import functional_optim as fo
 from _lib.chains import is_matrix
+from _lib.marks import pairwise
 from _lib.state_forms import (
     FORM,
+    FORMS,
     RATE,
     SCOPE,
     SCOPES,
@@ -152,9 +154,7 @@ WAYS = {
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("scope", ["all", "masked"])
-@FORM
+@pairwise("form, way, scope", FORMS, WAYS, ("all", "masked"))
 def test_training_goes_on_after_a_checkpoint(form: str, scope: str, way: str, tmp_path: Path) -> None:
     params, reference = make_params(), Reference(form, make_params(), SCOPES[scope][1])
     opt = TransformOptimizer(params.items(), make_chain(form, scope))

@@ -8,8 +8,10 @@ import torch
 
 import functional_optim as fo
 from _lib.compare import DOUBLE, Snapshot, assert_same_bits
+from _lib.marks import pairwise
 from _lib.state_forms import (
     FORM,
+    FORMS,
     RATE,
     SCOPE,
     SCOPES,
@@ -29,15 +31,13 @@ from functional_optim.adapters import TransformOptimizer
 # -- numbers ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("donate", [False, True])
-@SCOPE
-@FORM
-def test_pure_steps(form: str, scope: str, donate: bool) -> None:
+@pairwise("form, scope, how", FORMS, SCOPES, ("pure", "donated"))
+def test_pure_steps(form: str, scope: str, how: str) -> None:
     tx, reference = make_chain(form, scope), Reference(form, make_params(), SCOPES[scope][1])
     params = {k: p.detach() for k, p in make_params().items()}
     state = tx.init(params)
     for step in range(STEPS):
-        params, state = fo.apply_gradients(tx, params, make_grads(step), state, donate=donate)
+        params, state = fo.apply_gradients(tx, params, make_grads(step), state, donate=how == "donated")
         reference.step(make_grads(step))
         assert_close(params, reference)
 
@@ -52,9 +52,7 @@ GROUPS: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 
 
-@pytest.mark.parametrize("groups", GROUPS)
-@SCOPE
-@FORM
+@pairwise("form, scope, groups", FORMS, SCOPES, GROUPS)
 def test_steps_of_an_optimizer(form: str, scope: str, groups: str) -> None:
     if scope == "one parameter" and groups == "by position":
         pytest.skip("a mask by name needs names")

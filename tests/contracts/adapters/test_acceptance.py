@@ -34,7 +34,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import multiprocessing
 from torch.optim.swa_utils import AveragedModel
 
 import functional_optim as fo
@@ -53,6 +52,7 @@ from _lib.optimizers import (
     train,
     twins,
 )
+from _lib.processes import forks
 from functional_optim import adapters
 from functional_optim.adapters import LAMB, SGD, AdamW, ChainOptimizer, Lion, TransformOptimizer
 
@@ -498,7 +498,7 @@ def test_an_optimizer_goes_to_another_process_and_steps_there() -> None:
     params = make_params(shapes=SHAPES[:2])
     opt = TransformOptimizer(params, fo.chain(fo.clip(1.0), fo.adamw(0.1)))
     train([opt], range(2))
-    context = multiprocessing.get_context("spawn")
+    context = forks()
     queue = context.Queue()
     sent = pickle.loads(pickle.dumps(opt))  # memory of its own: torch shares what goes to another process
     process = context.Process(target=_child, args=(sent, queue))

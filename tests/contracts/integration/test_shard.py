@@ -1,4 +1,4 @@
-"""`_runtime/shard.py`: on two and four processes, by `shard_checks.py`, and what one process can tell."""
+"""`_runtime/shard.py`: on four processes, by `shard_checks.py`, and what one process can tell."""
 
 import subprocess
 import sys
@@ -21,9 +21,10 @@ pytestmark = MARKS
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return results(CHECKS, request.param, tmp_path_factory.mktemp)
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The findings of four processes, whose meshes have two and four along a dimension."""
+    return results(CHECKS, 4, tmp_path_factory.mktemp)
 
 
 @pytest.mark.parametrize("check", CHECKS)
