@@ -40,6 +40,12 @@ def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
     return x
 
 
+def alike(x: torch.Tensor) -> torch.Tensor:
+    """A copy in memory of its own with the same strides, zero strides too."""
+    whole = torch.as_strided(x, (x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
+    return torch.as_strided(whole.clone(), x.shape, x.stride(), x.storage_offset())
+
+
 SHAPES = [(), (1,), (0,), (3, 0, 2), (7,), (33,), (5, 9), (2, 3, 4, 5), (8, 3, 3, 3), (1023,), (17, 31)]
 LAYOUTS = ["contiguous", "channels_last", "transposed", "sliced", "offset"]
 DTYPES = [F32, F64, BF16, F16]
@@ -154,7 +160,7 @@ leaves = st.builds(
     st.sampled_from([*LAYOUTS, "expanded"]),
 )
 # leaves of the same dtypes are one program, as in most trees
-alike = st.tuples(st.lists(leaves, min_size=1, max_size=len(NAMES)), leaves).map(
+of_one_dtype = st.tuples(st.lists(leaves, min_size=1, max_size=len(NAMES)), leaves).map(
     lambda x: tuple(leaf._replace(dtype=x[1].dtype, grad_dtype=x[1].grad_dtype) for leaf in x[0])
 )
 links = st.recursive(RULES, wrapped, max_leaves=3)
@@ -162,14 +168,20 @@ RUNS = st.builds(
     lambda txs, average, *rest: Run(fo.chain(*txs, *([fo.params_ema(0.9)] if average else [])), *rest),
     st.lists(links, min_size=1, max_size=3),
     st.booleans(),
-    st.one_of(alike, st.lists(leaves, min_size=1, max_size=2).map(tuple)),
+    st.one_of(of_one_dtype, st.lists(leaves, min_size=1, max_size=2).map(tuple)),
     st.integers(0, 2**16),
     st.booleans(),
     st.sampled_from(["update", "apply", "donate"]),
 )
 
 
-# the same chains every time: random ones belong on a developer's machine
-# and a case that fails is shown as it was drawn: making it smaller can take minutes (add Phase.shrink to do so)
-PHASES = (Phase.explicit, Phase.generate)
-DRAWN = settings(derandomize=True, deadline=None, max_examples=25, database=None, phases=PHASES)
+def same_each_time(examples: int, **more: Any) -> settings:
+    """The same examples every time: random ones belong on a developer's machine.
+
+    One that fails is shown as it was drawn: making it smaller can take minutes (add Phase.shrink to do so).
+    """
+    phases = (Phase.explicit, Phase.generate)
+    return settings(derandomize=True, deadline=None, max_examples=examples, database=None, phases=phases, **more)
+
+
+DRAWN = same_each_time(25)

@@ -13,17 +13,13 @@ from typing import Any, ClassVar, NamedTuple
 import optree
 import pytest
 import torch
-from hypothesis import (
-    Phase,
-    settings,
-    strategies as st,
-)
+from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
 import functional_optim as fo
 from _lib import chains
 from _lib.compare import Snapshot, assert_alike, assert_same_bits
-from _lib.drawn import laid_out
+from _lib.drawn import alike, laid_out, same_each_time
 from _lib.trees import BF16, F16, F32, F64, NAMESPACE, clone, leaves, tree_map
 from functional_optim._compiler import cache as kernel_cache
 
@@ -447,12 +443,6 @@ class Ways(RuleBasedStateMachine):
             self.compare(k)
 
 
-def alike(x: torch.Tensor) -> torch.Tensor:
-    """A copy in memory of its own with the same strides, zero strides too."""
-    whole = torch.as_strided(x, (x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
-    return torch.as_strided(whole.clone(), x.shape, x.stride(), x.storage_offset())
-
-
 def plain(tree: Any) -> Any:
     """A tree with views in the place of packed parts, whose memory may be in another order, and without history."""
     opened = optree.tree_map(
@@ -489,17 +479,6 @@ def detached(tree: list[Any]) -> list[Any]:
     return rebuilt(tree, own)
 
 
-# the same sequences every time, and not made smaller: random ones belong on a developer's machine
-SETTINGS = settings(
-    derandomize=True,
-    deadline=None,
-    max_examples=14,
-    stateful_step_count=25,
-    database=None,
-    phases=(Phase.explicit, Phase.generate),
-)
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_drawn_sequences_of_steps_come_to_the_same_by_every_way() -> None:
-    run_state_machine_as_test(Ways, settings=SETTINGS)
+    run_state_machine_as_test(Ways, settings=same_each_time(14, stateful_step_count=25))
