@@ -3,7 +3,7 @@
 They need a device, and kernels that are compiled. With one:
 
     TRITON_INTERPRET=0 python -m pytest -n 6 --dist=load tests/cuda
-    TRITON_INTERPRET=0 python -m pytest -n 6 --dist=load tests/unit/compiler/test_operations.py -m triton
+    TRITON_INTERPRET=0 python -m pytest -n 6 --dist=load tests/unit/compiler -m triton
 
 The second command runs the tests of operations on the device, which Triton's interpreter runs elsewhere.
 """
