@@ -4,19 +4,19 @@ Never wrong
 - one class, one hooked layer: here (`is_an_optimizer`), test_hooks.py
 - the numbers of torch's classes: test_against_torch.py, test_optim_db.py; of a chain: here (`same_bits_as_pure`)
 - gradients untouched, None skipped, zero gradients are steps: test_against_torch.py; of a chain: here
-- options are read at every step: test_against_torch.py; of a chain: here
+- options are read at every step: test_edits_against_torch.py; of a chain: test_options.py
 - a learning rate of zero and zero gradients change nothing: test_against_torch.py; of a chain: here
 - files, counters, dtypes, flat states, no aliasing: test_loading.py
-- groups replaced, emptied, reloaded: test_against_torch.py
-- several groups are several optimizers; groups added: here, test_against_torch.py
+- groups replaced, emptied, reloaded: test_edits_against_torch.py
+- several groups are several optimizers; groups added: test_options.py, test_edits_against_torch.py
 - closures: test_against_torch.py; a chain that takes the loss: here
 - pickle, deepcopy, partial states: test_loading.py, here
 The ecosystem
-- learning rates that are tensors: test_against_torch.py; their identity: here
+- learning rates that are tensors: test_against_torch.py; their identity: test_options.py
 - errors in torch's words, names of parameters: test_optim_db.py, test_loading.py
 - hooks, zeroing, printing, profiling, freeing: test_hooks.py
-- layouts, mixed dtypes, complex and sparse tensors: here, test_optim_db.py
-- ascending, freezing: test_against_torch.py
+- layouts, mixed dtypes, complex and sparse tensors: test_tensor_kinds.py, test_optim_db.py
+- ascending, freezing: test_edits_against_torch.py
 - other processes: here
 - gradients through a step: here
 - averages of parameters: here
@@ -25,7 +25,6 @@ The ecosystem
 import copy
 import functools
 import inspect
-import math
 import pickle
 import warnings
 from collections.abc import Callable
@@ -40,7 +39,6 @@ import functional_optim as fo
 from _lib.chains import is_matrix
 from _lib.compare import Snapshot, assert_same_bits
 from _lib.optimizers import (
-    NUMBERS,
     OURS,
     SHAPES,
     content,
@@ -166,164 +164,6 @@ def test_each_step_of_a_chain_without_state_is_taken(lr: float) -> None:
     torch.testing.assert_close(p.detach(), torch.full_like(p, 1.01**STEPS), rtol=1e-13, atol=0.0)
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "lr": {"lr": 0.3},
-    "lr as a tensor": {"lr": torch.tensor([[0.3]], dtype=torch.float64)},
-    "weight_decay": {"weight_decay": 0.7},
-    "b1": {"b1": 0.5},
-    "b2": {"b2": 0.5},
-    "eps": {"eps": 0.1},
-    "max_norm": {"max_norm": 0.01},
-    "a switch": {"nesterov": True},
-}
-ARGUMENTS = {"lr": 0.01, "weight_decay": 0.1, "b1": 0.9, "b2": 0.99, "eps": 1e-8, "max_norm": 1.0, "nesterov": False}
-
-
-def options_chain(**given: Any) -> fo.GradientTransformation:
-    o = {**ARGUMENTS, **given}
-    adamw = fo.adamw(
-        o["lr"], b1=o["b1"], b2=o["b2"], eps=o["eps"], weight_decay=o["weight_decay"], nesterov=o["nesterov"]
-    )
-    return fo.chain(fo.clip_by_global_norm(o["max_norm"]), adamw)
-
-
-@pytest.mark.parametrize("option", OPTIONS)
-def test_a_change_of_an_option_of_a_chain_shows_in_the_next_step(option: str) -> None:
-    """As if the chain had been made with it and had taken over the state."""
-    params = make_params()
-    opt = TransformOptimizer(params, options_chain())
-    train([opt], range(3))
-    plain = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in OPTIONS[option].items()}
-    other = TransformOptimizer(twins(params), options_chain(**plain))
-    other.load_state_dict({**other.state_dict(), "state": opt.state_dict()["state"]})
-
-    opt.param_groups[0].update(OPTIONS[option])
-    train([opt, other], range(3, 6))
-
-    assert_same_bits(content(opt), content(other))
-
-
-@pytest.mark.parametrize("option", [o for o in OPTIONS if o != "max_norm"])
-def test_groups_override_every_option_as_optimizers_of_their_own_would(option: str) -> None:
-    """Several groups are several optimizers, but for what looks at the whole tree, such as a global norm."""
-    params = make_params()
-    adamw = fo.adamw(0.01, b2=0.99, weight_decay=0.1)
-    both = TransformOptimizer([{"params": params[:3]}, {"params": params[3:], **OPTIONS[option]}], adamw)
-    copies = twins(params)
-    parts = [
-        TransformOptimizer(copies[:3], adamw),
-        TransformOptimizer([{"params": copies[3:], **OPTIONS[option]}], adamw),
-    ]
-    for step in range(6):
-        grads = gradients(params, step, missing=True)
-        give(params, grads)
-        give(copies, grads)
-        for opt in (both, *parts):
-            opt.step()
-
-    assert_same_bits(content(both)["params"], [x for part in parts for x in content(part)["params"]])
-    assert_same_bits(content(both)["state"], [x for part in parts for x in content(part)["state"]])
-
-
-def test_a_global_norm_is_that_of_all_groups() -> None:
-    params = make_params()
-    tx = fo.chain(fo.clip_by_global_norm(1.0), fo.sgd(0.1))
-    many = TransformOptimizer([{"params": [p]} for p in params], tx)
-    one = TransformOptimizer(twins(params), tx)
-
-    train([many, one], range(5), missing=True)
-
-    assert_same_bits(content(many)["params"], content(one)["params"])
-
-
-@fo.elementwise(state={"pace": fo.zeros})
-def scale_by_pace(u: torch.Tensor, pace: torch.Tensor, *, drag: Any = 0.5) -> tuple[torch.Tensor, torch.Tensor]:
-    """A rule that nobody knows."""
-    pace = drag * pace + u
-    return pace, pace
-
-
-def test_hyper_parameters_of_a_custom_rule_are_options_and_clashes_are_qualified() -> None:
-    params = make_params()
-    tx = fo.chain(scale_by_pace(0.5), scale_by_pace(drag=0.25), fo.scale_by_learning_rate(0.1))
-    opt = TransformOptimizer(params, tx)
-    assert [k for k in opt.param_groups[0] if "drag" in k] == ["scale_by_pace_drag", "scale_by_pace_drag_2"]
-    opt.param_groups[0]["scale_by_pace_drag_2"] = 0.75
-    other = TransformOptimizer(
-        twins(params), fo.chain(scale_by_pace(0.5), scale_by_pace(0.75), fo.scale_by_learning_rate(0.1))
-    )
-
-    train([opt, other], range(4))
-
-    assert_same_bits(content(opt), content(other))
-
-
-def test_options_out_of_range_are_refused_at_construction_by_name() -> None:
-    params = make_params()
-    with pytest.raises(ValueError, match="b1"):
-        TransformOptimizer([{"params": params, "b1": 1.5}], fo.adamw(0.1))
-    opt = TransformOptimizer(params[:2], fo.adamw(0.1))
-    with pytest.raises(ValueError, match="b2"):
-        opt.add_param_group({"params": params[2:], "b2": -1.0})
-    assert len(opt.param_groups) == 1
-
-
-@pytest.mark.parametrize("lr", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("make", [AdamW, lambda p: TransformOptimizer(p, fo.adamw(0.1))])
-def test_a_learning_rate_that_is_no_number_is_refused_and_nothing_changes(make: Any, lr: float) -> None:
-    opt = make(make_params())
-    train([opt], range(2))
-    opt.param_groups[0]["lr"] = lr
-    before = Snapshot(params_of(opt), [dict(s) for s in opt.state.values()])
-
-    with pytest.raises(ValueError, match="lr of parameter group 0 is"):
-        opt.step()
-
-    before.check()
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "allowed"),
-    [("lr", -0.1, "[0, inf)"), ("b1", 1.5, "[0, 1)"), ("params_ema_decay", -0.5, "[0, 1]"), ("b2", math.nan, "[0, 1)")],
-)
-def test_an_option_that_leaves_its_range_is_refused_by_the_next_step_and_nothing_changes(
-    option: str, value: float, allowed: str
-) -> None:
-    params = make_params()
-    groups = [{"params": params[:1]}, {"params": params[1:]}]
-    opt = TransformOptimizer(groups, fo.chain(fo.trace(0.9), fo.adamw(0.1), fo.params_ema(0.9)))
-    train([opt], range(2))
-    good, opt.param_groups[1][option] = opt.param_groups[1][option], value
-    before = Snapshot(params_of(opt), [dict(s) for s in opt.state.values()])
-
-    for _ in range(2):
-        with pytest.raises(ValueError, match=f"{option!r} of parameter group 1") as caught:
-            opt.step()
-        for part in (repr(value), allowed):
-            assert part in str(caught.value)
-        before.check()
-
-    opt.param_groups[1][option] = good
-    opt.step()
-
-
-def test_a_learning_rate_may_end_a_rounding_below_zero_or_be_negative_from_the_start() -> None:
-    opt = TransformOptimizer(make_params(), fo.adamw(0.1))
-    opt.param_groups[0]["lr"] = -1e-17
-    train([opt], range(2))
-    opt = TransformOptimizer(make_params(), fo.scale_by_learning_rate(-0.1, flip_sign=False))
-    opt.param_groups[0]["lr"] = -0.05
-    train([opt], range(2))
-
-
-def test_a_learning_rate_that_is_a_tensor_stays_the_same_tensor() -> None:
-    lr = torch.tensor(0.1)
-    for opt in (AdamW(make_params(), lr=lr), TransformOptimizer([{"params": make_params(), "lr": lr}], fo.sgd(0.1))):
-        train([opt], range(3))
-        assert opt.param_groups[0]["lr"] is lr
-    assert lr == 0.1
-
-
 def test_the_loss_of_a_closure_reaches_rules_that_ask_for_it() -> None:
     from _lib.chains import scale_by_value
 
@@ -356,132 +196,6 @@ def test_public_attributes_survive_a_deep_copy() -> None:
         train([opt], range(1))
         new = copy.deepcopy(opt)
         assert {k for k in vars(opt) if not k.startswith("_")} <= set(vars(new))
-
-
-# --- kinds of tensors
-
-
-LAYOUTS: dict[str, Callable[[], torch.Tensor]] = {
-    "a column of a matrix": lambda: torch.arange(12.0, dtype=torch.float64).reshape(4, 3)[:, 1],
-    "every other column": lambda: torch.arange(24.0, dtype=torch.float64).reshape(4, 6)[:, ::2],
-    "transposed": lambda: torch.arange(12.0, dtype=torch.float64).reshape(4, 3).t(),
-    "channels last": lambda: (
-        torch.arange(48.0, dtype=torch.float64).reshape(2, 3, 2, 4).to(memory_format=torch.channels_last)
-    ),
-    "a number": lambda: torch.tensor(2.0, dtype=torch.float64),
-    "empty": lambda: torch.zeros(0, 3, dtype=torch.float64),
-    "one element": lambda: torch.ones(1, 1, dtype=torch.float64),
-}
-
-
-@pytest.mark.parametrize("other_grad", [False, True], ids=["same layout", "contiguous gradient"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", OURS)
-def test_layouts_are_kept_and_make_no_difference(name: str, layout: str, other_grad: bool) -> None:
-    """The state is laid out as torch's; what surrounds a slice stays as it is."""
-    p = torch.nn.Parameter(LAYOUTS[layout]())
-    flat = torch.nn.Parameter(p.detach().clone(memory_format=torch.contiguous_format))
-    opt, plain = OURS[name]([p], lr=0.1), OURS[name]([flat], lr=0.1)
-    for step in range(4):
-        [g] = gradients([flat], step)
-        assert g is not None
-        flat.grad = g
-        p.grad = g.clone() if other_grad else torch.empty_like(p, requires_grad=False).copy_(g)
-        opt.step()
-        plain.step()
-
-    assert_same_bits(content(opt), content(plain))
-    for key, x in opt.state[p].items():
-        assert key in NUMBERS or x.stride() == torch.zeros_like(p).stride()
-
-
-@pytest.mark.parametrize("name", OURS)
-def test_dtypes_mix_in_one_group(name: str) -> None:
-    """Each parameter does what it would do alone."""
-    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    params = [make_params(dtype, SHAPES[:1], seed=k)[0] for k, dtype in enumerate(dtypes)]
-    both, alone = OURS[name](params, lr=0.01), [OURS[name]([p], lr=0.01) for p in twins(params)]
-    for step in range(5):
-        grads = gradients(params, step)
-        give(params, grads)
-        give([params_of(o)[0] for o in alone], grads)
-        for opt in (both, *alone):
-            opt.step()
-
-    assert_same_bits(content(both)["params"], [content(o)["params"][0] for o in alone])
-    assert_same_bits(content(both)["state"], [content(o)["state"][0] for o in alone])
-
-
-@pytest.mark.parametrize("kwargs", [{}, {"weight_decay": 0.1, "maximize": True}], ids=str)
-@pytest.mark.parametrize("name", OURS)
-def test_complex_parameters_are_pairs_of_real_ones(name: str, kwargs: dict[str, Any]) -> None:
-    """As in torch; states of both are complex or real as the parameter is."""
-    generator = torch.Generator().manual_seed(0)
-    z = torch.nn.Parameter(torch.randn(8, 2, generator=generator, dtype=torch.complex128))
-    x = torch.nn.Parameter(torch.view_as_real(z.detach()).clone())
-    real = make_params(shapes=SHAPES[:1])
-    kwargs = fitting(name, **kwargs)
-    opt, pairs = OURS[name]([z, *real], lr=0.01, **kwargs), OURS[name]([x, *twins(real)], lr=0.01, **kwargs)
-    for step in range(5):
-        g = torch.randn(8, 2, generator=generator, dtype=torch.complex128)
-        rest = gradients(real, step)
-        give([z, *real], [g, *rest])
-        give(params_of(pairs), [torch.view_as_real(g), *rest])
-        opt.step()
-        pairs.step()
-
-    assert_same_bits(torch.view_as_real(z.detach()), x.detach())
-    for key, value in opt.state[z].items():
-        assert_same_bits(torch.view_as_real(value) if value.is_complex() else value, pairs.state[x][key])
-        assert value.is_complex() == (key not in NUMBERS)
-
-
-def test_parameters_on_meta_are_refused_at_the_step() -> None:
-    """They have no numbers to change; materialised ones step."""
-    module = torch.nn.Linear(3, 2, device="meta")
-    opt = AdamW(module.parameters(), lr=0.1)
-    for p in module.parameters():
-        p.grad = torch.empty_like(p)
-    with pytest.raises((ValueError, RuntimeError), match="meta"):
-        opt.step()
-    assert not opt.state
-
-
-def test_parameters_made_on_meta_step_once_they_are_real() -> None:
-    module = torch.nn.Linear(3, 2, device="meta")
-    opt = AdamW(module.parameters(), lr=0.1)
-    module.to_empty(device="cpu")
-    torch.nn.init.ones_(module.weight)
-    torch.nn.init.zeros_(module.bias)
-    opt.param_groups[0]["params"] = list(module.parameters())
-    module(torch.ones(1, 3)).sum().backward()
-    opt.step()
-    # the first step of Adam is lr long, after a decay of lr times 0.01; 1e-6: float32 and eps
-    torch.testing.assert_close(module.weight.detach(), torch.full((2, 3), 0.899), rtol=0, atol=1e-6)
-
-
-def test_a_state_that_does_not_fit_its_parameter_is_refused_by_name_and_nothing_changes() -> None:
-    model = torch.nn.Linear(3, 2)
-    opt = AdamW(model.named_parameters())
-    give(list(model.parameters()), gradients(model.parameters(), 0))
-    opt.step()
-    opt.state[model.bias]["exp_avg"] = torch.zeros(5)
-    before = Snapshot(list(model.parameters()), [dict(s) for s in opt.state.values()])
-
-    with pytest.raises(ValueError, match=r"exp_avg.*bias|bias.*exp_avg"):
-        opt.step()
-
-    before.check()
-
-
-def test_a_failed_first_step_leaves_no_state() -> None:
-    params = make_params(shapes=SHAPES[:2])
-    opt = AdamW(params)
-    give(params, gradients(params, 0))
-    params[1].grad = torch.zeros_like(params[1]).to_sparse()
-    with pytest.raises(RuntimeError, match="sparse"):
-        opt.step()
-    assert not opt.state
 
 
 # --- other processes

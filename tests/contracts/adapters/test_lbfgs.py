@@ -4,59 +4,29 @@ import copy
 import io
 import math
 import pickle
-import re
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch.testing._internal.common_optimizers import get_error_inputs_for_all_optims, optim_db
 
 import functional_optim as fo
 from _lib.compare import assert_same_bits
+from _lib.lbfgs import (
+    F64,
+    INFO,
+    KEPT,
+    PROBLEMS,
+    Run,
+    assert_equal,
+    drawn,
+    square,
+)
 from _lib.trees import tensors
 from functional_optim.adapters import LBFGS
 
 
-F32, F64 = torch.float32, torch.float64
-(INFO,) = [info for info in optim_db if info.optim_cls is torch.optim.LBFGS]
-KEPT = ("func_evals", "n_iter", "d", "t", "old_dirs", "old_stps", "ro", "H_diag", "prev_flat_grad", "prev_loss")
-Loss = Callable[[list[torch.Tensor]], torch.Tensor]
-
-
-def rosenbrock(params: list[torch.Tensor]) -> torch.Tensor:
-    """Six numbers in two parameters."""
-    x = torch.cat([p.reshape(-1) for p in params])
-    return (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()
-
-
-def net(params: list[torch.Tensor]) -> torch.Tensor:
-    """The squared error of a small net; its last parameter is not used."""
-    generator = torch.Generator().manual_seed(7)
-    x = torch.randn(32, 5, generator=generator, dtype=F64).to(params[0].dtype)
-    hidden = torch.tanh(x @ params[0] + params[1])
-    return ((hidden @ params[2] - torch.sin(x.sum(1, keepdim=True))) ** 2).mean()
-
-
-def complex_squares(params: list[torch.Tensor]) -> torch.Tensor:
-    """A least-squares problem of complex numbers beside a real one."""
-    a, b = params
-    weights = torch.arange(1, a.numel() + 1, dtype=F64)
-    return (weights * (a - (1 + 2j)).abs() ** 2).sum() + ((b - a.real.sum()) ** 2).sum() + (b**4).sum()
-
-
-def drawn(*shapes: tuple[int, ...], dtype: torch.dtype = F64) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randn(shape, generator=generator, dtype=F64).to(dtype) / 2 for shape in shapes]
-
-
-PROBLEMS: dict[str, tuple[Loss, Callable[[], list[torch.Tensor]]]] = {
-    "rosenbrock": (rosenbrock, lambda: [torch.tensor([[-1.2, 1.0], [0.5, -0.3]], dtype=F64), drawn((2,))[0]]),
-    "net": (net, lambda: drawn((5, 4), (4,), (4, 1), (3,))),
-    "net in float32": (net, lambda: drawn((5, 4), (4,), (4, 1), (3,), dtype=F32)),
-    "complex": (complex_squares, lambda: [torch.view_as_complex(drawn((3, 2))[0]), *drawn((2,))]),
-}
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "default": {},
     "small steps": {"lr": 1e-3, "max_iter": 7},
@@ -70,56 +40,6 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 # steps of 1 without a search overflow
 UNBOUNDED = {"default", "optim_db, default", "optim_db, tolerance_grad", "optim_db, maximize"}
-
-
-class Run:
-    """An optimizer at work on a problem.
-
-    Args:
-      cls: its class.
-      problem: the problem's name.
-      **kwargs: its arguments.
-    """
-
-    def __init__(self, cls: Any, problem: str, **kwargs: Any) -> None:
-        self.loss, make = PROBLEMS[problem]
-        self.params: list[Any] = [torch.nn.Parameter(x) for x in make()]
-        self.opt = cls(self.params, **copy.deepcopy(kwargs))
-        self.values: list[float] = []
-
-    def closure(self) -> torch.Tensor:
-        self.opt.zero_grad()
-        loss = self.loss(self.params)
-        if self.opt.param_groups[0].get("maximize"):  # which torch's own has from 2.14 on
-            loss = -loss
-        loss.backward()
-        self.values.append(loss.item())
-        return loss
-
-    def step(self) -> torch.Tensor:
-        return self.opt.step(self.closure)
-
-    def content(self) -> dict[str, Any]:
-        """All that a step may change."""
-        state = self.opt.state[self.params[0]]
-        kept = {k: x for k, x in state.items() if k in KEPT}
-        return {"params": [p.detach() for p in self.params], "state": numbers(kept), "values": self.values}
-
-
-def numbers(x: Any) -> Any:
-    """A nest with tensors in the place of numbers, of which torch keeps either."""
-    if isinstance(x, dict):
-        return {k: numbers(v) for k, v in x.items()}
-    if isinstance(x, list):
-        return [numbers(v) for v in x]
-    return x.to(F64) if isinstance(x, torch.Tensor) else torch.tensor(float(x), dtype=F64)
-
-
-def assert_equal(ours: Run, theirs: Run) -> None:
-    one, two = ours.content(), theirs.content()
-    assert one["values"] == two["values"]
-    assert one["state"].keys() == two["state"].keys()
-    assert_same_bits([one["params"], one["state"]], [two["params"], two["state"]])
 
 
 CASES = [("net", name) for name in ARGUMENTS]
@@ -361,155 +281,7 @@ def test_a_gradient_that_is_no_number_moves_nothing() -> None:
     assert torch.equal(cliff.p, torch.zeros(2, dtype=F64))
 
 
-# --- errors
-
-
-@pytest.mark.parametrize("line_search_fn", [None, "strong_wolfe"])
-@pytest.mark.parametrize("at", [0, 1, 3])
-def test_a_closure_that_raises_changes_nothing(at: int, line_search_fn: str | None) -> None:
-    run = Run(LBFGS, "net", line_search_fn=line_search_fn, lr=0.1, max_iter=5)
-    run.step()
-    before = copy.deepcopy([run.content(), run.opt.state_dict()])
-    calls = len(run.values)
-
-    def closure() -> torch.Tensor:
-        if len(run.values) == calls + at:
-            raise KeyboardInterrupt
-        return run.closure()
-
-    with pytest.raises(KeyboardInterrupt):
-        run.opt.step(closure)
-
-    del run.values[calls:]
-    assert_same_bits([run.content(), run.opt.state_dict()], before)
-
-
-def errors() -> list[Any]:
-    given = [*get_error_inputs_for_all_optims("cpu", F32), *INFO.optim_error_inputs_func("cpu", F32)]
-    return list({case.optimizer_error_input.desc: case for case in given}.values())
-
-
-@pytest.mark.parametrize("case", errors(), ids=lambda case: case.optimizer_error_input.desc)
-def test_errors_are_those_of_torch(case: Any) -> None:
-    given = case.optimizer_error_input
-    params = [torch.nn.Parameter(torch.randn(1))] if given.params is None else given.params
-    expect = pytest.warns if issubclass(case.error_type, Warning) else pytest.raises
-
-    with expect(case.error_type, match=case.error_regex):
-        LBFGS(params, **given.kwargs)
-
-
-def both(case: Callable[[Any], Any]) -> tuple[Any, Any]:
-    found = []
-    for cls in (torch.optim.LBFGS, LBFGS):
-        with pytest.raises((ValueError, RuntimeError, TypeError)) as error:
-            case(cls)
-        found.append(error.value)
-    return found[0], found[1]
-
-
-def one() -> torch.nn.Parameter:
-    return torch.nn.Parameter(torch.ones(2))
-
-
-def square(p: torch.Tensor) -> torch.Tensor:
-    return (p * p).sum()
-
-
-SAME_ERRORS: dict[str, Callable[[Any], Any]] = {
-    "several groups": lambda cls: cls([{"params": [one()]}, {"params": [one()]}]),
-    "negative lr": lambda cls: cls([one()], lr=-1.0),
-    "nan lr": lambda cls: cls([one()], lr=math.nan),
-    "lr of two elements": lambda cls: cls([one()], lr=torch.ones(2)),
-    "unknown argument": lambda cls: cls([one()], momentum=0.9),
-}
-
-
-@pytest.mark.parametrize("case", SAME_ERRORS)
-def test_more_errors_are_those_of_torch(case: str) -> None:
-    theirs, ours = both(SAME_ERRORS[case])
-
-    assert type(ours) is type(theirs)
-    assert str(theirs) in str(ours)
-
-
-def test_a_second_group_is_refused() -> None:
-    opt = LBFGS([one()])
-
-    with pytest.raises(ValueError, match="LBFGS doesn't support per-parameter options"):
-        opt.add_param_group({"params": [one()]})
-
-    assert len(opt.param_groups) == 1
-
-
-@pytest.mark.parametrize("closure", [(), (None,), (torch.zeros(()),)])
-def test_a_step_without_a_closure_is_refused(closure: Any) -> None:
-    with pytest.raises(TypeError, match=r"call `step\(closure\)`"):
-        LBFGS([one()]).step(*closure)
-
-
-def test_an_unknown_line_search_is_refused() -> None:
-    p = one()
-    with pytest.raises(RuntimeError, match=re.escape("only 'strong_wolfe' is supported, not 'armijo'")):
-        LBFGS([p], line_search_fn="armijo").step(lambda: square(p))
-
-
-def test_a_state_of_other_parameters_is_refused() -> None:
-    run = Run(LBFGS, "net")
-    run.step()
-    opt = LBFGS([torch.nn.Parameter(torch.zeros(k, dtype=F64)) for k in (5, 4, 4, 3)])
-
-    with pytest.raises(ValueError, match=r"has a vector of 31 elements, but the parameters have 16"):
-        opt.load_state_dict(run.opt.state_dict())
-
-    assert not opt.state
-
-
-def foreign() -> dict[str, Any]:
-    """A state dict of AdamW after a step."""
-    p = one()
-    p.grad = torch.ones_like(p)
-    opt = torch.optim.AdamW([p])
-    opt.step()
-    return opt.state_dict()
-
-
-FOREIGN: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
-    "another class": (
-        lambda own: foreign(),
-        ValueError,
-        r"param_groups\[0\] of the state dict lacks 'max_iter', .* it has 'lr', 'betas'.* another class than LBFGS",
-    ),
-    "states of another class": (
-        lambda own: own | {"state": foreign()["state"]},
-        ValueError,
-        "the saved state of parameter 0 lacks 'func_evals', 'n_iter'; it has 'step', 'exp_avg'",
-    ),
-    "a state that is no dict": (lambda own: own | {"state": {0: 3}}, ValueError, "parameter 0 is 3, expected a dict"),
-    "no states": (lambda own: {"param_groups": own["param_groups"]}, KeyError, "lacks 'state'; it has 'param_groups'"),
-    "no groups": (lambda own: {"state": {}}, KeyError, "lacks 'param_groups'"),
-}
-
-
-@pytest.mark.parametrize("case", FOREIGN)
-def test_a_file_of_another_class_is_refused_before_anything_changes(case: str) -> None:
-    make, error, words = FOREIGN[case]
-    p = one()
-    opt = LBFGS([p])
-
-    def closure() -> torch.Tensor:
-        opt.zero_grad()
-        loss = square(p)
-        loss.backward()
-        return loss
-
-    opt.step(closure)
-    before = copy.deepcopy(opt.state_dict())
-
-    with pytest.raises(error, match=words):
-        opt.load_state_dict(make(copy.deepcopy(before)))
-
-    assert_same_bits(opt.state_dict(), before)
+# --- beside other features
 
 
 def test_explain_says_how_it_runs() -> None:

@@ -290,9 +290,3 @@ def test_derivatives_of_operations_are_those_of_torch(name: str) -> None:
 
     # two formulas for one derivative round a few times each
     torch.testing.assert_close((grads.grad, params.grad), (u.grad, p.grad), rtol=2**-48, atol=2**-52, equal_nan=True)
-
-
-# -- reductions ---------------------------------------------------------------------------------------------------
-
-
-# -- conversions --------------------------------------------------------------------------------------------------

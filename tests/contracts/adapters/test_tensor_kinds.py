@@ -1,0 +1,145 @@
+"""Parameters of all kinds: layouts, mixed dtypes, complex numbers, tensors on the device `meta`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from _lib.compare import Snapshot, assert_same_bits
+from _lib.optimizers import (
+    NUMBERS,
+    OURS,
+    SHAPES,
+    content,
+    fitting,
+    give,
+    gradients,
+    make_params,
+    params_of,
+    twins,
+)
+from functional_optim.adapters import AdamW
+
+
+LAYOUTS: dict[str, Callable[[], torch.Tensor]] = {
+    "a column of a matrix": lambda: torch.arange(12.0, dtype=torch.float64).reshape(4, 3)[:, 1],
+    "every other column": lambda: torch.arange(24.0, dtype=torch.float64).reshape(4, 6)[:, ::2],
+    "transposed": lambda: torch.arange(12.0, dtype=torch.float64).reshape(4, 3).t(),
+    "channels last": lambda: (
+        torch.arange(48.0, dtype=torch.float64).reshape(2, 3, 2, 4).to(memory_format=torch.channels_last)
+    ),
+    "a number": lambda: torch.tensor(2.0, dtype=torch.float64),
+    "empty": lambda: torch.zeros(0, 3, dtype=torch.float64),
+    "one element": lambda: torch.ones(1, 1, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("other_grad", [False, True], ids=["same layout", "contiguous gradient"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", OURS)
+def test_layouts_are_kept_and_make_no_difference(name: str, layout: str, other_grad: bool) -> None:
+    """The state is laid out as torch's; what surrounds a slice stays as it is."""
+    p = torch.nn.Parameter(LAYOUTS[layout]())
+    flat = torch.nn.Parameter(p.detach().clone(memory_format=torch.contiguous_format))
+    opt, plain = OURS[name]([p], lr=0.1), OURS[name]([flat], lr=0.1)
+    for step in range(4):
+        [g] = gradients([flat], step)
+        assert g is not None
+        flat.grad = g
+        p.grad = g.clone() if other_grad else torch.empty_like(p, requires_grad=False).copy_(g)
+        opt.step()
+        plain.step()
+
+    assert_same_bits(content(opt), content(plain))
+    for key, x in opt.state[p].items():
+        assert key in NUMBERS or x.stride() == torch.zeros_like(p).stride()
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_dtypes_mix_in_one_group(name: str) -> None:
+    """Each parameter does what it would do alone."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    params = [make_params(dtype, SHAPES[:1], seed=k)[0] for k, dtype in enumerate(dtypes)]
+    both, alone = OURS[name](params, lr=0.01), [OURS[name]([p], lr=0.01) for p in twins(params)]
+    for step in range(5):
+        grads = gradients(params, step)
+        give(params, grads)
+        give([params_of(o)[0] for o in alone], grads)
+        for opt in (both, *alone):
+            opt.step()
+
+    assert_same_bits(content(both)["params"], [content(o)["params"][0] for o in alone])
+    assert_same_bits(content(both)["state"], [content(o)["state"][0] for o in alone])
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"weight_decay": 0.1, "maximize": True}], ids=str)
+@pytest.mark.parametrize("name", OURS)
+def test_complex_parameters_are_pairs_of_real_ones(name: str, kwargs: dict[str, Any]) -> None:
+    """As in torch; states of both are complex or real as the parameter is."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.nn.Parameter(torch.randn(8, 2, generator=generator, dtype=torch.complex128))
+    x = torch.nn.Parameter(torch.view_as_real(z.detach()).clone())
+    real = make_params(shapes=SHAPES[:1])
+    kwargs = fitting(name, **kwargs)
+    opt, pairs = OURS[name]([z, *real], lr=0.01, **kwargs), OURS[name]([x, *twins(real)], lr=0.01, **kwargs)
+    for step in range(5):
+        g = torch.randn(8, 2, generator=generator, dtype=torch.complex128)
+        rest = gradients(real, step)
+        give([z, *real], [g, *rest])
+        give(params_of(pairs), [torch.view_as_real(g), *rest])
+        opt.step()
+        pairs.step()
+
+    assert_same_bits(torch.view_as_real(z.detach()), x.detach())
+    for key, value in opt.state[z].items():
+        assert_same_bits(torch.view_as_real(value) if value.is_complex() else value, pairs.state[x][key])
+        assert value.is_complex() == (key not in NUMBERS)
+
+
+def test_parameters_on_meta_are_refused_at_the_step() -> None:
+    """They have no numbers to change; materialised ones step."""
+    module = torch.nn.Linear(3, 2, device="meta")
+    opt = AdamW(module.parameters(), lr=0.1)
+    for p in module.parameters():
+        p.grad = torch.empty_like(p)
+    with pytest.raises((ValueError, RuntimeError), match="meta"):
+        opt.step()
+    assert not opt.state
+
+
+def test_parameters_made_on_meta_step_once_they_are_real() -> None:
+    module = torch.nn.Linear(3, 2, device="meta")
+    opt = AdamW(module.parameters(), lr=0.1)
+    module.to_empty(device="cpu")
+    torch.nn.init.ones_(module.weight)
+    torch.nn.init.zeros_(module.bias)
+    opt.param_groups[0]["params"] = list(module.parameters())
+    module(torch.ones(1, 3)).sum().backward()
+    opt.step()
+    # the first step of Adam is lr long, after a decay of lr times 0.01; 1e-6: float32 and eps
+    torch.testing.assert_close(module.weight.detach(), torch.full((2, 3), 0.899), rtol=0, atol=1e-6)
+
+
+def test_a_state_that_does_not_fit_its_parameter_is_refused_by_name_and_nothing_changes() -> None:
+    model = torch.nn.Linear(3, 2)
+    opt = AdamW(model.named_parameters())
+    give(list(model.parameters()), gradients(model.parameters(), 0))
+    opt.step()
+    opt.state[model.bias]["exp_avg"] = torch.zeros(5)
+    before = Snapshot(list(model.parameters()), [dict(s) for s in opt.state.values()])
+
+    with pytest.raises(ValueError, match=r"exp_avg.*bias|bias.*exp_avg"):
+        opt.step()
+
+    before.check()
+
+
+def test_a_failed_first_step_leaves_no_state() -> None:
+    params = make_params(shapes=SHAPES[:2])
+    opt = AdamW(params)
+    give(params, gradients(params, 0))
+    params[1].grad = torch.zeros_like(params[1]).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        opt.step()
+    assert not opt.state
