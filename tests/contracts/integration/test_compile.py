@@ -9,6 +9,7 @@ import torch
 
 import functional_optim as fo
 from _lib.compare import EXACT
+from _lib.marks import pairwise
 from _lib.optimizers import SMALL, make_grads, make_params, params_of
 from _lib.training import values
 from functional_optim import adapters
@@ -102,11 +103,10 @@ def eager(name: str, tensor_lr: bool, grads: Any, vary: bool = True) -> Any:
     return run(optimizer, optimizer.step, grads, vary)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("tensor_lr", [False, True], ids=["float", "tensor"])
-@NAME
-def test_same_as_eager_mode(name: str, tensor_lr: bool, backend: str) -> None:
+@pairwise("name, lr, backend", OPTIMIZERS, ("float", "tensor"), ("eager", "aot_eager"))
+def test_same_as_eager_mode(name: str, lr: str, backend: str) -> None:
     """The whole step is one graph, and its kernels are those of eager mode."""
+    tensor_lr = lr == "tensor"
     optimizer = OPTIMIZERS[name](make_params(shapes=SMALL), make_lr(tensor_lr))
     grads = make_grads(params_of(optimizer), STEPS)
     actual = run(optimizer, torch.compile(optimizer.step, backend=backend, fullgraph=True), grads)
