@@ -16,7 +16,7 @@ import torch
 
 import functional_optim as fo
 from _lib.records import BACKENDS, tree_of, use
-from _lib.transforms import CASES, IDS
+from _lib.transforms import CASES, IDS, SPARE
 from _lib.trees import Tree
 from functional_optim.adapters import LAMB, RMSprop, TransformOptimizer
 
@@ -454,7 +454,7 @@ def derivatives(tx: Any, kind: str, dtype: torch.dtype) -> dict[str, list[torch.
 
 # torch follows the operations of the reference, and kernels have derivatives of their own, which a half type changes in
 # loads and stores only
-BY_KERNELS = [pytest.param(k, F32, "c", id=f"{name}-float32-c") for k, name in enumerate(IDS)]
+BY_KERNELS = [pytest.param(k, F32, "c", id=f"{name}-float32-c") for k, name in enumerate(IDS) if name not in SPARE]
 BY_KERNELS += [
     pytest.param(IDS.index(name), BF16, "c", id=f"{name}-bfloat16-c")
     for name in ("scale_by_adam-nesterov=False-eps_root=0.0", "scale_by_trust_ratio", "clip_by_global_norm-1.0")
@@ -480,6 +480,8 @@ def test_derivatives_are_finite(row: int, dtype: torch.dtype, backend: str) -> N
 @pytest.mark.parametrize("name", BOUNDS)
 def test_derivatives_at_bounds_are_finite(name: str, kind: str) -> None:
     for backend, dtype in (("c", F32), ("reference", F64)):
+        if backend == "c" and any(map(name.startswith, SPARE)):
+            continue
         with fo.use_backend(backend):
             for number, found in derivatives(BOUNDS[name], kind, dtype).items():
                 assert all(d.isfinite().all() for d in found), (backend, number)
