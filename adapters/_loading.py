@@ -11,10 +11,10 @@ import torch
 
 from functional_optim import _walk
 from functional_optim._compiler.rule import Option
-from functional_optim._params.template import Template, slots_of, view_of
+from functional_optim._params.template import Template, gradient_dtype, slots_of, view_of
 from functional_optim._runtime.shard import loaded_like
 
-from ._naming import names_of
+from ._naming import FLAGS, names_of
 
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def load(optimizer: "ChainOptimizer", state_dict: dict[str, Any], by_name: bool,
     else:
         id_map = _match_positions(live, saved)
     groups = [_group(optimizer, old, new) for old, new in zip(live, saved, strict=True)]
+    unused = [optimizer._unused_options(g, old, new) for g, (old, new) in enumerate(zip(live, groups, strict=True))]
     names = names_of(groups)
     slots = _slots(optimizer, groups, names)
     given = {id_map[k]: v for k, v in states.items() if k in id_map}
@@ -63,6 +64,8 @@ def load(optimizer: "ChainOptimizer", state_dict: dict[str, Any], by_name: bool,
         warnings.warn(
             f"the saved state of {unknown[0]}, which the chain does not know{more}; it is kept.", stacklevel=3
         )
+    for message in filter(None, dict.fromkeys(unused)):
+        warnings.warn(message, stacklevel=3)
     for after in optimizer._optimizer_load_state_dict_post_hooks.values():
         after(optimizer)
 
@@ -176,11 +179,10 @@ def _slots(optimizer: "ChainOptimizer", groups: list[dict[str, Any]], names: lis
 def _template(optimizer: "ChainOptimizer", g: int, group: dict[str, Any]) -> Template:
     """The chain of a group, whose options are found to be numbers or flags where they have to be."""
     try:
-        for flag, default in optimizer.defaults.items():
-            if default is None or isinstance(default, bool):
-                value = group.get(flag)
-                if not (value is None or isinstance(value, (bool, int))):
-                    raise ValueError(f"{flag!r} is {_show(value)}, expected True, False or None.")
+        for flag in FLAGS & optimizer.defaults.keys():
+            value = group.get(flag)
+            if not (value is None or isinstance(value, (bool, int))):
+                raise ValueError(f"{flag!r} is {_show(value)}, expected True, False or None.")
         template = optimizer._bindings.template_of(optimizer, group)
         for rule in _walk.rules(template.tx).values():
             for option in rule.bound.values.values():
@@ -258,7 +260,7 @@ def _counter(value: Any, p: torch.Tensor, name: str, usual: torch.dtype | None) 
 
 def _slot(key: str, value: Any, p: torch.Tensor, name: str, declared: Any, hypers: Mapping[str, Any]) -> torch.Tensor:
     """A slot, in the dtype that the chain declares, on the device of its parameter and distributed as that is."""
-    dtype = declared.stored_as(p, hypers)
+    dtype = declared.stored_as(p, hypers, gradient_dtype(p) if declared.as_gradient else None)
     if not isinstance(value, torch.Tensor):
         if not (declared.per_leaf and isinstance(value, numbers.Real)):
             raise ValueError(f"the saved {key!r} of {name!r} is {_show(value)}, expected a tensor.")

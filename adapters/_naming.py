@@ -20,6 +20,20 @@ KNOWN = frozenset(
     {"params", "param_names", "initial_lr", "min_lr", "max_lr", "swa_lr", "base_momentum", "max_momentum"}
 )
 RESERVED = KNOWN | {"chain", "maximize", "fused", "differentiable", "foreach", "capturable"}
+# options that are True, False or None, whatever class has them
+FLAGS = frozenset(
+    {
+        "amsgrad",
+        "capturable",
+        "centered",
+        "decoupled_weight_decay",
+        "differentiable",
+        "foreach",
+        "fused",
+        "maximize",
+        "nesterov",
+    }
+)
 # names that torch's classes and optax have for hyper-parameters, by those of rules
 SYNONYMS: Mapping[str, frozenset[tuple[str | None, str]]] = {  # by rule, or for any, and hyper-parameter
     "momentum": frozenset({("trace", "decay")}),

@@ -227,7 +227,9 @@ class LBFGS(torch.optim.LBFGS):
             return first_loss, None
         lr = group["lr"].reshape(()) if isinstance(group["lr"], torch.Tensor) else group["lr"]
         evaluations = 1
-        for n in range(1, group["max_iter"] + 1):
+        n = 0
+        while n < group["max_iter"]:  # a number from a file may be no whole one
+            n += 1
             own["n_iter"] += 1
             direction = own["d"] = _direction(own, grad, group["history_size"])
             own["prev_flat_grad"], own["prev_loss"] = grad, value

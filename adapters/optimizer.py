@@ -99,6 +99,19 @@ class ChainOptimizer(Optimizer):
         """
         _check_rate(g, group.get("lr"))
 
+    def _unused_options(self, g: int, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+        """A warning of options that a file brings to a parameter group and that do nothing there; "" if there is none.
+
+        Args:
+          g: the index of the group.
+          old: its options now.
+          new: its options once the file is loaded.
+
+        Raises:
+          ValueError, TypeError: an option of the file is called otherwise here, or is out of its range.
+        """
+        return ""
+
     @functools.cached_property
     def _bindings(self) -> Bindings:
         """The steps that are bound; copies and pickles of an optimizer do not have them, and get their own."""

@@ -17,7 +17,7 @@ from functional_optim._reading import scheduled
 from functional_optim._transform import Declared
 
 from ._groups import copied
-from ._naming import KNOWN, Naming, is_number
+from ._naming import KNOWN, RESERVED, Naming, is_number
 from .optimizer import ChainOptimizer
 
 
@@ -200,6 +200,21 @@ class TransformOptimizer(ChainOptimizer):
             pairs = zip(self._naming.defaults, options, known, strict=True)
             self._naming.check(group, g, [name for name, now, before in pairs if now is not before])
             checked[g] = options
+
+    def _unused_options(self, g: int, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+        added = {k: x for k, x in new.items() if k not in old}
+        try:
+            self._naming.check(new)
+            self._naming.check_names(added)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"the options of param_groups[{g}] of the state dict do not fit: {error}") from error
+        unknown = sorted(str(k) for k in added if k not in self.defaults and k not in RESERVED)
+        if not unknown:
+            return ""
+        return (
+            f"no transformation of the chain knows {', '.join(map(repr, unknown))} in param_groups[{g}] of the state "
+            f"dict, kept without an effect; there are {', '.join(map(repr, self.defaults))}."
+        )
 
     def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
         return (bool(group["maximize"]), *[group[name] for name in self._naming.switches])
