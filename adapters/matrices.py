@@ -16,9 +16,12 @@ from ._named import DECAY, LR, MOMENTUM, NamedClass, before
 from ._naming import template
 
 
-def _refuse_complex(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> None:
-    if any(p.is_complex() for p in group["params"]):
+def _dtypes(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> set[torch.dtype]:
+    """The dtypes of a group's parameters, none of which is complex."""
+    dtypes = {p.dtype for p in group["params"]}
+    if any(dtype.is_complex for dtype in dtypes):
         raise RuntimeError(f"{type(optimizer).__name__} does not support complex parameters")
+    return dtypes
 
 
 class Muon(NamedClass, torch.optim.Muon):  # type: ignore[misc]
@@ -37,9 +40,11 @@ class Muon(NamedClass, torch.optim.Muon):  # type: ignore[misc]
     """
 
     def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
-        _refuse_complex(self, group)
+        _dtypes(self, group)
         names = ("nesterov", "ns_coefficients", "ns_steps", "eps", "adjust_lr_fn")
         switches = {name: group[name] for name in names}
+        if isinstance(switches["eps"], torch.Tensor):
+            switches["eps"] = float(switches["eps"])
         if switches["ns_steps"] >= 100:
             raise ValueError("Number of steps must be less than 100 for computational efficiency")
         if len(switches["ns_coefficients"]) != 3:
@@ -80,8 +85,13 @@ class Adafactor(NamedClass, torch.optim.Adafactor):  # type: ignore[misc]
     """
 
     def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
-        _refuse_complex(self, group)
-        return bool(group["maximize"]), group["eps"][0]
+        dtypes = _dtypes(self, group)
+        eps1 = group["eps"][0]
+        if eps1 is None and len(dtypes) == 1:  # that of the parameters, whose gradients may have another dtype
+            eps1 = torch.finfo(*dtypes).eps
+        if isinstance(eps1, torch.Tensor):
+            eps1 = float(eps1)
+        return bool(group["maximize"]), eps1
 
     def _template(self, switches: tuple[Any, ...]) -> Template:
         maximize, eps1 = switches

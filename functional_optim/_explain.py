@@ -19,7 +19,7 @@ from ._params.journal import Journal
 from ._params.local import tensor_of
 from ._params.region import ParamRegion
 from ._params.step import ParamStep
-from ._params.template import ParamList, Template
+from ._params.template import ParamList, Template, gradient_dtype
 from ._regions import BoundRegion
 from ._runtime.backend import choose_backend
 from ._runtime.checks import at
@@ -245,13 +245,15 @@ def explain_params(
     if step.state.counts_in_integers and "step" in columns:
         columns["step"] = [None if x is None else step.state.counter_of(x, i) for i, x in enumerate(columns["step"])]
     local = [tensor_of(x) for x in shadows]
+    as_gradients = [_shadow(x, gradient_dtype(p)) for x, p in zip(shadows, params.tensors, strict=True)]
+    updates = [tensor_of(x) for x in as_gradients]
     found = _Collector(step.names, [tensor_of(p) for p in params.tensors], records)
     for stage in step.stages:
         if isinstance(stage, ParamRegion) and stage.leafwise is not None:
             found.add_leafwise(stage.leafwise)
         elif isinstance(stage, ParamRegion):
             own: Columns = {
-                "updates": local,
+                "updates": updates,
                 "params": local,
                 **columns,
                 **dict.fromkeys(_given(step), local),
@@ -421,8 +423,8 @@ def _some(paths: Sequence[str]) -> str:
     return ", ".join(paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
 
 
-def _shadow(x: Any) -> Any:
-    """A tensor without memory that has the dtype, shape and strides of another."""
+def _shadow(x: Any, dtype: torch.dtype | None = None) -> Any:
+    """A tensor without memory that has the shape and strides of another, and its dtype if no other is asked for."""
     if not isinstance(x, torch.Tensor) or x.layout is not torch.strided:
         return x
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    return torch.empty_strided(x.shape, x.stride(), dtype=dtype or x.dtype, device="meta")

@@ -1,5 +1,6 @@
 """Rules for whole tensors: torch operations compute them, for all leaves of one shape at once where that can be."""
 
+import functools
 import itertools
 import sys
 from collections.abc import Hashable, Mapping, Sequence
@@ -314,6 +315,18 @@ def _copies(x: torch.Tensor) -> Sequence[torch.Tensor]:
     return torch.unbind_copy(x, 0)  # type: ignore[return-value, func-returns-value]
 
 
+def _in_one_dtype(arrays: Sequence[Any], own: Sequence[bool]) -> list[Any]:
+    """Floating tensors in the widest dtype of them all, because operations of torch take few dtypes together.
+
+    Args:
+      arrays: tensors, of which None and those of other dtypes stay as they are.
+      own: for each, whether it keeps a dtype of its own.
+    """
+    takes = [x is not None and x.is_floating_point() and not apart for x, apart in zip(arrays, own, strict=True)]
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in itertools.compress(arrays, takes)))
+    return [x.to(dtype) if take else x for x, take in zip(arrays, takes, strict=True)]
+
+
 def _apart(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """A tensor, or a copy of it if it is another one, or a view of that."""
     same = x is y or (not needs_dispatch() and x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr())
@@ -396,8 +409,11 @@ class _Call(NamedTuple):
             for start, x in zip(starts, slots, strict=True)
         ]
         params = [arrays[1]] if rule.uses_params else []
+        hypers = self.values.keywords
+        own = [slot.per_leaf or slot.declared_dtype(hypers) is not None for slot in rule.slots.values()]
+        given = _in_one_dtype([u, *params, *before], [False] * (1 + len(params)) + own)
         try:
-            result = rule.fn(u, *params, *before, **self.values.keywords)
+            result = rule.fn(*given, **self.values.keywords)
         except Exception as error:
             error.add_note(f"in {rule.name}, for a tensor of shape {tuple(u.shape)}{at(self.path)}")
             raise
@@ -415,7 +431,8 @@ class _Call(NamedTuple):
                     )
                 continue
             self._check(name, results[k], x)
-            results[k] = results[k].to(x.dtype)
+            # one that is returned as it was given is not rounded twice
+            results[k] = (before[k - 1] if results[k] is given[k - 1 - len(slots)] else results[k]).to(x.dtype)
         return results
 
     def mapped(self, stacked: Sequence[Any]) -> list[Any]:

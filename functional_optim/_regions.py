@@ -303,7 +303,7 @@ class BoundRegion:
           ValueError: the storage of a tensor has been freed or cut.
         """
         for known, bound in self.bound:
-            if known != variant:
+            if known != variant or (bound.partners and not bound.has_partners(own)):
                 continue
             found = bound.read(own)
             if isinstance(found, Reading):
@@ -344,7 +344,7 @@ class BoundRegion:
         """
         sizes, forms = tuple(level.size for level in levels), packed_forms(own.values())
         for known, bound in self.of_members:
-            if bound.sizes != sizes or known != forms:
+            if bound.sizes != sizes or known != forms or (bound.partners and not bound.has_partners(own)):
                 continue
             found = bound.read(own, bound.own_numbers(extra, given), levels)
             if isinstance(found, MembersReading):

@@ -41,6 +41,7 @@ from ._tree import Reader, Tree, View, difference, flatten, paths, refuse_packed
 
 
 KEEP = 8  # trees that a transformation is bound to at once
+_BY_TORCH = (Opaque, LeafwiseRegion)
 
 
 class TreeRegion(BoundRegion):
@@ -99,8 +100,10 @@ class TreeStep:
         device = devices.pop() if len(devices) == 1 else None
         self.stages = [TreeRegion(stage, self, device) if isinstance(stage, Region) else stage for stage in stages]
         # user code runs between the first look at tensors and the last launch
-        self.runs_python = any(isinstance(stage, Opaque | LeafwiseRegion) or stage.hosts for stage in stages)
+        self.runs_python = any(isinstance(stage, _BY_TORCH) or stage.hosts for stage in stages)
         self.watch = SpecWatch((), ())
+        # kernels make updates as wide as parameters; torch operations leave them as they were
+        self.widens = self.with_params and not apply and isinstance(stages[-1] if stages else None, _BY_TORCH)
         self.extras = extras_of(stages)
         self.traced = [stage for stage in stages if isinstance(stage, Region) and stage.traced]
 
@@ -195,6 +198,7 @@ class TreeStep:
         if watched:
             watch = self.watch = SpecWatch.of(self.watch, columns["params"], self.present)
         new_states: dict[Path, Any] = {}
+        entered = columns["updates"]
         for stage in self.stages:
             if stage.entered is not None:
                 columns = {**columns, stage.entered: columns["updates"]}
@@ -214,6 +218,8 @@ class TreeStep:
             if not in_place:
                 columns = {name: results.get(name, columns[name]) for name in columns}
                 new_states |= stage.state.replaced(states, {**own, **results}, like, stage.moving)
+        if self.widens:
+            columns = {**columns, "updates": _as_wide(entered, columns)}
         tree = like if donate else self.read.rebuild(like, columns["params" if self.apply else "updates"])
         return tree, set_states(state, new_states) if new_states else state
 
@@ -412,6 +418,15 @@ class TreeStep:
 def _seen(links: Sequence[Link]) -> list[tuple[Any, tuple[bool, ...]]]:
     """The leaves that each transformation sees; one that sees none may be left out, so paths count."""
     return [(link.path, link.seen) for link in links]
+
+
+def _as_wide(before: Sequence[Any], columns: Columns) -> list[Any]:
+    """New updates in the wider dtype of each and its parameter; those of `before` are as they were given."""
+    made = zip(before, columns["updates"], columns["params"], strict=True)
+    return [
+        u if u is old or not isinstance(u, torch.Tensor) else u.to(torch.promote_types(u.dtype, p.dtype))
+        for old, u, p in made
+    ]
 
 
 def _present(columns: Columns) -> tuple[int, ...]:

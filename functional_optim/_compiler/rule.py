@@ -80,6 +80,7 @@ class Slot:
       shape: its shape for a leaf, if it has one of its own.
       evaluate: whether it holds the parameters to evaluate at.
       per_tree: whether that number is one for all leaves.
+      as_gradient: whether an optimizer stores it in the dtype of the gradient that it is made for, as torch does.
     """
 
     start: float | str | Callable[..., torch.Tensor | None]
@@ -89,6 +90,7 @@ class Slot:
     shape: Shape | None = None
     evaluate: bool = False
     per_tree: bool = False
+    as_gradient: bool = False
 
     @property
     def like_leaf(self) -> bool:
@@ -121,14 +123,30 @@ class Slot:
             return None if made is None else tuple(made.shape)
         return tuple(p.shape)
 
-    def stored_as(self, p: torch.Tensor, hypers: Mapping[str, Any]) -> torch.dtype | None:
-        """The dtype that is asked for, or that squares need; None if it is the default one."""
-        dtype = hypers.get(self.dtype) if isinstance(self.dtype, str) else self.dtype
+    def declared_dtype(self, hypers: Mapping[str, Any]) -> torch.dtype | None:
+        """The dtype that the rule or its caller asks for, if one does."""
+        return hypers.get(self.dtype) if isinstance(self.dtype, str) else self.dtype
+
+    def stored_as(
+        self, p: torch.Tensor, hypers: Mapping[str, Any], gradient: torch.dtype | None = None
+    ) -> torch.dtype | None:
+        """The dtype that is asked for, or that squares need; None if it is the default one.
+
+        Args:
+          p: the parameter.
+          hypers: the hyper-parameters of the rule.
+          gradient: the dtype of its gradient, in an optimizer.
+        """
+        dtype = self.declared_dtype(hypers)
+        if dtype is None and self.as_gradient:
+            return gradient
         return torch.float32 if dtype is None and self.square and p.dtype is torch.float16 else dtype
 
-    def make(self, p: torch.Tensor, hypers: Mapping[str, Any]) -> torch.Tensor | None:
-        """The slot's first value for one leaf; None if it has no entry there."""
-        dtype = self.stored_as(p, hypers)
+    def make(
+        self, p: torch.Tensor, hypers: Mapping[str, Any], gradient: torch.dtype | None = None
+    ) -> torch.Tensor | None:
+        """The slot's first value for one leaf; None if it has no entry there. For the arguments see `stored_as`."""
+        dtype = self.stored_as(p, hypers, gradient)
         if callable(self.start):
             made = self._from_function(self.start, p, hypers)
             return None if made is None else made.detach().to(dtype=dtype or p.dtype, device=p.device, copy=True)

@@ -19,7 +19,7 @@ from .._state import Copies, shared_column
 from .journal import Journal
 from .local import LocalColumns
 from .region import ParamRegion
-from .template import ParamList, States
+from .template import ParamList, States, gradient_dtype
 
 
 class ParamState:
@@ -151,7 +151,8 @@ class ParamState:
             declared = region.bounds[stored.key[0]].values
             values = {k: v for k, v in declared.items() if k in (slot.start, slot.dtype, *slot.shape_hypers)}
             own = options[self.params.groups[i]]
-            made = slot.make(p, {k: v.look_up(own) if isinstance(v, Option) else v for k, v in values.items()})
+            hypers = {k: v.look_up(own) if isinstance(v, Option) else v for k, v in values.items()}
+            made = slot.make(p, hypers, gradient_dtype(self.params.tensors[i]) if slot.as_gradient else None)
             assert made is not None, "a leaf that has no entry of a slot is not asked for one"
             return made
 

@@ -47,6 +47,13 @@ def view_of(names: Sequence[str], params: Sequence[torch.Tensor]) -> View:
     return View.of(OrderedDict(zip(names, params, strict=True)))
 
 
+def gradient_dtype(p: torch.Tensor) -> torch.dtype:
+    """The dtype of a parameter's gradient; that of one which it is about to get, where it has none."""
+    if p.grad is not None:
+        return p.grad.dtype
+    return getattr(p, "grad_dtype", None) or p.dtype
+
+
 def slots_of(template: Template, view: View) -> list[dict[str, tuple[Slot, Mapping[str, Any]] | None]]:
     """The slots that a chain keeps for each parameter, which not all of its transformations may see.
 

@@ -14,6 +14,7 @@ from .._compiler.call import Column
 from .evaluate import evaluate
 from .join import Joins
 from .numbers import Number, Numbers, Table
+from .packing import PackedColumn
 from .plan import Columns, Key, Leaf, group_leaves
 from .spec import TensorSpec
 
@@ -62,6 +63,14 @@ class Programs:
         self, leaves: Sequence[Leaf], specs: Specs, joins: Joins | None = None, shared: Sequence[Key] = ()
     ) -> None:
         self.joins = joins
+        # dtypes of parameters that no program reads, but that updates are as wide as
+        self.partners = [
+            (leaf.position, p.dtype)
+            for leaf in leaves
+            if (p := specs["params"][leaf.position] if "params" in specs else None) is not None
+            and "params" not in leaf.recipe.columns()
+            and any(o.name == "updates" for o in leaf.recipe.program.outputs)
+        ]
         self.groups = group_leaves(leaves, specs, shared)
         self.tables = [Table(group) for group in self.groups]
         self.gathers = [(gather.key, gather.pick) for group in self.groups for gather in group.gathers]
@@ -69,6 +78,11 @@ class Programs:
         bounds = itertools.pairwise(ends)
         # for each group and gather, the bounds of its tensors among all that are gathered
         self.bounds = [list(itertools.islice(bounds, len(group.gathers))) for group in self.groups]
+
+    def has_partners(self, columns: Columns) -> bool:
+        """Whether parameters that no program reads have the dtypes that they had."""
+        params = columns["params"]
+        return isinstance(params, PackedColumn) or all(params[i].dtype is dtype for i, dtype in self.partners)
 
     def numbers(self, options: Sequence[Mapping[str, Any]], extra: Mapping[str, Any]) -> list[list[Number]]:
         """The numbers of this step; see `Table.numbers`."""

@@ -5,9 +5,16 @@ multiply-add. Formulas that stand for a class of torch.optim have the bits of th
 tensor torch's compiler contracts the other product of `a * b + c * d`; these formulas do not.
 """
 
+import dataclasses
+
 import torch
 
-from .._compiler.rule import Leaf, OptionalDtype, Scalar
+from .._compiler.rule import Leaf, OptionalDtype, Scalar, Shape, Slot, slot
+
+
+def torch_slot(start: float | str = 0.0, shape: Shape | None = None) -> Slot:
+    """A slot that torch stores as the gradient is, not as the parameter is."""
+    return dataclasses.replace(slot(start, shape=shape), as_gradient=True)
 
 
 def mean(moment: Leaf, u: Leaf, decay: Scalar) -> Leaf:

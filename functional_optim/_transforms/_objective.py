@@ -8,7 +8,7 @@ import torch
 
 from .._lbfgs.point import Point
 from .._tree import MaskedNode, Tree, flatten
-from ._vectors import Leaves, flat, refuse_members, wide
+from ._vectors import Leaves, dot, flat, refuse_members, wide
 
 
 class Objective:
@@ -52,7 +52,7 @@ class Objective:
             grad = self.own.tree(gradients(found, leaves)) if grad is None else grad
         grads = self.own.read("grad", grad, fit=True)
         self.name = name
-        self.start = Point(0.0, self._scalar(f"`value` of {name}", value), flat(grads).dot(self.direction), grads)
+        self.start = Point(0.0, self._scalar(f"`value` of {name}", value), dot(flat(grads), self.direction), grads)
 
     def value(self, step: Any) -> float:
         """The objective at a step."""
@@ -64,7 +64,7 @@ class Objective:
         value, leaves = self._evaluate(step)
         grads = gradients(value, leaves)
         with torch.no_grad():
-            return Point(step, self._scalar("`value_fn`", value), flat(grads).dot(self.direction), grads)
+            return Point(step, self._scalar("`value_fn`", value), dot(flat(grads), self.direction), grads)
 
     def scaled(self, step: Any) -> Tree:
         """The updates times a step; zeros for a step of 0, whatever the updates are."""

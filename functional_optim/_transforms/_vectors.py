@@ -23,6 +23,12 @@ def flat(leaves: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([real_view(x.detach()).reshape(-1).to(dtype) for x in leaves])
 
 
+def dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The product of two vectors, in the wider dtype of the two: gradients may have another one than parameters."""
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    return x.to(dtype).dot(y.to(dtype))
+
+
 def vector(x: torch.Tensor) -> torch.Tensor:
     """The elements of one leaf as a vector, in a dtype that is wide enough."""
     return real_view(x.detach().to(wide(x))).reshape(-1)

@@ -7,6 +7,7 @@ import torch
 from .._compiler.functions import leaf_mean
 from .._compiler.rule import Leaf, Scalar, slot
 from .._rule import elementwise, leafwise
+from ._moments import torch_slot
 
 
 BLOCK = 1 << 18  # elements whose squares stay in the cache
@@ -131,9 +132,9 @@ def _torch_elements(p: torch.Tensor) -> Sequence[int] | None:
 
 @leafwise(
     state={
-        "row_var": slot(shape=_torch_rows),
-        "col_var": slot(shape=_torch_columns),
-        "variance": slot(shape=_torch_elements),
+        "row_var": torch_slot(shape=_torch_rows),
+        "col_var": torch_slot(shape=_torch_columns),
+        "variance": torch_slot(shape=_torch_elements),
     },
     static=("eps1",),
     batched=True,

@@ -8,7 +8,7 @@ import torch
 from .._lbfgs.recursion import two_loop
 from .._transform import Declared, GradientTransformation, declares
 from .._tree import Tree
-from ._vectors import Leaves, flat, rows, shaped, split, vector, wide
+from ._vectors import Leaves, dot, flat, rows, shaped, split, vector, wide
 
 
 class ScaleByLBFGSState(NamedTuple):
@@ -104,7 +104,7 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> Gr
         if int(state.count):
             s = flat(own.params) - flat(own.read("state.params", state.params))
             y = flat(given) - flat(own.read("state.updates", state.updates))
-            product = s.dot(y)
+            product = dot(s, y)
             if _is_convex(s, y, product):
                 weights = torch.cat([weights[1:], (1.0 / product).reshape(1).to(weights)])
                 steps = _pushed(steps, split(s, own.params))
@@ -160,7 +160,10 @@ def _direction(
     """
     k = len(weights)
     ss, ys = ([rows(x)[len(x) - k :] for x in memory] for memory in (steps, differences))
-    us = [vector(u) for u in updates]
+    # a gradient may be wider than its parameter, or narrower
+    dtypes = [torch.promote_types(s.dtype, vector(u).dtype) for s, u in zip(ss, updates, strict=True)]
+    ss, ys = ([x.to(dtype) for x, dtype in zip(memory, dtypes, strict=True)] for memory in (ss, ys))
+    us = [vector(u).to(dtype) for u, dtype in zip(updates, dtypes, strict=True)]
     products = torch.zeros(2 * k + 1, 2 * k + 1, dtype=torch.float64, device=us[0].device)
     for s, y, u in zip(ss, ys, us, strict=True):
         products[:k, k:-1] += s @ y.t()  # products of two steps are never asked for

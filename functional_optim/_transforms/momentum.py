@@ -5,7 +5,7 @@ import torch
 from .._compiler.functions import fused_number
 from .._compiler.rule import Leaf, OptionalDtype, Scalar, slot
 from .._rule import elementwise
-from ._moments import mean, unbiased
+from ._moments import mean, torch_slot, unbiased
 
 
 @elementwise(state={"trace": slot(0.0, dtype="accumulator_dtype")}, static=("nesterov",), ranges={"decay": "[0, inf)"})
@@ -80,7 +80,7 @@ def ema(
     return (unbiased(ema, decay, step) if debias else ema), ema
 
 
-@elementwise(state={"momentum_buffer": slot(0.0)}, static=("nesterov",))
+@elementwise(state={"momentum_buffer": torch_slot()}, static=("nesterov",))
 def momentum(
     u: Leaf, momentum_buffer: Leaf, *, first: Scalar, momentum: Scalar, dampening: Scalar = 0.0, nesterov: bool = False
 ) -> tuple[Leaf, Leaf]:

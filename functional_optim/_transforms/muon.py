@@ -10,7 +10,7 @@ from .._chain import chain
 from .._compiler.rule import Leaf, OptionalDtype, Scalar, slot
 from .._rule import elementwise, leafwise
 from .._transform import GradientTransformation
-from ._moments import mean, torch_mean, unbiased
+from ._moments import mean, torch_mean, torch_slot, unbiased
 
 
 Polynomial = tuple[float, float, float]
@@ -262,7 +262,7 @@ def muon_momentum(
     return unbiased(beta * mu, beta, step + 1) + unbiased((1 - beta) * u, beta, step), mu
 
 
-@elementwise(state={"momentum_buffer": slot(0.0)}, static=("nesterov",))
+@elementwise(state={"momentum_buffer": torch_slot()}, static=("nesterov",))
 def torch_muon_momentum(
     u: Leaf, momentum_buffer: Leaf, *, momentum: Scalar = 0.95, nesterov: bool = True
 ) -> tuple[Leaf, Leaf]:

@@ -4,6 +4,7 @@ import torch
 
 from .._compiler.rule import Leaf, Scalar, slot
 from .._rule import elementwise
+from ._moments import torch_slot
 
 
 def _factor(turn: Leaf, eta_minus: Scalar, eta_plus: Scalar) -> Leaf:
@@ -76,7 +77,7 @@ def scale_by_rprop(
     return u, step_sizes, u
 
 
-@elementwise(state={"prev": slot(0.0), "step_size": slot("learning_rate")})
+@elementwise(state={"prev": slot(0.0), "step_size": torch_slot("learning_rate")})
 def rprop_step(
     u: Leaf,
     p: Leaf,
