@@ -207,6 +207,9 @@ class ParamStep:
           ValueError, TypeError, RuntimeError: something does not fit.
         """
         self._check_call(extra)
+        written, records = params, torch.is_grad_enabled()
+        if records:  # autograd keeps what a step is computed from, and parameters are written to
+            params = [p if g is None else p.clone() for p, g in zip(params, grads, strict=True)]
         given: Columns = {
             (-1, name): self._extra_column(name, rule, extra[name]) for name, rule in self.extras.columns.items()
         }
@@ -243,12 +246,13 @@ class ParamStep:
                     raise RuntimeError(CHANGED_MESSAGE)
                 own |= self.state.columns(states) or {}
             last = stage is self.stages[-1]
-            results = self._run(stage, own, states, options, extra, first, journal, last, steady)
+            targets = {**own, "params": self.local.of("written", written)} if last and records else own
+            results = self._run(stage, targets, own["params"], states, options, extra, first, journal, last, steady)
             if results is None:
                 sparse = any(g is not None and g.layout is not torch.strided for g in grads)
                 return "sparse" if sparse else "gone"
             if last and results:
-                self._write(stage, own, results, states, journal)
+                self._write(stage, own, targets, results, states, journal)
             elif not last:
                 own["updates"] = results.pop("updates", own["updates"])
                 self.state.replace(stage, results, own, states, journal)
@@ -350,6 +354,7 @@ class ParamStep:
         self,
         stage: ParamRegion,
         own: Columns,
+        kept: Sequence[torch.Tensor | None],
         states: States,
         options: Sequence[Mapping[str, Any]],
         extra: Mapping[str, Any],
@@ -358,7 +363,10 @@ class ParamStep:
         in_place: bool,
         steady: bool,
     ) -> Columns | None:
-        """Runs a region: the columns that change, none if they are written in place; None if a tensor is gone."""
+        """Runs a region: the columns that change, none if they are written in place; None if a tensor is gone.
+
+        Where autograd records it, it is computed from `kept`, which are parameters that nothing is written to.
+        """
         if (
             stage.leafwise is not None
             and steady
@@ -386,26 +394,28 @@ class ParamStep:
             leaves = stage.leaves(own, self.params.groups, variant.first, self.numels, self.local.shards)
             if dispatching:
                 programs = stage.programs(own, leaves)
-                return programs.evaluate(own, programs.numbers(options, extra))
+                return programs.evaluate({**own, "params": kept}, programs.numbers(options, extra))
             found = stage.bind(own, variant, leaves)
         bound, reading = found
         numbers: Numbers = bound.numbers(options, extra)
         if torch.is_grad_enabled() and bound.requires_grad(reading, numbers):
             bound.release(reading)
-            return bound.evaluate(own, numbers)
+            return bound.evaluate({**own, "params": kept}, numbers)
         self.workspace = reading.workspace if in_place else None
         return bound.run(reading, own, numbers)
 
-    def _write(self, stage: ParamRegion, own: Columns, results: Columns, states: States, journal: Journal) -> None:
+    def _write(
+        self, stage: ParamRegion, own: Columns, targets: Columns, results: Columns, states: States, journal: Journal
+    ) -> None:
         """Writes the results of a last region that was not computed in place, because autograd records it."""
-        if torch.is_grad_enabled() and not self.local.wrapped:
+        if torch.is_grad_enabled() and not self.local.dtensors:
             # autograd may have kept the old tensor for the derivative of an earlier step
             self.state.replace(stage, {key: x for key, x in results.items() if key != "params"}, own, states, journal)
             results = {"params": results["params"]} if "params" in results else {}
         for key, column in results.items():
             for i in self.present:
                 if column[i] is not own[key][i]:
-                    own[key][i].copy_(column[i])
+                    targets[key][i].copy_(column[i])
 
     def _call(
         self,
