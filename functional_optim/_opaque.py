@@ -112,7 +112,9 @@ class SplitState:
           present: the parameters that took the step; entries of others are left out.
         """
         there, found = {*present, None} if self.seen else set(present), self.split(state)
-        taken = _addresses_of(self.view.leaves) if found else frozenset()
+        # a gradient is its owner's, who clears it or adds to it
+        grads = [getattr(p, "grad", None) for p in self.view.leaves]
+        taken = _addresses_of([*self.view.leaves, *grads]) if found else frozenset()
         return [
             (name or self.seen[0], self.keys[name, path], _apart(x, taken))
             for (name, path), x in found.items()
@@ -140,7 +142,7 @@ def check_apart(tx: GradientTransformation, state: Any, params: Sequence[Any]) -
 
 
 def _apart(x: Any, taken: frozenset[int]) -> Any:
-    """An entry that a step on parameters does not write to: a copy of one whose memory is theirs."""
+    """An entry that is written to by nobody else: a copy of one whose memory is taken."""
     return x.detach().clone() if _address(x) in taken else x
 
 

@@ -228,7 +228,41 @@ def test_norms_and_means_of_tensors_are_computed_in_double(size: float, dtype: t
     assert fo.leaf_norm(x) == 2 * x[0]
     assert fo.leaf_sum(x) == 4 * x[0]
     assert fo.leaf_mean(x) == x[0]
-    assert {f(x).dtype for f in (fo.leaf_norm, fo.leaf_sum, fo.leaf_mean)} == {dtype}
+    assert {f(x).dtype for f in (fo.leaf_norm, fo.leaf_sum, fo.leaf_mean)} == {F32}
+
+
+def _over_numbers(u: Any, *, kind: str = "part") -> Any:
+    numbers = {
+        "part": lambda: fo.leaf_mean(u > 0),
+        "count": lambda: fo.leaf_sum(u > 0),
+        "root of a count": lambda: fo.leaf_norm(u > 0),
+        "size": lambda: fo.leaf_size(u),
+        "sum": lambda: fo.leaf_sum(u),
+        "norm": lambda: fo.leaf_norm(u),
+        "largest": lambda: fo.leaf_amax(u),
+    }
+    return u / numbers[kind]()
+
+
+@pytest.mark.parametrize("kind", ["part", "count", "root of a count", "size", "sum", "norm", "largest"])
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, torch.float16], ids=str)
+def test_numbers_of_a_leaf_are_the_same_in_every_kind_of_rule(dtype: torch.dtype, kind: str) -> None:
+    """Conditions are 0 and 1, and sums are as large as they are, where a formula is plain torch, too."""
+    # more elements than the largest float16, of a sum beyond it; a third of them negative
+    u = torch.where(torch.arange(70_002) % 3 == 0, -16.0, 64.0).to(dtype)
+    numbers = {"part": 2 / 3, "count": 46_668.0, "root of a count": 46_668**0.5, "size": 70_002.0, "largest": 64.0}
+    numbers |= {"sum": float(u.double().sum()), "norm": float(u.double().norm())}
+    expected = (u.double() / numbers[kind]).to(dtype)
+
+    by_element, whole = fo.elementwise(_over_numbers), fo.leafwise(_over_numbers, static=("kind",))
+    results = [make(kind=kind).update(u, make(kind=kind).init(u))[0] for make in (by_element, whole)]
+    results += [by_element.formula(u, kind=kind), _over_numbers(u, kind=kind)]
+
+    for x in results:  # the number and the quotient are rounded
+        assert x.dtype is dtype
+        eps = torch.finfo(dtype).eps
+        least = torch.finfo(dtype).smallest_normal * eps
+        torch.testing.assert_close(x, expected, rtol=2 * eps, atol=least)
 
 
 @backends

@@ -232,3 +232,29 @@ def test_an_entry_that_is_gone_behind_another_stage_moves_no_slot_twice() -> Non
             optimizer.step()
         found.append([p.detach(), optimizer.state[p]["trace"]])
     assert all(map(torch.equal, *found))
+
+
+def differences() -> fo.GradientTransformation:
+    """Updates less those of the step before, which are kept as they were given."""
+
+    def init(params: Any) -> Any:
+        return {name: torch.zeros_like(p) for name, p in params.items()}
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        return {name: u - state[name] for name, u in updates.items()}, dict(updates)
+
+    return fo.GradientTransformation(init, update)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_state_that_is_a_gradient_is_a_copy_of_it(set_to_none: bool) -> None:
+    """Gradients are written to between steps."""
+    p = nn.Parameter(torch.ones(3))
+    opt = TransformOptimizer([p], fo.chain(differences(), fo.sgd(1.0)))
+    expected, last = torch.ones(3), 0.0
+    for step in range(4):
+        opt.zero_grad(set_to_none=set_to_none)
+        (p * (step + 1.0)).sum().backward()
+        opt.step()
+        expected, last = expected - (step + 1.0 - last), step + 1.0
+        assert torch.equal(p.detach(), expected)
