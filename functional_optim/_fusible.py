@@ -265,6 +265,13 @@ class RuleFactory:
             bound.arguments[hyper] = rule.check(hyper, value, values)
         return rule.fn(*bound.args, **bound.kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        if name in ("init", "update") and "rule" in self.__dict__:
+            raise AttributeError(
+                f"{self.rule.name} makes transformations, and has no `{name}`; call it: `tx = {self.rule.name}(...)`."
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def __repr__(self) -> str:
         return f"<rule {self.rule.name}{self.__signature__}>"
 

@@ -210,6 +210,13 @@ def _make(
     stacked_up_to: int | None = None,
 ) -> RuleFactory:
     name = fn.__name__.lstrip("_")
+    for slot_name, declared in slots.items():
+        if not isinstance(declared, Slot):
+            start = f"fo.slot({declared!r})" if isinstance(declared, (int, float)) else "fo.zeros"
+            raise TypeError(
+                f"the slot `{slot_name}` of {name} is declared as {declared!r:.60}, expected what `slot` returns: "
+                f"`state={{{slot_name!r}: {start}}}`."
+            )
     kinds = dict(extra) if isinstance(extra, Mapping) else dict.fromkeys(extra, "number")
     _check_extra(name, kinds)
     parameters = inspect.signature(fn).parameters

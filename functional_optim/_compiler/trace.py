@@ -41,6 +41,22 @@ class Symbol:
     ) -> Any:
         return _record(func.__name__, *args, **(kwargs or {}))
 
+    def __array_ufunc__(self, ufunc: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+        """A function of NumPy as the operation of torch of that name; `np.float32(2) * u` is one, too."""
+        name = {"power": "pow"}.get(ufunc.__name__, ufunc.__name__)
+        if method != "__call__" or kwargs or any(getattr(x, "shape", ()) for x in args if not isinstance(x, Symbol)):
+            raise self._refuse_array()
+        return _record(name, *[x if isinstance(x, Symbol) or not hasattr(x, "item") else x.item() for x in args])
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        raise self._refuse_array()
+
+    def _refuse_array(self) -> RuleError:
+        return RuleError(
+            f"{where()} makes an array of a traced value, as functions of NumPy do. Use torch's, such as "
+            f"`torch.where(condition, a, b)`, or `leaf_sum` and its siblings for what depends on the whole leaf."
+        )
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
@@ -64,6 +80,14 @@ class Symbol:
         raise self._refuse("looks up a traced value")
 
     def __bool__(self) -> bool:
+        line = getattr(user_frame(), "line", None) or ""
+        called = dict.fromkeys(re.findall(r"(?<![\w.])(max|min)\(", line))
+        if called:
+            instead = " and ".join(f"`torch.{name}imum` for `{name}`" for name in called)
+            raise RuleError(
+                f"{where()} compares traced values, as Python's `max` and `min` do. Use torch's: {instead}, or "
+                f"`torch.clamp` where one side is a number."
+            )
         raise self._refuse("branches on a traced value")
 
     def __float__(self) -> float:

@@ -11,8 +11,10 @@ from .._transforms.decay import add_decayed_weights
 from .._transforms.nadam import scale_by_nadam
 from .._transforms.radam import scale_by_radam
 from .._transforms.scaling import scale_by_learning_rate
+from ._arguments import named_arguments
 
 
+@named_arguments
 def adam(
     learning_rate: Scalar,
     b1: Scalar = 0.9,
@@ -53,6 +55,7 @@ def adam(
     )
 
 
+@named_arguments
 def adamw(
     learning_rate: Scalar,
     b1: Scalar = 0.9,
@@ -95,6 +98,7 @@ def adamw(
     )
 
 
+@named_arguments
 def nadam(
     learning_rate: Scalar,
     b1: Scalar = 0.9,
@@ -133,6 +137,7 @@ def nadam(
     )
 
 
+@named_arguments
 def nadamw(
     learning_rate: Scalar,
     b1: Scalar = 0.9,
@@ -174,6 +179,7 @@ def nadamw(
     )
 
 
+@named_arguments
 def amsgrad(
     learning_rate: Scalar,
     b1: Scalar = 0.9,
@@ -208,6 +214,7 @@ def amsgrad(
     )
 
 
+@named_arguments
 def radam(
     learning_rate: Scalar,
     b1: Scalar = 0.9,
@@ -239,6 +246,7 @@ def radam(
     return chain(scale_by_radam(b1, b2, eps, eps_root, threshold, nesterov), scale_by_learning_rate(learning_rate))
 
 
+@named_arguments
 def adamax(learning_rate: Scalar, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8) -> GradientTransformation:
     """Adamax: Adam with the largest size of past updates for a denominator; see `scale_by_adamax`.
 
@@ -261,6 +269,7 @@ def adamax(learning_rate: Scalar, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Sca
     return chain(scale_by_adamax(b1, b2, eps), scale_by_learning_rate(learning_rate))
 
 
+@named_arguments
 def adamaxw(
     learning_rate: Scalar,
     b1: Scalar = 0.9,

@@ -12,8 +12,10 @@ from .._transforms.momentum import ema, trace
 from .._transforms.rprop import scale_by_rprop
 from .._transforms.scaling import scale, scale_by_learning_rate
 from .._transforms.sign import scale_by_lion, scale_by_sign
+from ._arguments import named_arguments
 
 
+@named_arguments
 def sgd(
     learning_rate: Scalar, momentum: Scalar = None, nesterov: bool = False, accumulator_dtype: OptionalDtype = None
 ) -> GradientTransformation:
@@ -41,6 +43,7 @@ def sgd(
     return chain(first, scale_by_learning_rate(learning_rate))
 
 
+@named_arguments
 def sign_sgd(learning_rate: Scalar) -> GradientTransformation:
     r"""SignSGD, $\theta_t = \theta_{t-1} - \eta \operatorname{sign} g_t$.
 
@@ -59,6 +62,7 @@ def sign_sgd(learning_rate: Scalar) -> GradientTransformation:
     return chain(scale_by_sign(), scale_by_learning_rate(learning_rate))
 
 
+@named_arguments
 def signum(
     learning_rate: Scalar, beta: Scalar = 0.9, accumulator_dtype: OptionalDtype = None
 ) -> GradientTransformation:
@@ -83,6 +87,7 @@ def signum(
     return chain(ema(beta, False, accumulator_dtype), scale_by_sign(), scale_by_learning_rate(learning_rate))
 
 
+@named_arguments
 def lion(
     learning_rate: Scalar,
     b1: Scalar = 0.9,
@@ -117,6 +122,7 @@ def lion(
     )
 
 
+@named_arguments
 def rprop(
     learning_rate: float,
     eta_minus: Scalar = 0.5,
@@ -148,6 +154,7 @@ def rprop(
     )
 
 
+@named_arguments
 def asgd(
     learning_rate: Scalar,
     lambd: Scalar = 1e-4,

@@ -10,8 +10,10 @@ from .._transforms.adam import scale_by_adam
 from .._transforms.decay import add_decayed_weights
 from .._transforms.momentum import trace
 from .._transforms.scaling import scale_by_learning_rate, scale_by_trust_ratio
+from ._arguments import named_arguments
 
 
+@named_arguments
 def lars(
     learning_rate: Scalar,
     weight_decay: Scalar = 0.0,
@@ -52,6 +54,7 @@ def lars(
     )
 
 
+@named_arguments
 def lamb(
     learning_rate: Scalar,
     b1: Scalar = 0.9,

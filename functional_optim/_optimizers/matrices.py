@@ -18,9 +18,11 @@ from .._transforms.momentum import ema
 from .._transforms.muon import scale_by_muon, scale_by_shape
 from .._transforms.scaling import scale, scale_by_learning_rate, scale_by_param_block_rms
 from .._tree import flatten, tree_map
+from ._arguments import named_arguments
 from .adam import adamw
 
 
+@named_arguments
 def adafactor(
     learning_rate: Scalar = None,
     min_dim_size_to_factor: int = 128,
@@ -97,6 +99,7 @@ class _IsMatrix(LabelFunction):
         return "muon" if chosen else "adam"
 
 
+@named_arguments
 def muon(
     learning_rate: Scalar,
     ns_coeffs: Any = "standard",

@@ -6,8 +6,10 @@ from .._transform import GradientTransformation
 from .._transforms.lbfgs import scale_by_lbfgs
 from .._transforms.linesearch import scale_by_zoom_linesearch
 from .._transforms.scaling import scale_by_learning_rate
+from ._arguments import named_arguments
 
 
+@named_arguments
 def lbfgs(
     learning_rate: Scalar = None,
     memory_size: int = 10,

@@ -11,8 +11,10 @@ from .._transforms.decay import add_decayed_weights
 from .._transforms.momentum import trace
 from .._transforms.rms import scale_by_rms, scale_by_stddev
 from .._transforms.scaling import scale_by_learning_rate
+from ._arguments import named_arguments
 
 
+@named_arguments
 def adagrad(
     learning_rate: Scalar, initial_accumulator_value: float = 0.1, eps: Scalar = 1e-7, *, eps_in_sqrt: bool = True
 ) -> GradientTransformation:
@@ -39,6 +41,7 @@ def adagrad(
     return chain(scale_by_rss(initial_accumulator_value, eps, eps_in_sqrt), scale_by_learning_rate(learning_rate))
 
 
+@named_arguments
 def adadelta(
     learning_rate: Scalar = None,
     rho: Scalar = 0.9,
@@ -73,6 +76,7 @@ def adadelta(
     )
 
 
+@named_arguments
 def rmsprop(
     learning_rate: Scalar,
     decay: Scalar = 0.9,

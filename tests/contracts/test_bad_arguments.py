@@ -254,3 +254,22 @@ def test_an_unknown_backend_changes_nothing() -> None:
             pass
 
         assert fo.explain(fo.sgd(0.1), make_tree(0)).backends == ("foreach",)
+
+
+CALLED_OTHERWISE: dict[str, tuple[Callable[[], Any], str]] = {
+    "a rate": (lambda: fo.adamw(lr=1e-3), r"adamw\(\) got .* 'lr', which is called 'learning_rate' here; it takes "),
+    "decays": (
+        lambda: fo.lamb(1e-3, betas=(0.9, 0.99)),
+        r"lamb\(\) got .* 'betas', which is called 'b1' and 'b2' here",
+    ),
+    "a mean": (lambda: fo.rmsprop(1e-3, alpha=0.9), "'alpha', which is called 'decay' here"),
+    "a slip": (lambda: fo.adam(1e-3, epps=1e-3), "'epps', which is called 'eps' here"),
+    "another": (lambda: fo.sgd(1e-3, foreach=True), "'foreach'; it takes learning_rate, momentum, nesterov"),
+}
+
+
+@pytest.mark.parametrize("name", CALLED_OTHERWISE)
+def test_an_argument_of_another_name_is_refused_with_its_own(name: str) -> None:
+    make, message = CALLED_OTHERWISE[name]
+    with pytest.raises(TypeError, match=message):
+        make()

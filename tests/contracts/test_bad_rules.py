@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -180,3 +181,74 @@ def test_bad_declarations_of_rules(name: str) -> None:
 
     with pytest.raises(error, match=message):
         declare()
+
+
+@fo.elementwise
+def larger_by_python(u: torch.Tensor) -> torch.Tensor:
+    return max(u, 0.0)
+
+
+@fo.elementwise
+def where_of_numpy(u: torch.Tensor) -> torch.Tensor:
+    return np.where(u > 0, u, 0.0)
+
+
+@fo.elementwise
+def sum_of_numpy(u: torch.Tensor) -> torch.Tensor:
+    return u / np.add.reduce(u)
+
+
+@fo.elementwise
+def times_an_array(u: torch.Tensor) -> torch.Tensor:
+    return np.ones(2) * u
+
+
+OF_OTHERS = {
+    "max": (larger_by_python, r"larger_by_python.*Python's `max` and `min` do. Use torch's: `torch.maximum` for `max`"),
+    "where": (where_of_numpy, r"where_of_numpy.*makes an array of a traced value, as functions of NumPy do. Use torch"),
+    "sum": (sum_of_numpy, r"sum_of_numpy.*makes an array .* `leaf_sum`"),
+    "array": (times_an_array, r"times_an_array.*makes an array"),
+}
+
+
+@pytest.mark.parametrize("name", OF_OTHERS)
+def test_functions_of_python_and_numpy_are_refused_with_torchs(name: str) -> None:
+    rule, message = OF_OTHERS[name]
+    with pytest.raises(fo.RuleError, match=message):
+        rule().update(torch.ones(2), rule().init(torch.ones(2)))
+
+
+def test_functions_of_numpy_that_torch_has_are_those_of_torch() -> None:
+    rule = fo.elementwise(lambda u: np.float32(2) * np.sign(u) + np.power(u, 2) + np.log1p(np.abs(u)) / np.float64(4))()
+    u = torch.tensor([-2.0, 3.0])
+    expected = 2 * u.sign() + u**2 + u.abs().log1p() / 4
+    torch.testing.assert_close(rule.update(u, rule.init(u))[0], expected)
+
+
+def keeps(u: torch.Tensor, mu: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return u, mu
+
+
+@pytest.mark.parametrize("decorator", [fo.elementwise, fo.leafwise])
+@pytest.mark.parametrize(
+    ("declared", "message"),
+    [(0.5, r"slot\(0.5\)"), (torch.zeros, "fo.zeros"), (torch.zeros(2), "fo.zeros"), (None, "fo.zeros")],
+)
+def test_a_slot_that_is_none_is_refused(decorator: Any, declared: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=rf"the slot `mu` of keeps is declared as .*{message}"):
+        decorator(state={"mu": declared})(keeps)
+
+
+def test_a_rule_that_is_not_called_says_so() -> None:
+    for name in ("init", "update"):
+        with pytest.raises(AttributeError, match=rf"scale_by_adam .* no `{name}`; call it: `tx = scale_by_adam\("):
+            getattr(fo.scale_by_adam, name)
+        assert not hasattr(fo.scale_by_adam, name)
+    with pytest.raises(AttributeError, match="no attribute 'other'"):
+        _ = fo.scale_by_adam.other
+
+
+def test_numbers_of_the_tree_have_no_meaning_for_one_leaf() -> None:
+    whole = fo.leafwise(lambda u: u / fo.tree_norm(u))()
+    with pytest.raises(TypeError, match=r"inside an `elementwise` rule; a `leafwise` rule, .* see one leaf"):
+        whole.update(torch.ones(2), whole.init(torch.ones(2)))
