@@ -9,6 +9,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from functional_optim._runtime.backend import use_backend
+from functional_optim._runtime.spec import are_ordinary
 
 
 OPTIMIZERS: "WeakValueDictionary[int, Any]" = WeakValueDictionary()  # optimizers whose step is compiled, by handle
@@ -27,6 +28,19 @@ def _step(
     backend: str,
 ) -> None:
     """A step of an optimizer, which the compiler keeps whole."""
+    _take(handle, params, grads, state, options, names, values, backend)
+
+
+def _take(
+    handle: int,
+    params: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    state: list[torch.Tensor],
+    options: list[torch.Tensor],
+    names: str,
+    values: list[torch.Tensor],
+    backend: str,
+) -> None:
     optimizer = OPTIMIZERS.get(handle)
     if optimizer is None:
         raise RuntimeError("the optimizer of this compiled step is gone; keep it as long as the compiled function.")
@@ -35,7 +49,10 @@ def _step(
         optimizer._run_traced(params, grads, state, options, extra)
 
 
-_step.register_fake(lambda *args: None)  # it returns nothing
+@_step.register_fake
+def _(handle: int, params: Any, grads: Any, state: Any, options: Any, names: str, values: Any, backend: str) -> None:
+    if are_ordinary(params, grads, state, options, values):  # one of them is on meta
+        _take(handle, params, grads, state, options, names, values, backend)
 
 
 def tensors_among(group: Mapping[str, Any]) -> list[torch.Tensor]:

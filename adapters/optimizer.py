@@ -17,6 +17,7 @@ from functional_optim._params.step import GRAD, Outcome, ParamStep
 from functional_optim._params.template import Template
 from functional_optim._rows import RowStep
 from functional_optim._runtime.backend import ASKED
+from functional_optim._runtime.checks import refuse_meta
 from functional_optim._runtime.internals import in_checkpoint
 from functional_optim._runtime.overlap import SharedMemoryError
 from functional_optim._runtime.shard import is_dtensor
@@ -148,13 +149,16 @@ class ChainOptimizer(Optimizer):
                 value = loss.detach().reshape(()) if isinstance(loss, torch.Tensor) else loss
                 extra = {"value": value, **extra}
                 offered = frozenset({"value"})
-        with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
+        differentiable = bool(self.defaults.get("differentiable"))
+        with torch.set_grad_enabled(differentiable):
             if torch.compiler.is_compiling():
-                breaks = not self.COMPILES or any(isinstance(x, (list, tuple, dict)) for x in extra.values())
+                breaks = differentiable or not self.COMPILES
+                breaks = breaks or any(isinstance(x, (list, tuple, dict)) for x in extra.values())
                 if breaks or any(is_dtensor(p) for group in self.param_groups for p in group["params"]):
-                    from ._outside import step_outside  # which imports the compiler, and that takes seconds
+                    # which imports the compiler, and that takes seconds
+                    from ._outside import recorded_step_outside, step_outside
 
-                    step_outside(self._run, extra, offered)
+                    (recorded_step_outside if differentiable else step_outside)(self._run, extra, offered)
                 else:
                     self._run_compiled(extra)
             else:
@@ -170,14 +174,12 @@ class ChainOptimizer(Optimizer):
         if extra:
             self._check_extra(templates, extra, offered)
         grads = list(map(GRAD, params.tensors))
+        states = bindings.states_of(self, params)
         try:
-            self._step_on(templates, params.tensors, grads, bindings.states_of(self, params), extra)
+            self._step_on(templates, params.tensors, grads, states, extra)
         except SharedMemoryError:
-            turns = self._turns(params.tensors, grads)
-            if len(turns) < 2:
+            if not self._take_turns(templates, params.tensors, grads, states, extra):
                 raise
-            for some in turns:
-                self._step_on(templates, params.tensors, some, bindings.states_of(self, params), extra)
 
     @staticmethod
     def _check_extra(templates: Sequence[Template], extra: Mapping[str, Any], offered: frozenset[str]) -> None:
@@ -356,16 +358,20 @@ class ChainOptimizer(Optimizer):
             raise
         return outcome
 
-    def _turns(
-        self, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]
-    ) -> list[list[torch.Tensor | None]]:
-        """Gradients for one step after another, as torch takes them, of parameters that are the same memory.
+    def _take_turns(
+        self,
+        templates: Sequence[Template],
+        params: Sequence[torch.Tensor],
+        grads: Sequence[torch.Tensor | None],
+        states: list[dict[str, Any]],
+        extra: dict[str, Any],
+    ) -> bool:
+        """Takes one step after another, as torch does, on parameters that are the same memory; see `_step_on`.
 
-        One turn if no two parameters are, or if the chain needs all gradients at once.
+        Returns:
+          Whether the steps were taken: not if no two parameters are, or if the chain needs all gradients at once.
         """
         turns: list[list[torch.Tensor | None]] = [list(grads)]
-        if any(step.spans_tree for step in self._bindings.steps):
-            return turns
         known: Counter[tuple[Any, ...]] = Counter()
         for i, (p, g) in enumerate(zip(params, grads, strict=True)):
             if g is None or type(p) not in PLAIN:
@@ -376,7 +382,11 @@ class ChainOptimizer(Optimizer):
                 turns[0][i] = None
                 turns += [[None] * len(grads) for _ in range(turn + 1 - len(turns))]
                 turns[turn][i] = g
-        return turns
+        if len(turns) < 2 or any(step.spans_tree for step in self._bindings.steps):
+            return False
+        for some in turns:
+            self._step_on(templates, params, some, states, extra)
+        return True
 
     def _undo(self, journal: Journal, new: set[int]) -> None:
         """Takes back the entries that a step has made before it failed."""
@@ -457,12 +467,18 @@ class ChainOptimizer(Optimizer):
         for i, g in enumerate(own_grads):
             if g is not None:
                 own_params[i], own_grads[i] = next(given)
+                if own_params[i].is_meta:
+                    refuse_meta(known.names[i])
                 for x in own_states[i].values():
                     if isinstance(x, torch.Tensor) and id(x) not in standing:
                         standing[id(x)] = next(tensors)
         states = [{k: standing.get(id(x), x) for k, x in own.items()} if own else own for own in own_states]
         with in_place_of_tensors(self.param_groups, options):
-            self._step_on(templates, own_params, own_grads, states, extra)
+            try:
+                self._step_on(templates, own_params, own_grads, states, extra)
+            except SharedMemoryError:
+                if not self._take_turns(templates, own_params, own_grads, states, extra):
+                    raise
         # whole-tensor rules and Python transformations have put new tensors into `states`
         for own, entries in zip(own_states, states, strict=True):
             for k, x in entries.items():

@@ -9,7 +9,7 @@ from ._fusible import Fusible, RuleTransformation
 from ._graph.run import run
 from ._packed import Packed
 from ._runtime.checks import check_fit, check_leaf
-from ._structures import add
+from ._structures import add, sums
 from ._transform import (
     GradientTransformation,
     Link,
@@ -193,13 +193,8 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
         if p is not None and u is not None:
             check_fit("updates", "parameter", path, u, check_leaf("params", path, p))
     if isinstance(params, Packed) and isinstance(updates, Packed) and params.form is updates.form:
-        return params.with_buffers(list(map(_add, params.buffers, updates.buffers)))
-    new = [p if p is None or u is None else _add(p, u) for p, u in zip(leaves, others, strict=True)]
-    return packed_like(params, unflatten(spec, new))
-
-
-def _add(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    return (p + u).to(p.dtype)
+        return params.with_buffers(sums(params.buffers, updates.buffers))
+    return packed_like(params, unflatten(spec, sums(leaves, others)))
 
 
 def apply_gradients(

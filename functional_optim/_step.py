@@ -36,6 +36,7 @@ from ._runtime.stacks import different_numbers
 from ._runtime.step import BoundStep, Reading
 from ._stand_ins import stand_in_of
 from ._state import StateReader, get_state, set_states
+from ._structures import with_aliases
 from ._transform import GradientTransformation, Link, Path
 from ._tree import Reader, Tree, View, difference, flatten, paths, refuse_packed_inside
 
@@ -91,6 +92,7 @@ class TreeStep:
         if params is not None:
             columns["params"] = self._read("params", params)
         self.present = _present(columns)
+        self.absent = tuple(sorted({*range(len(self.paths))} - {*self.present}))
         self._check_leaves(columns)
         links = tx._links(View(self.spec, tuple(leaves), tuple(x is not None for x in leaves)), ())
         self._check_params(links)
@@ -189,8 +191,8 @@ class TreeStep:
         dispatching = needs_dispatch()
         if donate and dispatching:
             raise RuntimeError(
-                "donate=True writes in place, which a torch.func transformation or torch.compile cannot follow; "
-                "use donate=False."
+                "donate=True writes in place, which a torch.func transformation cannot follow, nor forward-mode AD or "
+                "a dispatch mode; use donate=False inside of it, or take the step outside."
             )
         if donate and len(self.stages) > 1:
             refuse_new_trees(columns["updates"][self.present[0]].device if self.present else None)
@@ -216,6 +218,8 @@ class TreeStep:
             if results is None:
                 return None
             if not in_place:
+                if self.absent and torch.is_grad_enabled():
+                    results = self._apart(own, results)
                 columns = {name: results.get(name, columns[name]) for name in columns}
                 new_states |= stage.state.replaced(states, {**own, **results}, like, stage.moving)
         if self.widens:
@@ -349,6 +353,16 @@ class TreeStep:
                 late.append(states[k].count)
         return late
 
+    def _apart(self, columns: Columns, results: Columns) -> Columns:
+        """The columns that change, without tensors that a recorded step leaves alone; see `with_aliases`."""
+        # in buffers of a packed tree all tensors are new
+        changed = [(key, new, columns[key]) for key, new in results.items() if not isinstance(new, PackedColumn)]
+        if not any(_follows(column[i]) for _, column, _ in changed for i in self.absent):
+            return results
+        if not any(_follows(column[i]) for _, column, _ in changed for i in self.present):
+            return results
+        return {**results, **{key: with_aliases(column, old) for key, column, old in changed}}
+
     def _call(self, stage: Opaque, columns: Columns, state: Any, extra: Mapping[str, Any]) -> tuple[Columns, Any]:
         """Calls a transformation that is not made of rules: the columns with its updates, and its new state.
 
@@ -427,6 +441,11 @@ def _as_wide(before: Sequence[Any], columns: Columns) -> list[Any]:
         u if u is old or not isinstance(u, torch.Tensor) else u.to(torch.promote_types(u.dtype, p.dtype))
         for old, u, p in made
     ]
+
+
+def _follows(x: Any) -> bool:
+    """Whether autograd follows what is computed from an object."""
+    return isinstance(x, torch.Tensor) and x.requires_grad
 
 
 def _present(columns: Columns) -> tuple[int, ...]:

@@ -135,5 +135,28 @@ def add(params: Tree, updates: Tree) -> Tree | None:
     for x, y in zip(p.leaves, u.leaves, strict=True):
         if x is not None and y is not None and (x.shape != y.shape or not x.dtype.is_floating_point):
             return None
-    both = zip(p.leaves, u.leaves, strict=True)
-    return rebuild(p.structure, [x if x is None or y is None else (x + y).to(x.dtype) for x, y in both], p.forms)
+    return rebuild(p.structure, sums(p.leaves, u.leaves), p.forms)
+
+
+def sums(params: Sequence[Any], updates: Sequence[Any]) -> list[Any]:
+    """Parameters with updates added, in their own dtypes; one without an update stays as it is.
+
+    Args:
+      params: the tensors, None where one is absent.
+      updates: the updates, None where one is absent.
+    """
+    both = list(zip(params, updates, strict=True))
+    new = [x if x is None or y is None else (x + y).to(x.dtype) for x, y in both]
+    computed = [x for x, y in zip(new, params, strict=True) if x is not y]
+    followed = torch.is_grad_enabled() and any(x.requires_grad for x in computed)
+    return with_aliases(new, params) if followed else new
+
+
+def with_aliases(new: Sequence[Any], old: Sequence[Any]) -> list[Any]:
+    """New tensors, with aliases in the place of those old ones among them that autograd follows.
+
+    The next step may ask for derivatives at its parameters: those of the same tensor would follow it back through this
+    step, too.
+    """
+    both = zip(new, old, strict=True)
+    return [x.view_as(x) if x is not None and x is y and x.requires_grad else x for x, y in both]

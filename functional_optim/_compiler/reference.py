@@ -92,6 +92,7 @@ class _Evaluation:
         self.call, self.elementwise = call, elementwise
         self.program, self.compute = call.signature.program, call.signature.compute
         self.like = call.like
+        self.has_empty = not all(map(torch.Tensor.numel, call.like))
         names = (*self.program.arrays, *self.program.leaves)
         self.inputs = dict(zip(names, call.inputs, strict=True))
         self.env: dict[int, Column] = {}
@@ -186,8 +187,14 @@ class _Evaluation:
             if value.uniform:  # one per leaf, and often used
                 self.cast[i, dtype] = column
         if value.level is Level.ROW and level is not Level.ROW:
-            return [column[r] for r in self.call.leaves.rows]
+            column = [column[r] for r in self.call.leaves.rows]
+        if level is Level.ELEMENT and value.uniform and self.has_empty:
+            column = self.without_empty(column)
         return column
+
+    def without_empty(self, column: Column) -> Column:
+        """Numbers, of which those for leaves without elements have no derivative: 0 times infinity is no 0."""
+        return [x if t.numel() else x.detach() for x, t in zip(column, self.like, strict=True)]
 
     def outputs(self) -> list[Column]:
         """A column for each output, of tensors of their own: no input, no other output, no number that is repeated."""

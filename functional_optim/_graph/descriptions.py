@@ -37,7 +37,7 @@ from .._schedules.schedule import Schedule, ScheduleFactory
 from .._step import take_step
 from .._structures import FORMS, Structure, rebuild
 from .._transform import FACTORIES, TRANSFORMATIONS, GradientTransformation, LabelFunction, parts
-from .._tree import Tree, difference, flatten, flatten_to_buffers, leaves_like, unflatten
+from .._tree import Tree, difference, flatten, flatten_to_buffers, leaves_like, paths, unflatten
 from .digest import PROCESS, digest_of, digest_of_package, is_edited
 
 
@@ -68,10 +68,18 @@ class TreeMaker:
         return unflatten(self.spec, [None if k is None else tensors[k] for k in self.sources])
 
     def read(self, tree: Tree) -> list[Any] | None:
-        """The leaves of a tree, None where one is absent; None for a tree of another structure."""
+        """The leaves of a tree, None where one is absent; None for a tree of another structure.
+
+        A dict and an ordered one are the same structure, as for the pytree library.
+        """
         leaves, spec = flatten_to_buffers(tree)
         if spec != self.spec:
-            return None
+            try:
+                leaves = leaves_like(self.spec, tree)
+            except (ValueError, TypeError):
+                return None
+            if not all(x is None or isinstance(x, torch.Tensor) for x in leaves):
+                return None
         return leaves if self.leaves is None else [leaves[k] for k in self.leaves]
 
 
@@ -101,7 +109,7 @@ class Trees(NamedTuple):
         n = len(self.params.there)
         order = list(range(n))
         if not self.same_containers:
-            order = _reordered(order, self.params.structure, self.updates.structure)
+            order = reordered(order, self.params.structure, self.updates.structure)
         positions = list(itertools.accumulate(self.params.there, initial=0))
         return [positions[order[i]] if self.params.there[order[i]] else None for i in leaves]
 
@@ -195,7 +203,7 @@ class DescribedStep:
             )
         if self.params is not None and not self.apply and not self.trees.same_containers:
             assert self.trees.params is not None
-            leaves = _reordered(leaves, self.trees.params.structure, self.trees.updates.structure)
+            leaves = reordered(leaves, self.trees.params.structure, self.trees.updates.structure)
         return [leaves[i] for i in self.computed], [x for x in states or () if x is not None]
 
     def _chain_of(self, given: Sequence[torch.Tensor]) -> GradientTransformation:
@@ -215,6 +223,13 @@ class DescribedStep:
         return own
 
 
+def path_of(outline: Outline, k: int) -> str:
+    """The path of the `k`-th leaf that is there."""
+    position = [i for i, there in enumerate(outline.there) if there][k]
+    order, spec = flatten_to_buffers(rebuild(outline.structure, range(len(outline.there))))
+    return paths(spec)[order.index(position)]
+
+
 def _skeleton(structure: Structure, n: int) -> Tree:
     """A tree of a structure of `n` leaves, with numbers for leaves; that which a packed tree stands for."""
     tree = rebuild(structure, [0] * n)
@@ -230,7 +245,7 @@ def with_forms(structure: Structure) -> Structure:
     return kind, keys, inside if isinstance(inside, int) else tuple(map(with_forms, inside))
 
 
-def _reordered(leaves: Sequence[Any], old: Structure, new: Structure) -> list[Any]:
+def reordered(leaves: Sequence[Any], old: Structure, new: Structure) -> list[Any]:
     """Leaves in the order of another structure, which the pytree library takes for the same."""
     olds, spec = flatten(rebuild(old, range(len(leaves))))
     news = leaves_like(spec, rebuild(new, range(len(leaves))))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .._runtime.checks import at
 from .._runtime.internals import (
     MEMBERS_IN_GRAPHS,
     all_transformations,
@@ -22,8 +23,10 @@ from .._runtime.internals import (
     vmap_levels,
     wrap_members,
 )
+from .._runtime.overlap import SharedMemoryError
+from .._runtime.spec import TensorSpec, are_ordinary
 from .._runtime.stacks import Stack
-from .descriptions import DescribedStep, find_step
+from .descriptions import DescribedStep, find_step, path_of
 from .referred import refuse_referred_tensors
 
 
@@ -143,12 +146,33 @@ def _in_layout_of(like: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> to
     return x if promised.stride() == x.stride() and x.dtype == dtype else promised.copy_(x)
 
 
-def _fake_step(text: str, updates: Tensors, params: Tensors, state: Tensors, numbers: Tensors) -> list[torch.Tensor]:
+def _like_step(text: str, updates: Tensors, params: Tensors, state: Tensors, numbers: Tensors) -> list[torch.Tensor]:
     """Tensors as the step returns them, without numbers."""
     step = find_step(text)
     likes = [*_likes(step, updates, params), *state]
     dtypes = [*_dtypes(step, updates, params), *(x.dtype for x in state)]
     return [torch.empty_like(x, dtype=dtype, requires_grad=False) for x, dtype in zip(likes, dtypes, strict=True)]
+
+
+# A fake implementation is also called where a tensor of a step is on meta, with all of its tensors: such a step is
+# computed, or refused, as in eager mode.
+
+
+def _fake_step(text: str, *lists: Tensors) -> list[torch.Tensor]:
+    return _pure_step(text, *lists) if are_ordinary(*lists) else _like_step(text, *lists)
+
+
+def _fake_donated_step(text: str, *lists: Tensors) -> None:
+    if are_ordinary(*lists):
+        _donated_step(text, *lists)
+        return
+    step, (_, params, state, _) = find_step(text), lists
+    for name, outline, tensors in (("params", step.trees.params, params), ("state", step.trees.state, state)):
+        for k, x in enumerate(tensors):
+            if 0 in x.stride() and TensorSpec.of(x).repeats:  # compilers refuse to write to it, without its name
+                assert outline is not None
+                label = f"{name}{at(path_of(outline, k))}"
+                raise SharedMemoryError(label, label, k, k).for_donation()
 
 
 def _wants_derivative(*lists: Tensors) -> bool:
@@ -292,11 +316,13 @@ def _mapped_traced(text: str, sizes: Sequence[int], stacked: Sequence[bool], *li
 
 def _mapped_fake(text: str, sizes: Sequence[int], stacked: Sequence[bool], *lists: Tensors) -> list[torch.Tensor]:
     """Tensors as the step of all members returns them, without numbers."""
+    if are_ordinary(*lists):
+        return _mapped_step(text, sizes, stacked, *lists)
     members, one = Members.of(text, sizes, stacked, lists), list(itertools.chain(*lists))
     for own in members.stacked:
         one = [x[0] if flag else x for x, flag in zip(one, own, strict=True)]
     results = []
-    for k, x in enumerate(_fake_step(text, *members.split(one))):
+    for k, x in enumerate(_like_step(text, *members.split(one))):
         outer = [size for size, made in zip(sizes, members.results, strict=True) if made[k]]
         results.append(x.new_empty((*outer, *x.shape)))
     return results
@@ -320,7 +346,7 @@ LIBRARY.impl("traced_step", _traced_step, "CompositeImplicitAutograd")
 LIBRARY.impl("pure_step", _with_lists(_pure_autograd), "Autograd")
 LIBRARY.impl("donated_step", _with_lists(_donated_autograd), "Autograd")
 torch.library.register_fake("functional_optim::pure_step", _fake_step, lib=LIBRARY)
-torch.library.register_fake("functional_optim::donated_step", lambda *args: None, lib=LIBRARY)
+torch.library.register_fake("functional_optim::donated_step", _fake_donated_step, lib=LIBRARY)
 LIBRARY.impl("pure_step", _pure_of_members, "FuncTorchBatched")
 LIBRARY.impl("donated_step", _donated_vmap, "FuncTorchBatched")
 LIBRARY.impl("mapped_step", _mapped_step, "CompositeExplicitAutograd")

@@ -9,10 +9,10 @@ from .._graph_breaks import outside
 from .._packed import Packed
 from .._runtime.backend import ASKED
 from .._step import take_step
-from .._structures import NOTHING, read, rebuild
+from .._structures import NOTHING, read, rebuild, with_aliases
 from .._transform import GradientTransformation
 from .._tree import Tree
-from .descriptions import Outline, Trees, describe, with_forms
+from .descriptions import Outline, Trees, describe, reordered, with_forms
 
 
 REASON = (
@@ -35,10 +35,16 @@ init_outside = outside(INIT_OUTSIDE)
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def description_of(
     serial: str, apply: bool, updates: Any, params: Any, state: Any, extra: Any, backend: str | None
-) -> str:
-    """The text of a step, a constant of the graph."""
+) -> tuple[str, str]:
+    """The text of a step, and the reason why there is none; constants of the graph.
+
+    An exception here would be one of the compiler, which asks the user to report it.
+    """
     outlines = [None if x is None else Outline(with_forms(x[0]), x[1]) for x in (updates, params, state, extra)]
-    return describe(serial, apply, Trees(*outlines), backend)  # type: ignore[arg-type]
+    try:
+        return describe(serial, apply, Trees(*outlines), backend), ""  # type: ignore[arg-type]
+    except ValueError as error:
+        return "", str(error)
 
 
 def trace_step(
@@ -65,7 +71,7 @@ def trace_step(
     if u.strange or p.strange or s.strange or e.strange or (apply and params is None):
         return step_outside(take_step, tx, apply, updates, state, params, extra, donate)  # type: ignore[no-any-return]
     backend = ASKED[-1] if ASKED else None
-    text = description_of(
+    text, misfit = description_of(
         tx._serial,
         apply,
         (u.structure, _there(u.leaves)),
@@ -74,6 +80,8 @@ def trace_step(
         (e.structure, _there(e.leaves)),
         backend,
     )
+    if misfit:
+        raise ValueError(misfit)
     arguments = (_tensors(u.leaves), _tensors(p.leaves), _tensors(s.leaves), [*_tensors(e.leaves), *tx._tensors])
     if donate and backend != "reference":
         torch.ops.functional_optim.donated_step(text, *arguments)
@@ -85,12 +93,17 @@ def trace_step(
         x if x is None or (passes and y is None) else next(results)
         for x, y in zip(base.leaves, other.leaves if passes else base.leaves, strict=True)
     ]
+    if passes and not donate and torch.is_grad_enabled() and any(x.requires_grad for own in arguments for x in own):
+        leaves = with_aliases(leaves, base.leaves)
     new_state = [x if x is None else next(results) for x in s.leaves]
     if donate:
         for x, y in zip([*base.leaves, *s.leaves], [*leaves, *new_state], strict=True):
             if x is not y:
                 x.copy_(y)
         return params if apply else updates, state
+    if params is not None and not apply and not passes:  # results have the containers of the parameters
+        leaves = [leaves[k] for k in order_in(u.structure, p.structure, len(leaves))]
+        base = p
     return rebuild(base.structure, leaves, base.forms), rebuild(s.structure, new_state, s.forms)
 
 
@@ -98,6 +111,12 @@ def trace_step(
 def same(a: Any, b: Any) -> bool:
     """Whether two structures are one, a constant of the graph."""
     return bool(a == b)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def order_in(old: Any, new: Any, n: int) -> tuple[int, ...]:
+    """The positions in one structure of the `n` leaves of another one, a constant of the graph."""
+    return tuple(reordered(range(n), old, new))
 
 
 def as_numbers(x: Any) -> Any:

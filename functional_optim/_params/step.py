@@ -13,7 +13,7 @@ from .._foreign import CHANGED_MESSAGE, SpecWatch, call_opaque, check_updates, h
 from .._opaque import SplitState
 from .._regions import Opaque, Region, Variant, cut_into_regions
 from .._runtime.backend import REQUESTED
-from .._runtime.checks import check_fit, check_leaf
+from .._runtime.checks import check_fit, check_leaf, refuse_meta
 from .._runtime.cuda.capture import refuse_host_schedule
 from .._runtime.internals import in_backward, needs_dispatch
 from .._runtime.numbers import Numbers
@@ -103,10 +103,7 @@ class ParamStep:
         """
         for i in self.present:
             if self.params.tensors[i].is_meta and not needs_dispatch():
-                raise RuntimeError(
-                    f"{self.names[i]} is on meta and has no memory; give it some, with `model.to_empty(device=...)` "
-                    f"and initial values, before the first step."
-                )
+                refuse_meta(self.names[i])
 
     def _refuse_complex(self) -> None:
         """Refuses complex parameters where a rule needs whole tensors of real numbers.

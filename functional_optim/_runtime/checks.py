@@ -67,6 +67,14 @@ def refuse_freed(name: str, path: str, shape: Sequence[int]) -> NoReturn:
     )
 
 
+def refuse_meta(name: str) -> NoReturn:
+    """Refuses a parameter on meta."""
+    raise RuntimeError(
+        f"{name} is on meta and has no memory; give it some, with `model.to_empty(device=...)` and initial values, "
+        f"before the first step."
+    )
+
+
 def check_slot(name: str, path: str, x: Any, u: torch.Tensor, slot: Slot) -> None:
     """Refuses a stored tensor that does not go with its leaf.
 
@@ -107,3 +115,15 @@ def check_number(what: str, x: Any) -> float | torch.Tensor:
         return float(x if not isinstance(x, (str, bytes)) else None)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{what} {x!r:.60}, expected a number.") from None
+
+
+def check_memory(what: str, x: Any, device: torch.device) -> None:
+    """Refuses a number on meta for leaves that are elsewhere.
+
+    Raises:
+      ValueError: `what` begins the message.
+    """
+    if isinstance(x, torch.Tensor) and x.is_meta and device.type != "meta":
+        raise ValueError(
+            f"{what} a tensor on meta, which holds no number, but leaves are on {device}; move it to {device}."
+        )

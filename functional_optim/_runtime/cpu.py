@@ -14,6 +14,7 @@ from .._compiler.c.emit import emit_c
 from .._compiler.c.threads import SERIAL, parallel_address
 from .._compiler.passes import Signature, plan
 from .chunks import Chunks, JoinedChunks, cut, partial_buffers
+from .internals import has_members
 from .join import Joins
 from .numbers import Number
 from .plan import Group
@@ -101,8 +102,25 @@ class ScalarMemory:
         self.address = ctypes.addressof(self.memory)
 
     def fill(self, table: Sequence[Number]) -> None:
-        """Writes the numbers, row after row."""
-        self.form.pack_into(self.memory, 0, *table)  # calls `float` on 0-d tensors
+        """Writes the numbers, row after row.
+
+        Raises:
+          ValueError: one of them has no value.
+        """
+        try:
+            self.form.pack_into(self.memory, 0, *table)  # calls `float` on 0-d tensors
+        except struct.error:
+            tensors = [x for x in table if isinstance(x, torch.Tensor)]
+            if any(map(has_members, tensors)):
+                raise ValueError(
+                    "a hyper-parameter has escaped from a function that `torch.vmap` maps: it stands for the number of "
+                    "one member, and only within that function; return it from there, or step there."
+                ) from None
+            if any(x.is_meta for x in tensors):
+                raise ValueError(
+                    "a hyper-parameter is a tensor on meta, which holds no number; move it to cpu."
+                ) from None
+            raise
 
 
 class CpuLaunches:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .._compiler.rule import Option
-from .checks import check_number
+from .checks import check_memory, check_number
 from .plan import Group
 
 
@@ -28,9 +28,13 @@ class Table:
 
     Args:
       group: the group.
+
+    Raises:
+      ValueError: a hyper-parameter is on meta, and the group elsewhere.
     """
 
     def __init__(self, group: Group) -> None:
+        self.device = group.device
         self.template: list[Any] = []  # numbers and tensors that stay the same objects, and those of the last options
         self.options: Sequence[Mapping[str, Any]] | None = None
         self.extras: dict[str, list[int]] = {}
@@ -39,6 +43,8 @@ class Table:
             for source in row:
                 position = len(self.template)
                 self.template.append(source.value if source.kind == "value" else float(first))
+                if source.kind == "value":
+                    check_memory(f"the hyper-parameter {source.name} is", source.value, self.device)
                 if source.kind == "extra":
                     self.extras.setdefault(source.name, []).append(position)
                 elif source.kind == "option":
@@ -54,7 +60,7 @@ class Table:
 
         Raises:
           KeyError: options lack a name.
-          ValueError: something else than a number is found.
+          ValueError: something else than a number is found, or an extra argument on meta.
         """
         if options is not self.options:
             self._look_up(options)
@@ -62,6 +68,8 @@ class Table:
         numbers = self.template.copy()
         for name, positions in self.extras.items():
             x = check_number(f"the extra argument `{name}` is", extra[name])
+            if isinstance(x, torch.Tensor):
+                check_memory(f"the extra argument `{name}` is", x, self.device)
             for k in positions:
                 numbers[k] = x
         return numbers

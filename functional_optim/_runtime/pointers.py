@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .._compiler.c.build import BuildError, load_c
-from .internals import is_wrapper_of_a_transformation, is_zero_tensor, library_of_torch
+from .internals import has_members, is_zero_tensor, library_of_torch
 from .spec import TensorSpec, lies_outside
 
 
@@ -184,7 +184,7 @@ class PointerReader:
         self.stored = all(spec.device.type != "meta" and not spec.lazy for spec in set(specs))
         own = operations() if self.plain and specs else None
         self.operation = None
-        if own is not None and not any(map(is_wrapper_of_a_transformation, tensors)):
+        if own is not None and not any(map(has_members, tensors)):
             self.operation = own.read_pointers.default
             self._describe(tensors)
         else:

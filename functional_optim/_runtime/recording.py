@@ -57,6 +57,8 @@ def record(bound: BoundStep, columns: Columns, numbers: Numbers, plain: bool = T
 class Derivative:
     """The derivative of a step for some cotangents, and where all of its tensors come from and go to.
 
+    Leaves without elements have no part in it: nothing follows from their elements.
+
     Args:
       bound: the step.
       programs: the derivative of the program of each group.
@@ -93,8 +95,10 @@ class Derivative:
                 own *= len(group.leaves) // len(own)  # a number that leaves share
                 self._put(name, group, own)
                 self._put(cotangent(name), group, own)
-                for i, k in zip(group.leaves, own if name in wanted[g] else (), strict=False):
-                    self.parts[k].append((cotangent(name), i))
+                if name in wanted[g]:
+                    for i, k, numel in zip(group.leaves, own, group.table.wholes, strict=True):
+                        if numel:
+                            self.parts[k].append((cotangent(name), i))
             for output in forward.outputs:
                 self.read += [output.name in given[g]] * len(group.leaves)
                 if output.name in given[g]:
@@ -104,7 +108,8 @@ class Derivative:
             first = len(self.rows)
             self.rows += [(g, row) for row in range(len(group.sources))]
             for i, numel, row in zip(group.leaves, group.table.wholes, group.table.rows, strict=True):
-                self.leaves.append(Leaf(i, recipe, (g, first + row, False), numel, None))
+                if numel:
+                    self.leaves.append(Leaf(i, recipe, (g, first + row, False), numel, None))
 
     def _put(self, name: str, group: Group, positions: Sequence[int]) -> None:
         nothing = [self.step.n_gathered + self.step.n_results + 1] * len(self.columns["updates"])
@@ -215,6 +220,7 @@ class Recording:
         key = tuple(given), tuple(wanted), tuple(map(tuple, self.positions))
         found = known.get(key)
         if found is None:
+            self._refuse_numbers_of_nothing(given)
             outputs, inputs = self._names_of(given, wanted)
             programs = tuple(group.signature.program for group in self.bound.groups)
             found = Derivative(self.bound, differentiate_all(programs, outputs, inputs), outputs, inputs)
@@ -222,6 +228,19 @@ class Recording:
                 known.pop(next(iter(known)), None)
             known[key] = found
         return found
+
+    def _refuse_numbers_of_nothing(self, given: Sequence[bool]) -> None:
+        """Refuses the cotangent of a number of a leaf without elements: kernels add up over elements.
+
+        Raises:
+          NoDerivative: with the name of the number.
+        """
+        for (g, name, place), there in zip(self.names(), given, strict=True):
+            group = self.bound.groups[g]
+            if there and not group.table.wholes[place]:
+                output = next(x for x in group.signature.program.outputs if x.name == name)
+                if output.level is not Level.ELEMENT:
+                    raise NoDerivative(name)
 
     def _names_of(
         self, given: Sequence[bool], wanted: Sequence[bool]
@@ -253,6 +272,8 @@ class Recording:
           NoDerivative: an operation of the step has none.
         """
         derivative = self.derivative([x is not None for x in cotangents], wanted)
+        if not derivative.leaves:
+            return [torch.zeros_like(x) for x, there in zip(tensors, wanted, strict=True) if there]
         gathered, tables = self.split(tensors)
         number = torch.zeros((), dtype=torch.float64, device=gathered[0].device)
         present = [
@@ -285,7 +306,8 @@ class Recording:
             row, k = divmod(position, len(scalars))
             column = results.get(cotangent(scalars[k]))
             if column is not None:
-                found += [column[i] for i, own in zip(group.leaves, group.table.rows, strict=True) if own == row]
+                owners = zip(group.leaves, group.table.rows, group.table.wholes, strict=True)
+                found += [column[i] for i, own, numel in owners if own == row and numel]
         return found
 
 
@@ -428,29 +450,50 @@ class _Derivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:
         needed = ctx.needs_input_grad[3:]
-        with torch.enable_grad():
-            # aliases, for a tensor may follow from another one before the step
-            arguments = [x.view_as(x) if x.is_floating_point() else x for x in ctx.saved_tensors]
-            arguments = [
-                x if x.requires_grad or not (there and x.is_floating_point()) else x.requires_grad_()
-                for x, there in zip(arguments, _floats(ctx, arguments), strict=True)
-            ]
-            tensors, given = _arguments(ctx.present, arguments)
-            outputs = _follow_back(ctx.step, tensors, given, ctx.wanted)
-            own = [x for x, there in zip(arguments, needed, strict=True) if there]
-            pairs = [(x, d) for x, d in zip(outputs, cotangents, strict=True) if d is not None and x.requires_grad]
-            if not pairs or not own:
-                return (None,) * len(ctx.needs_input_grad)
-            found = iter(
-                torch.autograd.grad(
-                    [x for x, _ in pairs],
-                    own,
-                    [d for _, d in pairs],
-                    create_graph=torch.is_grad_enabled(),
-                    allow_unused=True,
-                )
-            )
+        find = _second_followed if in_transformation() else _second
+        found = iter(find(ctx, ctx.saved_tensors, cotangents, needed))
         return (None, None, None, *[next(found) if there else None for there in needed])
+
+
+def _second(
+    ctx: Any, saved: Tensors, cotangents: Sequence[torch.Tensor | None], needed: Sequence[bool]
+) -> Sequence[torch.Tensor | None]:
+    """The cotangents of needed arguments of a derivative by torch operations, which autograd records."""
+    with torch.enable_grad():
+        # aliases, for a tensor may follow from another one before the step
+        arguments = [x.view_as(x) if x.is_floating_point() else x for x in saved]
+        arguments = [
+            x if x.requires_grad or not (there and x.is_floating_point()) else x.requires_grad_()
+            for x, there in zip(arguments, _floats(ctx, arguments), strict=True)
+        ]
+        tensors, given = _arguments(ctx.present, arguments)
+        outputs = _follow_back(ctx.step, tensors, given, ctx.wanted)
+        own = [x for x, there in zip(arguments, needed, strict=True) if there]
+        pairs = [(x, d) for x, d in zip(outputs, cotangents, strict=True) if d is not None and x.requires_grad]
+        if not pairs or not own:
+            return [None] * len(own)
+        return torch.autograd.grad(
+            [x for x, _ in pairs],
+            own,
+            [d for _, d in pairs],
+            create_graph=torch.is_grad_enabled(),
+            allow_unused=True,
+        )
+
+
+def _second_followed(
+    ctx: Any, saved: Tensors, cotangents: Sequence[torch.Tensor | None], needed: Sequence[bool]
+) -> Sequence[torch.Tensor | None]:
+    """The same where a transformation of `torch.func` follows, which no tensor within it may be marked for."""
+
+    def outputs(*own: torch.Tensor) -> list[torch.Tensor]:
+        given = iter(own)
+        arguments = [next(given) if there else x for x, there in zip(saved, needed, strict=True)]
+        found = _pull_back_followed(ctx.step, *_arguments(ctx.present, arguments), ctx.wanted)
+        return [x for x, d in zip(found, cotangents, strict=True) if d is not None]
+
+    pull_back = torch.func.vjp(outputs, *[x for x, there in zip(saved, needed, strict=True) if there])[1]
+    return pull_back([d for d in cotangents if d is not None])  # type: ignore[no-any-return]
 
 
 def _floats(ctx: Any, arguments: Tensors) -> Sequence[bool]:

@@ -1,6 +1,7 @@
 """TensorSpec: the description of a tensor that a launch depends on."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -84,6 +85,11 @@ class TensorSpec(NamedTuple):
                     return True
                 reach += (size - 1) * stride
         return False
+
+
+def are_ordinary(*lists: Iterable[torch.Tensor]) -> bool:
+    """Whether all tensors are torch's own, none of them one by which a compiler traces."""
+    return all(type(x) in PLAIN for x in itertools.chain(*lists))
 
 
 def lies_outside(x: torch.Tensor, spec: TensorSpec) -> bool:

@@ -22,6 +22,7 @@ from .cpu import CpuLaunches, usable_threads
 from .cuda.capture import NumberWatch, refuse_binding
 from .cuda.launch import DeviceMemory, TritonLaunch
 from .evaluate import evaluate
+from .internals import has_members
 from .kernels import COMPILE, build_kernels
 from .numbers import Numbers as Numbers
 from .overlap import OverlapCheck, SharedMemoryError
@@ -256,13 +257,30 @@ class BoundStep(Programs):
                 return Difference(i, True)
             tensors[i] = x.contiguous()
         workspace = self.take_workspace()
-        found = self.reader.read(tensors, workspace.pointers)
+        try:
+            found = self.reader.read(tensors, workspace.pointers)
+        except RuntimeError:
+            self._refuse_escaped(tensors)
+            raise
         if found is not None:
             self.workspaces.append(workspace)
             return found
         if self.copies:
             self._copy_pointers(workspace)
         return Reading(tensors, originals, workspace)
+
+    def _refuse_escaped(self, tensors: Sequence[Any]) -> None:
+        """Refuses a tensor of a function that `torch.vmap` has mapped and that has returned.
+
+        Raises:
+          ValueError: with the path of the leaf.
+        """
+        escaped = next((k for k, x in enumerate(tensors) if has_members(x)), None)
+        if escaped is not None:
+            raise ValueError(
+                f"{self._label(escaped)} has escaped from a function that `torch.vmap` maps: it stands for one member, "
+                f"and only within that function; return it from there, or step there."
+            )
 
     def _copy_pointers(self, workspace: Workspace) -> None:
         """Copies the pointers to tensors that leaves share, for kernels read one per leaf."""

@@ -219,7 +219,12 @@ TRANSFORMS: dict[str, Callable[[Any], Any]] = {
     "jacrev": lambda f: torch.func.jacrev(lambda *args: f(*args)[None] * torch.ones(2, dtype=F64), argnums=(0, 1)),
     "vjp": lambda f: lambda *args: torch.func.vjp(f, *args)[1](torch.ones((), dtype=F64)),
     "hessian": lambda f: torch.func.hessian(f, argnums=1),
-    "vmap of grad": lambda f: torch.vmap(torch.func.grad(f, argnums=1), in_dims=(None, 0, None)),
+    "jacrev of grad": lambda f: torch.func.jacrev(torch.func.grad(f, argnums=(0, 1)), argnums=(0, 1, 2)),
+    "jacfwd of grad": lambda f: torch.func.jacfwd(torch.func.grad(f, argnums=(0, 1)), argnums=(0, 1, 2)),
+    "jacrev of jacrev": lambda f: torch.func.jacrev(torch.func.jacrev(f, argnums=1), argnums=(0, 1)),
+    "vmap of the vjp of grad": lambda f: (
+        lambda *args: torch.vmap(torch.func.vjp(torch.func.grad(f, argnums=1), *args)[1])(torch.eye(4, dtype=F64))
+    ),
 }
 
 
@@ -227,7 +232,7 @@ TRANSFORMS: dict[str, Callable[[Any], Any]] = {
 def test_transformations_of_steps_are_those_of_torch_operations(name: str) -> None:
     generator = torch.Generator().manual_seed(3)
     w, g = (torch.randn(4, generator=generator, dtype=F64) for _ in range(2))
-    w = torch.stack([w, 2 * w]) if "vmap" in name else w
+    w = torch.stack([w, 2 * w]) if name == "vmap of grad" else w
     args = torch.tensor(0.1, dtype=F64), w, g
 
     found = TRANSFORMS[name](loss_after)(*args)
@@ -236,6 +241,129 @@ def test_transformations_of_steps_are_those_of_torch_operations(name: str) -> No
 
     for x, y in zip(torch.utils._pytree.tree_leaves(found), torch.utils._pytree.tree_leaves(expected), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-13)
+
+
+# --- leaves without elements, and without a gradient
+
+
+@fo.elementwise(state={"seen": fo.slot(1.0, per="leaf"), "total": fo.slot(1.0, per="tree")})
+def keep_numbers(u: Any, seen: Any, total: Any, *, rate: Any = 1.0) -> Any:
+    norm = fo.tree_norm(u)
+    return rate * u / fo.leaf_norm(u), seen * fo.leaf_mean(u * u) + rate * norm, total * rate * norm
+
+
+@fo.elementwise(state={"own": fo.slot(1.0, per="leaf")})
+def keep_own(u: Any, own: Any, *, rate: Any = 1.0) -> Any:
+    return rate * u * own / fo.leaf_norm(u), 0.5 * own * rate + fo.tree_norm(u)
+
+
+OF_LEAVES: dict[str, Callable[[Any], Any]] = {
+    "a mean over a leaf": fo.clip_by_block_rms,
+    "a norm of a leaf": lambda rate: fo.scale_by_trust_ratio(trust_coefficient=rate),
+    "numbers of leaves and of the tree": lambda rate: keep_numbers(rate=rate),
+    "numbers of leaves": lambda rate: keep_own(rate=rate),
+    "a norm of the tree": fo.clip_by_global_norm,
+    "no reduction": lambda rate: fo.adam(rate, eps=0.1),
+}
+
+
+@pytest.mark.parametrize("backend", ["c", "reference"])
+@pytest.mark.parametrize("first", [False, True], ids=["last", "first"])
+@pytest.mark.parametrize("name", OF_LEAVES)
+def test_a_leaf_without_elements_has_no_part_in_derivatives(name: str, first: bool, backend: str) -> None:
+    """Not 0 times infinity: those of updates, and of numbers of the tree, are as if it were not there."""
+
+    def found(with_empty: bool) -> list[torch.Tensor]:
+        rate = torch.tensor(0.3, dtype=F64, requires_grad=True)
+        tx = OF_LEAVES[name](rate)
+        params = {"w": torch.tensor([1.0, -2.0, 0.5], dtype=F64), "x": torch.tensor([[0.3]], dtype=F64)}
+        if with_empty:
+            empty = torch.zeros(0, 3, dtype=F64)
+            params = {"a": empty, **params} if first else {**params, "z": empty}
+        params = {k: p.requires_grad_() for k, p in params.items()}
+        state = tx.init({k: p.detach() for k, p in params.items()})
+        new = params
+        for _ in range(2):
+            updates, state = tx.update({k: p * p for k, p in new.items()}, state, new)
+            new = fo.apply_updates(new, updates)
+        total = sum((x**2).sum() for x in new.values())
+        if "tree" in name and hasattr(state, "total"):
+            total = total + state.total
+        if hasattr(state, "own") or hasattr(state, "seen"):
+            numbers = state.own if hasattr(state, "own") else state.seen
+            total = total + numbers["w"] * numbers["x"]
+        return list(torch.autograd.grad(total, [rate, params["w"], params["x"]]))  # type: ignore[arg-type]
+
+    with fo.use_backend(backend):
+        for x, y in zip(found(True), found(False), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-13, atol=1e-15)
+
+
+def test_the_number_of_a_leaf_without_elements_follows_the_tree() -> None:
+    """Its cotangent goes to the elements of other leaves."""
+    params = {"a": torch.zeros(0, dtype=F64), "w": torch.tensor([3.0, 4.0], dtype=F64, requires_grad=True)}
+    tx = keep_own()
+    _, state = tx.update(params, tx.init({k: p.detach() for k, p in params.items()}), params)
+    (found,) = torch.autograd.grad(state.own["a"], params["w"])
+    torch.testing.assert_close(found, torch.tensor([0.6, 0.8], dtype=F64), rtol=1e-14, atol=0)
+
+
+def quadratic(params: Any) -> torch.Tensor:
+    return (params["w"] * params["b"] + params["w"] ** 2).sum() + (params["b"] ** 3).sum()  # type: ignore[no-any-return]
+
+
+STEPPED: dict[str, Callable[..., Any]] = {
+    "apply_gradients": fo.apply_gradients,
+    "update": lambda tx, p, g, s: (lambda u, new: (fo.apply_updates(p, u), new))(*tx.update(g, s, p)),
+    "compiled": lambda *args: torch.compile(fo.apply_gradients, fullgraph=True, backend="eager")(*args),
+    "compiled, update": lambda *args: torch.compile(STEPPED["update"], fullgraph=True, backend="eager")(*args),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's own
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
+@pytest.mark.parametrize("backend", ["c", "reference"])
+@pytest.mark.parametrize("form", STEPPED)
+def test_inner_gradients_where_some_leaves_have_none(form: str, backend: str) -> None:
+    """A leaf without a gradient is another tensor after the step, lest the next gradient follow it through the step."""
+    torch.compiler.reset()
+
+    def trained(rate: torch.Tensor, by_autograd: bool) -> torch.Tensor:
+        tx = fo.chain(fo.trace(0.9), fo.scale_by_learning_rate(rate))
+        params = {k: torch.tensor([0.5, -0.3], dtype=F64, requires_grad=True) for k in ("w", "b")}
+        state = tx.init({k: p.detach() for k, p in params.items()})
+        for k in range(4):
+            if by_autograd:
+                found = torch.autograd.grad(quadratic(params), [*params.values()], create_graph=True)
+                grads: Any = dict(zip(params, found, strict=True))
+                params, state = STEPPED[form](tx, params, {**grads, "b": grads["b"] if k % 2 else None}, state)
+            else:
+                grads = torch.func.grad(quadratic)(params)
+                params, state = fo.apply_gradients(tx, params, {**grads, "b": grads["b"] if k % 2 else None}, state)
+        return quadratic(params)
+
+    rate = torch.tensor(0.05, dtype=F64, requires_grad=True)
+    with fo.use_backend(backend):
+        loss = trained(rate, True)
+        expected = trained(rate, False)
+        torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
+        derivatives = [torch.autograd.grad(x, rate)[0] for x in (loss, expected)]
+    torch.testing.assert_close(*derivatives, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_leaf_without_a_gradient_is_the_same_tensor_unless_autograd_follows(recorded: bool) -> None:
+    tx = fo.sgd(0.1, momentum=0.9)
+    params = {k: torch.ones(2).requires_grad_(recorded) for k in ("w", "b")}
+    grads = {"w": torch.ones(2), "b": None}
+    new, _ = fo.apply_gradients(tx, params, grads, tx.init(params))
+    assert (new["b"] is params["b"]) is not recorded
+    assert new["b"].data_ptr() == params["b"].data_ptr()
+    added = fo.apply_updates(params, grads)
+    assert (added["b"] is params["b"]) is not recorded
+    with torch.no_grad():
+        assert fo.apply_gradients(tx, params, grads, tx.init(params))[0]["b"] is params["b"]
+        assert fo.apply_updates(params, grads)["b"] is params["b"]
 
 
 # --- the examples

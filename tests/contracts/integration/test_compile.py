@@ -232,3 +232,80 @@ def test_an_operation_whose_optimizer_is_gone_is_refused() -> None:
     assert len(set(handles)) == 20
     with pytest.raises(RuntimeError, match="optimizer of this compiled step is gone"):
         torch.ops.functional_optim.step(handles[0], [], [], [], [], "", [], "")
+
+
+def outcome(make: Callable[[], Any], options: dict[str, Any], compiles: bool, change: Callable[[Any], None]) -> Any:
+    """The parameters and the state after three steps, or the error of one."""
+    params = make()
+    optimizer = adapters.Adam(params, **options)
+    step = torch.compile(optimizer.step, fullgraph=True, backend="aot_eager") if compiles else optimizer.step
+    for k in range(3):
+        for i, p in enumerate(params):
+            p.grad = torch.full_like(p, 0.5 * k + i)
+        if k == 1:
+            change(optimizer)
+        try:
+            step()
+        except Exception as error:
+            return type(error), str(error), [p.detach() for p in params if not p.is_meta]
+    return [p.detach() for p in params], [*optimizer.state.values()]
+
+
+def tied() -> list[torch.nn.Parameter]:
+    one, two = (torch.nn.Parameter(torch.tensor([x, 1.0, -1.0])) for x in (2.0, 0.0))
+    two.data = one.data
+    return [one, two]
+
+
+def on_meta() -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2, device="meta"))]
+
+
+def lose_a_slot(optimizer: Any) -> None:
+    for own in optimizer.state.values():
+        own["exp_avg"] = own["exp_avg"].to("meta")
+
+
+def lose_the_rate(optimizer: Any) -> None:
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.1, device="meta")
+
+
+UNFIT: dict[str, Any] = {
+    "tied by data": (tied, lambda optimizer: None),
+    "a parameter on meta": (on_meta, lambda optimizer: None),
+    "a slot on meta": (lambda: [torch.nn.Parameter(torch.ones(3))], lose_a_slot),
+    "a rate on meta": (lambda: [torch.nn.Parameter(torch.ones(3))], lose_the_rate),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_what_eager_mode_refuses_or_takes_in_turns(case: str) -> None:
+    make, change = UNFIT[case]
+    actual, expected = (outcome(make, {"lr": torch.tensor(0.1)}, compiles, change) for compiles in (True, False))
+    assert isinstance(expected[0], type) is (case != "tied by data")
+    torch.utils._pytree.tree_map(lambda x, y: torch.testing.assert_close(x, y, **EXACT), actual[-1], expected[-1])
+    assert isinstance(expected[0], list) or actual[:2] == expected[:2]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's own
+@pytest.mark.parametrize("name", ["SGD", "Adam", "chain"])
+def test_autograd_follows_a_differentiable_step(name: str) -> None:
+    """It breaks the graph, and a whole graph is refused with a way out."""
+
+    def derivative(compiles: bool, **options: bool) -> tuple[torch.Tensor, ...]:
+        rate, w = (torch.tensor(x, requires_grad=True) for x in (0.1, [1.0, -2.0]))
+        p = w.clone()
+        if name == "chain":
+            optimizer = adapters.TransformOptimizer([p], fo.sgd(rate), differentiable=True)
+        else:
+            optimizer = getattr(adapters, name)([p], lr=rate, differentiable=True)
+        step = torch.compile(optimizer.step, backend="aot_eager", **options) if compiles else optimizer.step
+        for _ in range(2):
+            p.grad = 2 * p
+            step()
+        return torch.autograd.grad(p.sum(), [rate, w])
+
+    for x, y in zip(derivative(True), derivative(False), strict=True):
+        torch.testing.assert_close(x, y, **EXACT)
+    with pytest.raises(Exception, match=r"differentiable=True is a graph break.*apply_gradients"):
+        derivative(True, fullgraph=True)
