@@ -4,6 +4,7 @@ import torch
 
 from ._packed import Packed
 from ._runtime.checks import at
+from ._runtime.internals import without_wrappers
 from ._runtime.spec import PLAIN
 from ._tree import Tree, flatten, packed_inside, paths, unpacked
 
@@ -17,7 +18,8 @@ def pack(tree: Tree) -> Packed:
 
     Args:
       tree: a tree of dense tensors. None stays an absent leaf. A tensor that occurs twice is copied twice. Parameters
-        that require a gradient are copied without their graph; for results of operations autograd records the copy.
+        that require a gradient are copied without their graph; for results of operations autograd records the copy,
+        and for arguments of functions that `torch.func` differentiates.
 
     Returns:
       The packed tree. A packed tree is returned as it is.
@@ -49,8 +51,12 @@ def pack(tree: Tree) -> Packed:
     for path, x in zip(paths(spec), leaves, strict=True):
         if x is not None:
             _check(path, x)
-    is_leaf = [isinstance(x, torch.Tensor) and x.requires_grad and x.is_leaf for x in leaves]
-    return Packed.of(spec, [x.detach() if own else x for x, own in zip(leaves, is_leaf, strict=True)])
+    return Packed.of(spec, [x.detach() if _is_parameter(x) else x for x in leaves])
+
+
+def _is_parameter(x: object) -> bool:
+    """Whether an object is a leaf of autograd's graph; the argument of `torch.func.grad` is one too, but followed."""
+    return isinstance(x, torch.Tensor) and x.requires_grad and x.is_leaf and without_wrappers(x) is x
 
 
 def _check(path: str, x: object) -> None:

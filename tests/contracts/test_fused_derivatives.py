@@ -351,6 +351,24 @@ def test_inner_gradients_where_some_leaves_have_none(form: str, backend: str) ->
     torch.testing.assert_close(*derivatives, rtol=1e-12, atol=0)
 
 
+PACKED: dict[str, Callable[[Any, Any], Any]] = {
+    "grad": lambda f, w: torch.func.grad(f)(w),
+    "vjp": lambda f, w: torch.func.vjp(f, w)[1](torch.ones((), dtype=F64))[0],
+    "jacrev": lambda f, w: torch.func.jacrev(f)(w),
+    "jacfwd": lambda f, w: torch.func.jacfwd(f)(w),
+    "vmap of grad": lambda f, w: torch.vmap(torch.func.grad(f))(w[None])[0],
+    "grad of vmap": lambda f, w: torch.func.grad(lambda w: torch.vmap(f)(w[None]).sum())(w),
+    "grad within grad": lambda f, w: torch.func.grad(lambda w: f(w) + 0 * torch.func.grad(f)(w).sum())(w),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_an_argument_of_a_transformation_that_is_packed_is_followed(name: str) -> None:
+    w = torch.tensor([1.0, -2.0, 0.5], dtype=F64)
+    found = PACKED[name](lambda w: (fo.unpack(fo.pack({"w": w}))["w"] ** 2).sum(), w)
+    assert torch.equal(found, 2 * w)
+
+
 @pytest.mark.parametrize("recorded", [False, True])
 def test_a_leaf_without_a_gradient_is_the_same_tensor_unless_autograd_follows(recorded: bool) -> None:
     tx = fo.sgd(0.1, momentum=0.9)
