@@ -8,6 +8,7 @@ import torch
 
 from .._lbfgs.point import Point
 from .._tree import MaskedNode, Tree, flatten
+from ._constants import without_derivatives
 from ._vectors import Leaves, dot, flat, refuse_members, wide
 
 
@@ -51,7 +52,7 @@ class Objective:
             value = found if value is None else value
             grad = self.own.tree(gradients(found, leaves)) if grad is None else grad
         grads = self.own.read("grad", grad, fit=True)
-        self.name = name
+        self.name, self.given = name, (updates, params, grad)
         self.start = Point(0.0, self._scalar(f"`value` of {name}", value), dot(flat(grads), self.direction), grads)
 
     def value(self, step: Any) -> float:
@@ -70,7 +71,8 @@ class Objective:
         """The updates times a step; zeros for a step of 0, whatever the updates are."""
         step = float(step)
         with torch.no_grad():
-            return self.own.tree([u * step if step else torch.zeros_like(u) for u in self.updates])
+            made = self.own.tree([u * step if step else torch.zeros_like(u) for u in self.updates])
+        return without_derivatives(self.name, made, *self.given)
 
     def number(self, x: Any) -> torch.Tensor:
         """A number as it is stored: in the dtype of the first parameter, on its device."""

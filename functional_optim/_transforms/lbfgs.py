@@ -8,6 +8,7 @@ import torch
 from .._lbfgs.recursion import two_loop
 from .._transform import Declared, GradientTransformation, declares
 from .._tree import Tree
+from ._constants import without_derivatives
 from ._vectors import Leaves, dot, flat, rows, shaped, split, vector, wide
 
 
@@ -92,8 +93,12 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> Gr
         count = torch.zeros((), dtype=torch.int64, device=device)
         return ScaleByLBFGSState(count, zeros(), zeros(), memory(), memory(), weights)
 
-    @torch.no_grad()
     def update(updates: Tree, state: ScaleByLBFGSState, params: Tree | None = None) -> tuple[Tree, ScaleByLBFGSState]:
+        with torch.no_grad():
+            direction, new = step(updates, state, params)
+        return without_derivatives(name, direction, updates, params), new
+
+    def step(updates: Tree, state: ScaleByLBFGSState, params: Tree | None = None) -> tuple[Tree, ScaleByLBFGSState]:
         own = Leaves(name, params)
         if not own.params:
             return updates, state._replace(count=state.count + 1)

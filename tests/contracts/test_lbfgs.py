@@ -420,3 +420,44 @@ def test_failed_searches_are_printed_if_asked_for(capsys: pytest.CaptureFixture[
         value, grad = value_and_grad(parabola, named())
         tx.update(grad, tx.init(named()), named(), value=value, grad=grad, value_fn=parabola)  # uphill
         assert ("scale_by_zoom_linesearch: step" in capsys.readouterr().out) is verbose
+
+
+SECOND_ORDER: dict[str, Any] = {
+    "scale_by_lbfgs": lambda: fo.chain(fo.scale_by_lbfgs(), fo.scale(-0.1)),
+    "scale_by_backtracking_linesearch": lambda: fo.chain(fo.sgd(0.1), fo.scale_by_backtracking_linesearch(10)),
+    "scale_by_zoom_linesearch": lambda: fo.chain(fo.sgd(0.1), fo.scale_by_zoom_linesearch(10)),
+    "scale_by_strong_wolfe_linesearch": lambda: fo.chain(fo.sgd(0.1), fo.scale_by_strong_wolfe_linesearch()),
+}
+
+
+@pytest.mark.parametrize("name", SECOND_ORDER)
+def test_derivatives_through_their_steps_are_refused(name: str) -> None:
+    """They compute without a record, so a derivative would lack a term; values are those without derivatives."""
+    tx = SECOND_ORDER[name]()
+
+    def f(p: torch.Tensor) -> torch.Tensor:
+        return (p**4).sum() / 4
+
+    def go(w: torch.Tensor) -> torch.Tensor:
+        p, state = w, tx.init(w)
+        for _ in range(2):
+            grad = p**3
+            p, state = (
+                fo.apply_gradients(tx, p, grad, state, value=f(p), grad=grad, value_fn=f)
+                if ("linesearch" in name)
+                else fo.apply_gradients(tx, p, grad, state)
+            )
+        return f(p)
+
+    start = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    expected = go(start)
+    w = start.clone().requires_grad_()
+    loss = go(w)
+    assert loss.item() == expected.item()
+    with pytest.raises(RuntimeError, match=f"{name} computes its updates without a record"):
+        loss.backward()
+    if name == "scale_by_lbfgs":  # the others record the objective themselves, which torch.func refuses
+        with pytest.raises(RuntimeError, match="would lack a term"):
+            torch.func.grad(go)(start)
+        with pytest.raises(RuntimeError, match="would lack a term"):
+            torch.func.jvp(go, (start,), (start,))

@@ -1,0 +1,51 @@
+"""Updates that autograd takes for constants: a derivative through them is refused, for it would lack a term."""
+
+from typing import Any
+
+import torch
+
+from .._runtime.internals import needs_dispatch
+from .._tree import Tree, flatten, tree_map
+
+
+class _Constant(torch.autograd.Function):
+    """A tensor that was computed from others without a record: its values, and an error in place of a derivative."""
+
+    @staticmethod
+    def forward(name: str, x: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        raise RuntimeError(_message(ctx.name))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(_message(ctx.name))
+
+
+def _message(name: str) -> str:
+    return (
+        f"{name} computes its updates without a record, so a derivative through its step would lack a term. "
+        f"Detach what it is given, or its updates, if they are to be constants; or unroll another optimizer."
+    )
+
+
+def without_derivatives(name: str, updates: Tree, *given: Tree) -> Tree:
+    """Updates that refuse derivatives, where autograd or `torch.func` follows what they were computed from.
+
+    Args:
+      name: the transformation, for the error.
+      updates: the updates.
+      given: all that they depend on.
+    """
+    tensors = [x for x in flatten(given)[0] if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if not recorded and (torch.compiler.is_compiling() or not needs_dispatch()):
+        return updates
+    apply: Any = _Constant.apply
+    return tree_map(lambda u: apply(name, u, *tensors) if isinstance(u, torch.Tensor) else u, updates)
