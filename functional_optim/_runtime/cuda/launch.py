@@ -136,14 +136,17 @@ class TritonLaunch:
             staged.append(self.reserve.take(n))
             return staged[-1]
 
-        memory.upload(pointers, content, stage, self.driver)
-        if memory.aligned not in self.loaded:
-            raise CaptureError(
-                "a tensor does not begin at a multiple of 16 bytes, or all do, other than in the step before",
-                "take a step over tensors of that kind before the capture",
-            )
-        for kept in (self.tables, *staged, *[self._loaded(k, memory) for k in range(len(self.groups))]):
-            hold(kept)
+        def accept(aligned: tuple[bool, ...]) -> None:
+            if aligned not in self.loaded:
+                raise CaptureError(
+                    "a tensor does not begin at a multiple of 16 bytes, or all do, other than in the step before",
+                    "take a step over tensors of that kind before the capture",
+                )
+            kernels = [load_kernels(g.signature, self.device, a) for g, a in zip(self.groups, aligned, strict=True)]
+            for kept in (self.tables, *staged, *kernels):  # before the graph has the copy, which reads what is staged
+                hold(kept)
+
+        memory.upload(pointers, content, stage, self.driver, accept)
         return memory
 
     def _calls(self, memory: DeviceMemory) -> list[list[Call]]:

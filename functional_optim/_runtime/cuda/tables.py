@@ -197,7 +197,14 @@ class StepMemory:
         self.aligned: tuple[bool, ...] = ()
         self.addresses_seen = self.numbers_seen = b""  # of the last upload
 
-    def upload(self, pointers: Pointers, numbers: bytes, stage: Callable[[int], torch.Tensor], driver: Driver) -> None:
+    def upload(
+        self,
+        pointers: Pointers,
+        numbers: bytes,
+        stage: Callable[[int], torch.Tensor],
+        driver: Driver,
+        accept: Callable[[tuple[bool, ...]], None] = lambda aligned: None,
+    ) -> None:
         """Brings the tables up to date: nothing, or one copy.
 
         Args:
@@ -205,6 +212,7 @@ class StepMemory:
           numbers: its numbers.
           stage: makes host memory of so many words.
           driver: the driver.
+          accept: told before the copy for each group whether its addresses are aligned; it may raise.
         """
         addresses = pointers.all_content()
         is_moved, is_new = addresses != self.addresses_seen, numbers != self.numbers_seen
@@ -219,6 +227,7 @@ class StepMemory:
             place += 8 * tables.n_addresses
         if is_new:
             ctypes.memmove(place, numbers, len(numbers))
+        accept(aligned)
         self.addresses_seen = self.numbers_seen = b""  # unknown, should the copy fail
         driver.copy(target, staged)
         self.addresses_seen, self.numbers_seen, self.aligned = addresses, numbers, aligned

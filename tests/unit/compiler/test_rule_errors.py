@@ -3,6 +3,7 @@
 import inspect
 import math
 import re
+import sys
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -339,6 +340,8 @@ def test_the_traceback_of_a_rule_error_is_short() -> None:
     """The call, where it enters the package, and the rule's own line, last."""
     package, p = Path(fo.__file__).parent, torch.nn.Parameter(torch.ones(2))
     tx, p.grad = fo.elementwise(sorts)(), torch.ones(2)
+    # a test that raises from a trace function can leave the interpreter with an exception that it still handles
+    outer = sys.exception()
     calls: list[Callable[[], Any]] = [
         lambda: tx.update(VECTOR, tx.init(VECTOR)),
         lambda: fo.apply_gradients(
@@ -354,7 +357,7 @@ def test_the_traceback_of_a_rule_error_is_short() -> None:
         assert frames[-1].name == "sorts"
         assert sum(Path(frame.filename).is_relative_to(package) for frame in frames) <= 5
         assert caught.value.__cause__ is None
-        assert caught.value.__suppress_context__ or caught.value.__context__ is None
+        assert caught.value.__suppress_context__ or caught.value.__context__ is outer
 
 
 def test_value_of_another_trace_is_refused() -> None:
@@ -466,7 +469,7 @@ def test_a_slot_is_per_element_or_per_leaf() -> None:
 
 @pytest.mark.parametrize("function", [fo.tree_sum, fo.tree_amax, fo.tree_norm], ids=lambda f: f.__name__)
 def test_a_tree_function_outside_a_rule(function: Callable[[torch.Tensor], Any]) -> None:
-    with pytest.raises(TypeError, match=f"`{function.__name__}` .* only be called inside a rule"):
+    with pytest.raises(TypeError, match=f"`{function.__name__}` .* only be called inside an `elementwise` rule"):
         function(VECTOR)
 
 

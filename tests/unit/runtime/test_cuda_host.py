@@ -334,7 +334,7 @@ def refused(device: StandIn, opt: Any, params: list[nn.Parameter], message: str)
     before = Snapshot(params, [dict(opt.state[p]) for p in params if p in opt.state])
     with device.capture() as graph, pytest.raises(CaptureError, match=message):
         opt.step()
-    assert not graph or "take a step over tensors of that kind" in message
+    assert not graph
     before.check()
 
 
@@ -439,7 +439,7 @@ def test_other_alignment_than_before_is_refused(device: StandIn) -> None:
     opt.step()
     params[0].grad = torch.empty(6)[1:].copy_(params[0].grad)
     refused(device, opt, params, "multiple of 16 bytes.*take a step over tensors of that kind")
-    assert not capture.PROCESS.held, "a refused capture keeps nothing"
+    assert not capture.PROCESS.held, "a refused capture keeps nothing, for nothing was captured that reads it"
 
 
 def test_more_captures_than_there_is_memory_for_are_refused(device: StandIn) -> None:
