@@ -230,7 +230,7 @@ class LeafwiseStep:
         if self.batched and (n > 1 or call.rule.batched):
             # copies, so that a rule which writes to its arguments is refused before it has changed anything; a view
             # will do for the updates of a rule that has been seen not to
-            whole = _whole(arrays[0]) if self.checked else None
+            whole = _whole(arrays[0]) if self.checked and (n == 1 or self.region.position) else None
             viewed = whole is not None
             stacked = [None if column[0] is None else torch.stack(list(column)) for column in arrays[viewed:]]
             stacked = [whole, *stacked] if viewed else stacked
@@ -293,14 +293,18 @@ class LeafwiseStep:
 def _whole(leaves: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """The stack of leaves as a view of the memory that they have one after the other; None if they have not.
 
-    So have the updates of a rule for whole tensors, which are views of its results, and the leaves of a packed tree.
+    So have the updates of a rule for whole tensors before this one, which are views of its results.
     """
     x, n = leaves[0], len(leaves)
+    if x.is_inference():  # has no version, by which a rule that writes to it would be found out
+        return None
     if n == 1:
         return x.unsqueeze(0)
-    if needs_dispatch() or any(map(_REQUIRES_GRAD, leaves)):
+    if needs_dispatch() or any(y.requires_grad or y.is_neg() or y.is_conj() for y in leaves):
         return None
     size, memory = x.numel(), x.untyped_storage().data_ptr()
+    if (x.storage_offset() + n * size) * x.element_size() > x.untyped_storage().nbytes():
+        return None  # several storages at one address
     for k, y in enumerate(leaves):
         expected = x.stride(), memory, x.storage_offset() + k * size
         if (y.stride(), y.untyped_storage().data_ptr(), y.storage_offset()) != expected:

@@ -88,8 +88,9 @@ class TensorSpec(NamedTuple):
 
 
 def are_ordinary(*lists: Iterable[torch.Tensor]) -> bool:
-    """Whether all tensors are torch's own, none of them one by which a compiler traces."""
-    return all(type(x) in PLAIN for x in itertools.chain(*lists))
+    """Whether there are tensors, and all are torch's own, none of them one by which a compiler traces."""
+    tensors = list(itertools.chain(*lists))
+    return bool(tensors) and all(type(x) in PLAIN for x in tensors)
 
 
 def lies_outside(x: torch.Tensor, spec: TensorSpec) -> bool:

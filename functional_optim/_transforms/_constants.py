@@ -9,14 +9,16 @@ from .._tree import Tree, flatten, tree_map
 
 
 class _Constant(torch.autograd.Function):
-    """A tensor that was computed from others without a record: its values, and an error in place of a derivative."""
+    """Tensors that were computed from others without a record: their values, and an error in place of a derivative."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(name: str, x: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-        return x.view_as(x)
+    def forward(name: str, n: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(x.clone() for x in tensors[:n])
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.name = inputs[0]
 
     @staticmethod
@@ -35,7 +37,7 @@ def _message(name: str) -> str:
     )
 
 
-def without_derivatives(name: str, updates: Tree, *given: Tree) -> Tree:
+def without_derivatives(name: str, updates: Tree, *given: Any) -> Tree:
     """Updates that refuse derivatives, where autograd or `torch.func` follows what they were computed from.
 
     Args:
@@ -47,5 +49,7 @@ def without_derivatives(name: str, updates: Tree, *given: Tree) -> Tree:
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if not recorded and (torch.compiler.is_compiling() or not needs_dispatch()):
         return updates
+    own = [x for x in flatten(updates)[0] if isinstance(x, torch.Tensor)]
     apply: Any = _Constant.apply
-    return tree_map(lambda u: apply(name, u, *tensors) if isinstance(u, torch.Tensor) else u, updates)
+    made = iter(apply(name, len(own), *own, *tensors))
+    return tree_map(lambda x: next(made) if isinstance(x, torch.Tensor) else x, updates)

@@ -52,7 +52,7 @@ class Objective:
             value = found if value is None else value
             grad = self.own.tree(gradients(found, leaves)) if grad is None else grad
         grads = self.own.read("grad", grad, fit=True)
-        self.name, self.given = name, (updates, params, grad)
+        self.name, self.given = name, (updates, params, grad, value)
         self.start = Point(0.0, self._scalar(f"`value` of {name}", value), dot(flat(grads), self.direction), grads)
 
     def value(self, step: Any) -> float:

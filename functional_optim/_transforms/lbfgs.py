@@ -96,7 +96,7 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> Gr
     def update(updates: Tree, state: ScaleByLBFGSState, params: Tree | None = None) -> tuple[Tree, ScaleByLBFGSState]:
         with torch.no_grad():
             direction, new = step(updates, state, params)
-        return without_derivatives(name, direction, updates, params), new
+        return without_derivatives(name, direction, updates, params, state), new
 
     def step(updates: Tree, state: ScaleByLBFGSState, params: Tree | None = None) -> tuple[Tree, ScaleByLBFGSState]:
         own = Leaves(name, params)

@@ -5,6 +5,7 @@ import io
 import pickle
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -633,6 +634,50 @@ def test_an_update_is_no_part_of_the_gradient(batched: bool, view: bool) -> None
 def keep(u: Any, kept: Any) -> Any:
     """The argument itself, as update and as slot."""
     return u, u
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_leaves_in_one_memory_that_are_read_otherwise(n: int) -> None:
+    """One is negated when it is read, and one is of another storage at the same address."""
+    memory, names = torch.arange(1.0, 7.0), ("a", "b")[:n]
+    shared = numpy.arange(1.0, 9.0, dtype=numpy.float32)
+    trees = [
+        {"a": torch._neg_view(memory[:3]), "b": memory[3:]},
+        {"a": torch.from_numpy(shared[:4]), "b": torch.from_numpy(shared)[4:]},
+    ]
+    for tree in trees:
+        grads = {k: tree[k] for k in names}
+        for tx in (
+            double(),
+            fo.chain(double(), double(), fo.scale(0.5)),
+            fo.chain(fo.identity(), double()),
+        ):
+            state = tx.init(grads)
+            for _ in range(3):
+                updates, state = tx.update(grads, state)
+                assert_same_bits(updates, {k: 2 * g for k, g in grads.items()})
+
+
+@fo.leafwise
+def double(u: Any) -> Any:
+    return u * 2
+
+
+def test_a_rule_that_writes_in_inference_mode_reaches_no_gradient() -> None:
+    """Tensors have no version there, by which the rule would be refused."""
+
+    @fo.leafwise(batched=True)
+    def writes(u: Any) -> Any:
+        return u.mul_(2)
+
+    with torch.inference_mode():
+        memory = torch.ones(8)
+        for grads in ({"a": memory[:4], "b": memory[4:]}, {"a": memory}):
+            tx = writes()
+            state = tx.init(grads)
+            for _ in range(3):
+                _, state = tx.update(grads, state)
+                assert (memory == 1).all()
 
 
 @fo.leafwise(batched=True)

@@ -309,3 +309,15 @@ def test_autograd_follows_a_differentiable_step(name: str) -> None:
         torch.testing.assert_close(x, y, **EXACT)
     with pytest.raises(Exception, match=r"differentiable=True is a graph break.*apply_gradients"):
         derivative(True, fullgraph=True)
+
+
+@pytest.mark.parametrize("cls", [adapters.Adam, adapters.SGD])
+def test_a_compiled_step_without_gradients_does_nothing(cls: Any) -> None:
+    """No tensor is one by which a compiler traces then, and none is of a step."""
+    p = torch.nn.Parameter(torch.ones(3))
+    opt = cls([p], lr=0.1)
+    p.grad = torch.ones(3)
+    opt.step()
+    before, p.grad = p.detach().clone(), None
+    torch.compile(opt.step, backend="eager")()
+    assert torch.equal(p.detach(), before)
