@@ -284,7 +284,9 @@ def test_what_eager_mode_refuses_or_takes_in_turns(case: str) -> None:
     actual, expected = (outcome(make, {"lr": torch.tensor(0.1)}, compiles, change) for compiles in (True, False))
     assert isinstance(expected[0], type) is (case != "tied by data")
     torch.utils._pytree.tree_map(lambda x, y: torch.testing.assert_close(x, y, **EXACT), actual[-1], expected[-1])
-    assert isinstance(expected[0], list) or actual[:2] == expected[:2]
+    if isinstance(expected[0], type):  # torch 2.11's compiler raises an error of its own, before the step is reached
+        assert issubclass(actual[0], expected[0])
+        assert actual[0] is not expected[0] or actual[1] == expected[1]
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's own
