@@ -16,21 +16,6 @@ OPTIMIZERS: "WeakValueDictionary[int, Any]" = WeakValueDictionary()  # optimizer
 HANDLES = itertools.count()  # a handle is a constant of a graph, which may outlive its optimizer: none is used twice
 
 
-@torch.library.custom_op("functional_optim::step", mutates_args=("params", "state"))
-def _step(
-    handle: int,
-    params: list[torch.Tensor],
-    grads: list[torch.Tensor],
-    state: list[torch.Tensor],
-    options: list[torch.Tensor],
-    names: str,
-    values: list[torch.Tensor],
-    backend: str,
-) -> None:
-    """A step of an optimizer, which the compiler keeps whole."""
-    _take(handle, params, grads, state, options, names, values, backend)
-
-
 def _take(
     handle: int,
     params: list[torch.Tensor],
@@ -41,12 +26,16 @@ def _take(
     values: list[torch.Tensor],
     backend: str,
 ) -> None:
+    """A step of an optimizer."""
     optimizer = OPTIMIZERS.get(handle)
     if optimizer is None:
         raise RuntimeError("the optimizer of this compiled step is gone; keep it as long as the compiled function.")
     extra = dict(zip(names.split(",") if names else (), values, strict=True))
     with use_backend(backend) if backend else contextlib.nullcontext():
         optimizer._run_traced(params, grads, state, options, extra)
+
+
+_step = torch.library.custom_op("functional_optim::step", _take, mutates_args=("params", "state"))
 
 
 @_step.register_fake

@@ -20,7 +20,7 @@ KNOWN = frozenset(
     {"params", "param_names", "initial_lr", "min_lr", "max_lr", "swa_lr", "base_momentum", "max_momentum"}
 )
 RESERVED = KNOWN | {"chain", "maximize", "fused", "differentiable", "foreach", "capturable"}
-# options that are True, False or None, whatever class has them
+# flags of all classes: True, False or None
 FLAGS = frozenset(
     {
         "amsgrad",

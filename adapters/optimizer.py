@@ -46,6 +46,22 @@ def _is_dense(grad: torch.Tensor | None) -> bool:
     return grad is None or grad.layout is torch.strided
 
 
+def _turns(params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]) -> list[list[torch.Tensor | None]]:
+    """Gradients for one step after another, in each of which no two parameters are the same memory."""
+    turns: list[list[torch.Tensor | None]] = [list(grads)]
+    known: Counter[tuple[Any, ...]] = Counter()
+    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
+        if g is None or type(p) not in PLAIN:
+            continue
+        place = (p.data_ptr(), p.dtype, p.shape, p.stride())
+        turn, known[place] = known[place], known[place] + 1
+        if turn:
+            turns[0][i] = None
+            turns += [[None] * len(grads) for _ in range(turn + 1 - len(turns))]
+            turns[turn][i] = g
+    return turns
+
+
 class ChainOptimizer(Optimizer):
     """The common part of the optimizers of this package: a step is one run of a chain over all parameter groups.
 
@@ -175,11 +191,7 @@ class ChainOptimizer(Optimizer):
             self._check_extra(templates, extra, offered)
         grads = list(map(GRAD, params.tensors))
         states = bindings.states_of(self, params)
-        try:
-            self._step_on(templates, params.tensors, grads, states, extra)
-        except SharedMemoryError:
-            if not self._take_turns(templates, params.tensors, grads, states, extra):
-                raise
+        self._step_or_turns(templates, params.tensors, grads, states, extra)
 
     @staticmethod
     def _check_extra(templates: Sequence[Template], extra: Mapping[str, Any], offered: frozenset[str]) -> None:
@@ -358,35 +370,23 @@ class ChainOptimizer(Optimizer):
             raise
         return outcome
 
-    def _take_turns(
+    def _step_or_turns(
         self,
         templates: Sequence[Template],
         params: Sequence[torch.Tensor],
-        grads: Sequence[torch.Tensor | None],
+        grads: list[torch.Tensor | None],
         states: list[dict[str, Any]],
         extra: dict[str, Any],
-    ) -> bool:
-        """Takes one step after another, as torch does, on parameters that are the same memory; see `_step_on`.
-
-        Returns:
-          Whether the steps were taken: not if no two parameters are, or if the chain needs all gradients at once.
-        """
-        turns: list[list[torch.Tensor | None]] = [list(grads)]
-        known: Counter[tuple[Any, ...]] = Counter()
-        for i, (p, g) in enumerate(zip(params, grads, strict=True)):
-            if g is None or type(p) not in PLAIN:
-                continue
-            place = (p.data_ptr(), p.dtype, p.shape, p.stride())
-            turn, known[place] = known[place], known[place] + 1
-            if turn:
-                turns[0][i] = None
-                turns += [[None] * len(grads) for _ in range(turn + 1 - len(turns))]
-                turns[turn][i] = g
-        if len(turns) < 2 or any(step.spans_tree for step in self._bindings.steps):
-            return False
-        for some in turns:
-            self._step_on(templates, params, some, states, extra)
-        return True
+    ) -> None:
+        """Takes a step, or one after another, as torch does, on parameters that are the same memory; see `_step_on`."""
+        try:
+            self._step_on(templates, params, grads, states, extra)
+        except SharedMemoryError:
+            turns = _turns(params, grads)
+            if len(turns) < 2 or any(step.spans_tree for step in self._bindings.steps):
+                raise  # no two parameters are the same memory, or the chain needs all gradients at once
+            for some in turns:
+                self._step_on(templates, params, some, states, extra)
 
     def _undo(self, journal: Journal, new: set[int]) -> None:
         """Takes back the entries that a step has made before it failed."""
@@ -474,11 +474,7 @@ class ChainOptimizer(Optimizer):
                         standing[id(x)] = next(tensors)
         states = [{k: standing.get(id(x), x) for k, x in own.items()} if own else own for own in own_states]
         with in_place_of_tensors(self.param_groups, options):
-            try:
-                self._step_on(templates, own_params, own_grads, states, extra)
-            except SharedMemoryError:
-                if not self._take_turns(templates, own_params, own_grads, states, extra):
-                    raise
+            self._step_or_turns(templates, own_params, own_grads, states, extra)
         # whole-tensor rules and Python transformations have put new tensors into `states`
         for own, entries in zip(own_states, states, strict=True):
             for k, x in entries.items():

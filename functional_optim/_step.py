@@ -444,7 +444,7 @@ def _as_wide(before: Sequence[Any], columns: Columns) -> list[Any]:
 
 
 def _follows(x: Any) -> bool:
-    """Whether autograd follows what is computed from an object."""
+    """Whether autograd records operations on an object."""
     return isinstance(x, torch.Tensor) and x.requires_grad
 
 

@@ -26,7 +26,7 @@ NAMES = {
 
 
 def named_arguments(make: Callable[Arguments, Chain]) -> Callable[Arguments, Chain]:
-    """A function that makes chains, whose refusal of an argument says what the argument is called.
+    """A factory of chains that refuses an unknown argument with the name that it has here.
 
     Raises:
       TypeError: an argument is unknown.

@@ -205,7 +205,7 @@ class ParamStep:
         """
         self._check_call(extra)
         written, records = params, torch.is_grad_enabled()
-        if records:  # autograd keeps what a step is computed from, and parameters are written to
+        if records:  # autograd saves the inputs of a step, and parameters are written to
             params = [p if g is None else p.clone() for p, g in zip(params, grads, strict=True)]
         given: Columns = {
             (-1, name): self._extra_column(name, rule, extra[name]) for name, rule in self.extras.columns.items()

@@ -38,7 +38,7 @@ def _message(name: str) -> str:
 
 
 def without_derivatives(name: str, updates: Tree, *given: Any) -> Tree:
-    """Updates that refuse derivatives, where autograd or `torch.func` follows what they were computed from.
+    """Updates that refuse derivatives, where autograd or `torch.func` records operations on their inputs.
 
     Args:
       name: the transformation, for the error.

@@ -200,7 +200,7 @@ REWRITTEN = {
     "pow/4": Case(1, lambda x: x**4, "pow"),
     "pow/0.75": Case(1, lambda x: x**0.75, "pow"),
     "pow/number": Case(1, lambda x: 0.9**x, "pow"),
-    # in float64 whatever the argument, so a float32 program rounds once more than torch does
+    # in float64 for an argument of any dtype, so a float32 program rounds once more than torch does
     "float_power": Case(2, torch.float_power, "pow"),
     "square": Case(1, torch.square),
     "reciprocal": Case(1, torch.reciprocal),

@@ -143,7 +143,11 @@ class TritonLaunch:
                     "take a step over tensors of that kind before the capture",
                 )
             kernels = [load_kernels(g.signature, self.device, a) for g, a in zip(self.groups, aligned, strict=True)]
-            for kept in (self.tables, *staged, *kernels):  # before the graph has the copy, which reads what is staged
+            for kept in (
+                self.tables,
+                *staged,
+                *kernels,
+            ):  # before the graph has the copy, which reads the staged memory
                 hold(kept)
 
         memory.upload(pointers, content, stage, self.driver, accept)

@@ -189,7 +189,7 @@ class StepMemory:
             self.scalars = self.words[tables.n_addresses :].view(torch.float64)
             self.uniforms = [torch.empty(n, dtype=torch.float64, device=device) for n in tables.uniform_words]
             self.buffers = partial_buffers(tables.groups, tables.cuts, device, tables.n_joined)
-            n = tables.n_addresses  # what is uploaded, by whether addresses and numbers have changed
+            n = tables.n_addresses  # parts to upload, by whether addresses and numbers are new
             self.pieces = {(True, True): self.words, (True, False): self.words[:n], (False, True): self.words[n:]}
         partials = [x.data_ptr() for own in self.buffers for x in own]
         self.partials = struct.pack(f"{len(partials)}q", *partials)
