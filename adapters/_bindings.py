@@ -188,6 +188,11 @@ class Bindings:
         steps[:] = [step, *steps[: KEEP - 1]]
         return step
 
+    def undo(self, journal: Journal, new: set[int]) -> None:
+        """Takes back the entries that a step has made before it failed; `new` are the parameters without a step."""
+        journal.undo()
+        self.new, self.states = new, []
+
     def forget_step(self, step: ParamStep | None) -> None:
         """Gives up a step that has failed, and whose masks were asked about parameters that may get another shape."""
         if step is None or not any(template.tx._asks_leaves() for template in step.templates):

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import math
 import sys
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -13,20 +12,18 @@ from torch.optim import Optimizer
 
 from functional_optim._params.journal import Journal
 from functional_optim._params.state import is_alike
-from functional_optim._params.step import GRAD, Outcome, ParamStep
+from functional_optim._params.step import GRAD
 from functional_optim._params.template import Template
-from functional_optim._rows import RowStep
 from functional_optim._runtime.backend import ASKED
 from functional_optim._runtime.checks import refuse_meta
-from functional_optim._runtime.internals import in_checkpoint
 from functional_optim._runtime.overlap import SharedMemoryError
 from functional_optim._runtime.shard import is_dtensor
-from functional_optim._runtime.spec import PLAIN
 
 from ._averages import averaged
 from ._bindings import Bindings
 from ._compiled import OPTIMIZERS, in_place_of_tensors, tensors_among
 from ._loading import load
+from ._steps import StepInputs, take_dense, take_rows
 
 
 def _check_rate(group: int, lr: Any) -> None:
@@ -39,27 +36,6 @@ def _check_rate(group: int, lr: Any) -> None:
         finite = False
     if not finite:
         raise ValueError(f"lr of parameter group {group} is {lr!r:.60}, expected a finite number.")
-
-
-def _is_dense(grad: torch.Tensor | None) -> bool:
-    """Whether a gradient is not sparse; one that is not there is not."""
-    return grad is None or grad.layout is torch.strided
-
-
-def _turns(params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]) -> list[list[torch.Tensor | None]]:
-    """Gradients for one step after another, in each of which no two parameters are the same memory."""
-    turns: list[list[torch.Tensor | None]] = [list(grads)]
-    known: Counter[tuple[Any, ...]] = Counter()
-    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
-        if g is None or type(p) not in PLAIN:
-            continue
-        place = (p.data_ptr(), p.dtype, p.shape, p.stride())
-        turn, known[place] = known[place], known[place] + 1
-        if turn:
-            turns[0][i] = None
-            turns += [[None] * len(grads) for _ in range(turn + 1 - len(turns))]
-            turns[turn][i] = g
-    return turns
 
 
 class ChainOptimizer(Optimizer):
@@ -191,7 +167,7 @@ class ChainOptimizer(Optimizer):
             self._check_extra(templates, extra, offered)
         grads = list(map(GRAD, params.tensors))
         states = bindings.states_of(self, params)
-        self._step_or_turns(templates, params.tensors, grads, states, extra)
+        self._step_on(StepInputs(templates, params.tensors, grads, states, extra))
 
     @staticmethod
     def _check_extra(templates: Sequence[Template], extra: Mapping[str, Any], offered: frozenset[str]) -> None:
@@ -206,193 +182,26 @@ class ChainOptimizer(Optimizer):
 
     # -- stepping -----------------------------------------------------------------------------------------------------
 
-    def _step_on(
-        self,
-        templates: Sequence[Template],
-        params: Sequence[torch.Tensor],
-        grads: list[torch.Tensor | None],
-        states: list[dict[str, Any]],
-        extra: dict[str, Any],
-    ) -> None:
-        """Takes a step on some tensors, all or nothing.
-
-        Args:
-          templates: the chains of the groups.
-          params: the parameters, or tensors that stand for them.
-          grads: their gradients.
-          states: their states.
-          extra: the extra arguments.
-        """
+    def _step_on(self, inputs: StepInputs) -> None:
+        """Takes a step on some tensors, all or nothing, or steps one after another if some are the same memory."""
         bindings = self._bindings
         # `torch.amp.GradScaler` sets both where an optimizer offers to unscale gradients itself
-        guarded = getattr(self, "found_inf", None) is not None or getattr(self, "grad_scale", None) is not None
-        if guarded:
-            for name, default in (("grad_scale", 1.0), ("found_inf", 0.0)):
-                x = getattr(self, name, None)
-                extra[name] = default if x is None else x.reshape(()) if isinstance(x, torch.Tensor) else x
+        if getattr(self, "found_inf", None) is not None or getattr(self, "grad_scale", None) is not None:
+            inputs = inputs.guarded_by(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         # before Python code of a chain runs, too, because nothing takes that back
         asked = bindings.sparse or (bindings.steps and bindings.steps[0].runs_python)
-        if asked and not all(map(_is_dense, grads)):
-            self._step_rows(templates, params, grads, states, extra, guarded)
-        elif self._step_dense(templates, params, grads, states, extra, guarded) == "sparse":
-            bindings.sparse = True
-            self._step_rows(templates, params, grads, states, extra, guarded)
-
-    def _step_rows(
-        self,
-        templates: Sequence[Template],
-        params: Sequence[torch.Tensor],
-        grads: Sequence[torch.Tensor | None],
-        states: list[dict[str, Any]],
-        extra: dict[str, Any],
-        guarded: bool,
-    ) -> None:
-        """Takes a step on gradients of which some are sparse; for the arguments see `_step_on`.
-
-        Rows are computed first, on copies, and written last, when the step on dense gradients has succeeded.
-        """
-        bindings, journal = self._bindings, Journal()
-        assert bindings.params is not None
-        row_templates, dense, touched = self._split(templates, grads)
-        others = [i for i, g in enumerate(dense) if g is not None]
-        before, rows = bindings.new, None
-        step: ParamStep | None = None
         try:
-            if any(g is not None for g in touched):
-                step = bindings.find_step(self, bindings.row_steps, row_templates, touched, guarded, True)
-                columns = step.state.columns(states, True)
-                if columns is None:
-                    step.state.make(bindings.params.tensors, states, self.param_groups, journal)
-                    bindings.adopt(self, bindings.params.tensors, touched, states, journal)
-                    columns = step.state.columns(states)
-                    assert columns is not None, "the state that was missing has been made"
-                rows = RowStep(step, params, columns, touched, others, bindings.disjoint)
-                bindings.disjoint = rows.disjoint
-                rows.take(states, bindings.options, extra, journal)
-            if others:
-                self._step_dense(templates, params, dense, states, extra, guarded)
-            if rows is not None:
-                rows.write(states)
-            if guarded and journal and float(extra["found_inf"]):
-                self._undo(journal, before)
-        except BaseException:
-            bindings.forget_step(step)
-            self._undo(journal, bindings.new)
-            raise
-
-    def _split(
-        self, templates: Sequence[Template], grads: Sequence[torch.Tensor | None]
-    ) -> tuple[list[Template], list[torch.Tensor | None], list[torch.Tensor | None]]:
-        """The chains of rows, the dense gradients, and the sparse ones whose rows alone are stepped.
-
-        Args:
-          templates: the chains of the groups, in whose place those of their rows are.
-          grads: the gradients. One that is sparse is made dense if its chain moves all rows, or if autograd records.
-
-        Raises:
-          RuntimeError: the optimizer refuses sparse gradients.
-        """
-        bindings = self._bindings
-        assert bindings.params is not None
-        row_templates, dense = list(templates), list(grads)
-        touched: list[torch.Tensor | None] = [None] * len(grads)
-        for i, g in enumerate(grads):
-            if g is None or _is_dense(g):
-                continue
-            found = bindings.row_template_of(self, self.param_groups[bindings.params.groups[i]])
-            if found is None or not g.is_sparse or torch.is_grad_enabled() or is_dtensor(bindings.params.tensors[i]):
-                dense[i] = g.to_dense()
-            else:
-                row_templates[bindings.params.templates[i]] = found
-                dense[i], touched[i] = None, g
-        return row_templates, dense, touched
-
-    def _step_dense(
-        self,
-        templates: Sequence[Template],
-        params: Sequence[torch.Tensor],
-        grads: Sequence[torch.Tensor | None],
-        states: list[dict[str, Any]],
-        extra: dict[str, Any],
-        guarded: bool,
-    ) -> Outcome:
-        """Takes a step on gradients that should be dense; for the arguments see `_step_on`.
-
-        Returns:
-          `"sparse"` if one is not, and nothing has been done.
-        """
-        bindings = self._bindings
-        assert bindings.params is not None
-        originals = bindings.params.tensors
-        dry = not self.state and in_checkpoint()
-        before, exact, journal = bindings.new, dry, Journal()
-        step: ParamStep | None = None
-        first: frozenset[int] = frozenset()
-        try:
-            while True:
-                step = bindings.find_step(self, bindings.steps, templates, grads, guarded, exact)
-                step.begin()
-                columns, new = step.state.columns(states, exact), before
-                if columns is None and not exact:
-                    exact = True  # before state is made for parameters whose gradients are gone
-                    continue
-                if columns is None:
-                    made = step.state.make(originals, states, self.param_groups, journal)
-                    new = before | {id(originals[i]) for i in made}
-                    bindings.adopt(self, originals, grads, states, journal)
-                    columns = step.state.columns(states)
-                    assert columns is not None, "the state that was missing has been made"
-                elif self.EMPTY_STATES and 0 < len(self.state) < len(params):
-                    bindings.adopt(self, originals, grads, states, journal)
-                if dry:
-                    bindings.new = new
-                    return "taken"
-                first = frozenset(i for i in step.present if id(originals[i]) in new) if new else frozenset()
-                bindings.new = new - {id(originals[i]) for i in first}
-                outcome = step.take(params, columns, grads, states, bindings.options, extra, first, journal)
-                if outcome != "gone":
-                    break
-                if exact:
-                    raise RuntimeError(
-                        "a gradient or an entry of state that the step had found was taken away while it was computed; "
-                        "change gradients and state between steps."
-                    )
-                self._undo(journal, before)  # slots of stages before the one that found something gone
-                exact, journal = True, Journal()
-            # nothing waits for a device but the first step
-            if outcome == "sparse" or (guarded and (first or journal) and float(extra["found_inf"])):
-                self._undo(journal, before)
-        except BaseException:
-            bindings.forget_step(step)
-            changed = first or journal
-            if step is None or not step.completed or (guarded and changed and float(extra["found_inf"])):
-                self._undo(journal, before)
-            raise
-        return outcome
-
-    def _step_or_turns(
-        self,
-        templates: Sequence[Template],
-        params: Sequence[torch.Tensor],
-        grads: list[torch.Tensor | None],
-        states: list[dict[str, Any]],
-        extra: dict[str, Any],
-    ) -> None:
-        """Takes a step, or one after another, as torch does, on parameters that are the same memory; see `_step_on`."""
-        try:
-            self._step_on(templates, params, grads, states, extra)
+            if asked and not inputs.are_dense:
+                take_rows(self, inputs)
+            elif take_dense(self, inputs) == "sparse":
+                bindings.sparse = True
+                take_rows(self, inputs)
         except SharedMemoryError:
-            turns = _turns(params, grads)
-            if len(turns) < 2 or any(step.spans_tree for step in self._bindings.steps):
+            turns = inputs.turns()
+            if len(turns) < 2 or any(step.spans_tree for step in bindings.steps):
                 raise  # no two parameters are the same memory, or the chain needs all gradients at once
-            for some in turns:
-                self._step_on(templates, params, some, states, extra)
-
-    def _undo(self, journal: Journal, new: set[int]) -> None:
-        """Takes back the entries that a step has made before it failed."""
-        journal.undo()
-        bindings = self._bindings
-        bindings.new, bindings.states = new, []
+            for turn in turns:
+                self._step_on(turn)
 
     # -- torch.compile ------------------------------------------------------------------------------------------------
     # Inside torch.compile the step is one operation that the compiler does not look into. It does look into how its
@@ -474,7 +283,7 @@ class ChainOptimizer(Optimizer):
                         standing[id(x)] = next(tensors)
         states = [{k: standing.get(id(x), x) for k, x in own.items()} if own else own for own in own_states]
         with in_place_of_tensors(self.param_groups, options):
-            self._step_or_turns(templates, own_params, own_grads, states, extra)
+            self._step_on(StepInputs(templates, own_params, own_grads, states, extra))
         # whole-tensor rules and Python transformations have put new tensors into `states`
         for own, entries in zip(own_states, states, strict=True):
             for k, x in entries.items():

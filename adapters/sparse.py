@@ -1,6 +1,6 @@
 """torch.optim's optimizer that takes sparse gradients only, as a chain; see `classes`."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +13,7 @@ from functional_optim._transforms.adam import sparse_adam_step
 
 from ._named import B1, B2, EPS, LR, NamedClass, before
 from ._naming import template
+from ._steps import StepInputs
 
 
 class SparseAdam(NamedClass, torch.optim.SparseAdam):
@@ -46,18 +47,11 @@ class SparseAdam(NamedClass, torch.optim.SparseAdam):
     def _counter_dtype(self) -> torch.dtype | None:
         return None
 
-    def _step_on(
-        self,
-        templates: Sequence[Template],
-        params: Sequence[torch.Tensor],
-        grads: list[torch.Tensor | None],
-        states: list[dict[str, Any]],
-        extra: dict[str, Any],
-    ) -> None:
-        if any(map(is_dtensor, params)):
+    def _step_on(self, inputs: StepInputs) -> None:
+        if any(map(is_dtensor, inputs.params)):
             raise RuntimeError("SparseAdam does not support DTensors, whose rows may be in other processes")
         # checkpoints have state made by a step of dense zeros, which does nothing else
-        if not all(g is None or g.is_sparse for g in grads) and (self.state or not in_checkpoint()):
+        if not all(g is None or g.is_sparse for g in inputs.grads) and (self.state or not in_checkpoint()):
             raise RuntimeError("SparseAdam does not support dense gradients, please consider Adam instead")
         self._bindings.sparse = True
-        super()._step_on(templates, params, grads, states, extra)
+        super()._step_on(inputs)

@@ -58,7 +58,7 @@ def state_copy(optimizer: Any) -> dict[str, Any]:
 
 
 @NAME
-def test_step_on_what_is_swapped_in(name: str) -> None:
+def test_step_on_tensors_swapped_in(name: str) -> None:
     model, optimizer = trained(name)
     params, state = with_grads(model), state_copy(optimizer)
     live = values(list(model.parameters())), values(list(optimizer.state.values()))
