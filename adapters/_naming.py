@@ -77,6 +77,8 @@ class Naming:
         elif len(rates) != 1:
             self.factor = ()
         self.tx = tx
+        # whether a schedule follows counters
+        self.scheduled = any(rule.bound.is_schedule(x) for rule in rules.values() for x in rule.bound.values)
         entries = [
             (path, hyper, rule)
             for path, rule in rules.items()
