@@ -20,11 +20,10 @@ class Allocator:
     Args:
       specs: for each column, the specs of the tensors that its new tensors are like.
       makers: for each column, the function that makes a new tensor from one of them.
-      first: the position among the pointers of the first new tensor.
     """
 
-    def __init__(self, specs: Sequence[Sequence[TensorSpec]], makers: Sequence[Make], first: int) -> None:
-        self.makers, self.first = makers, first
+    def __init__(self, specs: Sequence[Sequence[TensorSpec]], makers: Sequence[Make]) -> None:
+        self.makers = makers
         self.lengths = [len(own) for own in specs]
         wanted = [(spec, make) for own, make in zip(specs, makers, strict=True) for spec in own]
         self.n = len(wanted)
@@ -43,15 +42,14 @@ class Allocator:
           pointers: the pointers.
         """
         if self.operation is not None:
-            with torch.inference_mode(False):
-                place = pointers.tensor[self.first : self.first + self.n]
-            new = self.operation(self.index, self.table, place)
+            new = self.operation(self.index, self.table, pointers.new)
             if len(new) == self.n:
                 return _split(new, self.lengths)
             del new  # which takes memory, too
         # without a compiler; and without memory, for the error of torch, which says how much was asked for
         columns = [list(map(make, own)) for own, make in zip(like, self.makers, strict=True)]
-        pointers.memory[self.first : self.first + self.n] = [x.data_ptr() for column in columns for x in column]
+        first = pointers.n + 1
+        pointers.memory[first : first + self.n] = [x.data_ptr() for column in columns for x in column]
         return columns
 
 

@@ -15,7 +15,7 @@ from .evaluate import evaluate
 from .join import Joins
 from .numbers import Number, Numbers, Table
 from .packing import PackedColumn
-from .plan import Columns, Key, Leaf, group_leaves
+from .plan import Cell, Columns, Key, Leaf, group_leaves
 from .spec import TensorSpec
 
 
@@ -78,6 +78,8 @@ class Programs:
         bounds = itertools.pairwise(ends)
         # for each group and gather, the bounds of its tensors among all that are gathered
         self.bounds = [list(itertools.islice(bounds, len(group.gathers))) for group in self.groups]
+        # for each group and output, the columns that its values go to, and where: positions there and among the values
+        self.targets = [list(map(_by_column, group.targets)) for group in self.groups]
 
     def has_partners(self, columns: Columns) -> bool:
         """Whether parameters that no program reads have the dtypes that they had."""
@@ -130,10 +132,20 @@ class Programs:
     def scatter(self, columns: Columns, outputs: Sequence[Sequence[Sequence[Any]]]) -> Columns:
         """The columns that change, with the outputs of all groups in their cells."""
         results: dict[Key, list[Any]] = {}
-        for group, own in zip(self.groups, outputs, strict=True):
-            for cells, values in zip(group.targets, own, strict=True):
-                for (key, i), value in zip(cells, values, strict=True):
+        for targets, own in zip(self.targets, outputs, strict=True):
+            for by_column, values in zip(targets, own, strict=True):
+                for key, places in by_column.items():
                     if key not in results:
                         results[key] = list(columns[key])
-                    results[key][i] = value
+                    column = results[key]
+                    for i, k in places:
+                        column[i] = values[k]
         return dict(results)
+
+
+def _by_column(cells: Sequence[Cell]) -> dict[Key, list[tuple[int, int]]]:
+    """Cells by column: the position of each in its column, and among the cells."""
+    found: dict[Key, list[tuple[int, int]]] = {}
+    for k, (key, i) in enumerate(cells):
+        found.setdefault(key, []).append((i, k))
+    return found

@@ -284,9 +284,17 @@ class Recording:
         columns: Columns = {key: list(map(tensors_of, column)) for key, column in derivative.columns.items()}
         bound, reading = derivative.bind(columns)
         results = bound.run(reading, columns, derivative.numbers(bound, tables))
-        parts = [[results[name][i] for name, i in own] for own in derivative.parts]
-        parts += [self._parts_of_number(positions, results) for positions in self.positions]
-        return [_sum(own, x) for own, x, there in zip(parts, tensors, wanted, strict=True) if there]
+        found = [
+            _sum([results[name][i] for name, i in own], x)
+            for own, x, there in zip(derivative.parts, gathered, wanted, strict=False)
+            if there
+        ]
+        n = len(gathered)
+        for positions, x, there in zip(self.positions, tensors[n:], wanted[n:], strict=True):
+            if there:
+                total = _sum(self._parts_of_number(positions, results), x)
+                found.append(total.to(x.device).reshape(x.shape))
+        return found
 
     def _zeros(self, k: int, gathered: Tensors) -> torch.Tensor:
         """The cotangent of an output that has none, where others of its name have one."""
@@ -312,13 +320,11 @@ class Recording:
 
 
 def _sum(parts: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-    """The sum of cotangents, in the dtype, shape and place of the tensor that they are of."""
+    """The sum of cotangents, in the dtype of the tensor that they are of."""
     if not parts:
         return torch.zeros_like(like)
     total = parts[0] if len(parts) == 1 else torch.stack(list(parts)).sum(0)
-    if total.dtype is not like.dtype or total.device != like.device:
-        total = total.to(device=like.device, dtype=like.dtype)
-    return total if total.shape == like.shape else total.reshape(like.shape)
+    return total if total.dtype is like.dtype else total.to(like.dtype)
 
 
 def _follow_back(

@@ -50,7 +50,7 @@ class Workspace:
     """Memory for data pointers, and the launches of C kernels on it. Threads that share a step have one each."""
 
     def __init__(self, step: "BoundStep", n_threads: int) -> None:
-        self.n_threads, self.pointers = n_threads, Pointers(step.n_gathered, step.n_outputs + step.n_copies)
+        self.n_threads, self.pointers = n_threads, Pointers(step.n_gathered, step.n_outputs, step.n_copies)
         self.content = self.pointers.content  # the data pointers that have been read, as bytes
         self.disjoint = b""  # pointers that were found to share no memory
         self.status = ctypes.c_int64()
@@ -179,7 +179,7 @@ class BoundStep(Programs):
                     makers.append(functools.partial(torch.Tensor.new_empty, size=(), dtype=dtype))
                 else:
                     makers.append(functools.partial(torch.empty_like, dtype=dtype))
-        return Allocator(likes, makers, self.n_gathered + 1)
+        return Allocator(likes, makers)
 
     def _find_copied(self, launched: Sequence[int]) -> list[int]:
         """Positions of the tensors that kernels are handed copies of."""

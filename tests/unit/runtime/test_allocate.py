@@ -43,12 +43,12 @@ def way(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def allocator(way: str, columns: list[list[torch.Tensor]], makers: list[Make], first: int) -> Allocator:
+def allocator(way: str, columns: list[list[torch.Tensor]], makers: list[Make]) -> Allocator:
     specs = [list(map(TensorSpec.of, column)) for column in columns]
     if way == "operation":
-        return Allocator(specs, makers, first)
+        return Allocator(specs, makers)
     with mock.patch.object(allocate, "operations", return_value=None):
-        found = Allocator(specs, makers, first)
+        found = Allocator(specs, makers)
     if way == "no memory":
         found.operation = lambda *_: []
         found.index = found.table = torch.zeros(1)
@@ -57,7 +57,7 @@ def allocator(way: str, columns: list[list[torch.Tensor]], makers: list[Make], f
 
 def test_they_are_those_that_torch_makes(way: str) -> None:
     columns, pointers = [LIKE] * len(MAKERS), Pointers(2, len(LIKE) * len(MAKERS))
-    found = allocator(way, columns, MAKERS, 3)(columns, pointers)
+    found = allocator(way, columns, MAKERS)(columns, pointers)
     addresses = iter(pointers.memory[3:])
     for column, make, like in zip(found, MAKERS, columns, strict=True):
         for x, y in zip(column, map(make, like), strict=True):
@@ -69,12 +69,12 @@ def test_they_are_those_that_torch_makes(way: str) -> None:
 
 
 def test_nothing_is_made_of_nothing(way: str) -> None:
-    assert allocator(way, [[], []], MAKERS[:2], 1)([[], []], Pointers(0)) == [[], []]
+    assert allocator(way, [[], []], MAKERS[:2])([[], []], Pointers(0)) == [[], []]
 
 
 def test_they_belong_to_the_mode_they_are_made_in(way: str) -> None:
     columns, pointers = [LIKE[:1]], Pointers(0, 1)
-    own = allocator(way, columns, MAKERS[:1], 1)
+    own = allocator(way, columns, MAKERS[:1])
     with torch.inference_mode():
         ((inside,),) = own(columns, pointers)
     ((outside,),) = own(columns, pointers)
