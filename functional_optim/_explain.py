@@ -23,7 +23,7 @@ from ._params.template import ParamList, Template, gradient_dtype
 from ._regions import BoundRegion
 from ._runtime.backend import choose_backend
 from ._runtime.checks import at
-from ._runtime.plan import Columns, Group, Key, Leaf
+from ._runtime.groups import Columns, Group, Key, Leaf
 from ._runtime.shard import local_tensor
 from ._runtime.spec import TensorSpec
 from ._step import TreeRegion, TreeStep

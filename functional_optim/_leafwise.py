@@ -14,8 +14,8 @@ from ._compiler.rule import Bound, Option, Rule
 from ._regions import LeafwiseRegion
 from ._runtime.checks import at, check_number, refuse_freed
 from ._runtime.cuda.capture import NumberWatch
+from ._runtime.groups import Columns, Key
 from ._runtime.internals import needs_dispatch, version
-from ._runtime.plan import Columns, Key
 from ._runtime.pointers import PointerReader, Pointers
 from ._runtime.spec import TensorSpec
 from ._runtime.stacks import find_freed

@@ -11,12 +11,12 @@ from ._compiler.fuse import Counting, HostSchedule, Part, Recipe, fuse_all
 from ._compiler.rule import Bound, Slot, slot
 from ._packed import Form, Packed
 from ._runtime.checks import at, check_fit, check_slot, refuse_freed
+from ._runtime.groups import Columns, Key, Leaf
 from ._runtime.internals import MapLevel
 from ._runtime.join import Joins
 from ._runtime.members import MembersReading, MembersStep
 from ._runtime.packed_step import PackedStep
 from ._runtime.packing import PackedColumn
-from ._runtime.plan import Columns, Key, Leaf
 from ._runtime.programs import Binding, NoKernels, Programs
 from ._runtime.shard import MeshShard
 from ._runtime.spec import TensorSpec, specs_of

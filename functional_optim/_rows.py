@@ -15,9 +15,9 @@ from ._params.step import ParamStep
 from ._params.template import States
 from ._regions import Stored
 from ._runtime.checks import at, check_fit, check_leaf
+from ._runtime.groups import Columns, Key
 from ._runtime.internals import needs_dispatch
 from ._runtime.overlap import OverlapCheck, SharedMemoryError
-from ._runtime.plan import Columns, Key
 from ._runtime.spec import TensorSpec
 
 

@@ -12,7 +12,7 @@ from ._compiler.rule import Bound
 from ._packed import Packed
 from ._regions import Region
 from ._runtime.checks import check_count
-from ._runtime.plan import Columns
+from ._runtime.groups import Columns
 from ._transform import Path
 from ._tree import Reader, Tree, difference, unpacked
 

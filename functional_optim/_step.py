@@ -19,6 +19,7 @@ from ._regions import BoundRegion, LeafwiseRegion, Opaque, Region, Variant, cut_
 from ._runtime.backend import REQUESTED
 from ._runtime.checks import at, check_fit, check_leaf
 from ._runtime.cuda.capture import refuse_host_schedule, refuse_new_trees
+from ._runtime.groups import Columns, Key
 from ._runtime.internals import (
     is_wrapper_of_a_transformation,
     map_levels,
@@ -30,7 +31,6 @@ from ._runtime.internals import (
 from ._runtime.numbers import Numbers
 from ._runtime.overlap import SharedMemoryError
 from ._runtime.packing import PackedColumn
-from ._runtime.plan import Columns, Key
 from ._runtime.recording import can_record, record
 from ._runtime.stacks import different_numbers
 from ._runtime.step import BoundStep, Reading

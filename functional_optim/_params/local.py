@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .._runtime.plan import Key
+from .._runtime.groups import Key
 from .._runtime.shard import LocalTensors, as_dtensor_like, is_dtensor, local_tensor, mesh_shard, real_view
 from .template import ParamList
 

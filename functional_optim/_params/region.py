@@ -5,8 +5,8 @@ from typing import Any
 
 from .._leafwise import LeafwiseStep
 from .._regions import BoundRegion, LeafwiseRegion, Region
+from .._runtime.groups import Columns, Key
 from .._runtime.join import Joins
-from .._runtime.plan import Columns, Key
 from .._runtime.shard import MeshShard, is_in_mesh, own_part, whole_tensor
 from .._transform import Path
 from .template import ParamList

@@ -12,8 +12,8 @@ from .._compiler.rule import Option
 from .._opaque import SplitState
 from .._regions import Region, Stored
 from .._runtime.cuda.capture import is_capturing, refuse_new_state, refuse_state_of_python
+from .._runtime.groups import Columns, Key
 from .._runtime.internals import needs_dispatch
-from .._runtime.plan import Columns, Key
 from .._runtime.shard import check_placed
 from .._state import Copies, shared_column
 from .journal import Journal

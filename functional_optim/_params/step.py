@@ -15,9 +15,9 @@ from .._regions import Opaque, Region, Variant, cut_into_regions
 from .._runtime.backend import REQUESTED
 from .._runtime.checks import check_fit, check_leaf, refuse_meta
 from .._runtime.cuda.capture import refuse_host_schedule
+from .._runtime.groups import Columns
 from .._runtime.internals import in_backward, needs_dispatch
 from .._runtime.numbers import Numbers
-from .._runtime.plan import Columns
 from .._runtime.shard import is_fsdp1, placed_like
 from .._runtime.step import Workspace
 from .._transform import Link, Path

@@ -1,7 +1,7 @@
 """The runtime: tensors and launches. It knows programs, not trees or optimizers.
 
 leaves, a tensor per leaf and column
-  |  plan.py        groups of leaves that share a program
+  |  groups.py      groups of leaves that share a program
 Group
   |  programs.py    programs, and the cells that their tensors are in
   |  step.py        BoundStep: launch structures filled once, checked and started at every step

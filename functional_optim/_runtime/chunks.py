@@ -8,8 +8,8 @@ import torch
 
 from .._compiler.call import ReductionKey
 from .._compiler.ops import REDUCTIONS
+from .groups import Group
 from .join import Joins, Vector
-from .plan import Group
 
 
 class Chunks(NamedTuple):

@@ -14,10 +14,10 @@ from .._compiler.c.emit import emit_c
 from .._compiler.c.threads import SERIAL, parallel_address
 from .._compiler.passes import Signature, plan
 from .chunks import Chunks, JoinedChunks, cut, partial_buffers
+from .groups import Group
 from .internals import has_members
 from .join import Joins
 from .numbers import Number
-from .plan import Group
 from .pointers import Pointers, library
 
 

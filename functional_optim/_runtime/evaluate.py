@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from .._compiler.call import Call, Column
 from .._compiler.foreach import run_foreach
 from .._compiler.reference import run_reference
+from .groups import Group
 from .join import Joins
 from .numbers import Number
-from .plan import Group
 
 
 RUN = {"reference": run_reference, "foreach": run_foreach}

@@ -7,7 +7,7 @@ from .._compiler.cache import BuildError
 from .backend import give_up
 from .cpu import compile_c
 from .cuda.loaded import load_kernels
-from .plan import Group
+from .groups import Group
 
 
 COMPILE: dict[str, Callable[[Group], Any]] = {

@@ -17,12 +17,12 @@ from .._compiler.call import LeafTable
 from .._compiler.program import Level
 from .backend import choose_backend
 from .cpu import CpuLaunchesOfParts, usable_threads
+from .groups import Columns, Group, Key, Leaf
 from .internals import is_wrapper_of_a_transformation, members_unwrapper, outside_transformations, wrap_members
 from .kernels import build_kernels
 from .numbers import Numbers
 from .packed_step import Offsets, Origin
 from .packing import PackedColumn
-from .plan import Columns, Group, Key, Leaf
 from .pointers import Difference, PointerReader, Pointers
 from .programs import REQUIRES_GRAD, NoKernels, Programs, Specs
 from .spec import TensorSpec

@@ -7,7 +7,7 @@ import torch
 
 from .._compiler.rule import Option
 from .checks import check_memory, check_number
-from .plan import Group
+from .groups import Group
 
 
 Number = float | torch.Tensor

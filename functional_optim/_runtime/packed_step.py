@@ -11,10 +11,10 @@ import torch
 
 from .._compiler.call import Column
 from .._compiler.program import Level
+from .groups import Columns, Key
 from .kernels import COMPILE
 from .numbers import Numbers
 from .packing import PackedColumn, Place
-from .plan import Columns, Key
 from .pointers import Difference, PointerReader, Pointers
 from .programs import Binding, NoKernels
 from .spec import TensorSpec

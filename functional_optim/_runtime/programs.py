@@ -12,10 +12,10 @@ import torch
 
 from .._compiler.call import Column
 from .evaluate import evaluate
+from .groups import Cell, Columns, Key, Leaf, group_leaves
 from .join import Joins
 from .numbers import Number, Numbers, Table
 from .packing import PackedColumn
-from .plan import Cell, Columns, Key, Leaf, group_leaves
 from .spec import TensorSpec
 
 

@@ -15,10 +15,10 @@ from .._compiler.fuse import Recipe, ScalarSource
 from .._compiler.program import Level, Program
 from .checks import at
 from .evaluate import evaluate
+from .groups import Columns, Group, Key, Leaf
 from .internals import in_transformation, is_mapped_by_autograd, is_wrapper_of_a_transformation
 from .kernels import COMPILE
 from .numbers import Numbers
-from .plan import Columns, Group, Key, Leaf
 from .pointers import Difference
 from .programs import Binding
 from .spec import specs_of

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from .groups import Columns, Key
 from .internals import MapLevel, is_wrapper_of_a_transformation, members_unwrapper, outside_transformations
-from .plan import Columns, Key
 from .spec import TensorSpec, lies_outside
 
 

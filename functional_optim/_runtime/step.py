@@ -22,11 +22,11 @@ from .cpu import CpuLaunches, usable_threads
 from .cuda.capture import NumberWatch, refuse_binding
 from .cuda.launch import DeviceMemory, TritonLaunch
 from .evaluate import evaluate
+from .groups import Columns, Key
 from .internals import has_members
 from .kernels import COMPILE, build_kernels
 from .numbers import Numbers as Numbers
 from .overlap import OverlapCheck, SharedMemoryError
-from .plan import Columns, Key
 from .pointers import Difference, PointerReader, Pointers
 from .programs import REQUIRES_GRAD, Binding, Programs
 from .spec import TensorSpec, lies_outside

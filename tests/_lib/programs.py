@@ -11,8 +11,8 @@ from functional_optim._compiler.fuse import Recipe, ScalarSource
 from functional_optim._compiler.program import Program
 from functional_optim._compiler.rule import Option
 from functional_optim._compiler.triton.build import interprets
-from functional_optim._runtime import plan
-from functional_optim._runtime.plan import Columns, Key, Leaf
+from functional_optim._runtime import groups
+from functional_optim._runtime.groups import Columns, Key, Leaf
 from functional_optim._runtime.programs import Binding
 from functional_optim._runtime.spec import specs_of
 from functional_optim._runtime.step import BoundStep, Reading
@@ -70,7 +70,7 @@ def run_program(
       compute: the dtype that elements are computed in. By default it follows from the columns; float32 shows numbers
         per leaf in double precision, stored as float64, beside elements that are not.
     """
-    chosen = mock.patch.object(plan, "compute_dtype", return_value=compute)
+    chosen = mock.patch.object(groups, "compute_dtype", return_value=compute)
     columns = {key: [x.to(device_of(backend)) for x in column] for key, column in columns.items()}
     with only(backend), chosen if compute else contextlib.nullcontext():
         step = bind(program, columns)

@@ -7,9 +7,9 @@ import torch
 from ..._compiler.triton.kernels import compile_triton
 from ..._compiler.triton.tuning import chunk_size
 from ..chunks import JoinedChunks, cut
+from ..groups import Group
 from ..join import Joins
 from ..numbers import Number
-from ..plan import Group
 from ..pointers import Pointers
 from .capture import CaptureError, Reserve, hold, refuse_new_numbers, refuse_numbers
 from .driver import driver_of

@@ -15,8 +15,8 @@ import torch
 from ..._compiler.program import Level
 from ..._compiler.triton.kernels import Kernels
 from ..chunks import Chunks, chunk_table, cut, partial_buffers
+from ..groups import Group
 from ..numbers import Number
-from ..plan import Group
 from ..pointers import PointerOrder, Pointers
 from .driver import Driver
 

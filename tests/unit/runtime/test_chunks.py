@@ -18,8 +18,8 @@ from functional_optim._compiler.trace import Tracer
 from functional_optim._runtime import cpu
 from functional_optim._runtime.chunks import JoinedChunks, cut, partial_buffers
 from functional_optim._runtime.cpu import _runs
+from functional_optim._runtime.groups import Group
 from functional_optim._runtime.join import Joins
-from functional_optim._runtime.plan import Group
 
 
 SIZES = st.lists(st.integers(0, 40), max_size=8)

@@ -22,8 +22,8 @@ from functional_optim._compiler.program import Program
 from functional_optim._compiler.trace import Tracer
 from functional_optim._runtime.backend import BACKENDS
 from functional_optim._runtime.cpu import CpuLaunches
+from functional_optim._runtime.groups import Columns
 from functional_optim._runtime.overlap import SharedMemoryError
-from functional_optim._runtime.plan import Columns
 from functional_optim._runtime.pointers import Difference
 from functional_optim._runtime.step import BoundStep, Reading
 
