@@ -113,7 +113,7 @@ def take_dense(opt: "ChainOptimizer", inputs: StepInputs) -> Outcome:
                     "a gradient or an entry of state that the step had found was taken away while it was computed; "
                     "change gradients and state between steps."
                 )
-            bindings.undo(journal, before)  # slots of stages before the one that found something gone
+            bindings.undo(journal, before)  # slots of segments before the one that found something gone
             exact, journal = True, Journal()
         # nothing waits for a device but the first step
         if outcome == "sparse" or (guarded and (first or journal) and float(extra["found_inf"])):

@@ -204,14 +204,14 @@ def explanation(tx: Any, params: Tree | None) -> Explanation:
     assert columns is not None
     found = _Collector(step.paths, view.leaves, torch.is_grad_enabled(), differentiates=True)
     columns |= dict.fromkeys(_given(step), columns["updates"])
-    for stage in step.stages:
-        if isinstance(stage, TreeRegion) and stage.leafwise is not None:
-            found.add_leafwise(stage.leafwise)
-        elif isinstance(stage, TreeRegion):
-            own = stage.columns(columns, stage.state.states(state))
-            found.add_region(stage, own, stage.leaves(own))
+    for segment in step.segments:
+        if isinstance(segment, TreeRegion) and segment.leafwise is not None:
+            found.add_leafwise(segment.leafwise)
+        elif isinstance(segment, TreeRegion):
+            own = segment.columns(columns, segment.state.states(state))
+            found.add_region(segment, own, segment.leaves(own))
         else:
-            found.add_opaque(stage.link.tx)
+            found.add_opaque(segment.link.tx)
     return found.explanation(step.present, flatten(state)[0])
 
 
@@ -248,29 +248,31 @@ def explain_params(
     as_gradients = [_shadow(x, gradient_dtype(p)) for x, p in zip(shadows, params.tensors, strict=True)]
     updates = [tensor_of(x) for x in as_gradients]
     found = _Collector(step.names, [tensor_of(p) for p in params.tensors], records)
-    for stage in step.stages:
-        if isinstance(stage, ParamRegion) and stage.leafwise is not None:
-            found.add_leafwise(stage.leafwise)
-        elif isinstance(stage, ParamRegion):
+    for segment in step.segments:
+        if isinstance(segment, ParamRegion) and segment.leafwise is not None:
+            found.add_leafwise(segment.leafwise)
+        elif isinstance(segment, ParamRegion):
             own: Columns = {
                 "updates": updates,
                 "params": local,
                 **columns,
                 **dict.fromkeys(_given(step), local),
             }
-            for name, (schedule, _) in stage.region.hosts.items():
+            for name, (schedule, _) in segment.region.hosts.items():
                 own[name] = host_column(name, schedule, [0] * len(local), step.devices)
-            found.add_region(stage, own, stage.leaves(own, params.groups, frozenset(), step.numels, step.local.shards))
+            found.add_region(
+                segment, own, segment.leaves(own, params.groups, frozenset(), step.numels, step.local.shards)
+            )
         else:
-            found.add_opaque(stage.link.tx)
+            found.add_opaque(segment.link.tx)
     chains = tuple(_chain_of(k, template, params, step.view) for k, template in enumerate(templates))
     entries = {id(x): x for state in states for x in state.values()}  # parameters may share a number
     return found.explanation(step.present, list(entries.values()), chains)
 
 
 def _given(step: TreeStep | ParamStep) -> list[Key]:
-    """The columns of extra arguments, and of updates that are kept for rules around other stages."""
-    kept = [stage.entered for stage in step.stages if stage.entered is not None]
+    """The columns of extra arguments, and of updates that are kept for rules around other segments."""
+    kept = [segment.entered for segment in step.segments if segment.entered is not None]
     return [*((-1, name) for name in step.extras.columns), *kept]
 
 
@@ -288,7 +290,7 @@ def _chain_of(position: int, template: Template, params: ParamList, view: View) 
 
 
 class _Collector:
-    """The kernels and notes of the stages of a step.
+    """The kernels and notes of the segments of a step.
 
     Args:
       paths: the path of each leaf.
@@ -310,32 +312,32 @@ class _Collector:
         self.notes.append(f"{show(tx)} is not made of rules: it runs by itself, between kernels")
         self.passes += 1
 
-    def add_leafwise(self, stage: LeafwiseStep) -> None:
+    def add_leafwise(self, segment: LeafwiseStep) -> None:
         """Adds a rule for whole tensors."""
         shapes: dict[tuple[int, ...], list[str]] = {}
-        for i in stage.leaves:
+        for i in segment.leaves:
             shapes.setdefault(tuple(self.tensors[i].shape), []).append(self.paths[i])
         listed = "; ".join(
             f"{len(own)} of {'x'.join(map(str, shape)) or 'one number'} ({_some(own)})" for shape, own in shapes.items()
         )
-        name = stage.bound.rule.name
+        name = segment.bound.rule.name
         self.notes.append(f"{name} computes whole tensors with torch operations, those of one shape at once: {listed}")
         self.passes += 1
 
-    def add_region(self, stage: BoundRegion, own: Columns, leaves: Sequence[Leaf]) -> None:
+    def add_region(self, segment: BoundRegion, own: Columns, leaves: Sequence[Leaf]) -> None:
         """Adds rules that fuse.
 
         Args:
-          stage: the rules.
+          segment: the rules.
           own: tensors without memory that are like those of a step.
           leaves: the leaves that they see.
         """
-        groups = stage.programs(own, leaves).groups
+        groups = segment.programs(own, leaves).groups
         why = self._falls_back(groups)
         self.notes += [why] if why else []
         for group in groups:
             self._add_group(group, "reference" if why else None)
-        for name in sorted(stage.region.hosts):
+        for name in sorted(segment.region.hosts):
             self.notes.append(f"the schedule of {name} cannot be traced: Python computes it at every step")
         self.passes += max((len(plan(group.signature)) for group in groups), default=0)
 
@@ -394,7 +396,7 @@ class _Collector:
     def explanation(
         self, present: Sequence[int], state: Sequence[Any], chains: tuple[OptimizerChain, ...] = ()
     ) -> Explanation:
-        """The explanation of all stages.
+        """The explanation of all segments.
 
         Args:
           present: the leaves that take part.

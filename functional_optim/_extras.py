@@ -60,8 +60,8 @@ class Extras(NamedTuple):
         return {name: check_number(f"the extra argument `{name}` is", extra[name]) for name in self.needed}
 
 
-def extras_of(stages: Sequence[Region | Opaque]) -> Extras:
-    """The extra arguments of the stages of a chain.
+def extras_of(segments: Sequence[Region | Opaque]) -> Extras:
+    """The extra arguments of the segments of a chain.
 
     Raises:
       TypeError: one is a number for a rule and a tree for another.
@@ -69,13 +69,13 @@ def extras_of(stages: Sequence[Region | Opaque]) -> Extras:
     needed: dict[str, str] = {}
     columns: dict[str, str] = {}
     taken: set[str] | None = set()
-    for stage in stages:
-        if isinstance(stage, Region):
-            for bound in stage.bounds.values():
+    for segment in segments:
+        if isinstance(segment, Region):
+            for bound in segment.bounds.values():
                 needed |= dict.fromkeys(bound.rule.extras, bound.rule.name)
-            columns |= stage.columns
+            columns |= segment.columns
         elif taken is not None:
-            own = stage.link.tx._extra_names()
+            own = segment.link.tx._extra_names()
             taken = None if own is None else taken | own
     both = next((name for name in needed if name in columns), None)
     if both is not None:

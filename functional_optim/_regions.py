@@ -65,7 +65,7 @@ class Region:
     Args:
       links: the rules, by position in the chain.
       apply: whether the programs end by adding the updates to the parameters.
-      entered: the column that its updates are kept in, for a rule behind other stages.
+      entered: the column that its updates are kept in, for a rule behind other segments.
 
     Attributes:
       bounds: the rules with their hyper-parameters, by position.
@@ -198,7 +198,7 @@ def cut_into_regions(
     scopes: Sequence[int] | None = None,
     counting: Sequence[Counting] | None = None,
 ) -> list[Region | Opaque]:
-    """Cuts a chain into regions and the transformations between them.
+    """Cuts a chain into segments: regions, and the opaque transformations between them.
 
     Args:
       links: the transformations.
@@ -210,8 +210,8 @@ def cut_into_regions(
     Returns:
       Regions and opaque transformations, in order. With `apply` the last one is a region.
     """
-    stages: list[Region | Opaque] = []
-    # a rule that wraps some which do not fuse is given the updates that entered them, from between two stages
+    segments: list[Region | Opaque] = []
+    # a rule that wraps some which do not fuse is given the updates that entered them, from between two segments
     cuts = sorted(
         {k - n for k, link in enumerate(links) if (n := link.wraps) and not all(map(_fuses, links[k - n : k]))}
     )
@@ -226,15 +226,15 @@ def cut_into_regions(
         if fuses:
             counts = counting if last else still
             entered = next((entered_at(k) for k in run if k in cuts), None)
-            stages.append(FusedRegion(run, apply and last, n_leaves, scopes or range(len(links)), counts, entered))
+            segments.append(FusedRegion(run, apply and last, n_leaves, scopes or range(len(links)), counts, entered))
             continue
         for position, link in run.items():
             entered = entered_at(position) if position in cuts else None
             if link.bound is None:
-                stages.append(Opaque(position, link, entered))
+                segments.append(Opaque(position, link, entered))
             else:
-                stages.append(LeafwiseRegion(position, link, counting is not None, entered))
-    return stages
+                segments.append(LeafwiseRegion(position, link, counting is not None, entered))
+    return segments
 
 
 def entered_at(position: int) -> str:

@@ -114,7 +114,7 @@ class RowStep:
         disjoint: Sequence[tuple[int, TensorSpec]],
     ) -> None:
         self.step, self.n_params, self.keys = step, len(params), tuple(columns)
-        stored = {s.key: s for stage in step.regions for s in stage.region.stored}
+        stored = {s.key: s for segment in step.regions for s in segment.region.stored}
         self.numbers = {k for k, s in stored.items() if k == "step" or (s.slot is not None and s.slot.per_leaf)}
         self.whole: dict[tuple[Key, int], Any] = {("params", i): params[i] for i in step.present}
         self.whole |= {(key, i): columns[key][i] for key, s in stored.items() for i in step.present if s.seen[i]}

@@ -97,17 +97,19 @@ class TreeStep:
         links = tx._links(View(self.spec, tuple(leaves), tuple(x is not None for x in leaves)), ())
         self._check_params(links)
         self.seen, self.asks_leaves = _seen(links), tx._asks_leaves()
-        stages = cut_into_regions(links, apply, len(self.paths))
+        segments = cut_into_regions(links, apply, len(self.paths))
         devices = {columns["updates"][i].device for i in self.present}
         device = devices.pop() if len(devices) == 1 else None
-        self.stages = [TreeRegion(stage, self, device) if isinstance(stage, Region) else stage for stage in stages]
+        self.segments = [
+            TreeRegion(segment, self, device) if isinstance(segment, Region) else segment for segment in segments
+        ]
         # user code runs between the first look at tensors and the last launch
-        self.runs_python = any(isinstance(stage, _BY_TORCH) or stage.hosts for stage in stages)
+        self.runs_python = any(isinstance(segment, _BY_TORCH) or segment.hosts for segment in segments)
         self.watch = SpecWatch((), ())
         # kernels make updates as wide as parameters; torch operations leave them as they were
-        self.widens = self.with_params and not apply and isinstance(stages[-1] if stages else None, _BY_TORCH)
-        self.extras = extras_of(stages)
-        self.traced = [stage for stage in stages if isinstance(stage, Region) and stage.traced]
+        self.widens = self.with_params and not apply and isinstance(segments[-1] if segments else None, _BY_TORCH)
+        self.extras = extras_of(segments)
+        self.traced = [segment for segment in segments if isinstance(segment, Region) and segment.traced]
 
     def _read(self, name: str, tree: Tree) -> Sequence[Any]:
         refuse_packed_inside(name, tree)
@@ -139,7 +141,7 @@ class TreeStep:
         like = updates if params is None else params
         # a step that is donated as a whole returns its very arguments; any other returns trees whose containers are
         # those it was given
-        if not ((donate and len(self.stages) == 1) or self.read.is_fixed(like)) and flatten(like)[1] != self.spec:
+        if not ((donate and len(self.segments) == 1) or self.read.is_fixed(like)) and flatten(like)[1] != self.spec:
             return None
         try:
             columns: Columns = {"updates": self.read(updates)}
@@ -194,34 +196,34 @@ class TreeStep:
                 "donate=True writes in place, which a torch.func transformation cannot follow, nor forward-mode AD or "
                 "a dispatch mode; use donate=False inside of it, or take the step outside."
             )
-        if donate and len(self.stages) > 1:
+        if donate and len(self.segments) > 1:
             refuse_new_trees(columns["updates"][self.present[0]].device if self.present else None)
         watched = self.runs_python and not dispatching and self.with_params
         if watched:
             watch = self.watch = SpecWatch.of(self.watch, columns["params"], self.present)
         new_states: dict[Path, Any] = {}
         entered = columns["updates"]
-        for stage in self.stages:
-            if stage.entered is not None:
-                columns = {**columns, stage.entered: columns["updates"]}
-            if isinstance(stage, Opaque):
-                columns, new_states[stage.link.path] = self._call(stage, columns, state, extra)
+        for segment in self.segments:
+            if segment.entered is not None:
+                columns = {**columns, segment.entered: columns["updates"]}
+            if isinstance(segment, Opaque):
+                columns, new_states[segment.link.path] = self._call(segment, columns, state, extra)
                 if donate and "params" in columns:
-                    check_apart(stage.link.tx, new_states[stage.link.path], columns["params"])
+                    check_apart(segment.link.tx, new_states[segment.link.path], columns["params"])
                 continue
-            in_place = donate and stage is self.stages[-1]
-            states = stage.state.states(state)
-            own = stage.columns(columns, states, in_place)
+            in_place = donate and segment is self.segments[-1]
+            states = segment.state.states(state)
+            own = segment.columns(columns, states, in_place)
             if watched and not watch.holds(columns["params"]):
                 raise RuntimeError(CHANGED_MESSAGE)
-            results = self._run(stage, own, states, numbers, in_place, dispatching, given)
+            results = self._run(segment, own, states, numbers, in_place, dispatching, given)
             if results is None:
                 return None
             if not in_place:
                 if self.absent and torch.is_grad_enabled():
                     results = self._apart(own, results)
                 columns = {name: results.get(name, columns[name]) for name in columns}
-                new_states |= stage.state.replaced(states, {**own, **results}, like, stage.moving)
+                new_states |= segment.state.replaced(states, {**own, **results}, like, segment.moving)
         if self.widens:
             columns = {**columns, "updates": _as_wide(entered, columns)}
         tree = like if donate else self.read.rebuild(like, columns["params" if self.apply else "updates"])
@@ -244,27 +246,27 @@ class TreeStep:
         return True
 
     def _run_followed(
-        self, stage: TreeRegion, own: Columns, extra: Mapping[str, Any], given: Mapping[int, torch.Tensor]
+        self, segment: TreeRegion, own: Columns, extra: Mapping[str, Any], given: Mapping[int, torch.Tensor]
     ) -> Columns | None:
         """Runs a region where torch follows: by kernels where only `vmap`, or only `grad` does, else by operations."""
         if takes_gradients() and REQUESTED.get() in (None, "c", "triton"):
-            recorded = self._bound_to_plain(stage, own)
+            recorded = self._bound_to_plain(segment, own)
             if recorded is not None and can_record(recorded):
                 return record(recorded, own, recorded.own_numbers(extra, given), plain=False)
         mapped = map_levels()
         levels = mapped if REQUESTED.get() in (None, "c") else ()
-        found = stage.find_members(own, levels, extra, given) if levels else None
+        found = segment.find_members(own, levels, extra, given) if levels else None
         if found is None:
             if not self._has_its_leaves(own):
                 return None
-            leaves = stage.leaves(own)
+            leaves = segment.leaves(own)
             if levels:
-                counters: set[Key] = {(k, "count") for k in stage.state.counted}
-                found = stage.bind_members(own, levels, leaves, counters, extra, given)
+                counters: set[Key] = {(k, "count") for k in segment.state.counted}
+                found = segment.bind_members(own, levels, leaves, counters, extra, given)
             if found is None:
                 if mapped:
-                    stage.check_memory(own, mapped)
-                programs = stage.programs(own, leaves)
+                    segment.check_memory(own, mapped)
+                programs = segment.programs(own, leaves)
                 return programs.evaluate(own, programs.own_numbers(extra, given))
         bound, reading = found
         if torch.is_grad_enabled() and reading.requires_grad:
@@ -272,23 +274,23 @@ class TreeStep:
             return bound.evaluate(own, bound.own_numbers(extra, given))
         return bound.run(reading, own, levels)
 
-    def _bound_to_plain(self, stage: TreeRegion, own: Columns) -> BoundStep | None:
+    def _bound_to_plain(self, segment: TreeRegion, own: Columns) -> BoundStep | None:
         """The step that is bound to the tensors that wrappers of `grad` stand for; None if others are there now."""
         plain: Columns = {key: list(map(without_wrappers, column)) for key, column in own.items()}
         with outside_transformations():
             variant = Variant(False, REQUESTED.get())
-            found = stage.find(plain, variant)
+            found = segment.find(plain, variant)
             if found is None:
                 if not self._has_its_leaves(plain):
                     return None
-                found = stage.bind(plain, variant, stage.leaves(plain))
+                found = segment.bind(plain, variant, segment.leaves(plain))
             bound, reading = found
             bound.release(reading)
         return bound
 
     def _run(
         self,
-        stage: TreeRegion,
+        segment: TreeRegion,
         own: Columns,
         states: Mapping[int, Any],
         extra: Mapping[str, Any],
@@ -302,18 +304,18 @@ class TreeStep:
           The columns that change, none of them if the step is in place; None, and nothing is done, if other leaves are
           there than before.
         """
-        if dispatching and stage.leafwise is None:
-            return self._run_followed(stage, own, extra, given)
+        if dispatching and segment.leafwise is None:
+            return self._run_followed(segment, own, extra, given)
         variant = Variant(in_place, REQUESTED.get(), forms=packed_forms(own.values()))
-        found = None if stage.leafwise else stage.find(own, variant)
+        found = None if segment.leafwise else segment.find(own, variant)
         if found is None:
-            if stage.leafwise is not None and stage.leafwise.fits(own):
-                return stage.leafwise.compute(own, extra, fits=True)
+            if segment.leafwise is not None and segment.leafwise.fits(own):
+                return segment.leafwise.compute(own, extra, fits=True)
             if not self._has_its_leaves(own):
                 return None
-            if stage.leafwise is not None:
-                return stage.leafwise.compute(own, extra)
-            found = stage.bind(own, variant, stage.leaves(own), [(k, "count") for k in stage.moving])
+            if segment.leafwise is not None:
+                return segment.leafwise.compute(own, extra)
+            found = segment.bind(own, variant, segment.leaves(own), [(k, "count") for k in segment.moving])
         bound, reading = found
         numbers = bound.own_numbers(extra, given) if given else bound.numbers((), extra)
         if torch.is_grad_enabled() and bound.requires_grad(reading, numbers):
@@ -322,12 +324,12 @@ class TreeStep:
                 self._refuse_donation(own)
             self._warn_of_recording(own, numbers)
             return record(bound, own, numbers) if can_record(bound) else bound.evaluate(own, numbers)
-        if in_place and len(stage.moving) > 1:
-            self._check_counters(stage, states)
+        if in_place and len(segment.moving) > 1:
+            self._check_counters(segment, states)
         params = own.get("params")
         if in_place and isinstance(params, PackedColumn) and params.packed.followers:
             torch.autograd.graph.increment_version(params.packed.followers)
-        late = self._late_counters(stage, bound, reading, states) if in_place else []
+        late = self._late_counters(segment, bound, reading, states) if in_place else []
         before = list(map(torch.clone, late))
         try:
             for count in late:  # before the launch, which tells whether everything has been written
@@ -343,11 +345,11 @@ class TreeStep:
 
     @staticmethod
     def _late_counters(
-        stage: TreeRegion, bound: BoundStep, reading: Reading, states: Mapping[int, Any]
+        segment: TreeRegion, bound: BoundStep, reading: Reading, states: Mapping[int, Any]
     ) -> list[torch.Tensor]:
         """The counters of a state that no launch moves on: none of its programs reads them, or it reads a copy."""
         late = []
-        for k in stage.moving:
+        for k in segment.moving:
             place = bound.counters.get((k, "count"))
             if place is None or bound.tensor_at(reading, place) is not states[k].count:
                 late.append(states[k].count)
@@ -363,14 +365,14 @@ class TreeStep:
             return results
         return {**results, **{key: with_aliases(column, old) for key, column, old in changed}}
 
-    def _call(self, stage: Opaque, columns: Columns, state: Any, extra: Mapping[str, Any]) -> tuple[Columns, Any]:
+    def _call(self, segment: Opaque, columns: Columns, state: Any, extra: Mapping[str, Any]) -> tuple[Columns, Any]:
         """Calls a transformation that is not made of rules: the columns with its updates, and its new state.
 
         Raises:
           TypeError, ValueError: it returned something else than updates and a state, or was to get what is no leaf.
         """
-        link = stage.link
-        if stage is self.stages[0]:  # leaves may have changed since the step was made; programs look at them anyway
+        link = segment.link
+        if segment is self.segments[0]:  # leaves may have changed since the step was made; programs look at them anyway
             self._check_leaves(columns)
         view = View(self.spec, tuple(columns["updates"]), link.seen)
         params = view.tree(columns["params"]) if "params" in columns else None
@@ -419,10 +421,10 @@ class TreeStep:
             )
 
     @staticmethod
-    def _check_counters(stage: TreeRegion, states: Mapping[int, Any]) -> None:
+    def _check_counters(segment: TreeRegion, states: Mapping[int, Any]) -> None:
         """Refuses counters that share memory, which a step in place would count twice."""
-        if len({states[k].count.data_ptr() for k in stage.moving}) < len(stage.moving):
-            names = [stage.region.bounds[k].rule.name for k in stage.moving]
+        if len({states[k].count.data_ptr() for k in segment.moving}) < len(segment.moving):
+            names = [segment.region.bounds[k].rule.name for k in segment.moving]
             raise ValueError(
                 f"two of the counters `count` of {', '.join(names)} share memory, so donate=True would count twice; "
                 f"make the state with `init`, or clone one of them."

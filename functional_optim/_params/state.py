@@ -53,20 +53,20 @@ class ParamState:
         self.counts_in_integers, self.counter = counter is None, counter or torch.float64
         # for each number that parameters share, by key, the parameters that do, whether or not they take part
         self.shared: dict[str, list[int]] = {}
-        for stage in regions:
-            for stored in stage.region.stored:
+        for segment in regions:
+            for stored in segment.region.stored:
                 if stored.slot is not None and stored.slot.per_tree:
-                    sharing = self.shared.setdefault(stage.keys[stored.key], [])
+                    sharing = self.shared.setdefault(segment.keys[stored.key], [])
                     sharing += [i for i, seen in enumerate(stored.seen) if seen]
         self.takers = {key: [i for i in present if i in set(sharing)] for key, sharing in self.shared.items()}
         self.copies = {key: Copies() for key in self.shared}
         # each column once, with the key of its entries: counters are those of all regions that read them
         columns: dict[Key, tuple[Stored, str]] = {}
-        for stage in regions:
-            for stored in stage.region.stored:
+        for segment in regions:
+            for stored in segment.region.stored:
                 seen = columns[stored.key][0].seen if stored.key in columns else stored.seen
                 both = tuple(map(or_, seen, stored.seen))
-                columns[stored.key] = stored._replace(seen=both), stage.keys[stored.key]
+                columns[stored.key] = stored._replace(seen=both), segment.keys[stored.key]
         self.kept = [(stored, key) for stored, key in columns.values() if any(stored.seen)]
         nothing = (None,) * len(params.tensors)
         self.empty: Columns = {key: nothing for key, (stored, _) in columns.items() if not any(stored.seen)}
@@ -97,21 +97,21 @@ class ParamState:
         for split, by_name, missing in self._missing(states):
             for name, key, x in split.make(missing):
                 journal.set(by_name[name], key, x)
-        for stage in self.regions:
-            for stored in stage.region.stored:
-                key = stage.keys[stored.key]
+        for segment in self.regions:
+            for stored in segment.region.stored:
+                key = segment.keys[stored.key]
                 shared = self._tie(key, states, journal) if key in self.shared else None
                 for i in self.present:
                     if not stored.seen[i]:
                         continue
                     if states[i].get(key) is None:
                         if shared is None:
-                            made = self._make(stage.region, stored, params[i], i, options)
+                            made = self._make(segment.region, stored, params[i], i, options)
                             shared = made if key in self.shared else None
                         else:
                             made = shared
                         journal.set(states[i], key, made)
-                        if stored.key != "step" and stored.key[0] in stage.first_slots:
+                        if stored.key != "step" and stored.key[0] in segment.first_slots:
                             new.add(i)
         return new
 
@@ -242,21 +242,21 @@ class ParamState:
         column = shared_column(stored.name, value, self.devices, takers, True, self.copies[key] if keeps else None)
         return [x if seen else None for x, seen in zip(column, stored.seen, strict=True)]
 
-    def replace(self, stage: ParamRegion, results: Columns, own: Columns, states: States, journal: Journal) -> None:
+    def replace(self, segment: ParamRegion, results: Columns, own: Columns, states: States, journal: Journal) -> None:
         """Puts new tensors in the place of the entries of a region's slots.
 
         Args:
-          stage: the region.
+          segment: the region.
           results: the columns that it has computed.
           own: the columns that it was computed from.
           states: the state of each parameter.
           journal: takes note of entries that are replaced.
         """
         wrapped, captures = set(self.local.wrapped), self.captures()
-        for stored in stage.region.stored:
+        for stored in segment.region.stored:
             if stored.key not in results:
                 continue
-            key = stage.keys[stored.key]
+            key = segment.keys[stored.key]
             if key in self.shared:
                 first = self.takers[key][0]
                 if stored.seen[first]:  # all have computed the same

@@ -68,30 +68,36 @@ class ParamStep:
         self.reader = Reader(self.view.spec)
         links, scopes, keys, steps = self._links(warn)
         counting = [Counting(advance, guarded) for advance in steps]
-        self.stages: list[ParamRegion | Opaque] = [
-            ParamRegion(stage, params, self.present, keys, self.local.shards) if isinstance(stage, Region) else stage
-            for stage in cut_into_regions(links, True, len(self.names), scopes, counting)
+        self.segments: list[ParamRegion | Opaque] = [
+            ParamRegion(segment, params, self.present, keys, self.local.shards)
+            if isinstance(segment, Region)
+            else segment
+            for segment in cut_into_regions(links, True, len(self.names), scopes, counting)
         ]
-        self.regions = [stage for stage in self.stages if isinstance(stage, ParamRegion)]
+        self.regions = [segment for segment in self.segments if isinstance(segment, ParamRegion)]
         self._refuse_complex()
-        if warn and any(r.program.reductions for stage in self.regions for r in stage.region.recipes.values()):
+        if warn and any(r.program.reductions for segment in self.regions for r in segment.region.recipes.values()):
             self._warn_of_flat_params()
         self.opaque = {
-            stage.position: SplitState(stage.link, f"transformation_{stage.position}", self.view)
-            for stage in self.stages
-            if isinstance(stage, Opaque)
+            segment.position: SplitState(segment.link, f"transformation_{segment.position}", self.view)
+            for segment in self.segments
+            if isinstance(segment, Opaque)
         }
         self.devices = [
             tensor_of(p).device if g is not None else None for p, g in zip(params.tensors, grads, strict=True)
         ]
         self.state = ParamState(params, self.present, self.regions, self.opaque, self.local, self.devices, counter)
-        self.spans_tree = any(stage.region.spans_tree for stage in self.regions)
-        self.traced = [stage.region for stage in self.regions if stage.region.traced]
-        self.extras = extras_of([stage.region if isinstance(stage, ParamRegion) else stage for stage in self.stages])
-        self.runs_python = bool(self.opaque) or any(stage.region.hosts or stage.leafwise for stage in self.regions)
+        self.spans_tree = any(segment.region.spans_tree for segment in self.regions)
+        self.traced = [segment.region for segment in self.regions if segment.region.traced]
+        self.extras = extras_of(
+            [segment.region if isinstance(segment, ParamRegion) else segment for segment in self.segments]
+        )
+        self.runs_python = bool(self.opaque) or any(
+            segment.region.hosts or segment.leafwise for segment in self.regions
+        )
         self.numels = [p.numel() * (1 + p.is_complex()) for p in params.tensors]
         self.watch = SpecWatch((), ())  # of the parameters
-        self.returned: dict[int, SpecWatch] = {}  # of updates that fit, by the position of the opaque stage
+        self.returned: dict[int, SpecWatch] = {}  # of updates that fit, by the position of the opaque segment
         self.done = False
         self.workspace: Workspace | None = None  # of the last region of the last step
 
@@ -111,12 +117,12 @@ class ParamStep:
         Raises:
           ValueError: with the name of the rule and of the parameter.
         """
-        for stage in self.regions:
-            for i in self.local.complex if stage.leafwise is not None else ():
-                assert stage.leafwise is not None
-                if i in stage.leafwise.leaves:
+        for segment in self.regions:
+            for i in self.local.complex if segment.leafwise is not None else ():
+                assert segment.leafwise is not None
+                if i in segment.leafwise.leaves:
                     raise ValueError(
-                        f"{stage.leafwise.bound.rule.name} needs real numbers, but {self.names[i]!r} is "
+                        f"{segment.leafwise.bound.rule.name} needs real numbers, but {self.names[i]!r} is "
                         f"{self.params.tensors[i].dtype}; leave it to other rules with `masked` or `partition`."
                     )
 
@@ -223,36 +229,36 @@ class ParamStep:
         if watched:
             watch = SpecWatch.of(self.watch, own["params"], self.present)
             steady, self.watch = watch is self.watch, watch
-        for stage in self.stages:
-            if stage.entered is not None:
-                own[stage.entered] = own["updates"]
-            if isinstance(stage, Opaque):
-                own["updates"], entries = self._call(stage, own, params, states, extra, steady)
+        for segment in self.segments:
+            if segment.entered is not None:
+                own[segment.entered] = own["updates"]
+            if isinstance(segment, Opaque):
+                own["updates"], entries = self._call(segment, own, params, states, extra, steady)
                 by_name, captures = dict(zip(self.names, states, strict=True)), self.state.captures()
                 for name, key, x in entries:
                     self.state.put(by_name[name], key, x, journal, captures)
                 continue
-            for name, (schedule, _) in stage.region.hosts.items():
+            for name, (schedule, _) in segment.region.hosts.items():
                 refuse_host_schedule(name, self.devices)
                 held = [state.get("step") for state in states]
                 counts = [None if x is None else int(x) for x in held]
                 own[name] = host_column(name, schedule, counts, self.devices)
-            if watched and (stage.region.hosts or stage is not self.stages[0]):  # Python code has run
+            if watched and (segment.region.hosts or segment is not self.segments[0]):  # Python code has run
                 own["params"] = self.local.of("params", params)
                 if not self.watch.holds(own["params"]):
                     raise RuntimeError(CHANGED_MESSAGE)
                 own |= self.state.columns(states) or {}
-            last = stage is self.stages[-1]
+            last = segment is self.segments[-1]
             targets = {**own, "params": self.local.of("written", written)} if last and records else own
-            results = self._run(stage, targets, own["params"], states, options, extra, first, journal, last, steady)
+            results = self._run(segment, targets, own["params"], states, options, extra, first, journal, last, steady)
             if results is None:
                 sparse = any(g is not None and g.layout is not torch.strided for g in grads)
                 return "sparse" if sparse else "gone"
             if last and results:
-                self._write(stage, own, targets, results, states, journal)
+                self._write(segment, own, targets, results, states, journal)
             elif not last:
                 own["updates"] = results.pop("updates", own["updates"])
-                self.state.replace(stage, results, own, states, journal)
+                self.state.replace(segment, results, own, states, journal)
         if self.local.dtensors:
             torch.autograd.graph.increment_version([params[i] for i in self.local.dtensors])
         self.done = True
@@ -267,7 +273,7 @@ class ParamStep:
         """
         if self.extras.needed or self.extras.columns:
             self.extras.check(extra, "step(closure, {}=...)")
-        if self.guarded and (self.opaque or any(stage.leafwise for stage in self.regions)):
+        if self.guarded and (self.opaque or any(segment.leafwise for segment in self.regions)):
             raise ValueError(
                 "gradients that are still multiplied by a loss scale reach transformations that torch operations "
                 "compute; unscale them before the step."
@@ -293,7 +299,7 @@ class ParamStep:
             return "gone"
         own_grads = local.known("updates", grads)
         # a region finds sparse gradients when it reads tensors
-        if (own_grads is None or len(self.stages) > 1) and any(
+        if (own_grads is None or len(self.segments) > 1) and any(
             g is not None and g.layout is not torch.strided for g in map(grads.__getitem__, local.dtensors)
         ):
             return "sparse"
@@ -349,7 +355,7 @@ class ParamStep:
 
     def _run(
         self,
-        stage: ParamRegion,
+        segment: ParamRegion,
         own: Columns,
         kept: Sequence[torch.Tensor | None],
         states: States,
@@ -365,34 +371,34 @@ class ParamStep:
         Where autograd records it, it is computed from `kept`, which are parameters that nothing is written to.
         """
         if (
-            stage.leafwise is not None
+            segment.leafwise is not None
             and steady
             and not self.local.wrapped
-            and not ("step" in own and any(own["step"][i] is None for i in stage.leafwise.leaves))
-            and stage.leafwise.fits(own)
+            and not ("step" in own and any(own["step"][i] is None for i in segment.leafwise.leaves))
+            and segment.leafwise.fits(own)
         ):
             own |= self.state.mend_counters(own, states, journal)
-            return stage.run_leafwise(stage.leafwise, own, options, extra, first, fits=True)
+            return segment.run_leafwise(segment.leafwise, own, options, extra, first, fits=True)
         dispatching = needs_dispatch()
-        variant = Variant(in_place, REQUESTED.get(), first if stage.first_slots else frozenset())
-        found = None if dispatching or stage.leafwise else stage.find(own, variant)
+        variant = Variant(in_place, REQUESTED.get(), first if segment.first_slots else frozenset())
+        found = None if dispatching or segment.leafwise else segment.find(own, variant)
         if found is None:
             if any(u is None or u.layout is not torch.strided for u in (own["updates"][i] for i in self.present)):
                 return None
-            if any(own[s.key][i] is None and s.seen[i] for s in stage.region.stored for i in self.present):
+            if any(own[s.key][i] is None and s.seen[i] for s in segment.region.stored for i in self.present):
                 return None
             for i in self.present:
                 u = check_leaf("updates", self.names[i], own["updates"][i])
                 p = check_leaf("params", self.names[i], own["params"][i])
                 check_fit("updates", "parameter", self.names[i], u, p)
             own |= self.state.mend_counters(own, states, journal)
-            if stage.leafwise is not None:
-                return stage.run_leafwise(stage.leafwise, own, options, extra, first)
-            leaves = stage.leaves(own, self.params.groups, variant.first, self.numels, self.local.shards)
+            if segment.leafwise is not None:
+                return segment.run_leafwise(segment.leafwise, own, options, extra, first)
+            leaves = segment.leaves(own, self.params.groups, variant.first, self.numels, self.local.shards)
             if dispatching:
-                programs = stage.programs(own, leaves)
+                programs = segment.programs(own, leaves)
                 return programs.evaluate({**own, "params": kept}, programs.numbers(options, extra))
-            found = stage.bind(own, variant, leaves)
+            found = segment.bind(own, variant, leaves)
         bound, reading = found
         numbers: Numbers = bound.numbers(options, extra)
         if torch.is_grad_enabled() and bound.requires_grad(reading, numbers):
@@ -402,12 +408,12 @@ class ParamStep:
         return bound.run(reading, own, numbers)
 
     def _write(
-        self, stage: ParamRegion, own: Columns, targets: Columns, results: Columns, states: States, journal: Journal
+        self, segment: ParamRegion, own: Columns, targets: Columns, results: Columns, states: States, journal: Journal
     ) -> None:
         """Writes the results of a last region that was not computed in place, because autograd records it."""
         if torch.is_grad_enabled() and not self.local.dtensors:
             # autograd may have kept the old tensor for the derivative of an earlier step
-            self.state.replace(stage, {key: x for key, x in results.items() if key != "params"}, own, states, journal)
+            self.state.replace(segment, {key: x for key, x in results.items() if key != "params"}, own, states, journal)
             results = {"params": results["params"]} if "params" in results else {}
         for key, column in results.items():
             for i in self.present:
@@ -416,7 +422,7 @@ class ParamStep:
 
     def _call(
         self,
-        stage: Opaque,
+        segment: Opaque,
         own: Columns,
         params: Sequence[torch.Tensor],
         states: States,
@@ -427,7 +433,7 @@ class ParamStep:
 
         Updates that have the specs of the last ones fit parameters that have theirs.
         """
-        link, split = stage.link, self.opaque[stage.position]
+        link, split = segment.link, self.opaque[segment.position]
         updates = list(own["updates"])
         for i in self.local.wrapped:
             updates[i] = None if updates[i] is None else self.local.like(updates[i], i)
@@ -435,12 +441,14 @@ class ParamStep:
         state = split.gather(dict(zip(self.names, states, strict=True)))
         tree, new_state = call_opaque(link.tx, view.tree(), state, view.tree(params), extra)
         found = updates_of(link, tree, updates, self.reader)
-        found = list(self.local.of((stage.position, "update"), found, placed_like, "the update that was returned for"))
-        known = self.returned.pop(stage.position, None)
+        found = list(
+            self.local.of((segment.position, "update"), found, placed_like, "the update that was returned for")
+        )
+        known = self.returned.pop(segment.position, None)
         if not (steady and known is not None and known.holds(found)):
             check_updates(link, found, own["params"], self.names, self.present)
             known = None if needs_dispatch() else SpecWatch(found, self.present)
         if known is not None:
-            self.returned[stage.position] = known
+            self.returned[segment.position] = known
         present = [self.names[i] for i in self.present if link.seen[i]]
         return found, split.entries(new_state, present)

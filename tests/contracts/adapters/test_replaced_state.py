@@ -220,7 +220,7 @@ def add_up(u: Any, sum: Any) -> Any:
 
 
 def test_an_entry_that_is_gone_behind_another_stage_moves_no_slot_twice() -> None:
-    """A stage before the one that finds nothing in its place has put its own slots in place already."""
+    """A segment before the one that finds nothing in its place has put its own slots in place already."""
     found = []
     for gone in (False, True):
         p = torch.nn.Parameter(torch.ones(3))

@@ -114,7 +114,7 @@ def test_each_stream_has_memory_of_its_own(device: StandIn) -> None:
         updates = dict(zip(params, grads(0), strict=True))
         params, state = fo.apply_gradients(tx, params, updates, state, donate=True)
     (step,) = tx._bound_steps
-    workspaces = [w for _, found in step.stages[0].bound for w in found.workspaces]
+    workspaces = [w for _, found in step.segments[0].bound for w in found.workspaces]
     (memories,) = [memories for w in workspaces for memories in w.device.values()]
     assert list(memories) == [2, 3, 4, 5]
     assert len({memory.words.data_ptr() for memory in memories.values()}) == STREAMS
