@@ -13,7 +13,7 @@ from .join import Joins, Vector
 
 
 class Chunks(NamedTuple):
-    """Leaves cut into chunks, as columns of numbers: a chunk's leaf, its bounds, and each leaf's first chunk."""
+    """Leaves cut into chunks, as lists of numbers: a chunk's leaf, its bounds, and each leaf's first chunk."""
 
     leaf: tuple[int, ...]
     start: tuple[int, ...]

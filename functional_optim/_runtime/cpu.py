@@ -31,7 +31,7 @@ class _Struct(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("n_leaves", "n_rows", "n_partials", "first_partial")),
         *((name, ctypes.c_void_p) for name in ("chunk_leaf", "chunk_start", "chunk_stop", "leaf_chunk")),
         *((name, ctypes.c_void_p) for name in ("leaf_size", "leaf_row")),
-        ("columns", ctypes.c_void_p),
+        ("addresses", ctypes.c_void_p),
         ("scalars", ctypes.c_void_p),
         ("partials", ctypes.c_void_p),
         ("parallel_for", ctypes.c_void_p),
@@ -128,7 +128,7 @@ class CpuLaunches:
 
     Args:
       groups: the groups.
-      places: for each group, the positions among the pointers where its kernel columns begin.
+      places: for each group, the positions among the pointers where the addresses of its inputs and outputs begin.
       pointers: memory that holds the data pointers of every step.
       n_threads: number of threads.
       joins: the reductions over processes, if there are any.
@@ -152,10 +152,10 @@ class CpuLaunches:
         self.kept: list[Any] = [pointers]  # memory that the structures point to
         self.structs: list[_Struct] = []
         self.tables = [ScalarMemory(len(g.sources) * len(g.signature.program.scalars)) for g in groups]
-        addresses = [table.address for table in self.tables] if scalars is None else scalars
+        tables = [table.address for table in self.tables] if scalars is None else scalars
         total = sum(len(chunks.leaf) for chunks in self.cuts) + n_joined
         first = 0
-        for group, chunks, own, at, table in zip(groups, self.cuts, self.buffers, places, addresses, strict=True):
+        for group, chunks, own, at, table in zip(groups, self.cuts, self.buffers, places, tables, strict=True):
             n_elements = sum(group.table.sizes)
             own_threads = min(n_threads, len(chunks.leaf)) if n_elements > SERIAL else 1
             runs = _runs(chunks, n_elements, own_threads)
@@ -164,8 +164,8 @@ class CpuLaunches:
             s.chunk_leaf, s.chunk_start, s.chunk_stop, s.leaf_chunk = map(self._integers, chunks)
             # sizes of whole leaves, also of those of which this process has a part
             s.leaf_size, s.leaf_row = self._integers(group.table.wholes), self._integers(group.table.rows)
-            # columns point into the memory that every reading fills with data pointers, so they stay as they are
-            s.runs, s.columns = self._integers(runs), self._integers([pointers.address + 8 * place for place in at])
+            # in the memory that every reading fills with data pointers, so the addresses of these stay as they are
+            s.runs, s.addresses = self._integers(runs), self._integers([pointers.address + 8 * place for place in at])
             s.partials = self._integers([x.data_ptr() for x in own])
             s.scalars = table
             self.structs.append(s)

@@ -79,7 +79,7 @@ class _Emitter:
         self.leaf_kept = [i for i in sorted(kept) if values[i].level is Level.LEAF]
         self.per_leaf = [i for i in self.new if values[i].level is Level.LEAF]
         inputs = (*self.program.arrays, *self.program.leaves)
-        self.columns = {name: k for k, name in enumerate(inputs)}
+        self.inputs = {name: k for k, name in enumerate(inputs)}
         self.first_output = len(inputs)
 
     def text(self) -> str:
@@ -103,7 +103,7 @@ class _Emitter:
             case "leaf":
                 dtype = self.signature.dtypes[value.name]
                 ctype, load, _ = STORAGE[dtype]
-                return load.format(f"*(const {ctype} *)l->columns[{self.columns[value.name]}][leaf]").replace(
+                return load.format(f"*(const {ctype} *)l->addresses[{self.inputs[value.name]}][leaf]").replace(
                     "(real)", "(double)"
                 )
             case _ if value.reduction:
@@ -150,7 +150,7 @@ class _Emitter:
             for k in own:
                 ctype, _, store = STORAGE[self.signature.outputs[k]]
                 i = self.program.outputs[k].value
-                place = f"*({ctype} *)l->columns[{self.first_output + k}][leaf]"
+                place = f"*({ctype} *)l->addresses[{self.first_output + k}][leaf]"
                 lines.append("  " + store.format(place, self.kept(i)) + ";")
             lines.append("}")
         if (nr or nl) and self.last:
@@ -278,20 +278,20 @@ class _Emitter:
                 inner.append(f"const real near{i} = near_factor({self.kept(i)}), far{i} = far_factor({self.kept(i)});")
         body = []
         loads = [
-            (i, self.columns[values[i].name], values[i].name, self.signature.dtypes[values[i].name]) for i in p.inputs
+            (i, self.inputs[values[i].name], values[i].name, self.signature.dtypes[values[i].name]) for i in p.inputs
         ]
         loads += [(i, self.first_output + k, program.outputs[k].name, self.signature.outputs[k]) for i, k in p.reloads]
-        for i, column, name, dtype in loads:
+        for i, array, name, dtype in loads:
             ctype, load, _ = STORAGE[dtype]
-            inner.append(f"const {ctype} *a{i} = l->columns[{column}][leaf];  /* {name} */")
-            inner.append(f"const {ctype} *n{i} = (const {ctype} *)l->columns[{column}][next] + ahead;")
+            inner.append(f"const {ctype} *a{i} = l->addresses[{array}][leaf];  /* {name} */")
+            inner.append(f"const {ctype} *n{i} = (const {ctype} *)l->addresses[{array}][next] + ahead;")
             body.append(f"const real v{i} = {load.format(f'a{i}[i]')};")
         body += [self.statement(i, False) for i in p.body] + [self.statement(i, True) for i in p.wide]
         for k in p.stores:
             if program.outputs[k].level is Level.ELEMENT:
                 ctype, _, store = STORAGE[self.signature.outputs[k]]
                 inner.append(
-                    f"{ctype} *o{k} = l->columns[{self.first_output + k}][leaf];  /* {program.outputs[k].name} */"
+                    f"{ctype} *o{k} = l->addresses[{self.first_output + k}][leaf];  /* {program.outputs[k].name} */"
                 )
                 body.append(store.format(f"o{k}[i]", self.operand(program.outputs[k].value)) + ";")
         for r in p.reductions:

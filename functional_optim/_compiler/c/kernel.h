@@ -20,7 +20,7 @@ typedef struct {
   const int64_t *chunk_leaf, *chunk_start, *chunk_stop;
   const int64_t *leaf_chunk;           /* a leaf's first chunk; n_leaves + 1 numbers */
   const int64_t *leaf_size, *leaf_row;
-  void *const *const *columns;         /* an array of n_leaves addresses per input and output */
+  void *const *const *addresses;       /* an array of n_leaves addresses per input and output */
   const double *scalars;               /* n_rows rows */
   double *const *partials;             /* n_partials numbers per reduction */
   int32_t (*parallel_for)(int64_t begin, int64_t end, int64_t grain, range_t work, void *data); /* 0: done */

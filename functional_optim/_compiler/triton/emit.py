@@ -44,10 +44,10 @@ TYPES = {
 }
 
 UNIFORM = (
-    *("leaf_row", "leaf_whole", "leaf_chunk", "columns", "scalars", "uniforms", "partials"),
+    *("leaf_row", "leaf_whole", "leaf_chunk", "addresses", "scalars", "uniforms", "partials"),
     *("n_leaves", "n_partials", "first_partial"),
 )
-PASS = ("chunks", "leaf_size", "columns", "uniforms", "partials", "n_leaves", "blocks", "first_partial")
+PASS = ("chunks", "leaf_size", "addresses", "uniforms", "partials", "n_leaves", "blocks", "first_partial")
 
 
 def emit_triton(signature: Signature) -> str:
@@ -97,13 +97,13 @@ class _Emitter:
         self.names = (*self.program.arrays, *self.program.leaves)
         self.doubles, self.singles = uniforms_of(signature)
 
-    def column(self, name: str) -> str:
+    def address(self, name: str) -> str:
         """The place of a leaf's address of an input."""
-        return f"columns + {self.names.index(name)} * n_leaves + leaf"
+        return f"addresses + {self.names.index(name)} * n_leaves + leaf"
 
-    def output_column(self, k: int) -> str:
+    def output_address(self, k: int) -> str:
         """The place of a leaf's address of an output."""
-        return f"columns + {len(self.names) + k} * n_leaves + leaf"
+        return f"addresses + {len(self.names) + k} * n_leaves + leaf"
 
     def own(self) -> list[str]:
         """The statements that find the uniform values of a leaf."""
@@ -143,7 +143,7 @@ class _Uniform(_Emitter):
                 lines.append(f"tl.store({self.place(entry)}, {self.entry(entry)}, inside)")
         for k in numbers(self.signature, self.number):
             output, dtype = self.program.outputs[k], TYPES[self.signature.outputs[k]]
-            place = f"tl.load({self.output_column(k)}, inside, 0).to(tl.pointer_type({dtype}))"
+            place = f"tl.load({self.output_address(k)}, inside, 0).to(tl.pointer_type({dtype}))"
             lines.append(f"tl.store({place}, u{output.value}.to({dtype}), inside)  # {output.name}")
         return _kernel(f"uniform_{self.number}", UNIFORM, (), lines)
 
@@ -157,7 +157,7 @@ class _Uniform(_Emitter):
                 return "tl.load(leaf_whole + leaf, inside, 0).to(tl.float64)"
             case "leaf":
                 dtype = TYPES[self.signature.dtypes[value.name]]
-                place = f"tl.load({self.column(value.name)}, inside, 0).to(tl.pointer_type({dtype}))"
+                place = f"tl.load({self.address(value.name)}, inside, 0).to(tl.pointer_type({dtype}))"
                 return f"tl.load({place}, inside, 0).to(tl.float64)  # {value.name}"
             case _ if value.reduction:
                 base = f"tl.load(partials + {self.program.reductions.index(i)}).to(tl.pointer_type(tl.float64))"
@@ -185,12 +185,12 @@ class _Elements(_Emitter):
         stored = [k for k in self.p.stores if self.program.outputs[k].level is Level.ELEMENT]
         entries = entries_of(self.signature, self.p)
         loads = [
-            (i, self.column(self.values[i].name), self.signature.dtypes[self.values[i].name]) for i in self.p.inputs
+            (i, self.address(self.values[i].name), self.signature.dtypes[self.values[i].name]) for i in self.p.inputs
         ]
-        loads += [(i, self.output_column(k), self.signature.outputs[k]) for i, k in self.p.reloads]
+        loads += [(i, self.output_address(k), self.signature.outputs[k]) for i, k in self.p.reloads]
         arrays = [(f"a{i}", place, dtype, self.name_of(i)) for i, place, dtype in loads]
         arrays += [
-            (f"o{k}", self.output_column(k), self.signature.outputs[k], self.program.outputs[k].name) for k in stored
+            (f"o{k}", self.output_address(k), self.signature.outputs[k], self.program.outputs[k].name) for k in stored
         ]
         variables = [self.variable(entry) for entry in entries]
         block, reductions = TUNED[kind_of(self.signature, self.p)].block, self.p.reductions

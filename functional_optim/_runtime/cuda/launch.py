@@ -40,7 +40,7 @@ class TritonLaunch:
 
     Args:
       groups: the groups.
-      places: for each group, the positions among the pointers where its kernel columns begin.
+      places: for each group, the positions among the pointers where the addresses of its inputs and outputs begin.
       joins: the reductions over processes, if there are any.
     """
 
@@ -131,7 +131,7 @@ class TritonLaunch:
             refuse_new_numbers()
         memory, staged = DeviceMemory(self.tables, self.driver.stream(self.device)), list[torch.Tensor]()
 
-        def stage(n: int) -> torch.Tensor:
+        def staging(n: int) -> torch.Tensor:
             assert self.reserve is not None
             staged.append(self.reserve.take(n))
             return staged[-1]
@@ -143,14 +143,10 @@ class TritonLaunch:
                     "take a step over tensors of that kind before the capture",
                 )
             kernels = [load_kernels(g.signature, self.device, a) for g, a in zip(self.groups, aligned, strict=True)]
-            for kept in (
-                self.tables,
-                *staged,
-                *kernels,
-            ):  # before the graph has the copy, which reads the staged memory
+            for kept in (self.tables, *staged, *kernels):  # before the graph has the copy, which reads staged memory
                 hold(kept)
 
-        memory.upload(pointers, content, stage, self.driver, accept)
+        memory.upload(pointers, content, staging, self.driver, accept)
         return memory
 
     def _calls(self, memory: DeviceMemory) -> list[list[Call]]:
@@ -166,17 +162,17 @@ class TritonLaunch:
                 own, first, n = self.tables.of_group[k], self.tables.firsts[k], len(group.leaves)
                 table, loaded = self.kernels[k].stages[stage], self._loaded(k, memory)[stage]
                 words, uniforms = memory.words, memory.uniforms[k]
-                columns, partials = words[slice(*own.columns)], words[slice(*own.partials)]
+                addresses, partials = words[slice(*own.addresses)], words[slice(*own.partials)]
                 scalars = words[slice(*own.scalars)].view(torch.float64)
                 if table.uniform is not None and loaded.uniform is not None:
                     leaves = (own.leaf_row, own.leaf_whole, own.leaf_chunk)
-                    arguments = (*leaves, columns, scalars, uniforms, partials, n, total, first)
+                    arguments = (*leaves, addresses, scalars, uniforms, partials, n, total, first)
                     programs = -(-n // table.uniform.block)
                     uniform.append(loaded.uniform.bind(programs, arguments, memory.stream))
                 chunks, count = own.of_pass[stage]
                 if table.elements is not None and loaded.elements is not None and count:
                     blocks = self.chunk // table.elements.block if table.reduces else 1
-                    passed = (chunks, own.leaf_size, columns, uniforms, partials, n, blocks, first, memory.aligned[k])
+                    passed = (chunks, own.leaf_size, addresses, uniforms, partials, n, blocks, first, memory.aligned[k])
                     elements.append(loaded.elements.bind(count, passed, memory.stream))
             stages.append(uniform + elements)
         return stages

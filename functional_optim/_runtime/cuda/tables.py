@@ -31,8 +31,8 @@ class GroupTables(NamedTuple):
       chunks: the chunks of passes that reduce, on the host.
       of_pass: the chunks of each stage, and how many there are.
       leaf_size, leaf_row, leaf_whole, leaf_chunk: a number per leaf.
-      columns, partials, scalars: the bounds of its addresses, of those of its partial results, and of its numbers.
-      runs: the bounds of the columns of arrays, and of those of numbers per leaf, each with whether they are arrays.
+      addresses, partials, scalars: the bounds of its addresses, of those of its partial results, and of its numbers.
+      runs: the bounds of the addresses of arrays, and of numbers per leaf, each with whether they are arrays.
     """
 
     chunks: Chunks
@@ -41,7 +41,7 @@ class GroupTables(NamedTuple):
     leaf_row: torch.Tensor
     leaf_whole: torch.Tensor
     leaf_chunk: torch.Tensor
-    columns: tuple[int, int]
+    addresses: tuple[int, int]
     partials: tuple[int, int]
     scalars: tuple[int, int]
     runs: list[tuple[int, int, bool]]
@@ -52,7 +52,7 @@ class Tables:
 
     Args:
       groups: the groups.
-      places: for each group, the positions among the pointers where its kernel columns begin.
+      places: for each group, the positions among the pointers where the addresses of its inputs and outputs begin.
       kernels: the kernels of each group.
       chunk: elements of a chunk of a pass that reduces.
       n_joined: how many partial results follow for reductions that processes have joined.
@@ -90,7 +90,7 @@ class Tables:
         self, k: int, kernels: Kernels, chunk: int, bounds: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
     ) -> GroupTables:
         """The tables of a group."""
-        group, columns = self.groups[k], bounds[0]
+        group, addresses = self.groups[k], bounds[0]
         reducing = cut(group.table.sizes, chunk)
         of_pass = []
         for stage in kernels.stages:
@@ -104,7 +104,7 @@ class Tables:
         program, n = group.signature.program, len(group.leaves)
         levels = [Level.ELEMENT] * len(program.arrays) + [Level.LEAF] * len(program.leaves)
         levels += [output.level for output in program.outputs]
-        runs, place = [], columns[0]
+        runs, place = [], addresses[0]
         for is_array, own in itertools.groupby(level is Level.ELEMENT for level in levels):
             start, place = place, place + n * len(list(own))
             runs.append((start, place, is_array))
@@ -115,14 +115,14 @@ class Tables:
             leaf_row=self._upload(group.table.rows),
             leaf_whole=self._upload(group.table.wholes),
             leaf_chunk=self._upload(reducing.first),
-            columns=columns,
+            addresses=addresses,
             partials=bounds[1],
             scalars=bounds[2],
             runs=runs,
         )
 
     def write_addresses(self, pointers: Pointers, place: int) -> tuple[bool, ...]:
-        """Writes the addresses of a step in the order of columns.
+        """Writes the addresses of a step in the order of inputs and outputs.
 
         Args:
           pointers: the data pointers of the step.
@@ -201,7 +201,7 @@ class StepMemory:
         self,
         pointers: Pointers,
         numbers: bytes,
-        stage: Callable[[int], torch.Tensor],
+        staging: Callable[[int], torch.Tensor],
         driver: Driver,
         accept: Callable[[tuple[bool, ...]], None] = lambda aligned: None,
     ) -> None:
@@ -210,7 +210,7 @@ class StepMemory:
         Args:
           pointers: the data pointers of this step.
           numbers: its numbers.
-          stage: makes host memory of so many words.
+          staging: makes host memory of so many words.
           driver: the driver.
           accept: told before the copy for each group whether its addresses are aligned; it may raise.
         """
@@ -219,7 +219,7 @@ class StepMemory:
         if not (is_moved or is_new):
             return
         tables, target, aligned = self.tables, self.pieces[is_moved, is_new], self.aligned
-        staged = stage(len(target))
+        staged = staging(len(target))
         place = staged.data_ptr()
         if is_moved:
             aligned = tables.write_addresses(pointers, place)

@@ -88,7 +88,7 @@ def step_in_triton(tx: Any, tensors: Mapping[str, torch.Tensor], start: int) -> 
     [kernel] = fo.explain(tx, tensors["params"]).kernels
     signature, kernels = kernel.signature, compile_triton(kernel.signature)
     names = [*signature.program.arrays, *[output.name for output in signature.program.outputs]]
-    columns = torch.tensor([tensors[x].data_ptr() - start * tensors[x].element_size() for x in names])
+    addresses = torch.tensor([tensors[x].data_ptr() - start * tensors[x].element_size() for x in names])
     numbers = {"max_norm": 1.0, "decay": 0.9, "step_size": -0.5}
     scalars = torch.tensor([numbers[name.rpartition(".")[2]] for name in signature.program.scalars]).double()
     partials, uniforms = torch.zeros(1, dtype=torch.float64), torch.empty(kernels.uniform_words, dtype=torch.float64)
@@ -96,13 +96,13 @@ def step_in_triton(tx: Any, tensors: Mapping[str, torch.Tensor], start: int) -> 
     table = torch.tensor([partials.data_ptr()])
     for stage in kernels.stages:
         if stage.uniform is not None:
-            stage.uniform.function[(1,)](row, size, first, columns, scalars, uniforms, table, 1, 1, 0)
+            stage.uniform.function[(1,)](row, size, first, addresses, scalars, uniforms, table, 1, 1, 0)
         assert stage.elements is not None
         block = stage.elements.block
         size_of_chunk = CHUNK if stage.reduces else block
         ends = range(start // size_of_chunk, -(-(start + N) // size_of_chunk))
         chunks = torch.tensor([[0, k] for k in ends], dtype=torch.int32)
-        arguments = (chunks, size, columns, uniforms, table, 1, size_of_chunk // block, 0)
+        arguments = (chunks, size, addresses, uniforms, table, 1, size_of_chunk // block, 0)
         stage.elements.function[(len(ends),)](*arguments, ALIGNED=False)
 
 

@@ -448,7 +448,7 @@ def count(source: str) -> Counted:
     works = re.findall(r"^static void work_\d+\([^)]*\) \{\n(.*?)^\}", source, re.DOTALL | re.MULTILINE)
     for work in works:
         arrays = {
-            name: C_TYPES[ctype] for ctype, name in re.findall(r"(?:const )?(\w+) \*([ao]\d+) = l->columns", work)
+            name: C_TYPES[ctype] for ctype, name in re.findall(r"(?:const )?(\w+) \*([ao]\d+) = l->addresses", work)
         }
         read += sum(arrays[name] for name in re.findall(r"\b(a\d+)\[i\]", work))
         written += sum(arrays[name] for name in re.findall(r"\b(o\d+)\[i\] = ", work))
