@@ -273,7 +273,7 @@ def explain_params(
 def _given(step: TreeStep | ParamStep) -> list[Key]:
     """The columns of extra arguments, and of updates that are kept for rules around other segments."""
     kept = [segment.entered for segment in step.segments if segment.entered is not None]
-    return [*((-1, name) for name in step.extras.columns), *kept]
+    return [*((-1, name) for name in step.extras.trees), *kept]
 
 
 def _chain_of(position: int, template: Template, params: ParamList, view: View) -> OptimizerChain:

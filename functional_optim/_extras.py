@@ -19,12 +19,12 @@ class Extras(NamedTuple):
 
     Args:
       needed: the numbers that rules need, each with a rule.
-      columns: the trees that rules need, each with a rule.
+      trees: the trees that rules need, each with a rule.
       taken: all names that are taken; None if any is.
     """
 
     needed: dict[str, str]
-    columns: dict[str, str]
+    trees: dict[str, str]
     taken: frozenset[str] | None
 
     def check(self, extra: Mapping[str, Any], call: str) -> None:
@@ -38,7 +38,7 @@ class Extras(NamedTuple):
           TypeError: one is missing.
           ValueError: one is a tree, but a rule takes a number.
         """
-        for name, rule in (*self.needed.items(), *self.columns.items()):
+        for name, rule in (*self.needed.items(), *self.trees.items()):
             if name not in extra:
                 raise TypeError(f"{rule} needs the extra argument `{name}`: call `{call.format(name)}`.")
         for name, rule in self.needed.items():
@@ -67,23 +67,23 @@ def extras_of(segments: Sequence[Region | Opaque]) -> Extras:
       TypeError: one is a number for a rule and a tree for another.
     """
     needed: dict[str, str] = {}
-    columns: dict[str, str] = {}
+    trees: dict[str, str] = {}
     taken: set[str] | None = set()
     for segment in segments:
         if isinstance(segment, Region):
             for bound in segment.bounds.values():
                 needed |= dict.fromkeys(bound.rule.extras, bound.rule.name)
-            columns |= segment.columns
+            trees |= segment.tree_extras
         elif taken is not None:
             own = segment.link.tx._extra_names()
             taken = None if own is None else taken | own
-    both = next((name for name in needed if name in columns), None)
+    both = next((name for name in needed if name in trees), None)
     if both is not None:
         raise TypeError(
-            f"the extra argument `{both}` is a number for {needed[both]} and a tree for {columns[both]}; rename one."
+            f"the extra argument `{both}` is a number for {needed[both]} and a tree for {trees[both]}; rename one."
         )
-    known = None if taken is None else frozenset(taken | set(needed) | set(columns)) | ALWAYS_ACCEPTED
-    return Extras(needed, columns, known)
+    known = None if taken is None else frozenset(taken | set(needed) | set(trees)) | ALWAYS_ACCEPTED
+    return Extras(needed, trees, known)
 
 
 def check_no_tree(name: str, rule: str, x: Any) -> None:

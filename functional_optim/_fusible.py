@@ -100,7 +100,7 @@ class RuleTransformation(Fusible):
         }
 
     def _extra_names(self) -> frozenset[str] | None:
-        return frozenset((*self.bound.rule.extras, *self.bound.rule.columns))
+        return frozenset((*self.bound.rule.extras, *self.bound.rule.tree_extras))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RuleTransformation, (self.factory, self.bound.values)

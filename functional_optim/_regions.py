@@ -86,9 +86,9 @@ class Region:
         self.stored: list[Stored] = []
 
     @property
-    def columns(self) -> dict[str, str]:
+    def tree_extras(self) -> dict[str, str]:
         """Extra arguments that are trees, each with a rule that takes it."""
-        return {name: bound.rule.name for bound in self.bounds.values() for name in bound.rule.columns}
+        return {name: bound.rule.name for bound in self.bounds.values() for name in bound.rule.tree_extras}
 
     @property
     def is_current(self) -> bool:
@@ -122,12 +122,12 @@ class FusedRegion(Region):
     ) -> None:
         super().__init__(links, apply, entered)
         positions, seen = tuple(links), [link.seen for link in links.values()]
-        columns = list(zip(*seen, strict=True)) if seen else [()] * n_leaves
+        of_leaves = list(zip(*seen, strict=True)) if seen else [()] * n_leaves
         none: list[Counting | None] = [None] * n_leaves
         # leaves of a kind share a program: the same rules see them, and they count alike
         self.kinds = [
-            (tuple(itertools.compress(positions, column)), count)
-            for column, count in zip(columns, none if counting is None else counting, strict=True)
+            (tuple(itertools.compress(positions, own)), count)
+            for own, count in zip(of_leaves, none if counting is None else counting, strict=True)
         ]
         parts = {
             kind: tuple(Part(k, scopes[k], self.bounds[k], *self._entry(k)) for k in kind[0])
@@ -425,7 +425,7 @@ class BoundRegion:
                 if seen[i] and declared is not None and key != "step":  # counters are of any dtype
                     check_slot(name, self.paths[i], own[key][i], own["updates"][i], declared)
         kinds, recipes = self.region.kinds, self.region.recipes
-        for name, rule in self.region.columns.items():
+        for name, rule in self.region.tree_extras.items():
             for i in self.present:
                 if name in recipes[kinds[i]].program.arrays:
                     self._check_extra(name, rule, i, own)

@@ -260,7 +260,7 @@ def _make(
             slots=slots,
             hypers=hypers,
             extras=tuple(k for k, kind in kinds.items() if kind == "number"),
-            columns=tuple(k for k, kind in kinds.items() if kind == "element"),
+            tree_extras=tuple(k for k, kind in kinds.items() if kind == "element"),
             static=frozenset(static),
             ranges={k: Range.parse(v) if isinstance(v, str) else tuple(v) for k, v in ranges.items()},
             uses_params=uses_params,

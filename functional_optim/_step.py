@@ -188,8 +188,8 @@ class TreeStep:
         Raises:
           ValueError, TypeError, RuntimeError: something does not fit; nothing has been written.
         """
-        numbers = self.extras.numbers(extra) if extra or self.extras.needed or self.extras.columns else extra
-        columns = columns | self._extra_columns(extra) if self.extras.columns else columns
+        numbers = self.extras.numbers(extra) if extra or self.extras.needed or self.extras.trees else extra
+        columns = columns | self._extra_columns(extra) if self.extras.trees else columns
         dispatching = needs_dispatch()
         if donate and dispatching:
             raise RuntimeError(
@@ -387,9 +387,9 @@ class TreeStep:
         Raises:
           ValueError: one does not have the structure of the parameters.
         """
-        for name, rule in self.extras.columns.items():
+        for name, rule in self.extras.trees.items():
             check_no_number(name, rule, extra[name], "a tree like the parameters", self.spec.is_leaf())
-        return {(-1, name): self._read(f"the extra argument `{name}`", extra[name]) for name in self.extras.columns}
+        return {(-1, name): self._read(f"the extra argument `{name}`", extra[name]) for name in self.extras.trees}
 
     def _refuse_donation(self, own: Columns) -> None:
         path = next(
@@ -407,7 +407,7 @@ class TreeStep:
         if not self.apply:
             return
         others = [*own["updates"]]  # state has the graph of earlier steps, as parameters have
-        others += [x for name in self.extras.columns for x in own[-1, name]]
+        others += [x for name in self.extras.trees for x in own[-1, name]]
         others += [x for table in numbers for x in table]
         if any(isinstance(x, torch.Tensor) and x.requires_grad for x in others):
             return

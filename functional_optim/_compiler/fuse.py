@@ -43,7 +43,7 @@ class Recipe(NamedTuple):
 
     Args:
       program: the program.
-      scalars: the source of each column of the scalar table.
+      scalars: the source of each number of a row of the scalar table.
       slots: for each stored input and output, the position of its transformation and the slot's name.
       hosts: schedules that Python evaluates, by the name of the input that their value is.
     """
@@ -53,14 +53,14 @@ class Recipe(NamedTuple):
     slots: dict[str, tuple[int, str]]
     hosts: dict[str, "HostSchedule"]
 
-    def column_of(self, name: str) -> str | tuple[int, str]:
-        """The column that an input or output of the program is."""
+    def key_of(self, name: str) -> str | tuple[int, str]:
+        """The key of the column that an input or output of the program is."""
         return self.slots.get(name, name)
 
-    def columns(self) -> list[str | tuple[int, str]]:
-        """The columns that the program reads and writes."""
+    def column_keys(self) -> list[str | tuple[int, str]]:
+        """The keys of the columns that the program reads and writes."""
         names = (*self.program.arrays, *self.program.leaves, *[o.name for o in self.program.outputs])
-        return list(dict.fromkeys(["updates", *map(self.column_of, names)]))
+        return list(dict.fromkeys(["updates", *map(self.key_of, names)]))
 
 
 class HostSchedule(NamedTuple):
@@ -68,7 +68,7 @@ class HostSchedule(NamedTuple):
 
     Args:
       schedule: the function of the count.
-      counter: the column of the counter that it is given.
+      counter: the key of the counter that it is given.
     """
 
     schedule: Callable[[int], Any]
@@ -265,7 +265,7 @@ class _Fusion:
                 keywords[hyper] = value
         for extra in rule.extras:
             keywords[extra] = self.scalar(extra, ScalarSource("extra", position, extra))
-        for extra in rule.columns:
+        for extra in rule.tree_extras:
             self.slots[extra] = (-1, extra)
             keywords[extra] = t.input("array", extra)
         first: Any = None

@@ -137,7 +137,7 @@ class Program:
 
     @cached_property
     def scalars(self) -> tuple[str, ...]:
-        """Names of the columns of the scalar table."""
+        """Names of the numbers of a row of the scalar table."""
         return tuple(v.name for v in self.values if v.op == "scalar")
 
     @cached_property

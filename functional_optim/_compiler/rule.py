@@ -280,7 +280,7 @@ class Rule:
       slots: slots of state, by name, in the order of the formula's arguments.
       hypers: hyper-parameters and their defaults, in order; `inspect.Parameter.empty` if there is none.
       extras: names of extra arguments of `update` that it needs, numbers.
-      columns: names of those that are trees like the parameters.
+      tree_extras: names of those that are trees like the parameters.
       wraps: whether it goes around an inner transformation, and takes the update that entered it, `before`.
       state_types: the classes of its states, once they have been made: with a counter, and without.
       static: hyper-parameters that Python sees while the formula is traced.
@@ -311,7 +311,7 @@ class Rule:
     batched: bool = False
     stacked_up_to: int | None = None
     factory: Any = None
-    columns: tuple[str, ...] = ()
+    tree_extras: tuple[str, ...] = ()
     wraps: bool = False
     state_types: dict[bool, Any] = field(default_factory=dict, repr=False)
 

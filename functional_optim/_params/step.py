@@ -214,7 +214,7 @@ class ParamStep:
         if records:  # autograd saves the inputs of a step, and parameters are written to
             params = [p if g is None else p.clone() for p, g in zip(params, grads, strict=True)]
         given: Columns = {
-            (-1, name): self._extra_column(name, rule, extra[name]) for name, rule in self.extras.columns.items()
+            (-1, name): self._extra_column(name, rule, extra[name]) for name, rule in self.extras.trees.items()
         }
         if self.runs_python:
             options = list(options)  # another object, for Python code within the step may change options
@@ -271,7 +271,7 @@ class ParamStep:
           TypeError, ValueError: an extra argument is missing or of another form, or gradients are scaled.
           RuntimeError: autograd cannot record the step, or gradients are not all there yet.
         """
-        if self.extras.needed or self.extras.columns:
+        if self.extras.needed or self.extras.trees:
             self.extras.check(extra, "step(closure, {}=...)")
         if self.guarded and (self.opaque or any(segment.leafwise for segment in self.regions)):
             raise ValueError(

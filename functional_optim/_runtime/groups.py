@@ -155,7 +155,7 @@ def group_leaves(
     fits: dict[Any, _Fit] = {}
     members: dict[Any, list[tuple[Leaf, _Fit]]] = {}
     with_params = ["params"] if "params" in specs else []
-    keys = {id(leaf.recipe): [*with_params, *leaf.recipe.columns()] for leaf in leaves}
+    keys = {id(leaf.recipe): [*with_params, *leaf.recipe.column_keys()] for leaf in leaves}
     for leaf in leaves:
         own = [(key, specs[key][leaf.position]) for key in keys[id(leaf.recipe)]]
         known = (id(leaf.recipe), *own)
@@ -170,7 +170,7 @@ def _fit(recipe: Recipe, specs: Mapping[Key, TensorSpec | None]) -> _Fit:
     program = recipe.program
 
     def spec(name: str) -> TensorSpec:
-        found = specs[recipe.column_of(name)]
+        found = specs[recipe.key_of(name)]
         assert found is not None
         return found
 
@@ -197,7 +197,7 @@ def _group(members: Sequence[tuple[Leaf, _Fit]], n_leaves: int, shared: Containe
     @functools.cache
     def position(name: str) -> int:
         """The position of a column among the gathers; one that is both read and written has one position."""
-        cells = tuple((leaf.recipe.column_of(name), leaf.position) for leaf in leaves)
+        cells = tuple((leaf.recipe.key_of(name), leaf.position) for leaf in leaves)
         return gathers.setdefault(cells, len(gathers))
 
     updates = position("updates")

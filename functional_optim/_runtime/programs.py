@@ -68,7 +68,7 @@ class Programs:
             (leaf.position, p.dtype)
             for leaf in leaves
             if (p := specs["params"][leaf.position] if "params" in specs else None) is not None
-            and "params" not in leaf.recipe.columns()
+            and "params" not in leaf.recipe.column_keys()
             and any(o.name == "updates" for o in leaf.recipe.program.outputs)
         ]
         self.groups = group_leaves(leaves, specs, shared)
