@@ -267,11 +267,11 @@ class TreeStep:
                 if mapped:
                     segment.check_memory(own, mapped)
                 programs = segment.programs(own, leaves)
-                return programs.evaluate(own, programs.own_numbers(extra, given))
+                return programs.evaluate_reference(own, programs.own_numbers(extra, given))
         bound, reading = found
         if torch.is_grad_enabled() and reading.requires_grad:
             bound.release(reading)
-            return bound.evaluate(own, bound.own_numbers(extra, given))
+            return bound.evaluate_reference(own, bound.own_numbers(extra, given))
         return bound.run(reading, own, levels)
 
     def _bound_to_plain(self, segment: TreeRegion, own: Columns) -> BoundStep | None:
@@ -323,7 +323,7 @@ class TreeStep:
             if in_place:
                 self._refuse_donation(own)
             self._warn_of_recording(own, numbers)
-            return record(bound, own, numbers) if can_record(bound) else bound.evaluate(own, numbers)
+            return record(bound, own, numbers) if can_record(bound) else bound.evaluate_reference(own, numbers)
         if in_place and len(segment.moving) > 1:
             self._check_counters(segment, states)
         params = own.get("params")

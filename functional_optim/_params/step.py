@@ -397,13 +397,13 @@ class ParamStep:
             leaves = segment.leaves(own, self.params.groups, variant.first, self.numels, self.local.shards)
             if dispatching:
                 programs = segment.programs(own, leaves)
-                return programs.evaluate({**own, "params": kept}, programs.numbers(options, extra))
+                return programs.evaluate_reference({**own, "params": kept}, programs.numbers(options, extra))
             found = segment.bind(own, variant, leaves)
         bound, reading = found
         numbers: Numbers = bound.numbers(options, extra)
         if torch.is_grad_enabled() and bound.requires_grad(reading, numbers):
             bound.release(reading)
-            return bound.evaluate({**own, "params": kept}, numbers)
+            return bound.evaluate_reference({**own, "params": kept}, numbers)
         self.workspace = reading.workspace if in_place else None
         return bound.run(reading, own, numbers)
 

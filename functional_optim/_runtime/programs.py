@@ -120,7 +120,7 @@ class Programs:
             for group, bounds in zip(self.groups, self.bounds, strict=True)
         ]
 
-    def evaluate(self, columns: Columns, numbers: Numbers) -> Columns:
+    def evaluate_reference(self, columns: Columns, numbers: Numbers) -> Columns:
         """New values by the reference, which autograd and transformations follow. Nothing is written.
 
         Returns:
