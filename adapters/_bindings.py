@@ -159,7 +159,7 @@ class Bindings:
                 journal.set(opt.state, p, state)
                 self.states = []  # to be gathered anew
 
-    def find_step(
+    def step_for(
         self,
         opt: "ChainOptimizer",
         steps: list[ParamStep],

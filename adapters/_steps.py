@@ -86,7 +86,7 @@ def take_dense(opt: "ChainOptimizer", inputs: StepInputs) -> Outcome:
     first: frozenset[int] = frozenset()
     try:
         while True:
-            step = bindings.find_step(opt, bindings.steps, inputs.templates, grads, guarded, exact)
+            step = bindings.step_for(opt, bindings.steps, inputs.templates, grads, guarded, exact)
             step.begin()
             columns, new = step.state.columns(states, exact), before
             if columns is None and not exact:
@@ -140,7 +140,7 @@ def take_rows(opt: "ChainOptimizer", inputs: StepInputs) -> None:
     step: ParamStep | None = None
     try:
         if any(g is not None for g in touched):
-            step = bindings.find_step(opt, bindings.row_steps, row_templates, touched, inputs.guarded, True)
+            step = bindings.step_for(opt, bindings.row_steps, row_templates, touched, inputs.guarded, True)
             columns = step.state.columns(states, True)
             if columns is None:
                 step.state.make(bindings.params.tensors, states, opt.param_groups, journal)

@@ -221,7 +221,7 @@ class TreeStep:
                 return None
             if not in_place:
                 if self.absent and torch.is_grad_enabled():
-                    results = self._apart(own, results)
+                    results = self._with_aliases(own, results)
                 columns = {name: results.get(name, columns[name]) for name in columns}
                 new_states |= segment.state.replaced(states, {**own, **results}, like, segment.moving)
         if self.widens:
@@ -355,7 +355,7 @@ class TreeStep:
                 late.append(states[k].count)
         return late
 
-    def _apart(self, columns: Columns, results: Columns) -> Columns:
+    def _with_aliases(self, columns: Columns, results: Columns) -> Columns:
         """The columns that change, without tensors that a recorded step leaves alone; see `with_aliases`."""
         # in buffers of a packed tree all tensors are new
         changed = [(key, new, columns[key]) for key, new in results.items() if not isinstance(new, PackedColumn)]

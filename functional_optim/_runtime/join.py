@@ -12,7 +12,7 @@ import torch
 from .._compiler.call import ReductionKey, reduction_key
 from .._compiler.ops import REDUCTIONS
 from .._compiler.program import Program
-from .shard import Join, MeshShard
+from .shard import MeshShard, VectorJoin
 
 
 class Vector(NamedTuple):
@@ -26,7 +26,7 @@ class Vector(NamedTuple):
 
     kind: str
     entries: Mapping[ReductionKey, int]
-    join: Join
+    join: VectorJoin
 
     def complete(self, entries: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """All entries, completed by the parts of other processes.
@@ -61,7 +61,7 @@ class Joins:
         self.vectors: dict[int, list[Vector]] = {}
         for (stage, kind), keys in sorted(found.items(), key=lambda x: x[0]):
             entries = {key: k for k, key in enumerate(keys)}
-            self.vectors.setdefault(stage, []).append(Vector(kind, entries, Join(list(keys.values()))))
+            self.vectors.setdefault(stage, []).append(Vector(kind, entries, VectorJoin(list(keys.values()))))
 
     @property
     def stages(self) -> int:

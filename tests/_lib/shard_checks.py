@@ -159,7 +159,7 @@ def join_keeps_the_place_of_every_leaf(rank: int, folder: Path) -> None:
             return made
 
         value = entries(rank)
-        shard.Join(shards)(value, kind)
+        shard.VectorJoin(shards)(value, kind)
         members = {whole: range(world), part: (0, world - 1), None: (rank,)}
         expected = [
             reduce(torch.stack([entries(r)[k] for r in (members[s] if rank in members[s] else (rank,))])).item()
