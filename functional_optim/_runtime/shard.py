@@ -10,8 +10,8 @@ Collectives come in the same order in all processes, because the layout of the w
    `MeshShard`. A leaf without a gradient, or with an empty part, keeps its entry, which is then the identity of the
    reduction (0 for a sum, -inf for a maximum); a process without any gradient takes part too. `_runtime/join.py` lays
    the vectors out; dtypes play no part in it, because that of a missing gradient is not known.
-2. `VectorJoin` completes a vector by one all-reduce per distinct `MeshShard` and mesh dimension. Numbers over the tree are
-   then reduced to one.
+2. `VectorJoin` completes a vector by one all-reduce per distinct `MeshShard` and mesh dimension. Numbers over the tree
+   are then reduced to one.
 3. `placed_like` may be a collective. It is called for the leaves in order.
 """
 

@@ -1,9 +1,11 @@
-"""The private names of torch in use: each is there, and answers as it is documented."""
+"""The private names of torch and Triton in use: each is there, and answers as it is documented."""
 
 import ctypes
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from functional_optim._runtime import pointers
+from functional_optim._runtime.backend import _has_triton
 from functional_optim._runtime.internals import (
     all_transformations,
     has_members,
@@ -139,6 +142,41 @@ def test_private_name_is_there(name: str) -> None:
         attrgetter(name)(torch)
     except AttributeError:
         pytest.fail(f"torch {torch.__version__} has no torch.{name}, which _runtime/{reader} reads: {remedy}.")
+
+
+def test_private_names_of_optimizers() -> None:
+    optimizer = torch.optim.SGD([torch.ones(1)])
+    optimizer.register_load_state_dict_pre_hook(lambda optimizer, state: None)
+    optimizer.register_load_state_dict_post_hook(lambda optimizer: None)
+    for name in ("_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks"):
+        assert len(getattr(optimizer, name, ())) == 1, (
+            f"torch {torch.__version__} keeps hooks in another place than Optimizer.{name}, which adapters/_loading.py "
+            f"reads: see `Optimizer.load_state_dict`."
+        )
+
+    asked = inspect.getsource(torch.amp.GradScaler.step)
+    assert '"_step_supports_amp_scaling"' in asked, (
+        f"torch {torch.__version__}: GradScaler.step does not ask for _step_supports_amp_scaling, which adapters set: "
+        f"see how fused optimizers are handed `found_inf`."
+    )
+    traced = Path(torch.__file__).parent / "_dynamo" / "variables" / "optimizer.py"  # imported, it takes seconds
+    assert '"_init_group"' in traced.read_text(encoding="utf-8"), (
+        f"torch {torch.__version__}: the compiler does not run Optimizer._init_group in Python, which "
+        f"adapters/optimizer.py relies on: see how it traces the optimizers of torch."
+    )
+
+
+def test_private_names_of_triton() -> None:
+    """The driver of a GPU has the name `get_current_stream` of an instance; `tests/cuda` calls it."""
+    if not _has_triton():
+        pytest.skip("Triton is not installed")
+    import triton
+
+    for name in ("runtime.driver.set_active", "runtime.JITFunction.warmup", "compiler.CompiledKernel.__getitem__"):
+        try:
+            attrgetter(name)(triton)
+        except AttributeError:
+            pytest.fail(f"triton {triton.__version__} has no triton.{name}: see _runtime/cuda/loaded.py and driver.py.")
 
 
 def test_functions_of_the_c_abi_are_there() -> None:
