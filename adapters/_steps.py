@@ -74,6 +74,14 @@ def _is_dense(grad: torch.Tensor | None) -> bool:
 def take_dense(opt: "ChainOptimizer", inputs: StepInputs) -> Outcome:
     """Takes a step on gradients that should be dense, all or nothing.
 
+    The first attempt does not ask whether the gradients and entries of state of a bound step are still there, because
+    reading their tensors shows it. A second one asks (`exact`), for one of two reasons: entries of state have to be
+    made, but only for parameters that have gradients; or the first has found something gone.
+
+    Args:
+      opt: the optimizer.
+      inputs: the tensors and numbers of the step.
+
     Returns:
       `"sparse"` if one is not, and nothing has been done.
     """

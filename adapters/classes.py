@@ -94,6 +94,9 @@ class Adam(NamedClass, torch.optim.Adam):  # type: ignore[misc]
 class AdamW(Adam, torch.optim.AdamW):  # type: ignore[misc]
     """`torch.optim.AdamW` from a chain; arguments, defaults and state are the same.
 
+    The chain is not `fo.adamw`, which computes as optax does. torch shrinks the parameter before it adds the step, and
+    corrects the bias in another order, so that the results of the two differ by rounding.
+
     Example:
       >>> import torch
       >>> p = torch.nn.Parameter(torch.ones(1))

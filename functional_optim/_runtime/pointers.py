@@ -1,7 +1,7 @@
 """The check of all tensors of a step, and their data pointers, in one operation.
 
-With a C compiler both are one loop of `pointers.c`, an operation that torch dispatches like any other. Without one the
-same comparison runs in Python; no kernel is launched then, so nothing needs the pointers.
+With a C compiler both are one loop of `pointers.c`, an operation that torch dispatches like any other. Without one both
+are done in Python, for kernels of Triton, too, such as those that its interpreter runs.
 """
 
 import contextlib

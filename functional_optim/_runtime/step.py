@@ -90,7 +90,7 @@ class BoundStep(Programs):
         launched = [g for backend, own in self.parts for g in own if backend in COMPILE]
         self.allocates = bool(launched) and not in_place
         self.n_outputs = sum(len(g.leaves) * len(g.outputs) for g in self.groups) if self.allocates else 0
-        self.places, self.copies = self._kernel_columns()
+        self.places, self.copies = self._kernel_places()
         self.n_copies = sum(n for _, _, n in self.copies)
         self.triton = {
             k: TritonLaunch([self.groups[g] for g in own], [self.places[g] for g in own], joins)
@@ -135,15 +135,15 @@ class BoundStep(Programs):
             parts.append((backend, own))
         return parts
 
-    def _kernel_columns(self) -> tuple[list[list[int]], list[tuple[int, int, int]]]:
+    def _kernel_places(self) -> tuple[list[list[int]], list[tuple[int, int, int]]]:
         """Decides where kernels find pointers.
 
         Gathered tensors come first, then the status of reading them, new tensors, and copies: a kernel reads a pointer
         per leaf, also of a tensor that leaves share.
 
         Returns:
-          For each group, the positions among the pointers at which the columns of its kernel begin; and the copies of
-          pointers to shared tensors: from where, to where, and how many.
+          For each group, the positions among the pointers at which those of each input and output begin; and the copies
+          of pointers to shared tensors: from where, to where, and how many.
         """
         places: list[list[int]] = []
         copies: list[tuple[int, int, int]] = []
