@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from functional_optim._lbfgs.capture import refuse_capture
 from functional_optim._lbfgs.point import Point
 from functional_optim._lbfgs.recursion import Number, two_loop
 from functional_optim._lbfgs.strong_wolfe import strong_wolfe
@@ -168,7 +169,7 @@ class LBFGS(torch.optim.LBFGS):
 
         Raises:
           TypeError: there is no closure.
-          RuntimeError: `line_search_fn` is none that is known.
+          RuntimeError: `line_search_fn` is none that is known, or a CUDA graph is being captured.
         """
         if not callable(closure):
             raise TypeError(
@@ -180,6 +181,7 @@ class LBFGS(torch.optim.LBFGS):
         group = self.param_groups[0]
         if group["line_search_fn"] not in (None, "strong_wolfe"):
             raise RuntimeError(f"only 'strong_wolfe' is supported, not {group['line_search_fn']!r:.60}")
+        refuse_capture("LBFGS compares values of the loss", group["params"])
         with torch.no_grad():
             return self._step(_Loss(group["params"], closure, group.get("maximize", False)), group)
 

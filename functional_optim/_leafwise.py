@@ -3,17 +3,18 @@
 import functools
 import itertools
 import sys
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence, Set
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 
 from ._compiler.errors import RuleError
+from ._compiler.fuse import follows_counter
 from ._compiler.rule import Bound, Option, Rule
 from ._regions import LeafwiseRegion
 from ._runtime.checks import at, check_number, refuse_freed
-from ._runtime.cuda.capture import NumberWatch
+from ._runtime.cuda.capture import NumberWatch, is_capturing, refuse_counter, refuse_host_schedule
 from ._runtime.groups import Columns, Key
 from ._runtime.internals import needs_dispatch, version
 from ._runtime.pointers import PointerReader, Pointers
@@ -52,6 +53,8 @@ class LeafwiseStep:
         self.batched = True  # until the rule turns out to be one that cannot be
         self.watch = NumberWatch()
         self.checked = False  # whether it has been seen to leave its arguments alone
+        schedules = {name: x for name, x in self.bound.values.items() if self.bound.is_schedule(name)}
+        self.hosts = frozenset(name for name, x in schedules.items() if not follows_counter(x))  # Python evaluates them
 
     def compute(
         self,
@@ -93,10 +96,14 @@ class LeafwiseStep:
         for k, key in enumerate(zip(tokens, kinds, strict=True)):
             batches.setdefault(key, []).append(k)
         devices = {key: columns["updates"][self.leaves[batch[0]]].device for key, batch in batches.items()}
+        if not needs_dispatch():
+            self._refuse_capture(columns, {*devices.values()})
         for key, device in devices.items():
             owner, count, is_first = meant[key[0]]
             if (key[0], device) not in values:
-                values[key[0], device] = _Values.of(self.bound, options[owner], count, is_first, extra, device)
+                values[key[0], device] = _Values.of(
+                    self.bound, self.hosts, options[owner], count, is_first, extra, device
+                )
         if not needs_dispatch():
             self.watch.check([x for own in values.values() for x in own.numbers(self.bound)], {*devices.values()})
         for (token, kind), batch in batches.items():
@@ -109,6 +116,22 @@ class LeafwiseStep:
                         result[self.leaves[k]] = x
         self.checked = True
         return dict(results)
+
+    def _refuse_capture(self, columns: Columns, devices: set[torch.device]) -> None:
+        """Refuses, while a stream is capturing, what Python computes from the number of steps.
+
+        Raises:
+          CaptureError: a graph would keep it.
+        """
+        if not is_capturing(devices):
+            return
+        for name in self.hosts:
+            refuse_host_schedule(f"{self.bound.rule.name}.{name}", devices)
+        counters = columns[self.region.counter] if self.bound.uses_step else ()
+        for i in self.leaves if counters else ():
+            count, device = counters[i], columns["updates"][i].device
+            if not isinstance(count, torch.Tensor) or count.device != device:
+                refuse_counter(f"the counter of {self.bound.rule.name}{at(self.paths[i])}", count, device)
 
     def _with_like_options(self, options: Sequence[Mapping[str, Any]], owners: Sequence[int]) -> list[int]:
         """The owner of each leaf, or the first one with the same numbers for this rule: such leaves go together."""
@@ -347,6 +370,7 @@ class _Values(NamedTuple):
     def of(
         cls,
         bound: Bound,
+        hosts: Set[str],
         options: Mapping[str, Any],
         count: Any,
         first: Any,
@@ -357,6 +381,7 @@ class _Values(NamedTuple):
 
         Args:
           bound: the rule and its hyper-parameters.
+          hosts: those that are schedules which Python evaluates.
           options: mapping that hyper-parameters are looked up in.
           count: the number of steps taken so far, if it matters.
           first: whether this is the first step.
@@ -368,10 +393,12 @@ class _Values(NamedTuple):
             if isinstance(value, Option):
                 keywords[name] = value.look_up(options)
             elif bound.is_schedule(name):
-                keywords[name] = check_number(
-                    f"the schedule of {rule.name}.{name} returned",
-                    value(int(count) if isinstance(count, float) else count),
-                )
+                given = count
+                if isinstance(count, float) or (name in hosts and not needs_dispatch()):
+                    given = (
+                        0 if isinstance(count, torch.Tensor) and count.is_meta else int(count)
+                    )  # Python waits for it
+                keywords[name] = check_number(f"the schedule of {rule.name}.{name} returned", value(given))
             else:
                 keywords[name] = value
         for name in rule.extras:

@@ -15,6 +15,7 @@ from ._params.step import ParamStep
 from ._params.template import States
 from ._regions import Stored
 from ._runtime.checks import at, check_fit, check_leaf
+from ._runtime.cuda.capture import refuse_work_of_the_host
 from ._runtime.groups import Columns, Key
 from ._runtime.internals import needs_dispatch
 from ._runtime.overlap import OverlapCheck, SharedMemoryError
@@ -102,6 +103,7 @@ class RowStep:
     Raises:
       ValueError, TypeError: a tensor does not fit.
       SharedMemoryError: tensors that are written share memory.
+      CaptureError: a CUDA graph is being captured.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class RowStep:
         others: Sequence[int],
         disjoint: Sequence[tuple[int, TensorSpec]],
     ) -> None:
+        refuse_work_of_the_host("the rows of sparse gradients are found", step.devices)
         self.step, self.n_params, self.keys = step, len(params), tuple(columns)
         stored = {s.key: s for segment in step.regions for s in segment.region.stored}
         self.numbers = {k for k, s in stored.items() if k == "step" or (s.slot is not None and s.slot.per_leaf)}

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 
 from .._schedules.schedule import Schedule
-from .._schedules.traced import traced_key
+from .._schedules.traced import calls_functions, traced_key
 from .errors import RuleError
 from .program import Level, Program
 from .rule import Bound, Option, Rule
@@ -167,6 +167,16 @@ def fuse(
       RuleError: a rule does something that a kernel cannot.
     """
     return _Fusion(stages, counting).run(parts, apply)
+
+
+def follows_counter(schedule: Callable[[Any], Any]) -> bool:
+    """Whether operations of torch alone make the value of a schedule from a counter, wherever that is.
+
+    Any other one is evaluated in Python, and is given a number.
+    """
+    fusion = _Fusion(None, None)
+    fusion.schedule(schedule, fusion.counter("count"), 0, "schedule")
+    return not fusion.hosts and not calls_functions(schedule)
 
 
 class _Fusion:

@@ -76,6 +76,18 @@ def has_fixed_key(fn: Any) -> bool:
     return all(map(has_fixed_key, _functions(list(fn.arguments.values()))))
 
 
+def calls_functions(fn: Any) -> bool:
+    """Whether a schedule has members that are plain functions, which Python calls with numbers.
+
+    Example:
+      >>> from functional_optim import constant_schedule, join_schedules
+      >>> calls_functions(join_schedules([constant_schedule(0.1), lambda count: 0.1], [3]))
+      True
+    """
+    members = _functions(list(fn.arguments.values())) if isinstance(fn, Schedule) else []
+    return any(not isinstance(member, Schedule) or calls_functions(member) for member in members)
+
+
 def _functions(x: Any) -> list[Any]:
     """The functions within nested sequences and mappings."""
     if isinstance(x, Mapping):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from .._lbfgs.capture import refuse_capture
 from .._lbfgs.point import Point
 from .._tree import MaskedNode, Tree, flatten
 from ._constants import without_derivatives
@@ -25,6 +26,7 @@ class Objective:
 
     Raises:
       TypeError, ValueError: something is missing or does not fit.
+      CaptureError: a CUDA graph is being captured.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Objective:
                 f"value_fn=...)`, with a function of the parameters."
             )
         self.own = Leaves(name, params)
+        refuse_capture(f"{name} compares values of the objective", self.own.params)
         _refuse_holes(name, params)
         self.updates = self.own.read("updates", updates, fit=True)
         self.value_fn, self.extra = value_fn, _taken(name, value_fn, extra)

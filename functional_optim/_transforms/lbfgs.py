@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .._lbfgs.capture import refuse_capture
 from .._lbfgs.recursion import two_loop
 from .._transform import Declared, GradientTransformation, declares
 from .._tree import Tree
@@ -102,6 +103,7 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> Gr
         own = Leaves(name, params)
         if not own.params:
             return updates, state._replace(count=state.count + 1)
+        refuse_capture(f"{name} chooses pairs of differences", own.params)
         given = own.read("updates", updates, fit=True)
         steps = own.read("state.diff_params_memory", state.diff_params_memory)
         differences = own.read("state.diff_updates_memory", state.diff_updates_memory)

@@ -237,6 +237,33 @@ def refuse_new_trees(device: torch.device | None) -> None:
         )
 
 
+def refuse_counter(name: str, count: object, device: torch.device) -> None:
+    """Refuses a counter that a graph would keep as it is.
+
+    Raises:
+      CaptureError: always.
+    """
+    place = f"on {count.device}" if isinstance(count, torch.Tensor) else "a number of Python"
+    raise CaptureError(f"{name} is {place}, and a graph would keep its value", f"move it to {device}")
+
+
+def refuse_work_of_the_host(what: str, devices: Iterable[torch.device | None]) -> None:
+    """Refuses a step in which the host reads tensors and decides by them, while a stream is capturing.
+
+    Args:
+      what: the part of the step that does so.
+      devices: the devices of the step.
+
+    Raises:
+      CaptureError: a stream is capturing.
+    """
+    if is_capturing(devices):
+        raise CaptureError(
+            f"{what} on the host, which reads numbers of the device",
+            "capture the computation of the loss and of its gradients alone, and take the step outside of the graph",
+        )
+
+
 def refuse_host_schedule(name: str, devices: Iterable[torch.device | None]) -> None:
     """Refuses a schedule that Python evaluates while a stream is capturing.
 

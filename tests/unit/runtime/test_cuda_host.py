@@ -18,11 +18,14 @@ from _lib.compare import Snapshot
 from _lib.marks import INTERPRETER
 from _lib.stand_in import StandIn, replay, stand_in
 from functional_optim import adapters
+from functional_optim._leafwise import LeafwiseStep, _Values
+from functional_optim._regions import LeafwiseRegion
 from functional_optim._runtime.backend import BACKENDS
 from functional_optim._runtime.cuda import capture, driver
 from functional_optim._runtime.cuda.capture import CaptureError
 from functional_optim._runtime.cuda.launch import STREAMS
 from functional_optim._runtime.cuda.loaded import Loaded
+from functional_optim._transform import Link
 
 
 pytestmark = [INTERPRETER, pytest.mark.triton]
@@ -403,6 +406,17 @@ def scaled(u: Any, *, lr: Any) -> Any:
     return -lr * u
 
 
+@fo.leafwise()
+def by_step(u: Any, *, step: Any) -> Any:
+    """A rule for whole tensors with the number of the step."""
+    return u / step
+
+
+def whole(tx: fo.GradientTransformation) -> LeafwiseStep:
+    """A rule for whole tensors over one leaf."""
+    return LeafwiseStep(LeafwiseRegion(0, Link(tx, (), (True,), tx.bound), True), ["w"], [0])
+
+
 @pytest.mark.parametrize("name", ["foreach", "reference", "a rule for whole tensors"])
 def test_numbers_are_refused_in_steps_of_torch_operations(device: StandIn, name: str) -> None:
     """They are constants of a graph there, too."""
@@ -425,13 +439,114 @@ def test_numbers_are_refused_in_steps_of_torch_operations(device: StandIn, name:
             opt.step()
 
 
-def test_a_schedule_that_python_evaluates_is_refused(device: StandIn) -> None:
+RATES = [0.1] * 9
+FACTORS: dict[str, Callable[[Any], fo.GradientTransformation]] = {
+    "a rule for elements": fo.scale_by_learning_rate,
+    "a rule for whole tensors": lambda rate: scaled(lr=rate),
+}
+
+
+@pytest.mark.parametrize("rule", FACTORS)
+def test_a_schedule_that_python_evaluates_is_refused(device: StandIn, rule: str) -> None:
+    """Also one whose value has not changed so far."""
     params = make()
-    opt = adapters.TransformOptimizer(params, fo.scale_by_learning_rate(lambda count: 0.1 if int(count) < 3 else 0.2))
+    opt = adapters.TransformOptimizer(params, FACTORS[rule](lambda count: RATES[int(count)]))
     for step in range(2):
         set_grads(params, grads(step))
         opt.step()
     refused(device, opt, params, "schedule of .* is evaluated in Python.*so that it can be traced")
+
+
+@pytest.mark.parametrize("rate", [lambda t: RATES[t], fo.join_schedules([lambda t: 0.1, lambda t: RATES[t]], [1])])
+def test_python_evaluates_a_schedule_of_whole_tensors_with_a_number(rate: Any) -> None:
+    """Wherever the counter is. Schedules of torch operations are given the counter itself, which nothing waits for."""
+    assert whole(scaled(lr=fo.cosine_decay_schedule(0.1, 9))).hosts == frozenset()
+    step, count, seen = whole(scaled(lr=rate)), torch.tensor(2.0), list[Any]()
+    assert step.hosts == {"lr"}
+    with mock.patch.dict(step.bound.values, lr=lambda t: seen.append(t) or 0.1):
+        for hosts in (step.hosts, frozenset[str]()):
+            _Values.of(step.bound, hosts, {}, count, False, {}, count.device)
+    assert (type(seen[0]), seen[0]) == (int, 2)
+    assert seen[1] is count
+
+
+@pytest.mark.parametrize("count", [torch.empty((), device="meta"), 2])
+def test_a_counter_elsewhere_is_refused(device: StandIn, count: Any) -> None:
+    """A rule for whole tensors may read it in host memory; a graph would keep it."""
+    step, columns = whole(by_step()), {"updates": [torch.ones(3)], "step": [torch.zeros(())]}
+    with device.capture():
+        step.compute(columns, {})
+        with pytest.raises(CaptureError, match=r"counter of by_step at 'w' is .* keep its value; move it to cpu"):
+            step.compute({**columns, "step": [count]}, {})
+
+
+def objective(p: torch.Tensor) -> torch.Tensor:
+    return p.square().sum()
+
+
+def rows(make: Any) -> Callable[[nn.Parameter], Callable[[], Any]]:
+    """Steps of an optimizer on sparse gradients."""
+
+    def steps(p: nn.Parameter) -> Callable[[], Any]:
+        opt, grad = make([p], lr=0.1), torch.sparse_coo_tensor(torch.tensor([[0, 2]]), torch.ones(2), p.shape)
+
+        def step() -> None:
+            p.grad = grad
+            opt.step()
+
+        return step
+
+    return steps
+
+
+def closures(p: nn.Parameter) -> Callable[[], Any]:
+    """Steps of an optimizer that evaluates the loss."""
+    opt = adapters.LBFGS([p], max_iter=2)
+
+    def closure() -> torch.Tensor:
+        opt.zero_grad()
+        loss = objective(p)
+        loss.backward()
+        return loss
+
+    return lambda: opt.step(closure)
+
+
+def from_one_state(tx: fo.GradientTransformation) -> Callable[[nn.Parameter], Callable[[], Any]]:
+    """Steps of a transformation."""
+
+    def steps(p: nn.Parameter) -> Callable[[], Any]:
+        x = p.detach()
+        state, extra = tx.init(x), {"value": objective(x), "grad": 2 * x, "value_fn": objective}
+        return lambda: fo.apply_gradients(tx, x, 2 * x, state, **extra)
+
+    return steps
+
+
+BY_THE_HOST: dict[str, tuple[Callable[[nn.Parameter], Callable[[], Any]], str]] = {
+    "SparseAdam": (rows(adapters.SparseAdam), "the rows of sparse gradients are found"),
+    "rows": (rows(adapters.SGD), "the rows of sparse gradients are found"),
+    "LBFGS": (closures, "LBFGS compares values of the loss"),
+    "scale_by_lbfgs": (from_one_state(fo.scale_by_lbfgs()), "scale_by_lbfgs chooses pairs"),
+    "a line search": (from_one_state(fo.scale_by_backtracking_linesearch(3)), "linesearch compares values"),
+}
+
+
+@pytest.mark.parametrize("name", BY_THE_HOST)
+def test_steps_that_the_host_decides_on_are_refused(device: StandIn, name: str) -> None:
+    p = make()[0]
+    steps, message = BY_THE_HOST[name]
+    step = steps(p)
+    for _ in range(2):
+        step()
+    before = p.detach().clone()
+    with (
+        device.capture() as graph,
+        pytest.raises(CaptureError, match=f"{message}.* on the host.*take the step outside"),
+    ):
+        step()
+    assert not graph
+    torch.testing.assert_close(p.detach(), before, rtol=0, atol=0)
 
 
 def test_other_alignment_than_before_is_refused(device: StandIn) -> None:
