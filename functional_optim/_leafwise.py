@@ -3,14 +3,13 @@
 import functools
 import itertools
 import sys
-from collections.abc import Hashable, Mapping, Sequence, Set
+from collections.abc import Hashable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 
 from ._compiler.errors import RuleError
-from ._compiler.fuse import follows_counter
 from ._compiler.rule import Bound, Option, Rule
 from ._regions import LeafwiseRegion
 from ._runtime.checks import at, check_number, refuse_freed
@@ -53,8 +52,6 @@ class LeafwiseStep:
         self.batched = True  # until the rule turns out to be one that cannot be
         self.watch = NumberWatch()
         self.checked = False  # whether it has been seen to leave its arguments alone
-        schedules = {name: x for name, x in self.bound.values.items() if self.bound.is_schedule(name)}
-        self.hosts = frozenset(name for name, x in schedules.items() if not follows_counter(x))  # Python evaluates them
 
     def compute(
         self,
@@ -101,9 +98,7 @@ class LeafwiseStep:
         for key, device in devices.items():
             owner, count, is_first = meant[key[0]]
             if (key[0], device) not in values:
-                values[key[0], device] = _Values.of(
-                    self.bound, self.hosts, options[owner], count, is_first, extra, device
-                )
+                values[key[0], device] = _Values.of(self.region, options[owner], count, is_first, extra, device)
         if not needs_dispatch():
             self.watch.check([x for own in values.values() for x in own.numbers(self.bound)], {*devices.values()})
         for (token, kind), batch in batches.items():
@@ -125,8 +120,8 @@ class LeafwiseStep:
         """
         if not is_capturing(devices):
             return
-        for name in self.hosts:
-            refuse_host_schedule(f"{self.bound.rule.name}.{name}", devices)
+        for name in self.region.by_python:
+            refuse_host_schedule(name, devices)
         counters = columns[self.region.counter] if self.bound.uses_step else ()
         for i in self.leaves if counters else ():
             count, device = counters[i], columns["updates"][i].device
@@ -369,8 +364,7 @@ class _Values(NamedTuple):
     @classmethod
     def of(
         cls,
-        bound: Bound,
-        hosts: Set[str],
+        region: LeafwiseRegion,
         options: Mapping[str, Any],
         count: Any,
         first: Any,
@@ -380,21 +374,20 @@ class _Values(NamedTuple):
         """The arguments of leaves on one device that share options and a counter.
 
         Args:
-          bound: the rule and its hyper-parameters.
-          hosts: those that are schedules which Python evaluates.
+          region: the rule.
           options: mapping that hyper-parameters are looked up in.
           count: the number of steps taken so far, if it matters.
           first: whether this is the first step.
           extra: the extra arguments.
           device: the device.
         """
-        rule, keywords = bound.rule, {}
+        bound, rule, keywords = region.bound, region.bound.rule, {}
         for name, value in bound.values.items():
             if isinstance(value, Option):
                 keywords[name] = value.look_up(options)
             elif bound.is_schedule(name):
                 given = count
-                if isinstance(count, float) or (name in hosts and not needs_dispatch()):
+                if isinstance(count, float) or (name in region.python_hypers and not needs_dispatch()):
                     given = (
                         0 if isinstance(count, torch.Tensor) and count.is_meta else int(count)
                     )  # Python waits for it

@@ -3,14 +3,16 @@
 import bisect
 import itertools
 from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
+from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from ._compiler.fuse import Counting, HostSchedule, Part, Recipe, fuse_all
-from ._compiler.rule import Bound, Slot, slot
+from ._compiler.fuse import Counting, HostSchedule, Part, Recipe, follows_counter, fuse_all
+from ._compiler.rule import Bound, Option, Slot, slot
 from ._packed import Form, Packed
 from ._runtime.checks import at, check_fit, check_slot, refuse_freed
+from ._runtime.cuda.capture import NumberWatch, is_capturing, refuse_binding, refuse_host_schedule
 from ._runtime.groups import Columns, Key, Leaf
 from ._runtime.internals import MapLevel
 from ._runtime.join import Joins
@@ -22,6 +24,7 @@ from ._runtime.shard import MeshShard
 from ._runtime.spec import TensorSpec, specs_of
 from ._runtime.stacks import find_freed
 from ._runtime.step import BoundStep, Reading
+from ._schedules.schedule import tensors_of
 from ._schedules.traced import has_fixed_key, traced_key
 from ._transform import Link
 from ._tree import MaskedNode
@@ -74,6 +77,7 @@ class Region:
       hosts: schedules that Python evaluates, by the name of their column.
       traced: functions that have been traced, with the key of all that they refer to.
       stored: the columns of state.
+      by_python: names of all schedules that Python evaluates.
     """
 
     def __init__(self, links: dict[int, Link], apply: bool, entered: str | None) -> None:
@@ -84,6 +88,7 @@ class Region:
         self.hosts: dict[str, HostSchedule] = {}
         self.traced: list[tuple[Any, Hashable]] = []
         self.stored: list[Stored] = []
+        self.by_python: list[str] = []
 
     @property
     def tree_extras(self) -> dict[str, str]:
@@ -99,6 +104,33 @@ class Region:
     def spans_tree(self) -> bool:
         """Whether something is reduced over all leaves."""
         return any(recipe.program.spans_tree for recipe in self.recipes.values())
+
+    def numbers(
+        self,
+        present: Sequence[int],
+        owners: Sequence[int] | None,
+        options: Sequence[Mapping[str, Any]],
+        extra: Mapping[str, Any],
+    ) -> list[Any]:
+        """The hyper-parameters and extra arguments of a step, without values of schedules.
+
+        Args:
+          present: the leaves that take part.
+          owners: whose options each leaf looks up; None if there are no options.
+          options: mappings that hyper-parameters are looked up in.
+          extra: the extra arguments that are numbers.
+        """
+        found: list[Any] = []
+        for k, bound in self.bounds.items():
+            own = [] if owners is None else dict.fromkeys(owners[i] for i in present if self.links[k].seen[i])
+            for name, value in bound.values.items():
+                if isinstance(value, Option):
+                    found += [value.look_up(options[owner]) for owner in own]
+                elif bound.is_scalar(name):
+                    found.append(value)
+            found += tensors_of(bound.values)
+            found += [extra[name] for name in bound.rule.extras if name in extra]
+        return found
 
 
 class FusedRegion(Region):
@@ -136,6 +168,7 @@ class FusedRegion(Region):
         own = None if counting is None else {kind: count for kind in parts if (count := kind[1]) is not None}
         self.recipes = fuse_all(parts, apply, own)
         self.hosts = {name: host for recipe in self.recipes.values() for name, host in recipe.hosts.items()}
+        self.by_python = list(self.hosts)
         schedules = [
             bound.values[hyper] for bound in self.bounds.values() for hyper in bound.values if bound.is_schedule(hyper)
         ]
@@ -169,6 +202,9 @@ class LeafwiseRegion(Region):
       link: the rule.
       own_counters: whether each leaf counts its own steps, in the column `step`.
       entered: the column that its updates are kept in; see `Region`.
+
+    Attributes:
+      python_hypers: the hyper-parameters that are schedules which Python evaluates.
     """
 
     def __init__(self, position: int, link: Link, own_counters: bool, entered: str | None = None) -> None:
@@ -177,6 +213,9 @@ class LeafwiseRegion(Region):
         self.position, self.link, self.bound = position, link, link.bound
         self.counter: Key = "step" if own_counters else (position, "count")
         self.stored = self._stored(own_counters)
+        values = self.bound.values
+        self.python_hypers = {k for k in values if self.bound.is_schedule(k) and not follows_counter(values[k])}
+        self.by_python = [f"{self.bound.rule.name}.{name}" for name in self.python_hypers]
 
     def _stored(self, own_counters: bool) -> list[Stored]:
         name, seen, stored = self.bound.rule.name, self.link.seen, []
@@ -462,3 +501,37 @@ class BoundRegion:
     def programs(self, own: Columns, leaves: Sequence[Leaf]) -> Programs:
         """The programs, for tensors that torch operations compute on this one time."""
         return Programs(leaves, self.specs(own), self.joins)
+
+
+def look_ahead(
+    watch: NumberWatch,
+    segments: Sequence[BoundRegion | Opaque],
+    devices: Set[torch.device],
+    owners: Sequence[int] | None,
+    options: Sequence[Mapping[str, Any]],
+    extra: Mapping[str, Any],
+    given: Mapping[int, torch.Tensor] = MappingProxyType({}),
+) -> None:
+    """Refuses a step of several parts that a CUDA graph could not replay, before the first one is captured.
+
+    Args:
+      watch: the numbers of the last step that was not captured; those of such a step are noted.
+      segments: its segments.
+      devices: the devices of the step.
+      owners: whose options each leaf looks up; None if there are no options.
+      options: mappings that hyper-parameters are looked up in.
+      extra: the extra arguments that are numbers.
+      given: tensors in the place of those that hyper-parameters have, by identity.
+
+    Raises:
+      CaptureError: a stream is capturing, and a graph could not replay the step.
+    """
+    regions = [segment for segment in segments if isinstance(segment, BoundRegion)]
+    if is_capturing(devices):
+        for segment in regions:
+            for name in segment.region.by_python:
+                refuse_host_schedule(name, devices)
+            if not (segment.bound or isinstance(segment.region, LeafwiseRegion)):
+                refuse_binding(devices)
+    numbers = [x for segment in regions for x in segment.region.numbers(segment.present, owners, options, extra)]
+    watch.check([given.get(id(x), x) for x in numbers], devices)

@@ -15,10 +15,10 @@ from ._extras import check_no_number, extras_of
 from ._foreign import CHANGED_MESSAGE, SpecWatch, call_opaque, check_updates, host_column, updates_of, value_of_members
 from ._leafwise import LeafwiseStep
 from ._opaque import check_apart
-from ._regions import BoundRegion, LeafwiseRegion, Opaque, Region, Variant, cut_into_regions, packed_forms
+from ._regions import BoundRegion, LeafwiseRegion, Opaque, Region, Variant, cut_into_regions, look_ahead, packed_forms
 from ._runtime.backend import REQUESTED
 from ._runtime.checks import at, check_fit, check_leaf
-from ._runtime.cuda.capture import refuse_host_schedule, refuse_new_trees
+from ._runtime.cuda.capture import CaptureError, NumberWatch, refuse_host_schedule, refuse_new_trees
 from ._runtime.groups import Columns, Key
 from ._runtime.internals import (
     is_wrapper_of_a_transformation,
@@ -98,14 +98,16 @@ class TreeStep:
         self._check_params(links)
         self.seen, self.asks_leaves = _seen(links), tx._asks_leaves()
         segments = cut_into_regions(links, apply, len(self.paths))
-        devices = {columns["updates"][i].device for i in self.present}
-        device = devices.pop() if len(devices) == 1 else None
+        self.devices = {columns["updates"][i].device for i in self.present}
+        device = next(iter(self.devices)) if len(self.devices) == 1 else None
         self.segments = [
             TreeRegion(segment, self, device) if isinstance(segment, Region) else segment for segment in segments
         ]
         # user code runs between the first look at tensors and the last launch
         self.runs_python = any(isinstance(segment, _BY_TORCH) or segment.hosts for segment in segments)
         self.watch = SpecWatch((), ())
+        self.looks_ahead = len(self.segments) > 1 or len(self.devices) > 1
+        self.numbers = NumberWatch()
         # kernels make updates as wide as parameters; torch operations leave them as they were
         self.widens = self.with_params and not apply and isinstance(segments[-1] if segments else None, _BY_TORCH)
         self.extras = extras_of(segments)
@@ -203,27 +205,37 @@ class TreeStep:
             watch = self.watch = SpecWatch.of(self.watch, columns["params"], self.present)
         new_states: dict[Path, Any] = {}
         entered = columns["updates"]
-        for segment in self.segments:
-            if segment.entered is not None:
-                columns = {**columns, segment.entered: columns["updates"]}
-            if isinstance(segment, Opaque):
-                columns, new_states[segment.link.path] = self._call(segment, columns, state, extra)
-                if donate and "params" in columns:
-                    check_apart(segment.link.tx, new_states[segment.link.path], columns["params"])
-                continue
-            in_place = donate and segment is self.segments[-1]
-            states = segment.state.states(state)
-            own = segment.columns(columns, states, in_place)
-            if watched and not watch.holds(columns["params"]):
-                raise RuntimeError(CHANGED_MESSAGE)
-            results = self._run(segment, own, states, numbers, in_place, dispatching, given)
-            if results is None:
-                return None
-            if not in_place:
-                if self.absent and torch.is_grad_enabled():
-                    results = self._with_aliases(own, results)
-                columns = {name: results.get(name, columns[name]) for name in columns}
-                new_states |= segment.state.replaced(states, {**own, **results}, like, segment.moving)
+        if self.looks_ahead and not dispatching:
+            look_ahead(self.numbers, self.segments, self.devices, None, (), numbers, given)
+        began = False
+        try:
+            for segment in self.segments:
+                if segment.entered is not None:
+                    columns = {**columns, segment.entered: columns["updates"]}
+                if isinstance(segment, Opaque):
+                    columns, new_states[segment.link.path] = self._call(segment, columns, state, extra)
+                    began = True
+                    if donate and "params" in columns:
+                        check_apart(segment.link.tx, new_states[segment.link.path], columns["params"])
+                    continue
+                in_place = donate and segment is self.segments[-1]
+                states = segment.state.states(state)
+                own = segment.columns(columns, states, in_place)
+                if watched and not watch.holds(columns["params"]):
+                    raise RuntimeError(CHANGED_MESSAGE)
+                results = self._run(segment, own, states, numbers, in_place, dispatching, given)
+                began = True
+                if results is None:
+                    return None
+                if not in_place:
+                    if self.absent and torch.is_grad_enabled():
+                        results = self._with_aliases(own, results)
+                    columns = {name: results.get(name, columns[name]) for name in columns}
+                    new_states |= segment.state.replaced(states, {**own, **results}, like, segment.moving)
+        except CaptureError as error:
+            if began:
+                raise error.behind_a_part() from None
+            raise
         if self.widens:
             columns = {**columns, "updates": _as_wide(entered, columns)}
         tree = like if donate else self.read.rebuild(like, columns["params" if self.apply else "updates"])

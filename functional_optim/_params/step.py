@@ -11,10 +11,10 @@ from .._compiler.fuse import Counting
 from .._extras import check_no_number, extras_of
 from .._foreign import CHANGED_MESSAGE, SpecWatch, call_opaque, check_updates, host_column, updates_of
 from .._opaque import SplitState
-from .._regions import Opaque, Region, Variant, cut_into_regions
+from .._regions import Opaque, Region, Variant, cut_into_regions, look_ahead
 from .._runtime.backend import REQUESTED
 from .._runtime.checks import check_fit, check_leaf, refuse_meta
-from .._runtime.cuda.capture import refuse_host_schedule
+from .._runtime.cuda.capture import CaptureError, NumberWatch, refuse_host_schedule
 from .._runtime.groups import Columns
 from .._runtime.internals import in_backward, needs_dispatch
 from .._runtime.numbers import Numbers
@@ -86,6 +86,9 @@ class ParamStep:
         self.devices = [
             tensor_of(p).device if g is not None else None for p, g in zip(params.tensors, grads, strict=True)
         ]
+        self.device_set = {device for device in self.devices if device is not None}
+        self.looks_ahead = len(self.segments) > 1 or len(self.device_set) > 1
+        self.numbers = NumberWatch()
         self.state = ParamState(params, self.present, self.regions, self.opaque, self.local, self.devices, counter)
         self.spans_tree = any(segment.region.spans_tree for segment in self.regions)
         self.traced = [segment.region for segment in self.regions if segment.region.traced]
@@ -208,6 +211,7 @@ class ParamStep:
 
         Raises:
           ValueError, TypeError, RuntimeError: something does not fit.
+          CaptureError: a CUDA graph is being captured that could not replay the step.
         """
         self._check_call(extra)
         written, records = params, torch.is_grad_enabled()
@@ -229,36 +233,48 @@ class ParamStep:
         if watched:
             watch = SpecWatch.of(self.watch, own["params"], self.present)
             steady, self.watch = watch is self.watch, watch
-        for segment in self.segments:
-            if segment.entered is not None:
-                own[segment.entered] = own["updates"]
-            if isinstance(segment, Opaque):
-                own["updates"], entries = self._call(segment, own, params, states, extra, steady)
-                by_name, captures = dict(zip(self.names, states, strict=True)), self.state.captures()
-                for name, key, x in entries:
-                    self.state.put(by_name[name], key, x, journal, captures)
-                continue
-            for name, (schedule, _) in segment.region.hosts.items():
-                refuse_host_schedule(name, self.devices)
-                held = [state.get("step") for state in states]
-                counts = [None if x is None else int(x) for x in held]
-                own[name] = host_column(name, schedule, counts, self.devices)
-            if watched and (segment.region.hosts or segment is not self.segments[0]):  # Python code has run
-                own["params"] = self.local.of("params", params)
-                if not self.watch.holds(own["params"]):
-                    raise RuntimeError(CHANGED_MESSAGE)
-                own |= self.state.columns(states) or {}
-            last = segment is self.segments[-1]
-            targets = {**own, "params": self.local.of("written", written)} if last and records else own
-            results = self._run(segment, targets, own["params"], states, options, extra, first, journal, last, steady)
-            if results is None:
-                sparse = any(g is not None and g.layout is not torch.strided for g in grads)
-                return "sparse" if sparse else "gone"
-            if last and results:
-                self._write(segment, own, targets, results, states, journal)
-            elif not last:
-                own["updates"] = results.pop("updates", own["updates"])
-                self.state.replace(segment, results, own, states, journal)
+        if self.looks_ahead and not needs_dispatch():
+            look_ahead(self.numbers, self.segments, self.device_set, self.params.groups, options, extra)
+        began = False
+        try:
+            for segment in self.segments:
+                if segment.entered is not None:
+                    own[segment.entered] = own["updates"]
+                if isinstance(segment, Opaque):
+                    own["updates"], entries = self._call(segment, own, params, states, extra, steady)
+                    began = True
+                    by_name, captures = dict(zip(self.names, states, strict=True)), self.state.captures()
+                    for name, key, x in entries:
+                        self.state.put(by_name[name], key, x, journal, captures)
+                    continue
+                for name, (schedule, _) in segment.region.hosts.items():
+                    refuse_host_schedule(name, self.devices)
+                    held = [state.get("step") for state in states]
+                    counts = [None if x is None else int(x) for x in held]
+                    own[name] = host_column(name, schedule, counts, self.devices)
+                if watched and (segment.region.hosts or segment is not self.segments[0]):  # Python code has run
+                    own["params"] = self.local.of("params", params)
+                    if not self.watch.holds(own["params"]):
+                        raise RuntimeError(CHANGED_MESSAGE)
+                    own |= self.state.columns(states) or {}
+                last = segment is self.segments[-1]
+                targets = {**own, "params": self.local.of("written", written)} if last and records else own
+                results = self._run(
+                    segment, targets, own["params"], states, options, extra, first, journal, last, steady
+                )
+                began = True
+                if results is None:
+                    sparse = any(g is not None and g.layout is not torch.strided for g in grads)
+                    return "sparse" if sparse else "gone"
+                if last and results:
+                    self._write(segment, own, targets, results, states, journal)
+                elif not last:
+                    own["updates"] = results.pop("updates", own["updates"])
+                    self.state.replace(segment, results, own, states, journal)
+        except CaptureError as error:
+            if began:
+                raise error.behind_a_part() from None
+            raise
         if self.local.dtensors:
             torch.autograd.graph.increment_version([params[i] for i in self.local.dtensors])
         self.done = True

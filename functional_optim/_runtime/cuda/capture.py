@@ -70,13 +70,24 @@ def hold(memory: object) -> None:
 
 
 class CaptureError(RuntimeError):
-    """A step that a CUDA graph cannot replay, found while it is captured. Nothing has been captured of it."""
+    """A step that a CUDA graph cannot replay, found while it is captured.
 
-    def __init__(self, reason: str, advice: str) -> None:
-        super().__init__(f"this step cannot be captured in a CUDA graph: {reason}; {advice}.")
-        self._arguments = reason, advice
+    Args:
+      reason: the reason.
+      advice: the way out.
+      partly: whether a part of the step has been captured by then. Otherwise nothing has.
+    """
 
-    def __reduce__(self) -> tuple[type[Self], tuple[str, str]]:
+    def __init__(self, reason: str, advice: str, partly: bool = False) -> None:
+        end = " A part of it has been captured: discard the graph." if partly else ""
+        super().__init__(f"this step cannot be captured in a CUDA graph: {reason}; {advice}.{end}")
+        self._arguments = reason, advice, partly
+
+    def behind_a_part(self) -> "CaptureError":
+        """The same error of a step of which a part has been captured."""
+        return CaptureError(*self._arguments[:2], True)
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str, str, bool]]:
         return type(self), self._arguments
 
 

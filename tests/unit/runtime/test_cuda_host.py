@@ -379,6 +379,58 @@ def test_state_that_changes_in_python_is_refused(device: StandIn) -> None:
         opt.step()
 
 
+def late_number(opt: Any, params: list[nn.Parameter]) -> None:
+    opt.param_groups[0]["lr"] = 0.05
+
+
+def late_device(opt: Any, params: list[nn.Parameter]) -> None:
+    opt.param_groups[0]["lr"] = torch.empty((), device="meta")
+
+
+def late_state(opt: Any, params: list[nn.Parameter]) -> None:
+    for p in params:
+        opt.state[p]["trace"] = opt.state[p]["trace"].double()
+
+
+LATE: dict[str, tuple[Callable[[Any, list[nn.Parameter]], None], Any, str]] = {
+    "a number": (late_number, 0.1, "Python number has another value"),
+    "a number elsewhere": (late_device, torch.tensor(0.1), "a tensor on meta"),
+    "a schedule": (lambda opt, params: None, lambda count: RATES[int(count)], "is evaluated in Python"),
+}
+
+
+@pytest.mark.parametrize("last", ["kernels", "torch operations"])
+@pytest.mark.parametrize("name", LATE)
+def test_a_refusal_of_a_later_part_leaves_nothing_behind(device: StandIn, name: str, last: str) -> None:
+    """It comes before the first part of the chain is captured, which nothing takes back."""
+    change, rate, message = LATE[name]
+    params = make()
+    tail = fo.scale_by_learning_rate(rate) if last == "kernels" else scaled(lr=rate)
+    opt = adapters.TransformOptimizer(params, fo.chain(fo.scale_by_adam(), Running(lambda n: n), tail))
+    for step in range(2):
+        set_grads(params, grads(step))
+        opt.step()
+    change(opt, params)
+    memory = fo.CapturedMemory()
+    with memory:
+        refused(device, opt, params, message)
+    assert not memory.held
+
+
+def test_a_refusal_behind_a_part_says_to_discard_the_graph(device: StandIn) -> None:
+    params = make()
+    opt = adapters.TransformOptimizer(params, fo.chain(fo.scale_by_adam(), Running(lambda n: n), fo.sgd(0.1, 0.9)))
+    for step in range(2):
+        set_grads(params, grads(step))
+        opt.step()
+    late_state(opt, params)
+    with device.capture(), pytest.raises(CaptureError, match=r"over these tensors .* captured: discard the graph\.$"):
+        opt.step()
+    params[0].grad = None
+    with device.capture(), pytest.raises(CaptureError, match=r"for the same parameters\.$"):
+        opt.step()
+
+
 def test_a_donated_step_with_state_in_new_tensors_is_refused(device: StandIn) -> None:
     tx, params = fo.adafactor(0.1), {"w": torch.ones(3)}
     state = tx.init(params)
@@ -460,12 +512,13 @@ def test_a_schedule_that_python_evaluates_is_refused(device: StandIn, rule: str)
 @pytest.mark.parametrize("rate", [lambda t: RATES[t], fo.join_schedules([lambda t: 0.1, lambda t: RATES[t]], [1])])
 def test_python_evaluates_a_schedule_of_whole_tensors_with_a_number(rate: Any) -> None:
     """Wherever the counter is. Schedules of torch operations are given the counter itself, which nothing waits for."""
-    assert whole(scaled(lr=fo.cosine_decay_schedule(0.1, 9))).hosts == frozenset()
+    assert not whole(scaled(lr=fo.cosine_decay_schedule(0.1, 9))).region.python_hypers
     step, count, seen = whole(scaled(lr=rate)), torch.tensor(2.0), list[Any]()
-    assert step.hosts == {"lr"}
+    assert step.region.python_hypers == {"lr"}
     with mock.patch.dict(step.bound.values, lr=lambda t: seen.append(t) or 0.1):
-        for hosts in (step.hosts, frozenset[str]()):
-            _Values.of(step.bound, hosts, {}, count, False, {}, count.device)
+        for hypers in ({"lr"}, set[str]()):
+            step.region.python_hypers = hypers
+            _Values.of(step.region, {}, count, False, {}, count.device)
     assert (type(seen[0]), seen[0]) == (int, 2)
     assert seen[1] is count
 
@@ -569,5 +622,5 @@ def test_more_captures_than_there_is_memory_for_are_refused(device: StandIn) -> 
 
 
 def test_a_refusal_is_pickled_with_its_message() -> None:
-    error = CaptureError("it is the first one", "take two before")
-    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    for error in (CaptureError("it is the first one", "take two before"), CaptureError("late", "again", partly=True)):
+        assert str(pickle.loads(pickle.dumps(error))) == str(error)
