@@ -54,6 +54,20 @@ def interrupted(at: int = 0, compiler: bool = True, before: Callable[[], None] =
         sys.settrace(outer)
 
 
+def apart(step: Callable[[], Any]) -> None:
+    """Calls a function from a generator, which has a stack of its own of the exceptions that are being handled.
+
+    One that is interrupted in the last line of an `except` block leaves its exception there; on the stack of the test
+    it would be the context of all later ones, and keep their frames alive.
+    """
+
+    def steps() -> Iterator[None]:
+        yield step()
+
+    for _ in steps():
+        pass
+
+
 def lines_of(step: Callable[[], Any], compiler: bool = True) -> list[Line]:
     """The lines that a step runs."""
     with interrupted(compiler=compiler) as lines:

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import signal
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from torch import nn
 import functional_optim as fo
 from _lib.chains import is_matrix
 from _lib.compare import Snapshot, assert_same_bits
-from _lib.interrupts import PACKAGE, Line, Lines, ends, interrupted, lines_of, once, watched
+from _lib.interrupts import PACKAGE, Line, Lines, apart, ends, interrupted, lines_of, once, watched
 from _lib.optimizers import content, give, gradients, params_of
 from _lib.trees import clone
 from functional_optim import adapters
@@ -151,7 +152,8 @@ def lines_before(name: str, names: Iterable[str], lines: Callable[[str], Lines])
 def take(step: Callable[[], Any], at: int, compiler: bool = True) -> str:
     """Takes a step that is interrupted, and returns the line, as messages call it."""
     with interrupted(at, compiler) as lines:
-        step()
+        apart(step)
+    assert sys.exception() is None, f"{lines[-1]}: an exception is still being handled"
     torch.set_grad_enabled(True)  # Python does not leave a `with` block that is interrupted in its last line
     return "{}:{}".format(*lines[-1])
 
