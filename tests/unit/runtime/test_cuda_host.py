@@ -16,7 +16,7 @@ from torch import nn
 import functional_optim as fo
 from _lib.compare import Snapshot
 from _lib.marks import INTERPRETER
-from _lib.stand_in import StandIn, replay, stand_in
+from _lib.stand_in import StandIn, _Kernel, replay, stand_in
 from functional_optim import adapters
 from functional_optim._leafwise import LeafwiseStep, _Values
 from functional_optim._regions import LeafwiseRegion
@@ -107,6 +107,75 @@ def test_a_number_on_the_device_is_copied_there(device: StandIn) -> None:
         o.step()
     assert device.copies[1] == 1  # after the addresses of the gradients
     torch.testing.assert_close(params, others, rtol=0, atol=0)
+
+
+def test_the_aligned_variant_is_for_steps_of_aligned_arrays_only(device: StandIn) -> None:
+    """One address that is no multiple of 16 among all arrays, read or written, takes the other; counters do not count.
+
+    The interpreter computes the same by either; on a device a wide access elsewhere ends the process.
+    """
+    params = make()
+    opt = adapters.TransformOptimizer(params, fo.chain(fo.adam(0.1), fo.params_ema(0.9)))
+    opt.param_groups[0]["lr"] = torch.tensor([0.1, 0.1])[1]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    for _ in range(2):
+        opt.step()
+    _, bound = opt._bindings.steps[0].regions[0].bound[0]
+    (memory,) = bound.workspaces[0].device[0].values()
+    assert memory.aligned == (True,)
+
+    def shifted(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x.new_zeros(1), x.reshape(-1)])[1:].view(x.shape)
+
+    state = opt.state[params[1]]
+    assert {"step", "mu", "nu"} < set(state)
+    for key in state:
+        before = state[key]
+        state[key] = shifted(before)
+        opt.step()
+        assert memory.aligned == (key == "step",), key
+        state[key] = before
+        opt.step()
+        assert memory.aligned == (True,)
+    for name in ("data", "grad"):
+        before = getattr(params[2], name)
+        setattr(params[2], name, shifted(before))
+        opt.step()
+        assert memory.aligned == (False,)
+        setattr(params[2], name, before)
+
+
+READS = ("item", "tolist", "numpy", "cpu", "__float__", "__int__", "__bool__", "__index__")
+
+
+def test_steps_read_no_tensor_on_the_host(device: StandIn) -> None:
+    """So that none waits for the device: a schedule, numbers in tensors, a reduction, a counter."""
+    lr = torch.tensor(0.1)
+    tx = fo.chain(fo.clip_by_global_norm(lr), fo.adamw(fo.cosine_decay_schedule(0.1, 9)), fo.params_ema(lr))
+    tree = {str(k): p.detach() for k, p in enumerate(make())}
+    state, params = tx.init(tree), make()
+    opts = [adapters.AdamW(params, lr=lr), adapters.TransformOptimizer(params, tx)]
+    updates = dict(zip(tree, grads(0), strict=True))
+    set_grads(params, grads(1))
+
+    def steps() -> None:
+        for opt in opts:
+            opt.step()
+        for donate in (False, True):
+            fo.apply_gradients(tx, tree, updates, state, donate=donate)
+
+    def waits(x: torch.Tensor, *arguments: Any) -> Any:
+        raise AssertionError("a tensor is read on the host")
+
+    with mock.patch.object(_Kernel, "bind", lambda *arguments: lambda: None):  # the interpreter reads tensors
+        steps()
+        with contextlib.ExitStack() as stack:
+            for name in READS:
+                stack.enter_context(mock.patch.object(torch.Tensor, name, waits))
+            steps()
+            with device.capture():
+                steps()
 
 
 def test_each_stream_has_memory_of_its_own(device: StandIn) -> None:
