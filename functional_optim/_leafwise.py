@@ -12,7 +12,7 @@ import torch
 from ._compiler.errors import RuleError
 from ._compiler.rule import Bound, Option, Rule
 from ._regions import LeafwiseRegion
-from ._runtime.checks import at, check_number, refuse_freed
+from ._runtime.checks import at, check_memory, check_number, refuse_freed
 from ._runtime.cuda.capture import NumberWatch, is_capturing, refuse_counter, refuse_host_schedule
 from ._runtime.groups import Columns, Key
 from ._runtime.internals import needs_dispatch, version
@@ -396,6 +396,8 @@ class _Values(NamedTuple):
                 keywords[name] = value
         for name in rule.extras:
             keywords[name] = extra[name]
+        for name, value in keywords.items():
+            check_memory(f"the hyper-parameter {rule.name}.{name} is", value, device)
         if not isinstance(first, torch.Tensor):  # written there: a copy would wait for the device
             first = torch.full((), bool(first), device=device)
         if rule.uses_step:

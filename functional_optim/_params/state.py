@@ -182,7 +182,8 @@ class ParamState:
 
     def _counter(self, x: Any, i: int) -> torch.Tensor:
         """A counter that somebody has put there, as this step keeps it."""
-        if isinstance(x, torch.Tensor) and x.numel() == 1:
+        on_meta = isinstance(x, torch.Tensor) and x.is_meta and self.devices[i] != x.device
+        if isinstance(x, torch.Tensor) and x.numel() == 1 and not on_meta:
             kept = x.dtype.is_floating_point or x.dtype is torch.int64
             return x.reshape(()).to(dtype=x.dtype if kept else self.counter, device=self.devices[i])
         if isinstance(x, Real):

@@ -60,7 +60,7 @@ class Table:
 
         Raises:
           KeyError: options lack a name.
-          ValueError: something else than a number is found, or an extra argument on meta.
+          ValueError: something else than a number is found, or a tensor on meta.
         """
         if options is not self.options:
             self._look_up(options)
@@ -86,10 +86,11 @@ class Table:
                 ) from None
             if option.index is not None:
                 x = option.pick(x)
-            self.template[position] = x if type(x) is float else _number(option, x)
+            self.template[position] = x if type(x) is float else _number(option, x, self.device)
 
 
-def _number(option: Option, x: Any) -> Number:
+def _number(option: Option, x: Any, device: torch.device) -> Number:
     if isinstance(x, torch.Tensor) and x.numel() == 1:
+        check_memory(f"the option {option.name!r} is", x, device)
         return x.reshape(())
     return check_number(f"the option {option.name!r} is", x)

@@ -127,6 +127,48 @@ def test_a_learning_rate_that_is_no_number(rate: Any) -> None:
     assert not opt.state
 
 
+@fo.leafwise
+def scaled(u: Any, *, rate: Any) -> Any:
+    return -rate * u
+
+
+def with_rate(opt: torch.optim.Optimizer, x: torch.Tensor) -> None:
+    opt.param_groups[0]["rate" if "rate" in opt.param_groups[0] else "lr"] = x
+
+
+def with_counter(opt: torch.optim.Optimizer, x: torch.Tensor) -> None:
+    (state,) = opt.state.values()
+    state["step"] = x
+
+
+ON_META: dict[str, tuple[Callable[[list[Any]], torch.optim.Optimizer], Callable[..., None], str]] = {
+    "a rate": (lambda p: AdamW(p, lr=0.1), with_rate, r"the option 'lr' is a tensor on meta.*move it to cpu"),
+    "a rate of whole tensors": (
+        lambda p: TransformOptimizer(p, scaled(0.1)),
+        with_rate,
+        r"scaled\.rate is a tensor on meta.*move it to cpu",
+    ),
+    "a counter": (lambda p: AdamW(p, lr=0.1), with_counter, r"state step at .*meta.*expected one number"),
+}
+
+
+@pytest.mark.parametrize("backend", ["c", "foreach", "reference"])
+@pytest.mark.parametrize("name", ON_META)
+def test_a_number_on_meta_is_refused_by_every_backend(name: str, backend: str) -> None:
+    make, put, message = ON_META[name]
+    params = parameters(1)
+    opt = make(params)
+    with fo.use_backend(backend):
+        for step in range(2):
+            params[0].grad = torch.full_like(params[0], 1.0 + step)
+            opt.step()
+        before = params[0].detach().clone()
+        put(opt, torch.zeros((), device="meta"))
+        with pytest.raises(ValueError, match=message):
+            opt.step()
+    assert torch.equal(params[0].detach(), before)
+
+
 def test_safetensors_keys_that_look_alike(tmp_path: Path) -> None:
     state = {"b.c": torch.ones(2), "b": {"c": torch.zeros(2)}, 1: torch.full((2,), 2.0), "1": torch.full((2,), 3.0)}
     save_safetensors(state, tmp_path / "state.safetensors")  # type: ignore[arg-type]

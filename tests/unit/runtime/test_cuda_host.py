@@ -17,9 +17,10 @@ import functional_optim as fo
 from _lib.compare import Snapshot
 from _lib.marks import INTERPRETER
 from _lib.stand_in import StandIn, _Kernel, replay, stand_in
-from functional_optim import adapters
+from functional_optim import _leafwise, adapters
 from functional_optim._leafwise import LeafwiseStep, _Values
 from functional_optim._regions import LeafwiseRegion
+from functional_optim._runtime import numbers
 from functional_optim._runtime.backend import BACKENDS
 from functional_optim._runtime.cuda import capture, driver
 from functional_optim._runtime.cuda.capture import CaptureError
@@ -168,7 +169,7 @@ def test_steps_read_no_tensor_on_the_host(device: StandIn) -> None:
     def waits(x: torch.Tensor, *arguments: Any) -> Any:
         raise AssertionError("a tensor is read on the host")
 
-    with mock.patch.object(_Kernel, "bind", lambda *arguments: lambda: None):  # the interpreter reads tensors
+    with mock.patch.object(_Kernel, "bind", return_value=lambda: None):  # the interpreter reads tensors
         steps()
         with contextlib.ExitStack() as stack:
             for name in READS:
@@ -398,6 +399,13 @@ def test_state_stays_where_it_is_in_a_captured_step(device: StandIn, name: str) 
     assert any(x is not before[key] for key, x in tensors().items())
 
 
+@pytest.fixture
+def meta_has_memory() -> Iterator[None]:
+    """Has meta stand for another device: numbers on meta itself are refused everywhere."""
+    with mock.patch.object(numbers, "check_memory"), mock.patch.object(_leafwise, "check_memory"):
+        yield
+
+
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -515,6 +523,7 @@ def test_a_python_number_that_has_changed_is_refused(device: StandIn) -> None:
     refused(device, opt, params, "Python number has another value.*pass it as a tensor on the device")
 
 
+@pytest.mark.usefixtures("meta_has_memory")
 def test_a_number_on_another_device_is_refused(device: StandIn) -> None:
     params, opt = warm(lr=torch.tensor(0.1))
     opt.param_groups[0]["lr"] = torch.empty((), device="meta")
@@ -538,6 +547,7 @@ def whole(tx: fo.GradientTransformation) -> LeafwiseStep:
     return LeafwiseStep(LeafwiseRegion(0, Link(tx, (), (True,), tx.bound), True), ["w"], [0])
 
 
+@pytest.mark.usefixtures("meta_has_memory")
 @pytest.mark.parametrize("name", ["foreach", "reference", "a rule for whole tensors"])
 def test_numbers_are_refused_in_steps_of_torch_operations(device: StandIn, name: str) -> None:
     """They are constants of a graph there, too."""
