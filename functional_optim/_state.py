@@ -12,6 +12,7 @@ from ._compiler.rule import Bound
 from ._packed import Packed
 from ._regions import Region
 from ._runtime.checks import check_count
+from ._runtime.cuda.capture import is_capturing, refuse_counter
 from ._runtime.groups import Columns
 from ._transform import Path
 from ._tree import Reader, Tree, difference, unpacked
@@ -98,6 +99,7 @@ class StateReader:
 
         Raises:
           ValueError, TypeError: a slot does not have the structure of the parameters, or a counter is not one.
+          CaptureError: a CUDA graph is being captured, and a counter is elsewhere.
         """
         own = dict(columns)
         for k, name, is_counter in self.fields:
@@ -118,7 +120,11 @@ class StateReader:
             ):
                 own[k, name] = [value] * len(columns["updates"])
             else:
-                check_count(f"state {self.region.bounds[k].rule.name}.count", value)
+                label = f"state {self.region.bounds[k].rule.name}.count"
+                check_count(label, value)
+                places = {x.device for x in columns["updates"] if isinstance(x, torch.Tensor)}
+                if value.device not in places and is_capturing(places):
+                    refuse_counter(label, value, next(iter(places)))
                 own[k, name] = broadcast_count(value, columns["updates"])
         for (k, name), takers in self.shared.items():
             label = f"state {self.region.bounds[k].rule.name}.{name}"

@@ -27,7 +27,7 @@ class CapturedMemory:
     kernels, have to outlive it; torch tells nobody when a graph is gone. Captures in a `with` block of an object
     leave them to it: keep it beside the graph, and let both go together, when the device has done with its replays.
     Captures outside of one leave them to the process. They are some tens of bytes for each tensor, and 64 KiB or more
-    for each graph.
+    for each graph. A step that is refused leaves nothing, unless its message says to discard the graph.
 
     Example:
       >>> memory = CapturedMemory()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+import optree
 import pytest
 import torch
 from torch import nn
@@ -600,6 +601,17 @@ def test_python_evaluates_a_schedule_of_whole_tensors_with_a_number(rate: Any) -
             _Values.of(step.region, {}, count, False, {}, count.device)
     assert (type(seen[0]), seen[0]) == (int, 2)
     assert seen[1] is count
+
+
+def test_a_counter_of_a_tree_elsewhere_is_refused(device: StandIn) -> None:
+    tx, params = chain(), {"w": torch.ones(3)}
+    state = tx.init(params)
+    for _ in range(2):
+        fo.apply_gradients(tx, params, params, state)
+    elsewhere = optree.tree_map(lambda x: x if x.ndim else x.to("meta"), state)
+    with device.capture() as graph, pytest.raises(CaptureError, match=r"adam.count is on meta, .*; move it to cpu"):
+        fo.apply_gradients(tx, params, params, elsewhere)
+    assert not graph
 
 
 @pytest.mark.parametrize("count", [torch.empty((), device="meta"), 2])
