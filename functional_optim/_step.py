@@ -18,7 +18,7 @@ from ._opaque import check_apart
 from ._regions import BoundRegion, LeafwiseRegion, Opaque, Region, Variant, cut_into_regions, look_ahead, packed_forms
 from ._runtime.backend import REQUESTED
 from ._runtime.checks import at, check_fit, check_leaf
-from ._runtime.cuda.capture import CaptureError, NumberWatch, refuse_host_schedule, refuse_new_trees
+from ._runtime.cuda.capture import CaptureError, NumberWatch, can_capture, refuse_host_schedule, refuse_new_trees
 from ._runtime.groups import Columns, Key
 from ._runtime.internals import (
     is_wrapper_of_a_transformation,
@@ -106,7 +106,7 @@ class TreeStep:
         # user code runs between the first look at tensors and the last launch
         self.runs_python = any(isinstance(segment, _BY_TORCH) or segment.hosts for segment in segments)
         self.watch = SpecWatch((), ())
-        self.looks_ahead = len(self.segments) > 1 or len(self.devices) > 1
+        self.looks_ahead = (len(self.segments) > 1 or len(self.devices) > 1) and can_capture(self.devices)
         self.numbers = NumberWatch()
         # kernels make updates as wide as parameters; torch operations leave them as they were
         self.widens = self.with_params and not apply and isinstance(segments[-1] if segments else None, _BY_TORCH)

@@ -14,7 +14,7 @@ from .._opaque import SplitState
 from .._regions import Opaque, Region, Variant, cut_into_regions, look_ahead
 from .._runtime.backend import REQUESTED
 from .._runtime.checks import check_fit, check_leaf, refuse_meta
-from .._runtime.cuda.capture import CaptureError, NumberWatch, refuse_host_schedule
+from .._runtime.cuda.capture import CaptureError, NumberWatch, can_capture, refuse_host_schedule
 from .._runtime.groups import Columns
 from .._runtime.internals import in_backward, needs_dispatch
 from .._runtime.numbers import Numbers
@@ -87,7 +87,7 @@ class ParamStep:
             tensor_of(p).device if g is not None else None for p, g in zip(params.tensors, grads, strict=True)
         ]
         self.device_set = {device for device in self.devices if device is not None}
-        self.looks_ahead = len(self.segments) > 1 or len(self.device_set) > 1
+        self.looks_ahead = (len(self.segments) > 1 or len(self.device_set) > 1) and can_capture(self.device_set)
         self.numbers = NumberWatch()
         self.state = ParamState(params, self.present, self.regions, self.opaque, self.local, self.devices, counter)
         self.spans_tree = any(segment.region.spans_tree for segment in self.regions)

@@ -25,6 +25,8 @@ class StandIn(driver.HostDriver):
       graph: the copies and launches that have been captured; None if nothing is being captured.
     """
 
+    captures = True
+
     def __init__(self) -> None:
         self.current = 0
         self.copies: list[int] = []

@@ -132,6 +132,11 @@ class Reserve:
             return self.block[start : start + n]
 
 
+def can_capture(devices: Iterable[torch.device]) -> bool:
+    """Whether steps on some devices can be captured."""
+    return any(driver_of(device).captures for device in devices)
+
+
 def is_capturing(devices: Iterable[torch.device | None]) -> bool:
     """Whether the current stream of one of some devices records a graph."""
     for device in set(devices) - {None}:

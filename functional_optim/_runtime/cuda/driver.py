@@ -12,7 +12,13 @@ T = TypeVar("T")
 
 
 class Driver(Protocol):
-    """The device as launches see it. None of the calls waits for the device."""
+    """The device as launches see it. None of the calls waits for the device.
+
+    Attributes:
+      captures: whether its streams can record graphs.
+    """
+
+    captures: bool
 
     def guard(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """A context in which a device is the current one."""
@@ -45,6 +51,8 @@ class CudaDriver:
     Staged memory comes from torch's caching allocator of pinned memory. It notes each copy, and hands memory out
     again only after the copies from it are over.
     """
+
+    captures = True
 
     def guard(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """A context in which a device is the current one."""
@@ -100,6 +108,8 @@ class CudaDriver:
 
 class HostDriver:
     """The CPU, where Triton's interpreter runs kernels: no streams, no graphs."""
+
+    captures = False
 
     def guard(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """A context without effect."""
