@@ -6,7 +6,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Hashable, Mapping
 from operator import is_
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -14,6 +14,7 @@ import functional_optim as fo
 from functional_optim import _walk
 from functional_optim._params.template import Template
 from functional_optim._reading import scheduled
+from functional_optim._schedules.schedule import Identity
 from functional_optim._transform import Declared
 
 from ._groups import copied
@@ -249,12 +250,13 @@ class TransformOptimizer(ChainOptimizer):
           >>> opt.param_groups[0]["b1"]
           0.95
         """
-        return _class_of(tx_function)
+        return _class_of(Identity(tx_function))
 
 
 @functools.lru_cache(maxsize=256)
-def _class_of(tx_function: Callable[..., fo.GradientTransformation]) -> type[TransformOptimizer]:
-    """The class of `TransformOptimizer.factory`."""
+def _class_of(key: Identity) -> type[TransformOptimizer]:
+    """The class of `TransformOptimizer.factory` for a function; functions that are equal may make other chains."""
+    tx_function = cast("Callable[..., fo.GradientTransformation]", key.x)
 
     def __init__(self: TransformOptimizer, params: Any, *args: Any, **arguments: Any) -> None:
         own = {flag: arguments.pop(flag) for flag in FLAGS if flag in arguments}
@@ -273,18 +275,19 @@ def _class_of(tx_function: Callable[..., fo.GradientTransformation]) -> type[Tra
             )
 
     def __reduce__(self: TransformOptimizer) -> tuple[Any, ...]:
-        if type(self) is _class_of(tx_function):
+        if type(self) is cls:
             return _blank, (tx_function,), self.__getstate__()
         return copyreg.__newobj__, (type(self),), self.__getstate__()  # type: ignore[attr-defined]
 
     name = getattr(tx_function, "__name__", type(tx_function).__name__)
     body = {"__init__": __init__, "__reduce__": __reduce__, "__doc__": tx_function.__doc__, "__module__": __name__}
-    return type(name, (TransformOptimizer,), body)
+    cls = type(name, (TransformOptimizer,), body)
+    return cls
 
 
 def _blank(tx_function: Callable[..., fo.GradientTransformation]) -> TransformOptimizer:
     """An optimizer of such a class that unpickling has yet to fill."""
-    cls = _class_of(tx_function)
+    cls = _class_of(Identity(tx_function))
     return cls.__new__(cls)
 
 

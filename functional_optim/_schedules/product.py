@@ -113,17 +113,25 @@ def _constant(fn: Callable[[Any], Any], count: Symbol) -> Any:
     raise RuleError("the product of factors that change with the step has no closed form.")
 
 
-# by function, its product up to some of the steps that were asked for last; it goes with the function
-_PRODUCTS: weakref.WeakKeyDictionary[Callable[[Any], Any], dict[int, float]] = weakref.WeakKeyDictionary()
+# Products of a function up to some of the steps that were asked for last, by its identity: functions that are equal may
+# have other values. They go with the function.
+_PRODUCTS: dict[int, dict[int, float]] = {}
 _KEPT = 32  # parameters may have as many different numbers of steps before products are computed from the start
+
+
+def _known_products(fn: Callable[[Any], Any]) -> dict[int, float]:
+    """The products of a function that are kept; a new dict for an object that allows no weak references."""
+    if id(fn) not in _PRODUCTS:
+        try:
+            weakref.finalize(fn, _PRODUCTS.pop, id(fn), None).atexit = False
+        except TypeError:
+            return {}
+    return _PRODUCTS.setdefault(id(fn), {})
 
 
 def _running_product(fn: Callable[[Any], Any], step: int) -> float:
     """The product of a function's values at 1 to `step`, continued from the nearest that is known."""
-    try:
-        known = _PRODUCTS.setdefault(fn, {})
-    except TypeError:  # neither hash nor weak references
-        known = {}
+    known = _known_products(fn)
     start = max((k for k in list(known) if k <= step), default=0)
     value = known.get(start, 1.0)
     for k in range(start + 1, step + 1):

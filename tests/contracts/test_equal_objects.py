@@ -1,5 +1,6 @@
 """Transformations that are equal to earlier ones and do something else: nothing is remembered for the wrong one."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -105,6 +106,37 @@ def test_a_chain_that_is_made_anew_has_its_own_masks(case: str, step: Callable[[
 def test_equal_schedules_are_each_evaluated(step: Callable[[Any], Any]) -> None:
     for value in (1.0, 0.5, 0.25, 1.0):
         assert step(fo.sgd(Rate(value))) == (1 - value, 1 - value)
+
+
+def test_equal_factors_of_a_running_product_are_each_evaluated() -> None:
+    schedules = [fo.cumulative_product_schedule(1.0, Rate(value)) for value in (0.5, 0.25)]
+    assert [[float(schedule(step)) for step in range(3)] for schedule in schedules] == [
+        [1, 0.5, 0.25],
+        [1, 0.25, 1 / 16],
+    ]
+
+
+class Descent(Rate):
+    """A function that makes a chain, whose instances are all equal."""
+
+    def __call__(self, lr: float = 1.0) -> Any:  # type: ignore[override]
+        return fo.chain(fo.scale(self.value), fo.sgd(lr))
+
+
+class DescentWithoutHash(Descent):
+    __hash__ = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("kind", [Descent, DescentWithoutHash])
+def test_equal_functions_that_make_chains_are_each_called(kind: Any) -> None:
+    makers = [kind(1.0), kind(0.5)]  # held, so that neither is in the other's place
+    for make in makers:
+        w = nn.Parameter(torch.ones(1))
+        w.grad = torch.ones(1)
+        opt = TransformOptimizer.factory(make)([w], lr=0.5)
+        copy.deepcopy(opt).step()
+        opt.step()
+        assert w.item() == 1 - 0.5 * make.value
 
 
 # -- options of a step that was refused -------------------------------------------------------------------------------
