@@ -8,7 +8,9 @@ import torch
 from ._fusible import Fusible, RuleTransformation
 from ._graph.run import run
 from ._packed import Packed
+from ._recorded import requires_gradient, warn_of_growth
 from ._runtime.checks import check_fit, check_leaf
+from ._runtime.internals import needs_dispatch
 from ._structures import add, sums
 from ._transform import (
     GradientTransformation,
@@ -192,6 +194,8 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
     for path, p, u in zip(paths(spec), leaves, others, strict=True):
         if p is not None and u is not None:
             check_fit("updates", "parameter", path, u, check_leaf("params", path, p))
+    if torch.is_grad_enabled() and not needs_dispatch() and not requires_gradient(others):
+        warn_of_growth([None if u is None else p for p, u in zip(leaves, others, strict=True)], paths(spec), 2)
     if isinstance(params, Packed) and isinstance(updates, Packed) and params.form is updates.form:
         return params.with_buffers(sums(params.buffers, updates.buffers))
     return packed_like(params, unflatten(spec, sums(leaves, others)))

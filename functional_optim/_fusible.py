@@ -11,7 +11,7 @@ from ._compiler.rule import Bound, Rule, Slot, restore_state
 from ._compiler.trace import Symbol
 from ._graph.run import run
 from ._runtime.checks import check_leaf
-from ._runtime.internals import register_in_exports
+from ._runtime.internals import is_differentiated, register_in_exports
 from ._schedules.schedule import swap_tensors, tensors_of
 from ._transform import GradientTransformation, Link, Path, Rewrite, as_transformation, joined_names, joined_tensors
 from ._tree import MaskedNode, Tree, View, paths, show
@@ -72,7 +72,8 @@ class RuleTransformation(Fusible):
         seen = [p for p, own in zip(view.leaves, view.seen, strict=True) if own]
 
         def make(slot: Slot, p: torch.Tensor) -> Any:
-            made = slot.make(p, values)
+            # a leaf of autograd's graph starts a state of its own; anything else is followed to where it came from
+            made = slot.make(p.detach() if p.is_leaf and not is_differentiated(p) else p, values)
             return MaskedNode() if made is None else made  # which functions of torch.func pass by, as they do not None
 
         fields = {

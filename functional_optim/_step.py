@@ -4,7 +4,6 @@ The first step over trees of some structure binds the transformation to them; la
 transformation itself, and only have their tensors compared.
 """
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from ._extras import check_no_number, extras_of
 from ._foreign import CHANGED_MESSAGE, SpecWatch, call_opaque, check_updates, host_column, updates_of, value_of_members
 from ._leafwise import LeafwiseStep
 from ._opaque import check_apart
+from ._recorded import requires_gradient, warn_of_growth
 from ._regions import BoundRegion, LeafwiseRegion, Opaque, Region, Variant, cut_into_regions, look_ahead, packed_forms
 from ._runtime.backend import REQUESTED
 from ._runtime.checks import at, check_fit, check_leaf
@@ -415,22 +415,14 @@ class TreeStep:
         )
 
     def _warn_of_recording(self, own: Columns, numbers: Numbers) -> None:
-        """Warns where autograd records steps for nobody: only parameters require a gradient, those of earlier steps."""
-        if not self.apply:
-            return
+        """Warns where autograd records steps for nobody."""
         others = [*own["updates"]]  # state has the graph of earlier steps, as parameters have
         others += [x for name in self.extras.trees for x in own[-1, name]]
         others += [x for table in numbers for x in table]
-        if any(isinstance(x, torch.Tensor) and x.requires_grad for x in others):
+        if "params" not in own:
             return
-        grown = next((i for i in self.present if own["params"][i].grad_fn is not None), None)
-        if grown is not None:
-            warnings.warn(
-                f"params{at(self.paths[grown])} is the result of a step that autograd recorded, and this one is "
-                f"recorded too: the graph grows with every step, and steps are slow. Wrap them in `torch.no_grad()`, "
-                f"or start from `{{k: p.detach() for k, p in params.items()}}`.",
-                stacklevel=6,
-            )
+        if not requires_gradient(others):
+            warn_of_growth(own["params"], self.paths, stacklevel=7)
 
     @staticmethod
     def _check_counters(segment: TreeRegion, states: Mapping[int, Any]) -> None:

@@ -149,10 +149,9 @@ class Slot:
         dtype = self.stored_as(p, hypers, gradient)
         if callable(self.start):
             made = self._from_function(self.start, p, hypers)
-            return None if made is None else made.detach().to(dtype=dtype or p.dtype, device=p.device, copy=True)
+            return None if made is None else made.to(dtype=dtype or p.dtype, device=p.device, copy=True)
         if self.start == "param":
-            # a leaf of autograd's graph starts a state of its own; anything else is followed to where it came from
-            return (p.detach() if p.is_leaf else p).to(dtype or p.dtype, copy=True)
+            return p.to(dtype or p.dtype, copy=True)
         start = hypers.get(self.start, 0.0) if isinstance(self.start, str) else self.start
         if isinstance(start, torch.Tensor):  # zeros are added, so that autograd and `torch.func` follow it
             made = self._filled(p, 0.0, dtype, hypers)

@@ -51,6 +51,13 @@ def has_tangent(x: torch.Tensor) -> bool:
     return forward_ad.unpack_dual(x, level=0).tangent is not None
 
 
+def is_differentiated(x: torch.Tensor) -> bool:
+    """Whether a transformation of `torch.func` but `vmap`, or forward-mode AD, follows a tensor."""
+    if is_wrapper_of_a_transformation(x):
+        return not vmap_levels()
+    return torch.autograd.forward_ad._current_level >= 0 and has_tangent(x)
+
+
 def below_autograd() -> Any:
     """A context in which operations are dispatched to what stands below autograd.
 
