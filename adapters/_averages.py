@@ -10,6 +10,7 @@ from torch import nn
 
 from functional_optim import _walk
 from functional_optim._reading import marked_slots
+from functional_optim._runtime.checks import check_stored
 from functional_optim._runtime.shard import gathered_anew, local_tensor
 
 
@@ -86,6 +87,9 @@ def averaged(
     if "_averaged" in optimizer.__dict__:
         raise RuntimeError("averaged_params() was called inside itself, where parameters are averages already.")
     statistics = _buffer_pairs(model, buffers)
+    for x, average in (*pairs, *statistics):
+        check_stored("a parameter or buffer", "", x)
+        check_stored("an average", "", average)
     places = [
         _Registered(module, name, buffer)
         for each in models

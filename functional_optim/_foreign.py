@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ._runtime.checks import check_fit, check_number
+from ._runtime.checks import check_fit, check_number, check_stored
 from ._runtime.pointers import PointerReader, Pointers
 from ._runtime.spec import TensorSpec
 from ._transform import GradientTransformation, Link
@@ -127,17 +127,29 @@ class SpecWatch:
     Args:
       params: the tensors.
       present: the leaves that take part.
+      name: what messages call them.
+      paths: the paths of all leaves; without them tensors may lack memory, of which a later look tells.
+
+    Raises:
+      ValueError: the storage of one has been freed or cut.
     """
 
-    def __init__(self, params: Sequence[Any], present: Sequence[int]) -> None:
+    def __init__(
+        self, params: Sequence[Any], present: Sequence[int], name: str = "", paths: Sequence[str] | None = None
+    ) -> None:
         self.present = present
         tensors = [params[i] for i in present]
+        if paths is not None:
+            for i in present:
+                check_stored(name, paths[i], params[i])
         self.reader = PointerReader(tensors, list(map(TensorSpec.of, tensors)))
 
     @classmethod
-    def of(cls, last: "SpecWatch", params: Sequence[Any], present: Sequence[int]) -> "SpecWatch":
-        """The watch of the last step, if it holds for these parameters; else a new one."""
-        return last if last.present == present and last.holds(params) else cls(params, present)
+    def of(
+        cls, last: "SpecWatch", params: Sequence[Any], present: Sequence[int], name: str, paths: Sequence[str]
+    ) -> "SpecWatch":
+        """The watch of the last step, if it holds for these tensors; else a new one. See the class."""
+        return last if last.present == present and last.holds(params) else cls(params, present, name, paths)
 
     def holds(self, params: Sequence[Any]) -> bool:
         """Whether parameters are as they were."""

@@ -10,7 +10,7 @@ import torch
 from ._compiler.rule import Bound, Rule, Slot, restore_state
 from ._compiler.trace import Symbol
 from ._graph.run import run
-from ._runtime.checks import check_leaf
+from ._runtime.checks import check_leaf, check_stored
 from ._runtime.internals import is_differentiated, register_in_exports
 from ._schedules.schedule import swap_tensors, tensors_of
 from ._transform import GradientTransformation, Link, Path, Rewrite, as_transformation, joined_names, joined_tensors
@@ -32,7 +32,7 @@ class Fusible(GradientTransformation):
         view = View.of(params)
         for path, p in zip(paths(view.spec), view.leaves, strict=True):
             if p is not None:
-                check_leaf("params", path, p)
+                check_stored("params", path, check_leaf("params", path, p))
         return self._init(view)
 
     def update(self, updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> tuple[Tree, Any]:

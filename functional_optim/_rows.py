@@ -14,7 +14,7 @@ from ._params.local import tensor_of
 from ._params.step import ParamStep
 from ._params.template import States
 from ._regions import Stored
-from ._runtime.checks import at, check_fit, check_leaf
+from ._runtime.checks import at, check_fit, check_leaf, check_stored
 from ._runtime.cuda.capture import refuse_work_of_the_host
 from ._runtime.groups import Columns, Key
 from ._runtime.internals import needs_dispatch
@@ -138,13 +138,14 @@ class RowStep:
         for i in self.step.present:
             g, p, name = grads[i], tensor_of(params[i]), self.step.names[i]
             check_leaf("params", name, p)
+            check_stored("params", name, p)
             if g is not None and g.shape != params[i].shape:
                 raise ValueError(
                     f"updates{at(name)} has shape {tuple(g.shape)}, but its parameter has {tuple(params[i].shape)}."
                 )
             for key, s in stored.items():
                 if s.seen[i] and key not in self.numbers:
-                    check_fit(s.name, "parameter", name, self.whole[key, i], p)
+                    check_stored(s.name, name, check_fit(s.name, "parameter", name, self.whole[key, i], p))
 
     def _refuse_overlap(self, tensors: Sequence[tuple[tuple[Key, int], Any]]) -> None:
         """Refuses to write to memory that two tensors share."""

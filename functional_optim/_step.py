@@ -105,7 +105,7 @@ class TreeStep:
         ]
         # user code runs between the first look at tensors and the last launch
         self.runs_python = any(isinstance(segment, _BY_TORCH) or segment.hosts for segment in segments)
-        self.watch = SpecWatch((), ())
+        self.watch, self.entering = SpecWatch((), ()), SpecWatch((), ())  # of parameters, and of updates
         self.looks_ahead = (len(self.segments) > 1 or len(self.devices) > 1) and can_capture(self.devices)
         self.numbers = NumberWatch()
         # kernels make updates as wide as parameters; torch operations leave them as they were
@@ -202,7 +202,7 @@ class TreeStep:
             refuse_new_trees(columns["updates"][self.present[0]].device if self.present else None)
         watched = self.runs_python and not dispatching and self.with_params
         if watched:
-            watch = self.watch = SpecWatch.of(self.watch, columns["params"], self.present)
+            watch = self.watch = SpecWatch.of(self.watch, columns["params"], self.present, "params", self.paths)
         new_states: dict[Path, Any] = {}
         entered = columns["updates"]
         if self.looks_ahead and not dispatching:
@@ -386,6 +386,8 @@ class TreeStep:
         link = segment.link
         if segment is self.segments[0]:  # leaves may have changed since the step was made; programs look at them anyway
             self._check_leaves(columns)
+            if not needs_dispatch():
+                self.entering = SpecWatch.of(self.entering, columns["updates"], self.present, "updates", self.paths)
         view = View(self.spec, tuple(columns["updates"]), link.seen)
         params = view.tree(columns["params"]) if "params" in columns else None
         tree, new_state = call_opaque(link.tx, view.tree(), get_state(state, link.path), params, extra)

@@ -99,7 +99,7 @@ class ParamStep:
             segment.region.hosts or segment.leafwise for segment in self.regions
         )
         self.numels = [p.numel() * (1 + p.is_complex()) for p in params.tensors]
-        self.watch = SpecWatch((), ())  # of the parameters
+        self.watch, self.entering = SpecWatch((), ()), SpecWatch((), ())  # of parameters, and of gradients
         self.returned: dict[int, SpecWatch] = {}  # of updates that fit, by the position of the opaque segment
         self.done = False
         self.workspace: Workspace | None = None  # of the last region of the last step
@@ -231,7 +231,7 @@ class ParamStep:
         watched = self.runs_python and not needs_dispatch()
         steady = False  # whether parameters have the specs of the last step
         if watched:
-            watch = SpecWatch.of(self.watch, own["params"], self.present)
+            watch = SpecWatch.of(self.watch, own["params"], self.present, "params", self.names)
             steady, self.watch = watch is self.watch, watch
         if self.looks_ahead and not needs_dispatch():
             look_ahead(self.numbers, self.segments, self.device_set, self.params.groups, options, extra)
@@ -450,6 +450,8 @@ class ParamStep:
         Updates that have the specs of the last ones fit parameters that have theirs.
         """
         link, split = segment.link, self.opaque[segment.position]
+        if segment is self.segments[0] and not needs_dispatch():
+            self.entering = SpecWatch.of(self.entering, own["updates"], self.present, "updates", self.names)
         updates = list(own["updates"])
         for i in self.local.wrapped:
             updates[i] = None if updates[i] is None else self.local.like(updates[i], i)

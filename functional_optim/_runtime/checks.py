@@ -6,6 +6,8 @@ from typing import Any, NoReturn
 import torch
 
 from .._compiler.rule import Slot, hint_of_members
+from .internals import is_wrapper_of_a_transformation
+from .spec import TensorSpec, lies_outside
 
 
 def at(path: str) -> str:
@@ -65,6 +67,17 @@ def refuse_freed(name: str, path: str, shape: Sequence[int]) -> NoReturn:
         f"{name}{at(path)} of a leaf of shape {tuple(shape)} has no memory: its storage has been freed or cut; give it "
         f"its elements before the step, or leave the leaf out: one whose update is None is not stepped."
     )
+
+
+def check_stored(name: str, path: str, x: torch.Tensor) -> None:
+    """Refuses a tensor whose storage has been freed or cut, before torch operations read it, which do not look.
+
+    Raises:
+      ValueError: with the path.
+    """
+    spec = TensorSpec.of(x)
+    if spec.plain and not is_wrapper_of_a_transformation(x) and lies_outside(x, spec):
+        refuse_freed(name, path, x.shape)
 
 
 def refuse_meta(name: str) -> NoReturn:

@@ -274,3 +274,84 @@ def test_memory_of_an_optimizer_that_is_gone_is_refused(
         with pytest.raises(ValueError, match="has no memory"):
             opt.step()
         others.check()
+
+
+def double(updates: Any, params: Any = None) -> Any:
+    return {k: 2 * u for k, u in updates.items()}
+
+
+BY_TORCH: dict[str, Callable[[], Any]] = {
+    "opaque": lambda: fo.stateless(double),
+    "opaque, then rules": lambda: fo.chain(fo.stateless(double), fo.sgd(0.1, 0.9)),
+    "rules, then opaque": lambda: fo.chain(fo.sgd(0.1, 0.9), fo.stateless(double)),
+    "L-BFGS": fo.scale_by_lbfgs,
+    "whole tensors": lambda: fo.adafactor(0.1),
+}
+
+
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("gone", [free, cut])
+@pytest.mark.parametrize("what", ["params", "updates"])
+@pytest.mark.parametrize("name", BY_TORCH)
+def test_memory_that_is_gone_is_refused_before_torch_operations_read_it(
+    name: str, what: str, gone: Callable[[Any], None], used: bool
+) -> None:
+    """They do not look, so a process would end, or go on with garbage."""
+    tx = BY_TORCH[name]()
+    params, grads = ({k: torch.ones(4, 4) for k in "abc"} for _ in range(2))
+    state = tx.init(params)
+    if used:
+        params, state = fo.apply_gradients(tx, params, grads, state)
+    gone((params if what == "params" else grads)["b"])
+    others = Snapshot([tree[k] for tree in (params, grads) for k in "ac"])
+    with pytest.raises(ValueError, match=rf"{what} at 'b' .* has no memory"):
+        fo.apply_gradients(tx, params, grads, state)
+    others.check()
+
+
+@pytest.mark.parametrize("gone", [free, cut])
+@pytest.mark.parametrize("what", ["params", "updates"])
+def test_memory_of_an_optimizer_that_is_gone_is_refused_before_its_functions_run(
+    what: str, gone: Callable[[Any], None]
+) -> None:
+    params = {k: nn.Parameter(torch.ones(4, 4)) for k in "abc"}
+    opt = adapters.TransformOptimizer(params.items(), fo.stateless(double))
+    for step in range(2):
+        for p in params.values():
+            p.grad = torch.ones(4, 4)
+        if not step:
+            opt.step()
+    gone(params["b"].detach() if what == "params" else params["b"].grad)
+    with pytest.raises(ValueError, match=rf"{what} at 'b' .* has no memory"):
+        opt.step()
+
+
+@pytest.mark.parametrize("gone", [free, cut])
+@pytest.mark.parametrize("what", ["parameter", "state"])
+def test_rows_of_memory_that_is_gone_are_refused(what: str, gone: Callable[[Any], None]) -> None:
+    params = {k: nn.Parameter(torch.ones(4, 4)) for k in "ab"}
+    opt = adapters.Adagrad(params.items())
+    for step in range(2):
+        for p in params.values():
+            p.grad = torch.ones(4, 4).to_sparse(1)
+        if not step:
+            opt.step()
+    gone(params["b"].detach() if what == "parameter" else opt.state[params["b"]]["sum"])
+    others = Snapshot([params["a"], dict(opt.state[params["a"]])])
+    with pytest.raises(ValueError, match=r"at 'b' .* has no memory"):
+        opt.step()
+    others.check()
+
+
+@pytest.mark.parametrize("gone", [free, cut])
+def test_averages_and_starts_of_memory_that_is_gone_are_refused(gone: Callable[[Any], None]) -> None:
+    p = nn.Parameter(torch.ones(4, 4))
+    opt = adapters.TransformOptimizer([("w", p)], fo.chain(fo.sgd(0.1), fo.params_ema(0.9)))
+    p.grad = torch.ones(4, 4)
+    opt.step()
+    gone(opt.state[p]["ema"])
+    with pytest.raises(ValueError, match="has no memory"), opt.averaged_params():
+        pass
+    gone(p.detach())
+    with pytest.raises(ValueError, match=r"params at 'w' .* has no memory"):
+        fo.params_ema(0.9).init({"w": p})
