@@ -16,7 +16,7 @@ from ._structures import FORMS, Structure, rebuild
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def splits_of(serial: str) -> tuple[BufferSplit, ...]:
-    """How the buffers of a form are split."""
+    """The split of each buffer of a form into leaves."""
     splits: tuple[BufferSplit, ...] = FORMS[serial].layout.splits
     return splits
 

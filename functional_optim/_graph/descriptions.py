@@ -336,7 +336,7 @@ class _Writer(pickle.Pickler):
             if position is None:
                 raise pickle.PicklingError("a tensor that is no hyper-parameter")
             return "number", position
-        if isinstance(x, frozenset):  # whose order differs from process to process
+        if isinstance(x, frozenset):  # its order differs from process to process
             return "set", sorted(x, key=lambda entry: _pickled(entry, self.tx, self.by_serial))
         if isinstance(x, Form) and x.containers is not None:
             return "form", x.containers, [None if p is None else tuple(p) for p in x.layout.places]

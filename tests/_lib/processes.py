@@ -115,7 +115,7 @@ class Program:
 
 
 def run_program(code: str | Path, folder: Path, **options: Any) -> str:
-    """What a program writes to stdout, which must not fail; for the arguments see `Program`."""
+    """The text that a program writes to stdout; it must not fail. For the arguments see `Program`."""
     exit_code, out, err = Program(code, folder, **options).finish()
     assert exit_code == 0, f"{err}\nexit code {exit_code}"
     return out

@@ -78,7 +78,7 @@ def made(kind: str, ours: bool) -> Callable[..., torch.optim.Optimizer]:
 
 
 class Event(NamedTuple):
-    """What a call has come to."""
+    """The outcome of a call."""
 
     result: Any
     error: Exception | None

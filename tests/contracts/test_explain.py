@@ -1,4 +1,4 @@
-"""Who computes a step, and what `explain` says of it."""
+"""The backend that computes a step, and the text of `explain`."""
 
 import re
 import threading

@@ -63,7 +63,7 @@ def run(program: str, folder: Path, *arguments: str, **environment: str) -> str:
     return run_program(program.replace("ROOT", repr(str(ROOT))), folder, arguments=arguments, environment=environment)
 
 
-# what a thread is at: compiling, writing, renaming and loading, or nothing, after libraries have been loaded
+# places where a thread is: compiling, writing, renaming and loading, or nothing, after libraries have been loaded
 WITHIN = {
     "c": ["c,subprocess,run", "c,tempfile,mkstemp", "c,os,replace", "c,ctypes,CDLL", "c,,"],
     "triton": ["triton,tempfile,mkstemp", "triton,os,replace", "triton,,"],

@@ -205,7 +205,7 @@ def test_a_step_that_is_interrupted_at_any_line(name: str) -> None:
     assert {True, False} == set(done)
 
 
-FIRST = [  # that which binds at the least cost comes first: it has most of the lines
+FIRST = [  # the case that binds at the least cost comes first: it has most of the lines
     "momentum",
     "AdamW",
     "clip, AdamW and average",

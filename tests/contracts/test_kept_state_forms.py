@@ -162,7 +162,7 @@ def test_training_goes_on_after_a_checkpoint(form: str, scope: str, way: str, tm
     opt.zero_grad()
     others = {k: nn.Parameter(p.detach().clone()) for k, p in params.items()}
     resumed = WAYS[way](opt, others, lambda own: TransformOptimizer(own.items(), make_chain(form, scope)), tmp_path)
-    train(opt, params, range(STEPS // 2, STEPS))  # what was saved does not follow
+    train(opt, params, range(STEPS // 2, STEPS))  # the saved state does not follow
     train(resumed, others, range(STEPS // 2, STEPS))
     for step in range(STEPS):
         reference.step(make_grads(step))

@@ -1,4 +1,4 @@
-"""Whoever only reads or saves an optimizer changes nothing: no parameter, no counter, no later step."""
+"""Reading or saving an optimizer changes nothing: no parameter, no counter, no later step."""
 
 import copy
 import functools

@@ -85,7 +85,7 @@ def test_training_goes_on_from_torch_and_back_within_units(case: str) -> None:
     assert max(far.values()) <= UNITS[name], far
 
 
-OLD = {  # what files of earlier versions of torch lack
+OLD = {  # options that files of earlier versions of torch lack
     "SGD": ("foreach", "fused", "maximize", "differentiable", "nesterov"),
     "Adam": ("foreach", "fused", "maximize", "differentiable", "capturable", "amsgrad", "decoupled_weight_decay"),
     "AdamW": ("foreach", "fused", "maximize", "differentiable", "capturable", "amsgrad", "decoupled_weight_decay"),

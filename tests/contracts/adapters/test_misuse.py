@@ -108,7 +108,7 @@ def test_names_follow_their_parameters() -> None:
     assert moved() == ["a", "b", "d"]
     first, second = opt.param_groups
     first["param_names"], second["param_names"] = ["a", "c"], ["b", "d"]
-    assert moved() == ["a", "c", "d"]  # what was called b is called c now
+    assert moved() == ["a", "c", "d"]  # the parameter b is called c now
     first["params"].append(second["params"].pop())
     with pytest.raises(ValueError, match="group 0 has 3 params but 2 param_names"):
         opt.step()

@@ -143,7 +143,7 @@ def test_resume_from_files(name: str, layout: str, tmp_path: Path) -> None:
 
     resumed = make_model(seed=5)
     resumed_optimizer = OPTIMIZERS[name](resumed)
-    weights, state = dsd.get_state_dict(resumed, resumed_optimizer, options=options)  # what is loaded into
+    weights, state = dsd.get_state_dict(resumed, resumed_optimizer, options=options)  # trees to load into
     dcp.load({"model": weights, "optimizer": state}, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
     dsd.set_state_dict(resumed, resumed_optimizer, model_state_dict=weights, optim_state_dict=state, options=options)
     fit(resumed, resumed_optimizer, batches[3:])

@@ -147,7 +147,7 @@ def test_trainer_constructs_the_optimizer(name: str, library: Any, tmp_path: Pat
 
 
 def test_clip_of_the_trainer_and_accumulation(library: Any, tmp_path: Path) -> None:
-    """What the trainer does to gradients before the step; two batches of half the size are one of the whole."""
+    """Clipping and accumulation of the trainer, before the step; two batches of half the size are one of the whole."""
     options = {"max_grad_norm": 0.5, "save_strategy": "no"}
     whole = make_trainer(library, tmp_path / "whole", OPTIMIZERS["AdamW"], **options)
     halves = make_trainer(
