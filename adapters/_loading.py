@@ -261,10 +261,10 @@ def _counter(value: Any, p: torch.Tensor, name: str, usual: torch.dtype | None) 
 def _slot(key: str, value: Any, p: torch.Tensor, name: str, declared: Any, hypers: Mapping[str, Any]) -> torch.Tensor:
     """A slot, in the dtype that the chain declares, on the device of its parameter and distributed as that is."""
     dtype = declared.stored_as(p, hypers, gradient_dtype(p) if declared.as_gradient else None)
+    wide = torch.float64 if p.dtype is torch.float64 else torch.float32
     if not isinstance(value, torch.Tensor):
         if not (declared.per_leaf and isinstance(value, numbers.Real)):
             raise ValueError(f"the saved {key!r} of {name!r} is {_show(value)}, expected a tensor.")
-        wide = torch.float64 if p.dtype is torch.float64 else torch.float32
         return torch.tensor(float(value), dtype=dtype or wide, device=p.device)
     if value.layout is not torch.strided:
         raise ValueError(f"the saved {key!r} of {name!r} is sparse ({value.layout}), expected a dense tensor.")
@@ -284,12 +284,13 @@ def _slot(key: str, value: Any, p: torch.Tensor, name: str, declared: Any, hyper
         raise ValueError(f"the saved {key!r} of {name!r} has dtype {value.dtype}, but the chain keeps it as {dtype}.")
     if not numbers_of_its_own and (
         value.is_complex() != (p.is_complex() and not declared.per_leaf)
-        or not (value.is_floating_point() or value.is_complex())
+        or not (value.is_floating_point() or value.is_complex() or declared.per_leaf)  # numbers of leaves may be whole
     ):
         raise ValueError(f"the saved {key!r} of {name!r} has dtype {value.dtype}, but the parameter has {p.dtype}.")
     if declared.per_leaf:
         one = loaded_like(value.detach(), None).reshape(())
-        return one.to(dtype=dtype or one.dtype, device=p.device, copy=True)
+        usual = one.dtype if one.is_floating_point() else wide
+        return one.to(dtype=dtype or usual, device=p.device, copy=True)
     return loaded_like(value.detach(), p).to(dtype=dtype or p.dtype, device=p.device, copy=True)
 
 

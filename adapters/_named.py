@@ -1,11 +1,12 @@
 """Common parts of the classes under names of their own, whose chain is no argument."""
 
+import math
 import warnings
 from collections.abc import Hashable, Mapping
 from typing import Any
 
 import functional_optim as fo
-from functional_optim._compiler.rule import Option
+from functional_optim._compiler.rule import Option, Range
 from functional_optim._params.template import Template
 from functional_optim._transforms.decay import decay_then_add, l2_penalty
 
@@ -17,6 +18,16 @@ from .optimizer import ChainOptimizer
 LR, DECAY, EPS = Option("lr"), Option("weight_decay"), Option("eps")
 B1, B2 = Option("betas", 0), Option("betas", 1)
 MOMENTUM = Option("momentum")
+
+# numbers with which there is no step, in the words of torch's constructors, which are asked about defaults only; the
+# other bounds of constructors are no bounds of groups, as in torch
+UNIT, POSITIVE, CLOSED = Range.parse("[0, 1)"), Range.parse("[0, inf)"), Range.parse("[0, 1]")
+BOUNDS: Mapping[str, tuple[str, Range]] = {
+    "betas": ("beta parameter at index {k}", UNIT),
+    "eps": ("epsilon value", POSITIVE),
+    "rho": ("rho value", CLOSED),
+}
+PAIRS = ("betas", "etas", "step_sizes")
 
 
 def nonzero(x: Any) -> bool:
@@ -39,6 +50,19 @@ class NamedClass(ChainOptimizer):
             for message in messages:
                 warnings.warn(message, stacklevel=2)
         super().add_param_group(param_group)
+
+    def _check_options(self, g: int, group: Mapping[str, Any]) -> None:
+        super()._check_options(g, group)
+        for name in self.defaults:
+            value = group.get(name)
+            parts = value if isinstance(value, (tuple, list)) else (value,)
+            if name in PAIRS and len(parts) > 2:
+                raise ValueError(f"{name!r} of parameter group {g} is {value!r:.60}, expected two numbers.")
+            what, allowed = BOUNDS.get(name, (name, None))
+            for k, x in enumerate(parts):
+                if isinstance(x, (float, int)) and (math.isnan(x) or (allowed is not None and x not in allowed)):
+                    expected = "a number" if allowed is None else f"a number in {allowed.text}"
+                    raise ValueError(f"Invalid {what.format(k=k)}: {x} in parameter group {g}, expected {expected}.")
 
 
 class PlainClass(NamedClass):

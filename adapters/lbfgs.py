@@ -37,10 +37,19 @@ class _Loss:
         self.params, self.closure, self.maximize = params, closure, maximize
 
     def evaluate(self) -> tuple[Any, float, torch.Tensor]:
-        """The loss at the parameters, as the closure returns it; it as a number, and the gradient, to be minimized."""
+        """The loss at the parameters, as the closure returns it; it as a number, and the gradient, to be minimized.
+
+        Raises:
+          TypeError: the closure returned something else than a number.
+        """
         with torch.enable_grad():
             loss = self.closure()
-        value, grad = float(loss), self.flat_grad()
+        try:
+            value, grad = float(loss), self.flat_grad()
+        except (TypeError, ValueError, RuntimeError):
+            if isinstance(loss, (int, float)) or (isinstance(loss, torch.Tensor) and loss.numel() == 1):
+                raise
+            raise TypeError(f"the closure of LBFGS returned {loss!r:.60}, expected the loss, one number.") from None
         return (loss, -value, -grad) if self.maximize else (loss, value, grad)
 
     def flat_grad(self) -> torch.Tensor:

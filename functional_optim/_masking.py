@@ -1,5 +1,7 @@
 """Different transformations for different leaves: `masked` and `partition`."""
 
+import dis
+import functools
 import inspect
 import re
 import warnings
@@ -15,6 +17,7 @@ from ._runtime.internals import register_in_exports
 from ._transform import (
     EmptyState,
     GradientTransformation,
+    LabelFunction,
     Link,
     Path,
     Rewrite,
@@ -91,6 +94,44 @@ def _takes_path_and_leaf(choice: Callable[..., Any]) -> bool:
     return len([p for p in positional if p.default is p.empty]) == 2
 
 
+PLACE = re.compile(r"param_groups\[\d+\]\.params\[\d+\]")  # of a parameter that an optimizer was given without a name
+
+
+def asks_paths(choice: Any) -> bool:
+    """Whether a mask or labels ask for the paths of leaves, as far as can be told.
+
+    A function asks if it loads its first argument; one of the whole tree is not looked into.
+    """
+    if isinstance(choice, LabelFunction):
+        return choice.asks_paths()
+    if isinstance(choice, re.Pattern):
+        return bool(choice.pattern) and "params" not in choice.pattern
+    if isinstance(choice, Mapping):
+        return any(isinstance(k, re.Pattern) and asks_paths(k) for k in choice)
+    if not callable(choice) or not _takes_path_and_leaf(choice):
+        return False
+    while isinstance(choice, functools.partial) and not choice.args:
+        choice = choice.func
+    function = choice if inspect.isroutine(choice) else type(choice).__call__
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return False
+    path = code.co_varnames[int(inspect.ismethod(function) or function is not choice)]
+    loads = [x.argval for x in dis.get_instructions(code) if re.search("LOAD_(FAST|DEREF|CLOSURE)", x.opname)]
+    return any(path in name if isinstance(name, tuple) else path == name for name in loads)
+
+
+def _warn_of_places(choice: Any, view: View, what: str) -> None:
+    """Warns that paths are asked for where parameters have none."""
+    nameless = next((path for path, s in zip(paths(view.spec), view.seen, strict=True) if s and PLACE.search(path)), "")
+    if nameless and asks_paths(choice):
+        warnings.warn(
+            f"{what} ask for paths of parameters, but the optimizer was given no names, so that {nameless!r} is such a "
+            f"path; pass `model.named_parameters()`.",
+            stacklevel=2,
+        )
+
+
 def copied(choice: Any) -> Any:
     """A mask or labels whose containers and tensors are not the caller's: changing them later changes nothing here."""
 
@@ -130,6 +171,8 @@ class Masked(Fusible):
     def _check(self, view: View, narrow: View) -> None:
         if any(view.seen) and not any(narrow.seen):
             _warn(f"the mask {_cut(show(self.mask))} of {_called(self.inner)} matches no parameter", view)
+        else:
+            _warn_of_places(self.mask, view, f"masks such as {_cut(show(self.mask))} of {_called(self.inner)}")
 
     def _rewrite(self, fn: Rewrite, path: Path) -> GradientTransformation:
         return Masked(self.inner._rewrite(fn, (*path, 0)), self.mask)
@@ -213,9 +256,12 @@ class Partition(Fusible):
 
     def _check(self, view: View) -> None:
         names = paths(view.spec)
-        for k in self.labels if isinstance(self.labels, Mapping) and any(view.seen) else ():
-            if isinstance(k, re.Pattern) and not any(map(k.search, names)):
-                _warn(f"the pattern {k.pattern!r:.80} of partition is found in no parameter's path", view)
+        patterns = self.labels if isinstance(self.labels, Mapping) and any(view.seen) else ()
+        unfound = [k for k in patterns if isinstance(k, re.Pattern) and not any(map(k.search, names))]
+        for k in unfound:
+            _warn(f"the pattern {k.pattern!r:.80} of partition is found in no parameter's path", view)
+        if not unfound:
+            _warn_of_places(self.labels, view, "the labels of partition")
 
     def _rewrite(self, fn: Rewrite, path: Path) -> GradientTransformation:
         transforms = {k: tx._rewrite(fn, (*path, 0, k, 0)) for k, tx in self.transforms.items()}

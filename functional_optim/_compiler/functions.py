@@ -1,7 +1,8 @@
 """Functions for rules that torch has no name for: reductions over a leaf or over the tree, and the cube root.
 
 On tensors the leaf functions compute what they say, in double precision, and return a number as wide as it may have to
-be: in float32 for half types, which hold no large sums, and in float64 for conditions and integers. The tree functions
+be: in float32 for half types, which hold no large sums, in float64 for conditions and integers, and a complex number
+where a sum or a mean of complex ones is. The tree functions
 have a meaning only inside an `elementwise` rule, where their scope is every leaf that the transformation sees.
 
 The functions that begin with `fused_` are one formula with the roundings of torch's fused kernels, on a CPU and on
@@ -32,29 +33,35 @@ def cbrt(x: torch.Tensor) -> torch.Tensor:
 
 def _number_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype of a number that follows from all elements of a leaf."""
-    return torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else torch.float64
+    keeps = x.is_floating_point() or x.is_complex()
+    return torch.promote_types(x.dtype, torch.float32) if keeps else torch.float64
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """A tensor in double precision, complex where it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float64))
 
 
 def leaf_sum(x: torch.Tensor) -> torch.Tensor:
     """The sum over the elements of one leaf."""
     if has_torch_function_unary(x):
         return _overridden(leaf_sum, x)
-    return x.double().sum().to(_number_dtype(x))
+    return _wide(x).sum().to(_number_dtype(x))
 
 
 def leaf_mean(x: torch.Tensor) -> torch.Tensor:
     """The mean over the elements of one leaf."""
     if has_torch_function_unary(x):
         return _overridden(leaf_mean, x)
-    return x.double().mean().to(_number_dtype(x))
+    return _wide(x).mean().to(_number_dtype(x))
 
 
 def leaf_norm(x: torch.Tensor) -> torch.Tensor:
     """The Euclidean norm of one leaf."""
     if has_torch_function_unary(x):
         return _overridden(leaf_norm, x)
-    norm: torch.Tensor = torch.linalg.vector_norm(x.double())
-    return norm.to(_number_dtype(x))
+    norm: torch.Tensor = torch.linalg.vector_norm(_wide(x))
+    return norm.to(_number_dtype(x).to_real())
 
 
 def leaf_amax(x: torch.Tensor) -> torch.Tensor:
@@ -68,7 +75,7 @@ def leaf_size(x: torch.Tensor) -> torch.Tensor:
     """The number of elements of one leaf."""
     if has_torch_function_unary(x):
         return _overridden(leaf_size, x)
-    return torch.full((), x.numel(), dtype=_number_dtype(x), device=x.device)
+    return torch.full((), x.numel(), dtype=_number_dtype(x).to_real(), device=x.device)
 
 
 def _only_in_rules(name: str) -> NoReturn:

@@ -301,6 +301,13 @@ def _sequential(lr: float, schedulers: Members, milestones: Sequence[int]) -> Sc
             lr = keywords["base_lr"]  # it replaces the rate before the others take theirs
         if k < len(steps) and steps[k] > start:
             reached = float(made[-1](steps[k] - start - 1))
+    swa_rates = {float(keywords["swa_lr"]) for member, keywords in members if member == "SWALR"}
+    if len(swa_rates) > 1:
+        raise ValueError(
+            f"SWALR with different `swa_lr` in one SequentialLR, got {sorted(swa_rates)}, have no rates of their own: "
+            f"torch keeps one `swa_lr` in the parameter group, that of the last. Join schedules: "
+            f"join_schedules([from_torch_scheduler(...), from_torch_scheduler(...)], milestones)."
+        )
     return join_schedules(made, steps) if steps else made[0]
 
 

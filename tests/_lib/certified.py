@@ -37,6 +37,7 @@ class Row(NamedTuple):
         the sentence that a test of its own proves.
       options: arguments of both classes.
       shapes: shapes of the parameters.
+      proofs: the tests of sentences, and of the switches of a class whose `units` is one.
     """
 
     name: str
@@ -47,8 +48,14 @@ class Row(NamedTuple):
     units: float | str
     options: Mapping[str, Any] = MappingProxyType({})
     shapes: tuple[tuple[int, ...], ...] = VECTORS
+    proofs: tuple[str, ...] = ()
 
 
+MATRIX_CLASSES = "adapters/test_matrix_classes.py::test_steps_are_those_of_torch"
+SPARSE = "adapters/test_sparse.py::test_sparse_adam_is_within_units_of_torch"
+ITERATES = "adapters/test_lbfgs.py::test_the_iterates_are_those_of_torch"
+DIRECTIONS = "test_lbfgs.py::test_directions_are_those_of_optax"
+RPROP = "test_against_numpy.py::test_the_first_step_goes_down_where_that_of_optax_does_not"
 FUSED: dict[str, Any] = {"fused": True}
 ROWS = [
     Row("SGD", fo.sgd(0.1, 0.9), lambda: optax.sgd(0.1, 0.9), 1e-12, FUSED, 0, {"lr": 0.1, "momentum": 0.9}),
@@ -61,7 +68,7 @@ ROWS = [
     Row("Adagrad", fo.adagrad(0.1), lambda: optax.adagrad(0.1), 1e-12, FUSED, 0),
     Row("Adadelta", fo.adadelta(0.1), lambda: optax.adadelta(0.1), 1e-12, {}, 30),
     Row("ASGD", fo.asgd(0.1), None, "optax has none", {}, 0),
-    Row("Rprop", fo.rprop(0.1), None, "optax is one step late", {}, 0),
+    Row("Rprop", fo.rprop(0.1), None, "optax is one step late", {}, 0, proofs=(RPROP,)),
     Row(
         "Muon",
         fo.muon(0.1),
@@ -70,10 +77,27 @@ ROWS = [
         {},
         "momenta are the same bits; steps as those of bfloat16 products",
         shapes=MATRICES,
+        proofs=(MATRIX_CLASSES,),
     ),
-    Row("Adafactor", fo.adafactor(0.1), lambda: optax.adafactor(0.1), 1e-6, {}, "within 8 units a step"),
-    Row("SparseAdam", None, None, "optax has none", {}, "state the same bits, steps within 4 units"),
-    Row("LBFGS", None, None, "directions to 1e-12", {}, "iterates, losses and state are the same bits"),
+    Row(
+        "Adafactor",
+        fo.adafactor(0.1),
+        lambda: optax.adafactor(0.1),
+        1e-6,
+        {},
+        "within 8 units a step",
+        proofs=(MATRIX_CLASSES,),
+    ),
+    Row("SparseAdam", None, None, "optax has none", {}, "state the same bits, steps within 4 units", proofs=(SPARSE,)),
+    Row(
+        "LBFGS",
+        None,
+        None,
+        "directions to 1e-12",
+        {},
+        "iterates, losses and state are the same bits",
+        proofs=(DIRECTIONS, ITERATES),
+    ),
 ]
 
 
@@ -102,10 +126,11 @@ def from_optax(row: Row) -> float:
     return max(float(np.abs(ours[k].numpy() - np.asarray(x.T if turn else x)).max()) for k, x in theirs.items())
 
 
-def from_torch(row: Row) -> float:
+def from_torch(row: Row, **switch: Any) -> float:
     """The distance of steps from torch's, in units; 0 if everything is the same bits after all of them."""
+    own = {**row.options, **switch}
     made = [
-        cls(make_params(torch.float64, row.shapes), **row.options, **more)
+        cls(make_params(torch.float64, row.shapes), **own, **more)
         for cls, more in ((getattr(adapters, row.name), {}), (getattr(torch.optim, row.name), row.flags))
     ]
     for step in range(STEPS):
@@ -116,7 +141,7 @@ def from_torch(row: Row) -> float:
         assert_same_bits(*map(content, made))
     except AssertionError:
         pairs = [
-            cls(make_params(torch.float64, row.shapes), **row.options, **more)
+            cls(make_params(torch.float64, row.shapes), **own, **more)
             for cls, more in ((getattr(adapters, row.name), {}), (getattr(torch.optim, row.name), row.flags))
         ]
         return max(follow(*pairs, range(STEPS)).values())
@@ -124,7 +149,7 @@ def from_torch(row: Row) -> float:
 
 
 def flags(name: str) -> list[str]:
-    """The switches of torch's class, all of which ours takes."""
+    """The switches of torch's class, all of which ours takes; whether it obeys them is measured apart."""
     ours, theirs = (inspect.signature(getattr(m, name)).parameters for m in (adapters, torch.optim))
     assert ours.keys() == theirs.keys()
     plain = {"foreach", "capturable", "differentiable", "fused"}
@@ -163,8 +188,19 @@ def certified(row: Row) -> list[str]:
     if isinstance(row.units, str):
         torch_cell = row.units
     else:
-        found = from_torch(row)
-        assert found <= row.units, f"a step of {row.name} is {found} units from torch's, more than {row.units}"
+        for switch in ("", *flags(row.name)):
+            on = (
+                {switch: not inspect.signature(getattr(torch.optim, row.name)).parameters[switch].default}
+                if switch
+                else {}
+            )
+            decay = (
+                {"weight_decay": 0.1} if switch == "decoupled_weight_decay" else {}
+            )  # which decides how there is any
+            found = from_torch(row, **on, **decay)
+            assert found <= row.units, (
+                f"a step of {row.name}({switch}) is {found} units from torch's, more than {row.units}"
+            )
         of = "its fused kernel" if row.flags else "its loop"
         torch_cell = f"the bits of {of}" if row.units == 0 else f"a step within {row.units:g} units of {of}"
     costs = cost(row) if row.name not in NO_KERNEL else dict.fromkeys(COSTS, "-") | {COSTS[0]: NO_KERNEL[row.name]}
@@ -184,8 +220,8 @@ test makes the table anew and compares.
   there is nothing to compare with: optax has no such algorithm, or its own has a fault
   ([numerics.md](numerics.md)).
 - *Equals torch.optim*: parameters and state of the class beside torch's, float64, 20 steps. A unit is one
-  in the last place of the largest number in a sum.
-- *Switches* of torch's class that ours takes, besides `foreach`, `capturable`, `differentiable` and
+  in the last place of the largest number in a sum. Measured with the defaults, and with each switch.
+- *Switches* of torch's class that ours obeys, besides `foreach`, `capturable`, `differentiable` and
   `fused`.
 - *Passes* over memory, *launches* of kernels, and *bytes* read and written per element, float32, of a step
   of the class with its defaults (SGD with momentum); *state bytes* per element. Rules for whole tensors are
@@ -194,8 +230,15 @@ test makes the table anew and compares.
 """
 
 
+TAIL = """
+Cells with a sentence instead of a number are shown by tests of their own, in `tests/contracts/`:
+
+"""
+
+
 def page() -> str:
     """The whole of docs/certified.md."""
     header = ["class", "equals optax", "equals torch.optim", "switches", *COSTS]
     table: list[list[str]] = [header, ["---"] * len(header), *map(certified, ROWS)]
-    return HEAD + "\n".join(f"| {' | '.join(cells)} |" for cells in table) + "\n"
+    proofs = "\n".join(f"- `{row.name}`: `{proof}`" for row in ROWS for proof in row.proofs)
+    return HEAD + "\n".join(f"| {' | '.join(cells)} |" for cells in table) + "\n" + TAIL + proofs + "\n"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from _lib.certified import ROWS, Row, certified
+from _lib.certified import ROWS, Row, certified, flags
 from functional_optim import adapters
 
 
@@ -18,6 +18,26 @@ def test_a_row_is_what_is_measured(row: Row) -> None:
     if row.name == "LBFGS" and torch.__version__ >= (2, 14):
         pytest.skip("the table is made with torch 2.13, whose LBFGS has no switch")
     assert f"| {' | '.join(certified(row))} |" in PAGE.splitlines()
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.proofs], ids=lambda row: row.name)
+def test_sentences_of_a_row_have_tests(row: Row) -> None:
+    """They are in the page, they exist, and beside them stand the class and each of its switches."""
+    texts = []
+    for proof in row.proofs:
+        assert f"- `{row.name}`: `{proof}`" in PAGE.splitlines()
+        file, _, name = proof.partition("::")
+        texts += [(Path(__file__).parent / file).read_text()]
+        assert f"def {name}(" in texts[-1]
+    assert row.name.lower() in "".join(texts).lower()
+    if isinstance(row.units, str):
+        assert all(f'"{flag}"' in "".join(texts) or f"{flag}=" in "".join(texts) for flag in flags(row.name))
+
+
+def test_rows_without_a_measurement_name_their_tests() -> None:
+    for row in ROWS:
+        unmeasured = isinstance(row.units, str) or (isinstance(row.optax, str) and row.optax != "optax has none")
+        assert bool(row.proofs) == unmeasured, row.name
 
 
 def test_every_class_of_torch_has_a_row() -> None:

@@ -114,6 +114,16 @@ def test_the_size_of_a_tensor() -> None:
     assert fo.leaf_size(torch.zeros(2, 3)) == 6
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+def test_numbers_of_a_complex_tensor(dtype: torch.dtype) -> None:
+    """Nothing is lost of the imaginary part; the norm and the size are real."""
+    x = torch.tensor([3 + 4j, 0, 0, 1j], dtype=dtype)
+    found = fo.leaf_sum(x), fo.leaf_mean(x), fo.leaf_norm(x), fo.leaf_size(x)
+    wanted = torch.tensor(3 + 5j), torch.tensor(0.75 + 1.25j), torch.tensor(26.0).sqrt(), torch.tensor(4.0)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b.to(dtype if b.is_complex() else dtype.to_real()), rtol=1e-7, atol=0)
+
+
 def test_a_hyper_parameter_may_be_called_as_the_counter_is() -> None:
     @fo.elementwise
     def by(u: Any, *, count: Any) -> Any:

@@ -180,6 +180,18 @@ def test_adafactor_is_that_of_optax(name: str) -> None:
     assert_near(ours, theirs, 1e-6)
 
 
+def test_a_threshold_may_be_a_tensor_and_a_leaf_may_be_empty() -> None:
+    """The mean over no elements is no number, and touches no other leaf."""
+    shapes = {"w": (3, 4), "empty": (0, 4), "none": (0,), "b": (5,)}
+    options: dict[str, Any] = {"learning_rate": 0.05, "min_dim_size_to_factor": 2}
+    thresholds = 0.5, torch.tensor(0.5, dtype=torch.float64)
+    ours, same = (run(fo.adafactor(**options, clipping_threshold=x), shapes=shapes) for x in thresholds)
+    theirs = run_optax(optax.adafactor(**options, clipping_threshold=0.5), shapes={"w": (3, 4), "b": (5,)}, turn=False)
+    assert_near({k: ours[k] for k in theirs}, theirs, 1e-6)
+    assert_near({k: same[k] for k in theirs}, {k: ours[k] for k in theirs}, 1e-15)
+    assert [same[k].shape for k in ("empty", "none")] == [(0, 4), (0,)]
+
+
 def test_the_factored_moment_is_that_of_the_paper() -> None:
     """Algorithm 4 in NumPy, in float64."""
     tx = fo.scale_by_factored_rms(min_dim_size_to_factor=2, epsilon=1e-12)

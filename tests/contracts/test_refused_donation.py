@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -312,3 +313,14 @@ def test_what_a_derivative_still_needs_is_named(written: str) -> None:
     names = "updates at 'w', params at 'w', scale_by_adam.mu at 'w', scale_by_adam.nu at 'w'"
     with pytest.raises(RuntimeError, match=rf"written in place, .* one of: {names}\. Take steps with donate=False"):
         new["w"].sum().backward()
+
+
+def test_tensors_without_elements_share_none() -> None:
+    """Whatever their strides: those of NumPy's empty arrays are 0."""
+    tx = fo.sgd(0.1, momentum=0.9)
+    empty = torch.from_numpy(np.zeros((0, 4))), torch.zeros(1, 4).expand(1, 0, 4)
+    params = {"a": torch.ones(3), **{str(k): x for k, x in enumerate(empty)}}
+    updates = {k: torch.ones_like(x) for k, x in params.items()}
+    params, _ = fo.apply_gradients(tx, params, updates, tx.init(params), donate=True)
+    assert torch.equal(params["a"], torch.full((3,), 1 - 0.1))
+    assert [params[k].shape for k in "01"] == [(0, 4), (1, 0, 4)]

@@ -214,6 +214,13 @@ CASES = [
             "milestones": [20, 60, 110, 120, 150, 200, 250, 300, 330, 340],
         },
     ),
+    Case(
+        "SequentialLR",
+        {
+            "schedulers": [("SWALR", {"swa_lr": 0.3, "anneal_epochs": n}) for n in (5, 40)],
+            "milestones": [20],
+        },
+    ),
     Case("SequentialLR", {"schedulers": [("CyclicLR", CYCLE), ("ExponentialLR", {"gamma": 0.9})], "milestones": [50]}),
     Case(
         "SequentialLR",
@@ -485,6 +492,11 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
         lambda: F("SequentialLR", lr=0.1, schedulers=[PAIR, ("LinearLR", {"total_iters": 0})], milestones=[5]),
         ValueError,
         "`total_iters` of LinearLR .* behind a milestone",
+    ),
+    (
+        lambda: F("SequentialLR", lr=0.1, schedulers=[("SWALR", {"swa_lr": x}) for x in (0.2, 0.1)], milestones=[5]),
+        ValueError,
+        r"SWALR with different `swa_lr` .* got \[0.1, 0.2\]",
     ),
     (
         lambda: F("SequentialLR", lr=0.1, schedulers=[PAIR, ("ReduceLROnPlateau", {})], milestones=[5]),

@@ -108,6 +108,8 @@ def test_files_of_older_versions_load(name: str) -> None:
             del group[key]
     for state in old["state"].values():
         state.update({key: float(state[key]) for key in NUMBERS & state.keys()})
+        if name == "ASGD":  # a weight of 1 may be a whole number
+            state["mu"] = torch.tensor(1)
 
     ours = reborn(theirs, OURS[name], old)
     theirs = reborn(theirs, THEIRS[name], old)

@@ -98,6 +98,23 @@ def test_a_step_without_a_closure_is_refused(closure: Any) -> None:
         LBFGS([one()]).step(*closure)
 
 
+@pytest.mark.parametrize("loss", [None, torch.ones(2)], ids=str)
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_closure_that_returns_no_loss_is_refused_and_nothing_changes(at: int, loss: Any) -> None:
+    p = torch.nn.Parameter(torch.ones(2))
+    opt, calls = LBFGS([p], lr=0.1), []
+
+    def closure() -> Any:
+        calls.append(1)
+        p.grad = 2 * p.detach()
+        return loss if len(calls) == at else (p * p).sum()
+
+    with pytest.raises(TypeError, match=r"the closure of LBFGS returned .* expected the loss, one number"):
+        opt.step(closure)
+    assert torch.equal(p.detach(), torch.ones(2))
+    assert not opt.state
+
+
 def test_an_unknown_line_search_is_refused() -> None:
     p = one()
     with pytest.raises(RuntimeError, match=re.escape("only 'strong_wolfe' is supported, not 'armijo'")):

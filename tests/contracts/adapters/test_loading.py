@@ -232,7 +232,8 @@ def test_slots_that_are_none_start_anew(key: str) -> None:
 
 def test_a_number_per_leaf_loads_from_a_number_and_from_one_element() -> None:
     """In the dtype that it is made with: float64 beside float64 parameters."""
-    for value in (3, 3.0, np.float64(3.0), torch.tensor(3.0, dtype=torch.float64), torch.tensor([3.0]).double()):
+    wide = torch.tensor(3.0, dtype=torch.float64)
+    for value in (3, 3.0, np.float64(3.0), wide, wide.reshape(1), torch.tensor(3), torch.tensor([[3]])):
         opt = TransformOptimizer(named().values(), counted())
         train([opt], range(1))
         saved = copy.deepcopy(opt.state_dict())

@@ -17,6 +17,7 @@ from _lib.optimizers import (
     train,
     twins,
 )
+from functional_optim import adapters
 from functional_optim.adapters import AdamW, TransformOptimizer
 
 
@@ -159,6 +160,39 @@ def test_an_option_that_leaves_its_range_is_refused_by_the_next_step_and_nothing
             assert part in str(caught.value)
         before.check()
 
+    opt.param_groups[1][option] = good
+    opt.step()
+
+
+# torch's classes go on with infinite parameters or NaN, or with an error of Python's arithmetic
+UNFIT: list[tuple[str, str, Any, str]] = [
+    ("AdamW", "betas", (1.0, 0.9), "beta parameter at index 0: 1.0 in parameter group 1"),
+    ("Adam", "betas", [0.9, 1.5], "beta parameter at index 1: 1.5"),
+    ("NAdam", "betas", (0.9, -0.1), "beta parameter at index 1: -0.1"),
+    ("Adamax", "betas", (0.9, 0.99, 0.5), "'betas' of parameter group 1 is .* two numbers"),
+    ("Lion", "betas", (math.nan, 0.9), "beta parameter at index 0: nan"),
+    ("RAdam", "eps", -1.0, "epsilon value: -1.0"),
+    ("Adafactor", "eps", (None, -1.0), "epsilon value: -1.0"),
+    ("Adadelta", "rho", 2.0, "rho value: 2.0"),
+    ("LAMB", "weight_decay", math.nan, "weight_decay: nan"),
+    ("Muon", "momentum", math.nan, "momentum: nan"),
+]
+
+
+@pytest.mark.parametrize(("name", "option", "value", "message"), UNFIT)
+def test_an_option_of_a_class_with_which_there_is_no_step_is_refused_and_nothing_changes(
+    name: str, option: str, value: Any, message: str
+) -> None:
+    params = [torch.nn.Parameter(torch.full((2, 2), x)) for x in (1.0, 2.0)]
+    opt = getattr(adapters, name)([{"params": params[:1]}, {"params": params[1:]}])
+    train([opt], range(2))
+    good, opt.param_groups[1][option] = opt.param_groups[1][option], value
+    before = Snapshot(params_of(opt), [dict(s) for s in opt.state.values()])
+
+    with pytest.raises(ValueError, match=message):
+        opt.step()
+
+    before.check()
     opt.param_groups[1][option] = good
     opt.step()
 
