@@ -419,13 +419,19 @@ def test_a_number_that_is_changed_before_the_derivative_is_computed() -> None:
 
 
 def test_many_cotangents_at_once() -> None:
+    """And the derivative of what they give, which follows the tensors of the step, too."""
     w = torch.tensor([1.0, -2.0, 0.5], dtype=F64, requires_grad=True)
     tx = fo.chain(fo.clip_by_global_norm(0.5), fo.adam(0.1, eps=0.1))
     new, _ = fo.apply_gradients(tx, {"w": w}, {"w": w**2}, tx.init({"w": w}))
     eye = torch.eye(3, dtype=F64)
-    (found,) = torch.autograd.grad(new["w"], w, eye, is_grads_batched=True, retain_graph=True)
-    expected = [torch.autograd.grad(new["w"], w, row, retain_graph=True)[0] for row in eye]
-    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-12, atol=1e-14)
+    (found,) = torch.autograd.grad(new["w"], w, eye, is_grads_batched=True, create_graph=True)
+    rows = [torch.autograd.grad(new["w"], w, row, create_graph=True)[0] for row in eye]
+    expected = torch.stack(rows)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    again = [torch.autograd.grad((x**2).sum(), w, retain_graph=True)[0] for x in (found, expected)]
+    torch.testing.assert_close(*again, rtol=1e-12, atol=1e-14)
+    (found,) = torch.autograd.grad(new["w"], w, eye, is_grads_batched=True)
+    assert not found.requires_grad
 
 
 LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
