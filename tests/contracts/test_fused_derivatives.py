@@ -221,6 +221,9 @@ TRANSFORMS: dict[str, Callable[[Any], Any]] = {
     "hessian": lambda f: torch.func.hessian(f, argnums=1),
     "jacrev of grad": lambda f: torch.func.jacrev(torch.func.grad(f, argnums=(0, 1)), argnums=(0, 1, 2)),
     "jacfwd of grad": lambda f: torch.func.jacfwd(torch.func.grad(f, argnums=(0, 1)), argnums=(0, 1, 2)),
+    "jacrev of grad of grad": lambda f: torch.func.jacrev(
+        lambda *args: TRANSFORMS["grad of grad"](f)(*args)[1], argnums=(0, 1, 2)
+    ),
     "jacrev of jacrev": lambda f: torch.func.jacrev(torch.func.jacrev(f, argnums=1), argnums=(0, 1)),
     "vmap of the vjp of grad": lambda f: (
         lambda *args: torch.vmap(torch.func.vjp(torch.func.grad(f, argnums=1), *args)[1])(torch.eye(4, dtype=F64))
