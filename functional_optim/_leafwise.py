@@ -17,12 +17,12 @@ from ._runtime.cuda.capture import NumberWatch, is_capturing, refuse_counter, re
 from ._runtime.groups import Columns, Key
 from ._runtime.internals import needs_dispatch, version
 from ._runtime.pointers import PointerReader, Pointers
-from ._runtime.spec import TensorSpec
+from ._runtime.spec import TensorSpec, sizes_of
 from ._runtime.stacks import find_freed
 
 
 STACK = 1 << 20  # the most elements of leaves that are computed together on a CPU, so that they stay in its cache
-_LOOK, _REQUIRES_GRAD = attrgetter("shape", "dtype", "device", "requires_grad"), attrgetter("requires_grad")
+_LOOK, _REQUIRES_GRAD = attrgetter("dtype", "device", "requires_grad"), attrgetter("requires_grad")
 
 
 class LeafwiseStep:
@@ -178,7 +178,7 @@ class LeafwiseStep:
         for k, i in enumerate(self.leaves):
             self._check_slots([column[k] for column in arrays], self.paths[i], like[i])
         numbers: dict[Hashable, int] = {}
-        looks = [[None if x is None else _LOOK(x) for x in column] for column in arrays]
+        looks = [[None if x is None else (sizes_of(x), _LOOK(x)) for x in column] for column in arrays]
         kinds = [numbers.setdefault(look, len(numbers)) for look in zip(*looks, strict=True)]
         tensors = [x for column in arrays for x in column if x is not None]
         plain = not needs_dispatch() and not any(map(_REQUIRES_GRAD, tensors))

@@ -46,6 +46,11 @@ class PackedModule:
           RuntimeError: a parameter has been given other memory since, as `module.to(...)` does, or the module has
             other parameters.
         """
+        if torch.compiler.is_dynamo_compiling():
+            return _outside(PackedModule._own_params, self)  # type: ignore[no-any-return]
+        return self._own_params()
+
+    def _own_params(self) -> Packed:
         self._refuse_replaced()
         found = self._pointers()
         if found != self._known:
@@ -66,6 +71,11 @@ class PackedModule:
         `backward` adds to them in place. A gradient that something has replaced, as `zero_grad` does by default, is
         copied to its place, and the parameter given the view again.
         """
+        if torch.compiler.is_dynamo_compiling():
+            return _outside(PackedModule._own_grads, self)  # type: ignore[no-any-return]
+        return self._own_grads()
+
+    def _own_grads(self) -> Packed:
         self._refuse_replaced()
         self._refuse_frozen()
         for name, p in self._parameters.items():
@@ -81,6 +91,12 @@ class PackedModule:
 
     def zero_grad(self) -> None:
         """Sets all gradients to zero, one operation for each buffer."""
+        if torch.compiler.is_dynamo_compiling():
+            _outside(PackedModule._zero_grads, self)
+        else:
+            self._zero_grads()
+
+    def _zero_grads(self) -> None:
         self._refuse_replaced()
         self._refuse_frozen()
         for name, p in self._parameters.items():
@@ -143,6 +159,13 @@ class PackedModule:
             "a PackedModule belongs to the memory of its module; copy or save the module, and pack the copy, with "
             "`pack_module`."
         )
+
+
+def _outside(fn: Any, packed: PackedModule) -> Any:
+    """A call outside of a compiled graph, which cannot follow the checks of a module."""
+    from ._traced import module_outside  # which imports the compiler, and that takes seconds
+
+    return module_outside(fn, packed)
 
 
 def pack_module(module: nn.Module) -> PackedModule:

@@ -16,7 +16,7 @@ from ._leafwise import LeafwiseStep
 from ._opaque import check_apart
 from ._recorded import requires_gradient, warn_of_growth
 from ._regions import BoundRegion, LeafwiseRegion, Opaque, Region, Variant, cut_into_regions, look_ahead, packed_forms
-from ._runtime.backend import REQUESTED
+from ._runtime.backend import REQUESTED, choose_backend
 from ._runtime.checks import at, check_fit, check_leaf
 from ._runtime.cuda.capture import CaptureError, NumberWatch, can_capture, refuse_host_schedule, refuse_new_trees
 from ._runtime.groups import Columns, Key
@@ -28,6 +28,7 @@ from ._runtime.internals import (
     takes_gradients,
     without_wrappers,
 )
+from ._runtime.kernels import COMPILE
 from ._runtime.numbers import Numbers
 from ._runtime.overlap import SharedMemoryError
 from ._runtime.packing import PackedColumn
@@ -271,6 +272,7 @@ class TreeStep:
         if found is None:
             if not self._has_its_leaves(own):
                 return None
+            self._check_backend(own["updates"])
             leaves = segment.leaves(own)
             if levels:
                 counters: set[Key] = {(k, "count") for k in segment.state.counted}
@@ -285,6 +287,16 @@ class TreeStep:
             bound.release(reading)
             return bound.evaluate_reference(own, bound.own_numbers(extra, given))
         return bound.run(reading, own, levels)
+
+    def _check_backend(self, updates: Sequence[torch.Tensor]) -> None:
+        """Refuses a backend that is asked for and computes nothing on the device of a leaf, here.
+
+        Raises:
+          RuntimeError: with the leaf.
+        """
+        for i in self.present if REQUESTED.get() in COMPILE else ():
+            if not updates[i].is_meta:
+                choose_backend(updates[i].device, at(self.paths[i]))
 
     def _bound_to_plain(self, segment: TreeRegion, own: Columns) -> BoundStep | None:
         """The step that is bound to the tensors that wrappers of `grad` stand for; None if others are there now."""

@@ -36,4 +36,8 @@ def traced_tree(serial: str, containers: Structure, buffers: Sequence[torch.Tens
 
 PACK = "`pack` is called inside of the compiled function; pack once, outside, and make trees by `packed.map(...)`"
 READ = "averages of some leaves alone, or packed otherwise than the parameters, are packed anew"
-pack_outside, read_outside = outside(PACK), outside(READ)
+MODULE = (
+    "`params`, `grads` or `zero_grad` of a `PackedModule` is used inside of the compiled function; give "
+    "`packed.params` and `packed.grads` to the function as arguments, which checks the module at each step"
+)
+pack_outside, read_outside, module_outside = outside(PACK), outside(READ), outside(MODULE)

@@ -401,8 +401,12 @@ class _FollowedStep(torch.autograd.Function):
             return (None, *[None] * len(wanted))
         saved = _saved_by(ctx)
         if any(map(is_mapped_by_autograd, given)):
+            recorded = torch.is_grad_enabled()  # by `create_graph`: the derivative of these follows what was saved
             with torch.enable_grad():
-                own = [x.detach().requires_grad_(there) for x, there in zip(saved, wanted, strict=True)]
+                own = [
+                    x.view_as(x) if recorded and x.requires_grad else x.detach().requires_grad_(there)
+                    for x, there in zip(saved, wanted, strict=True)
+                ]
                 results = iter(_follow_back(ctx.step, own, cotangents, wanted))
         else:  # without `create_graph` nobody differentiates the derivative
             derivative = _Derivative.apply if torch.is_grad_enabled() or in_transformation() else _Derivative.forward

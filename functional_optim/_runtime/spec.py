@@ -40,7 +40,8 @@ class TensorSpec(NamedTuple):
     @classmethod
     def of(cls, x: torch.Tensor) -> "TensorSpec":
         """The spec of a strided tensor."""
-        return cls(type(x), x.dtype, x.shape, x.stride(), x.device, x.is_neg() or x.is_conj() or is_zero_tensor(x))
+        lazy = x.is_neg() or x.is_conj() or is_zero_tensor(x)
+        return cls(type(x), x.dtype, sizes_of(x), _constants(x.stride()), x.device, lazy)
 
     @property
     def plain(self) -> bool:
@@ -87,6 +88,27 @@ class TensorSpec(NamedTuple):
                     return True
                 reach += (size - 1) * stride
         return False
+
+
+def sizes_of(x: torch.Tensor) -> torch.Size:
+    """The shape of a tensor; its sizes are numbers, also where a compiler takes them for variables.
+
+    Raises:
+      ValueError: sizes are variables of a graph that nothing guards, so it would compute with those of other tensors.
+    """
+    return torch.Size(_constants(x.shape))
+
+
+def _constants(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    if torch.SymInt not in map(type, sizes):
+        return sizes
+    if not torch.compiler.is_compiling():
+        raise ValueError(
+            "sizes of a tensor are symbols, as with `make_fx(..., tracing_mode='symbolic')`, but the operations of a "
+            "step follow from its shapes, which such a graph would not be guarded by; trace with "
+            "`tracing_mode='fake'`, or use `torch.export.export` or `torch.compile`."
+        )
+    return tuple(map(int, sizes))
 
 
 def are_ordinary(*lists: Iterable[torch.Tensor]) -> bool:

@@ -2,6 +2,7 @@
 
 import re
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -62,6 +63,14 @@ NEVER: dict[str, tuple[str, str]] = {
 }
 
 
+# of a step of a vector: members, forward mode, and a derivative
+FOLLOWED: tuple[Callable[[Any], Any], ...] = (
+    lambda f: lambda x: torch.vmap(f)(x.expand(3, 2)),
+    lambda f: lambda x: torch.func.jvp(f, (x,), (x,)),
+    lambda f: torch.func.grad(lambda x: f(x).sum()),
+)
+
+
 @pytest.mark.parametrize("case", NEVER)
 @pytest.mark.parametrize("donate", [False, True])
 def test_a_backend_that_never_serves_is_an_error(case: str, donate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,6 +89,9 @@ def test_a_backend_that_never_serves_is_an_error(case: str, donate: bool, monkey
             fo.apply_gradients(tx, params, params, state, donate=donate)
         with pytest.raises(RuntimeError, match=message):
             fo.explain(tx, params)
+        for transform in FOLLOWED:
+            with pytest.raises(RuntimeError, match=f"the backend '{name}' is asked for, but .*{message}"):
+                transform(lambda x: fo.apply_gradients(tx, {**params, "b": x}, params, state)[0]["b"])(params["b"])
         optimizer = AdamW([torch.nn.Parameter(torch.ones(2))])
         optimizer.param_groups[0]["params"][0].grad = torch.ones(2)
         with pytest.raises(RuntimeError, match=f"the backend '{name}'"):

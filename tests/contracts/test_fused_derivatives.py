@@ -221,6 +221,9 @@ TRANSFORMS: dict[str, Callable[[Any], Any]] = {
     "hessian": lambda f: torch.func.hessian(f, argnums=1),
     "jacrev of grad": lambda f: torch.func.jacrev(torch.func.grad(f, argnums=(0, 1)), argnums=(0, 1, 2)),
     "jacfwd of grad": lambda f: torch.func.jacfwd(torch.func.grad(f, argnums=(0, 1)), argnums=(0, 1, 2)),
+    "jacrev of grad of grad": lambda f: torch.func.jacrev(
+        lambda *args: TRANSFORMS["grad of grad"](f)(*args)[1], argnums=(0, 1, 2)
+    ),
     "jacrev of jacrev": lambda f: torch.func.jacrev(torch.func.jacrev(f, argnums=1), argnums=(0, 1)),
     "vmap of the vjp of grad": lambda f: (
         lambda *args: torch.vmap(torch.func.vjp(torch.func.grad(f, argnums=1), *args)[1])(torch.eye(4, dtype=F64))
@@ -419,13 +422,19 @@ def test_a_number_that_is_changed_before_the_derivative_is_computed() -> None:
 
 
 def test_many_cotangents_at_once() -> None:
+    """And the derivative of what they give, which follows the tensors of the step, too."""
     w = torch.tensor([1.0, -2.0, 0.5], dtype=F64, requires_grad=True)
     tx = fo.chain(fo.clip_by_global_norm(0.5), fo.adam(0.1, eps=0.1))
     new, _ = fo.apply_gradients(tx, {"w": w}, {"w": w**2}, tx.init({"w": w}))
     eye = torch.eye(3, dtype=F64)
-    (found,) = torch.autograd.grad(new["w"], w, eye, is_grads_batched=True, retain_graph=True)
-    expected = [torch.autograd.grad(new["w"], w, row, retain_graph=True)[0] for row in eye]
-    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-12, atol=1e-14)
+    (found,) = torch.autograd.grad(new["w"], w, eye, is_grads_batched=True, create_graph=True)
+    rows = [torch.autograd.grad(new["w"], w, row, create_graph=True)[0] for row in eye]
+    expected = torch.stack(rows)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    again = [torch.autograd.grad((x**2).sum(), w, retain_graph=True)[0] for x in (found, expected)]
+    torch.testing.assert_close(*again, rtol=1e-12, atol=1e-14)
+    (found,) = torch.autograd.grad(new["w"], w, eye, is_grads_batched=True)
+    assert not found.requires_grad
 
 
 LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -234,3 +234,32 @@ def test_a_step_between_forward_and_backward_is_noticed_with_a_packed_module() -
     fo.apply_gradients(tx, packed.params, packed.grads, tx.init(packed.params), donate=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_packed_module_is_checked_outside_of_a_graph(fullgraph: bool) -> None:
+    torch.compiler.reset()
+    model = torch.nn.Linear(2, 1)
+    packed = fo.pack_module(model)
+    tx = fo.sgd(0.5)
+    state = tx.init(packed.params)
+    model(torch.ones(3, 2)).sum().backward()
+    before, slope = [{k: x.clone() for k, x in fo.unpack(tree).items()} for tree in (packed.params, packed.grads)]
+
+    @torch.compile(fullgraph=fullgraph, backend="eager")
+    def step(state: Any) -> Any:
+        _, state = fo.apply_gradients(tx, packed.params, packed.grads, state, donate=True)
+        packed.zero_grad()
+        return state
+
+    if fullgraph:
+        with pytest.raises(Exception, match=r"give `packed.params` and `packed.grads` to the function as arguments"):
+            step(state)
+        return
+    step(state)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name] - 0.5 * slope[name])
+        assert not p.grad.any()
+    model.weight = torch.nn.Parameter(torch.ones(1, 2))
+    with pytest.raises(RuntimeError, match="'weight' was replaced"):
+        step(state)

@@ -46,6 +46,15 @@ def test_make_fx_traces_the_reference() -> None:
     assert_close(graph(params, params, state), fo.apply_gradients(tx, params, params, state))
 
 
+@pytest.mark.parametrize("tx", [fo.clip_by_block_rms(0.1), fo.scale_by_factored_rms()], ids=["kernels", "whole"])
+def test_sizes_that_nothing_guards_are_refused(tx: Any) -> None:
+    """A graph of operations that follow from sizes would compute with those of other tensors."""
+    params = {"w": torch.ones(3, 4)}
+    state = tx.init(params)
+    with pytest.raises(ValueError, match=r"sizes of a tensor are symbols.*tracing_mode='fake'"):
+        make_fx(lambda *args: fo.apply_gradients(tx, *args), tracing_mode="symbolic")(params, params, state)
+
+
 @pytest.mark.slow
 def test_exported_steps_are_saved_and_loaded(tmp_path: Path) -> None:
     """In this process, and in one that knows nothing but the package and the classes of the state."""

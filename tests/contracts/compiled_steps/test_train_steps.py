@@ -402,6 +402,23 @@ def test_messages() -> None:
         apply(wide, params, params, wide.init(params))
 
 
+@pytest.mark.parametrize("form", ["an operation", "traced", "derivative"])
+def test_sizes_of_parameters_that_are_variables(form: str) -> None:
+    """Compiled in where the formulas of a step are, whose means follow from them."""
+    tx = fo.chain(fo.clip_by_block_rms(0.1), fo.scale_by_factored_rms(min_dim_size_to_factor=2), fo.scale(-1.0))
+
+    def step(p: torch.Tensor, state: Any) -> torch.Tensor:
+        with fo.use_backend("reference" if form == "traced" else "c"):
+            return fo.apply_gradients(tx, {"w": p}, {"w": p * p}, state)[0]["w"].square().sum()
+
+    step = torch.func.grad(step) if form == "derivative" else step
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (3, 5, 4):
+        p = torch.linspace(0.5, 2.0, 2 * n, dtype=torch.float64).reshape(2, n)
+        state = tx.init({"w": p})
+        torch.testing.assert_close(compiled(p, state), step(p, state), rtol=1e-12, atol=0)
+
+
 def test_the_size_of_a_batch_is_a_variable() -> None:
     tx, backend = CHAINS["schedule"](), counter("eager")
     eager = train_step(tx, "donate")

@@ -1,5 +1,6 @@
 """`torch.compile(optimizer.step)`: one graph, none made anew while a schedule runs, the numbers of eager mode."""
 
+import copy
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -224,6 +225,29 @@ def test_loop_with_the_model() -> None:
 
     # the products of the backward pass may be traced to others, some units of 2**-53 from these
     torch.testing.assert_close(train(True), train(False), rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "chain"])
+def test_the_operation_of_a_step_keeps_its_promises(name: str) -> None:
+    """torch's own checks: no argument is written that is not declared, and fake results are like real ones."""
+    torch.compiler.reset()
+    found: list[tuple[Any, ...]] = []
+
+    class Noting(torch.fx.Interpreter):
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            if "functional_optim.step" in str(target):
+                found.append((copy.deepcopy(args), kwargs))
+            return super().call_function(target, args, kwargs)
+
+    params = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2, 2))]
+    optimizer = OPTIMIZERS[name](params, torch.tensor(0.1))
+    step = torch.compile(optimizer.step, backend=lambda graph, _: Noting(graph).run, fullgraph=True)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        step()
+    args, kwargs = found[-1]
+    torch.library.opcheck(torch.ops.functional_optim.step.default, args, kwargs)
 
 
 def test_an_operation_whose_optimizer_is_gone_is_refused() -> None:
