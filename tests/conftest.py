@@ -2,6 +2,8 @@
 
 import gc
 import os
+import shutil
+from pathlib import Path
 
 
 # kernels for a GPU, run by Triton's interpreter unless the environment says otherwise: see tests/cuda
@@ -10,11 +12,14 @@ os.environ["JAX_ENABLE_X64"] = "1"
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # programs of twenty steps take longer to compile than run
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave the cores to other workers
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 
 import pytest
 import torch
 from hypothesis import settings
+
+from _lib.compilers import restart
+from _lib.interpreter import patch_once
 
 
 collect_ignore = ["_lib"]  # no doctests, and much to import
@@ -22,6 +27,10 @@ collect_ignore = ["_lib"]  # no doctests, and much to import
 torch.set_num_threads(1)  # a core for each worker; tests of kernels set their own
 settings.register_profile("tests", deadline=None, derandomize=True, database=None)
 settings.load_profile("tests")
+# kernels are compiled in two thirds of the time; tests of their numbers compile them as users do (fixture `optimized`)
+QUICK_CC = Path(__file__).parent / "_lib" / "quick_cc"
+if "CC" not in os.environ and shutil.which("cc") and os.access(QUICK_CC, os.X_OK):
+    os.environ["CC"] = str(QUICK_CC)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -40,8 +49,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     A worker runs whole files, so a long one that comes last would run alone.
     """
+    interpreted = False
     for item in items:
         callspec = getattr(item, "callspec", None)
         if callspec and any(isinstance(x, str) and x == "triton" for x in callspec.params.values()):
             item.add_marker("triton")
+            interpreted = True
+    if interpreted:
+        patch_once()
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(scope="module")
+def optimized() -> Iterator[None]:
+    """Compiles kernels as users do: at the highest level of optimization."""
+    if os.environ.get("CC") != str(QUICK_CC):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CC")
+        restart()
+        yield
+    restart()

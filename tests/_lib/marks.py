@@ -10,6 +10,9 @@ import pytest
 # number; and it counts loops in a way that NumPy wants to forbid
 INTERPRETER = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:Conversion of an array:DeprecationWarning")
 
+# kernels compiled as users compile them, where the promise is their numbers; see the fixture
+OPTIMIZED = pytest.mark.usefixtures("optimized")
+
 
 def pairwise(names: str, *values: Iterable[str]) -> pytest.MarkDecorator:
     """Cases in which each value of two arguments meets the other's, and the third's come by turns.

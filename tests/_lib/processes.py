@@ -32,7 +32,13 @@ MARKS = [
 ]
 # Processes are forked from one that has imported what takes long; where there is none, each imports it.
 START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-IMPORTED = ["torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "torch.distributed.tensor"]
+IMPORTED = [
+    "torch._dynamo",  # optimizers of torch import it
+    "torch._inductor.compile_fx",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+]
 
 
 def forks() -> Any:
@@ -129,6 +135,7 @@ def _run_program(
         os.dup2(os.open(within / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
     os.environ.clear()
     os.environ.update(environment)
+    tempfile.tempdir = None  # found anew, in this environment
     sys.argv = ["program", *arguments]
     if errors:
         warnings.simplefilter("error")

@@ -7,6 +7,7 @@ import torch
 
 from _lib.compare import assert_same_bits, ulps
 from _lib.forms_of_torch import ANY, EXACT, FEW, FUSED, LOOPS, ROUNDED, STEPS, split
+from _lib.marks import OPTIMIZED
 from _lib.optimizers import (
     NUMBERS,
     OURS,
@@ -27,6 +28,9 @@ from _lib.optimizers import (
     train,
 )
 from _lib.records import use
+
+
+pytestmark = OPTIMIZED
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

@@ -15,12 +15,12 @@ import functional_optim as fo
 from _lib.backends import OTHERS, only
 from _lib.compare import assert_alike
 from _lib.drawn import DRAWN, LAYOUTS, NAMES, RUNS, SHAPES, Leaf, Run, decays, laid_out, links, numbers, wrapped
-from _lib.marks import INTERPRETER
+from _lib.marks import INTERPRETER, OPTIMIZED
 from _lib.trees import F64, tensors
 from functional_optim._runtime.backend import BACKENDS
 
 
-pytestmark = INTERPRETER
+pytestmark = [INTERPRETER, OPTIMIZED]
 
 
 def steps_of(run: Run, backend: str) -> Any:

@@ -10,13 +10,13 @@ import torch
 import functional_optim as fo
 from _lib.backends import STEPS, only
 from _lib.chains import nested
-from _lib.marks import INTERPRETER
+from _lib.marks import INTERPRETER, OPTIMIZED
 from _lib.trees import F64
 from functional_optim._runtime import cpu
 from functional_optim._runtime.backend import BACKENDS
 
 
-pytestmark = INTERPRETER
+pytestmark = [INTERPRETER, OPTIMIZED]
 
 
 @fo.elementwise(state={"norm": fo.slot(0.0, per="leaf"), "mu": fo.zeros})

@@ -8,8 +8,12 @@ import torch
 import functional_optim as fo
 from _lib.backends import STEPS, only
 from _lib.chains import nested
+from _lib.marks import OPTIMIZED
 from _lib.trees import BF16, F32, F64, tensors
 from functional_optim._runtime.cpu import CHUNK
+
+
+pytestmark = OPTIMIZED
 
 
 @pytest.fixture

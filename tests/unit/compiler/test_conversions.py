@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from _lib.marks import INTERPRETER
+from _lib.marks import INTERPRETER, OPTIMIZED
 from _lib.operations import (
     BF16,
     DTYPES,
@@ -25,7 +25,7 @@ from functional_optim._compiler.c.build import find_compiler
 from functional_optim._compiler.c.emit import prelude
 
 
-pytestmark = INTERPRETER
+pytestmark = [INTERPRETER, OPTIMIZED]
 
 
 HALVES = pytest.mark.parametrize("half", [BF16, F16], ids=["bfloat16", "float16"])

@@ -14,7 +14,7 @@ import torch
 
 import functional_optim as fo
 from _lib.floats import fma
-from _lib.marks import INTERPRETER
+from _lib.marks import INTERPRETER, OPTIMIZED
 from _lib.operations import (
     ARITHMETIC,
     CASES,
@@ -214,7 +214,7 @@ def allowed(backend: str, kind: str, dtype: torch.dtype) -> int:
     return ULPS[kind][backend if backend in ("c", "triton") else "torch"][dtype is F64]
 
 
-pytestmark = INTERPRETER
+pytestmark = [INTERPRETER, OPTIMIZED]
 
 
 @ON_EVERY_BACKEND

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import functional_optim as fo
-from _lib.marks import INTERPRETER
+from _lib.marks import INTERPRETER, OPTIMIZED
 from _lib.operations import (
     DTYPES,
     F32,
@@ -23,7 +23,7 @@ from _lib.programs import device_of
 from functional_optim._compiler import trace
 
 
-pytestmark = INTERPRETER
+pytestmark = [INTERPRETER, OPTIMIZED]
 
 
 # around a vector, the blocks of 512, Triton's of 1024 and chunks of 4096, and C's chunks of 32768
