@@ -200,7 +200,7 @@ def explanation(tx: Any, params: Tree | None) -> Explanation:
     state = tx.init(tree)
     with ShortTracebacks():
         step = TreeStep(tx, True, tree, tree)
-    columns = step.columns(tree, tree, False)
+    columns = step.columns(tree, tree)
     assert columns is not None
     found = _Collector(step.paths, view.leaves, torch.is_grad_enabled(), differentiates=True)
     columns |= dict.fromkeys(_given(step), columns["updates"])
