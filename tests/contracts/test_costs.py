@@ -125,6 +125,43 @@ def test_a_model_that_is_used_stays_bound() -> None:
         assert len(calls(first)) <= n + 40
 
 
+def set_of_gradients(params: list[nn.Parameter], present: int) -> None:
+    """Gives gradients to the parameters whose bits are set."""
+    for i, p in enumerate(params):
+        p.grad = torch.ones(2) if present >> i & 1 else None
+
+
+def test_a_rule_is_traced_once_whichever_gradients_there_are() -> None:
+    traced = []
+
+    @fo.elementwise
+    def double(u: Any) -> Any:
+        traced.append(1)
+        return -2 * u
+
+    params = [nn.Parameter(torch.zeros(2)) for _ in range(5)]
+    opt = TransformOptimizer(params, double())
+    for present in range(1, 32):
+        set_of_gradients(params, present)
+        opt.step()
+
+    assert len(traced) == 1
+    torch.testing.assert_close(params, [torch.full((2,), -32.0)] * 5)
+
+
+def test_gradients_that_are_seen_again_stay_bound() -> None:
+    """Of many sets of gradients, those that have waited longest are bound anew, and others are found at once."""
+    params = [nn.Parameter(torch.zeros(2)) for _ in range(5)]
+    opt = AdamW(params)
+    found = []
+    for present in (3, 3, *(p for other in range(4, 32) for p in (other, 3))):
+        set_of_gradients(params, present)
+        found.append((present, len(calls(opt.step))))
+
+    again = [n for present, n in found[1:] if present == 3]
+    assert max(again) <= again[0] + 40
+
+
 def test_a_step_of_rules_calls_nothing_for_each_tensor() -> None:
     """A step that writes in place reads tensors in lists, whatever their number."""
     assert per_tensor(optimizer(None)) <= 1
