@@ -1,6 +1,5 @@
 """Chains, and steps of them."""
 
-import warnings
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from ._transform import (
     parts,
 )
 from ._tree import Tree, View, difference, flatten, leaves_like, packed_like, paths, unflatten
+from ._warn import warn
 
 
 class Chain(Fusible):
@@ -140,10 +140,9 @@ def _warn_if_not_last(members: tuple[GradientTransformation, ...]) -> None:
         # an opaque transformation may do anything
         rules = [part.bound.rule for part in parts(member).values() if isinstance(part, RuleTransformation)]
         if early and any(not rule.final for rule in rules):
-            warnings.warn(
+            warn(
                 f"{early} stands before {member!r:.80}, which changes updates again, but it works on updates as they "
-                f"are added to the parameters; put it at the end of the chain.",
-                stacklevel=3,
+                f"are added to the parameters; put it at the end of the chain."
             )
             return
         early = early or next((rule.name for rule in rules if rule.final), None)

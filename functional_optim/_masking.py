@@ -2,7 +2,6 @@
 
 import inspect
 import re
-import warnings
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from ._transform import (
     parts,
 )
 from ._tree import MaskedNode, View, broadcast_prefix, leaves_like, paths, show, tree_map
+from ._warn import warn
 
 
 class MaskedState(NamedTuple):
@@ -158,7 +158,7 @@ class Masked(Fusible):
 
 def _warn(what: str, view: View) -> None:
     names = [p for p, s in zip(paths(view.spec), view.seen, strict=True) if s]
-    warnings.warn(f"{what}; there are {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}.", stacklevel=2)
+    warn(f"{what}; there are {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}.")
 
 
 def _called(tx: GradientTransformation) -> str:

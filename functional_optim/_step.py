@@ -4,7 +4,6 @@ The first step over trees of some structure binds the transformation to them; la
 transformation itself, and only have their tensors compared.
 """
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +39,7 @@ from ._state import StateReader, get_state, set_states
 from ._structures import with_aliases
 from ._transform import GradientTransformation, Link, Path
 from ._tree import Reader, Spec, Tree, View, difference, flatten, paths, refuse_packed_inside
+from ._warn import warn
 
 
 KEEP = 8  # trees that a transformation is bound to at once
@@ -409,11 +409,10 @@ class TreeStep:
             return
         grown = next((i for i in self.present if own["params"][i].grad_fn is not None), None)
         if grown is not None:
-            warnings.warn(
+            warn(
                 f"params{at(self.paths[grown])} is the result of a step that autograd recorded, and this one is "
                 f"recorded too: the graph grows with every step, and steps are slow. Wrap them in `torch.no_grad()`, "
-                f"or start from `{{k: p.detach() for k, p in params.items()}}`.",
-                stacklevel=6,
+                f"or start from `{{k: p.detach() for k, p in params.items()}}`."
             )
 
     @staticmethod

@@ -1,6 +1,5 @@
 """`ParamStep`: a step of chains over the parameters that have gradients."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from operator import attrgetter, is_
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from .._runtime.numbers import Numbers
 from .._runtime.shard import is_fsdp1, placed_like
 from .._runtime.step import Workspace
 from .._tree import Reader, View
+from .._warn import warn
 from .journal import Journal
 from .layout import ChainLayout
 from .local import LocalColumns, tensor_of
@@ -119,11 +119,10 @@ class ParamStep:
     def _warn_of_flat_params(self) -> None:
         flat = next((name for name, p in zip(self.names, self.params.tensors, strict=True) if is_fsdp1(p)), None)
         if flat is not None:
-            warnings.warn(
+            warn(
                 f"{flat!r} is a part of a flat parameter of `FullyShardedDataParallel`, so norms, means and maxima of "
                 f"this chain are those of the part in each process; use `fully_shard`, where they are those of whole "
-                f"tensors.",
-                stacklevel=2,
+                f"tensors."
             )
 
     def is_for(self, templates: Sequence[Template], grads: Sequence[Any], guarded: bool, exact: bool) -> bool:

@@ -3,13 +3,13 @@
 import contextlib
 import contextvars
 import functools
-import warnings
 from collections.abc import Iterator
 
 import torch
 
 from .._compiler.c.build import find_compiler
 from .._compiler.triton.build import interprets
+from .._warn import warn
 
 
 BACKENDS = ("reference", "foreach", "c", "triton")
@@ -92,7 +92,7 @@ def choose_backend(device: torch.device, where: str = "") -> tuple[str, str]:
         return best, ""
     if device.type not in ("cpu", "cuda"):
         return "reference", why
-    _warn_once(why)
+    _warn_of(why)
     return "foreach", why
 
 
@@ -116,13 +116,13 @@ def _why_never(backend: str, device: torch.device) -> str:
 def give_up(backend: str, why: str) -> None:
     """Remembers that a backend cannot build kernels, so that it is not tried at every step; warns once."""
     _given_up.setdefault(backend, why)
-    _warn_once(_given_up[backend])
+    _warn_of(_given_up[backend])
 
 
-def _warn_once(why: str) -> None:
+def _warn_of(why: str) -> None:
     if why not in _warned:
         _warned.add(why)
-        warnings.warn(f"Updates are computed without generated kernels, and slower: {why}.", stacklevel=3)
+        warn(f"Updates are computed without generated kernels, and slower: {why}.")
 
 
 def try_again() -> None:

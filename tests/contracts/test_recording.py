@@ -36,6 +36,18 @@ def warned(body: Callable[[], Any]) -> list[str]:
 
 
 @pytest.mark.parametrize("chain", CHAINS)
+def test_the_warning_names_the_line_of_the_caller(chain: str) -> None:
+    tx = CHAINS[chain]()
+    params: dict[str, Any] = dict(model().named_parameters())
+    state, grads = tx.init(params), {k: torch.ones_like(p) for k, p in params.items()}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            params, state = fo.apply_gradients(tx, params, grads, state)
+    assert [w.filename for w in caught] == [__file__]
+
+
+@pytest.mark.parametrize("chain", CHAINS)
 def test_a_loop_over_parameters_of_a_module_warns_once_with_both_ways_out(chain: str) -> None:
     def loop() -> None:
         tx, params = CHAINS[chain](), dict(model().named_parameters())
