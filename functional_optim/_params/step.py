@@ -11,7 +11,7 @@ from .._foreign import CHANGED_MESSAGE, SpecWatch, call_opaque, check_updates, h
 from .._opaque import SplitState
 from .._regions import Opaque, Region, Variant
 from .._runtime.backend import REQUESTED
-from .._runtime.checks import check_fit, check_leaf, refuse_meta
+from .._runtime.checks import check_fit, check_leaf, refuse_leaf, refuse_meta
 from .._runtime.cuda.capture import refuse_host_schedule
 from .._runtime.groups import Columns
 from .._runtime.internals import in_backward, needs_dispatch
@@ -385,10 +385,11 @@ class ParamStep:
             # autograd may have kept the old tensor for the derivative of an earlier step
             self.state.replace(segment, {key: x for key, x in results.items() if key != "params"}, own, states, journal)
             results = {"params": results["params"]} if "params" in results else {}
-        for key, column in results.items():
-            for i in self.present:
-                if column[i] is not own[key][i]:
-                    targets[key][i].copy_(column[i])
+        changed = [(k, i, x[i]) for k, x in results.items() for i in self.present if x[i] is not own[k][i]]
+        for key, i, _ in changed:
+            refuse_leaf(self.names[i], targets[key][i])
+        for key, i, x in changed:
+            targets[key][i].copy_(x)
 
     def _call(
         self,
