@@ -9,7 +9,6 @@ in this process by its serial number.
 
 import base64
 import collections
-import contextlib
 import functools
 import importlib
 import io
@@ -29,7 +28,7 @@ import torch
 
 from .._compiler.rule import Rule, state_type
 from .._packed import Form, Packed, form
-from .._runtime.backend import use_backend
+from .._runtime.backend import computed_by
 from .._runtime.cuda.driver import driver_of
 from .._runtime.internals import is_wrapper_of_a_transformation
 from .._runtime.packing import Place
@@ -188,7 +187,7 @@ class DescribedStep:
         follows = reference or any(map(is_wrapper_of_a_transformation, given))
         tx = self.tx._with_tensors(list(given)) if follows else self._chain_of(given)
         backend = "reference" if reference else self.backend
-        with use_backend(backend) if backend else contextlib.nullcontext():
+        with computed_by(backend):
             before, like = self.state.tree(state), None if self.params is None else self.params.tree(params)
             result, after = take_step(tx, self.apply, self.updates.tree(updates), before, like, extra, donate)
         if donate and after is before:

@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import functools
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -14,8 +15,19 @@ from .._warn import warn
 
 BACKENDS = ("reference", "foreach", "c", "triton")
 REQUESTED: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)  # by `use_backend`
-# the same as a list, of all threads: a compiler follows no context variables, and guards its graphs by this
-ASKED: list[str] = []
+
+
+class Asked(threading.local):
+    """The backends that the blocks of `use_backend` around this line of this thread ask for, the innermost last.
+
+    A compiler follows no context variables, and guards its graphs by this.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+
+ASKED = Asked()
 _given_up: dict[str, str] = {}  # backends that failed to build a kernel in this process, and the reason
 _warned: set[str] = set()  # reasons that a warning has named
 
@@ -42,16 +54,33 @@ def use_backend(name: str) -> Iterator[None]:
       >>> with use_backend("reference"):
       ...     pass
     """
-    if name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}; there are {', '.join(map(repr, BACKENDS))}.")
+    _check(name)
     token = None if torch.compiler.is_dynamo_compiling() else REQUESTED.set(name)
-    ASKED.append(name)
+    names = ASKED.names
+    names.append(name)
     try:
         yield
     finally:
-        ASKED.pop()
+        names.pop()
         if token is not None:
             REQUESTED.reset(token)
+
+
+@contextlib.contextmanager
+def computed_by(name: str | None) -> Iterator[None]:
+    """Computes by the backend that was asked for where a step was compiled; if none was, by the one asked for here."""
+    if name:  # files may hold any
+        _check(name)
+    token = REQUESTED.set(name or REQUESTED.get())
+    try:
+        yield
+    finally:
+        REQUESTED.reset(token)
+
+
+def _check(name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; there are {', '.join(map(repr, BACKENDS))}.")
 
 
 @functools.lru_cache(maxsize=1)
