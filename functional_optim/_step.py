@@ -497,9 +497,9 @@ def take_step(
     with ShortTracebacks():
         step = TreeStep(home, apply, updates, params)
     columns = step.columns(updates, params)
-    assert columns is not None
-    done = step.take(columns, state, like, extra, donate, given)
-    assert done is not None
+    found = None if columns is None else step.take(columns, state, like, extra, donate, given)
+    if found is None:
+        raise RuntimeError(CHANGED_MESSAGE)
     if not needs_dispatch() or map_levels() or takes_gradients():
         home._bound_steps = in_front(step, bound, KEEP)
-    return done
+    return found

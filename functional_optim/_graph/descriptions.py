@@ -299,7 +299,11 @@ def _read(text: str) -> tuple[DescribedStep, bool]:
                 f"that it refers to, has been edited or defined anew since. Compile or export the step again, or keep "
                 f"the chain that was compiled."
             )
-    assert n == len(tx._tensors)
+    if n != len(tx._tensors):
+        raise RuntimeError(
+            f"the description of a compiled step says that its chain has {n} hyper-parameters that are tensors, but "
+            f"{tx!r:.100} has {len(tx._tensors)}. Compile or export the step again."
+        )
     return DescribedStep(tx, apply, Trees(updates, params, state, extra), backend), here
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import functional_optim as fo
-from functional_optim._graph import operations
+from functional_optim._graph import descriptions, operations
 from functional_optim._graph.descriptions import (
     DESCRIBED,
     DescribedStep,
@@ -132,6 +132,21 @@ def test_line_searches_have_descriptions(name: str) -> None:
     text, shown = step_of(tx)[0], repr(tx)
     del tx
     assert repr(find_step(text).tx) == shown
+
+
+def test_a_description_with_another_number_of_tensors_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files hold descriptions."""
+    text, _ = step_of(fo.sgd(torch.tensor(0.1)))
+    load = descriptions._Reader.load
+
+    def with_one_more(self: Any) -> Any:
+        digests, n, *rest = load(self)
+        return digests, n + 1, *rest
+
+    monkeypatch.setattr(descriptions._Reader, "load", with_one_more)
+    made_step.cache_clear()
+    with pytest.raises(RuntimeError, match="has 2 hyper-parameters that are tensors, but"):
+        find_step(text)
 
 
 @fo.elementwise(static=("kinds",))
