@@ -1,16 +1,18 @@
 """Bindings of an optimizer: its groups as one list of parameters with their chains, and the steps that are bound."""
 
 from collections.abc import Hashable, Mapping, Sequence
-from itertools import chain
-from operator import is_
+from itertools import chain, repeat
+from operator import is_, is_not
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from functional_optim._compiler.errors import ShortTracebacks
 from functional_optim._params.journal import Journal
+from functional_optim._params.layout import ChainLayout
 from functional_optim._params.step import ParamStep
 from functional_optim._params.template import ParamList, Template
+from functional_optim._runtime.recent import in_front
 
 from ._compiled import HANDLES
 from ._naming import names_of
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 # types of options that are another object when they change
 CONSTANT = {float, int, bool, str, type(None)}
-KEEP = 8  # sets of present gradients that an optimizer is bound to at once
+KEEP = 16  # sets of present gradients that an optimizer is bound to at once
 
 
 class Bindings:
@@ -42,6 +44,7 @@ class Bindings:
         self.names: list[list[str] | None] = []  # given with the groups
         self.states: list[dict[str, Any]] = []  # of the parameters
         self.known: tuple[list[Any], list[Any]] = ([], [])  # keys and values of the optimizer's state
+        self.layouts: dict[tuple[int, ...], ChainLayout] = {}  # by whether steps are guarded, and the ids of templates
         self.steps: list[ParamStep] = []
         self.row_steps: list[ParamStep] = []  # of the rows that sparse gradients touch
         self.disjoint: Sequence[Any] = ()  # tensors with rows to be written that were found to share no memory
@@ -99,7 +102,7 @@ class Bindings:
             groups = [g for g, size in enumerate(sizes) for _ in range(size)]
             _check_names(opt, sizes)
             known = ParamList(names_of(opt.param_groups), params, [of_group[g] for g in groups], groups)
-            self.steps, self.row_steps, self.states = [], [], []
+            self.layouts, self.steps, self.row_steps, self.states = {}, [], [], []
             self.names = [None if x is None else list(x) for x in names]
             self.params, self.sizes, self.used, self.counter = known, sizes, (templates, of_group), counter
         same_groups = len(self.options) == len(sizes) and all(map(is_, self.options, opt.param_groups))
@@ -178,15 +181,28 @@ class Bindings:
           guarded: whether the step is taken only if `found_inf` is 0.
           exact: whether to look for gradients that are gone; they are found when tensors are read, too.
         """
+        # of several steps, none is tried in vain on gradients of which some are gone
+        there = list(map(is_not, grads, repeat(None))) if len(steps) > 1 else None
         for step in steps:
-            if step.is_for(templates, grads, guarded, exact):
+            if (there is None or there == step.there) and step.is_for(templates, grads, guarded, exact):
+                if step is not steps[0]:
+                    steps[:] = in_front(step, steps, KEEP)
                 return step
-        assert self.params is not None
         with ShortTracebacks():
-            step = ParamStep(templates, self.params, grads, guarded, opt._counter_dtype(), warn=not self.warned)
+            layout = self._layout_of(templates, guarded)
+            step = ParamStep(layout, grads, opt._counter_dtype(), warn=not self.warned)
         self.warned = True
-        steps[:] = [step, *steps[: KEEP - 1]]
+        steps[:] = in_front(step, steps, KEEP)
         return step
+
+    def _layout_of(self, templates: Sequence[Template], guarded: bool) -> ChainLayout:
+        """The layout of some chains over the parameters, which all sets of present gradients share."""
+        assert self.params is not None
+        key = guarded, *map(id, templates)  # a layout holds its templates, so that no other ones get their ids
+        layout = self.layouts.get(key)
+        if layout is None or not layout.is_current:
+            layout = self.layouts[key] = ChainLayout(templates, self.params, guarded, warn=not self.warned)
+        return layout
 
     def undo(self, journal: Journal, new: set[int]) -> None:
         """Takes back the entries that a step has made before it failed; `new` are the parameters without a step."""
@@ -195,6 +211,7 @@ class Bindings:
 
     def forget_step(self, step: ParamStep | None) -> None:
         """Gives up a step that has failed, and whose masks were asked about parameters that may get another shape."""
+        self.layouts = {}
         if step is None or not any(template.tx._asks_leaves() for template in step.templates):
             return
         for steps in (self.steps, self.row_steps):

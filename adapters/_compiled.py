@@ -8,7 +8,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from functional_optim._runtime.backend import use_backend
+from functional_optim._runtime.backend import computed_by
 from functional_optim._runtime.spec import are_ordinary
 
 
@@ -31,7 +31,7 @@ def _take(
     if optimizer is None:
         raise RuntimeError("the optimizer of this compiled step is gone; keep it as long as the compiled function.")
     extra = dict(zip(names.split(",") if names else (), values, strict=True))
-    with use_backend(backend) if backend else contextlib.nullcontext():
+    with computed_by(backend):
         optimizer._run_traced(params, grads, state, options, extra)
 
 

@@ -1,7 +1,6 @@
 """Loading the state of an optimizer: matching parameters, refusing misfits, casting, distributing."""
 
 import numbers
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from copy import deepcopy
@@ -13,6 +12,7 @@ from functional_optim import _walk
 from functional_optim._compiler.rule import Option
 from functional_optim._params.template import Template, gradient_dtype, slots_of, view_of
 from functional_optim._runtime.shard import loaded_like
+from functional_optim._warn import warn
 
 from ._naming import FLAGS, names_of
 
@@ -61,11 +61,9 @@ def load(optimizer: "ChainOptimizer", state_dict: dict[str, Any], by_name: bool,
         raise
     if unknown and "chain" in optimizer.defaults:
         more = f", and {len(unknown) - 1} more are like it" if len(unknown) > 1 else ""
-        warnings.warn(
-            f"the saved state of {unknown[0]}, which the chain does not know{more}; it is kept.", stacklevel=3
-        )
+        warn(f"the saved state of {unknown[0]}, which the chain does not know{more}; it is kept.")
     for message in filter(None, dict.fromkeys(unused)):
-        warnings.warn(message, stacklevel=3)
+        warn(message)
     for after in optimizer._optimizer_load_state_dict_post_hooks.values():
         after(optimizer)
 

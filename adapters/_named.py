@@ -1,7 +1,6 @@
 """Common parts of the classes under names of their own, whose chain is no argument."""
 
 import math
-import warnings
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -9,6 +8,7 @@ import functional_optim as fo
 from functional_optim._compiler.rule import Option, Range
 from functional_optim._params.template import Template
 from functional_optim._transforms.decay import decay_then_add, l2_penalty
+from functional_optim._warn import warn
 
 from ._groups import copied
 from ._naming import template
@@ -48,7 +48,7 @@ class NamedClass(ChainOptimizer):
         if isinstance(param_group, dict):
             param_group, messages = copied(param_group)
             for message in messages:
-                warnings.warn(message, stacklevel=2)
+                warn(message)
         super().add_param_group(param_group)
 
     def _check_options(self, g: int, group: Mapping[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """`torch.optim.LBFGS`: the same iterates, and steps that leave parameters where the loss is a number."""
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from functional_optim._lbfgs.point import Point
 from functional_optim._lbfgs.recursion import Number, two_loop
 from functional_optim._lbfgs.strong_wolfe import strong_wolfe
 from functional_optim._runtime.shard import real_view
+from functional_optim._warn import warn
 
 from ._groups import copied
 from ._loading import parts_of
@@ -105,10 +105,9 @@ def _is_finite(value: float, grad: torch.Tensor) -> bool:
 
 def _warn(value: float) -> None:
     found = "a gradient that is not finite" if math.isfinite(value) else f"a loss of {value}"
-    warnings.warn(
+    warn(
         f"the closure of LBFGS returned {found}; parameters stay at the last point where both were finite.",
         RuntimeWarning,
-        stacklevel=6,
     )
 
 
@@ -160,7 +159,7 @@ class LBFGS(torch.optim.LBFGS):
         if isinstance(param_group, dict):
             param_group, messages = copied(param_group)
         for message in messages:
-            warnings.warn(message, stacklevel=2)
+            warn(message)
         super().add_param_group(param_group)
         if len(self.param_groups) > 1:
             del self.param_groups[1:]

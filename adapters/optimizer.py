@@ -225,7 +225,7 @@ class ChainOptimizer(Optimizer):
         from functional_optim._graph.trace import as_numbers  # which imports the compiler, and that takes seconds
 
         values = [torch.as_tensor(as_numbers(x), dtype=torch.float64) for x in extra.values()]
-        backend = ASKED[-1] if ASKED else ""  # which graphs are guarded by
+        backend = ASKED.names[-1] if ASKED.names else ""  # which graphs are guarded by
         torch.ops.functional_optim.step(handle, params, grads, state, options, ",".join(extra), values, backend)
 
     def _init_group(

@@ -3,7 +3,6 @@
 import copyreg
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Hashable, Mapping
 from operator import is_
 from typing import Any, cast
@@ -16,6 +15,7 @@ from functional_optim._params.template import Template
 from functional_optim._reading import scheduled
 from functional_optim._schedules.schedule import Identity
 from functional_optim._transform import Declared
+from functional_optim._warn import warn
 
 from ._groups import copied
 from ._naming import KNOWN, RESERVED, Naming, is_number
@@ -87,7 +87,7 @@ class TransformOptimizer(ChainOptimizer):
     def _build(
         self, params: Any, tx: fo.GradientTransformation, maximize: bool, fused: bool | None, differentiable: bool
     ) -> None:
-        """Constructs the optimizer; warnings name the line that called the caller."""
+        """Constructs the optimizer."""
         if fused and differentiable:
             raise RuntimeError("`fused` does not support `differentiable`")
         self._tx = fo.chain(tx) if not isinstance(tx, fo.GradientTransformation) else tx
@@ -107,7 +107,7 @@ class TransformOptimizer(ChainOptimizer):
         finally:
             del self._held
         for message in held:
-            warnings.warn(message, stacklevel=3)
+            warn(message)
         if fused:
             self._offer_scaling()
 
@@ -183,7 +183,7 @@ class TransformOptimizer(ChainOptimizer):
     def _warn(self, message: str) -> None:
         """Warns of a group that a caller of `add_param_group` gave; of the constructor's, when it is done."""
         if self._held is None:
-            warnings.warn(message, stacklevel=3)
+            warn(message)
         else:
             self._held.append(message)
 
@@ -268,10 +268,9 @@ def _class_of(key: Identity) -> type[TransformOptimizer]:
         rate = arguments.get("lr", arguments.get("learning_rate")) if by_torch else None
         self._build(params, tx_function(*args, **arguments), **{**FLAGS, **own})
         if is_number(rate) and self._naming.factor is not None:
-            warnings.warn(
+            warn(
                 f"`lr` went to {name}, but the chain that it made has no learning rate, or several, so `lr` of the "
-                f"parameter groups is a factor, 1.0 at first, which multiplies the updates.",
-                stacklevel=2,
+                f"parameter groups is a factor, 1.0 at first, which multiplies the updates."
             )
 
     def __reduce__(self: TransformOptimizer) -> tuple[Any, ...]:

@@ -1,6 +1,5 @@
 """Chains, and steps of them."""
 
-import warnings
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from ._transform import (
     parts,
 )
 from ._tree import Tree, View, difference, flatten, leaves_like, packed_like, paths, unflatten
+from ._warn import warn
 
 
 class Chain(Fusible):
@@ -142,10 +142,9 @@ def _warn_if_not_last(members: tuple[GradientTransformation, ...]) -> None:
         # an opaque transformation may do anything
         rules = [part.bound.rule for part in parts(member).values() if isinstance(part, RuleTransformation)]
         if early and any(not rule.final for rule in rules):
-            warnings.warn(
+            warn(
                 f"{early} stands before {member!r:.80}, which changes updates again, but it works on updates as they "
-                f"are added to the parameters; put it at the end of the chain.",
-                stacklevel=3,
+                f"are added to the parameters; put it at the end of the chain."
             )
             return
         early = early or next((rule.name for rule in rules if rule.final), None)
@@ -195,7 +194,7 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
         if p is not None and u is not None:
             check_fit("updates", "parameter", path, u, check_leaf("params", path, p))
     if torch.is_grad_enabled() and not needs_dispatch() and not requires_gradient(others):
-        warn_of_growth([None if u is None else p for p, u in zip(leaves, others, strict=True)], paths(spec), 2)
+        warn_of_growth([None if u is None else p for p, u in zip(leaves, others, strict=True)], paths(spec))
     if isinstance(params, Packed) and isinstance(updates, Packed) and params.form is updates.form:
         return params.with_buffers(sums(params.buffers, updates.buffers))
     return packed_like(params, unflatten(spec, sums(leaves, others)))

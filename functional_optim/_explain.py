@@ -16,6 +16,7 @@ from ._compiler.triton.emit import emit_triton, launches
 from ._foreign import host_column
 from ._leafwise import LeafwiseStep
 from ._params.journal import Journal
+from ._params.layout import ChainLayout
 from ._params.local import tensor_of
 from ._params.region import ParamRegion
 from ._params.step import ParamStep
@@ -200,7 +201,7 @@ def explanation(tx: Any, params: Tree | None) -> Explanation:
     state = tx.init(tree)
     with ShortTracebacks():
         step = TreeStep(tx, True, tree, tree)
-    columns = step.columns(tree, tree, False)
+    columns = step.columns(tree, tree)
     assert columns is not None
     found = _Collector(step.paths, view.leaves, torch.is_grad_enabled(), differentiates=True)
     columns |= dict.fromkeys(_given(step), columns["updates"])
@@ -236,7 +237,7 @@ def explain_params(
     """
     grads = [p if p.requires_grad or p.grad is not None else None for p in params.tensors]
     with ShortTracebacks():
-        step = ParamStep(templates, params, grads, guarded=False, counter=counter, warn=False)
+        step = ParamStep(ChainLayout(templates, params, guarded=False, warn=False), grads, counter, warn=False)
     shadows = [_shadow(local_tensor(p)) for p in params.tensors]
     states: list[dict[str, Any]] = [{} for _ in shadows]
     step.state.make(shadows, states, options, Journal())  # without memory, as the parameters are now

@@ -82,6 +82,8 @@ class RuleTransformation(Fusible):
         }
         if self.bound.counted:
             fields["count"] = torch.zeros((), dtype=torch.int64, device=seen[0].device if seen else None)
+        # here, and kept as long as the process: `torch.export.load` looks the class up by its name, in a process that
+        # has traced nothing
         register_in_exports(self.bound.state_type)
         return self.bound.state_type(**fields)
 
@@ -196,7 +198,8 @@ class RuleFactory:
             [inspect.Parameter(k, kind, default=v) for (k, v), kind in zip(hypers.items(), kinds, strict=True)],
             return_annotation=Wrapping if rule.wraps else RuleTransformation,
         )
-        # so that `torch.load(weights_only=True)` may load states
+        # so that `torch.load(weights_only=True)` may load states, in a process that has made none: torch keeps the list
+        # as long as the process, and so each rule that is declared
         torch.serialization.add_safe_globals([(self, f"{self.__module__}.{self.__qualname__}"), restore_state])
 
     def __call__(self, *args: Any, **kwargs: Any) -> RuleTransformation:

@@ -255,7 +255,7 @@ class LeafwiseStep:
             before = [version(x) for x in stacked]
             try:
                 results = call(*stacked) if call.rule.batched else call.mapped(stacked)
-            except RuleError:
+            except (RuleError, torch.OutOfMemoryError):
                 raise
             except RuntimeError:  # of torch.func.vmap, which cannot follow some operations; or one of the rule's own
                 if call.rule.batched:

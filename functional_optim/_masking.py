@@ -4,7 +4,6 @@ import dis
 import functools
 import inspect
 import re
-import warnings
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ from ._transform import (
     parts,
 )
 from ._tree import MaskedNode, View, broadcast_prefix, leaves_like, paths, show, tree_map
+from ._warn import warn
 
 
 class MaskedState(NamedTuple):
@@ -125,10 +125,9 @@ def _warn_of_places(choice: Any, view: View, what: str) -> None:
     """Warns that paths are asked for where parameters have none."""
     nameless = next((path for path, s in zip(paths(view.spec), view.seen, strict=True) if s and PLACE.search(path)), "")
     if nameless and asks_paths(choice):
-        warnings.warn(
+        warn(
             f"{what} ask for paths of parameters, but the optimizer was given no names, so that {nameless!r} is such a "
-            f"path; pass `model.named_parameters()`.",
-            stacklevel=2,
+            f"path; pass `model.named_parameters()`."
         )
 
 
@@ -201,7 +200,7 @@ class Masked(Fusible):
 
 def _warn(what: str, view: View) -> None:
     names = [p for p, s in zip(paths(view.spec), view.seen, strict=True) if s]
-    warnings.warn(f"{what}; there are {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}.", stacklevel=2)
+    warn(f"{what}; there are {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}.")
 
 
 def _called(tx: GradientTransformation) -> str:

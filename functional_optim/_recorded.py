@@ -1,12 +1,12 @@
 """Warnings about steps that autograd records."""
 
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
 from ._runtime.checks import at
+from ._warn import warn
 
 
 def requires_gradient(tensors: Iterable[Any]) -> bool:
@@ -14,13 +14,12 @@ def requires_gradient(tensors: Iterable[Any]) -> bool:
     return any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors)
 
 
-def warn_of_growth(params: Sequence[Any], paths: Sequence[str], stacklevel: int) -> None:
+def warn_of_growth(params: Sequence[Any], paths: Sequence[str]) -> None:
     """Warns of parameters that a recorded step has made, where nothing but parameters requires a gradient."""
     for path, p in zip(paths, params, strict=True):
         if isinstance(p, torch.Tensor) and p.grad_fn is not None:
-            return warnings.warn(
+            return warn(
                 f"params{at(path)} is the result of a step that autograd recorded, and this one is recorded too: the "
                 f"graph grows with every step, and steps are slow. Wrap them in `torch.no_grad()`, or start from "
-                f"`{{k: p.detach() for k, p in params.items()}}`.",
-                stacklevel=stacklevel + 1,
+                f"`{{k: p.detach() for k, p in params.items()}}`."
             )

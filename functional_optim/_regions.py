@@ -20,6 +20,7 @@ from ._runtime.members import MembersReading, MembersStep
 from ._runtime.packed_step import PackedStep
 from ._runtime.packing import PackedColumn
 from ._runtime.programs import Binding, NoKernels, Programs
+from ._runtime.recent import in_front
 from ._runtime.shard import MeshShard
 from ._runtime.spec import TensorSpec, specs_of
 from ._runtime.stacks import find_freed
@@ -341,11 +342,14 @@ class BoundRegion:
         Raises:
           ValueError: the storage of a tensor has been freed or cut.
         """
-        for known, bound in self.bound:
+        for entry in self.bound:
+            known, bound = entry
             if known != variant or (bound.partners and not bound.has_partners(own)):
                 continue
             found = bound.read(own)
             if isinstance(found, Reading):
+                if entry is not self.bound[0]:
+                    self.bound = in_front(entry, self.bound, self.KEEP)
                 return bound, found
             if found.outside:
                 self._refuse_freed(own, *bound.name_of(found.position))
@@ -382,11 +386,14 @@ class BoundRegion:
           ValueError: the storage of a tensor has been freed or cut.
         """
         sizes, forms = tuple(level.size for level in levels), packed_forms(own.values())
-        for known, bound in self.of_members:
+        for entry in self.of_members:
+            known, bound = entry
             if bound.sizes != sizes or known != forms or (bound.partners and not bound.has_partners(own)):
                 continue
             found = bound.read(own, bound.own_numbers(extra, given), levels)
             if isinstance(found, MembersReading):
+                if entry is not self.of_members[0]:
+                    self.of_members = in_front(entry, self.of_members, self.KEEP)
                 return bound, found
             if found is not None and found.outside:
                 self._refuse_freed(own, *bound.name_of(found.position))
@@ -415,7 +422,7 @@ class BoundRegion:
             bound = MembersStep(leaves, self.specs(own), own, levels, counters, extra, given)
         except NoKernels:
             return None
-        self.of_members = [(packed_forms(own.values()), bound), *self.of_members[: self.KEEP - 1]]
+        self.of_members = in_front((packed_forms(own.values()), bound), self.of_members, self.KEEP)
         return self.find_members(own, levels, extra, given)
 
     def bind(
@@ -434,10 +441,12 @@ class BoundRegion:
             bound = PackedStep(binding) if any(variant.forms) else BoundStep(binding)
         except NoKernels:
             bound = BoundStep(binding)
-        self.bound = [(variant, bound), *self.bound[: self.KEEP - 1]]
-        found = self.find(own, variant)
-        assert found is not None, "a step is bound to the tensors that it was made for"
-        return found
+        self.bound = in_front((variant, bound), self.bound, self.KEEP)
+        found = bound.read(own)
+        if not isinstance(found, Reading):
+            assert found.outside, "a step is bound to the tensors that it was made for"
+            self._refuse_freed(own, *bound.name_of(found.position))
+        return bound, found
 
     def leaves(
         self,

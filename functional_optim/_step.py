@@ -32,6 +32,7 @@ from ._runtime.kernels import COMPILE
 from ._runtime.numbers import Numbers
 from ._runtime.overlap import SharedMemoryError
 from ._runtime.packing import PackedColumn
+from ._runtime.recent import in_front
 from ._runtime.recording import can_record, record
 from ._runtime.stacks import different_numbers
 from ._runtime.step import BoundStep, Reading
@@ -39,7 +40,7 @@ from ._stand_ins import stand_in_of
 from ._state import StateReader, get_state, set_states
 from ._structures import with_aliases
 from ._transform import GradientTransformation, Link, Path
-from ._tree import Reader, Tree, View, difference, flatten, paths, refuse_packed_inside
+from ._tree import Reader, Spec, Tree, View, difference, flatten, paths, refuse_packed_inside
 
 
 KEEP = 8  # trees that a transformation is bound to at once
@@ -135,16 +136,11 @@ class TreeStep:
             if not self.with_params and link.bound is not None and link.bound.rule.uses_params:
                 raise ValueError(f"{link.bound.rule.name} needs the parameters: call `update(updates, state, params)`.")
 
-    def columns(self, updates: Tree, params: Tree | None, donate: bool) -> Columns | None:
+    def columns(self, updates: Tree, params: Tree | None) -> Columns | None:
         """The leaves of trees, if they have the structure that this step is for and the same leaves are there."""
         if (params is not None) is not self.with_params:
             return None
         if self.traced and not all(region.is_current for region in self.traced):
-            return None
-        like = updates if params is None else params
-        # a step that is donated as a whole returns its very arguments; any other returns trees whose containers are
-        # those it was given
-        if not ((donate and len(self.segments) == 1) or self.read.is_fixed(like)) and flatten(like)[1] != self.spec:
             return None
         try:
             columns: Columns = {"updates": self.read(updates)}
@@ -436,7 +432,7 @@ class TreeStep:
         if "params" not in own:
             return
         if not requires_gradient(others):
-            warn_of_growth(own["params"], self.paths, stacklevel=7)
+            warn_of_growth(own["params"], self.paths)
 
     @staticmethod
     def _check_counters(segment: TreeRegion, states: Mapping[int, Any]) -> None:
@@ -500,18 +496,29 @@ def take_step(
     like = updates if params is None else params
     home, given = stand_in_of(tx) if tx._tensors else (tx, {})
     bound = home._bound_steps
+    spec: Spec | None = None  # of `like`, where it is compared
     for step in bound:
-        columns = step.columns(updates, params, donate) if step.apply is apply else None
+        if step.apply is not apply:
+            continue
+        # a step that is donated as a whole returns its very arguments; any other returns trees whose containers are
+        # those it was given. Of several steps the right one is found without errors, which show all tensors of a tree
+        if (len(bound) > 1 or not donate or len(step.segments) > 1) and not step.read.is_fixed(like):
+            spec = flatten(like)[1] if spec is None else spec
+            if spec != step.spec:
+                continue
+        columns = step.columns(updates, params)
         if columns is not None and (not step.asks_leaves or step.sees_the_same(columns)):
             done: tuple[Tree, Any] | None = step.take(columns, state, like, extra, donate, given)
             if done is not None:
+                if step is not bound[0]:
+                    home._bound_steps = in_front(step, bound, KEEP)
                 return done
     with ShortTracebacks():
         step = TreeStep(home, apply, updates, params)
-    columns = step.columns(updates, params, donate)
-    assert columns is not None
-    done = step.take(columns, state, like, extra, donate, given)
-    assert done is not None
+    columns = step.columns(updates, params)
+    found = None if columns is None else step.take(columns, state, like, extra, donate, given)
+    if found is None:
+        raise RuntimeError(CHANGED_MESSAGE)
     if not needs_dispatch() or map_levels() or takes_gradients():
-        home._bound_steps = [step, *bound[: KEEP - 1]]
-    return done
+        home._bound_steps = in_front(step, bound, KEEP)
+    return found

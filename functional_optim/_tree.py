@@ -18,6 +18,7 @@ from ._packed import Form, Packed, form
 from ._runtime.checks import at
 from ._runtime.internals import leaves_as_written, register_with_torch, structure_as_text, tree_from_text
 from ._runtime.packing import PackedColumn, Place
+from ._runtime.recent import in_front
 
 
 Tree = Any
@@ -116,11 +117,13 @@ class Reader:
             if picks is None:
                 raise ValueError("the packed tree has another structure.")
             return PackedColumn(tree, picks)
-        if self.get is not None and type(tree) is dict and len(tree) == self.spec.num_leaves:
-            try:  # no `contextlib.suppress`: a step reads four trees, and that calls three functions for each
-                return list(self.get(tree))
-            except KeyError:
-                pass
+        if self.get is not None and type(tree) is dict:
+            if len(tree) == self.spec.num_leaves:
+                try:  # no `contextlib.suppress`: a step reads four trees, and that calls three functions for each
+                    return list(self.get(tree))
+                except KeyError:
+                    pass
+            raise ValueError("the dict has other keys.")  # the pytree library's message shows all tensors of the tree
         return leaves_like(self.spec, tree)
 
     def _picks(self, form: Form) -> tuple[Any, ...] | None:
@@ -140,7 +143,7 @@ class Reader:
                 picks = None
             if picks is not None and not all(type(k) is int or isinstance(k, MaskedNode) for k in picks):
                 picks = None
-        self.forms = [(form, picks), *self.forms[: self.KEEP - 1]]
+        self.forms = in_front((form, picks), self.forms, self.KEEP)
         return picks
 
     def rebuild(self, like: Tree, leaves: Sequence[Any]) -> Tree:

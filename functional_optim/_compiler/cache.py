@@ -17,10 +17,11 @@ import stat
 import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Generic, TypeVar
+
+from .._warn import warn
 
 
 DIGEST = hashlib.sha256().digest_size
@@ -62,7 +63,7 @@ def warn_once(message: str) -> None:
     """Gives a warning that has not been given yet. It counts as given where warnings are errors, too."""
     if message not in _warned:
         _warned.add(message)
-        warnings.warn(message, stacklevel=2)
+        warn(message)
 
 
 _warned: set[str] = set()

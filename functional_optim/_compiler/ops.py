@@ -30,6 +30,7 @@ class Op(NamedTuple):
       foreach: name of the function on lists of tensors, or `""`.
       boolean: whether the result is a truth value.
       logical: whether the operands are truth values; `"first"` if only the first one is.
+      arity: number of operands, of which an expression may leave some out.
     """
 
     c: str
@@ -38,6 +39,7 @@ class Op(NamedTuple):
     foreach: str = ""
     boolean: bool = False
     logical: bool | str = False
+    arity: int = 1
 
 
 def _sqrt(x: torch.Tensor) -> torch.Tensor:
@@ -71,43 +73,45 @@ OPS: dict[str, Op] = {
     "cos": Op("cos{f}({0})", "libdevice.cos({0})", torch.cos, "cos"),
     "tan": Op("tan{f}({0})", "libdevice.tan({0})", torch.tan, "tan"),
     "atan": Op("atan{f}({0})", "libdevice.atan({0})", torch.atan, "atan"),
-    "atan2": Op("atan2{f}({0}, {1})", "libdevice.atan2({0}, {1})", torch.atan2),
-    "hypot": Op("hypot{f}({0}, {1})", "libdevice.hypot({0}, {1})", torch.hypot),
+    "atan2": Op("atan2{f}({0}, {1})", "libdevice.atan2({0}, {1})", torch.atan2, arity=2),
+    "hypot": Op("hypot{f}({0}, {1})", "libdevice.hypot({0}, {1})", torch.hypot, arity=2),
     "floor": Op("floor{f}({0})", "libdevice.floor({0})", torch.floor, "floor"),
     "ceil": Op("ceil{f}({0})", "libdevice.ceil({0})", torch.ceil, "ceil"),
     "trunc": Op("trunc{f}({0})", "libdevice.trunc({0})", torch.trunc, "trunc"),
     "round": Op("rint{f}({0})", "libdevice.rint({0})", torch.round, "round"),
-    "copysign": Op("copysign{f}({0}, {1})", "libdevice.copysign({0}, {1})", torch.copysign),
-    "fmod": Op("fmod{f}({0}, {1})", "libdevice.fmod({0}, {1})", torch.fmod),
+    "copysign": Op("copysign{f}({0}, {1})", "libdevice.copysign({0}, {1})", torch.copysign, arity=2),
+    "fmod": Op("fmod{f}({0}, {1})", "libdevice.fmod({0}, {1})", torch.fmod, arity=2),
     "sign": Op("({T})(({0} > 0) - ({0} < 0))", "(({0} > 0).to({T}) - ({0} < 0).to({T}))", torch.sign, "sign"),
-    "add": Op("{0} + {1}", "{0} + {1}", torch.add, "add"),
-    "sub": Op("{0} - {1}", "{0} - {1}", torch.sub, "sub"),
-    "mul": Op("{0} * {1}", "{0} * {1}", torch.mul, "mul"),
-    "div": Op("{0} / {1}", "_div({0}, {1})", torch.div, "div"),
-    "pow": Op("pow{f}({0}, {1})", "libdevice.pow({0}, {1})", torch.pow),
+    "add": Op("{0} + {1}", "{0} + {1}", torch.add, "add", arity=2),
+    "sub": Op("{0} - {1}", "{0} - {1}", torch.sub, "sub", arity=2),
+    "mul": Op("{0} * {1}", "{0} * {1}", torch.mul, "mul", arity=2),
+    "div": Op("{0} / {1}", "_div({0}, {1})", torch.div, "div", arity=2),
+    "pow": Op("pow{f}({0}, {1})", "libdevice.pow({0}, {1})", torch.pow, arity=2),
     "maximum": Op(
         "(({0} > {1} || {0} != {0}) ? {0} : {1})",
         "tl.where({0} > {1}, {0}, tl.where({0} != {0}, {0}, {1}))",
         torch.maximum,
         "maximum",
+        arity=2,
     ),
     "minimum": Op(
         "(({0} < {1} || {0} != {0}) ? {0} : {1})",
         "tl.where({0} < {1}, {0}, tl.where({0} != {0}, {0}, {1}))",
         torch.minimum,
         "minimum",
+        arity=2,
     ),
-    "gt": Op("{0} > {1}", "{0} > {1}", torch.gt, boolean=True),
-    "ge": Op("{0} >= {1}", "{0} >= {1}", torch.ge, boolean=True),
-    "lt": Op("{0} < {1}", "{0} < {1}", torch.lt, boolean=True),
-    "le": Op("{0} <= {1}", "{0} <= {1}", torch.le, boolean=True),
-    "eq": Op("{0} == {1}", "{0} == {1}", torch.eq, boolean=True),
-    "ne": Op("{0} != {1}", "{0} != {1}", torch.ne, boolean=True),
+    "gt": Op("{0} > {1}", "{0} > {1}", torch.gt, boolean=True, arity=2),
+    "ge": Op("{0} >= {1}", "{0} >= {1}", torch.ge, boolean=True, arity=2),
+    "lt": Op("{0} < {1}", "{0} < {1}", torch.lt, boolean=True, arity=2),
+    "le": Op("{0} <= {1}", "{0} <= {1}", torch.le, boolean=True, arity=2),
+    "eq": Op("{0} == {1}", "{0} == {1}", torch.eq, boolean=True, arity=2),
+    "ne": Op("{0} != {1}", "{0} != {1}", torch.ne, boolean=True, arity=2),
     "isfinite": Op("{0} - {0} == 0", "{0} - {0} == 0", torch.isfinite, boolean=True),
-    "logical_and": Op("{0} && {1}", "tl.where({0}, {1}, {0})", torch.logical_and, boolean=True, logical=True),
-    "logical_or": Op("{0} || {1}", "tl.where({0}, {0}, {1})", torch.logical_or, boolean=True, logical=True),
+    "logical_and": Op("{0} && {1}", "tl.where({0}, {1}, {0})", torch.logical_and, boolean=True, logical=True, arity=2),
+    "logical_or": Op("{0} || {1}", "tl.where({0}, {0}, {1})", torch.logical_or, boolean=True, logical=True, arity=2),
     "logical_not": Op("!{0}", "({0}) == 0", torch.logical_not, boolean=True, logical=True),
-    "where": Op("{0} ? {1} : {2}", "tl.where({0}, {1}, {2})", torch.where, logical="first"),
+    "where": Op("{0} ? {1} : {2}", "tl.where({0}, {1}, {2})", torch.where, logical="first", arity=3),
     # a uniform value as one per element, so that a reduction counts it once for each
     "spread": Op("{0}", "{0} + tl.zeros((BLOCK,), {T})", torch.clone),
     "real": Op("({T}){0}", "({0}).to({T})", torch.Tensor.to, logical=True),
@@ -115,25 +119,29 @@ OPS: dict[str, Op] = {
         "fma{f}(fabs{f}({2}) < ({T})0.5 ? {2} : {2} - 1, {1} - {0}, fabs{f}({2}) < ({T})0.5 ? {0} : {1})",
         "libdevice.fma(tl.where(tl.abs({2}) < 0.5, {2}, {2} - 1), {1} - {0}, tl.where(tl.abs({2}) < 0.5, {0}, {1}))",
         torch.lerp,
+        arity=3,
     ),
     "addcmul": Op(
         "fma{f}({3} * {1}, {2}, {0})",
         "libdevice.fma({3} * {1}, {2}, {0})",
         lambda s, a, b, v: torch.addcmul(s, v * a, b),
+        arity=4,
     ),
     "addcdiv": Op(
-        "{0} + ({3} * {1}) / {2}", "{0} + _div({3} * {1}, {2})", lambda s, a, b, v: torch.addcdiv(s, v * a, b)
+        "{0} + ({3} * {1}) / {2}", "{0} + _div({3} * {1}, {2})", lambda s, a, b, v: torch.addcdiv(s, v * a, b), arity=4
     ),
     # of a moment, an update, the decay and 1 - decay
     "fused_mean": Op(
         "fma{f}(fabs{f}({3}) < ({T})0.5 ? {3} : {3} - 1, {1} - {0}, fabs{f}({3}) < ({T})0.5 ? {0} : {1})",
         "libdevice.fma({2}, {0}, libdevice.fma({2} * -1.0, {1}, {1}))",
         lambda m, u, b, c: torch.lerp(m, u, c),
+        arity=4,
     ),
     "fused_mean_square": Op(
         "fma{f}({3} * {1}, {1}, {0} * {2})",
         "libdevice.fma({2}, {0}, libdevice.fma({2} * -1.0, {1} * {1}, {1} * {1}))",
         lambda m, u, b, c: torch.addcmul(m * b, c * u, u),
+        arity=4,
     ),
     # of a decay and the number of steps; CUDA's own power in float32 differs from version to version, and is off by a
     # unit in half of all steps or in one of fifteen, so this one is rounded from double precision
@@ -141,9 +149,10 @@ OPS: dict[str, Op] = {
         "1 - pow{f}({0}, {1})",
         "(1.0 - libdevice.pow(({0}).to({E}).to(tl.float64), ({1}).to(tl.float64)).to({E})).to({T})",
         lambda b, t: 1 - torch.pow(b, t),
+        arity=2,
     ),
     # of a parameter, a rate and 1 - rate
-    "fused_shrink": Op("{0} * {2}", "libdevice.fma({1} * -1.0, {0}, {0})", lambda p, r, c: p * c),
+    "fused_shrink": Op("{0} * {2}", "libdevice.fma({1} * -1.0, {0}, {0})", lambda p, r, c: p * c, arity=3),
     # of a number
     "fused_number": Op("{0}", "({0}).to({E}).to({T})", torch.clone),
     "to_float32": Op("({T})(float){0}", "({0}).to(tl.float32).to({T})", lambda x: x.float().to(x.dtype)),

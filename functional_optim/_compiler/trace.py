@@ -214,9 +214,8 @@ class Tracer:
     def op(self, op: str, *args: Any) -> Symbol:
         """Adds an operation of the table."""
         row = OPS[op]
-        arity = 1 + max(int(d) for d in "0123" if f"{{{d}}}" in row.c)
-        if len(args) != arity:
-            raise TypeError(f"it takes {arity} operands, got {len(args)}.")
+        if len(args) != row.arity:
+            raise TypeError(f"it takes {row.arity} operands, got {len(args)}.")
         if op in ("mul", "div"):
             op, args = self.gather_factors(op, *args)
         if op in ("add", "mul") and all(isinstance(a, Symbol) and self.values[a.index].boolean for a in args):

@@ -9,7 +9,6 @@ in this process by its serial number.
 
 import base64
 import collections
-import contextlib
 import functools
 import importlib
 import io
@@ -29,10 +28,11 @@ import torch
 
 from .._compiler.rule import Rule, state_type
 from .._packed import Form, Packed, form
-from .._runtime.backend import use_backend
+from .._runtime.backend import computed_by
 from .._runtime.cuda.driver import driver_of
 from .._runtime.internals import is_wrapper_of_a_transformation
 from .._runtime.packing import Place
+from .._runtime.recent import in_front
 from .._schedules.schedule import Schedule, ScheduleFactory
 from .._step import take_step
 from .._structures import FORMS, Structure, rebuild
@@ -188,7 +188,7 @@ class DescribedStep:
         follows = reference or any(map(is_wrapper_of_a_transformation, given))
         tx = self.tx._with_tensors(list(given)) if follows else self._chain_of(given)
         backend = "reference" if reference else self.backend
-        with use_backend(backend) if backend else contextlib.nullcontext():
+        with computed_by(backend):
             before, like = self.state.tree(state), None if self.params is None else self.params.tree(params)
             result, after = take_step(tx, self.apply, self.updates.tree(updates), before, like, extra, donate)
         if donate and after is before:
@@ -284,30 +284,55 @@ def _write(tx: GradientTransformation, rest: tuple[Any, ...], by_serial: bool) -
     return base64.b85encode(zlib.compress(_pickled((digests, len(tx._tensors), tx, *rest), tx, by_serial))).decode()
 
 
-def _read(text: str) -> DescribedStep:
-    (_, *digests), n, tx, apply, updates, params, state, extra, backend = _Reader(text).load()
+def _read(text: str) -> tuple[DescribedStep, bool]:
+    """The step that a text describes, and whether its chain was in this process before."""
+    reader = _Reader(text)
+    (_, *digests), n, tx, apply, updates, params, state, extra, backend = reader.load()
+    here = reader.finds_chain
     own = parts(tx).values()
     edited = next((part for part, digest in zip(own, digests, strict=True) if is_edited(part, digest)), None)
     if edited is not None:  # names lead to other rules now; the chain that was described may still have the old ones
-        tx = DESCRIBED.get(text)
+        tx, here = DESCRIBED.get(text), True
         if tx is None:
             raise RuntimeError(
                 f"{edited!r:.100} is not what it was when this step was compiled or exported: the rule, or something "
                 f"that it refers to, has been edited or defined anew since. Compile or export the step again, or keep "
                 f"the chain that was compiled."
             )
-    assert n == len(tx._tensors)
-    return DescribedStep(tx, apply, Trees(updates, params, state, extra), backend)
+    if n != len(tx._tensors):
+        raise RuntimeError(
+            f"the description of a compiled step says that its chain has {n} hyper-parameters that are tensors, but "
+            f"{tx!r:.100} has {len(tx._tensors)}. Compile or export the step again."
+        )
+    return DescribedStep(tx, apply, Trees(updates, params, state, extra), backend), here
 
 
-@functools.lru_cache(maxsize=256)
+_KEEP = 256  # steps of chains that are made of their texts, and of each chain that is here
+# of chains that are here, by text: they own their steps, lest a step should keep a chain and all that it refers to
+OWN_STEPS: "WeakValueDictionary[str, DescribedStep]" = WeakValueDictionary()
+
+
 def find_step(text: str) -> DescribedStep:
     """The step that a text describes.
 
     Raises:
       RuntimeError: it cannot be found in this process, or its rules have been edited.
     """
-    return _read(text)
+    return made_step(text) or OWN_STEPS.get(text) or _find_own(text)
+
+
+@functools.lru_cache(maxsize=_KEEP)
+def made_step(text: str) -> DescribedStep | None:
+    """The step of a chain that is made of its text; None of one that is here."""
+    step, here = _read(text)
+    return None if here else step
+
+
+def _find_own(text: str) -> DescribedStep:
+    step, _ = _read(text)
+    step.tx._described_steps = in_front(step, step.tx._described_steps, _KEEP)
+    OWN_STEPS[text] = step
+    return step
 
 
 # NamedTuples that are defined within functions, by identity, for texts that only this process can read
@@ -358,6 +383,7 @@ class _Reader(pickle.Unpickler):
     def __init__(self, text: str) -> None:
         super().__init__(io.BytesIO(zlib.decompress(base64.b85decode(text))))
         self.numbers: dict[int, torch.Tensor] = {}
+        self.finds_chain = False  # whether the chain is found by its serial number
 
     def persistent_load(self, pid: Any) -> Any:
         kind, *rest = pid
@@ -375,6 +401,7 @@ class _Reader(pickle.Unpickler):
             return form(spec, tuple([None if place is None else Place(*place) for place in places]))
         if kind == "form here":
             return FORMS[rest[0]]
+        self.finds_chain = True
         serial, process = rest
         tx = TRANSFORMATIONS.get(serial) if process == PROCESS else None
         if tx is None:

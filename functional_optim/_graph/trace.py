@@ -70,7 +70,7 @@ def trace_step(
         return unpacked_outside(take_step, tx, apply, updates, state, params, extra, donate)  # type: ignore[no-any-return]
     if u.strange or p.strange or s.strange or e.strange or (apply and params is None):
         return step_outside(take_step, tx, apply, updates, state, params, extra, donate)  # type: ignore[no-any-return]
-    backend = ASKED[-1] if ASKED else None
+    backend = ASKED.names[-1] if ASKED.names else None
     text, misfit = description_of(
         tx._serial,
         apply,

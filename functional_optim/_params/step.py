@@ -1,32 +1,31 @@
 """`ParamStep`: a step of chains over the parameters that have gradients."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from operator import attrgetter, is_
 from typing import Any, Literal
 
 import torch
 
-from .._compiler.fuse import Counting
-from .._extras import check_no_number, extras_of
+from .._extras import check_no_number
 from .._foreign import CHANGED_MESSAGE, SpecWatch, call_opaque, check_updates, host_column, updates_of
 from .._opaque import SplitState
-from .._regions import Opaque, Region, Variant, cut_into_regions, look_ahead
+from .._regions import Opaque, Region, Variant, look_ahead
 from .._runtime.backend import REQUESTED
-from .._runtime.checks import check_fit, check_leaf, refuse_meta
+from .._runtime.checks import check_fit, check_leaf, refuse_leaf, refuse_meta
 from .._runtime.cuda.capture import CaptureError, NumberWatch, can_capture, refuse_host_schedule
 from .._runtime.groups import Columns
 from .._runtime.internals import in_backward, needs_dispatch
 from .._runtime.numbers import Numbers
 from .._runtime.shard import is_fsdp1, placed_like
 from .._runtime.step import Workspace
-from .._transform import Link, Path
 from .._tree import Reader, View
+from .._warn import warn
 from .journal import Journal
+from .layout import ChainLayout
 from .local import LocalColumns, tensor_of
 from .region import ParamRegion
 from .state import ParamState
-from .template import ParamList, States, Template, view_of
+from .template import States, Template
 
 
 GRAD = attrgetter("grad")
@@ -38,12 +37,10 @@ class ParamStep:
     """Transformations over parameters of which the same ones have gradients.
 
     Args:
-      templates: the transformations.
-      params: the parameters.
+      layout: the transformations, laid out over the parameters.
       grads: their gradients, None for parameters that the step skips.
-      guarded: whether a step is taken only if `found_inf` is 0.
       counter: the dtype of counters; None if they are Python's integers.
-      warn: whether to warn of masks that match nothing.
+      warn: whether to warn of parameters whose reductions are not those of whole tensors.
 
     Raises:
       ValueError, TypeError: a parameter cannot be stepped.
@@ -51,32 +48,30 @@ class ParamStep:
 
     def __init__(
         self,
-        templates: Sequence[Template],
-        params: ParamList,
+        layout: ChainLayout,
         grads: Sequence[torch.Tensor | None],
-        guarded: bool,
         counter: torch.dtype | None,
         warn: bool,
     ) -> None:
-        self.templates, self.params, self.guarded = tuple(templates), params, guarded
+        params = self.params = layout.params
+        self.templates, self.guarded, self.traced = layout.templates, layout.guarded, layout.traced
+        self.spans_tree, self.extras, self.view = layout.spans_tree, layout.extras, layout.view
         self.names = list(params.names)
-        self.present = tuple(i for i, g in enumerate(grads) if g is not None)
-        self.absent = tuple(i for i, g in enumerate(grads) if g is None)
+        self.there = [g is not None for g in grads]
+        self.present = tuple(i for i, there in enumerate(self.there) if there)
+        self.absent = tuple(i for i, there in enumerate(self.there) if not there)
         self._refuse_meta()
         self.local = LocalColumns(params, self.present)
-        self.view = view_of(self.names, params.tensors)
         self.reader = Reader(self.view.spec)
-        links, scopes, keys, steps = self._links(warn)
-        counting = [Counting(advance, guarded) for advance in steps]
         self.segments: list[ParamRegion | Opaque] = [
-            ParamRegion(segment, params, self.present, keys, self.local.shards)
+            ParamRegion(segment, params, self.present, layout.keys, self.local.shards)
             if isinstance(segment, Region)
             else segment
-            for segment in cut_into_regions(links, True, len(self.names), scopes, counting)
+            for segment in layout.segments
         ]
         self.regions = [segment for segment in self.segments if isinstance(segment, ParamRegion)]
         self._refuse_complex()
-        if warn and any(r.program.reductions for segment in self.regions for r in segment.region.recipes.values()):
+        if warn and layout.reduces:
             self._warn_of_flat_params()
         self.opaque = {
             segment.position: SplitState(segment.link, f"transformation_{segment.position}", self.view)
@@ -90,11 +85,6 @@ class ParamStep:
         self.looks_ahead = (len(self.segments) > 1 or len(self.device_set) > 1) and can_capture(self.device_set)
         self.numbers = NumberWatch()
         self.state = ParamState(params, self.present, self.regions, self.opaque, self.local, self.devices, counter)
-        self.spans_tree = any(segment.region.spans_tree for segment in self.regions)
-        self.traced = [segment.region for segment in self.regions if segment.region.traced]
-        self.extras = extras_of(
-            [segment.region if isinstance(segment, ParamRegion) else segment for segment in self.segments]
-        )
         self.runs_python = bool(self.opaque) or any(
             segment.region.hosts or segment.leafwise for segment in self.regions
         )
@@ -129,33 +119,13 @@ class ParamStep:
                         f"{self.params.tensors[i].dtype}; leave it to other rules with `masked` or `partition`."
                     )
 
-    def _links(self, warn: bool) -> tuple[list[Link], list[int], list[Any], list[bool]]:
-        """The transformations of all templates, their scopes, the keys of each, and which parameters count steps."""
-        links: list[Link] = []
-        scopes: list[int] = []
-        keys: list[Any] = []
-        steps = [False] * len(self.names)
-        positions: dict[Path, int] = {}
-        for t, template in enumerate(self.templates):
-            if warn and len(steps) > 1:  # a parameter of its own may well be masked
-                template.tx._warn(self.view)
-            own = template.tx._links(self.view.narrow([k == t for k in self.params.templates]), ())
-            links += own
-            scopes += [positions.setdefault(link.path, len(positions)) for link in own]
-            keys += [template.keys] * len(own)
-            for link in own:
-                if link.bound is not None and link.bound.uses_step:
-                    steps = [a or b for a, b in zip(steps, link.seen, strict=True)]
-        return links, scopes, keys, steps
-
     def _warn_of_flat_params(self) -> None:
         flat = next((name for name, p in zip(self.names, self.params.tensors, strict=True) if is_fsdp1(p)), None)
         if flat is not None:
-            warnings.warn(
+            warn(
                 f"{flat!r} is a part of a flat parameter of `FullyShardedDataParallel`, so norms, means and maxima of "
                 f"this chain are those of the part in each process; use `fully_shard`, where they are those of whole "
-                f"tensors.",
-                stacklevel=2,
+                f"tensors."
             )
 
     def is_for(self, templates: Sequence[Template], grads: Sequence[Any], guarded: bool, exact: bool) -> bool:
@@ -431,10 +401,11 @@ class ParamStep:
             # autograd may have kept the old tensor for the derivative of an earlier step
             self.state.replace(segment, {key: x for key, x in results.items() if key != "params"}, own, states, journal)
             results = {"params": results["params"]} if "params" in results else {}
-        for key, column in results.items():
-            for i in self.present:
-                if column[i] is not own[key][i]:
-                    targets[key][i].copy_(column[i])
+        changed = [(k, i, x[i]) for k, x in results.items() for i in self.present if x[i] is not own[k][i]]
+        for key, i, _ in changed:
+            refuse_leaf(self.names[i], targets[key][i])
+        for key, i, x in changed:
+            targets[key][i].copy_(x)
 
     def _call(
         self,

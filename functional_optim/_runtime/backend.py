@@ -3,19 +3,31 @@
 import contextlib
 import contextvars
 import functools
-import warnings
+import threading
 from collections.abc import Iterator
 
 import torch
 
 from .._compiler.c.build import find_compiler
 from .._compiler.triton.build import interprets
+from .._warn import warn
 
 
 BACKENDS = ("reference", "foreach", "c", "triton")
 REQUESTED: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)  # by `use_backend`
-# the same as a list, of all threads: a compiler follows no context variables, and guards its graphs by this
-ASKED: list[str] = []
+
+
+class Asked(threading.local):
+    """The backends that the blocks of `use_backend` around this line of this thread ask for, the innermost last.
+
+    A compiler follows no context variables, and guards its graphs by this.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+
+ASKED = Asked()
 _given_up: dict[str, str] = {}  # backends that failed to build a kernel in this process, and the reason
 _warned: set[str] = set()  # reasons that a warning has named
 
@@ -42,16 +54,33 @@ def use_backend(name: str) -> Iterator[None]:
       >>> with use_backend("reference"):
       ...     pass
     """
-    if name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}; there are {', '.join(map(repr, BACKENDS))}.")
+    _check(name)
     token = None if torch.compiler.is_dynamo_compiling() else REQUESTED.set(name)
-    ASKED.append(name)
+    names = ASKED.names
+    names.append(name)
     try:
         yield
     finally:
-        ASKED.pop()
+        names.pop()
         if token is not None:
             REQUESTED.reset(token)
+
+
+@contextlib.contextmanager
+def computed_by(name: str | None) -> Iterator[None]:
+    """Computes by the backend that was asked for where a step was compiled; if none was, by the one asked for here."""
+    if name:  # files may hold any
+        _check(name)
+    token = REQUESTED.set(name or REQUESTED.get())
+    try:
+        yield
+    finally:
+        REQUESTED.reset(token)
+
+
+def _check(name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; there are {', '.join(map(repr, BACKENDS))}.")
 
 
 @functools.lru_cache(maxsize=1)
@@ -92,7 +121,7 @@ def choose_backend(device: torch.device, where: str = "") -> tuple[str, str]:
         return best, ""
     if device.type not in ("cpu", "cuda"):
         return "reference", why
-    _warn_once(why)
+    _warn_of(why)
     return "foreach", why
 
 
@@ -116,13 +145,13 @@ def _why_never(backend: str, device: torch.device) -> str:
 def give_up(backend: str, why: str) -> None:
     """Remembers that a backend cannot build kernels, so that it is not tried at every step; warns once."""
     _given_up.setdefault(backend, why)
-    _warn_once(_given_up[backend])
+    _warn_of(_given_up[backend])
 
 
-def _warn_once(why: str) -> None:
+def _warn_of(why: str) -> None:
     if why not in _warned:
         _warned.add(why)
-        warnings.warn(f"Updates are computed without generated kernels, and slower: {why}.", stacklevel=3)
+        warn(f"Updates are computed without generated kernels, and slower: {why}.")
 
 
 def try_again() -> None:

@@ -88,6 +88,19 @@ def refuse_meta(name: str) -> NoReturn:
     )
 
 
+def refuse_leaf(name: str, target: torch.Tensor) -> None:
+    """Refuses to write to a leaf of autograd's graph while autograd records.
+
+    Raises:
+      RuntimeError: it is one, and requires a gradient.
+    """
+    if target.is_leaf and target.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name!r} is a leaf Variable that requires grad, which a step that autograd records cannot write to; give "
+            f"the optimizer the results of operations, such as `p.clone()`, or use differentiable=False."
+        )
+
+
 def check_slot(name: str, path: str, x: Any, u: torch.Tensor, slot: Slot) -> None:
     """Refuses a stored tensor that does not go with its leaf.
 

@@ -13,6 +13,7 @@ from .._compiler.c.build import BuildError, load_c
 from .._compiler.c.emit import emit_c
 from .._compiler.c.threads import SERIAL, parallel_address
 from .._compiler.passes import Signature, plan
+from .._compiler.program import Level
 from .chunks import Chunks, JoinedChunks, cut, partial_buffers
 from .groups import Group
 from .internals import has_members
@@ -167,6 +168,7 @@ class CpuLaunches:
             # in the memory that every reading fills with data pointers, so the addresses of these stay as they are
             s.runs, s.addresses = self._integers(runs), self._integers([pointers.address + 8 * place for place in at])
             s.partials = self._integers([x.data_ptr() for x in own])
+            s.of_row = self._uniforms(group)
             s.scalars = table
             self.structs.append(s)
             first += len(chunks.leaf)
@@ -184,6 +186,14 @@ class CpuLaunches:
     def _integers(self, numbers: Sequence[int]) -> int:
         """The address of 64-bit integers in memory of this launch."""
         memory = (ctypes.c_int64 * max(len(numbers), 1))(*numbers)
+        self.kept.append(memory)
+        return ctypes.addressof(memory)
+
+    def _uniforms(self, group: Group) -> int:
+        """The address of memory for the uniform values that passes keep for each row and leaf of a group."""
+        levels = [value.level for value in group.signature.program.values]
+        n = len(group.sources) * levels.count(Level.ROW) + len(group.leaves) * levels.count(Level.LEAF)
+        memory = (ctypes.c_double * max(n, 1))()
         self.kept.append(memory)
         return ctypes.addressof(memory)
 

@@ -35,6 +35,8 @@ typedef void (*Kernel)(StableIValue *, uint64_t, uint64_t);
     (int64_t, const int64_t *, const int64_t *, int32_t, int32_t, int32_t, Handle *))   \
   X(aoti_torch_delete_tensor_object, (Handle))                                          \
   X(aoti_torch_get_data_ptr, (Handle, void **))                                         \
+  X(aoti_torch_dtype_int64, (void))                                                     \
+  X(aoti_torch_device_type_cpu, (void))                                                 \
   X(aoti_torch_get_dtype, (Handle, int32_t *))                                          \
   X(aoti_torch_get_layout, (Handle, int32_t *))                                         \
   X(aoti_torch_get_device_type, (Handle, int32_t *))                                    \
@@ -80,6 +82,26 @@ static int64_t size_of(Handle tensor, int64_t dim, int64_t k) {
   return sizes[k];
 }
 
+/* Whether a tensor is a list or table of int64 in host memory, one number after the other: anybody may call an
+   operation. */
+static int holds_numbers(Handle tensor) {
+  int32_t dtype, device;
+  int64_t dim, *sizes, *strides, n = 1;
+  if (aoti_torch_get_dtype(tensor, &dtype) || dtype != aoti_torch_dtype_int64()) return 0;
+  if (aoti_torch_get_device_type(tensor, &device) || device != aoti_torch_device_type_cpu()) return 0;
+  if (aoti_torch_get_dim(tensor, &dim)) return 0;
+  if (aoti_torch_get_sizes(tensor, &sizes) || aoti_torch_get_strides(tensor, &strides)) return 0;
+  for (int64_t k = dim; k-- > 0; n *= sizes[k])
+    if (sizes[k] != 1 && strides[k] != n) return 0;
+  return 1;
+}
+
+/* A row of a table, if it is there and complete; else NULL. */
+static const int64_t *row_at(const int64_t *table, int64_t n_rows, int64_t width, int64_t k) {
+  const int64_t *row = table + k * width;
+  return k < 0 || k >= n_rows || width < SIZES || row[DIM] < 0 || 2 * row[DIM] > width - SIZES ? NULL : row;
+}
+
 static size_t length_of(Handle list) {
   size_t n = 0;
   return torch_list_size(list, &n) ? 0 : n;
@@ -97,7 +119,7 @@ static void delete_list(Handle list, size_t first) {
   torch_delete_list(list);
 }
 
-static int describe_one(Handle t, int64_t *row) {
+static int describe_one(Handle t, int64_t *row, int64_t width) {
   int32_t number;
   int64_t *sizes, *strides;
   if (aoti_torch_get_dtype(t, &number)) return 1;
@@ -111,6 +133,7 @@ static int describe_one(Handle t, int64_t *row) {
   if (aoti_torch_get_dim(t, row + DIM)) return 1;
   if (aoti_torch_get_sizes(t, &sizes) || aoti_torch_get_strides(t, &strides)) return 1;
   if (!row[DIM]) return 0;
+  if (2 * row[DIM] > width - SIZES) return 1;
   memcpy(row + SIZES, sizes, 8 * row[DIM]);
   memcpy(row + SIZES + row[DIM], strides, 8 * row[DIM]);
   return 0;
@@ -140,9 +163,10 @@ static void describe(StableIValue *stack, uint64_t n_in, uint64_t n_out) {
   Handle list = (Handle)stack[0], rows = (Handle)stack[1];
   int64_t *row = data_of(rows), width = size_of(rows, 2, 1);
   size_t i = 0, n = length_of(list);
-  for (int fits = size_of(rows, 2, 0) >= (int64_t)n; fits && i < n; i++, row += width) {
+  int fits = size_of(rows, 2, 0) >= (int64_t)n && width >= SIZES && holds_numbers(rows);
+  for (; fits && i < n; i++, row += width) {
     Handle tensor = tensor_at(list, i);
-    if (!tensor || describe_one(tensor, row)) row[DIM] = -1;
+    if (!tensor || describe_one(tensor, row, width)) row[DIM] = -1;
     aoti_torch_delete_tensor_object(tensor);
   }
   delete_list(list, i);
@@ -151,16 +175,18 @@ static void describe(StableIValue *stack, uint64_t n_in, uint64_t n_out) {
 
 static void read_pointers(StableIValue *stack, uint64_t n_in, uint64_t n_out) {
   Handle list = (Handle)stack[0], index = (Handle)stack[1], table = (Handle)stack[2], result = (Handle)stack[3];
-  const int64_t *spec_index = data_of(index), *specs = data_of(table), width = size_of(table, 2, 1);
+  const int64_t *spec_index = data_of(index), *specs = data_of(table);
+  int64_t n_rows = size_of(table, 2, 0), width = size_of(table, 2, 1);
   int64_t *pointers = data_of(result), found = -1;
   size_t i = 0, n = length_of(list);
   int fits = size_of(index, 1, 0) == (int64_t)n && size_of(result, 1, 0) > (int64_t)n;
+  fits = fits && holds_numbers(index) && holds_numbers(table) && holds_numbers(result);
   /* the interpreter's lock, once: a tensor that only Python owns takes it whenever a reference to it is deleted */
   int lock = PyGILState_Ensure();
   for (; fits && i < n && found < 0; i++) {
     Handle tensor = tensor_at(list, i);
-    const int64_t *spec = specs + spec_index[i] * width;
-    if (!tensor || differs(tensor, spec)) found = 2 * (int64_t)i;
+    const int64_t *spec = row_at(specs, n_rows, width, spec_index[i]);
+    if (!tensor || !spec || differs(tensor, spec)) found = 2 * (int64_t)i;
     else if (outside(tensor, spec)) found = 2 * (int64_t)i + 1;
     else pointers[i] = (int64_t)(intptr_t)data_of(tensor);
     aoti_torch_delete_tensor_object(tensor);
@@ -175,15 +201,18 @@ static void read_pointers(StableIValue *stack, uint64_t n_in, uint64_t n_out) {
 
 static void new_tensors(StableIValue *stack, uint64_t n_in, uint64_t n_out) {
   Handle index = (Handle)stack[0], table = (Handle)stack[1], result = (Handle)stack[2], list = NULL;
-  const int64_t *spec_index = data_of(index), *specs = data_of(table), width = size_of(table, 2, 1);
+  const int64_t *spec_index = data_of(index), *specs = data_of(table);
+  int64_t n_rows = size_of(table, 2, 0), width = size_of(table, 2, 1);
   int64_t *pointers = data_of(result), n = 0;
-  if (size_of(index, 1, 0) == size_of(result, 1, 0)) n = size_of(result, 1, 0);
+  int fits = holds_numbers(index) && holds_numbers(table) && holds_numbers(result);
+  if (fits && size_of(index, 1, 0) == size_of(result, 1, 0)) n = size_of(result, 1, 0);
   torch_new_list_reserve_size(n, &list);
   for (int64_t i = 0; i < n; i++) {
-    const int64_t *spec = specs + spec_index[i] * width, *sizes = spec + SIZES;
+    const int64_t *spec = row_at(specs, n_rows, width, spec_index[i]);
     Handle tensor;
-    if (aoti_torch_empty_strided(spec[DIM], sizes, sizes + spec[DIM], (int32_t)spec[DTYPE], (int32_t)spec[DEVICE_TYPE],
-                                 (int32_t)spec[DEVICE], &tensor))
+    if (!spec ||
+        aoti_torch_empty_strided(spec[DIM], spec + SIZES, spec + SIZES + spec[DIM], (int32_t)spec[DTYPE],
+                                 (int32_t)spec[DEVICE_TYPE], (int32_t)spec[DEVICE], &tensor))
       break;
     pointers[i] = (int64_t)(intptr_t)data_of(tensor);
     torch_list_push_back(list, (StableIValue)tensor);

@@ -21,6 +21,7 @@ from .kernels import COMPILE
 from .numbers import Numbers
 from .pointers import Difference
 from .programs import Binding
+from .recent import in_front
 from .spec import specs_of
 from .step import BoundStep, flat
 
@@ -122,10 +123,12 @@ class Derivative:
         for bound in self.bound:
             reading = bound.read(columns)
             if not isinstance(reading, Difference):
+                if bound is not self.bound[0]:
+                    self.bound = in_front(bound, self.bound, KEEP)
                 return bound, reading
         specs = {key: specs_of(column) for key, column in columns.items()}
         bound = BoundStep(Binding(self.leaves, specs, columns, self.step.paths, False))
-        self.bound = [bound, *self.bound[: KEEP - 1]]
+        self.bound = in_front(bound, self.bound, KEEP)
         reading = bound.read(columns)
         assert not isinstance(reading, Difference), "a step is bound to the tensors that it was made for"
         return bound, reading

@@ -311,7 +311,10 @@ class BoundStep(Programs):
         return any(map(REQUIRES_GRAD, reading.tensors)) or any(map(REQUIRES_GRAD, tensors))
 
     def release(self, reading: Reading) -> None:
-        """Gives back the memory of a reading that is not run."""
+        """Gives back the memory of a reading that is not run.
+
+        That of one which an error has stopped is freed with it, and not used again: launches may be in progress.
+        """
         self.workspaces.append(reading.workspace)
 
     def run(self, reading: Reading, columns: Columns, numbers: Numbers) -> Columns:

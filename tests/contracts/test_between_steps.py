@@ -47,6 +47,34 @@ def test_threads_share_a_transformation(same_shapes: bool, donate: bool) -> None
         assert_same_bits(a, e)
 
 
+def test_threads_ask_for_backends_of_their_own() -> None:
+    """A graph is compiled for the backend that is asked for around its own call, whatever another thread does."""
+    tx, params = fo.sgd(0.1), {"w": torch.ones(2)}
+    seen: list[str] = []
+
+    @torch.compile(backend=lambda graph, _: seen.append(str(graph.graph)) or graph, fullgraph=True, dynamic=False)
+    def step(params: Any, grads: Any, state: Any) -> Any:
+        return fo.apply_gradients(tx, params, grads, state)
+
+    entered, left = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with fo.use_backend("reference"):
+            entered.set()
+            assert left.wait(60)
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(other)
+        assert entered.wait(60)
+        step(params, params, tx.init(params))  # within the other's block
+        with fo.use_backend("reference"):
+            left.set()
+            done.result()
+            step(params, params, tx.init(params))  # the other has left its block
+
+    assert ["traced_step" in text for text in seen] == [False, True]
+
+
 # --- tensors that change between steps
 
 

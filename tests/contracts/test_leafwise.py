@@ -267,6 +267,30 @@ def test_an_error_of_the_function_does_not_end_batching(error: type[Exception]) 
     assert shapes == [(True, 2)]
 
 
+def test_memory_that_runs_out_is_no_sign_of_a_function_that_cannot_be_batched() -> None:
+    """The step is not computed leaf by leaf, then or later: it would be slow for ever, and nobody would know."""
+    called, short = [], [False]
+
+    @fo.leafwise
+    def double(u: torch.Tensor) -> torch.Tensor:
+        called.append(1)
+        if short.pop():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return u * 2
+
+    tx, grads = double(), {k: torch.ones(3) for k in "abcd"}
+    state = tx.init(grads)
+    for expected in (False, True, False, False):
+        called.clear()
+        short.append(expected)
+        if expected:
+            with pytest.raises(torch.OutOfMemoryError):
+                tx.update(grads, state, grads)
+        else:
+            tx.update(grads, state, grads)
+        assert len(called) == 1
+
+
 def test_an_error_for_one_leaf_names_it() -> None:
     @fo.leafwise
     def solved(u: Any) -> Any:

@@ -41,6 +41,19 @@ def in_two(tx: Any, params: Any, grads: Any, state: Any) -> tuple[Any, Any]:
 forms = pytest.mark.parametrize("step", [in_one, in_two])
 
 
+@forms
+@pytest.mark.parametrize("chain", CHAINS)
+def test_the_warning_names_the_line_of_the_caller(chain: str, step: Any) -> None:
+    tx = CHAINS[chain]()
+    params: dict[str, Any] = dict(model().named_parameters())
+    state, grads = tx.init(params), {k: torch.ones_like(p) for k, p in params.items()}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            params, state = step(tx, params, grads, state)
+    assert {w.filename for w in caught} == {__file__}
+
+
 def warned(body: Callable[[], Any]) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")

@@ -62,7 +62,6 @@ class _Emitter:
     def __init__(self, signature: Signature, number: int) -> None:
         passes, prologues = plan(signature), plan_prologues(signature)
         self.signature, self.p, self.number = signature, passes[number], number
-        self.last = number == len(passes) - 1
         self.program: Program = signature.program
         values = self.program.values
         self.new = prologues[number].new
@@ -126,8 +125,7 @@ class _Emitter:
         rows = [i for i in self.new if values[i].level is Level.ROW and i not in once]
         lines = []
         if (nr or nl) and not self.number:
-            lines.append(f"double *uniforms = malloc(sizeof(double) * (l->n_rows * {nr} + l->n_leaves * {nl} + 1));")
-            lines.append(f"l->of_row = uniforms; l->of_leaf = uniforms + l->n_rows * {nr};")
+            lines.append(f"l->of_leaf = l->of_row + l->n_rows * {nr};")
         lines += [f"const double u{i} = {self.uniform(i)};" for i in once]
         if rows or once:
             lines.append("for (int64_t r = 0; r < l->n_rows; ++r) {")
@@ -153,8 +151,6 @@ class _Emitter:
                 place = f"*({ctype} *)l->addresses[{self.first_output + k}][leaf]"
                 lines.append("  " + store.format(place, self.kept(i)) + ";")
             lines.append("}")
-        if (nr or nl) and self.last:
-            lines.append("free(l->of_row);")
         return lines
 
     def needed(self, chosen: Sequence[int], level: Level) -> list[int]:

@@ -82,3 +82,18 @@ def test_the_derivative_of_the_rate_is_torchs() -> None:
         return float(lr.grad)
 
     assert rate_grad(adapters) == pytest.approx(rate_grad(torch.optim), rel=1e-12)
+
+
+def test_a_leaf_is_refused_before_another_parameter_is_written() -> None:
+    leaf = torch.ones(3, requires_grad=True)
+    computed = torch.ones(3, requires_grad=True).clone()
+    computed.retain_grad()
+    opt = adapters.AdamW([leaf], lr=0.1, differentiable=True)
+    opt.param_groups[0]["params"] = [computed, leaf]
+    computed.grad, leaf.grad = torch.ones(3), torch.ones(3)
+
+    with pytest.raises(RuntimeError, match=r"params\[1\]' is a leaf Variable that requires grad"):
+        opt.step()
+
+    assert computed.tolist() == leaf.tolist() == [1.0] * 3
+    assert not opt.state

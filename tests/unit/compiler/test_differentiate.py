@@ -31,7 +31,7 @@ DIFFERENTIABLE = [name for name, op in OPS.items() if not op.boolean and name no
 
 
 def arity(name: str) -> int:
-    return 1 + max(int(digit) for digit in "0123" if f"{{{digit}}}" in OPS[name].c)
+    return OPS[name].arity
 
 
 def operands(name: str) -> list[list[float]]:

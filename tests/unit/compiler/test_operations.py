@@ -5,6 +5,7 @@ runs, and with tensors, which is what torch computes.
 """
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -38,6 +39,14 @@ from functional_optim._runtime.backend import try_again
 
 
 # -- cases --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_operations_have_as_many_operands_as_they_say(name: str) -> None:
+    """Each is used in one text at least, and none beyond them."""
+    op = OPS[name]
+    used = {int(k) for text in (op.c, op.triton) for k in re.findall(r"\{(\d)\}", text)}
+    assert used == {*range(op.arity)}
 
 
 def test_cases_cover_the_table(monkeypatch: pytest.MonkeyPatch) -> None:

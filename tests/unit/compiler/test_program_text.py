@@ -521,3 +521,13 @@ def test_groups_are_launched_one_by_one() -> None:
     said = fo.explain(CLIPPED, {"a": torch.zeros(3), "b": torch.zeros(5).bfloat16()})
     assert (said.passes, said.launches) == (2, 4)
     assert [count(emit_c(k.signature)).launches for k in said.kernels] == [2, 2]
+
+
+@pytest.mark.parametrize("tx", [fo.adamw(0.1), fo.chain(fo.clip_by_global_norm(1.0), fo.lamb(0.1))], ids=["1", "3"])
+def test_kernels_allocate_nothing(tx: Any) -> None:
+    """Memory that one pass takes and another gives back would be lost where the steps between them fail."""
+    params = {"w": torch.ones(3)}
+    with fo.use_backend("c"):
+        kernels = fo.explain(tx, params).kernels
+    assert kernels
+    assert not [x for kernel in kernels for x in re.findall(r"\b(?:malloc|calloc|realloc|free)\b", kernel.source)]

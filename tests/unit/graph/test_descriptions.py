@@ -10,6 +10,7 @@ import re
 import sys
 import threading
 import types
+import weakref
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -18,8 +19,16 @@ import pytest
 import torch
 
 import functional_optim as fo
-from functional_optim._graph import operations
-from functional_optim._graph.descriptions import DESCRIBED, DescribedStep, Outline, Trees, describe, find_step
+from functional_optim._graph import descriptions, operations
+from functional_optim._graph.descriptions import (
+    DESCRIBED,
+    DescribedStep,
+    Outline,
+    Trees,
+    describe,
+    find_step,
+    made_step,
+)
 from functional_optim._structures import read
 
 
@@ -89,7 +98,7 @@ def test_a_description_stands_for_an_equal_chain(name: str) -> None:
     expected, shown = fo.apply_gradients(tx, PARAMS, PARAMS, tx.init(PARAMS)), repr(tx)
     text, tensors = step_of(tx)
     del tx
-    find_step.cache_clear()
+    made_step.cache_clear()
     step = find_step(text)
     assert re.sub(r"tensor\([^)]*\)", "", repr(step.tx)) == re.sub(r"tensor\([^)]*\)", "", shown)
     results, _ = step.take(*tensors)
@@ -102,8 +111,10 @@ def test_a_chain_with_functions_is_found_in_its_process_alone(name: str) -> None
     tx = CHAINS[name]()
     text, _ = step_of(tx)
     assert find_step(text).tx is tx
-    find_step.cache_clear()
+    gone = weakref.ref(tx)
     del tx
+    gc.collect()
+    assert gone() is None  # the step that was found does not keep it, nor what its functions refer to
     with pytest.raises(RuntimeError, match="give masks as trees or regular expressions in place of functions"):
         find_step(text)
 
@@ -123,6 +134,21 @@ def test_line_searches_have_descriptions(name: str) -> None:
     assert repr(find_step(text).tx) == shown
 
 
+def test_a_description_with_another_number_of_tensors_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files hold descriptions."""
+    text, _ = step_of(fo.sgd(torch.tensor(0.1)))
+    load = descriptions._Reader.load
+
+    def with_one_more(self: Any) -> Any:
+        digests, n, *rest = load(self)
+        return digests, n + 1, *rest
+
+    monkeypatch.setattr(descriptions._Reader, "load", with_one_more)
+    made_step.cache_clear()
+    with pytest.raises(RuntimeError, match="has 2 hyper-parameters that are tensors, but"):
+        find_step(text)
+
+
 @fo.elementwise(static=("kinds",))
 def by_kinds(u: torch.Tensor, *, kinds: frozenset[int]) -> torch.Tensor:
     return u * len(kinds)
@@ -135,7 +161,7 @@ def test_sets_have_one_description() -> None:
     assert list(one) != list(other)
     texts = {step_of(by_kinds(kinds))[0] for kinds in (one, other)}
     assert len(texts) == 1
-    find_step.cache_clear()
+    made_step.cache_clear()
     assert find_step(texts.pop()).tx == by_kinds(one)
 
 
@@ -153,9 +179,9 @@ def test_a_step_is_not_made_of_a_rule_that_was_defined_anew(kind: str) -> None:
     text, tensors = step_of(tx)
     assert DESCRIBED[text] is tx
     define(kind, 3.0)
-    find_step.cache_clear()
+    made_step.cache_clear()
     assert find_step(text).take(*tensors)[0][0][0, 0] == 3.0  # 1 + 2 * 1
-    find_step.cache_clear()
+    made_step.cache_clear()
     del tx
     gc.collect()  # steps that are bound refer to their chain
     with pytest.raises(RuntimeError, match=r"rule\(\) is not what it was when this step was compiled"):

@@ -16,6 +16,7 @@ from _lib.compare import Snapshot
 from _lib.marks import INTERPRETER
 from functional_optim._compiler.rule import Option
 from functional_optim._params.journal import Journal
+from functional_optim._params.layout import ChainLayout
 from functional_optim._params.step import ParamStep
 from functional_optim._params.template import ParamList, Template
 from functional_optim._runtime.backend import BACKENDS
@@ -365,7 +366,7 @@ class Bench:
         self.journal = Journal()
 
     def bind(self, grads: Sequence[torch.Tensor | None]) -> ParamStep:
-        return ParamStep(self.templates, self.params, grads, False, torch.float32, warn=False)
+        return ParamStep(ChainLayout(self.templates, self.params, False, warn=False), grads, torch.float32, warn=False)
 
     def take(self, step: ParamStep, grads: Sequence[torch.Tensor | None], options: Any = None, **extra: Any) -> str:
         """Takes a step that has been bound, with state that is made if need be."""

@@ -241,6 +241,36 @@ def test_another_number_of_tensors_reads_and_writes_nothing(n: int) -> None:
     assert memory.tolist() == [x.data_ptr(), x.data_ptr(), -1]
 
 
+# arguments of `read_pointers` that are not as they are made here: tables, and whether the first tensor differs then
+STRANGE: dict[str, tuple[Callable[[Any, Any, Any], tuple[Any, Any, Any]], bool]] = {
+    "a row that is not there": (lambda index, table, memory: (index + 1000, table, memory), True),
+    "a row before the first": (lambda index, table, memory: (index - 1000, table, memory), True),
+    "rows without sizes": (lambda index, table, memory: (index, table[:, :7].contiguous(), memory), True),
+    "rows that are short": (lambda index, table, memory: (index, table[:, :3].contiguous(), memory), True),
+    "an index of short integers": (lambda index, table, memory: (index.int(), table, memory), False),
+    "a table of short integers": (lambda index, table, memory: (index, table.int(), memory), False),
+    "columns for rows": (lambda index, table, memory: (index, table.T.contiguous().T, memory), False),
+    "memory with gaps": (lambda index, table, memory: (index, table, memory.repeat(2)[::2]), False),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_tables_of_another_form_are_not_trusted(name: str) -> None:
+    own = operations()
+    if own is None:
+        pytest.skip("there is no C compiler")
+    x, y = torch.ones(2, 3), torch.ones(4)
+    reader = PointerReader([x, y], [TensorSpec.of(x), TensorSpec.of(y)])
+    change, differs = STRANGE[name]
+    index, table, memory = change(reader.spec_index, reader.table, torch.zeros(3, dtype=torch.int64))
+    own.read_pointers.default([x, y], index, table, memory)
+    assert memory.tolist() == [0, 0, 0]  # 0 at the end says that the first tensor differs, or that nothing was read
+    if differs:
+        memory[2] = 5
+        own.read_pointers.default([x, y], index, table, memory)
+        assert memory.tolist() == [0, 0, 0]
+
+
 def test_wrappers_of_a_transformation_are_not_asked_for_memory(form: str) -> None:
     """A tensor that has left `torch.func.vmap` has torch's own class, and no memory of its own."""
     kept: list[torch.Tensor] = []
