@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from .._runtime.internals import uncompiled
 from .._step import take_step
 from .._transform import GradientTransformation
 from .._tree import Tree
@@ -25,4 +26,4 @@ def run(
         from .trace import trace_step  # which imports the compiler, and that takes seconds
 
         return trace_step(tx, apply, updates, state, params, extra, donate)
-    return take_step(tx, apply, updates, state, params, extra, donate)
+    return uncompiled(take_step)(tx, apply, updates, state, params, extra, donate)

@@ -11,13 +11,17 @@ Nothing here is guessed: each is a name of a Python module, read and never writt
 """
 
 import ctypes
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def needs_dispatch() -> bool:
@@ -38,6 +42,20 @@ def needs_dispatch() -> bool:
 def in_transformation() -> bool:
     """Whether a `torch.func` transformation is active; see `needs_dispatch`."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def uncompiled(fn: F) -> F:
+    """A function that Dynamo does not look into where a transformation of `torch.func` is active.
+
+    Where a graph breaks within a transformation, Dynamo gives up the whole caller, and then compiles the functions that
+    it calls one by one, those of a step among them.
+    """
+    return _disabled(fn) if "torch._dynamo" in sys.modules and in_transformation() else fn
+
+
+@functools.lru_cache(maxsize=8)
+def _disabled(fn: F) -> F:
+    return torch.compiler.disable(fn)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def may_have_tangents() -> bool:

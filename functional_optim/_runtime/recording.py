@@ -16,7 +16,7 @@ from .._compiler.program import Level, Program
 from .checks import at
 from .evaluate import evaluate
 from .groups import Columns, Group, Key, Leaf
-from .internals import in_transformation, is_mapped_by_autograd, is_wrapper_of_a_transformation
+from .internals import in_transformation, is_mapped_by_autograd, is_wrapper_of_a_transformation, uncompiled
 from .kernels import COMPILE
 from .numbers import Numbers
 from .pointers import Difference
@@ -397,24 +397,29 @@ class _FollowedStep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:
-        wanted = ctx.needs_input_grad[1:]
-        present = tuple(d is not None for d in cotangents)
-        given = [d for d in cotangents if d is not None]
-        if not given:
-            return (None, *[None] * len(wanted))
-        saved = _saved_by(ctx)
-        if any(map(is_mapped_by_autograd, given)):
-            recorded = torch.is_grad_enabled()  # by `create_graph`: the derivative of these follows what was saved
-            with torch.enable_grad():
-                own = [
-                    x.view_as(x) if recorded and x.requires_grad else x.detach().requires_grad_(there)
-                    for x, there in zip(saved, wanted, strict=True)
-                ]
-                results = iter(_follow_back(ctx.step, own, cotangents, wanted))
-        else:  # without `create_graph` nobody differentiates the derivative
-            derivative = _Derivative.apply if torch.is_grad_enabled() or in_transformation() else _Derivative.forward
-            results = iter(derivative(ctx.step, present, wanted, *saved, *given))
-        return (None, *[next(results) if there else None for there in wanted])
+        return uncompiled(_back)(ctx, cotangents)
+
+
+def _back(ctx: Any, cotangents: Sequence[torch.Tensor | None]) -> tuple[Any, ...]:
+    """The cotangents of the arguments of a step."""
+    wanted = ctx.needs_input_grad[1:]
+    present = tuple(d is not None for d in cotangents)
+    given = [d for d in cotangents if d is not None]
+    if not given:
+        return (None, *[None] * len(wanted))
+    saved = _saved_by(ctx)
+    if any(map(is_mapped_by_autograd, given)):
+        recorded = torch.is_grad_enabled()  # by `create_graph`: the derivative of these follows what was saved
+        with torch.enable_grad():
+            own = [
+                x.view_as(x) if recorded and x.requires_grad else x.detach().requires_grad_(there)
+                for x, there in zip(saved, wanted, strict=True)
+            ]
+            results = iter(_follow_back(ctx.step, own, cotangents, wanted))
+    else:  # without `create_graph` nobody differentiates the derivative
+        derivative = _Derivative.apply if torch.is_grad_enabled() or in_transformation() else _Derivative.forward
+        results = iter(derivative(ctx.step, present, wanted, *saved, *given))
+    return (None, *[next(results) if there else None for there in wanted])
 
 
 class _Step(_FollowedStep):

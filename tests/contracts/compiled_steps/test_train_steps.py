@@ -279,6 +279,24 @@ def test_derivatives_and_members_of_an_ensemble() -> None:
 
 @AS_ONE_OPERATION
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of each function of its own that breaks the graph
+def test_steps_within_a_transformation_where_the_graph_breaks() -> None:
+    """`init` breaks the graph, and the rest of the function runs outside of it, the derivative of its steps too."""
+    tx = fo.chain(fo.adam(0.1, eps_root=1e-8), fo.params_ema(0.5))
+
+    def loss(w: torch.Tensor) -> torch.Tensor:
+        params = {"w": w}
+        state = tx.init(params)
+        for _ in range(2):
+            params, state = fo.apply_gradients(tx, params, {"w": params["w"] ** 3}, state)
+        averages: torch.Tensor = fo.eval_params(state, params)["w"]
+        return averages.sum()
+
+    w = torch.tensor([0.5, -1.0], dtype=torch.float64)
+    found = torch.compile(torch.func.grad(loss), backend="aot_eager")(w)
+    torch.testing.assert_close(found, torch.func.grad(loss)(w), rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("backend", ["noted", "inductor"])
 def test_members_of_an_ensemble_are_one_operation(backend: str) -> None:
     """The bits of eager mode, for calls that are nested, and a counter that members share or have."""
