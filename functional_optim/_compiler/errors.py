@@ -1,14 +1,20 @@
 """Errors of rules: they name the rule's own line, and their tracebacks show no other."""
 
+import abc
+import itertools
+import linecache
 import os
+import re
 import traceback
-from types import TracebackType
+import typing
+from types import FrameType, TracebackType
 
 import torch
 
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
+_INSTANCE_CHECKS = (abc.ABCMeta.__instancecheck__.__code__.co_filename, typing.__file__)  # a part of `isinstance`
 _COMPILER = os.path.dirname(__file__) + os.sep
 
 
@@ -28,7 +34,7 @@ class ShortTracebacks:
         kept: list[TracebackType] = []
         rest = tb.tb_next
         while rest is not None:
-            if not rest.tb_frame.f_code.co_filename.startswith((_PACKAGE, _TORCH)):
+            if not _is_own(rest.tb_frame.f_code.co_filename):
                 kept.append(rest)
             rest = rest.tb_next
         for each in reversed(kept):
@@ -36,13 +42,57 @@ class ShortTracebacks:
         error.__traceback__ = TracebackType(rest, tb.tb_frame, tb.tb_lasti, tb.tb_lineno)
 
 
+def _is_own(filename: str) -> bool:
+    """Whether a file is one of this package or of torch."""
+    return filename.startswith((_PACKAGE, _TORCH))
+
+
+_ASKS_CLASS = re.compile(r"(\w+\.)*(isinstance|is_tensor|tensor|as_tensor|asarray)\(")
+
+
+def asks_class(frame: FrameType | None) -> bool:
+    """Whether a line of a rule calls `isinstance` or the like; operations of torch ask for the class of operands, too.
+
+    Args:
+      frame: the frame in which the class of a traced value is asked for.
+    """
+    while frame and frame.f_code.co_filename in _INSTANCE_CHECKS:
+        frame = frame.f_back
+    if frame is None:
+        return False
+    code = frame.f_code
+    if _is_own(code.co_filename):
+        return code is torch.is_tensor.__code__
+    line, _, column, _ = next(itertools.islice(code.co_positions(), frame.f_lasti // 2, None))
+    source = linecache.getline(code.co_filename, line or frame.f_lineno, frame.f_globals).encode()
+    return _ASKS_CLASS.match(source[column or 0 :].decode().lstrip()) is not None
+
+
 def user_frame() -> traceback.FrameSummary | None:
     """The innermost line outside the compiler and torch: the rule's own."""
     frames = reversed(traceback.extract_stack())
-    return next((x for x in frames if not x.filename.startswith((_COMPILER, _TORCH))), None)
+    return next((x for x in frames if not x.filename.startswith((_COMPILER, _TORCH, *_INSTANCE_CHECKS))), None)
 
 
 def where() -> str:
     """Names the line of the rule."""
     frame = user_frame()
     return "A rule" if frame is None else f"`{frame.name}` ({frame.filename}:{frame.lineno}: `{frame.line}`)"
+
+
+_OF_NUMBERS = re.compile(
+    r"must be Tensor, not (float|int|bool)\b|got \([^)]*\b(float|int|bool)\b|^'(float|int|bool)' object has no attribute"
+)
+
+
+def note_number(error: BaseException, instead: str) -> None:
+    """Adds to an error of torch, or of Python, about a number in the place of a tensor how to write it.
+
+    Args:
+      error: the error, which gets a note if it is such a one and has none yet.
+      instead: an operation of a number, as it is written there.
+    """
+    note = "numbers are Python's here, where they are not given as tensors; an operation of torch takes one as a "
+    noted = any(x.startswith(note) for x in getattr(error, "__notes__", ()))
+    if _OF_NUMBERS.search(str(error)) and not noted:
+        error.add_note(f"{note}tensor: {instead}")

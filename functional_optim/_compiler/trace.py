@@ -8,6 +8,7 @@ on a symbol is refused in the rule's own line.
 
 import difflib
 import functools
+import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ import torch
 from .errors import (
     RuleError,
     ShortTracebacks as ShortTracebacks,
+    asks_class,
     user_frame,
     where,
 )
@@ -34,6 +36,17 @@ class Symbol:
     def __init__(self, tracer: "Tracer", index: int) -> None:
         self.tracer = tracer
         self.index = index
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The class, which `isinstance` and `torch.is_tensor` ask for; a rule that does would see no tensor."""
+        frame = inspect.currentframe()
+        if frame is None or not asks_class(frame.f_back):
+            return Symbol
+        raise RuleError(
+            f"{where()} asks for the class of a traced value, which stands for a tensor or a number. Leave `isinstance` "
+            f"and `torch.is_tensor` out, and `torch.tensor(x)`: operations of torch take a traced number as it is."
+        )
 
     @classmethod
     def __torch_function__(
@@ -108,6 +121,11 @@ class Symbol:
     def __len__(self) -> int:
         raise RuleError(f"{where()} takes the length of a traced value. Use `leaf_size` for its number of elements.")
 
+    def __divmod__(self, other: Any) -> Any:
+        raise RuleError(f"{where()} uses `divmod`, which torch has not: write `x // y` and `x % y`.")
+
+    __rdivmod__ = __divmod__
+
     def __getitem__(self, key: Any) -> Any:
         raise RuleError(f"{where()} indexes a traced value. {WHOLE}")
 
@@ -154,7 +172,8 @@ def _record(name: str, *args: Any, **kwargs: Any) -> "Symbol":
     except TypeError as error:
         if isinstance(error, RuleError):
             raise
-        raise RuleError(f"{where()} calls `{name}` in a form that has no kernel: {error}") from None
+        reason = re.sub(r"^\S+\(\) ", "it ", str(error))  # Python begins with a name of this module
+        raise RuleError(f"{where()} calls `{name}` in a form that has no kernel: {reason}") from None
 
 
 class Tracer:
@@ -439,6 +458,12 @@ def _xor(t: Tracer, x: Any, y: Any) -> Any:
     return t.op("ne", t.op("logical_not", x), t.op("logical_not", y))
 
 
+def _relu(t: Tracer, x: Any, *, inplace: bool = False) -> Any:
+    if inplace:
+        raise TypeError("a rule returns new values: leave `inplace` out.")
+    return t.op("where", t.op("le", x, 0.0), 0.0, x)
+
+
 def _heaviside(t: Tracer, x: Any, values: Any) -> Any:
     return t.op("where", t.op("eq", x, 0.0), values, t.op("gt", x, 0.0))
 
@@ -562,7 +587,7 @@ REWRITES: dict[str, Callable[..., Any]] = {
     "round": _round,
     "fix": _alias("trunc"),
     "frac": lambda t, x: t.op("sub", x, t.op("trunc", x)),
-    "relu": lambda t, x: t.op("where", t.op("le", x, 0.0), 0.0, x),
+    "relu": _relu,
     "heaviside": _heaviside,
     "sgn": _alias("sign"),
     "logaddexp": _logaddexp,
