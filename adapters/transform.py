@@ -264,8 +264,9 @@ def _class_of(tx_function: Callable[..., fo.GradientTransformation]) -> type[Tra
                 raise TypeError("`lr` and `learning_rate` are one argument; pass one of them.")
             if not _takes(tx_function, "learning_rate"):
                 raise TypeError(
-                    f"{name} takes no learning rate, so `lr` has no place. Give it one: a function with the argument "
-                    f"`learning_rate` that returns `fo.chain({name}(...), fo.scale_by_learning_rate(learning_rate))`."
+                    f"{name} has no argument `learning_rate` or `lr`, so `lr` has no place. Pass a function with the "
+                    f"argument `learning_rate`, which returns "
+                    f"`fo.chain({name}(...), fo.scale_by_learning_rate(learning_rate))`."
                 )
             arguments["learning_rate"] = arguments.pop("lr")
         rate = arguments.get("lr", arguments.get("learning_rate")) if by_torch else None

@@ -65,7 +65,7 @@ def asks_class(frame: FrameType | None) -> bool:
         return code is torch.is_tensor.__code__
     line, _, column, _ = next(itertools.islice(code.co_positions(), frame.f_lasti // 2, None))
     source = linecache.getline(code.co_filename, line or frame.f_lineno, frame.f_globals).encode()
-    return _ASKS_CLASS.match(source[column or 0 :].decode().lstrip()) is not None
+    return _ASKS_CLASS.match(source[column or 0 :].decode()) is not None
 
 
 def user_frame() -> traceback.FrameSummary | None:
@@ -81,7 +81,9 @@ def where() -> str:
 
 
 _OF_NUMBERS = re.compile(
-    r"must be Tensor, not (float|int|bool)\b|got \([^)]*\b(float|int|bool)\b|^'(float|int|bool)' object has no attribute"
+    r"must be Tensor, not (float|int|bool)\b"
+    r"|got \([^)]*\b(float|int|bool)\b"
+    r"|^'(float|int|bool)' object has no attribute"
 )
 
 

@@ -44,8 +44,9 @@ class Symbol:
         if frame is None or not asks_class(frame.f_back):
             return Symbol
         raise RuleError(
-            f"{where()} asks for the class of a traced value, which stands for a tensor or a number. Leave `isinstance` "
-            f"and `torch.is_tensor` out, and `torch.tensor(x)`: operations of torch take a traced number as it is."
+            f"{where()} asks for the class of a traced value, which stands for a tensor or a number. Leave "
+            f"`isinstance` and `torch.is_tensor` out, and `torch.tensor(x)`: "
+            f"operations of torch take a traced number as it is."
         )
 
     @classmethod

@@ -43,15 +43,13 @@ def multiply_schedules(count: Any, factors: Sequence[Any]) -> Any:
 
 def _factor(k: int, x: Any, count: Any) -> Any:
     """The value of a factor at a count."""
-    if isinstance(x, Symbol):
-        return x
     if callable(x) and not isinstance(x, torch.Tensor):
         return value_at(x, count)
     if isinstance(x, torch.Tensor) and x.ndim:
         raise ValueError(f"`factors` of multiply_schedules must be numbers, got shape {tuple(x.shape)} at {k}.")
     if isinstance(x, float) and x != x:
         raise ValueError(f"`factors` of multiply_schedules must be numbers, got nan at {k}.")
-    if not isinstance(x, (int, float, torch.Tensor)):
+    if not isinstance(x, (int, float, torch.Tensor, Symbol)):
         raise TypeError(f"`factors` of multiply_schedules must be schedules or numbers, got {x!r:.60} at {k}.")
     return x
 

@@ -342,7 +342,7 @@ def value_at(fn: Callable[[Any], Any], count: Any, active: Any = True) -> Any:
       count: the number of steps.
       active: where the value counts; the member is not asked for any other step, and is 0 there or has its value at 0.
     """
-    if isinstance(fn, Schedule) or isinstance(count, Symbol) or not isinstance(count, torch.Tensor):
+    if isinstance(fn, Schedule) or not isinstance(count, torch.Tensor):
         return like(count, fn(count if active is True else torch.where(active, count, 0.0)))
     wanted = [True] * count.numel() if active is True else active.flatten().tolist()
     asked = zip(count.flatten().tolist(), wanted, strict=True)

@@ -431,7 +431,8 @@ def test_a_formula_without_ranges_needs_no_parentheses() -> None:
     def falling(count: Any, value: float, rate: float = 0.5) -> Any:
         return value * rate**count
 
-    assert falling(8.0)(2) == 2.0 and repr(falling(8.0)) == "falling(value=8.0)"
+    assert falling(8.0)(2) == 2.0
+    assert repr(falling(8.0)) == "falling(value=8.0)"
     assert fo.schedule(formula="[0, 1]")(lambda count, formula: formula)(0.5)(0) == 0.5
 
 

@@ -152,7 +152,7 @@ def test_momentum_that_is_a_tensor_may_be_switched_off() -> None:
         (lambda p: TransformOptimizer.factory(fo.adamw)([p], lr=0.1, learning_rate=0.2), "are one argument"),
         (
             lambda p: TransformOptimizer.factory(fo.scale_by_adam)([p], lr=0.1),
-            "takes no learning rate, so `lr` .*fo.scale_by_learning_rate",
+            "has no argument `learning_rate` or `lr`, .*fo.scale_by_learning_rate",
         ),
     ],
 )
