@@ -264,6 +264,12 @@ def _class_of(key: Identity) -> type[TransformOptimizer]:
         if "lr" in arguments and "lr" not in inspect.signature(tx_function).parameters:
             if "learning_rate" in arguments:
                 raise TypeError("`lr` and `learning_rate` are one argument; pass one of them.")
+            if not _takes(tx_function, "learning_rate"):
+                raise TypeError(
+                    f"{name} has no argument `learning_rate` or `lr`, so `lr` has no place. Pass a function with the "
+                    f"argument `learning_rate`, which returns "
+                    f"`fo.chain({name}(...), fo.scale_by_learning_rate(learning_rate))`."
+                )
             arguments["learning_rate"] = arguments.pop("lr")
         rate = arguments.get("lr", arguments.get("learning_rate")) if by_torch else None
         self._build(params, tx_function(*args, **arguments), **{**FLAGS, **own})
@@ -282,6 +288,12 @@ def _class_of(key: Identity) -> type[TransformOptimizer]:
     body = {"__init__": __init__, "__reduce__": __reduce__, "__doc__": tx_function.__doc__, "__module__": __name__}
     cls = type(name, (TransformOptimizer,), body)
     return cls
+
+
+def _takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function has an argument of a name, or takes arguments of any name."""
+    parameters = inspect.signature(function).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _blank(tx_function: Callable[..., fo.GradientTransformation]) -> TransformOptimizer:

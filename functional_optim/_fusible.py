@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ._compiler.errors import note_number
 from ._compiler.rule import Bound, Rule, Slot, restore_state
 from ._compiler.trace import Symbol
 from ._graph.run import run
@@ -59,7 +60,7 @@ class RuleTransformation(Fusible):
         if unknown:
             raise TypeError(
                 f"{self.bound.rule.name} has no hyper-parameter `{unknown[0]}`; its hyper-parameters are "
-                f"{self.factory.__signature__}."
+                f"{self.factory.arguments}."
             )
         return self.factory.make({**self.bound.values, **values})
 
@@ -214,9 +215,14 @@ class RuleFactory:
         try:
             bound = self.__signature__.bind(*args, **kwargs)
         except TypeError as error:
-            raise TypeError(f"{self.rule.name}: {error}; its hyper-parameters are {self.__signature__}.") from None
+            raise TypeError(f"{self.rule.name}: {error}; its hyper-parameters are {self.arguments}.") from None
         bound.apply_defaults()
         return dict(bound.arguments)
+
+    @property
+    def arguments(self) -> str:
+        """The arguments of the function, as messages list them."""
+        return str(self.__signature__.replace(return_annotation=EMPTY))
 
     def make(self, values: Mapping[str, Any]) -> RuleTransformation:
         """The rule with its hyper-parameters."""
@@ -267,7 +273,11 @@ class RuleFactory:
                     f"a hyper-parameter of the rule that calls: schedules are looked up for those."
                 )
             bound.arguments[hyper] = rule.check(hyper, value, values)
-        return rule.fn(*bound.args, **bound.kwargs)
+        try:
+            return rule.fn(*bound.args, **bound.kwargs)
+        except (TypeError, AttributeError) as error:
+            note_number(error, f"`{rule.name}.formula(..., b=torch.tensor(0.9, dtype=torch.float64))`")
+            raise
 
     def __getattr__(self, name: str) -> Any:
         if name in ("init", "update") and "rule" in self.__dict__:
@@ -277,7 +287,7 @@ class RuleFactory:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __repr__(self) -> str:
-        return f"<rule {self.rule.name}{self.__signature__}>"
+        return f"<rule {self.rule.name}{self.arguments}>"
 
     def __reduce__(self) -> str:
         return self.__qualname__

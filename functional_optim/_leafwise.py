@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ._compiler.errors import RuleError
+from ._compiler.errors import RuleError, note_number
 from ._compiler.rule import Bound, Option, Rule
 from ._regions import LeafwiseRegion
 from ._runtime.checks import at, check_memory, check_number, refuse_freed
@@ -441,6 +441,7 @@ class _Call(NamedTuple):
         try:
             result = rule.fn(*given, **self.values.keywords)
         except Exception as error:
+            note_number(error, "`torch.log(torch.as_tensor(b, dtype=torch.float64))`")
             error.add_note(f"in {rule.name}, for a tensor of shape {tuple(u.shape)}{at(self.path)}")
             raise
         results = list(result) if isinstance(result, (tuple, list)) else [result]

@@ -135,9 +135,10 @@ def leafwise(
     The function has the arguments of an `elementwise` formula: the incoming update `u`, `p` if it wants the parameter,
     its slots by name, and keyword-only `step`, `first`, extra arguments and hyper-parameters. Here they are whole
     tensors: `u` has the shape of its leaf, slots have shapes of their own, `step` and `first` are 0-d tensors, and
-    numbers are Python's or 0-d tensors. It returns the new update, which has the shape of `u`, followed by the new
-    value of every slot; results are stored in the dtypes of `u` and of the slots, whatever floating dtype they were
-    computed in. Arguments are not to be changed in place.
+    numbers are Python's or 0-d tensors. `u`, `p` and slots without a `dtype` arrive in the widest of their dtypes, so
+    for float32 parameters with bfloat16 gradients a function of `u` alone computes in bfloat16. It returns the new
+    update, which has the shape of `u`, followed by the new value of every slot; results are stored in the dtypes of `u`
+    and of the slots, whatever floating dtype they were computed in. Arguments are not to be changed in place.
 
     Leaves of one shape and dtype with the same hyper-parameters are computed together, by `torch.func.vmap`: one
     `bmm` takes the place of many `mm`. Where a function cannot be batched, for instance because Python asks for the

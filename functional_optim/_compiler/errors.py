@@ -1,6 +1,7 @@
 """Errors of rules: they name the rule's own line, and their tracebacks show no other."""
 
 import os
+import re
 import traceback
 from types import TracebackType
 
@@ -46,3 +47,23 @@ def where() -> str:
     """Names the line of the rule."""
     frame = user_frame()
     return "A rule" if frame is None else f"`{frame.name}` ({frame.filename}:{frame.lineno}: `{frame.line}`)"
+
+
+_OF_NUMBERS = re.compile(
+    r"must be Tensor, not (float|int|bool)\b"
+    r"|got \([^)]*\b(float|int|bool)\b"
+    r"|^'(float|int|bool)' object has no attribute"
+)
+
+
+def note_number(error: BaseException, instead: str) -> None:
+    """Adds to an error of torch, or of Python, about a number in the place of a tensor how to write it.
+
+    Args:
+      error: the error, which gets a note if it is such a one and has none yet.
+      instead: an operation of a number, as it is written there.
+    """
+    note = "numbers are Python's here, where they are not given as tensors; an operation of torch takes one as a "
+    noted = any(x.startswith(note) for x in getattr(error, "__notes__", ()))
+    if _OF_NUMBERS.search(str(error)) and not noted:
+        error.add_note(f"{note}tensor: {instead}")

@@ -10,11 +10,12 @@ CUDA; the columns of the operation table hold both.
 """
 
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
+from .errors import RuleError, where
 from .ops import OPS
 
 
@@ -24,10 +25,21 @@ def _overridden(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tenso
     return result
 
 
+def _check(name: str, x: Any) -> None:
+    """Refuses a number in the place of a tensor.
+
+    Raises:
+      RuleError: with the name of the function, and the number.
+    """
+    if not isinstance(x, torch.Tensor):
+        raise RuleError(f"{where()} calls `{name}` of {x!r:.60}, expected a tensor, such as `u`.")
+
+
 def cbrt(x: torch.Tensor) -> torch.Tensor:
     """The real cube root of every element."""
     if has_torch_function_unary(x):
         return _overridden(cbrt, x)
+    _check("cbrt", x)
     return OPS["cbrt"].eager(x)
 
 
@@ -46,6 +58,7 @@ def leaf_sum(x: torch.Tensor) -> torch.Tensor:
     """The sum over the elements of one leaf."""
     if has_torch_function_unary(x):
         return _overridden(leaf_sum, x)
+    _check("leaf_sum", x)
     return _wide(x).sum().to(_number_dtype(x))
 
 
@@ -53,6 +66,7 @@ def leaf_mean(x: torch.Tensor) -> torch.Tensor:
     """The mean over the elements of one leaf."""
     if has_torch_function_unary(x):
         return _overridden(leaf_mean, x)
+    _check("leaf_mean", x)
     return _wide(x).mean().to(_number_dtype(x))
 
 
@@ -60,6 +74,7 @@ def leaf_norm(x: torch.Tensor) -> torch.Tensor:
     """The Euclidean norm of one leaf."""
     if has_torch_function_unary(x):
         return _overridden(leaf_norm, x)
+    _check("leaf_norm", x)
     norm: torch.Tensor = torch.linalg.vector_norm(_wide(x))
     return norm.to(_number_dtype(x).to_real())
 
@@ -68,6 +83,7 @@ def leaf_amax(x: torch.Tensor) -> torch.Tensor:
     """The largest element of one leaf; NaN if there is one."""
     if has_torch_function_unary(x):
         return _overridden(leaf_amax, x)
+    _check("leaf_amax", x)
     return torch.amax(x)
 
 
@@ -75,10 +91,12 @@ def leaf_size(x: torch.Tensor) -> torch.Tensor:
     """The number of elements of one leaf."""
     if has_torch_function_unary(x):
         return _overridden(leaf_size, x)
+    _check("leaf_size", x)
     return torch.full((), x.numel(), dtype=_number_dtype(x).to_real(), device=x.device)
 
 
-def _only_in_rules(name: str) -> NoReturn:
+def _only_in_rules(name: str, x: Any) -> NoReturn:
+    _check(name, x)
     raise TypeError(
         f"`{name}` spans every leaf that a transformation sees, so it can only be called inside an `elementwise` rule; "
         f"a `leafwise` rule, and a formula that is called on tensors, see one leaf."
@@ -89,21 +107,21 @@ def tree_sum(x: torch.Tensor) -> torch.Tensor:
     """The sum over the elements of every leaf that the transformation sees."""
     if has_torch_function_unary(x):
         return _overridden(tree_sum, x)
-    _only_in_rules("tree_sum")
+    _only_in_rules("tree_sum", x)
 
 
 def tree_amax(x: torch.Tensor) -> torch.Tensor:
     """The largest element over every leaf that the transformation sees; NaN if there is one."""
     if has_torch_function_unary(x):
         return _overridden(tree_amax, x)
-    _only_in_rules("tree_amax")
+    _only_in_rules("tree_amax", x)
 
 
 def tree_norm(x: torch.Tensor) -> torch.Tensor:
     """The Euclidean norm over every leaf that the transformation sees, the global norm."""
     if has_torch_function_unary(x):
         return _overridden(tree_norm, x)
-    _only_in_rules("tree_norm")
+    _only_in_rules("tree_norm", x)
 
 
 def _fused(function: Callable[..., torch.Tensor], *xs: torch.Tensor) -> torch.Tensor:

@@ -49,8 +49,16 @@ _SHAPES = _words(
     "matmul mm bmm mv dot vdot inner outer einsum tensordot addmm addmv baddbmm addr T mT H mH t transpose permute "
     "reshape view flatten squeeze unsqueeze expand cat concat stack hstack vstack split chunk unbind sort argsort topk "
     "kthvalue median cumsum cumprod cummax cummin diff roll flip gather scatter index_select take narrow diag diagonal "
-    "trace tril triu argmax argmin size stride dim unique linalg_svd linalg_qr linalg_inv linalg_eigh"
+    "trace tril triu argmax argmin size stride dim unique linalg_svd linalg_qr linalg_inv linalg_eigh "
+    "softmax log_softmax softmin logsumexp std var std_mean var_mean quantile nanquantile nanmedian mode cov corrcoef "
+    "prod histc bincount msort nonzero"
 )
+_OVER = "; over all leaves `tree_{0}` in place of `leaf_{0}`."
+_BY_REDUCTIONS = {
+    "any": "Whether a condition holds anywhere in the leaf is `leaf_amax(condition)`" + _OVER.format("amax"),
+    "all": "Whether a condition holds everywhere in the leaf is `1 - leaf_amax(~condition)`" + _OVER.format("amax"),
+    "count_nonzero": "The number of elements other than 0 is `leaf_sum(x != 0)`" + _OVER.format("sum"),
+}
 
 
 def hint_for(name: str) -> str:
@@ -59,6 +67,8 @@ def hint_for(name: str) -> str:
         return RANDOM
     if name in ("item", "tolist", "numpy"):
         return NUMBER
+    if name in _BY_REDUCTIONS:
+        return _BY_REDUCTIONS[name]
     return WHOLE if name in _SHAPES else ""
 
 

@@ -106,7 +106,15 @@ class Symbol:
         raise RuleError(f"{where()} iterates over a traced value. {WHOLE}")
 
     def __len__(self) -> int:
-        raise RuleError(f"{where()} takes the length of a traced value. Use `leaf_size` for its number of elements.")
+        raise RuleError(
+            f"{where()} takes the length of a traced value. Use `leaf_size` for its number of elements. "
+            f"`torch.as_tensor` asks for it, too; leave that out, for operations of torch take a traced number as it is."
+        )
+
+    def __divmod__(self, other: Any) -> Any:
+        raise RuleError(f"{where()} uses `divmod`, which torch has not: write `x // y` and `x % y`.")
+
+    __rdivmod__ = __divmod__
 
     def __getitem__(self, key: Any) -> Any:
         raise RuleError(f"{where()} indexes a traced value. {WHOLE}")
@@ -154,7 +162,8 @@ def _record(name: str, *args: Any, **kwargs: Any) -> "Symbol":
     except TypeError as error:
         if isinstance(error, RuleError):
             raise
-        raise RuleError(f"{where()} calls `{name}` in a form that has no kernel: {error}") from None
+        reason = re.sub(r"^\S+\(\) ", "it ", str(error))  # Python begins with a name of this module
+        raise RuleError(f"{where()} calls `{name}` in a form that has no kernel: {reason}") from None
 
 
 class Tracer:
@@ -438,6 +447,12 @@ def _xor(t: Tracer, x: Any, y: Any) -> Any:
     return t.op("ne", t.op("logical_not", x), t.op("logical_not", y))
 
 
+def _relu(t: Tracer, x: Any, *, inplace: bool = False) -> Any:
+    if inplace:
+        raise TypeError("a rule returns new values: leave `inplace` out.")
+    return t.op("where", t.op("le", x, 0.0), 0.0, x)
+
+
 def _heaviside(t: Tracer, x: Any, values: Any) -> Any:
     return t.op("where", t.op("eq", x, 0.0), values, t.op("gt", x, 0.0))
 
@@ -561,7 +576,7 @@ REWRITES: dict[str, Callable[..., Any]] = {
     "round": _round,
     "fix": _alias("trunc"),
     "frac": lambda t, x: t.op("sub", x, t.op("trunc", x)),
-    "relu": lambda t, x: t.op("where", t.op("le", x, 0.0), 0.0, x),
+    "relu": _relu,
     "heaviside": _heaviside,
     "sgn": _alias("sign"),
     "logaddexp": _logaddexp,

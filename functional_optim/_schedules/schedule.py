@@ -10,10 +10,11 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, overload
 
 import torch
 
+from .._compiler.errors import note_number
 from .._compiler.rule import Range, hint_of_members, plain_number
 from .._compiler.trace import Symbol
 
@@ -50,7 +51,12 @@ class Schedule:
         if isinstance(count, Symbol):
             return self.factory.formula(count, **self.arguments)
         count = self._counts(count)
-        x = torch.as_tensor(self.factory.formula(count, **self.arguments), dtype=torch.float64, device=count.device)
+        try:
+            value = self.factory.formula(count, **self.arguments)
+        except (TypeError, AttributeError) as error:
+            note_number(error, "`torch.log(value + 0 * count)`")
+            raise
+        x = torch.as_tensor(value, dtype=torch.float64, device=count.device)
         return x if x.ndim else x.expand(count.shape).clone()  # a formula need not mention `count`
 
     def __mul__(self, other: Any) -> "Schedule":
@@ -273,18 +279,32 @@ def _names(allowed: str | Sequence[Any]) -> set[str]:
     return set(_NAME.findall(allowed)) - {"inf"} if isinstance(allowed, str) else set()
 
 
-def schedule(**ranges: str | Sequence[Any]) -> Callable[[Callable[..., Any]], ScheduleFactory]:
+@overload
+def schedule(formula: Callable[..., Any], /) -> ScheduleFactory: ...
+
+
+@overload
+def schedule(
+    formula: None = None, /, **ranges: str | Sequence[Any]
+) -> Callable[[Callable[..., Any]], ScheduleFactory]: ...
+
+
+def schedule(
+    formula: Callable[..., Any] | None = None, /, **ranges: str | Sequence[Any]
+) -> ScheduleFactory | Callable[[Callable[..., Any]], ScheduleFactory]:
     """Makes a family of schedules from a formula.
 
     A formula is plain torch of `count`, a float64 tensor, and its arguments. What it refers to besides is best left
     unchanged while it is in use; a formula that refers to what may change is called by Python at every step.
 
     Args:
+      formula: the formula, when used without parentheses.
       **ranges: intervals that arguments, or the values in them, must lie in, such as `decay_steps="(0, inf)"`, whose
         bounds may be other arguments, as in `decay_steps="(warmup_steps, inf)"`; or the values that they may have.
 
     Returns:
-      A decorator for `formula(count, *arguments)`.
+      The function of the formula's arguments that makes schedules; of ranges, a decorator for
+      `formula(count, *arguments)`.
 
     Raises:
       TypeError: a range names no argument.
@@ -296,7 +316,9 @@ def schedule(**ranges: str | Sequence[Any]) -> Callable[[Callable[..., Any]], Sc
       >>> halving(8.0)(2)
       tensor(2., dtype=torch.float64)
     """
-    return lambda formula: ScheduleFactory(formula, ranges)
+    if formula is None:
+        return lambda formula: ScheduleFactory(formula, ranges)
+    return ScheduleFactory(formula, ranges)
 
 
 NUMBER = "[-inf, inf]"

@@ -1,5 +1,6 @@
 """Rules that cannot become kernels, and declarations that are refused."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -246,6 +247,73 @@ def test_a_rule_that_is_not_called_says_so() -> None:
         assert not hasattr(fo.scale_by_adam, name)
     with pytest.raises(AttributeError, match="no attribute 'other'"):
         _ = fo.scale_by_adam.other
+
+
+@fo.elementwise
+def decays_by_a_logarithm(u: torch.Tensor, *, b: Any = 0.9) -> torch.Tensor:
+    return u * torch.log(b)
+
+
+@fo.leafwise
+def calls_the_formula(u: torch.Tensor, *, b: Any = 0.9) -> torch.Tensor:
+    return decays_by_a_logarithm.formula(u, b=b)
+
+
+def whole(rule: Any) -> Callable[[], Any]:
+    made = fo.leafwise(rule)()
+    return lambda: made.update(torch.ones(2), made.init(torch.ones(2)))
+
+
+AS_TENSOR = "torch.as_tensor(b, dtype=torch.float64)"
+OF_NUMBERS: dict[str, tuple[Callable[[], Any], str]] = {
+    "a function of one": (whole(lambda u, *, b=0.9: u * torch.log(b)), AS_TENSOR),
+    "a function of two": (whole(lambda u, *, b=0.9: torch.maximum(u, b)), AS_TENSOR),
+    "a function of numbers": (whole(lambda u, *, b=0.9: u * torch.pow(b, 0.5)), AS_TENSOR),
+    "a method": (whole(lambda u, *, b=0.9: u * b.exp()), AS_TENSOR),
+    "a formula": (lambda: decays_by_a_logarithm.formula(torch.ones(2)), "b=torch.tensor(0.9, dtype=torch.float64)"),
+    "a formula in a rule": (
+        whole(lambda u, *, b=0.9: decays_by_a_logarithm.formula(u, b=b)),
+        "b=torch.tensor(0.9, dtype=torch.float64)",
+    ),
+    "a schedule": (lambda: fo.schedule(lambda count, value: torch.log(value) * count)(0.5), "value + 0 * count"),
+}
+
+
+@pytest.mark.parametrize("name", OF_NUMBERS)
+def test_an_operation_that_wants_a_tensor_says_how_a_number_is_given(name: str) -> None:
+    call, instead = OF_NUMBERS[name]
+    with pytest.raises((TypeError, AttributeError)) as caught:
+        call()
+    [note] = [x for x in caught.value.__notes__ if x.startswith("numbers are Python's here")]
+    assert instead in note
+
+
+def test_the_ways_that_the_notes_name_agree() -> None:
+    b, u = 0.999, torch.linspace(-1.0, 1.0, 5)
+    rules = [
+        decays_by_a_logarithm(b),
+        fo.leafwise(lambda u, *, b: u * torch.log(torch.as_tensor(b, dtype=torch.float64)))(b),
+        calls_the_formula(torch.tensor(b, dtype=torch.float64)),
+        fo.scale(fo.schedule(lambda count, value: torch.log(value + 0 * count))(b)),
+    ]
+    for tx in rules:
+        # one rounding of the number, and one of the product
+        torch.testing.assert_close(tx.update(u, tx.init(u))[0], u * math.log(b), rtol=2.0**-22, atol=0)
+
+
+def test_an_error_of_another_kind_gets_no_note_about_numbers() -> None:
+    for call in (whole(lambda u: u @ torch.ones(3)), whole(lambda u: u.no_such_method())):
+        with pytest.raises((RuntimeError, AttributeError)) as caught:
+            call()
+        assert not any("numbers" in x for x in caught.value.__notes__)
+
+
+def test_messages_about_arguments_name_no_classes_of_the_package() -> None:
+    message = r"its hyper-parameters are \(b=0\.9\)\.$"
+    for call in (lambda: decays_by_a_logarithm(c=1), lambda: decays_by_a_logarithm().replace(c=1)):
+        with pytest.raises(TypeError, match=message):
+            call()
+    assert repr(decays_by_a_logarithm) == "<rule decays_by_a_logarithm(b=0.9)>"
 
 
 def test_numbers_of_the_tree_have_no_meaning_for_one_leaf() -> None:

@@ -426,6 +426,16 @@ def test_bad_arguments_are_named(make: Callable[[], Any], error: type[Exception]
         make()
 
 
+def test_a_formula_without_ranges_needs_no_parentheses() -> None:
+    @fo.schedule
+    def falling(count: Any, value: float, rate: float = 0.5) -> Any:
+        return value * rate**count
+
+    assert falling(8.0)(2) == 2.0
+    assert repr(falling(8.0)) == "falling(value=8.0)"
+    assert fo.schedule(formula="[0, 1]")(lambda count, formula: formula)(0.5)(0) == 0.5
+
+
 def test_bounds_of_a_range_may_be_numbers_of_any_form() -> None:
     made = fo.schedule(rate="[1e-3, 1e0]")(lambda count, rate: rate)
     assert made(0.5)(3) == 0.5

@@ -192,6 +192,10 @@ def test_momentum_that_is_a_tensor_may_be_switched_off() -> None:
     [
         (lambda p: TransformOptimizer([p], fo.sgd("0.1")), "`learning_rate` of scale_by_learning_rate must be"),  # type: ignore[arg-type]
         (lambda p: TransformOptimizer.factory(fo.adamw)([p], lr=0.1, learning_rate=0.2), "are one argument"),
+        (
+            lambda p: TransformOptimizer.factory(fo.scale_by_adam)([p], lr=0.1),
+            "has no argument `learning_rate` or `lr`, .*fo.scale_by_learning_rate",
+        ),
     ],
 )
 def test_arguments_that_make_no_optimizer(make: Callable[[Any], Any], message: str) -> None:

@@ -206,6 +206,58 @@ def sums_a_norm_over_the_tree(u: Any) -> Any:
     return u / fo.tree_sum(fo.leaf_norm(u))  # at fault
 
 
+def makes_a_tensor(u: Any, *, k: Any = 2.0) -> Any:
+    return u * torch.log(torch.as_tensor(k))  # at fault
+
+
+def divides_with_a_rest(u: Any, p: Any) -> Any:
+    return divmod(u, p)[1]  # at fault
+
+
+def divides_a_number_with_a_rest(u: Any) -> Any:
+    return divmod(2.0, u)[0]  # at fault
+
+
+def asks_all(u: Any) -> Any:
+    return torch.where(torch.isfinite(u).all(), u, 0.0)  # at fault
+
+
+def asks_any(u: Any) -> Any:
+    return torch.where(torch.any(u > 1), u, 0.0)  # at fault
+
+
+def counts(u: Any) -> Any:
+    return u / torch.count_nonzero(u)  # at fault
+
+
+def normalizes(u: Any) -> Any:
+    return torch.nn.functional.softmax(u, 0)  # at fault
+
+
+def standardizes(u: Any) -> Any:
+    return u / u.std()  # at fault
+
+
+def takes_a_quantile(u: Any) -> Any:
+    return u / torch.quantile(u, 0.5)  # at fault
+
+
+def rectifies_in_place(u: Any) -> Any:
+    return torch.nn.functional.relu(u, inplace=True)  # at fault
+
+
+def writes_into_another(u: Any, p: Any) -> Any:
+    return torch.exp(u, out=p)  # at fault
+
+
+def sums_a_number_of_python(u: Any) -> Any:
+    return u / fo.leaf_sum(1.0)  # at fault
+
+
+def sums_a_number_of_python_over_the_tree(u: Any) -> Any:
+    return u / fo.tree_sum(1.0)  # at fault
+
+
 def forgets_a_slot(u: Any, mu: Any) -> Any:
     return u + mu
 
@@ -298,6 +350,19 @@ FAULTY = [
     Faulty(sums_a_uniform_value, "the same for every element"),
     Faulty(sums_a_step, "the same for every element"),
     Faulty(sums_a_norm_over_the_tree, "the same for every element"),
+    Faulty(makes_a_tensor, "operations of torch take a traced number as it is"),
+    Faulty(divides_with_a_rest, "write `x // y` and `x % y`"),
+    Faulty(divides_a_number_with_a_rest, "write `x // y` and `x % y`"),
+    Faulty(asks_all, "is `1 - leaf_amax(~condition)`; over all leaves `tree_amax`"),
+    Faulty(asks_any, "is `leaf_amax(condition)`; over all leaves `tree_amax`"),
+    Faulty(counts, "is `leaf_sum(x != 0)`; over all leaves `tree_sum`"),
+    Faulty(normalizes, f"`softmax`, which has no row in the operation table. {WHOLE}"),
+    Faulty(standardizes, f"`std`, which has no row in the operation table. {WHOLE}"),
+    Faulty(takes_a_quantile, f"`quantile`, which has no row in the operation table. {WHOLE}"),
+    Faulty(rectifies_in_place, "leave `inplace` out"),
+    Faulty(writes_into_another, "`exp` in a form that has no kernel: it got an unexpected keyword argument 'out'"),
+    Faulty(sums_a_number_of_python, "calls `leaf_sum` of 1.0, expected a tensor"),
+    Faulty(sums_a_number_of_python_over_the_tree, "calls `tree_sum` of 1.0, expected a tensor"),
     Faulty(forgets_a_slot, "returned 1 results, expected 2: (u, mu)", MU),
     Faulty(returns_too_much, "returned 3 results, expected 2: (u, mu)", MU),
     Faulty(returns_nothing, "returned NoneType for `u`"),
@@ -321,6 +386,18 @@ def test_a_rule_that_cannot_become_a_kernel(faulty: Faulty) -> None:
     assert faulty.message in str(caught.value)
     assert faulty.rule.__name__ in str(caught.value)
     assert f"{__file__}:{at_fault}" in str(caught.value)
+
+
+def test_functions_that_messages_name_do_what_they_say() -> None:
+    @fo.elementwise
+    def found(u: Any, p: Any) -> Any:
+        is_any, is_all = fo.leaf_amax(u > 1), 1 - fo.leaf_amax(~torch.isfinite(p))
+        return 100 * is_any + 10 * is_all + fo.leaf_sum(u != 0) + torch.nn.functional.relu(u, inplace=False) * 1000
+
+    tx = found()
+    for u, p in ((VECTOR, VECTOR), (VECTOR / 2, VECTOR / VECTOR)):
+        expected = 100.0 * (u > 1).any() + 10.0 * p.isfinite().all() + u.count_nonzero() + u.relu() * 1000
+        torch.testing.assert_close(tx.update(u, tx.init(p), p)[0], expected, rtol=0, atol=0)
 
 
 def test_a_helper_of_a_rule_is_named_by_its_own_line() -> None:
