@@ -108,7 +108,7 @@ class Symbol:
     def __len__(self) -> int:
         raise RuleError(
             f"{where()} takes the length of a traced value. Use `leaf_size` for its number of elements. "
-            f"`torch.as_tensor` asks for it, too; leave that out, for operations of torch take a traced number as it is."
+            f"`torch.as_tensor` asks for it, too; leave that out: operations of torch take a traced number as it is."
         )
 
     def __divmod__(self, other: Any) -> Any:
