@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # types of options that are another object when they change
 CONSTANT = {float, int, bool, str, type(None)}
 KEEP = 16  # sets of present gradients that an optimizer is bound to at once
+KEEP_CHAINS = 1024  # chains by switches, and layouts of chains; switches may be numbers
 
 
 class Bindings:
@@ -72,6 +73,7 @@ class Bindings:
             ) from None
         if found is None:
             found = known[switches] = opt._template(switches)
+            _drop_oldest(known)
         return found
 
     def row_template_of(self, opt: "ChainOptimizer", group: Mapping[str, Any]) -> Template | None:
@@ -79,6 +81,7 @@ class Bindings:
         switches, known = opt._switches(group), self.row_templates
         if switches not in known:
             known[switches] = opt._row_template(switches)
+            _drop_oldest(known)
         return known[switches]
 
     def gather(self, opt: "ChainOptimizer") -> tuple[list[Template], ParamList]:
@@ -202,6 +205,7 @@ class Bindings:
         layout = self.layouts.get(key)
         if layout is None or not layout.is_current:
             layout = self.layouts[key] = ChainLayout(templates, self.params, guarded, warn=not self.warned)
+            _drop_oldest(self.layouts)
         return layout
 
     def undo(self, journal: Journal, new: set[int]) -> None:
@@ -216,6 +220,12 @@ class Bindings:
             return
         for steps in (self.steps, self.row_steps):
             steps[:] = [x for x in steps if x is not step]
+
+
+def _drop_oldest(known: dict[Any, Any]) -> None:
+    """Drops the entries that were made longest ago, so that `KEEP_CHAINS` are left."""
+    while len(known) > KEEP_CHAINS:
+        del known[next(iter(known))]
 
 
 def _check_names(opt: "ChainOptimizer", sizes: Sequence[int]) -> None:

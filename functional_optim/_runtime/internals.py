@@ -50,7 +50,8 @@ def uncompiled(fn: F) -> F:
     Where a graph breaks within a transformation, Dynamo gives up the whole caller, and then compiles the functions that
     it calls one by one, those of a step among them.
     """
-    return _disabled(fn) if "torch._dynamo" in sys.modules and in_transformation() else fn
+    active = "torch._dynamo" in sys.modules and torch._C._functorch.peek_interpreter_stack() is not None
+    return _disabled(fn) if active else fn
 
 
 @functools.lru_cache(maxsize=8)
