@@ -44,7 +44,11 @@ def pytest_collection(session: pytest.Session) -> Generator[None, object, object
         gc.freeze()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="one case of each test, without the slow ones")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Marks the cases that run in Triton's interpreter, by the backend that is their parameter; slow ones come first.
 
     A worker runs whole files, so a long one that comes last would run alone.
@@ -58,6 +62,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if interpreted:
         patch_once()
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    if config.getoption("quick"):
+        _keep_one_case_of_each(config, items)
+
+
+def _keep_one_case_of_each(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out all cases of a test but the first, and tests with a mark."""
+    functions: set[object] = set()
+    kept, left_out = [], []
+    for item in items:
+        function = getattr(item, "function", item)
+        quick = function not in functions and not any(map(item.get_closest_marker, ("slow", "triton", "integration")))
+        (kept if quick else left_out).append(item)
+        if quick:
+            functions.add(function)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
 
 
 @pytest.fixture(scope="module")

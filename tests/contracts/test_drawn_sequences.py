@@ -479,6 +479,7 @@ def detached(tree: list[Any]) -> list[Any]:
     return rebuilt(tree, own)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_drawn_sequences_of_steps_come_to_the_same_by_every_way() -> None:
     run_state_machine_as_test(Ways, settings=same_each_time(14, stateful_step_count=25))

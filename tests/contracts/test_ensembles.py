@@ -209,6 +209,7 @@ PIECES: list[Any] = [
 AVERAGE = len(PIECES) - 1
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(
     picked=st.lists(st.integers(0, len(PIECES) - 1), min_size=1, max_size=3, unique=True),

@@ -70,6 +70,7 @@ WITHIN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", WITHIN)
 def test_a_child_does_not_wait_for_a_build_of_its_parent(kind: str, tmp_path: Path) -> None:
     out = run(PROGRAM, tmp_path, *WITHIN[kind], FUNCTIONAL_OPTIM_CACHE=str(tmp_path / "cache"))

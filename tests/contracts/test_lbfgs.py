@@ -146,6 +146,7 @@ def test_lbfgs_finds_the_minimum(search: Any, learning_rate: Any) -> None:
     torch.testing.assert_close(flat(params), torch.ones(3, dtype=F64), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_lbfgs_takes_the_steps_of_optax() -> None:
     """From the start of Rosenbrock's valley: as many evaluations in each step, 20 of them, and the same minimum.
 

@@ -67,6 +67,7 @@ OPTIONS: dict[str, Any] = {
 DION = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_muon_is_that_of_optax(name: str) -> None:
     """In float64, through 20 steps of up to 15 products each; a spectral norm is computed in float32 here."""

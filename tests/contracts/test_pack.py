@@ -115,6 +115,7 @@ LINKS = st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @given(st.lists(LINKS, min_size=1, max_size=3), st.booleans(), st.sampled_from([(F32, F64), (BF16, F32), (BF16, BF16)]))
 def test_chains_of_any_links_and_dtypes(links: list[Any], donate: bool, dtypes: tuple[torch.dtype, ...]) -> None:

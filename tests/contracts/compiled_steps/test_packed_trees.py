@@ -187,6 +187,7 @@ def test_packed_averages_are_read_within_a_graph(dtype: torch.dtype) -> None:
         assert_equal(fo.unpack(fo.eval_params(state, new)), fo.eval_params(plain_state, plain))
 
 
+@pytest.mark.slow
 def test_derivatives_and_members_with_packed_trees() -> None:
     tx = fo.chain(fo.clip_by_global_norm(0.5), fo.adam(0.1))
     params = fo.pack([torch.ones(2, 3), torch.arange(2.0)])

@@ -297,6 +297,7 @@ def test_steps_within_a_transformation_where_the_graph_breaks() -> None:
     torch.testing.assert_close(found, torch.func.grad(loss)(w), rtol=1e-12, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["noted", "inductor"])
 def test_members_of_an_ensemble_are_one_operation(backend: str) -> None:
     """The bits of eager mode, for calls that are nested, and a counter that members share or have."""

@@ -347,6 +347,7 @@ def for_params(state: Any, params: Params) -> Any:
     return tuple(for_params(x, params) for x in state) if isinstance(state, tuple) else state
 
 
+@pytest.mark.slow
 @example(drawn={"a.b": 0.0, "a": {"b": 0.0}})  # entries of the tree
 @example(drawn={"a.b": {"w": 0.0, "v": 0.0}, "a": {"w": {"b": 0.0}, "v": {"b": 0.0}}})  # of a parameter
 @example(drawn={"tree": {"w": {"a": 0.0}, "v": {"a": 0.0}}, "a": 0.0})  # of both

@@ -319,6 +319,7 @@ def fork() -> None:
     print("child", status, flush=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform cannot fork")
 def test_a_forked_child_takes_steps() -> None:
     root = Path(fo.__file__).parents[1]

@@ -114,10 +114,12 @@ def run(text: str, environment: dict[str, str], *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_kernels_are_launched_past_the_front_door(environment: dict[str, str]) -> None:
     assert run(LAUNCHES, environment).split() == ["pass_0", "uniform_1", "pass_1"]
 
 
+@pytest.mark.slow
 def test_a_launcher_that_cannot_be_compiled_is_an_error_of_the_build(environment: dict[str, str]) -> None:
     """So that the step takes another backend when it is bound."""
     message = run(BROKEN, environment, "broken")
@@ -172,6 +174,7 @@ with fo.use_backend("triton"):
 """
 
 
+@pytest.mark.slow
 def test_a_triton_that_is_broken_gives_way_to_foreach(environment: dict[str, str], tmp_path: Path) -> None:
     """It is there, but its import fails in another way than that of a package that is not."""
     (tmp_path / "triton.py").write_text("raise OSError('libtriton.so: cannot open shared object file')")
