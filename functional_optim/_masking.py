@@ -1,7 +1,5 @@
 """Different transformations for different leaves: `masked` and `partition`."""
 
-import dis
-import functools
 import inspect
 import re
 from collections.abc import Callable, Hashable, Mapping
@@ -16,7 +14,6 @@ from ._runtime.internals import register_in_exports
 from ._transform import (
     EmptyState,
     GradientTransformation,
-    LabelFunction,
     Link,
     Path,
     Rewrite,
@@ -97,34 +94,17 @@ def _takes_path_and_leaf(choice: Callable[..., Any]) -> bool:
 PLACE = re.compile(r"param_groups\[\d+\]\.params\[\d+\]")  # of a parameter that an optimizer was given without a name
 
 
-def asks_paths(choice: Any) -> bool:
-    """Whether a mask or labels ask for the paths of leaves, as far as can be told.
-
-    A function asks if it loads its first argument; one of the whole tree is not looked into.
-    """
-    if isinstance(choice, LabelFunction):
-        return choice.asks_paths()
+def _has_patterns(choice: Any) -> bool:
+    """Whether a mask or labels are patterns for names; those for places have `params` in them."""
     if isinstance(choice, re.Pattern):
         return bool(choice.pattern) and "params" not in choice.pattern
-    if isinstance(choice, Mapping):
-        return any(isinstance(k, re.Pattern) and asks_paths(k) for k in choice)
-    if not callable(choice) or not _takes_path_and_leaf(choice):
-        return False
-    while isinstance(choice, functools.partial) and not choice.args:
-        choice = choice.func
-    function = choice if inspect.isroutine(choice) else type(choice).__call__
-    code = getattr(function, "__code__", None)
-    if code is None:
-        return False
-    path = code.co_varnames[int(inspect.ismethod(function) or function is not choice)]
-    loads = [x.argval for x in dis.get_instructions(code) if re.search("LOAD_(FAST|DEREF|CLOSURE)", x.opname)]
-    return any(path in name if isinstance(name, tuple) else path == name for name in loads)
+    return isinstance(choice, Mapping) and any(isinstance(k, re.Pattern) and _has_patterns(k) for k in choice)
 
 
 def _warn_of_places(choice: Any, view: View, what: str) -> None:
-    """Warns that paths are asked for where parameters have none."""
+    """Warns of patterns for names where parameters have none. What a function asks for cannot be told."""
     nameless = next((path for path, s in zip(paths(view.spec), view.seen, strict=True) if s and PLACE.search(path)), "")
-    if nameless and asks_paths(choice):
+    if nameless and _has_patterns(choice):
         warn(
             f"{what} ask for paths of parameters, but the optimizer was given no names, so that {nameless!r} is such a "
             f"path; pass `model.named_parameters()`."

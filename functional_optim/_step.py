@@ -396,9 +396,11 @@ class TreeStep:
             self._check_leaves(columns)
             if not needs_dispatch():
                 self.entering = SpecWatch.of(self.entering, columns["updates"], self.present, "updates", self.paths)
-        view = View(self.spec, tuple(columns["updates"]), link.seen)
-        params = view.tree(columns["params"]) if "params" in columns else None
-        tree, new_state = call_opaque(link.tx, view.tree(), get_state(state, link.path), params, extra)
+        view = View(self.spec, tuple(columns.get("params", columns["updates"])), link.seen)
+        params = view.tree() if "params" in columns else None
+        tree, new_state = call_opaque(
+            link.tx, view.tree(columns["updates"]), get_state(state, link.path), params, extra
+        )
         updates = updates_of(link, tree, columns["updates"], self.read)
         check_updates(link, updates, columns.get("params", columns["updates"]), self.paths, self.present)
         return {**columns, "updates": updates}, new_state

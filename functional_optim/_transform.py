@@ -218,10 +218,6 @@ class LabelFunction(abc.ABC):
     def __call__(self, path: str, p: torch.Tensor) -> Hashable:
         """The label of a leaf."""
 
-    @abc.abstractmethod
-    def asks_paths(self) -> bool:
-        """Whether labels depend on paths."""
-
 
 class Declared(GradientTransformation):
     """A pair of functions that is known by the call that made it: it is printed, compared and pickled as that call.

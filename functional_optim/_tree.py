@@ -267,10 +267,15 @@ class View(NamedTuple):
         return self._replace(seen=tuple(bool(m) and s for m, s in zip(mask, self.seen, strict=True)))
 
     def tree(self, leaves: Sequence[Any] | None = None) -> Tree:
-        """The tree with a `MaskedNode` in place of leaves that are not seen."""
+        """The tree with a `MaskedNode` in place of leaves that are there and are not seen.
+
+        Args:
+          leaves: others in the places of its own, some perhaps None.
+        """
         chosen = self.leaves if leaves is None else leaves
         return self.spec.unflatten(
-            x if seen or x is None else MaskedNode() for x, seen in zip(chosen, self.seen, strict=True)
+            MaskedNode() if own is not None and not seen else x
+            for x, own, seen in zip(chosen, self.leaves, self.seen, strict=True)
         )
 
     def map(self, fn: Callable[[Any], Any]) -> Tree:

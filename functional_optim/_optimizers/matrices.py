@@ -9,7 +9,7 @@ import torch
 
 from .._chain import chain
 from .._compiler.rule import OptionalDtype, Scalar
-from .._masking import asks_paths, partition
+from .._masking import partition
 from .._transform import GradientTransformation, LabelFunction
 from .._transforms.clipping import clip_by_block_rms
 from .._transforms.decay import add_decayed_weights
@@ -97,10 +97,6 @@ class _IsMatrix(LabelFunction):
         if not isinstance(chosen, bool):
             raise TypeError(f"`matrices` of muon returned {chosen!r:.60} for {path!r}, expected True or False.")
         return "muon" if chosen else "adam"
-
-    def asks_paths(self) -> bool:
-        """Whether the predicate looks at them."""
-        return self.choose is not None and asks_paths(self.choose)
 
 
 @named_arguments

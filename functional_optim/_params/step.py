@@ -426,9 +426,9 @@ class ParamStep:
         updates = list(own["updates"])
         for i in self.local.wrapped:
             updates[i] = None if updates[i] is None else self.local.like(updates[i], i)
-        view = View(self.view.spec, tuple(updates), link.seen)
+        view = View(self.view.spec, tuple(params), link.seen)
         state = split.gather(dict(zip(self.names, states, strict=True)))
-        tree, new_state = call_opaque(link.tx, view.tree(), state, view.tree(params), extra)
+        tree, new_state = call_opaque(link.tx, view.tree(updates), state, view.tree(), extra)
         found = updates_of(link, tree, updates, self.reader)
         found = list(
             self.local.of((segment.position, "update"), found, placed_like, "the update that was returned for")

@@ -112,6 +112,32 @@ def test_the_state_is_nested_as_the_chain_is() -> None:
         assert labels.inner_states["p"].inner_state["nothing"] == ()
 
 
+@pytest.mark.parametrize("missing", ["weight", "bias"])
+@pytest.mark.parametrize("way", ["masked", "partition"])
+def test_a_leaf_that_is_not_seen_is_masked_whether_it_has_a_gradient_or_not(way: str, missing: str) -> None:
+    """And one that is seen and has none is None."""
+    given: list[dict[str, Any]] = []
+
+    def watch(updates: Any, params: Any) -> Any:
+        given.append(updates)
+        assert {k: type(x) for k, x in params.items()} == {
+            k: torch.Tensor if is_matrix(k, p) else fo.MaskedNode for k, p in make_tree(0).items()
+        }
+        return updates
+
+    inner = fo.stateless(watch)
+    ways = {
+        "masked": fo.masked(inner, is_matrix),
+        "partition": fo.partition({True: inner, False: fo.scale(2.0)}, is_matrix),
+    }
+    params, tx = make_tree(0), fo.chain(ways[way], fo.scale(-1.0))
+    grads: dict[str, Any] = {**make_tree(1), missing: None}
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert {k: u is None for k, u in updates.items()} == {k: g is None for k, g in grads.items()}
+    expected = {k: type(g) if is_matrix(k, params[k]) else fo.MaskedNode for k, g in grads.items()}
+    assert [{k: type(x) for k, x in tree.items()} for tree in given] == [expected]
+
+
 def test_an_optimizer_from_elsewhere_is_taken_as_it_is() -> None:
     params, grads = make_tree(0), make_tree(1)
 
