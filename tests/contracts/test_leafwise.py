@@ -375,7 +375,7 @@ BAD = {
     "whole numbers": (lambda u, mu: (u.int(), mu), r"torch.int32, expected torch.float64; convert it"),
     "a sparse tensor": (
         lambda u, mu: (torch.sparse_coo_tensor(torch.zeros(2, 1, dtype=torch.int64), u[:1, 0], u.shape), mu),
-        r"for `u` at 'a' a tensor of the layout torch.sparse_coo, expected a dense one; convert it, with `.to_dense\(\)`",
+        r"for `u` at 'a' a tensor of the layout torch.sparse_coo, expected a dense one; convert it",
     ),
     "a sparse tensor in a slot": (lambda u, mu: (u, mu.to_sparse()), r"for `mu` at 'a' a tensor of the layout"),
     "one result": (lambda u, mu: u, r"returned 1 results, expected 2: \(u, mu\)"),
