@@ -480,6 +480,9 @@ class _Call(NamedTuple):
         where = f"{self.rule.name} returned for `{name}`{at(self.path)}"
         if not isinstance(x, torch.Tensor):
             raise RuleError(f"{where} {x!r:.60}, expected a tensor of shape {tuple(like.shape)}.")
+        if x.is_nested or x.layout is not torch.strided:
+            kind = "a nested tensor" if x.is_nested else f"a tensor of the layout {x.layout}"
+            raise RuleError(f"{where} {kind}, expected a dense one; convert it, with `.to_dense()` if it is sparse.")
         if x.shape != like.shape:
             raise RuleError(f"{where} a tensor of shape {tuple(x.shape)}, expected {tuple(like.shape)}.")
         if x.device != like.device:

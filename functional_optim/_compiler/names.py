@@ -51,7 +51,7 @@ _SHAPES = _words(
     "kthvalue median cumsum cumprod cummax cummin diff roll flip gather scatter index_select take narrow diag diagonal "
     "trace tril triu argmax argmin size stride dim unique linalg_svd linalg_qr linalg_inv linalg_eigh "
     "softmax log_softmax softmin logsumexp std var std_mean var_mean quantile nanquantile nanmedian mode cov corrcoef "
-    "prod histc bincount msort nonzero"
+    "prod histc bincount msort nonzero normalize"
 )
 _OVER = "; over all leaves `tree_{0}` in place of `leaf_{0}`."
 _BY_REDUCTIONS = {
@@ -63,7 +63,7 @@ _BY_REDUCTIONS = {
 
 def hint_for(name: str) -> str:
     """Help with a name that rules do not have, where there is better help than the list of those that they have."""
-    if name.startswith(tuple(_DRAW)):
+    if name.startswith(tuple(_DRAW)) and name != "normalize":
         return RANDOM
     if name in ("item", "tolist", "numpy"):
         return NUMBER

@@ -39,7 +39,11 @@ def check_leaf(name: str, path: str, x: Any) -> torch.Tensor:
             )
         raise TypeError(f"{name}{at(path)} is sparse ({x.layout}), expected a dense tensor; {hint}.")
     if not x.dtype.is_floating_point or x.dtype.itemsize < 2:
-        hint = "view it as real pairs with `torch.view_as_real`" if x.is_complex() else "leave it out of the tree"
+        hint = "leave it out of the tree"
+        if x.is_complex():
+            hint = "view it as real pairs with `torch.view_as_real`"
+        elif name.startswith("the extra argument"):  # every leaf that is computed needs one
+            hint = "pass `x.float()`"
         raise TypeError(
             f"{name}{at(path)} has dtype {x.dtype}, expected float32, float64, bfloat16 or float16; {hint}."
         )

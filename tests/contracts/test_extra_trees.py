@@ -165,7 +165,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "another dtype": (
         {"hessian": {k: x.long() for k, x in FIRST.items()}, "value": 1.0},
-        "has dtype torch.int64, expected float32",
+        "has dtype torch.int64, expected float32, float64, bfloat16 or float16; pass `x.float()`",
     ),
     "a tree for a number": (
         {"hessian": HESSIANS[0], "value": HESSIANS[0]},

@@ -373,6 +373,11 @@ BAD = {
     "another shape of a slot": (lambda u, mu: (u, mu.sum(0)), r"for `mu` at 'a' a tensor of shape \(3,\)"),
     "a number": (lambda u, mu: (0.5, mu), r"for `u` at 'a' 0.5, expected a tensor"),
     "whole numbers": (lambda u, mu: (u.int(), mu), r"torch.int32, expected torch.float64; convert it"),
+    "a sparse tensor": (
+        lambda u, mu: (torch.sparse_coo_tensor(torch.zeros(2, 1, dtype=torch.int64), u[:1, 0], u.shape), mu),
+        r"for `u` at 'a' a tensor of the layout torch.sparse_coo, expected a dense one; convert it",
+    ),
+    "a sparse tensor in a slot": (lambda u, mu: (u, mu.to_sparse()), r"for `mu` at 'a' a tensor of the layout"),
     "one result": (lambda u, mu: u, r"returned 1 results, expected 2: \(u, mu\)"),
     "a change in place": (lambda u, mu: (u, mu.add_(u)), r"changes its argument `mu` in place; make a new tensor"),
     "a change of the gradient": (lambda u, mu: (u.neg_(), mu), r"changes its argument `u` in place"),

@@ -528,10 +528,10 @@ PLATEAUS: list[dict[str, Any]] = [
 
 def metrics(kind: str) -> list[float]:
     """A metric that falls, stalls and is at times not a number, or one that wanders about zero."""
-    noise = torch.rand(120, generator=torch.Generator().manual_seed(3), dtype=torch.float64).tolist()
+    noise = torch.rand(500, generator=torch.Generator().manual_seed(3), dtype=torch.float64).tolist()
     if kind == "wandering":
         return [x - 0.5 for x in noise]
-    return [math.nan if t % 37 == 5 else max(2.0 - 0.05 * t, 0.9) + 0.1 * noise[t] for t in range(120)]
+    return [math.nan if t % 37 == 5 else max(2.0 - 0.05 * t, 0.9) + 0.1 * noise[t] for t in range(500)]
 
 
 def named(keywords: dict[str, Any]) -> fo.GradientTransformation:

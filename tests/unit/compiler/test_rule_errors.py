@@ -115,6 +115,10 @@ def draws(u: Any) -> Any:
     return u + torch.randn_like(u)  # at fault
 
 
+def normalizes_rows(u: Any) -> Any:
+    return torch.nn.functional.normalize(u, dim=0)  # at fault
+
+
 def calls_a_method(u: Any) -> Any:
     return u.cumsum(0)  # at fault
 
@@ -328,6 +332,7 @@ FAULTY = [
     Faulty(takes_the_size_of_a_number, "the same for every element"),
     Faulty(sorts, f"`sort`, which has no row in the operation table. {WHOLE}"),
     Faulty(draws, "`randn_like`, which has no row in the operation table. A rule has no random numbers."),
+    Faulty(normalizes_rows, f"`normalize`, which has no row in the operation table. {WHOLE}"),
     Faulty(calls_a_method, f"`cumsum`, which has no row in the operation table. {WHOLE}"),
     Faulty(multiplies_matrices, f"`matmul`, which has no row in the operation table. {WHOLE}"),
     Faulty(indexes, f"indexes a traced value. {WHOLE}"),
