@@ -19,8 +19,8 @@ LR, DECAY, EPS = Option("lr"), Option("weight_decay"), Option("eps")
 B1, B2 = Option("betas", 0), Option("betas", 1)
 MOMENTUM = Option("momentum")
 
-# numbers with which there is no step, in the words of torch's constructors, which are asked about defaults only; the
-# other bounds of constructors are no bounds of groups, as in torch
+# bounds of torch's constructors that are bounds of groups here, in their words: beyond them most steps come to NaN or
+# infinity, without an error in torch; the other bounds of constructors are about defaults alone, as in torch
 UNIT, POSITIVE, CLOSED = Range.parse("[0, 1)"), Range.parse("[0, inf)"), Range.parse("[0, 1]")
 BOUNDS: Mapping[str, tuple[str, Range]] = {
     "betas": ("beta parameter at index {k}", UNIT),
