@@ -105,7 +105,7 @@ def _group(optimizer: "ChainOptimizer", old: dict[str, Any], new: dict[str, Any]
     """
     chain = optimizer.defaults.get("chain")
     if chain is not None and new.get("chain", chain) != chain:
-        raise ValueError(f"the state was saved by the chain {new['chain']!r}, but this one is {chain!r}.")
+        raise ValueError(f"the state was saved by another chain: {_first_difference(str(new['chain']), chain)}.")
     # a file written before an option was there leaves it as it is
     group = {**{k: old[k] for k in optimizer.defaults if k in old and k not in new}, **new, "params": old["params"]}
     names = old.get("param_names") or (new.get("param_names") if chain is None else None)
@@ -115,6 +115,18 @@ def _group(optimizer: "ChainOptimizer", old: dict[str, Any], new: dict[str, Any]
     if chain is not None:
         group["chain"] = chain
     return group
+
+
+def _first_difference(saved: str, own: str) -> str:
+    """The first transformation in which two chains differ, and what is around it in both."""
+    both = [chain.split(" > ") if chain else [] for chain in (saved, own)]
+    k = next((k for k, (x, y) in enumerate(zip(*both, strict=False)) if x != y), min(map(len, both)))
+    theirs, ours = (repr(names[k]) if k < len(names) else "missing" for names in both)
+    start = "... > " if k > 2 else ""
+    there, here = (
+        start + " > ".join([*names[max(k - 2, 0) : k + 1], *["..."] * (len(names) > k + 1)]) for names in both
+    )
+    return f"transformation {k + 1} is {theirs} there, but {ours} here: {there!r} against {here!r}"
 
 
 def _match_positions(live: list[dict[str, Any]], saved: list[dict[str, Any]]) -> dict[Any, Any]:

@@ -28,6 +28,7 @@ from .._runtime.spec import TensorSpec, are_ordinary
 from .._runtime.stacks import Stack
 from .descriptions import DescribedStep, find_step, path_of
 from .referred import refuse_referred_tensors
+from .refusals import INSIDE, RECORDED
 
 
 Tensors = Sequence[torch.Tensor]
@@ -194,21 +195,11 @@ def _pure_autograd(
         )
 
 
-INSIDE = (
-    "donate=True writes in place, which a torch.func transformation cannot follow; use donate=False inside of it, or "
-    "take the step outside."
-)
-
-
 def _donated_autograd(text: str, updates: Tensors, params: Tensors, state: Tensors, numbers: Tensors) -> None:
     if in_transformation():
         raise RuntimeError(INSIDE)
     if _wants_derivative(updates, params, state, numbers):
-        raise RuntimeError(
-            "a parameter, an update, a state or a hyper-parameter requires a gradient, and donate=True would write in "
-            "place while autograd is recording; wrap the step in `torch.no_grad()`, or use donate=False to "
-            "differentiate through it."
-        )
+        raise RuntimeError(RECORDED)
     with below_autograd():
         torch.ops.functional_optim.donated_step.default(text, updates, params, state, numbers)
 

@@ -8,11 +8,13 @@ import torch
 from .._graph_breaks import outside
 from .._packed import Packed
 from .._runtime.backend import ASKED
+from .._runtime.internals import in_transformation
 from .._step import take_step
 from .._structures import NOTHING, read, rebuild, with_aliases
 from .._transform import GradientTransformation
 from .._tree import Tree
 from .descriptions import Outline, Trees, describe, reordered, with_forms
+from .refusals import INSIDE, RECORDED
 
 
 REASON = (
@@ -29,7 +31,8 @@ INIT_OUTSIDE = (
     "`init` is called inside of the compiled function; call it once, outside, and pass the state to the function"
 )
 step_outside, with_chain_outside, unpacked_outside = outside(REASON), outside(MADE_INSIDE), outside(PACKED_ALIKE)
-init_outside = outside(INIT_OUTSIDE)
+init_outside, misfit_outside = outside(INIT_OUTSIDE), outside("the trees of the step do not fit")
+within_outside, recorded_outside = outside(INSIDE), outside(RECORDED)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -81,8 +84,15 @@ def trace_step(
         backend,
     )
     if misfit:
-        raise ValueError(misfit)
+        torch._dynamo.graph_break(
+            misfit + ""
+        )  # an exception would make Dynamo look into steps of eager mode from then on
+        return misfit_outside(take_step, tx, apply, updates, state, params, extra, donate)  # type: ignore[no-any-return]
     arguments = (_tensors(u.leaves), _tensors(p.leaves), _tensors(s.leaves), [*_tensors(e.leaves), *tx._tensors])
+    records = torch.is_grad_enabled() and any(x.requires_grad for own in arguments for x in own)
+    if donate and (records or is_transformed()):  # the operation would refuse it, too, in an error with its arguments
+        refused_outside = within_outside if is_transformed() else recorded_outside
+        return refused_outside(take_step, tx, apply, updates, state, params, extra, donate)  # type: ignore[no-any-return]
     if donate and backend != "reference":
         torch.ops.functional_optim.donated_step(text, *arguments)
         return params if apply else updates, state
@@ -93,7 +103,7 @@ def trace_step(
         x if x is None or (passes and y is None) else next(results)
         for x, y in zip(base.leaves, other.leaves if passes else base.leaves, strict=True)
     ]
-    if passes and not donate and torch.is_grad_enabled() and any(x.requires_grad for own in arguments for x in own):
+    if passes and records:
         leaves = with_aliases(leaves, base.leaves)
     new_state = [x if x is None else next(results) for x in s.leaves]
     if donate:
@@ -105,6 +115,12 @@ def trace_step(
         leaves = [leaves[k] for k in order_in(u.structure, p.structure, len(leaves))]
         base = p
     return rebuild(base.structure, leaves, base.forms), rebuild(s.structure, new_state, s.forms)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_transformed() -> bool:
+    """Whether a step is inside of a `torch.func` transformation, a constant of the graph, which is guarded by it."""
+    return in_transformation()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import (
+    example,
     given,
     settings,
     strategies as st,
@@ -218,6 +219,7 @@ AVERAGE = len(PIECES) - 1
     stacked=st.tuples(*[st.booleans()] * 4),
     last=st.booleans(),
 )
+@example(picked=[0, 2], n=2, dtype=F32, stacked=(True,) * 4, last=False)  # a number of each member behind a tree's norm
 def test_any_chain_with_any_arguments_stacked(
     picked: list[int], n: int, dtype: torch.dtype, stacked: tuple[bool, ...], last: bool
 ) -> None:

@@ -159,10 +159,24 @@ def test_another_chain_is_refused_by_its_names() -> None:
     train([opt, other], range(2))
     before = content(other)
 
-    with pytest.raises(ValueError, match=r"saved by the chain 'clip_by_global_norm > .*but this one is 'trace > "):
+    with pytest.raises(ValueError, match=r"transformation 1 is 'clip_by_global_norm' there, but 'trace' here"):
         other.load_state_dict(opt.state_dict())
 
     assert_same_bits(content(other), before)
+
+
+def test_the_difference_of_long_chains_is_told_in_few_words() -> None:
+    start = [fo.clip(1.0)] * 20
+    opt, other = (
+        TransformOptimizer(named().values(), fo.chain(*start, *end))
+        for end in ([fo.scale_by_sign(), fo.trace(0.9), fo.scale(-1.0)], [fo.scale_by_sign()])
+    )
+    expected = (
+        r"transformation 22 is 'trace' there, but missing here: "
+        r"'... > clip > scale_by_sign > trace > ...' against '... > clip > scale_by_sign'."
+    )
+    with pytest.raises(ValueError, match=expected):
+        other.load_state_dict(opt.state_dict())
 
 
 def test_what_is_no_state_is_refused() -> None:

@@ -108,6 +108,47 @@ def test_a_number_on_meta_is_refused_by_its_name(name: str) -> None:
         fo.apply_gradients(tx, params_of(), params_of(), tx.init(params_of()), **extra)
 
 
+# -- refusals -----------------------------------------------------------------------------------------------------
+
+W, RECORDED = ({"w": torch.ones(3, requires_grad=records)} for records in (False, True))
+# a step that eager mode refuses, the words that say why, and one like it that is taken
+REFUSED: dict[str, tuple[Callable[..., Any], str, Callable[..., Any]]] = {
+    "trees": (
+        lambda step, s: step(W, {"v": W["w"]}, s),
+        r"updates does not have the structure of params: it lacks 'w'",
+        lambda step, s: step(W, W, s),
+    ),
+    "donation that autograd records": (
+        lambda step, s: step(RECORDED, W, s, donate=True),
+        r"requires a gradient, and donate=True would write",
+        lambda step, s: step({"w": torch.ones(3)}, W, s, donate=True),
+    ),
+    "donation within vmap": (
+        lambda step, s: torch.vmap(lambda w: step({"w": w}, W, s, donate=True))(torch.ones(2, 3)),
+        r"donate=True writes in place, which a torch.func transformation cannot follow",
+        lambda step, s: torch.vmap(lambda w: step({"w": w}, W, s))(torch.ones(2, 3)),
+    ),
+}
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_step_that_is_refused_is_followed_by_others(case: str, fullgraph: bool) -> None:
+    """The same words as in eager mode, or within those of the compiler; Dynamo gives up no function for it."""
+    refused, words, taken = REFUSED[case]
+    tx = recipe()
+
+    def step(*trees: Any, **more: Any) -> Any:
+        return fo.apply_gradients(tx, *trees, **more)
+
+    compiled = torch.compile(lambda fn, s: fn(step, s), fullgraph=fullgraph, backend="eager")
+    with pytest.raises(Exception, match=words) as found:
+        compiled(refused, tx.init(W))
+    assert len(str(found.value).splitlines()) == 1 or fullgraph
+    assert "donated_step(" not in str(found.value)  # the operation, and the text that encodes the chain
+    assert_equal(compiled(taken, tx.init(W)), taken(step, tx.init(W)))
+
+
 # -- containers ---------------------------------------------------------------------------------------------------
 
 Ordered = collections.OrderedDict

@@ -75,6 +75,16 @@ def test_operations_keep_their_promises(name: str) -> None:
         torch.library.opcheck(getattr(torch.ops.functional_optim, op).default, (text, *copy.deepcopy(tensors)))
 
 
+@pytest.mark.parametrize("name", ["numbers", "schedules, tensors", "masks", "function"])
+def test_the_operation_that_is_looked_into_keeps_its_promises(name: str) -> None:
+    """It is traced, and differentiated; L-BFGS, which reads numbers of tensors, is neither."""
+    tx = CHAINS[name]()
+    text, tensors = step_of(tx)
+    recorded = [[x.clone().requires_grad_(x.is_floating_point()) for x in own] for own in tensors]
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(torch.ops.functional_optim.traced_step.default, (text, *recorded), test_utils=tests)
+
+
 @pytest.mark.parametrize("name", ["numbers", "schedules, tensors", "masks"])
 @pytest.mark.parametrize("counts", [False, True])
 def test_the_operation_of_members_keeps_its_promises(name: str, counts: bool) -> None:
