@@ -84,9 +84,8 @@ def trace_step(
         backend,
     )
     if misfit:
-        torch._dynamo.graph_break(
-            misfit + ""
-        )  # an exception would make Dynamo look into steps of eager mode from then on
+        # an exception here would make Dynamo look into steps of eager mode from then on
+        torch._dynamo.graph_break(misfit)
         return misfit_outside(take_step, tx, apply, updates, state, params, extra, donate)  # type: ignore[no-any-return]
     arguments = (_tensors(u.leaves), _tensors(p.leaves), _tensors(s.leaves), [*_tensors(e.leaves), *tx._tensors])
     records = torch.is_grad_enabled() and any(x.requires_grad for own in arguments for x in own)
