@@ -91,13 +91,14 @@ def _takes_path_and_leaf(choice: Callable[..., Any]) -> bool:
     return len([p for p in positional if p.default is p.empty]) == 2
 
 
+CATCH_ALL = ("", ".", ".*", ".+")
 PLACE = re.compile(r"param_groups\[\d+\]\.params\[\d+\]")  # of a parameter that an optimizer was given without a name
 
 
 def _has_patterns(choice: Any) -> bool:
     """Whether a mask or labels are patterns for names; those for places have `params` in them."""
     if isinstance(choice, re.Pattern):
-        return bool(choice.pattern) and "params" not in choice.pattern
+        return choice.pattern not in CATCH_ALL and "params" not in choice.pattern
     return isinstance(choice, Mapping) and any(isinstance(k, re.Pattern) and _has_patterns(k) for k in choice)
 
 

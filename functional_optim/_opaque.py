@@ -80,7 +80,7 @@ class SplitState:
           states: the dict of each parameter, by name.
           present: the parameters that take the step; others may lack their entries.
         """
-        there = {*present, None}
+        there = {*present, None} if self.seen else set(present)  # an entry of the tree needs a parameter that holds it
         return [entry for entry in self.filled if entry[0] in there and self.find(entry, states) is MISSING]
 
     def make(self, entries: Sequence[tuple[str | None, str]]) -> list[tuple[str, str, Any]]:

@@ -51,8 +51,8 @@ def where() -> str:
 
 _OF_NUMBERS = re.compile(
     r"must be Tensor, not (float|int|bool)\b"
-    r"|got \([^)]*\b(float|int|bool)\b"
-    r"|^'(float|int|bool)' object has no attribute"
+    r"|got \((float|int|bool)\b"
+    r"|^'(float|int|bool)' object has no attribute '(\w+)'"
 )
 
 
@@ -65,5 +65,6 @@ def note_number(error: BaseException, instead: str) -> None:
     """
     note = "numbers are Python's here, where they are not given as tensors; an operation of torch takes one as a "
     noted = any(x.startswith(note) for x in getattr(error, "__notes__", ()))
-    if _OF_NUMBERS.search(str(error)) and not noted:
+    found = _OF_NUMBERS.search(str(error))
+    if found and not noted and (found[4] is None or hasattr(torch.Tensor, found[4])):
         error.add_note(f"{note}tensor: {instead}")

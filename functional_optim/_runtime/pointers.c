@@ -82,24 +82,25 @@ static int64_t size_of(Handle tensor, int64_t dim, int64_t k) {
   return sizes[k];
 }
 
-/* Whether a tensor is a list or table of int64 in host memory, one number after the other: anybody may call an
-   operation. */
+/* Whether a tensor is a list or table of int64 in host memory, one number after the other, all within its storage:
+   anybody may call an operation. */
 static int holds_numbers(Handle tensor) {
   int32_t dtype, device;
-  int64_t dim, *sizes, *strides, n = 1;
+  int64_t dim, offset, bytes, *sizes, *strides, n = 1;
   if (aoti_torch_get_dtype(tensor, &dtype) || dtype != aoti_torch_dtype_int64()) return 0;
   if (aoti_torch_get_device_type(tensor, &device) || device != aoti_torch_device_type_cpu()) return 0;
   if (aoti_torch_get_dim(tensor, &dim)) return 0;
   if (aoti_torch_get_sizes(tensor, &sizes) || aoti_torch_get_strides(tensor, &strides)) return 0;
   for (int64_t k = dim; k-- > 0; n *= sizes[k])
     if (sizes[k] != 1 && strides[k] != n) return 0;
-  return 1;
+  if (aoti_torch_get_storage_offset(tensor, &offset) || aoti_torch_get_storage_size(tensor, &bytes)) return 0;
+  return n <= bytes / 8 - offset;
 }
 
 /* A row of a table, if it is there and complete; else NULL. */
 static const int64_t *row_at(const int64_t *table, int64_t n_rows, int64_t width, int64_t k) {
   const int64_t *row = table + k * width;
-  return k < 0 || k >= n_rows || width < SIZES || row[DIM] < 0 || 2 * row[DIM] > width - SIZES ? NULL : row;
+  return k < 0 || k >= n_rows || width < SIZES || row[DIM] < 0 || row[DIM] > (width - SIZES) / 2 ? NULL : row;
 }
 
 static size_t length_of(Handle list) {

@@ -50,7 +50,7 @@ def test_the_explanation_in_the_readme() -> None:
     (recipe,) = re.findall(r"^schedule = .*?^\)$", PAGES["README.md"], re.MULTILINE | re.DOTALL)
     exec(recipe, names)
 
-    shapes = {"embedding": (1000, 768), "norm": (768,), "linear": (768, 768)}
+    shapes = {"wte": (1000, 768), "w": (768, 768), "b": (768,)}
     params = {name: torch.zeros(shape) for name, shape in shapes.items()}
 
     assert str(fo.explain(names["tx"], params)) == shown.strip()  # type: ignore[arg-type]

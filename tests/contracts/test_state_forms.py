@@ -66,6 +66,28 @@ def test_steps_of_an_optimizer(form: str, scope: str, groups: str) -> None:
         assert_close(params, reference)
 
 
+def test_a_group_none_of_whose_parameters_an_opaque_transformation_sees() -> None:
+    """Its chain is another one, for it has other switches."""
+
+    class Count:
+        def init(self, params: Any) -> Any:
+            return {"n": torch.zeros(())}
+
+        def update(self, updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+            return updates, {"n": state["n"] + 1}
+
+    w, b = (torch.nn.Parameter(torch.ones(shape)) for shape in ((2, 2), (2,)))
+    tx = fo.chain(fo.masked(Count(), lambda path, p: p.ndim == 1), fo.sgd(0.1))
+    opt = TransformOptimizer([{"params": [("w", w)], "maximize": True}, {"params": [("b", b)]}], tx)
+    for p in (w, b):
+        p.grad = torch.ones_like(p)
+    for _ in range(2):
+        opt.step()
+    assert [x.item() for x in opt.state[b].values()] == [2.0]
+    assert not opt.state.get(w)
+    torch.testing.assert_close((w.detach(), b.detach()), (torch.full((2, 2), 1.2), torch.full((2,), 0.8)))
+
+
 @pytest.mark.parametrize("names", [["a"], ["a", "in.bias"], ["out.weight", "in.weight"]])
 @FORM
 def test_parameters_whose_first_gradients_come_late(form: str, names: list[str]) -> None:

@@ -415,6 +415,7 @@ def test_what_a_file_has_beyond_the_chain_is_warned_of_once_and_kept() -> None:
 PATHS: dict[str, tuple[Any, bool]] = {
     "a function of the path": (lambda path, p: "bias" not in path, False),
     "an expression": (re.compile("^(?!.*bias)"), True),
+    "an expression of anything": (re.compile(".*"), False),
     "the whole tree": (lambda tree: {k: p.ndim > 1 for k, p in tree.items()}, False),
     "a value": (True, False),
 }

@@ -241,6 +241,20 @@ def test_another_number_of_tensors_reads_and_writes_nothing(n: int) -> None:
     assert memory.tolist() == [x.data_ptr(), x.data_ptr(), -1]
 
 
+def with_dimensions(table: torch.Tensor) -> torch.Tensor:
+    """A table whose rows say that tensors have 2**62 dimensions, twice which is no number."""
+    table = table.clone()
+    table[:, 4] = 2**62
+    return table
+
+
+def cut_short(x: torch.Tensor) -> torch.Tensor:
+    """A copy whose storage ends before its last element."""
+    x = x.clone()
+    x.untyped_storage().resize_(x.untyped_storage().nbytes() - 8)
+    return x
+
+
 # arguments of `read_pointers` that are not as they are made here: tables, and whether the first tensor differs then
 STRANGE: dict[str, tuple[Callable[[Any, Any, Any], tuple[Any, Any, Any]], bool]] = {
     "a row that is not there": (lambda index, table, memory: (index + 1000, table, memory), True),
@@ -251,6 +265,9 @@ STRANGE: dict[str, tuple[Callable[[Any, Any, Any], tuple[Any, Any, Any]], bool]]
     "a table of short integers": (lambda index, table, memory: (index, table.int(), memory), False),
     "columns for rows": (lambda index, table, memory: (index, table.T.contiguous().T, memory), False),
     "memory with gaps": (lambda index, table, memory: (index, table, memory.repeat(2)[::2]), False),
+    "rows of more dimensions than any": (lambda index, table, memory: (index, with_dimensions(table), memory), True),
+    "an index in storage that was cut": (lambda index, table, memory: (cut_short(index), table, memory), False),
+    "a table in storage that was cut": (lambda index, table, memory: (index, cut_short(table), memory), False),
 }
 
 
