@@ -41,6 +41,9 @@ def use_backend(name: str) -> Iterator[None]:
     derivatives), for tensors of other classes, and after a kernel has failed to build, which a warning says, the next
     best one takes its place; `explain` says which and why.
 
+    Tasks of asyncio may have a block each. Compiled steps are guarded by the block of their thread that was entered
+    last, so none of them belongs behind an `await` in a block.
+
     Args:
       name: `"reference"`, `"foreach"`, `"c"` or `"triton"`.
 
