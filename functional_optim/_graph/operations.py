@@ -80,7 +80,8 @@ def _traced_step(text: str, updates: Tensors, params: Tensors, state: Tensors, n
     try:
         results, new = step.take(updates, params, state, numbers, reference=True)
     except (AssertionError, RuntimeError):
-        if torch.compiler.is_compiling():  # its message, if a tensor is the reason, names no rule
+        # a compiler's message, if a tensor is the reason, names no rule; torch 2.11 says nothing of one here
+        if torch.compiler.is_compiling() or not are_ordinary(updates, params, state, numbers):
             refuse_referred_tensors(step.tx)
         raise
     results += new
