@@ -118,7 +118,7 @@ def _group(optimizer: "ChainOptimizer", old: dict[str, Any], new: dict[str, Any]
 
 
 def _first_difference(saved: str, own: str) -> str:
-    """The first transformation in which two chains differ, and what is around it in both."""
+    """The first transformation in which two chains differ, and its neighbours in both."""
     both = [chain.split(" > ") if chain else [] for chain in (saved, own)]
     k = next((k for k, (x, y) in enumerate(zip(*both, strict=False)) if x != y), min(map(len, both)))
     theirs, ours = (repr(names[k]) if k < len(names) else "missing" for names in both)

@@ -113,7 +113,7 @@ class LeafwiseStep:
         return dict(results)
 
     def _refuse_capture(self, columns: Columns, devices: set[torch.device]) -> None:
-        """Refuses, while a stream is capturing, what Python computes from the number of steps.
+        """Refuses, while a stream is capturing, hyper-parameters that Python computes from the number of steps.
 
         Raises:
           CaptureError: a graph would keep it.
@@ -476,7 +476,7 @@ class _Call(NamedTuple):
         return [next(results) if there else None for there in kept]
 
     def _check(self, name: str, x: Any, like: torch.Tensor) -> None:
-        """Refuses a result that has not the shape and the kind of dtype of what it replaces."""
+        """Refuses a result that has not the shape and the kind of dtype of the tensor that it replaces."""
         where = f"{self.rule.name} returned for `{name}`{at(self.path)}"
         if not isinstance(x, torch.Tensor):
             raise RuleError(f"{where} {x!r:.60}, expected a tensor of shape {tuple(like.shape)}.")

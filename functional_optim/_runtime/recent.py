@@ -1,4 +1,4 @@
-"""Short lists of bindings, that which was used last in front: the first one that fits is found soon."""
+"""Short lists of bindings in the order of their last use: the first one that fits is found soon."""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 def in_front(x: T, known: Sequence[T], keep: int) -> list[T]:
-    """An object and others that are known, without those that were used longest ago.
+    """An object in front of the ones used before it; the ones used longest ago are dropped.
 
     A list is made anew and never changed in place, for other threads may be looking through it.
 

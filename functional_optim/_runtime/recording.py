@@ -409,7 +409,9 @@ def _back(ctx: Any, cotangents: Sequence[torch.Tensor | None]) -> tuple[Any, ...
         return (None, *[None] * len(wanted))
     saved = _saved_by(ctx)
     if any(map(is_mapped_by_autograd, given)):
-        recorded = torch.is_grad_enabled()  # by `create_graph`: the derivative of these follows what was saved
+        recorded = (
+            torch.is_grad_enabled()
+        )  # by `create_graph`: a derivative of the cotangents follows the saved tensors
         with torch.enable_grad():
             own = [
                 x.view_as(x) if recorded and x.requires_grad else x.detach().requires_grad_(there)

@@ -1,4 +1,4 @@
-"""Triton's interpreter, which looks for what it replaces in `triton.language` once.
+"""Triton's interpreter, which looks for the functions to replace in `triton.language` once.
 
 It does so at each launch, and again at each call of a function within a kernel: a quarter of its time. The
 replacements are the same each time, but for the modules that a function knows.

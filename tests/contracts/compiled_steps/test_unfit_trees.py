@@ -64,7 +64,7 @@ ON_META: dict[str, Callable[..., Any]] = {
 @pytest.mark.parametrize("donate", [False, True], ids=["new", "donated"])
 @pytest.mark.parametrize("case", ON_META)
 def test_tensors_on_meta(case: str, donate: bool) -> None:
-    """Torch hands such a step to what stands for it while it is traced, which computes nothing."""
+    """Torch hands such a step to its fake implementation while it is traced, which computes nothing."""
 
     def run(compiles: bool) -> Any:
         own = params_of(), {k: x / 2 for k, x in params_of().items()}, recipe().init(params_of()), torch.tensor(0.1)

@@ -83,7 +83,7 @@ def test_resume_from_memory(name: str, layout: str) -> None:
     model, optimizer = train(name, batches[:3])
     saved = values(dsd.get_optimizer_state_dict(model, optimizer, options=OPTIONS[layout]))
     resumed = copy_of(model)  # without gradients: with them the library takes the optimizer for one that has a state
-    fit(model, optimizer, batches[3:])  # what was saved does not follow
+    fit(model, optimizer, batches[3:])  # the saved state does not follow
 
     resumed_optimizer = OPTIMIZERS[name](resumed)
     dsd.set_optimizer_state_dict(resumed, resumed_optimizer, saved, options=OPTIONS[layout])
