@@ -388,9 +388,8 @@ class _Values(NamedTuple):
             elif bound.is_schedule(name):
                 given = count
                 if isinstance(count, float) or (name in region.python_hypers and not needs_dispatch()):
-                    given = (
-                        0 if isinstance(count, torch.Tensor) and count.is_meta else int(count)
-                    )  # Python waits for it
+                    on_meta = isinstance(count, torch.Tensor) and count.is_meta
+                    given = 0 if on_meta else int(count)  # waits for a device
                 keywords[name] = check_number(f"the schedule of {rule.name}.{name} returned", value(given))
             else:
                 keywords[name] = value

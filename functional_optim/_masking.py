@@ -103,7 +103,7 @@ def _has_patterns(choice: Any) -> bool:
 
 
 def _warn_of_places(choice: Any, view: View, what: str) -> None:
-    """Warns of patterns for names where parameters have none. Functions are not warned of: they may use the leaf alone."""
+    """Warns of patterns for names where parameters have none, but not of functions, which may use the leaf alone."""
     nameless = next((path for path, s in zip(paths(view.spec), view.seen, strict=True) if s and PLACE.search(path)), "")
     if nameless and _has_patterns(choice):
         warn(

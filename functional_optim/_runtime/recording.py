@@ -409,9 +409,8 @@ def _back(ctx: Any, cotangents: Sequence[torch.Tensor | None]) -> tuple[Any, ...
         return (None, *[None] * len(wanted))
     saved = _saved_by(ctx)
     if any(map(is_mapped_by_autograd, given)):
-        recorded = (
-            torch.is_grad_enabled()
-        )  # by `create_graph`: a derivative of the cotangents follows the saved tensors
+        # by `create_graph`: a derivative of the cotangents follows the saved tensors
+        recorded = torch.is_grad_enabled()
         with torch.enable_grad():
             own = [
                 x.view_as(x) if recorded and x.requires_grad else x.detach().requires_grad_(there)
