@@ -194,7 +194,7 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
         if p is not None and u is not None:
             check_fit("updates", "parameter", path, u, check_leaf("params", path, p))
     if torch.is_grad_enabled() and not needs_dispatch() and not requires_gradient(others):
-        warn_of_growth([None if u is None else p for p, u in zip(leaves, others, strict=True)], paths(spec))
+        warn_of_growth([None if u is None else p for p, u in zip(leaves, others, strict=True)], spec)
     if isinstance(params, Packed) and isinstance(updates, Packed) and params.form is updates.form:
         return params.with_buffers(sums(params.buffers, updates.buffers))
     return packed_like(params, unflatten(spec, sums(leaves, others)))

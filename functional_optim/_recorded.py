@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ._runtime.checks import at
+from ._tree import Spec, paths
 from ._warn import warn
 
 
@@ -14,12 +15,17 @@ def requires_gradient(tensors: Iterable[Any]) -> bool:
     return any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors)
 
 
-def warn_of_growth(params: Sequence[Any], paths: Sequence[str]) -> None:
-    """Warns of parameters that a recorded step has made, where nothing but parameters requires a gradient."""
-    for path, p in zip(paths, params, strict=True):
+def warn_of_growth(params: Sequence[Any], spec: Spec) -> None:
+    """Warns of parameters that a recorded step has made, where nothing but parameters requires a gradient.
+
+    Args:
+      params: the leaves, None where one takes no part.
+      spec: the structure that they are leaves of.
+    """
+    for k, p in enumerate(params):
         if isinstance(p, torch.Tensor) and p.grad_fn is not None:
             return warn(
-                f"params{at(path)} is the result of a step that autograd recorded, and this one is recorded too: the "
-                f"graph grows with every step, and steps are slow. Wrap them in `torch.no_grad()`, or start from "
-                f"`{{k: p.detach() for k, p in params.items()}}`."
+                f"params{at(paths(spec)[k])} is the result of a step that autograd recorded, and this one is recorded "
+                f"too: the graph grows with every step, and steps are slow. Wrap them in `torch.no_grad()`, or start "
+                f"from `{{k: p.detach() for k, p in params.items()}}`."
             )

@@ -78,7 +78,6 @@ class Region:
       hosts: schedules that Python evaluates, by the name of their column.
       traced: functions that have been traced, with the key of all that they refer to.
       stored: the columns of state.
-      by_python: names of all schedules that Python evaluates.
     """
 
     def __init__(self, links: dict[int, Link], apply: bool, entered: str | None) -> None:
@@ -89,7 +88,11 @@ class Region:
         self.hosts: dict[str, HostSchedule] = {}
         self.traced: list[tuple[Any, Hashable]] = []
         self.stored: list[Stored] = []
-        self.by_python: list[str] = []
+
+    @property
+    def by_python(self) -> list[str]:
+        """The names of all schedules that Python evaluates."""
+        return list(self.hosts)
 
     @property
     def tree_extras(self) -> dict[str, str]:
@@ -169,7 +172,6 @@ class FusedRegion(Region):
         own = None if counting is None else {kind: count for kind in parts if (count := kind[1]) is not None}
         self.recipes = fuse_all(parts, apply, own)
         self.hosts = {name: host for recipe in self.recipes.values() for name, host in recipe.hosts.items()}
-        self.by_python = list(self.hosts)
         schedules = [
             bound.values[hyper] for bound in self.bounds.values() for hyper in bound.values if bound.is_schedule(hyper)
         ]
@@ -216,7 +218,10 @@ class LeafwiseRegion(Region):
         self.stored = self._stored(own_counters)
         values = self.bound.values
         self.python_hypers = {k for k in values if self.bound.is_schedule(k) and not follows_counter(values[k])}
-        self.by_python = [f"{self.bound.rule.name}.{name}" for name in self.python_hypers]
+
+    @property
+    def by_python(self) -> list[str]:
+        return [f"{self.bound.rule.name}.{name}" for name in self.python_hypers]
 
     def _stored(self, own_counters: bool) -> list[Stored]:
         name, seen, stored = self.bound.rule.name, self.link.seen, []

@@ -379,9 +379,9 @@ class TreeStep:
         """The columns that change, without tensors that a recorded step leaves alone; see `with_aliases`."""
         # in buffers of a packed tree all tensors are new
         changed = [(key, new, columns[key]) for key, new in results.items() if not isinstance(new, PackedColumn)]
-        if not any(_follows(column[i]) for _, column, _ in changed for i in self.absent):
+        if not requires_gradient(column[i] for _, column, _ in changed for i in self.absent):
             return results
-        if not any(_follows(column[i]) for _, column, _ in changed for i in self.present):
+        if not requires_gradient(column[i] for _, column, _ in changed for i in self.present):
             return results
         return {**results, **{key: with_aliases(column, old) for key, column, old in changed}}
 
@@ -428,13 +428,13 @@ class TreeStep:
 
     def _warn_of_recording(self, own: Columns, numbers: Numbers) -> None:
         """Warns where autograd records steps for nobody."""
+        if "params" not in own:
+            return
         others = [*own["updates"]]  # state has the graph of earlier steps, as parameters have
         others += [x for name in self.extras.trees for x in own[-1, name]]
         others += [x for table in numbers for x in table]
-        if "params" not in own:
-            return
         if not requires_gradient(others):
-            warn_of_growth(own["params"], self.paths)
+            warn_of_growth(own["params"], self.spec)
 
     @staticmethod
     def _check_counters(segment: TreeRegion, states: Mapping[int, Any]) -> None:
@@ -459,11 +459,6 @@ def _as_wide(before: Sequence[Any], columns: Columns) -> list[Any]:
         u if u is old or not isinstance(u, torch.Tensor) else u.to(torch.promote_types(u.dtype, p.dtype))
         for old, u, p in made
     ]
-
-
-def _follows(x: Any) -> bool:
-    """Whether autograd records operations on an object."""
-    return isinstance(x, torch.Tensor) and x.requires_grad
 
 
 def _present(columns: Columns) -> tuple[int, ...]:

@@ -1,9 +1,9 @@
 """Functions for rules that torch has no name for: reductions over a leaf or over the tree, and the cube root.
 
-On tensors the leaf functions compute what they say, in double precision, and return a number as wide as it may have to
-be: in float32 for half types, which hold no large sums, in float64 for conditions and integers, and a complex number
-where a sum or a mean of complex ones is. The tree functions
-have a meaning only inside an `elementwise` rule, where their scope is every leaf that the transformation sees.
+On tensors the leaf functions compute in double precision, and return a number as wide as it may have to be: in float32
+for half types, which hold no large sums, in float64 for conditions and integers, and a complex number where a sum or a
+mean of complex ones is. The tree functions have a meaning only inside an `elementwise` rule, where their scope is every
+leaf that the transformation sees.
 
 The functions that begin with `fused_` are one formula with the roundings of torch's fused kernels, on a CPU and on
 CUDA; the columns of the operation table hold both.
