@@ -9,7 +9,7 @@ import torch
 
 from ._compiler.errors import note_number
 from ._compiler.rule import Bound, Rule, Slot, restore_state
-from ._compiler.trace import Symbol
+from ._compiler.symbols import Symbol
 from ._graph.run import run
 from ._runtime.checks import check_leaf, check_stored
 from ._runtime.internals import is_differentiated, register_in_exports

@@ -1,7 +1,8 @@
 """The compiler: a rule becomes a program, a program passes, a pass text. It knows dtypes, not tensors.
 
 rule, a Python function of one leaf
-  |  trace.py, fuse.py      symbols record the operations of a chain of rules
+  |  symbols.py, trace.py, fuse.py   symbols record the operations of a chain of rules;
+  |  rewrites.py                     functions of torch in terms of the table's, ops.py
 Program                     program.py: values, levels, stages; print it
   |  passes.py              passes over memory, split at reductions
 Pass

@@ -14,7 +14,8 @@ from typing import Any
 
 from .passes import Signature
 from .program import Level, Program, Value
-from .trace import Symbol, Tracer
+from .symbols import Symbol
+from .trace import Tracer
 
 
 Cotangents = Sequence[Any]  # a symbol, a number or None for each operand

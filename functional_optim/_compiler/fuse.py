@@ -15,7 +15,8 @@ from .._schedules.traced import calls_functions, traced_key
 from .errors import RuleError
 from .program import Level, Program
 from .rule import Bound, Option, Rule
-from .trace import Symbol, Tracer
+from .symbols import Symbol
+from .trace import Tracer
 
 
 _Key = TypeVar("_Key")

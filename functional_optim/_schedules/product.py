@@ -10,7 +10,7 @@ import torch
 
 from .._compiler.errors import RuleError
 from .._compiler.rule import plain_number
-from .._compiler.trace import Symbol
+from .._compiler.symbols import Symbol
 from .schedule import NUMBER, Schedule, schedule, value_at
 
 

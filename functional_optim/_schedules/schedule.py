@@ -16,7 +16,7 @@ import torch
 
 from .._compiler.errors import note_number
 from .._compiler.rule import Range, hint_of_members, plain_number
-from .._compiler.trace import Symbol
+from .._compiler.symbols import Symbol
 
 
 class Schedule:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .._compiler.ops import OPS
-from .._compiler.trace import REWRITES
+from .._compiler.rewrites import REWRITES
 from .schedule import Identity, Schedule, ScheduleFactory
 
 

@@ -14,7 +14,7 @@ from _lib.processes import run_program
 from functional_optim import adapters
 from functional_optim._compiler.names import HIDDEN, NAMES, PUBLIC, names_of
 from functional_optim._compiler.ops import OPS
-from functional_optim._compiler.trace import REWRITES
+from functional_optim._compiler.rewrites import REWRITES
 
 
 ROOT = Path(__file__).parents[2]

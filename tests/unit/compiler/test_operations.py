@@ -33,8 +33,10 @@ from _lib.operations import (
     run,
     specials,
 )
-from functional_optim._compiler import trace
+from functional_optim._compiler import symbols
 from functional_optim._compiler.ops import OPS
+from functional_optim._compiler.rewrites import REWRITES
+from functional_optim._compiler.trace import Tracer
 from functional_optim._runtime.backend import try_again
 
 
@@ -52,22 +54,22 @@ def test_operations_have_as_many_operands_as_they_say(name: str) -> None:
 def test_cases_cover_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """A case named after an operation does record that name, so nothing in the table goes untested."""
     tested: set[str] = set()
-    record = trace._record
+    record = symbols._record
 
     def spy(name: str, *args: Any, **kwargs: Any) -> Any:
         recorded.append(name.strip("_"))
         return record(name, *args, **kwargs)
 
-    monkeypatch.setattr(trace, "_record", spy)
+    monkeypatch.setattr(symbols, "_record", spy)
     for label, case in (CASES | LEAF_REDUCTIONS | TREE_REDUCTIONS).items():
         recorded: list[str] = []
-        tracer = trace.Tracer()
+        tracer = Tracer()
         case.of(*(tracer.input("array", x) for x in "xyzw"[: case.arity]))
         ops = {v.op for v in tracer.values}
         tested |= {label.partition("/")[0]} & ({*recorded} | ops)
 
     # results of reductions over uniform values, and a part of Adam that is tested in its place
-    assert {*OPS, *trace.REWRITES} - tested == {"spread", "fused_weight"}
+    assert {*OPS, *REWRITES} - tested == {"spread", "fused_weight"}
 
 
 # torch's fused kernels on CUDA
