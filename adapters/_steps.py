@@ -1,4 +1,4 @@
-"""Steps of an optimizer over all its groups: on dense gradients, and on the rows that sparse ones touch."""
+"""Inputs of a step of an optimizer, and its step on the rows that sparse gradients touch."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from functional_optim._params.journal import Journal
-from functional_optim._params.step import Outcome, ParamStep
+from functional_optim._params.step import ParamStep
 from functional_optim._params.template import Template
 from functional_optim._rows import RowStep
-from functional_optim._runtime.internals import in_checkpoint
 from functional_optim._runtime.shard import is_dtensor
 from functional_optim._runtime.spec import PLAIN
 
@@ -71,70 +70,6 @@ def _is_dense(grad: torch.Tensor | None) -> bool:
     return grad is None or grad.layout is torch.strided
 
 
-def take_dense(opt: "ChainOptimizer", inputs: StepInputs) -> Outcome:
-    """Takes a step on gradients that should be dense, all or nothing.
-
-    The first attempt does not ask whether the gradients and entries of state of a bound step are still there, because
-    reading their tensors shows it. A second one asks (`exact`), for one of two reasons: entries of state have to be
-    made, but only for parameters that have gradients; or the first has found something gone.
-
-    Args:
-      opt: the optimizer.
-      inputs: the tensors and numbers of the step.
-
-    Returns:
-      `"sparse"` if one is not, and nothing has been done.
-    """
-    bindings, grads, states, extra, guarded = opt._bindings, inputs.grads, inputs.states, inputs.extra, inputs.guarded
-    assert bindings.params is not None
-    originals = bindings.params.tensors
-    dry = not opt.state and in_checkpoint()
-    before, exact, journal = bindings.new, dry, Journal()
-    step: ParamStep | None = None
-    first: frozenset[int] = frozenset()
-    try:
-        while True:
-            step = bindings.step_for(opt, bindings.steps, inputs.templates, grads, guarded, exact)
-            step.begin()
-            columns, new = step.state.columns(states, exact), before
-            if columns is None and not exact:
-                exact = True  # before state is made for parameters whose gradients are gone
-                continue
-            if columns is None:
-                made = step.state.make(originals, states, opt.param_groups, journal)
-                new = before | {id(originals[i]) for i in made}
-                bindings.adopt(opt, originals, grads, states, journal)
-                columns = step.state.columns(states)
-                assert columns is not None, "the state that was missing has been made"
-            elif opt.EMPTY_STATES and 0 < len(opt.state) < len(inputs.params):
-                bindings.adopt(opt, originals, grads, states, journal)
-            if dry:
-                bindings.new = new
-                return "taken"
-            first = frozenset(i for i in step.present if id(originals[i]) in new) if new else frozenset()
-            bindings.new = new - {id(originals[i]) for i in first}
-            outcome = step.take(inputs.params, columns, grads, states, bindings.options, extra, first, journal)
-            if outcome != "gone":
-                break
-            if exact:
-                raise RuntimeError(
-                    "a gradient or an entry of state that the step had found was taken away while it was computed; "
-                    "change gradients and state between steps."
-                )
-            bindings.undo(journal, before)  # slots of segments before the one that found something gone
-            exact, journal = True, Journal()
-        # nothing waits for a device but the first step
-        if outcome == "sparse" or (guarded and (first or journal) and float(extra["found_inf"])):
-            bindings.undo(journal, before)
-    except BaseException:
-        bindings.forget_step(step)
-        changed = first or journal
-        if step is None or not step.completed or (guarded and changed and float(extra["found_inf"])):
-            bindings.undo(journal, before)
-        raise
-    return outcome
-
-
 def take_rows(opt: "ChainOptimizer", inputs: StepInputs) -> None:
     """Takes a step on gradients of which some are sparse, all or nothing.
 
@@ -159,7 +94,7 @@ def take_rows(opt: "ChainOptimizer", inputs: StepInputs) -> None:
             bindings.disjoint = rows.disjoint
             rows.take(states, bindings.options, extra, journal)
         if others:
-            take_dense(opt, inputs._replace(grads=dense))
+            opt._step_dense(inputs._replace(grads=dense))
         if rows is not None:
             rows.write(states)
         if inputs.guarded and journal and float(extra["found_inf"]):

@@ -12,10 +12,11 @@ from torch.optim import Optimizer
 
 from functional_optim._params.journal import Journal
 from functional_optim._params.state import is_alike
-from functional_optim._params.step import GRAD
+from functional_optim._params.step import GRAD, Outcome, ParamStep
 from functional_optim._params.template import Template
 from functional_optim._runtime.backend import ASKED
 from functional_optim._runtime.checks import refuse_meta
+from functional_optim._runtime.internals import in_checkpoint
 from functional_optim._runtime.overlap import SharedMemoryError
 from functional_optim._runtime.shard import is_dtensor
 
@@ -23,7 +24,7 @@ from ._averages import averaged
 from ._bindings import Bindings
 from ._compiled import OPTIMIZERS, in_place_of_tensors, tensors_among
 from ._loading import load
-from ._steps import StepInputs, take_dense, take_rows
+from ._steps import StepInputs, take_rows
 
 
 def _check_rate(group: int, lr: Any) -> None:
@@ -193,7 +194,7 @@ class ChainOptimizer(Optimizer):
         try:
             if asked and not inputs.are_dense:
                 take_rows(self, inputs)
-            elif take_dense(self, inputs) == "sparse":
+            elif self._step_dense(inputs) == "sparse":
                 bindings.sparse = True
                 take_rows(self, inputs)
         except SharedMemoryError:
@@ -202,6 +203,74 @@ class ChainOptimizer(Optimizer):
                 raise  # no two parameters are the same memory, or the chain needs all gradients at once
             for turn in turns:
                 self._step_on(turn)
+
+    def _step_dense(self, inputs: StepInputs) -> Outcome:
+        """Takes a step on gradients that should be dense, all or nothing.
+
+        The first attempt does not ask whether the gradients and entries of state of a bound step are still there,
+        because reading their tensors shows it. A second one asks (`exact`), for one of two reasons: entries of state
+        have to be made, but only for parameters that have gradients; or the first has found something gone.
+
+        Args:
+          inputs: the tensors and numbers of the step.
+
+        Returns:
+          `"sparse"` if one is not, and nothing has been done.
+        """
+        bindings, grads, states, extra, guarded = (
+            self._bindings,
+            inputs.grads,
+            inputs.states,
+            inputs.extra,
+            inputs.guarded,
+        )
+        assert bindings.params is not None
+        originals = bindings.params.tensors
+        dry = not self.state and in_checkpoint()
+        before, exact, journal = bindings.new, dry, Journal()
+        step: ParamStep | None = None
+        first: frozenset[int] = frozenset()
+        try:
+            while True:
+                step = bindings.step_for(self, bindings.steps, inputs.templates, grads, guarded, exact)
+                step.begin()
+                columns, new = step.state.columns(states, exact), before
+                if columns is None and not exact:
+                    exact = True  # before state is made for parameters whose gradients are gone
+                    continue
+                if columns is None:
+                    made = step.state.make(originals, states, self.param_groups, journal)
+                    new = before | {id(originals[i]) for i in made}
+                    bindings.adopt(self, originals, grads, states, journal)
+                    columns = step.state.columns(states)
+                    assert columns is not None, "the state that was missing has been made"
+                elif self.EMPTY_STATES and 0 < len(self.state) < len(inputs.params):
+                    bindings.adopt(self, originals, grads, states, journal)
+                if dry:
+                    bindings.new = new
+                    return "taken"
+                first = frozenset(i for i in step.present if id(originals[i]) in new) if new else frozenset()
+                bindings.new = new - {id(originals[i]) for i in first}
+                outcome = step.take(inputs.params, columns, grads, states, bindings.options, extra, first, journal)
+                if outcome != "gone":
+                    break
+                if exact:
+                    raise RuntimeError(
+                        "a gradient or an entry of state that the step had found was taken away while it was computed; "
+                        "change gradients and state between steps."
+                    )
+                bindings.undo(journal, before)  # slots of segments before the one that found something gone
+                exact, journal = True, Journal()
+            # nothing waits for a device but the first step
+            if outcome == "sparse" or (guarded and (first or journal) and float(extra["found_inf"])):
+                bindings.undo(journal, before)
+        except BaseException:
+            bindings.forget_step(step)
+            changed = first or journal
+            if step is None or not step.completed or (guarded and changed and float(extra["found_inf"])):
+                bindings.undo(journal, before)
+            raise
+        return outcome
 
     # -- torch.compile ------------------------------------------------------------------------------------------------
     # Inside torch.compile the step is one operation that the compiler does not look into. It does look into how its

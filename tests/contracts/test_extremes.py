@@ -79,14 +79,11 @@ def cast(x: Tree, dtype: torch.dtype) -> Tree:
 
 
 def run(tx: Any, kind: str, dtype: torch.dtype, compute: torch.dtype, backend: str) -> Iterator[tuple[Tree, Any]]:
-    """Updates and states of steps from numbers of `dtype`, taken in `compute`.
-
-    Triton's interpreter takes the first and the last step, and the C kernel the one between.
-    """
+    """Updates and states of steps from numbers of `dtype`, taken in `compute`."""
     params = cast(tree((1.0, 0.5, 2.0), dtype), compute)
     state = tx.init(params)
     for step in range(STEPS):
-        with use("c" if backend == "triton" and step == 1 else backend):
+        with use(backend):
             updates, state = tx.update(cast(gradients(kind, tx, dtype, step), compute), state, params)
         yield updates, state
 

@@ -11,9 +11,12 @@ import pytest
 import torch
 
 import functional_optim as fo
+from _lib.marks import OPTIMIZED
 from _lib.records import ATOL, BACKENDS, RTOL, gradients, normal, run_params, stack, use
 from _lib.trees import Tree
 
+
+pytestmark = OPTIMIZED
 
 HALF = (torch.bfloat16, torch.float16)
 backends = pytest.mark.parametrize("backend", BACKENDS)
