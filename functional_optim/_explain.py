@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ._bound_region import BoundRegion
 from ._compiler.c.emit import emit_c
 from ._compiler.differentiate import NoDerivative, differentiate_signatures
 from ._compiler.errors import ShortTracebacks
@@ -21,7 +22,6 @@ from ._params.local import tensor_of
 from ._params.region import ParamRegion
 from ._params.step import ParamStep
 from ._params.template import ParamList, Template, gradient_dtype
-from ._regions import BoundRegion
 from ._runtime.backend import choose_backend
 from ._runtime.checks import at
 from ._runtime.groups import Columns, Group, Key, Leaf

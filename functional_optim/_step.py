@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
+from ._bound_region import BoundRegion, Variant, look_ahead, packed_forms
 from ._compiler.errors import ShortTracebacks
 from ._extras import check_no_number, extras_of
 from ._foreign import CHANGED_MESSAGE, SpecWatch, call_opaque, check_updates, host_column, updates_of, value_of_members
 from ._leafwise import LeafwiseStep
 from ._opaque import check_apart
 from ._recorded import requires_gradient, warn_of_growth
-from ._regions import BoundRegion, LeafwiseRegion, Opaque, Region, Variant, cut_into_regions, look_ahead, packed_forms
+from ._regions import LeafwiseRegion, Opaque, Region, cut_into_regions
 from ._runtime.backend import REQUESTED, choose_backend
 from ._runtime.checks import at, check_fit, check_leaf
 from ._runtime.cuda.capture import CaptureError, NumberWatch, can_capture, refuse_host_schedule, refuse_new_trees

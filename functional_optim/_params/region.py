@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .._bound_region import BoundRegion
 from .._leafwise import LeafwiseStep
-from .._regions import BoundRegion, LeafwiseRegion, Region
+from .._regions import LeafwiseRegion, Region
 from .._runtime.groups import Columns, Key
 from .._runtime.join import Joins
 from .._runtime.shard import MeshShard, is_in_mesh, own_part, whole_tensor

@@ -6,10 +6,11 @@ from typing import Any, Literal
 
 import torch
 
+from .._bound_region import Variant, look_ahead
 from .._extras import check_no_number
 from .._foreign import CHANGED_MESSAGE, SpecWatch, call_opaque, check_updates, host_column, updates_of
 from .._opaque import SplitState
-from .._regions import Opaque, Region, Variant, look_ahead
+from .._regions import Opaque, Region
 from .._runtime.backend import REQUESTED
 from .._runtime.checks import check_fit, check_leaf, refuse_leaf, refuse_meta
 from .._runtime.cuda.capture import CaptureError, NumberWatch, can_capture, refuse_host_schedule

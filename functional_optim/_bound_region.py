@@ -1,0 +1,284 @@
+"""`BoundRegion`: a region over the leaves of a tree, and the steps that it is bound to."""
+
+from collections.abc import Iterable, Mapping, Sequence, Set
+from types import MappingProxyType
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+
+from ._packed import Form, Packed
+from ._regions import LeafwiseRegion, Opaque, Region
+from ._runtime.checks import at, check_fit, check_slot, refuse_freed
+from ._runtime.cuda.capture import NumberWatch, is_capturing, refuse_binding, refuse_host_schedule
+from ._runtime.groups import Columns, Key, Leaf
+from ._runtime.internals import MapLevel
+from ._runtime.join import Joins
+from ._runtime.members import MembersReading, MembersStep
+from ._runtime.packed_step import PackedStep
+from ._runtime.packing import PackedColumn
+from ._runtime.programs import Binding, NoKernels, Programs
+from ._runtime.recent import in_front
+from ._runtime.shard import MeshShard
+from ._runtime.spec import TensorSpec, specs_of
+from ._runtime.stacks import find_freed
+from ._runtime.step import BoundStep, Reading
+from ._tree import MaskedNode
+
+
+class Variant(NamedTuple):
+    """The part of a binding that tensors do not show.
+
+    Args:
+      in_place: whether results are written in place.
+      backend: the backend that is asked for, if any.
+      first: the leaves that take their first step, where that makes a difference.
+      forms: the form of each column that is packed, by its position among the columns.
+    """
+
+    in_place: bool
+    backend: str | None
+    first: frozenset[int] = frozenset()
+    forms: tuple[Form | None, ...] = ()
+
+
+def packed_forms(columns: Iterable[Any]) -> tuple[Form | None, ...]:
+    """The form of each column that is packed, and None for others; nothing if none is."""
+    columns = tuple(columns)
+    if PackedColumn not in map(type, columns):
+        return ()
+    packed = [x.packed if type(x) is PackedColumn else None for x in columns]
+    return tuple([x.form if isinstance(x, Packed) else None for x in packed])
+
+
+class BoundRegion:
+    """A region over the leaves of a tree, and the steps that it is bound to: one for each set of specs.
+
+    Args:
+      region: the region.
+      paths: the path of each leaf.
+      present: the leaves that take part.
+      joins: the reductions over processes, if there are any.
+    """
+
+    KEEP = 8
+
+    def __init__(
+        self, region: Region, paths: Sequence[str], present: Sequence[int], joins: Joins | None = None
+    ) -> None:
+        self.region, self.paths, self.present, self.joins = region, paths, present, joins
+        self.bound: list[tuple[Variant, BoundStep]] = []
+        self.of_members: list[tuple[tuple[Form | None, ...], MembersStep]] = []
+        self.entered = region.entered
+
+    def find(self, own: Columns, variant: Variant) -> tuple[BoundStep, Reading] | None:
+        """A step that is bound to such tensors, and these tensors read.
+
+        Args:
+          own: all tensors that the programs read.
+          variant: the part of the binding that they do not show.
+
+        Raises:
+          ValueError: the storage of a tensor has been freed or cut.
+        """
+        for entry in self.bound:
+            known, bound = entry
+            if known != variant or (bound.partners and not bound.has_partners(own)):
+                continue
+            found = bound.read(own)
+            if isinstance(found, Reading):
+                if entry is not self.bound[0]:
+                    self.bound = in_front(entry, self.bound, self.KEEP)
+                return bound, found
+            if found.outside:
+                self._refuse_freed(own, *bound.name_of(found.position))
+        return None
+
+    def _refuse_freed(self, own: Columns, name: str, leaf: int) -> NoReturn:
+        refuse_freed(name, self.paths[leaf], own["updates"][leaf].shape)
+
+    def check_memory(self, own: Columns, levels: Sequence[MapLevel]) -> None:
+        """Refuses tensors without memory, where operations of torch are to compute members of `vmap`.
+
+        Raises:
+          ValueError: the storage of a tensor has been freed or cut.
+        """
+        found = find_freed(own, levels)
+        if found is not None:
+            key, leaf = found
+            names = {stored.key: stored.name for stored in self.region.stored}
+            name = key if isinstance(key, str) else f"the extra argument `{key[1]}`"
+            self._refuse_freed(own, names.get(key, name), leaf)
+
+    def find_members(
+        self, own: Columns, levels: Sequence[MapLevel], extra: Mapping[str, Any], given: Mapping[int, torch.Tensor]
+    ) -> tuple[MembersStep, MembersReading] | None:
+        """A step of an ensemble that is bound to such tensors, and these tensors read.
+
+        Args:
+          own: all tensors that the programs read, as they are within `vmap`.
+          levels: the calls of `vmap` that are active.
+          extra: the extra arguments that are numbers.
+          given: tensors in the place of those that hyper-parameters have, by identity.
+
+        Raises:
+          ValueError: the storage of a tensor has been freed or cut.
+        """
+        sizes, forms = tuple(level.size for level in levels), packed_forms(own.values())
+        for entry in self.of_members:
+            known, bound = entry
+            if bound.sizes != sizes or known != forms or (bound.partners and not bound.has_partners(own)):
+                continue
+            found = bound.read(own, bound.own_numbers(extra, given), levels)
+            if isinstance(found, MembersReading):
+                if entry is not self.of_members[0]:
+                    self.of_members = in_front(entry, self.of_members, self.KEEP)
+                return bound, found
+            if found is not None and found.outside:
+                self._refuse_freed(own, *bound.name_of(found.position))
+        return None
+
+    def bind_members(
+        self,
+        own: Columns,
+        levels: Sequence[MapLevel],
+        leaves: Sequence[Leaf],
+        counters: Set[Key],
+        extra: Mapping[str, Any],
+        given: Mapping[int, torch.Tensor],
+    ) -> tuple[MembersStep, MembersReading] | None:
+        """Binds the programs to the tensors of an ensemble, and reads these; None if kernels do not compute them.
+
+        Args:
+          own: all tensors that the programs read, as they are within `vmap`.
+          levels: the calls of `vmap` that are active.
+          leaves: the leaves of a member that programs compute.
+          counters: columns of counters that all leaves share.
+          extra: the extra arguments that are numbers.
+          given: tensors in the place of those that hyper-parameters have, by identity.
+        """
+        try:
+            bound = MembersStep(leaves, self.specs(own), own, levels, counters, extra, given)
+        except NoKernels:
+            return None
+        self.of_members = in_front((packed_forms(own.values()), bound), self.of_members, self.KEEP)
+        return self.find_members(own, levels, extra, given)
+
+    def bind(
+        self, own: Columns, variant: Variant, leaves: Sequence[Leaf], counters: Sequence[Key] = ()
+    ) -> tuple[BoundStep, Reading]:
+        """Binds the programs to tensors, and reads these.
+
+        Args:
+          own: all tensors that the programs read.
+          variant: the part of the binding that they do not show.
+          leaves: the leaves that programs compute.
+          counters: columns of counters that all leaves share.
+        """
+        binding = Binding(leaves, self.specs(own), own, self.paths, variant.in_place, counters, self.joins)
+        try:
+            bound = PackedStep(binding) if any(variant.forms) else BoundStep(binding)
+        except NoKernels:
+            bound = BoundStep(binding)
+        self.bound = in_front((variant, bound), self.bound, self.KEEP)
+        found = bound.read(own)
+        if not isinstance(found, Reading):
+            assert found.outside, "a step is bound to the tensors that it was made for"
+            self._refuse_freed(own, *bound.name_of(found.position))
+        return bound, found
+
+    def leaves(
+        self,
+        own: Columns,
+        owners: Sequence[int] | None = None,
+        first: frozenset[int] = frozenset(),
+        numels: Sequence[int] | None = None,
+        shards: Sequence[MeshShard | None] | None = None,
+    ) -> list[Leaf]:
+        """The leaves that programs compute. Those that no rule sees are left alone.
+
+        Args:
+          own: all tensors that the programs read.
+          owners: whose options each leaf looks up.
+          first: the leaves that take their first step.
+          numels: number of elements of each leaf, those in other processes counted.
+          shards: the join of each leaf with its other parts.
+
+        Raises:
+          ValueError, TypeError: a slot does not fit its leaf.
+        """
+        for key, name, declared, seen in self.region.stored:
+            for i in self.present:
+                if seen[i] and declared is not None and key != "step":  # counters are of any dtype
+                    check_slot(name, self.paths[i], own[key][i], own["updates"][i], declared)
+        kinds, recipes = self.region.kinds, self.region.recipes
+        for name, rule in self.region.tree_extras.items():
+            for i in self.present:
+                if name in recipes[kinds[i]].program.arrays:
+                    self._check_extra(name, rule, i, own)
+        return [
+            Leaf(
+                i,
+                recipes[kinds[i]],
+                (kinds[i], owners[i] if owners else 0, i in first),
+                numels[i] if numels else own["updates"][i].numel(),
+                shards[i] if shards else None,
+            )
+            for i in self.present
+            if kinds[i][0] or self.region.apply
+        ]
+
+    def _check_extra(self, name: str, rule: str, i: int, own: Columns) -> None:
+        """Refuses an entry of an extra argument that does not go with its leaf."""
+        x = own[-1, name][i]
+        if x is None or isinstance(x, MaskedNode):
+            raise ValueError(
+                f"the extra argument `{name}`{at(self.paths[i])} is {x!r}, but {rule} computes an update for it; give "
+                f"a tensor, or mask the rule."
+            )
+        check_fit(f"the extra argument `{name}`", "update", self.paths[i], x, own["updates"][i])
+
+    def specs(self, own: Columns) -> dict[Key, list[TensorSpec | None]]:
+        """The specs of the tensors of leaves that take part."""
+        present = set(self.present)
+        return {
+            key: specs_of([x if i in present and isinstance(x, torch.Tensor) else None for i, x in enumerate(column)])
+            for key, column in own.items()
+        }
+
+    def programs(self, own: Columns, leaves: Sequence[Leaf]) -> Programs:
+        """The programs, for tensors that torch operations compute on this one time."""
+        return Programs(leaves, self.specs(own), self.joins)
+
+
+def look_ahead(
+    watch: NumberWatch,
+    segments: Sequence[BoundRegion | Opaque],
+    devices: Set[torch.device],
+    owners: Sequence[int] | None,
+    options: Sequence[Mapping[str, Any]],
+    extra: Mapping[str, Any],
+    given: Mapping[int, torch.Tensor] = MappingProxyType({}),
+) -> None:
+    """Refuses a step of several parts that a CUDA graph could not replay, before the first one is captured.
+
+    Args:
+      watch: the numbers of the last step that was not captured; those of such a step are noted.
+      segments: its segments.
+      devices: the devices of the step.
+      owners: whose options each leaf looks up; None if there are no options.
+      options: mappings that hyper-parameters are looked up in.
+      extra: the extra arguments that are numbers.
+      given: tensors in the place of those that hyper-parameters have, by identity.
+
+    Raises:
+      CaptureError: a stream is capturing, and a graph could not replay the step.
+    """
+    regions = [segment for segment in segments if isinstance(segment, BoundRegion)]
+    if is_capturing(devices):
+        for segment in regions:
+            for name in segment.region.by_python:
+                refuse_host_schedule(name, devices)
+            if not (segment.bound or isinstance(segment.region, LeafwiseRegion)):
+                refuse_binding(devices)
+    numbers = [x for segment in regions for x in segment.region.numbers(segment.present, owners, options, extra)]
+    watch.check([given.get(id(x), x) for x in numbers], devices)
