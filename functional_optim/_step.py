@@ -17,6 +17,7 @@ from ._leafwise import LeafwiseStep
 from ._opaque import check_apart
 from ._recorded import requires_gradient, warn_of_growth
 from ._regions import LeafwiseRegion, Opaque, Region, cut_into_regions
+from ._runtime.autograd import can_record, record
 from ._runtime.backend import REQUESTED, choose_backend
 from ._runtime.checks import at, check_fit, check_leaf
 from ._runtime.cuda.capture import CaptureError, NumberWatch, can_capture, refuse_host_schedule, refuse_new_trees
@@ -34,7 +35,6 @@ from ._runtime.numbers import Numbers
 from ._runtime.overlap import SharedMemoryError
 from ._runtime.packing import PackedColumn
 from ._runtime.recent import in_front
-from ._runtime.recording import can_record, record
 from ._runtime.stacks import different_numbers
 from ._runtime.step import BoundStep, Reading
 from ._stand_ins import stand_in_of

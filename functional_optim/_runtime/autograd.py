@@ -1,0 +1,241 @@
+"""Steps that autograd records: kernels compute the step, and kernels of its derivative the cotangents.
+
+The inputs of the step are saved, which it leaves alone: the derivative computes other values again, which moves
+fewer bytes than saving them. The derivative is itself recorded, as torch operations, for whoever differentiates it.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .._compiler.differentiate import NoDerivative
+from .groups import Columns
+from .internals import in_transformation, is_mapped_by_autograd, uncompiled
+from .kernels import COMPILE
+from .numbers import Numbers
+from .recording import Recording, Tensors
+from .step import BoundStep
+
+
+def can_record(bound: BoundStep) -> bool:
+    """Whether kernels compute a step and its derivative."""
+    kernels = type(bound) is BoundStep and not bound.in_place and bound.joins is None
+    return kernels and all(backend in COMPILE for backend, _ in bound.parts)
+
+
+def record(bound: BoundStep, columns: Columns, numbers: Numbers, plain: bool = True) -> Columns:
+    """Computes a step that autograd records.
+
+    Args:
+      bound: the step.
+      columns: the columns that its tensors are gathered from.
+      numbers: the scalar table of each group.
+      plain: whether no transformation of `torch.func` is active.
+
+    Returns:
+      The columns that change, complete.
+    """
+    step = Recording(bound, numbers)
+    function = _Step if plain else _FollowedStep
+    outputs = iter(function.apply(step, *bound.gather(columns), *step.tensors))  # type: ignore[no-untyped-call]
+    nested = [[[next(outputs) for _ in group.leaves] for _ in group.outputs] for group in bound.groups]
+    return bound.scatter(columns, nested)
+
+
+def _follow_back(
+    step: Recording, tensors: Tensors, cotangents: Sequence[torch.Tensor | None], wanted: Sequence[bool]
+) -> list[torch.Tensor]:
+    """The cotangents of wanted tensors by torch operations, which autograd records."""
+    given = [(k, x) for k, x in enumerate(cotangents) if x is not None]
+    outputs = step.follow(tensors)
+    own = [x for x, there in zip(tensors, wanted, strict=True) if there]
+    reached = [(outputs[k], d) for k, d in given if outputs[k].requires_grad]
+    if not reached:
+        return [torch.zeros_like(x) for x in own]
+    found = torch.autograd.grad(
+        [x for x, _ in reached], own, [d for _, d in reached], create_graph=True, materialize_grads=True
+    )
+    return list(found)
+
+
+def _pull_back_followed(
+    step: Recording, tensors: Tensors, cotangents: Sequence[torch.Tensor | None], wanted: Sequence[bool]
+) -> tuple[torch.Tensor, ...]:
+    """The cotangents of wanted tensors by torch operations, which transformations follow."""
+
+    def outputs(*own: torch.Tensor) -> list[torch.Tensor]:
+        given = iter(own)
+        found = step.follow([next(given) if there else x for x, there in zip(tensors, wanted, strict=True)])
+        return [x for x, d in zip(found, cotangents, strict=True) if d is not None]
+
+    pull_back = torch.func.vjp(outputs, *[x for x, there in zip(tensors, wanted, strict=True) if there])[1]
+    return tuple(pull_back([d for d in cotangents if d is not None]))
+
+
+def _saved_by(ctx: Any) -> Tensors:
+    """The tensors that a step was taken with.
+
+    Raises:
+      RuntimeError: one of them has been written in place since, with the leaves that it may be.
+    """
+    try:
+        saved: Tensors = ctx.saved_tensors
+    except RuntimeError as error:
+        shape = re.search(r"\[torch\.\w+ \[([\d, ]*)\]\]", str(error))
+        if "modified by an inplace operation" not in str(error):
+            raise
+        names = ctx.step.tensor_names([int(n) for n in shape[1].split(",") if n.strip()] if shape else None)
+        shown = f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" or "a hyper-parameter"
+        raise RuntimeError(
+            f"a tensor that a step was given has been written in place, and the derivative of the step is still to be "
+            f"computed from it. By its shape it is one of: {shown}. Take steps with donate=False until `backward` is "
+            f"done, write to a clone, or put a new tensor in its place. torch says: {str(error).split(' Hint:')[0]}"
+        ) from error
+    return saved
+
+
+class _FollowedStep(torch.autograd.Function):
+    """A step, of its tensors; one that `torch.func` follows."""
+
+    @staticmethod
+    def forward(step: Recording, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(step.compute(tensors))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.step, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:
+        return uncompiled(_back)(ctx, cotangents)
+
+
+def _back(ctx: Any, cotangents: Sequence[torch.Tensor | None]) -> tuple[Any, ...]:
+    """The cotangents of the arguments of a step."""
+    wanted = ctx.needs_input_grad[1:]
+    present = tuple(d is not None for d in cotangents)
+    given = [d for d in cotangents if d is not None]
+    if not given:
+        return (None, *[None] * len(wanted))
+    saved = _saved_by(ctx)
+    if any(map(is_mapped_by_autograd, given)):
+        # by `create_graph`: a derivative of the cotangents follows the saved tensors
+        recorded = torch.is_grad_enabled()
+        with torch.enable_grad():
+            own = [
+                x.view_as(x) if recorded and x.requires_grad else x.detach().requires_grad_(there)
+                for x, there in zip(saved, wanted, strict=True)
+            ]
+            results = iter(_follow_back(ctx.step, own, cotangents, wanted))
+    else:  # without `create_graph` nobody differentiates the derivative
+        derivative = _Derivative.apply if torch.is_grad_enabled() or in_transformation() else _Derivative.forward
+        results = iter(derivative(ctx.step, present, wanted, *saved, *given))
+    return (None, *[next(results) if there else None for there in wanted])
+
+
+class _Step(_FollowedStep):
+    """The same for autograd alone. Where `setup_context` is another function than torch's, each call looks up the
+    signature of `forward`, which takes longer than a small step."""
+
+    @staticmethod
+    def forward(ctx: Any, step: Recording, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+        output = _FollowedStep.forward(step, *tensors)
+        _FollowedStep.setup_context(ctx, (step, *tensors), output)
+        return output
+
+    setup_context = torch.autograd.Function.setup_context
+
+
+class _Derivative(torch.autograd.Function):
+    """The cotangents of wanted tensors, of the tensors of a step and the cotangents of its outputs."""
+
+    @staticmethod
+    def forward(
+        step: Recording, present: Sequence[bool], wanted: Sequence[bool], *arguments: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        tensors, cotangents = _arguments(present, arguments)
+        try:
+            return tuple(step.pull_back(tensors, cotangents, wanted))
+        except NoDerivative:
+            return _pull_back_followed(step, tensors, cotangents, wanted)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Any, step: Recording, present: Sequence[bool], wanted: Sequence[bool], *arguments: Any
+    ) -> tuple[Any, int]:
+        """Some cotangents at once, as `jacrev` has them: torch operations, which `vmap` maps."""
+
+        def one(*arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return _pull_back_followed(step, *_arguments(present, arguments), wanted)
+
+        return torch.func.vmap(one, in_dims=tuple(in_dims[3:]))(*arguments), 0
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.step, ctx.present, ctx.wanted, *arguments = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:
+        needed = ctx.needs_input_grad[3:]
+        find = _second_followed if in_transformation() else _second
+        found = iter(find(ctx, ctx.saved_tensors, cotangents, needed))
+        return (None, None, None, *[next(found) if there else None for there in needed])
+
+
+def _second(
+    ctx: Any, saved: Tensors, cotangents: Sequence[torch.Tensor | None], needed: Sequence[bool]
+) -> Sequence[torch.Tensor | None]:
+    """The cotangents of needed arguments of a derivative by torch operations, which autograd records."""
+    with torch.enable_grad():
+        # aliases, for a tensor may follow from another one before the step
+        arguments = [x.view_as(x) if x.is_floating_point() else x for x in saved]
+        arguments = [
+            x if x.requires_grad or not (there and x.is_floating_point()) else x.requires_grad_()
+            for x, there in zip(arguments, _floats(ctx, arguments), strict=True)
+        ]
+        tensors, given = _arguments(ctx.present, arguments)
+        outputs = _follow_back(ctx.step, tensors, given, ctx.wanted)
+        own = [x for x, there in zip(arguments, needed, strict=True) if there]
+        pairs = [(x, d) for x, d in zip(outputs, cotangents, strict=True) if d is not None and x.requires_grad]
+        if not pairs or not own:
+            return [None] * len(own)
+        return torch.autograd.grad(
+            [x for x, _ in pairs],
+            own,
+            [d for _, d in pairs],
+            create_graph=torch.is_grad_enabled(),
+            allow_unused=True,
+        )
+
+
+def _second_followed(
+    ctx: Any, saved: Tensors, cotangents: Sequence[torch.Tensor | None], needed: Sequence[bool]
+) -> Sequence[torch.Tensor | None]:
+    """The same where a transformation of `torch.func` follows, which no tensor within it may be marked for."""
+
+    def outputs(*own: torch.Tensor) -> list[torch.Tensor]:
+        given = iter(own)
+        arguments = [next(given) if there else x for x, there in zip(saved, needed, strict=True)]
+        found = _pull_back_followed(ctx.step, *_arguments(ctx.present, arguments), ctx.wanted)
+        return [x for x, d in zip(found, cotangents, strict=True) if d is not None]
+
+    pull_back = torch.func.vjp(outputs, *[x for x, there in zip(saved, needed, strict=True) if there])[1]
+    return pull_back([d for d in cotangents if d is not None])  # type: ignore[no-any-return]
+
+
+def _floats(ctx: Any, arguments: Tensors) -> Sequence[bool]:
+    """The arguments of a derivative that its own derivative follows: wanted tensors."""
+    return [*ctx.wanted, *[False] * (len(arguments) - len(ctx.wanted))]
+
+
+def _arguments(present: Sequence[bool], arguments: Tensors) -> tuple[Tensors, list[torch.Tensor | None]]:
+    """The tensors of a step and the cotangents of its outputs, of all arguments of its derivative."""
+    n = len(arguments) - sum(present)
+    given = iter(arguments[n:])
+    return arguments[:n], [next(given) if there else None for there in present]
