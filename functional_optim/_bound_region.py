@@ -8,6 +8,7 @@ import torch
 
 from ._packed import Form, Packed
 from ._regions import LeafwiseRegion, Opaque, Region
+from ._runtime.binding import Binding
 from ._runtime.checks import at, check_fit, check_slot, refuse_freed
 from ._runtime.cuda.capture import NumberWatch, is_capturing, refuse_binding, refuse_host_schedule
 from ._runtime.groups import Columns, Key, Leaf
@@ -16,7 +17,7 @@ from ._runtime.join import Joins
 from ._runtime.members import MembersReading, MembersStep
 from ._runtime.packed_step import PackedStep
 from ._runtime.packing import PackedColumn
-from ._runtime.programs import Binding, NoKernels, Programs
+from ._runtime.programs import NoKernels, Programs
 from ._runtime.recent import in_front
 from ._runtime.shard import MeshShard
 from ._runtime.spec import TensorSpec, specs_of

@@ -11,12 +11,13 @@ import torch
 
 from .._compiler.call import Column
 from .._compiler.program import Level
+from .binding import Binding
 from .groups import Columns, Key
 from .kernels import COMPILE
 from .numbers import Numbers
 from .packing import PackedColumn, Place
 from .pointers import Difference, PointerReader, Pointers
-from .programs import Binding, NoKernels
+from .programs import NoKernels
 from .spec import TensorSpec
 from .step import BoundStep, Reading, Workspace
 

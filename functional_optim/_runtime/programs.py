@@ -6,7 +6,7 @@ Torch operations compute them wherever torch works, which a step of kernels fall
 import itertools
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -21,28 +21,6 @@ from .spec import TensorSpec
 
 REQUIRES_GRAD = attrgetter("requires_grad")
 Specs = Mapping[Key, Sequence[TensorSpec | None]]
-
-
-class Binding(NamedTuple):
-    """All that a step is bound to.
-
-    Args:
-      leaves: the leaves that programs compute.
-      specs: the specs of their tensors, by column.
-      columns: tensors of these specs.
-      paths: the path of each leaf of the tree.
-      in_place: whether results are written to the tensors that are there; otherwise they are new tensors.
-      counters: columns of counters that all leaves on a device share, which a step in place moves on by one.
-      joins: the reductions over processes, if there are any.
-    """
-
-    leaves: Sequence[Leaf]
-    specs: Specs
-    columns: Columns
-    paths: Sequence[str]
-    in_place: bool
-    counters: Sequence[Key] = ()
-    joins: Joins | None = None
 
 
 class NoKernels(Exception):

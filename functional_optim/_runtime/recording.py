@@ -8,13 +8,13 @@ import torch
 from .._compiler.differentiate import NoDerivative, cotangent, differentiate_all
 from .._compiler.fuse import Recipe, ScalarSource
 from .._compiler.program import Level, Program
+from .binding import Binding
 from .checks import at
 from .evaluate import evaluate
 from .groups import Columns, Group, Key, Leaf
 from .internals import is_wrapper_of_a_transformation
 from .numbers import Numbers
 from .pointers import Difference
-from .programs import Binding
 from .recent import in_front
 from .spec import specs_of
 from .step import BoundStep, flat

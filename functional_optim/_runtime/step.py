@@ -1,11 +1,10 @@
-"""BoundStep: programs bound to tensors of certain specs. Bind once, step many.
+"""BoundStep: steps over tensors of the specs that programs are bound to. Bind once, step many.
 
-Everything that specs decide is decided when a step is bound: groups, kernels, launch structures. After that a step
-gathers its tensors, has them compared and their data pointers read in one operation, fills in numbers, and launches.
+A step gathers its tensors, has them compared and their data pointers read in one operation, fills in numbers, and
+launches. All that specs decide has been decided in `binding`.
 """
 
 import ctypes
-import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,20 +14,18 @@ import torch
 from .._compiler.cache import BuildError
 from .._compiler.call import Column
 from .._compiler.program import Level
-from .allocate import Allocator, Make
-from .backend import choose_backend, give_up
-from .checks import at
+from .backend import give_up
+from .binding import Binding, BoundPrograms
 from .cpu import CpuLaunches, usable_threads
-from .cuda.capture import NumberWatch, refuse_binding
-from .cuda.launch import DeviceMemory, TritonLaunch
+from .cuda.launch import DeviceMemory
 from .evaluate import evaluate
-from .groups import Columns, Key
+from .groups import Columns
 from .internals import has_members
-from .kernels import COMPILE, build_kernels
-from .numbers import Numbers as Numbers
-from .overlap import OverlapCheck, SharedMemoryError
-from .pointers import Difference, PointerReader, Pointers
-from .programs import REQUIRES_GRAD, Binding, Programs
+from .kernels import COMPILE
+from .numbers import Numbers
+from .overlap import SharedMemoryError
+from .pointers import Difference, Pointers
+from .programs import REQUIRES_GRAD
 from .spec import TensorSpec, lies_outside
 
 
@@ -71,172 +68,15 @@ class Workspace:
         return self.status.value != 0
 
 
-class BoundStep(Programs):
-    """Programs bound to tensors of certain specs."""
+class BoundStep(BoundPrograms):
+    """Programs bound to tensors of certain specs, and steps over such tensors."""
 
     workspace_type: "type[Workspace]" = Workspace
 
     def __init__(self, binding: Binding) -> None:
-        leaves, specs, columns, paths, in_place, counters, joins = binding
-        super().__init__(leaves, specs, joins, counters)
-        self.paths, self.in_place = paths, in_place
-        self.specs: list[TensorSpec] = self.gather(dict(specs))
-        self.plain = all(spec.plain for spec in set(self.specs))
-        self.devices = {group.device for group in self.groups}
-        refuse_binding(self.devices)
-        self.spans_devices = len(self.devices) > 1 and any(g.signature.program.spans_tree for g in self.groups)
-        self.parts = self._choose_backends()
-        self.n_gathered = len(self.specs)
-        launched = [g for backend, own in self.parts for g in own if backend in COMPILE]
-        self.allocates = bool(launched) and not in_place
-        self.n_outputs = sum(len(g.leaves) * len(g.outputs) for g in self.groups) if self.allocates else 0
-        self.places, self.copies = self._kernel_places()
-        self.n_copies = sum(n for _, _, n in self.copies)
-        self.triton = {
-            k: TritonLaunch([self.groups[g] for g in own], [self.places[g] for g in own], joins)
-            for k, (backend, own) in enumerate(self.parts)
-            if backend == "triton"
-        }
-        self.watches = [NumberWatch() for _ in self.parts]
-        self.prepares = any(backend != "c" for backend, _ in self.parts)
-        self.copied = self._find_copied(launched)
-        self.written = self._find_written() if in_place else []
-        self.repeated = self._find_repeated() if in_place else None
-        self.overlap = OverlapCheck(self.specs, self._is_written())
-        self.counters = self._find_counters(counters) if in_place else {}
-        tensors = self.gather(columns)
-        for i in self.copied:
-            if not tensors[i].is_contiguous():  # a copy is described without reading memory, which may be freed
-                tensors[i] = torch.empty_like(tensors[i], memory_format=torch.contiguous_format)
-        seen = list(self.specs)
-        for i in self.copied:
-            seen[i] = TensorSpec.of(tensors[i])
-        self.reader = PointerReader(tensors, seen)
-        self.allocator = self._allocator(seen) if self.allocates else None
-        self.n_results = sum(len(g.leaves) * len(g.outputs) for g in self.groups)
+        super().__init__(binding)
         self.derivatives: dict[Any, Any] = {}  # by the cotangents that are given and wanted; see `recording`
         self.workspaces: list[Workspace] = []  # those that no thread uses at the moment
-
-    # -- binding ------------------------------------------------------------------------------------------------------
-
-    def _choose_backends(self) -> list[tuple[str, list[int]]]:
-        """The backends, and the groups that each computes; those on one device run together.
-
-        Kernels are built here, so that a backend that cannot build one is given up before anything is bound.
-        """
-        if not self.plain or self.spans_devices or (self.joins and len(self.devices) != 1):
-            return [("reference", list(range(len(self.groups))))]
-        parts = []
-        for device in dict.fromkeys(group.device for group in self.groups):
-            own = [k for k, group in enumerate(self.groups) if group.device == device]
-            backend, _ = choose_backend(device, at(self.paths[self.groups[own[0]].leaves[0]]))
-            if backend in COMPILE and not build_kernels(backend, [self.groups[k] for k in own]):
-                backend = "foreach"
-            parts.append((backend, own))
-        return parts
-
-    def _kernel_places(self) -> tuple[list[list[int]], list[tuple[int, int, int]]]:
-        """Decides where kernels find pointers.
-
-        Gathered tensors come first, then the status of reading them, new tensors, and copies: a kernel reads a pointer
-        per leaf, also of a tensor that leaves share.
-
-        Returns:
-          For each group, the positions among the pointers at which those of each input and output begin; and the copies
-          of pointers to shared tensors: from where, to where, and how many.
-        """
-        places: list[list[int]] = []
-        copies: list[tuple[int, int, int]] = []
-        new = self.n_gathered + 1
-        copy = new + self.n_outputs
-        for group, bounds in zip(self.groups, self.bounds, strict=True):
-            n, own = len(group.leaves), []
-            for i in group.inputs:
-                if group.gathers[i].shared:
-                    copies.append((bounds[i][0], copy, n))
-                    own.append(copy)
-                    copy += n
-                else:
-                    own.append(bounds[i][0])
-            for k in group.outputs:
-                if self.allocates:
-                    own.append(new)
-                    new += n
-                elif k is not None:
-                    own.append(bounds[k][0])
-            places.append(own)
-        return places, copies
-
-    def _allocator(self, specs: Sequence[TensorSpec]) -> Allocator:
-        """The maker of new tensors for all outputs: each is like an update, and a number per leaf has no shape."""
-        likes: list[Sequence[TensorSpec]] = []
-        makers: list[Make] = []
-        for group, bounds in zip(self.groups, self.bounds, strict=True):
-            like = specs[slice(*bounds[group.updates])]
-            for output, dtype in zip(group.signature.program.outputs, group.signature.outputs, strict=True):
-                likes.append(like)
-                if output.level is Level.LEAF:
-                    makers.append(functools.partial(torch.Tensor.new_empty, size=(), dtype=dtype))
-                else:
-                    makers.append(functools.partial(torch.empty_like, dtype=dtype))
-        return Allocator(likes, makers)
-
-    def _find_copied(self, launched: Sequence[int]) -> list[int]:
-        """Positions of the tensors that kernels are handed copies of."""
-        copied = []
-        for g, (group, bounds) in enumerate(zip(self.groups, self.bounds, strict=True)):
-            program = group.signature.program
-            if g in launched and group.copied:
-                own = {group.updates, *group.inputs[: len(program.arrays)]}
-                for k, output in zip(group.outputs, program.outputs, strict=True):
-                    if k is not None and output.level is Level.ELEMENT:
-                        own.add(k)
-                copied += [bounds[k][0] + i for k in sorted(own) for i in group.copied]
-        return copied
-
-    def _find_written(self) -> list[tuple[int, int]]:
-        """Bounds of the runs of gathered tensors that are written in place."""
-        runs: list[tuple[int, int]] = []
-        for group, bounds in zip(self.groups, self.bounds, strict=True):
-            for k in sorted({k for k in group.outputs if k is not None}):
-                start, stop = bounds[k]
-                if runs and runs[-1][1] == start:
-                    runs[-1] = (runs[-1][0], stop)
-                else:
-                    runs.append((start, stop))
-        return runs
-
-    def _is_written(self) -> list[bool]:
-        """For each gathered tensor, whether it is written in place."""
-        written = [False] * self.n_gathered
-        for start, stop in self.written:
-            written[start:stop] = [True] * (stop - start)
-        return written
-
-    def _find_repeated(self) -> int | None:
-        """The position of a tensor that is written and several of whose elements share memory."""
-        bad = {spec for spec in set(self.specs) if spec.repeats}
-        written = (i for start, stop in self.written for i in range(start, stop))
-        return next((i for i in written if self.specs[i] in bad), None) if bad else None
-
-    def _find_counters(self, keys: Sequence[Key]) -> dict[Key, int]:
-        """The position of each shared counter among the gathered tensors, where a program reads it."""
-        found: dict[Key, int] = {}
-        for group, bounds in zip(self.groups, self.bounds, strict=True):
-            for gather, (start, _) in zip(group.gathers, bounds, strict=True):
-                if gather.cells[0][0] in keys:
-                    found.setdefault(gather.cells[0][0], start)
-        return found
-
-    def name_of(self, position: int) -> tuple[str, int]:
-        """The name of a gathered tensor's column in messages, and the position of its leaf."""
-        for group, bounds in zip(self.groups, self.bounds, strict=True):
-            for k, (start, stop) in enumerate(bounds):
-                if position < stop:
-                    return group.name_of(k), group.leaves[position - start]
-        raise IndexError(position)
-
-    # -- stepping -----------------------------------------------------------------------------------------------------
 
     def read(self, columns: Columns) -> Reading | Difference:
         """The tensors of this step, if they have the specs that it is bound to; else the first difference.
@@ -278,7 +118,7 @@ class BoundStep(Programs):
         escaped = next((k for k, x in enumerate(tensors) if has_members(x)), None)
         if escaped is not None:
             raise ValueError(
-                f"{self._label(escaped)} has escaped from a function that `torch.vmap` maps: it stands for one member, "
+                f"{self.label(escaped)} has escaped from a function that `torch.vmap` maps: it stands for one member, "
                 f"and only within that function; return it from there, or step there."
             )
 
@@ -476,7 +316,7 @@ class BoundStep(Programs):
         """
         pointers = reading.workspace.pointers
         if self.repeated is not None:
-            label, leaf = self._label(self.repeated), self.name_of(self.repeated)[1]
+            label, leaf = self.label(self.repeated), self.name_of(self.repeated)[1]
             raise SharedMemoryError(label, label, leaf, leaf)
         content = reading.workspace.content()
         if content == reading.workspace.disjoint and not reading.originals:
@@ -489,13 +329,8 @@ class BoundStep(Programs):
         clash = self.overlap.find(addresses)
         if clash is not None:
             leaves = self.name_of(clash.first)[1], self.name_of(clash.second)[1]
-            raise SharedMemoryError(self._label(clash.first), self._label(clash.second), *leaves)
+            raise SharedMemoryError(self.label(clash.first), self.label(clash.second), *leaves)
         reading.workspace.disjoint = content
-
-    def _label(self, position: int) -> str:
-        """A gathered tensor as messages call it."""
-        name, leaf = self.name_of(position)
-        return f"{name}{at(self.paths[leaf])}"
 
 
 def _in_layout_of(like: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

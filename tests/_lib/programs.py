@@ -12,8 +12,8 @@ from functional_optim._compiler.program import Program
 from functional_optim._compiler.rule import Option
 from functional_optim._compiler.triton.build import interprets
 from functional_optim._runtime import groups
+from functional_optim._runtime.binding import Binding
 from functional_optim._runtime.groups import Columns, Key, Leaf
-from functional_optim._runtime.programs import Binding
 from functional_optim._runtime.spec import specs_of
 from functional_optim._runtime.step import BoundStep, Reading
 
