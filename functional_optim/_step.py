@@ -12,25 +12,18 @@ import torch
 from ._bound_region import BoundRegion, Variant, look_ahead, packed_forms
 from ._compiler.errors import ShortTracebacks
 from ._extras import check_no_number, extras_of
+from ._followed import run_followed
 from ._foreign import CHANGED_MESSAGE, SpecWatch, call_opaque, check_updates, host_column, updates_of, value_of_members
 from ._leafwise import LeafwiseStep
 from ._opaque import check_apart
 from ._recorded import requires_gradient, warn_of_growth
 from ._regions import LeafwiseRegion, Opaque, Region, cut_into_regions
 from ._runtime.autograd import can_record, record
-from ._runtime.backend import REQUESTED, choose_backend
-from ._runtime.checks import at, check_fit, check_leaf
+from ._runtime.backend import REQUESTED
+from ._runtime.checks import at
 from ._runtime.cuda.capture import CaptureError, NumberWatch, can_capture, refuse_host_schedule, refuse_new_trees
 from ._runtime.groups import Columns, Key
-from ._runtime.internals import (
-    is_wrapper_of_a_transformation,
-    map_levels,
-    needs_dispatch,
-    outside_transformations,
-    takes_gradients,
-    without_wrappers,
-)
-from ._runtime.kernels import COMPILE
+from ._runtime.internals import is_wrapper_of_a_transformation, map_levels, needs_dispatch, takes_gradients
 from ._runtime.numbers import Numbers
 from ._runtime.overlap import SharedMemoryError
 from ._runtime.packing import PackedColumn
@@ -41,7 +34,8 @@ from ._stand_ins import stand_in_of
 from ._state import StateReader, get_state, set_states
 from ._structures import with_aliases
 from ._transform import GradientTransformation, Link, Path
-from ._tree import Reader, Spec, Tree, View, difference, flatten, paths, refuse_packed_inside
+from ._tree import Spec, Tree, View, flatten
+from ._tree_leaves import TreeLeaves, present_in
 
 
 KEEP = 8  # trees that a transformation is bound to at once
@@ -51,11 +45,13 @@ _BY_TORCH = (Opaque, LeafwiseRegion)
 class TreeRegion(BoundRegion):
     """A region over the leaves of a tree, with its state."""
 
-    def __init__(self, region: Region, step: "TreeStep", device: torch.device | None) -> None:
-        super().__init__(region, step.paths, step.present)
-        self.state = StateReader(region, step.read, device, step.present)
-        self.moving = [k for k in self.state.counted if any(region.links[k].seen[i] for i in step.present)]
-        self.leafwise = LeafwiseStep(region, step.paths, step.present) if isinstance(region, LeafwiseRegion) else None
+    def __init__(self, region: Region, leaves: TreeLeaves, device: torch.device | None) -> None:
+        super().__init__(region, leaves.paths, leaves.present)
+        self.state = StateReader(region, leaves.read, device, leaves.present)
+        self.moving = [k for k in self.state.counted if any(region.links[k].seen[i] for i in leaves.present)]
+        self.leafwise = (
+            LeafwiseStep(region, leaves.paths, leaves.present) if isinstance(region, LeafwiseRegion) else None
+        )
 
     def columns(self, columns: Columns, states: Mapping[int, Any], in_place: bool = False) -> Columns:
         """All tensors that the programs read: the leaves, the state, and schedules that Python evaluates."""
@@ -74,7 +70,7 @@ class TreeRegion(BoundRegion):
         return own
 
 
-class TreeStep:
+class TreeStep(TreeLeaves):
     """A transformation over trees of one structure in which the same leaves are there.
 
     Args:
@@ -88,20 +84,12 @@ class TreeStep:
     """
 
     def __init__(self, tx: GradientTransformation, apply: bool, updates: Tree, params: Tree | None) -> None:
-        self.tx, self.apply, self.with_params = tx, apply, params is not None
-        leaves, self.spec = flatten(updates if params is None else params)
-        self.read, self.paths = Reader(self.spec), paths(self.spec)
-        columns: Columns = {"updates": self._read("updates", updates)}
-        if params is not None:
-            columns["params"] = self._read("params", params)
-        self.present = _present(columns)
-        self.absent = tuple(sorted({*range(len(self.paths))} - {*self.present}))
-        self._check_leaves(columns)
-        links = tx._links(View(self.spec, tuple(leaves), tuple(x is not None for x in leaves)), ())
+        self.tx, self.apply = tx, apply
+        super().__init__(updates, params)
+        links = tx._links(self.view_of(self.read(updates if params is None else params)), ())
         self._check_params(links)
         self.seen, self.asks_leaves = _seen(links), tx._asks_leaves()
         segments = cut_into_regions(links, apply, len(self.paths))
-        self.devices = {columns["updates"][i].device for i in self.present}
         device = next(iter(self.devices)) if len(self.devices) == 1 else None
         self.segments = [
             TreeRegion(segment, self, device) if isinstance(segment, Region) else segment for segment in segments
@@ -115,22 +103,6 @@ class TreeStep:
         self.widens = self.with_params and not apply and isinstance(segments[-1] if segments else None, _BY_TORCH)
         self.extras = extras_of(segments)
         self.traced = [segment for segment in segments if isinstance(segment, Region) and segment.traced]
-
-    def _read(self, name: str, tree: Tree) -> Sequence[Any]:
-        refuse_packed_inside(name, tree)
-        try:
-            return self.read(tree)
-        except (ValueError, TypeError):
-            raise ValueError(f"{name} does not have the structure of params: {difference(self.spec, tree)}.") from None
-
-    def _check_leaves(self, columns: Columns) -> None:
-        """Refuses leaves that no rule can work on, or that do not fit each other."""
-        for i in self.present:
-            u = check_leaf("updates", self.paths[i], columns["updates"][i])
-            if "params" in columns:
-                check_fit(
-                    "updates", "parameter", self.paths[i], u, check_leaf("params", self.paths[i], columns["params"][i])
-                )
 
     def _check_params(self, links: Sequence[Link]) -> None:
         for link in links:
@@ -150,18 +122,17 @@ class TreeStep:
         except (ValueError, TypeError):
             return None
         some_are_absent = len(self.present) < len(self.paths)
-        if (some_are_absent or self.runs_python) and _present(columns) != self.present:
+        if (some_are_absent or self.runs_python) and present_in(columns) != self.present:
             return None
         # before Python code is handed a tree of another structure
-        if self.runs_python and self._has_containers(columns):
+        if self.runs_python and self.has_containers(columns):
             return None
         return columns
 
     def sees_the_same(self, columns: Columns) -> bool:
         """Whether masks that are functions choose the leaves that they chose when this step was made."""
         leaves = columns["params" if self.with_params else "updates"]
-        view = View(self.spec, tuple(leaves), tuple(x is not None for x in leaves))
-        return _seen(self.tx._links(view, ())) == self.seen
+        return _seen(self.tx._links(self.view_of(leaves), ())) == self.seen
 
     def take(
         self,
@@ -239,76 +210,6 @@ class TreeStep:
         tree = like if donate else self.read.rebuild(like, columns["params" if self.apply else "updates"])
         return tree, set_states(state, new_states) if new_states else state
 
-    def _has_containers(self, columns: Columns) -> bool:
-        """Whether there is a container in the place of a leaf, so that a tree has another structure."""
-        trees = [columns[name] for name in ("updates", "params") if name in columns]
-        return any(not isinstance(tree[i], torch.Tensor) for tree in trees for i in self.present)
-
-    def _has_its_leaves(self, own: Columns) -> bool:
-        """Whether the leaves are there that were there before.
-
-        Raises:
-          ValueError, TypeError: one of them is no leaf, or does not fit.
-        """
-        if _present(own) != self.present or self._has_containers(own):
-            return False
-        self._check_leaves(own)
-        return True
-
-    def _run_followed(
-        self, segment: TreeRegion, own: Columns, extra: Mapping[str, Any], given: Mapping[int, torch.Tensor]
-    ) -> Columns | None:
-        """Runs a region where torch follows: by kernels where only `vmap`, or only `grad` does, else by operations."""
-        if takes_gradients() and REQUESTED.get() in (None, "c", "triton"):
-            recorded = self._bound_to_plain(segment, own)
-            if recorded is not None and can_record(recorded):
-                return record(recorded, own, recorded.own_numbers(extra, given), plain=False)
-        mapped = map_levels()
-        levels = mapped if REQUESTED.get() in (None, "c") else ()
-        found = segment.find_members(own, levels, extra, given) if levels else None
-        if found is None:
-            if not self._has_its_leaves(own):
-                return None
-            self._check_backend(own["updates"])
-            leaves = segment.leaves(own)
-            if levels:
-                counters: set[Key] = {(k, "count") for k in segment.state.counted}
-                found = segment.bind_members(own, levels, leaves, counters, extra, given)
-            if found is None:
-                if mapped:
-                    segment.check_memory(own, mapped)
-                programs = segment.programs(own, leaves)
-                return programs.evaluate_reference(own, programs.own_numbers(extra, given))
-        bound, reading = found
-        if torch.is_grad_enabled() and reading.requires_grad:
-            bound.release(reading)
-            return bound.evaluate_reference(own, bound.own_numbers(extra, given))
-        return bound.run(reading, own, levels)
-
-    def _check_backend(self, updates: Sequence[torch.Tensor]) -> None:
-        """Refuses a backend that is asked for and computes nothing on the device of a leaf, here.
-
-        Raises:
-          RuntimeError: with the leaf.
-        """
-        for i in self.present if REQUESTED.get() in COMPILE else ():
-            if not updates[i].is_meta:
-                choose_backend(updates[i].device, at(self.paths[i]))
-
-    def _bound_to_plain(self, segment: TreeRegion, own: Columns) -> BoundStep | None:
-        """The step that is bound to the tensors that wrappers of `grad` stand for; None if others are there now."""
-        plain: Columns = {key: list(map(without_wrappers, column)) for key, column in own.items()}
-        with outside_transformations():
-            variant = Variant(False, REQUESTED.get())
-            found = segment.find(plain, variant)
-            if found is None:
-                if not self._has_its_leaves(plain):
-                    return None
-                found = segment.bind(plain, variant, segment.leaves(plain))
-            bound, reading = found
-            bound.release(reading)
-        return bound
-
     def _run(
         self,
         segment: TreeRegion,
@@ -326,13 +227,14 @@ class TreeStep:
           there than before.
         """
         if dispatching and segment.leafwise is None:
-            return self._run_followed(segment, own, extra, given)
+            counters: set[Key] = {(k, "count") for k in segment.state.counted}
+            return run_followed(segment, self, counters, own, extra, given)
         variant = Variant(in_place, REQUESTED.get(), forms=packed_forms(own.values()))
         found = None if segment.leafwise else segment.find(own, variant)
         if found is None:
             if segment.leafwise is not None and segment.leafwise.fits(own):
                 return segment.leafwise.compute(own, extra, fits=True)
-            if not self._has_its_leaves(own):
+            if not self.has_its_leaves(own):
                 return None
             if segment.leafwise is not None:
                 return segment.leafwise.compute(own, extra)
@@ -394,7 +296,7 @@ class TreeStep:
         """
         link = segment.link
         if segment is self.segments[0]:  # leaves may have changed since the step was made; programs look at them anyway
-            self._check_leaves(columns)
+            self.check_leaves(columns)
             if not needs_dispatch():
                 self.entering = SpecWatch.of(self.entering, columns["updates"], self.present, "updates", self.paths)
         view = View(self.spec, tuple(columns.get("params", columns["updates"])), link.seen)
@@ -414,7 +316,7 @@ class TreeStep:
         """
         for name, rule in self.extras.trees.items():
             check_no_number(name, rule, extra[name], "a tree like the parameters", self.spec.is_leaf())
-        return {(-1, name): self._read(f"the extra argument `{name}`", extra[name]) for name in self.extras.trees}
+        return {(-1, name): self.read_as(f"the extra argument `{name}`", extra[name]) for name in self.extras.trees}
 
     def _refuse_donation(self, own: Columns) -> None:
         path = next(
@@ -460,12 +362,6 @@ def _as_wide(before: Sequence[Any], columns: Columns) -> list[Any]:
         u if u is old or not isinstance(u, torch.Tensor) else u.to(torch.promote_types(u.dtype, p.dtype))
         for old, u, p in made
     ]
-
-
-def _present(columns: Columns) -> tuple[int, ...]:
-    """The leaves of which there is an update and a parameter."""
-    pairs = zip(columns["updates"], columns.get("params", columns["updates"]), strict=True)
-    return tuple([i for i, (u, p) in enumerate(pairs) if u is not None and p is not None])
 
 
 def take_step(
