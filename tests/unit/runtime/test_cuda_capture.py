@@ -1,0 +1,161 @@
+"""Steps that are captured in a CUDA graph, against a stand-in of a device."""
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+import functional_optim as fo
+from _lib.marks import INTERPRETER
+from _lib.stand_in import StandIn, replay
+from _lib.warm import Running, chain, grads, make, set_grads, warm
+from functional_optim import adapters
+from functional_optim._runtime.cuda import capture
+from functional_optim._runtime.cuda.loaded import Loaded
+
+
+pytestmark = [INTERPRETER, pytest.mark.triton]
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_captured_step_goes_on_at_each_replay(device: StandIn, moved: bool) -> None:
+    """Counters and tensors move on; later steps, other graphs, and the end of the optimizer change nothing."""
+    lr, other_lr = torch.tensor(0.1), torch.tensor(0.1)
+    (params, opt), (expected, other) = warm(lr=lr), warm(lr=other_lr)
+    own = grads(9) if moved else [p.grad for p in params]  # gradients within a graph are where they never were
+    set_grads(params, own)
+    before = [p.detach().clone() for p in params]
+    with device.capture() as graph:
+        opt.step()
+    torch.testing.assert_close([p.detach() for p in params], before, rtol=0, atol=0)
+    kept = {p: dict(opt.state[p]) for p in params}  # the memory that a graph writes is the caller's
+    for step in range(4):
+        if step == 1:
+            for o, leaves in ((opt, params), (other, expected)):
+                set_grads(leaves, grads(30))
+                o.step()
+            with device.capture():
+                opt.step()
+            for o in (opt, other):
+                o.step()
+        elif step == 2:
+            del opt, o
+            gc.collect()
+        for g, new in zip(own, grads(20 + step), strict=True):
+            g.copy_(new)
+        for x in (lr, other_lr):
+            x.fill_(0.1 / (step + 1))
+        replay(graph)
+        set_grads(expected, grads(20 + step))
+        other.step()
+        torch.testing.assert_close(params, expected, rtol=0, atol=0)
+    assert {x["step"].item() for x in kept.values()} == {8.0}
+
+
+def test_a_captured_chain_replays_its_reduction(device: StandIn) -> None:
+    params, expected = make(), make()
+    opts = [adapters.TransformOptimizer(own, chain()) for own in (params, expected)]
+    for own, opt in zip((params, expected), opts, strict=True):
+        for step in range(2):
+            set_grads(own, grads(step))
+            opt.step()
+    own = grads(2)
+    set_grads(params, own)
+    with device.capture() as graph:
+        opts[0].step()
+    for step in range(3):
+        for g, new in zip(own, grads(step), strict=True):
+            g.copy_(new)
+        replay(graph)
+        set_grads(expected, grads(step))
+        opts[1].step()
+        torch.testing.assert_close(params, expected, rtol=0, atol=0)
+
+
+def test_a_captured_step_keeps_its_kernels(device: StandIn) -> None:
+    """Triton unloads kernels without references, and a graph holds none."""
+    _, opt = warm()
+    with device.capture():
+        opt.step()
+    held = capture.PROCESS.held
+    assert any(isinstance(stage, Loaded) for x in held if isinstance(x, tuple) for stage in x)
+
+
+def test_memory_of_a_graph_belongs_to_its_owner(device: StandIn) -> None:
+    """It is freed with the object that holds it, not before; other captures leave theirs to the process."""
+    _, opt = warm()
+    memory, freed = fo.CapturedMemory(), list[int]()
+    for k in range(2):
+        with memory, device.capture():
+            opt.step()
+        opt.step()  # sets other memory aside
+        block = [x for x in memory.held if isinstance(x, torch.Tensor)][-1]
+        weakref.finalize(block, freed.append, k)
+    assert not capture.PROCESS.held
+    del block
+    opt.step()
+    gc.collect()
+    assert freed == []
+    del memory
+    gc.collect()
+    assert sorted(freed) == [0, 1]
+    with device.capture():
+        opt.step()
+    assert capture.PROCESS.held
+
+
+@fo.elementwise(state={"size": fo.slot(per="tree")})
+def sized(u: Any, size: Any) -> Any:
+    """A rule with a number for the tree, of which a step in place has copies."""
+    size = 0.5 * size + fo.tree_norm(u)
+    return u / size, size
+
+
+def test_a_captured_step_has_copies_of_shared_numbers_of_its_own(device: StandIn) -> None:
+    params = make()
+    opt = adapters.TransformOptimizer(params, sized())
+    for step in range(2):
+        set_grads(params, grads(step))
+        opt.step()
+    (bound,) = opt._bindings.steps
+    (copies,) = bound.state.copies.values()
+    own = {memory.data_ptr() for memory, _ in copies.known.values()}
+    made: list[torch.Tensor] = []
+    clone = torch.Tensor.clone
+    with device.capture(), mock.patch.object(torch.Tensor, "clone", lambda x: made.append(clone(x)) or made[-1]):
+        opt.step()
+    assert made
+    assert own == {memory.data_ptr() for memory, _ in copies.known.values()}
+    assert not own & {x.data_ptr() for x in made}
+
+
+IN_PYTHON: dict[str, Callable[[list[nn.Parameter]], Any]] = {
+    "rules for whole tensors": adapters.Adafactor,
+    "between rules": lambda p: adapters.TransformOptimizer(p, fo.chain(fo.adam(0.1), fo.adafactor(0.1), fo.adam(0.1))),
+    "Python": lambda p: adapters.TransformOptimizer(p, fo.chain(fo.adam(0.1), Running(lambda n: n))),
+}
+
+
+@pytest.mark.parametrize("name", IN_PYTHON)
+def test_state_stays_where_it_is_in_a_captured_step(device: StandIn, name: str) -> None:
+    """A replay reads the results of the last one. Elsewhere some of it is in new tensors after each step."""
+    params = make()
+    opt = IN_PYTHON[name](params)
+    for step in range(2):
+        set_grads(params, grads(step))
+        opt.step()
+
+    def tensors() -> dict[Any, torch.Tensor]:
+        return {(p, k): x for p in params for k, x in opt.state[p].items() if isinstance(x, torch.Tensor)}
+
+    before = tensors()
+    with device.capture():  # operations of torch run at once in this stand-in
+        opt.step()
+    assert all(x is before[key] for key, x in tensors().items())
+    opt.step()
+    assert any(x is not before[key] for key, x in tensors().items())
