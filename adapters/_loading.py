@@ -11,6 +11,7 @@ import torch
 from functional_optim import _walk
 from functional_optim._compiler.rule import Option
 from functional_optim._params.template import Template, gradient_dtype, slots_of, view_of
+from functional_optim._runtime.checks import check_stored
 from functional_optim._runtime.shard import loaded_like
 from functional_optim._warn import warn
 
@@ -231,6 +232,8 @@ def _state(
         unknown.append(f"{name!r} has {', '.join(map(repr, others))}")
     made = {}
     for k, v in saved.items():
+        if isinstance(v, torch.Tensor) and v.layout is torch.strided:
+            check_stored(f"the saved {k!r}", name, v)
         if k == "step":
             made[k] = _counter(0 if v is None else v, p, name, counter)
         elif k not in slots:

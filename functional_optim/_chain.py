@@ -8,7 +8,7 @@ from ._fusible import Fusible, RuleTransformation
 from ._graph.run import run
 from ._packed import Packed
 from ._recorded import requires_gradient, warn_of_growth
-from ._runtime.checks import check_fit, check_leaf
+from ._runtime.checks import check_fit, check_leaf, check_stored
 from ._runtime.internals import needs_dispatch
 from ._structures import add, sums
 from ._transform import (
@@ -174,7 +174,7 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
       The new parameters, in their own dtypes.
 
     Raises:
-      ValueError, TypeError: the trees do not fit.
+      ValueError, TypeError: the trees do not fit, or a tensor has no memory.
 
     Example:
       >>> import torch
@@ -193,6 +193,8 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
     for path, p, u in zip(paths(spec), leaves, others, strict=True):
         if p is not None and u is not None:
             check_fit("updates", "parameter", path, u, check_leaf("params", path, p))
+            check_stored("params", path, p)
+            check_stored("updates", path, u)
     if torch.is_grad_enabled() and not needs_dispatch() and not requires_gradient(others):
         warn_of_growth([None if u is None else p for p, u in zip(leaves, others, strict=True)], spec)
     if isinstance(params, Packed) and isinstance(updates, Packed) and params.form is updates.form:

@@ -3,7 +3,7 @@
 import torch
 
 from ._packed import Packed
-from ._runtime.checks import at
+from ._runtime.checks import at, check_stored
 from ._runtime.internals import without_wrappers
 from ._runtime.spec import PLAIN
 from ._tree import Tree, flatten, packed_inside, paths, unpacked
@@ -26,6 +26,7 @@ def pack(tree: Tree) -> Packed:
 
     Raises:
       TypeError: a leaf is no dense tensor, or one of a class of its own.
+      ValueError: a leaf has no memory.
 
     Example:
       >>> import functional_optim as fo, torch
@@ -68,6 +69,7 @@ def _check(path: str, x: object) -> None:
         )
     if x.layout is not torch.strided:
         raise TypeError(f"the leaf{at(path)} is sparse ({x.layout}), expected a dense tensor; pass `x.to_dense()`.")
+    check_stored("the tree", path, x)
 
 
 def unpack(tree: Tree) -> Tree:

@@ -69,7 +69,7 @@ def refuse_freed(name: str, path: str, shape: Sequence[int]) -> NoReturn:
     """Refuses a tensor whose storage has been freed or cut, of a leaf of some shape."""
     raise ValueError(
         f"{name}{at(path)} of a leaf of shape {tuple(shape)} has no memory: its storage has been freed or cut; give it "
-        f"its elements before the step, or leave the leaf out: one whose update is None is not stepped."
+        f"its elements first, or leave the leaf out (a step skips one whose update is None)."
     )
 
 

@@ -1,6 +1,7 @@
 """Memory that tensors of a step share, or no longer have, on every backend."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -355,3 +356,38 @@ def test_averages_and_starts_of_memory_that_is_gone_are_refused(gone: Callable[[
     gone(p.detach())
     with pytest.raises(ValueError, match=r"params at 'w' .* has no memory"):
         fo.params_ema(0.9).init({"w": p})
+
+
+def loads(tree: Any) -> None:
+    """Loads a state dict, a tensor of which has no memory."""
+    p = nn.Parameter(torch.ones(4, 4))
+    opt = adapters.AdamW([("b", p)])
+    p.grad = torch.ones(4, 4)
+    opt.step()
+    saved = deepcopy(opt.state_dict())
+    saved["state"][0]["exp_avg"] = tree["b"]
+    before = Snapshot(dict(opt.state[p]))
+    try:
+        opt.load_state_dict(saved)
+    finally:
+        before.check()
+
+
+READERS: dict[str, Callable[[Any], Any]] = {
+    "apply_updates, updates": lambda tree: fo.apply_updates({k: torch.ones(4, 4) for k in tree}, tree),
+    "apply_updates, params": lambda tree: fo.apply_updates(tree, {k: torch.ones(4, 4) for k in tree}),
+    "pack": fo.pack,
+    "pack_module": lambda tree: fo.pack_module(nn.ParameterDict(tree)),
+    "load_state_dict": loads,
+}
+
+
+@pytest.mark.parametrize("gone", [free, cut])
+@pytest.mark.parametrize("reader", READERS)
+def test_functions_that_read_tensors_refuse_those_whose_memory_is_gone(
+    reader: str, gone: Callable[[Any], None]
+) -> None:
+    tree = {k: torch.ones(4, 4) for k in "abc"}
+    gone(tree["b"])
+    with pytest.raises(ValueError, match=r"at 'b' .* has no memory"):
+        READERS[reader](tree)
