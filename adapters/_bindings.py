@@ -13,6 +13,7 @@ from functional_optim._params.layout import ChainLayout
 from functional_optim._params.step import ParamStep
 from functional_optim._params.template import ParamList, Template
 from functional_optim._runtime.recent import in_front
+from functional_optim._runtime.spec import TensorSpec
 
 from ._compiled import HANDLES
 from ._naming import names_of
@@ -48,7 +49,9 @@ class Bindings:
         self.layouts: dict[tuple[int, ...], ChainLayout] = {}  # by whether steps are guarded, and the ids of templates
         self.steps: list[ParamStep] = []
         self.row_steps: list[ParamStep] = []  # of the rows that sparse gradients touch
-        self.disjoint: Sequence[Any] = ()  # tensors with rows to be written that were found to share no memory
+        self.disjoint: Sequence[
+            tuple[int, TensorSpec]
+        ] = ()  # tensors with rows to be written that were found to share no memory
         self.sparse = False  # whether a gradient has been sparse, so that layouts are looked at before a step
         self.new: set[int] = set()  # ids of parameters that have state, but have not taken their first step
         self.warned = False

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from functional_optim import _walk
-from functional_optim._compiler.rule import Option
+from functional_optim._compiler.rule import Option, Slot
 from functional_optim._params.template import Template, gradient_dtype, slots_of, view_of
 from functional_optim._runtime.checks import check_stored
 from functional_optim._runtime.shard import loaded_like
@@ -48,7 +48,8 @@ def load(optimizer: "ChainOptimizer", state_dict: dict[str, Any], by_name: bool,
     for p, name, own in zip((p for group in groups for p in group["params"]), names, slots, strict=True):
         if p in given:
             saved_state = _densified(given[p]) if optimizer.SPARSE_SLOTS else given[p]
-            made = _state(saved_state, p, name, own, unknown, counter)
+            made = _state(saved_state, p, name, own, counter)
+            unknown += _unknown(saved_state, name, own)
             if made or optimizer.EMPTY_STATES:
                 state[p] = made
     for k, v in states.items():  # entries of no parameter are kept, as torch keeps them
@@ -144,13 +145,13 @@ def _match_names(
     live: list[dict[str, Any]], saved: list[dict[str, Any]], strict: bool
 ) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
     """Matches parameters by name; a live group takes its options from the saved one that its parameters come from."""
-    for what, groups in (("this optimizer", live), ("the state dict", saved)):
+    for owner, groups in (("this optimizer", live), ("the state dict", saved)):
         if any("param_names" not in g and g["params"] for g in groups):
-            raise ValueError(f"by_name=True needs names, but {what} has none: pass `model.named_parameters()`.")
+            raise ValueError(f"by_name=True needs names, but {owner} has none: pass `model.named_parameters()`.")
         counts = Counter(name for group in groups for name in group.get("param_names", ()))
         repeated = next((name for name, count in counts.items() if count > 1), None)
         if repeated is not None:
-            raise ValueError(f"by_name=True needs names that differ, but {what} has {repeated!r} twice.")
+            raise ValueError(f"by_name=True needs names that differ, but {owner} has {repeated!r} twice.")
     where = {
         name: (key, group)
         for group in saved
@@ -208,9 +209,9 @@ def _template(optimizer: "ChainOptimizer", g: int, group: dict[str, Any]) -> Tem
 
 
 def _state(
-    saved: Any, p: torch.Tensor, name: str, slots: Mapping[str, Any], unknown: list[str], counter: torch.dtype | None
+    saved: Any, p: torch.Tensor, name: str, slots: Mapping[str, Any], counter: torch.dtype | None
 ) -> dict[Any, Any]:
-    """The state of one parameter, copied and cast; keys that the chain does not know are added to `unknown`."""
+    """The state of one parameter, copied and cast."""
     if not isinstance(saved, Mapping):
         raise ValueError(f"the saved state of {name!r} is {_show(saved)}, expected a dict.")
     tensors = [k for k in slots if k != "step"]
@@ -227,9 +228,6 @@ def _state(
             f"the saved state of {name!r} lacks {', '.join(map(repr, lacking))}; it has "
             f"{', '.join(map(repr, saved))}, so another chain or other options made it."
         )
-    others = [k for k in saved if k not in slots and k != "step" and not str(k).startswith("transformation_")]
-    if others:
-        unknown.append(f"{name!r} has {', '.join(map(repr, others))}")
     made = {}
     for k, v in saved.items():
         if isinstance(v, torch.Tensor) and v.layout is torch.strided:
@@ -241,6 +239,12 @@ def _state(
         elif v is not None:  # a slot that is None starts anew, as in torch
             made[k] = _slot(k, v, p, name, *slots[k])
     return made
+
+
+def _unknown(saved: Mapping[Any, Any], name: str, slots: Mapping[str, Any]) -> list[str]:
+    """A part of a warning of keys that the chain of a parameter does not know; none if there are none."""
+    others = [k for k in saved if k not in slots and k != "step" and not str(k).startswith("transformation_")]
+    return [f"{name!r} has {', '.join(map(repr, others))}"] if others else []
 
 
 def _densified(saved: Any) -> Any:
@@ -271,7 +275,7 @@ def _counter(value: Any, p: torch.Tensor, name: str, usual: torch.dtype | None) 
     return int(float(value)) if usual is None else torch.tensor(float(value), dtype=usual, device=p.device)
 
 
-def _slot(key: str, value: Any, p: torch.Tensor, name: str, declared: Any, hypers: Mapping[str, Any]) -> torch.Tensor:
+def _slot(key: str, value: Any, p: torch.Tensor, name: str, declared: Slot, hypers: Mapping[str, Any]) -> torch.Tensor:
     """A slot, in the dtype that the chain declares, on the device of its parameter and distributed as that is."""
     dtype = declared.stored_as(p, hypers, gradient_dtype(p) if declared.as_gradient else None)
     wide = torch.float64 if p.dtype is torch.float64 else torch.float32

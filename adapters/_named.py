@@ -58,11 +58,11 @@ class NamedClass(ChainOptimizer):
             parts = value if isinstance(value, (tuple, list)) else (value,)
             if name in PAIRS and len(parts) > 2:
                 raise ValueError(f"{name!r} of parameter group {g} is {value!r:.60}, expected two numbers.")
-            what, allowed = BOUNDS.get(name, (name, None))
+            label, allowed = BOUNDS.get(name, (name, None))
             for k, x in enumerate(parts):
                 if isinstance(x, (float, int)) and (math.isnan(x) or (allowed is not None and x not in allowed)):
                     expected = "a number" if allowed is None else f"a number in {allowed.text}"
-                    raise ValueError(f"Invalid {what.format(k=k)}: {x} in parameter group {g}, expected {expected}.")
+                    raise ValueError(f"Invalid {label.format(k=k)}: {x} in parameter group {g}, expected {expected}.")
 
 
 class PlainClass(NamedClass):

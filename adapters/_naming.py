@@ -9,7 +9,7 @@ import torch
 import functional_optim as fo
 from functional_optim import _walk
 from functional_optim._chain import Chain
-from functional_optim._compiler.rule import Option
+from functional_optim._compiler.rule import Bound, Option
 from functional_optim._params.template import Template
 from functional_optim._reading import slot_names, unique
 from functional_optim._transform import Path
@@ -71,7 +71,7 @@ class Naming:
             if rate in rule.bound.values and (rate == "learning_rate" or _varies(rule.bound, rate))
         ]
         fixed = [path for path in rates if not rules[path].bound.is_schedule(rate)]
-        self.factor: Path | None = None  # where the factor goes; () is the end of the chain
+        self.factor: Path | None = None  # the path of the factor; () is the end of the chain
         if len(rates) == 1 and not fixed:
             self.factor = rates[0]
         elif len(rates) != 1:
@@ -197,9 +197,9 @@ def is_number(x: Any) -> bool:
     return isinstance(x, (numbers.Real, torch.Tensor)) and not isinstance(x, bool)
 
 
-def _varies(bound: Any, hyper: str) -> bool:
+def _varies(bound: Bound, hyper: str) -> bool:
     """Whether a hyper-parameter is a number or a schedule."""
-    return bool(bound.is_scalar(hyper) or bound.is_schedule(hyper))
+    return bound.is_scalar(hyper) or bound.is_schedule(hyper)
 
 
 def _before_averages(tx: fo.GradientTransformation, last: fo.GradientTransformation) -> fo.GradientTransformation:

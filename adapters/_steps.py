@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class StepInputs(NamedTuple):
     """The tensors and numbers that a step of an optimizer reads.
 
-    Attributes:
+    Args:
       templates: the chains of the groups.
       params: the parameters, or tensors that stand for them.
       grads: their gradients.

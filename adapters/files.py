@@ -124,7 +124,7 @@ def _decode(x: Any, tensors: dict[str, torch.Tensor]) -> Any:
     """The values that `_encode` made a text of; tensors are taken out of `tensors`, each once.
 
     Raises:
-      ValueError: it made no such text.
+      ValueError: `_encode` made no such text.
     """
     if not isinstance(x, dict):
         if isinstance(x, list):

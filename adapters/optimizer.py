@@ -49,9 +49,8 @@ class ChainOptimizer(Optimizer):
     SLOTS: ClassVar[Mapping[str, str]] = {}  # names of slots of state, where they differ from the rules' own
     COMPILES: ClassVar[bool] = True  # whether a compiled step is one operation; otherwise it breaks the graph
     SPARSE_SLOTS: ClassVar[bool] = False  # whether torch's class keeps sparse slots, which are made dense at loading
-    EMPTY_STATES: ClassVar[bool] = (
-        False  # whether parameters that keep nothing have an empty state where others have one
-    )
+    # whether parameters that keep nothing have an empty state where others have one
+    EMPTY_STATES: ClassVar[bool] = False
 
     def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
         """The values of a parameter group that decide which chain it has."""
@@ -148,7 +147,7 @@ class ChainOptimizer(Optimizer):
                 breaks = differentiable or not self.COMPILES
                 breaks = breaks or any(isinstance(x, (list, tuple, dict)) for x in extra.values())
                 if breaks or any(is_dtensor(p) for group in self.param_groups for p in group["params"]):
-                    # which imports the compiler, and that takes seconds
+                    # an import of the compiler, which takes seconds
                     from ._outside import recorded_step_outside, step_outside
 
                     (recorded_step_outside if differentiable else step_outside)(self._run, extra, offered)
@@ -291,10 +290,10 @@ class ChainOptimizer(Optimizer):
             grads.extend(some_grads)
             state.extend(some_state)
             options.extend(tensors_among(group))
-        from functional_optim._graph.trace import as_numbers  # which imports the compiler, and that takes seconds
+        from functional_optim._graph.trace import as_numbers  # an import of the compiler, which takes seconds
 
         values = [torch.as_tensor(as_numbers(x), dtype=torch.float64) for x in extra.values()]
-        backend = ASKED.names[-1] if ASKED.names else ""  # which graphs are guarded by
+        backend = ASKED.names[-1] if ASKED.names else ""  # a name that graphs are guarded by
         torch.ops.functional_optim.step(handle, params, grads, state, options, ",".join(extra), values, backend)
 
     def _init_group(
@@ -373,7 +372,7 @@ class ChainOptimizer(Optimizer):
           strict: with `by_name`, whether every parameter must be in `state_dict`; others start anew.
 
         Raises:
-          ValueError: it is the state of another chain or of other parameters; nothing has been changed.
+          ValueError: the state is that of another chain or of other parameters; nothing has been changed.
         """
         # a step that is not compiled need not import the compiler, which takes seconds
         compiles = "torch._dynamo" in sys.modules
@@ -396,7 +395,6 @@ class ChainOptimizer(Optimizer):
         They are the averages of `params_ema` or `params_swa`, or a slot of a rule with `slot(..., evaluate=True)`. A
         parameter that has taken no step stays as it is.
 
-
         Parameters are put back in any case: after an exception or an interrupt, and where the block has replaced
         `.data` of a parameter. So are the buffers of the model, if it is given: `torch.optim.swa_utils.update_bn` in
         the block computes the statistics of the averaged model, and training goes on with its own.
@@ -417,7 +415,7 @@ class ChainOptimizer(Optimizer):
         Raises:
           ValueError: the chain keeps no averages, several, or none of that name; no step has been taken; the model has
             no such buffer.
-          RuntimeError: it is inside another one.
+          RuntimeError: the block is inside another one.
           TypeError: `model` is no module, or there are buffers and not one module.
 
         Example:

@@ -29,11 +29,11 @@ class TransformOptimizer(ChainOptimizer):
     """A chain as an optimizer of torch: parameter groups, hooks, schedulers, checkpoints.
 
     The hyper-parameters of the chain are options of the parameter groups, by name, and the learning rate, which a rule
-    calls `learning_rate` or else `lr`, is `lr`;
-    where two have one name, the name of the transformation comes first, as in `params_ema_decay`. Groups override
-    them, schedulers and users change them, and the next step obeys. A schedule inside the chain stays there and
-    follows each parameter's own count of steps; `lr` is then a factor, 1.0 at first, that multiplies the updates, and
-    what a torch scheduler changes is the factor. A chain without a learning rate has such a factor too.
+    calls `learning_rate` or else `lr`, is `lr`; where two have one name, the name of the transformation comes first, as
+    in `params_ema_decay`. Groups override them, schedulers and users change them, and the next step obeys. A schedule
+    inside the chain stays there and follows each parameter's own count of steps; `lr` is then a factor, 1.0 at first,
+    that multiplies the updates, and a torch scheduler changes that factor. A chain without a learning rate has such a
+    factor too.
 
     The state of a parameter is a flat dict of tensors: the chain's slots, by name, and `step`, which counts its own
     steps. Parameters without a gradient are skipped, and their state stays as it is.

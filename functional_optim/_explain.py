@@ -163,8 +163,8 @@ WORDS = (
 UNIFORM = ("on a GPU there are launches before passes, which compute what is the same for all elements of a tensor",)
 
 
-def _count(n: int, what: str, plural: str = "s") -> str:
-    return f"{n:,} {what}{plural if n != 1 else ''}"
+def _count(n: int, noun: str, plural: str = "s") -> str:
+    return f"{n:,} {noun}{plural if n != 1 else ''}"
 
 
 def explain(tx: GradientTransformation | torch.optim.Optimizer, params: Tree | None = None) -> Explanation:

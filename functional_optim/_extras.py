@@ -90,7 +90,7 @@ def check_no_tree(name: str, rule: str, x: Any) -> None:
     """Refuses a tree where a rule takes a number.
 
     Raises:
-      ValueError: it is one.
+      ValueError: the argument is a tree.
     """
     if isinstance(x, (Mapping, list, tuple)):
         raise ValueError(
@@ -103,7 +103,7 @@ def check_no_number(name: str, rule: str, x: Any, expected: str, one_leaf: bool 
     """Refuses a number, or one tensor for all leaves, where a rule takes a tree.
 
     Raises:
-      ValueError: it is one.
+      ValueError: the argument is a number, or such a tensor.
     """
     number = not isinstance(x, torch.Tensor) and isinstance(x, numbers.Number)
     if number or (isinstance(x, torch.Tensor) and not one_leaf):

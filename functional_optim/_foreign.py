@@ -21,7 +21,7 @@ def call_opaque(
     """Calls `update` of a transformation that is not made of rules.
 
     Raises:
-      TypeError: it returned something else than updates and a state.
+      TypeError: the transformation returned something else than updates and a state.
     """
     result = tx.update(updates, state, params, **extra)
     if not isinstance(result, tuple) or len(result) != 2:
@@ -74,7 +74,7 @@ def host_column(
       devices: the device of each leaf, None for one that takes no part.
 
     Raises:
-      ValueError: it returned something else than a number.
+      ValueError: the schedule returned something else than a number.
     """
     values = {
         count: check_number(f"the schedule of {name} returned", schedule(count))
@@ -105,7 +105,7 @@ def value_of_members(
       counts: all counts that there are.
 
     Raises:
-      ValueError: it returned something else than a number.
+      ValueError: the schedule returned something else than a number.
     """
     found: torch.Tensor | None = None
     for k in counts:

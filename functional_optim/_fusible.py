@@ -27,7 +27,7 @@ class Fusible(GradientTransformation):
     def init(self, params: Tree) -> Any:
         """Makes the state for a tree of parameters."""
         if torch.compiler.is_dynamo_compiling():
-            from ._graph.trace import init_outside  # which imports the compiler, and that takes seconds
+            from ._graph.trace import init_outside  # an import of the compiler, which takes seconds
 
             return init_outside(self.init, params)
         view = View.of(params)
@@ -75,7 +75,7 @@ class RuleTransformation(Fusible):
         def make(slot: Slot, p: torch.Tensor) -> Any:
             # a leaf of autograd's graph starts a state of its own; anything else is followed to where it came from
             made = slot.make(p.detach() if p.is_leaf and not is_differentiated(p) else p, values)
-            return MaskedNode() if made is None else made  # which functions of torch.func pass by, as they do not None
+            return MaskedNode() if made is None else made  # a node that functions of torch.func pass by, as not None
 
         fields = {
             name: slot.make_shared(seen, values) if slot.per_tree else view.map(functools.partial(make, slot))

@@ -266,9 +266,8 @@ class LeafwiseStep:
                 slots = [[None] * n if x is None else _copies(x) for x in results[1:]]
                 update = _apart(results[0], arrays[0][0]) if viewed else results[0]
                 return [update.unbind(0), *slots]
-            results = self._one_by_one(
-                call, paths, arrays
-            )  # raises an error of the rule's own anew, with the leaf it is of
+            # an error of the rule's own is raised anew here, with the leaf it is of
+            results = self._one_by_one(call, paths, arrays)
             self.batched = False
             return results
         return self._one_by_one(call, paths, arrays)

@@ -44,19 +44,19 @@ for _cls in (EmptyState, MaskedNode, MaskedState, PartitionState):
     register_in_exports(_cls)
 
 
-def resolve(choice: Any, view: View, what: str) -> list[Any]:
+def resolve(choice: Any, view: View, subject: str) -> list[Any]:
     """Evaluates a mask or labels: one value for each leaf.
 
     Args:
       choice: a tree, a prefix of one, a function, a regular expression, or a mapping from regular expressions.
       view: the tree.
-      what: its name in messages.
+      subject: its name in messages.
 
     Returns:
       The values.
 
     Raises:
-      ValueError: it does not fit the tree.
+      ValueError: the mask or the labels do not fit the tree.
     """
     names = paths(view.spec)
     if isinstance(choice, re.Pattern):
@@ -71,7 +71,7 @@ def resolve(choice: Any, view: View, what: str) -> list[Any]:
             choice = choice(view.spec.unflatten(view.leaves))
         except Exception as error:
             error.add_note(
-                f"{what} is a function of one argument, so it was called with the whole tree; one that is to be "
+                f"{subject} is a function of one argument, so it was called with the whole tree; one that is to be "
                 f"asked about each leaf takes two: the path and the parameter."
             )
             raise
@@ -81,7 +81,7 @@ def resolve(choice: Any, view: View, what: str) -> list[Any]:
         except ValueError:
             return leaves_like(view.spec, choice)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{what} is neither like the parameters nor a prefix of them: {error}") from None
+        raise ValueError(f"{subject} is neither like the parameters nor a prefix of them: {error}") from None
 
 
 def _takes_path_and_leaf(choice: Callable[..., Any]) -> bool:
@@ -102,13 +102,13 @@ def _has_patterns(choice: Any) -> bool:
     return isinstance(choice, Mapping) and any(isinstance(k, re.Pattern) and _has_patterns(k) for k in choice)
 
 
-def _warn_of_places(choice: Any, view: View, what: str) -> None:
+def _warn_of_places(choice: Any, view: View, subject: str) -> None:
     """Warns of patterns for names where parameters have none, but not of functions, which may use the leaf alone."""
     nameless = next((path for path, s in zip(paths(view.spec), view.seen, strict=True) if s and PLACE.search(path)), "")
     if nameless and _has_patterns(choice):
         warn(
-            f"{what} ask for paths of parameters, but the optimizer was given no names, so that {nameless!r} is such a "
-            f"path; pass `model.named_parameters()`."
+            f"{subject} ask for paths of parameters, but the optimizer was given no names, so that {nameless!r} is "
+            f"such a path; pass `model.named_parameters()`."
         )
 
 
@@ -179,9 +179,9 @@ class Masked(Fusible):
         return f"masked({self.inner!r}, {show(self.mask)})"
 
 
-def _warn(what: str, view: View) -> None:
+def _warn(subject: str, view: View) -> None:
     names = [p for p, s in zip(paths(view.spec), view.seen, strict=True) if s]
-    warn(f"{what}; there are {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}.")
+    warn(f"{subject}; there are {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}.")
 
 
 def _called(tx: GradientTransformation) -> str:

@@ -42,7 +42,7 @@ def pack(tree: Tree) -> Packed:
     if isinstance(tree, Packed):
         return tree
     if torch.compiler.is_dynamo_compiling():
-        from ._traced import pack_outside  # which imports the compiler, and that takes seconds
+        from ._traced import pack_outside  # an import of the compiler, which takes seconds
 
         return pack_outside(pack, tree)  # type: ignore[no-any-return]
     inside = packed_inside(tree)

@@ -163,7 +163,7 @@ class PackedModule:
 
 def _outside(fn: Any, packed: PackedModule) -> Any:
     """A call outside of a compiled graph, which cannot follow the checks of a module."""
-    from ._traced import module_outside  # which imports the compiler, and that takes seconds
+    from ._traced import module_outside  # an import of the compiler, which takes seconds
 
     return module_outside(fn, packed)
 

@@ -104,7 +104,7 @@ class Packed(PackedTensors):
     def tree(self) -> Any:
         """The tree, whose leaves are views of the buffers: to write to one is to write to the other."""
         if self.form.containers is not None and torch.compiler.is_dynamo_compiling():
-            from ._traced import traced_tree  # which imports the compiler, and that takes seconds
+            from ._traced import traced_tree  # an import of the compiler, which takes seconds
 
             return traced_tree(self.form.serial, self.form.containers, self.buffers)
         return self.form.tree(self.views)

@@ -155,7 +155,7 @@ def scheduled(bound: Bound, name: str, count: int | torch.Tensor) -> Any:
     """The value of a schedule after some steps.
 
     Raises:
-      ValueError: it is no number.
+      ValueError: the value is no number.
     """
     value = check_number(f"the schedule of {bound.rule.name}.{name} returned", bound.values[name](count))
     return value if isinstance(value, torch.Tensor) and (value.requires_grad or needs_dispatch()) else float(value)

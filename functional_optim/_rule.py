@@ -235,10 +235,10 @@ def _make(
         )
     hypers = {k: v for k, v in keywords.items() if k not in ("step", "first", *kinds)}
     ranged = [name for key in ranges for name in key.split(" if ", 1)]
-    for what, names in (("extra", kinds), ("static", static), ("ranges", ranged)):
-        unknown = [k for k in names if k not in (keywords if what == "extra" else hypers)]
+    for argument, names in (("extra", kinds), ("static", static), ("ranges", ranged)):
+        unknown = [k for k in names if k not in (keywords if argument == "extra" else hypers)]
         if unknown:
-            raise TypeError(f"`{what}` of {name} names {unknown}, which are not among its keyword-only arguments.")
+            raise TypeError(f"`{argument}` of {name} names {unknown}, which are not among its keyword-only arguments.")
     _check_slots(name, slots, hypers, static, whole)
     trees = [k for k, kind in kinds.items() if kind == "element"]
     trees += [slot_name for slot_name, slot in slots.items() if slot.per_tree]
@@ -285,7 +285,7 @@ def _check_slots(
       name: the name of the rule.
       slots: its slots, by name.
       hypers: its hyper-parameters, with their defaults.
-      static: those that are switches.
+      static: hyper-parameters that are switches.
       whole: whether it is a rule for whole tensors.
 
     Raises:
@@ -298,11 +298,11 @@ def _check_slots(
             f"another one, and begins with a letter."
         )
     for slot_name, slot in slots.items():
-        for what, source in (("dtype", slot.dtype), ("start", slot.start)):
+        for field, source in (("dtype", slot.dtype), ("start", slot.start)):
             if isinstance(source, str) and source not in (*hypers, "param", "first_update"):
-                starts = ' A slot may also start as "param" or "first_update".' if what == "start" else ""
+                starts = ' A slot may also start as "param" or "first_update".' if field == "start" else ""
                 raise TypeError(
-                    f"the slot `{slot_name}` of {name} takes its {what} from `{source}`, which is no argument.{starts}"
+                    f"the slot `{slot_name}` of {name} takes its {field} from `{source}`, which is no argument.{starts}"
                 )
         unknown = [k for k in slot.shape_hypers if k not in hypers or k not in static]
         if unknown:

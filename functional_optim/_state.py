@@ -219,10 +219,10 @@ def shared_column(
       devices: the device of each leaf.
       takers: positions of the leaves that share it; the first one on its device writes it.
       in_place: whether it is written in place.
-      copies: those of earlier steps, whose memory is written anew.
+      copies: copies of earlier steps, whose memory is written anew.
 
     Raises:
-      ValueError: it is not one number, or in place on a device where no leaf is.
+      ValueError: the value is not one number, or in place on a device where no leaf is.
     """
     if not isinstance(value, torch.Tensor) or value.ndim or not value.is_floating_point():
         shown = type(value).__name__

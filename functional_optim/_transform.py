@@ -262,7 +262,7 @@ def as_transformation(x: Any) -> GradientTransformation:
     """Takes anything that has `init` and `update`.
 
     Raises:
-      TypeError: it has not.
+      TypeError: the object lacks one of them.
     """
     if isinstance(x, GradientTransformation):
         return x

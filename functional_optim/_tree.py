@@ -212,7 +212,7 @@ def broadcast_prefix(prefix: Tree, spec: Spec) -> list[Any]:
     """Spreads a tree that ends earlier than `spec`, or where it does, over the leaves of `spec`.
 
     Raises:
-      ValueError: it is not a prefix.
+      ValueError: the tree is not a prefix.
     """
     leaves, own = flatten(prefix)
     spread: list[Any] = [None] * spec.num_leaves
@@ -229,8 +229,8 @@ def difference(expected: Spec, tree: Tree) -> str:
     missing = [p for p in want if p not in set(have)]
     extra = [p for p in have if p not in set(want)]
     parts = [
-        f"{what} {', '.join(map(repr, ps[:5]))}{' ...' if len(ps) > 5 else ''}"
-        for what, ps in (("it lacks", missing), ("it has the unknown", extra))
+        f"{change} {', '.join(map(repr, ps[:5]))}{' ...' if len(ps) > 5 else ''}"
+        for change, ps in (("it lacks", missing), ("it has the unknown", extra))
         if ps
     ]
     return " and ".join(parts) or f"the leaves agree but the containers do not: {flatten(tree)[1]}, not {expected}"

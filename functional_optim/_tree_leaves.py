@@ -52,7 +52,7 @@ class TreeLeaves:
         """The leaves of a tree, which messages call by a name.
 
         Raises:
-          ValueError: it has another structure.
+          ValueError: the tree has another structure.
         """
         refuse_packed_inside(name, tree)
         try:

@@ -12,7 +12,7 @@ from ._transform import (
 
 
 def rules(tx: GradientTransformation) -> dict[Path, RuleTransformation]:
-    """Those of the `parts` of a transformation that are made of rules.
+    """The rules among the `parts` of a transformation.
 
     Example:
       >>> import functional_optim as fo

@@ -87,7 +87,7 @@ class Kernels(Generic[T]):
         """Kernel of a source; one thread at a time builds.
 
         Raises:
-          BuildError: it can be built neither in the folder of the user nor in a temporary one.
+          BuildError: the kernel can be built neither in the folder of the user nor in a temporary one.
         """
         kernel = self._kept.get(source)
         if kernel is not None:
@@ -186,7 +186,7 @@ def _make_private(folder: Path) -> None:
     One that was open to others is not taken over: files that they left in it would be trusted.
 
     Raises:
-      OSError: it cannot be made, written to or trusted.
+      OSError: the folder cannot be made, written to or trusted.
     """
     if not folder.is_absolute():  # no home, or a variable that the system's rules say to ignore
         raise OSError("it is no absolute path")

@@ -190,7 +190,7 @@ class _Fusion:
         self.hosts: dict[str, HostSchedule] = {}
         self.slots: dict[str, tuple[int, str]] = {}
         self.per_leaf: set[str] = set()
-        self.own_numbers: set[str] = set()  # those per leaf that are not one for all leaves
+        self.own_numbers: set[str] = set()  # numbers per leaf that are not one for all leaves
         self.stored: dict[str, Symbol] = {}  # the content of every slot before the step
 
     def run(self, parts: Sequence[Part], apply: bool) -> Recipe:

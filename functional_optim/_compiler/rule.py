@@ -45,7 +45,7 @@ class Option:
 
         Raises:
           KeyError: there is no such option.
-          ValueError: it is no sequence of that length.
+          ValueError: the value is no sequence of that length.
         """
         return self.pick(options[self.name])
 
@@ -53,7 +53,7 @@ class Option:
         """The number within an option.
 
         Raises:
-          ValueError: it is no sequence of that length.
+          ValueError: the value is no sequence of that length.
         """
         if self.index is None:
             return value

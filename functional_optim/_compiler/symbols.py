@@ -92,9 +92,9 @@ class Symbol:
             _unknown(name)
         return functools.partial(_record, name, self)
 
-    def _refuse(self, what: str) -> RuleError:
+    def _refuse(self, deed: str) -> RuleError:
         return RuleError(
-            f"{where()} {what}, which is only known when the kernel runs. Use `torch.where(condition, a, b)`, or "
+            f"{where()} {deed}, which is only known when the kernel runs. Use `torch.where(condition, a, b)`, or "
             f"declare the hyper-parameter static if it is a switch: `@elementwise(static=(...,))`."
         )
 

@@ -171,9 +171,9 @@ class DescribedStep:
 
         Args:
           updates: the tensors of the updates.
-          params: those of the parameters.
-          state: those of the state.
-          numbers: those of the extra arguments, and of hyper-parameters that are tensors.
+          params: the tensors of the parameters.
+          state: the tensors of the state.
+          numbers: the tensors of the extra arguments, and of hyper-parameters that are tensors.
           donate: whether to write in place.
           reference: whether to compute with operations of torch, which are traced and differentiated.
 
@@ -316,7 +316,7 @@ def find_step(text: str) -> DescribedStep:
     """The step that a text describes.
 
     Raises:
-      RuntimeError: it cannot be found in this process, or its rules have been edited.
+      RuntimeError: the chain cannot be found in this process, or its rules have been edited.
     """
     return made_step(text) or OWN_STEPS.get(text) or _find_own(text)
 

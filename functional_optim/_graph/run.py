@@ -23,7 +23,7 @@ def run(
 ) -> tuple[Tree, Any]:
     """Takes a step of a transformation; for the arguments see `take_step`."""
     if torch.compiler.is_compiling():
-        from .trace import trace_step  # which imports the compiler, and that takes seconds
+        from .trace import trace_step  # an import of the compiler, which takes seconds
 
         return trace_step(tx, apply, updates, state, params, extra, donate)
     return uncompiled(take_step)(tx, apply, updates, state, params, extra, donate)

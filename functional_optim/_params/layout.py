@@ -1,13 +1,12 @@
 """`ChainLayout`: chains laid out over all parameters of an optimizer, for steps of which any have gradients."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from .._compiler.fuse import Counting
 from .._extras import extras_of
 from .._regions import Region, cut_into_regions
 from .._transform import Link, Path
-from .template import ParamList, Template, view_of
+from .template import Keys, ParamList, Template, view_of
 
 
 class ChainLayout:
@@ -44,11 +43,11 @@ class ChainLayout:
         self.reduces = any(recipe.program.reductions for region in regions for recipe in region.recipes.values())
         self.extras = extras_of(self.segments)
 
-    def _links(self, warn: bool) -> tuple[list[Link], list[int], list[Any], list[bool]]:
+    def _links(self, warn: bool) -> tuple[list[Link], list[int], list[Keys], list[bool]]:
         """The transformations of all templates, their scopes, the keys of each, and which parameters count steps."""
         links: list[Link] = []
         scopes: list[int] = []
-        keys: list[Any] = []
+        keys: list[Keys] = []
         steps = [False] * len(self.params.names)
         positions: dict[Path, int] = {}
         for t, template in enumerate(self.templates):

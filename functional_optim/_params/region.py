@@ -9,8 +9,7 @@ from .._regions import LeafwiseRegion, Region
 from .._runtime.groups import Columns, Key
 from .._runtime.join import Joins
 from .._runtime.shard import MeshShard, is_in_mesh, own_part, whole_tensor
-from .._transform import Path
-from .template import ParamList
+from .template import Keys, ParamList
 
 
 class ParamRegion(BoundRegion):
@@ -29,7 +28,7 @@ class ParamRegion(BoundRegion):
         region: Region,
         params: ParamList,
         present: Sequence[int],
-        keys: Sequence[Mapping[tuple[Path, str], str]],
+        keys: Sequence[Keys],
         shards: Sequence[MeshShard | None],
     ) -> None:
         programs = [region.recipes[kind].program for kind in region.kinds]

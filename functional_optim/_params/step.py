@@ -305,7 +305,7 @@ class ParamStep:
           x: a list in the order of the parameters, or a dict by their names or by the parameters themselves.
 
         Raises:
-          ValueError: it does not go with the parameters.
+          ValueError: the argument does not go with the parameters.
         """
         check_no_number(name, rule, x, "a list, or a dict by name or by parameter")
         if isinstance(x, Mapping):

@@ -12,6 +12,7 @@ from .._tree import View
 
 
 States = Sequence[dict[str, Any]]  # the state of each parameter
+Keys = Mapping[tuple[Path, str], str]  # for each path of a rule and slot, the key in the state of a parameter
 
 
 class Template(NamedTuple):
@@ -23,7 +24,7 @@ class Template(NamedTuple):
     """
 
     tx: GradientTransformation
-    keys: Mapping[tuple[Path, str], str]
+    keys: Keys
 
 
 class ParamList(NamedTuple):

@@ -45,7 +45,7 @@ class Allocator:
             new = self.operation(self.index, self.table, pointers.new)
             if len(new) == self.n:
                 return _split(new, self.lengths)
-            del new  # which takes memory, too
+            del new  # tensors that take memory, too
         # without a compiler; and without memory, for the error of torch, which says how much was asked for
         columns = [list(map(make, own)) for own, make in zip(like, self.makers, strict=True)]
         first = pointers.n + 1

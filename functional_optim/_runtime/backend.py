@@ -92,7 +92,7 @@ def _has_triton() -> bool:
         import triton  # noqa: F401
     except ImportError:
         return False
-    except Exception:  # it is there, but broken, which a build says
+    except Exception:  # Triton is there, but broken, which a build says
         pass
     return True
 

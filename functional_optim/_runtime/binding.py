@@ -26,7 +26,7 @@ from .spec import TensorSpec
 
 
 class Binding(NamedTuple):
-    """All that a step is bound to.
+    """The leaves and tensors that a step is bound to, and the ways of its results.
 
     Args:
       leaves: the leaves that programs compute.

@@ -19,7 +19,7 @@ def check_leaf(name: str, path: str, x: Any) -> torch.Tensor:
     """Refuses a leaf that no rule can work on.
 
     Raises:
-      TypeError: it is not a dense tensor of a floating dtype.
+      TypeError: the leaf is not a dense tensor of a floating dtype.
     """
     if not isinstance(x, torch.Tensor):
         hint = ""
@@ -54,7 +54,7 @@ def check_fit(name: str, other: str, path: str, x: Any, y: torch.Tensor) -> torc
     """Refuses a leaf that does not go with another one of the same path.
 
     Raises:
-      TypeError: it is not a dense tensor of a floating dtype.
+      TypeError: the leaf is not a dense tensor of a floating dtype.
       ValueError: the two differ in shape or device.
     """
     check_leaf(name, path, x)
@@ -96,7 +96,7 @@ def refuse_leaf(name: str, target: torch.Tensor) -> None:
     """Refuses to write to a leaf of autograd's graph while autograd records.
 
     Raises:
-      RuntimeError: it is one, and requires a gradient.
+      RuntimeError: the target is a leaf that requires a gradient.
     """
     if target.is_leaf and target.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
@@ -131,29 +131,29 @@ def check_count(name: str, x: Any) -> None:
         raise ValueError(f"{name} is {x.dtype} of shape {tuple(x.shape)}, expected one integer{hint}.")
 
 
-def check_number(what: str, x: Any) -> float | torch.Tensor:
+def check_number(subject: str, x: Any) -> float | torch.Tensor:
     """A number, or a tensor that holds one.
 
     Raises:
-      ValueError: it is neither; `what` begins the message.
+      ValueError: the object is neither; `subject` begins the message.
     """
     if isinstance(x, torch.Tensor):
         if x.ndim:
-            raise ValueError(f"{what} a tensor of shape {tuple(x.shape)}, expected a number{hint_of_members(x)}.")
+            raise ValueError(f"{subject} a tensor of shape {tuple(x.shape)}, expected a number{hint_of_members(x)}.")
         return x
     try:
         return float(x if not isinstance(x, (str, bytes)) else None)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{what} {x!r:.60}, expected a number.") from None
+        raise ValueError(f"{subject} {x!r:.60}, expected a number.") from None
 
 
-def check_memory(what: str, x: Any, device: torch.device) -> None:
+def check_memory(subject: str, x: Any, device: torch.device) -> None:
     """Refuses a number on meta for leaves that are elsewhere.
 
     Raises:
-      ValueError: `what` begins the message.
+      ValueError: `subject` begins the message.
     """
     if isinstance(x, torch.Tensor) and x.is_meta and device.type != "meta":
         raise ValueError(
-            f"{what} a tensor on meta, which holds no number, but leaves are on {device}; move it to {device}."
+            f"{subject} a tensor on meta, which holds no number, but leaves are on {device}; move it to {device}."
         )

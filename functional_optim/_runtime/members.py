@@ -135,7 +135,7 @@ class MembersStep(Programs):
         widths = [len(group.sources) * len(group.signature.program.scalars) for group in self.groups]
         own = self.ensemble.n if any(self.of_numbers) else 1
         self.rows = [(width * own, width if len(self.parts) > 1 and own > 1 else 0) for width in widths]
-        self.workspaces: list[MembersWorkspace] = []  # those that no thread uses at the moment
+        self.workspaces: list[MembersWorkspace] = []  # memory that no thread uses at the moment
 
     # -- binding ------------------------------------------------------------------------------------------------------
 

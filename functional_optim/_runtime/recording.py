@@ -17,7 +17,7 @@ from .numbers import Numbers
 from .pointers import Difference
 from .recent import in_front
 from .spec import specs_of
-from .step import BoundStep, flat
+from .step import BoundStep, Reading, flat
 
 
 Tensors = Sequence[torch.Tensor]
@@ -87,7 +87,7 @@ class Derivative:
         for i, k in zip(group.leaves, positions, strict=True):
             column[i] = k
 
-    def bind(self, columns: Columns) -> tuple[BoundStep, Any]:
+    def bind(self, columns: Columns) -> tuple[BoundStep, Reading]:
         """The programs bound to such tensors, and these tensors read."""
         for bound in self.bound:
             reading = bound.read(columns)

@@ -79,7 +79,7 @@ class TensorSpec(NamedTuple):
     @property
     def repeats(self) -> bool:
         """Whether several elements may share one place in memory, as those of an expanded tensor do."""
-        if 0 in self.shape:  # those of NumPy have strides of 0
+        if 0 in self.shape:  # empty tensors of NumPy have strides of 0
             return False
         reach = 0  # of the dimensions with smaller strides
         for stride, size in sorted(zip(self.stride, self.shape, strict=True)):

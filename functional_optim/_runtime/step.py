@@ -76,7 +76,7 @@ class BoundStep(BoundPrograms):
     def __init__(self, binding: Binding) -> None:
         super().__init__(binding)
         self.derivatives: dict[Any, Any] = {}  # by the cotangents that are given and wanted; see `recording`
-        self.workspaces: list[Workspace] = []  # those that no thread uses at the moment
+        self.workspaces: list[Workspace] = []  # memory that no thread uses at the moment
 
     def read(self, columns: Columns) -> Reading | Difference:
         """The tensors of this step, if they have the specs that it is bound to; else the first difference.

@@ -82,7 +82,7 @@ def _multiplicative(lr: float, lr_lambda: Callable[[Any], Any]) -> Schedule:
 
 @scheduler("StepLR", step_size=SOME_STEPS, gamma=FACTOR)
 def _step(lr: float, step_size: int, gamma: float = 0.1) -> Schedule:
-    if gamma == 0:  # where `exponential_decay` keeps its first value, as optax's does
+    if gamma == 0:  # `exponential_decay` keeps its first value then, as optax's does
         return piecewise_constant_schedule(lr, {step_size: 0.0})
     return exponential_decay(lr, step_size, gamma, staircase=True)
 
@@ -292,13 +292,13 @@ def _sequential(lr: float, schedulers: Members, milestones: Sequence[int]) -> Sc
         start = steps[k - 1] if k else 0
         _check_member(member, keywords, start)
         base = lr
-        if start and member in ("SWALR", "MultiplicativeLR"):  # which go on from the rate that there is
+        if start and member in ("SWALR", "MultiplicativeLR"):  # classes that go on from the rate that there is
             base = reached
             if member == "MultiplicativeLR":
                 base *= float(_function(member, keywords.get("lr_lambda"))(0))
         made.append(make(member, base, "lr", keywords))
         if member == "CyclicLR" and not k:
-            lr = keywords["base_lr"]  # it replaces the rate before the others take theirs
+            lr = keywords["base_lr"]  # a rate that replaces that of the optimizer before the others take theirs
         if k < len(steps) and steps[k] > start:
             reached = float(made[-1](steps[k] - start - 1))
     swa_rates = {float(keywords["swa_lr"]) for member, keywords in members if member == "SWALR"}

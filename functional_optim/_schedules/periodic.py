@@ -127,7 +127,7 @@ def cyclic_schedule(
       mode: how heights change.
       gamma: the factor of `"exp_range"`.
       scale_fn: a function in place of `mode` that gives the height as a fraction of the first.
-      scale_mode: what `scale_fn` is given: the number of the triangle, 1 at first (`"cycle"`), or the step
+      scale_mode: the argument of `scale_fn`: the number of the triangle, 1 at first (`"cycle"`), or the step
         (`"iterations"`).
 
     Returns:

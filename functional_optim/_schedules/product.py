@@ -103,7 +103,7 @@ def _constant(fn: Callable[[Any], Any], count: Symbol) -> Any:
     """The value of a traced function that is the same at every step.
 
     Raises:
-      RuleError: it depends on the step.
+      RuleError: the value depends on the step.
     """
     here, there = fn(count), fn(count.tracer.op("add", count, 1.0))
     if isinstance(here, Symbol) and isinstance(there, Symbol) and here.index == there.index:

@@ -61,7 +61,7 @@ class Schedule:
 
     def __mul__(self, other: Any) -> "Schedule":
         """The product with another schedule, a function of the step, a number or a 0-d tensor."""
-        from .product import product  # which is made of schedules
+        from .product import product  # a module of functions of schedules
 
         made: Schedule = product(self, other)
         return made
@@ -237,7 +237,7 @@ class ScheduleFactory:
         """Refuses an argument outside its range; in a mapping or a sequence every value is checked."""
         if value is None and self.__signature__.parameters[name].default is None:
             return
-        allowed, what = self.ranges[name], f"`{name}` of {self.__name__}"
+        allowed, label = self.ranges[name], f"`{name}` of {self.__name__}"
         if isinstance(value, Mapping):
             for k, v in value.items():
                 self._check(name, v, arguments, f" at {k}")
@@ -246,15 +246,15 @@ class ScheduleFactory:
                 self._check(name, v, arguments, f" at {k}")
         elif isinstance(allowed, tuple):
             if value not in allowed:
-                raise ValueError(f"{what} must be one of {list(allowed)}, got {value!r}{place}.")
+                raise ValueError(f"{label} must be one of {list(allowed)}, got {value!r}{place}.")
         elif isinstance(value, torch.Tensor):
             if value.ndim:
                 raise ValueError(
-                    f"{what} must be a number, got a tensor of shape {tuple(value.shape)}{place}"
+                    f"{label} must be a number, got a tensor of shape {tuple(value.shape)}{place}"
                     f"{hint_of_members(value)}."
                 )
         elif not isinstance(value, (int, float)):
-            raise TypeError(f"{what} must be a number, got {value!r:.60}{place}.")
+            raise TypeError(f"{label} must be a number, got {value!r:.60}{place}.")
         else:
             bounds = {name: arguments[name] for name in _names(allowed)}
             if not all(isinstance(x, (int, float)) for x in bounds.values()):
@@ -262,7 +262,7 @@ class ScheduleFactory:
             text = _NAME.sub(lambda m: repr(bounds[m[0]]) if m[0] in bounds else m[0], allowed)
             if value not in Range.parse(text):
                 here = f", here {text}" if text != allowed else ""
-                raise ValueError(f"{what} must be in {allowed}{here}, got {value!r}{place}.")
+                raise ValueError(f"{label} must be in {allowed}{here}, got {value!r}{place}.")
 
     def __repr__(self) -> str:
         return f"<schedule {self.__name__}{self.__signature__}>"

@@ -56,22 +56,22 @@ class TorchScheduler(NamedTuple):
 
     def check(self, keyword: str, value: Any, allowed: str | tuple[Any, ...], whole: bool = False) -> Any:
         """Refuses a value of the wrong kind, or outside its range; a number of NumPy or JAX becomes Python's."""
-        what, value = f"`{keyword}` of {self.name}", plain_number(value)
+        label, value = f"`{keyword}` of {self.name}", plain_number(value)
         if isinstance(allowed, tuple):
             if value not in allowed:
-                raise ValueError(f"{what} must be one of {list(allowed)}, got {value!r}.")
+                raise ValueError(f"{label} must be one of {list(allowed)}, got {value!r}.")
             return value
         if value is None and keyword in self.keywords and self.keywords[keyword].default is None:
             return value
         if isinstance(value, (list, tuple)):
-            raise TypeError(f"{what} must be a number, got {value!r:.60}: make a schedule for each parameter group.")
+            raise TypeError(f"{label} must be a number, got {value!r:.60}: make a schedule for each parameter group.")
         if isinstance(value, torch.Tensor):
             hint = ": make the schedule of 1.0 and multiply it by the tensor" if keyword == "lr" else ""
-            raise TypeError(f"{what} must be a number, got a tensor{hint}.")
+            raise TypeError(f"{label} must be a number, got a tensor{hint}.")
         if not isinstance(value, (int, float)):
-            raise TypeError(f"{what} must be a number, got {value!r:.60}.")
+            raise TypeError(f"{label} must be a number, got {value!r:.60}.")
         if value not in Range.parse(allowed) or (whole and value != int(value)):
-            raise ValueError(f"{what} must be {'a whole number ' if whole else ''}in {allowed}, got {value!r}.")
+            raise ValueError(f"{label} must be {'a whole number ' if whole else ''}in {allowed}, got {value!r}.")
         return int(value) if whole else value
 
 

@@ -98,7 +98,7 @@ def _functions(x: Any) -> list[Any]:
 
 
 class _NoKeyError(Exception):
-    """Something that a function refers to may change unseen."""
+    """An object that a function refers to may change unseen."""
 
 
 _PURE = frozenset(
@@ -131,7 +131,7 @@ class _Keys:
           owned: whether it belongs to a schedule, so that containers are nobody else's.
 
         Raises:
-          _NoKeyError: it has none.
+          _NoKeyError: the object has none.
         """
         if x is None or isinstance(x, (numbers.Number, str, bytes, torch.dtype)):
             return type(x), repr(x)  # repr tells 0.0 from -0.0, and is the same for every NaN
@@ -159,7 +159,7 @@ class _Keys:
     def function(self, fn: FunctionType) -> tuple[Any, ...]:
         module = sys.modules.get(fn.__module__ or "")
         if module is not None and module.__name__.partition(".")[0] == _OWN and vars(module) is fn.__globals__:
-            return (Identity(fn),)  # this package refers to nothing that changes
+            return (Identity(fn),)  # functions of this package refer to nothing that changes
         if fn in self.walking:
             return ("recursion", self.walking.index(fn))
         self.walking.append(fn)

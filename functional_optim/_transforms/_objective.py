@@ -86,19 +86,21 @@ class Objective:
         """A counter as it is stored."""
         return torch.tensor(x, device=self.own.params[0].device)
 
-    def _scalar(self, what: str, x: Any) -> float:
+    def _scalar(self, subject: str, x: Any) -> float:
         """The objective as a number.
 
         Raises:
           TypeError, ValueError: it is something else.
         """
-        refuse_members(self.name, what, x)
+        refuse_members(self.name, subject, x)
         if isinstance(x, torch.Tensor) and (x.numel() != 1 or x.is_complex()):
-            raise ValueError(f"{what} is a tensor of shape {tuple(x.shape)} and {x.dtype}, expected one real number.")
+            raise ValueError(
+                f"{subject} is a tensor of shape {tuple(x.shape)} and {x.dtype}, expected one real number."
+            )
         try:
             return float(x.detach() if isinstance(x, torch.Tensor) else x)
         except (TypeError, ValueError):
-            raise ValueError(f"{what} is {x!r:.60}, expected one real number.") from None
+            raise ValueError(f"{subject} is {x!r:.60}, expected one real number.") from None
 
     def _at(self, step: Any) -> list[torch.Tensor]:
         """The parameters as they are after a step, to the bit."""
@@ -121,7 +123,7 @@ def gradients(value: Any, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
     """Gradients of a recorded value.
 
     Raises:
-      ValueError: it does not depend on the leaves.
+      ValueError: the value does not depend on the leaves.
     """
     if not (isinstance(value, torch.Tensor) and value.requires_grad):
         raise ValueError(

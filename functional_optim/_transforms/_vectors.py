@@ -52,21 +52,21 @@ def shaped(part: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return torch.view_as_complex(part.view(*x.shape, 2)) if x.is_complex() else part.view(x.shape)
 
 
-def refuse_members(name: str, what: str, x: Any) -> None:
+def refuse_members(name: str, subject: str, x: Any) -> None:
     """Refuses a tensor of members of `torch.vmap`, for a transformation that decides by numbers.
 
     Args:
       name: the transformation's name.
-      what: the tensor's name in messages.
+      subject: the tensor's name in messages.
       x: the tensor.
 
     Raises:
-      TypeError: it is one.
+      TypeError: the tensor stands for several members.
     """
     if isinstance(x, torch.Tensor) and has_members(x):
         raise TypeError(
-            f"{what} stands for several members of `torch.vmap`, and {name} decides by numbers that Python reads; take "
-            f"the steps of members in a loop."
+            f"{subject} stands for several members of `torch.vmap`, and {name} decides by numbers that Python reads; "
+            f"take the steps of members in a loop."
         )
 
 
@@ -101,34 +101,34 @@ class Leaves:
                     f"works on one vector of all parameters, so they must be on one device."
                 )
 
-    def read(self, what: str, tree: Tree, fit: bool = False) -> list[torch.Tensor]:
+    def read(self, subject: str, tree: Tree, fit: bool = False) -> list[torch.Tensor]:
         """The leaves of a tree that belong to the parameters.
 
         Args:
-          what: the tree's name in messages.
+          subject: the tree's name in messages.
           tree: a tree like the parameters.
           fit: whether leaves must be gradients or updates of their parameters.
 
         Raises:
           ValueError: the tree has another structure, or lacks a leaf.
-          TypeError: it is one of members of `torch.vmap`.
+          TypeError: the tree is one of members of `torch.vmap`.
         """
         try:
             found = leaves_like(self.spec, tree)
         except (ValueError, TypeError):
             raise ValueError(
-                f"{what} of {self.name} does not have the structure of params: {difference(self.spec, tree)}."
+                f"{subject} of {self.name} does not have the structure of params: {difference(self.spec, tree)}."
             ) from None
         for i in self.present:
             if found[i] is None:
                 raise ValueError(
-                    f"{what}{at(self.paths[i])} is None; {self.name} works on one vector of all parameters. Leave a "
+                    f"{subject}{at(self.paths[i])} is None; {self.name} works on one vector of all parameters. Leave a "
                     f"parameter that is not trained out, with `masked`, or give it a gradient of zeros."
                 )
             refuse_members(self.name, f"params{at(self.paths[i])}", self.all[i])
-            refuse_members(self.name, f"{what}{at(self.paths[i])}", found[i])
+            refuse_members(self.name, f"{subject}{at(self.paths[i])}", found[i])
             if fit and not (isinstance(found[i], torch.Tensor) and found[i].is_complex()):
-                check_fit(what, "parameter", self.paths[i], found[i], self.all[i])
+                check_fit(subject, "parameter", self.paths[i], found[i], self.all[i])
         return [found[i] for i in self.present]
 
     def tree(self, leaves: Sequence[Any]) -> Tree:

@@ -173,7 +173,7 @@ def eval_params(state: Any, params: Tree, slot: str | None = None) -> Tree:
             pairs = zip(columns[0].buffers, params.buffers, strict=True)
             return params.with_buffers([x.to(p.dtype, copy=True) for x, p in pairs])
         if torch.compiler.is_dynamo_compiling():
-            from .._traced import read_outside  # which imports the compiler, and that takes seconds
+            from .._traced import read_outside  # an import of the compiler, which takes seconds
 
             return read_outside(eval_params, state, params, slot)
     leaves, spec = flatten(params)

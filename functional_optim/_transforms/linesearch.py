@@ -87,9 +87,9 @@ torch.serialization.add_safe_globals(
 
 def _positive(name: str, limits: Mapping[str, tuple[Any, float, float]]) -> None:
     """Refuses numbers that are out of their ranges, ends included."""
-    for what, (x, least, most) in limits.items():
+    for argument, (x, least, most) in limits.items():
         if isinstance(x, bool) or not isinstance(x, (int, float)) or not least <= x <= most:
-            raise ValueError(f"`{what}` of {name} must be a number in [{least}, {most}], got {x!r:.60}.")
+            raise ValueError(f"`{argument}` of {name} must be a number in [{least}, {most}], got {x!r:.60}.")
 
 
 def _choice(name: str, strategy: str) -> None:
@@ -168,18 +168,16 @@ def scale_by_backtracking_linesearch(
     Source: Nocedal & Wright 2006, "Numerical Optimization", algorithm 3.1.
     """  # noqa: E501
     name = "scale_by_backtracking_linesearch"
-    _positive(
-        name,
-        {
-            "max_backtracking_steps": (max_backtracking_steps, 0, math.inf),
-            "slope_rtol": (slope_rtol, 0.0, 1.0),
-            "decrease_factor": (decrease_factor, 0.0, 1.0),
-            "increase_factor": (increase_factor, 0.0, math.inf),
-            "max_learning_rate": (max_learning_rate, 0.0, math.inf),
-            "atol": (atol, 0.0, math.inf),
-            "rtol": (rtol, 0.0, math.inf),
-        },
-    )
+    limits: dict[str, tuple[Any, float, float]] = {
+        "max_backtracking_steps": (max_backtracking_steps, 0, math.inf),
+        "slope_rtol": (slope_rtol, 0.0, 1.0),
+        "decrease_factor": (decrease_factor, 0.0, 1.0),
+        "increase_factor": (increase_factor, 0.0, math.inf),
+        "max_learning_rate": (max_learning_rate, 0.0, math.inf),
+        "atol": (atol, 0.0, math.inf),
+        "rtol": (rtol, 0.0, math.inf),
+    }
+    _positive(name, limits)
 
     def init(params: Tree) -> ScaleByBacktrackingLinesearchState:
         rate, infinity, zeros, count = _first_state(params, name)
@@ -221,17 +219,7 @@ def scale_by_backtracking_linesearch(
         )
         return objective.scaled(point.step), new
 
-    arguments = {
-        "max_backtracking_steps": max_backtracking_steps,
-        "slope_rtol": slope_rtol,
-        "decrease_factor": decrease_factor,
-        "increase_factor": increase_factor,
-        "max_learning_rate": max_learning_rate,
-        "atol": atol,
-        "rtol": rtol,
-        "store_grad": store_grad,
-        "verbose": verbose,
-    }
+    arguments = {**{k: limit[0] for k, limit in limits.items()}, "store_grad": store_grad, "verbose": verbose}
     return Declared(scale_by_backtracking_linesearch, arguments, init, update)
 
 

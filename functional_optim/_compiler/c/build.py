@@ -103,7 +103,7 @@ def _build(source: str, folder: Path) -> ctypes.CDLL:
     key = hashlib.sha256(f"{_machine()}\n{source}".encode()).hexdigest()[:32]
     target = folder / f"{key}.so"
     if cache.is_sealed(target):
-        with contextlib.suppress(BuildError):  # it may need libraries of another machine that has this folder
+        with contextlib.suppress(BuildError):  # a library may need others of another machine that has this folder
             return _load(target, key)
     text = f'{source}\nconst char {KEY}[] = "{key}";\n'.encode()
     cache.write(target.with_suffix(".c"), text)

@@ -38,7 +38,7 @@ def _build(source: str, folder: Path) -> ModuleType:
     try:
         with cache.forks_wait():
             import triton  # noqa: F401
-    except Exception as error:  # it is missing, or broken: a library of it that cannot be loaded, say
+    except Exception as error:  # Triton is missing, or broken: a library of it that cannot be loaded, say
         raise ToolError(f"Triton cannot be imported ({error})") from error
     content = source.encode()
     name = f"functional_optim_{hashlib.sha256(content).hexdigest()[:32]}"

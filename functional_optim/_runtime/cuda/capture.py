@@ -151,7 +151,7 @@ def refuse_numbers(numbers: Iterable[object], devices: Collection[torch.device])
     """Refuses hyper-parameters in captured steps that are tensors elsewhere than on some devices.
 
     Raises:
-      CaptureError: there is one.
+      CaptureError: one of them is.
     """
     apart = next((x.device for x in numbers if isinstance(x, torch.Tensor) and x.device not in devices), None)
     if apart is not None:
@@ -178,7 +178,7 @@ class NumberWatch:
     """The Python numbers of steps that operations of torch take, which a graph keeps as constants."""
 
     def __init__(self) -> None:
-        self.seen: list[int | float] = []  # those of the last step that was not captured
+        self.seen: list[int | float] = []  # of the last step that was not captured
 
     def check(self, numbers: Sequence[object], devices: Collection[torch.device]) -> None:
         """Notes the numbers of a step outside of a graph; refuses others while a stream is capturing.
@@ -203,7 +203,7 @@ def refuse_binding(devices: Iterable[torch.device]) -> None:
     """Refuses a first step while a stream is capturing.
 
     Raises:
-      CaptureError: it is.
+      CaptureError: a stream is capturing.
     """
     if is_capturing(devices):
         raise CaptureError(
@@ -216,7 +216,7 @@ def refuse_new_state(devices: Iterable[torch.device | None]) -> None:
     """Refuses to make the state of a parameter while a stream is capturing.
 
     Raises:
-      CaptureError: one is.
+      CaptureError: a stream is capturing.
     """
     if is_capturing(devices):
         raise CaptureError(
@@ -242,7 +242,7 @@ def refuse_new_trees(device: torch.device | None) -> None:
     """Refuses a donated step whose state is in new tensors while a stream is capturing.
 
     Raises:
-      CaptureError: it is.
+      CaptureError: a stream is capturing.
     """
     if is_capturing([device]):
         raise CaptureError(
@@ -263,11 +263,11 @@ def refuse_counter(name: str, count: object, device: torch.device) -> None:
     raise CaptureError(f"{name} is {place}, and a graph would keep its value", f"move it to {device}")
 
 
-def refuse_work_of_the_host(what: str, devices: Iterable[torch.device | None]) -> None:
+def refuse_work_of_the_host(work: str, devices: Iterable[torch.device | None]) -> None:
     """Refuses a step in which the host reads tensors and decides by them, while a stream is capturing.
 
     Args:
-      what: the part of the step that does so.
+      work: the part of the step that does so.
       devices: the devices of the step.
 
     Raises:
@@ -275,7 +275,7 @@ def refuse_work_of_the_host(what: str, devices: Iterable[torch.device | None]) -
     """
     if is_capturing(devices):
         raise CaptureError(
-            f"{what} on the host, which reads numbers of the device",
+            f"{work} on the host, which reads numbers of the device",
             "capture the computation of the loss and of its gradients alone, and take the step outside of the graph",
         )
 

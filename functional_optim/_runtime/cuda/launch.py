@@ -60,7 +60,7 @@ class TritonLaunch:
         ends = [len(kernels.stages) for kernels in self.kernels] + ([] if joins is None else [joins.stages - 1])
         self.n_stages = max(ends)
         self.reserve: Reserve | None = None  # since the first step
-        self.numbers_seen = b""  # those of the last step that was not captured
+        self.numbers_seen = b""  # of the last step that was not captured
         self.loaded: set[tuple[bool, ...]] = set()  # variants of kernels that have been launched
 
     def prepare(
