@@ -171,35 +171,43 @@ class Bindings:
     def step_for(
         self,
         opt: "ChainOptimizer",
-        steps: list[ParamStep],
         templates: Sequence[Template],
         grads: Sequence[Any],
         guarded: bool,
         exact: bool,
+        of_rows: bool = False,
     ) -> ParamStep:
         """The step for gradients of which the same ones are there, if there is one that is bound; else a new one.
 
         Args:
           opt: the optimizer.
-          steps: the steps that are bound; a new one becomes the first of them.
           templates: the chains of the groups.
           grads: the gradients.
           guarded: whether the step is taken only if `found_inf` is 0.
           exact: whether to look for gradients that are gone; they are found when tensors are read, too.
+          of_rows: whether the gradients are sparse, and the step one of the rows that they touch.
         """
+        steps = self.row_steps if of_rows else self.steps
         # of several steps, none is tried in vain on gradients of which some are gone
         there = list(map(is_not, grads, repeat(None))) if len(steps) > 1 else None
         for step in steps:
             if (there is None or there == step.there) and step.is_for(templates, grads, guarded, exact):
                 if step is not steps[0]:
-                    steps[:] = in_front(step, steps, KEEP)
+                    self._keep(step, of_rows)
                 return step
         with ShortTracebacks():
             layout = self._layout_of(templates, guarded)
             step = ParamStep(layout, grads, opt._counter_dtype(), warn=not self.warned)
         self.warned = True
-        steps[:] = in_front(step, steps, KEEP)
+        self._keep(step, of_rows)
         return step
+
+    def _keep(self, step: ParamStep, of_rows: bool) -> None:
+        """Makes a step the first of those that are bound."""
+        if of_rows:
+            self.row_steps = in_front(step, self.row_steps, KEEP)
+        else:
+            self.steps = in_front(step, self.steps, KEEP)
 
     def _layout_of(self, templates: Sequence[Template], guarded: bool) -> ChainLayout:
         """The layout of some chains over the parameters, which all sets of present gradients share."""
@@ -221,8 +229,8 @@ class Bindings:
         self.layouts = {}
         if step is None or not any(template.tx._asks_leaves() for template in step.templates):
             return
-        for steps in (self.steps, self.row_steps):
-            steps[:] = [x for x in steps if x is not step]
+        self.steps = [x for x in self.steps if x is not step]
+        self.row_steps = [x for x in self.row_steps if x is not step]
 
 
 def _drop_oldest(known: dict[Any, Any]) -> None:

@@ -231,7 +231,7 @@ class ChainOptimizer(Optimizer):
         first: frozenset[int] = frozenset()
         try:
             while True:
-                step = bindings.step_for(self, bindings.steps, inputs.templates, grads, guarded, exact)
+                step = bindings.step_for(self, inputs.templates, grads, guarded, exact)
                 step.begin()
                 columns, new = step.state.columns(states, exact), before
                 if columns is None and not exact:
@@ -307,7 +307,7 @@ class ChainOptimizer(Optimizer):
         bindings = self._bindings
         templates, known = bindings.gather(self)
         own_grads, states, journal = list(map(GRAD, known.tensors)), bindings.states_of(self, known), Journal()
-        step = bindings.step_for(self, bindings.steps, templates, own_grads, False, True)
+        step = bindings.step_for(self, templates, own_grads, False, True)
         if step.state.columns(states) is None:
             made = step.state.make(known.tensors, states, self.param_groups, journal)
             bindings.new = bindings.new | {id(known.tensors[i]) for i in made}
