@@ -21,7 +21,7 @@ from .groups import Columns, Group, Key, Leaf
 from .internals import is_wrapper_of_a_transformation, members_unwrapper, outside_transformations, wrap_members
 from .kernels import build_kernels
 from .numbers import Numbers
-from .packed_step import Offsets, Origin
+from .offsets import OffsetPointers, Offsets, Origin
 from .packing import PackedColumn
 from .pointers import Difference, PointerReader, Pointers
 from .programs import REQUIRES_GRAD, NoKernels, Programs, Specs
@@ -72,10 +72,8 @@ class MembersWorkspace:
     def __init__(self, step: "MembersStep", n_threads: int) -> None:
         n, n_origins, n_made = len(step.offsets), len(step.origins), len(step.makers)
         self.n_threads, self.pointers = n_threads, Pointers(n, len(step.made_offsets))
-        self.bases, self.new_bases = Pointers(n_origins), Pointers(n_made)
-        self.read_bases, self.made_bases = self.bases.tensor[:n_origins], self.new_bases.tensor[:n_made]
-        self.read, self.made = self.pointers.tensor[:n], self.pointers.tensor[n + 1 :]
-        self.known = b""  # the data pointers of stacks that `read` follows from
+        self.read = OffsetPointers(step.offsets, n_origins, self.pointers.tensor[:n])
+        self.made = OffsetPointers(step.made_offsets, n_made, self.pointers.tensor[n + 1 :])
         self.run = CpuLaunchesOfParts(step.parts, step.places, self.pointers, n_threads, step.rows)
 
 
@@ -329,14 +327,11 @@ class MembersStep(Programs):
             if tensors is None:
                 return None
             workspace = self._take_workspace()
-            found = self.reader.read(tensors, workspace.bases)
+            found = self.reader.read(tensors, workspace.read.bases)
             if found is not None:
                 self.workspaces.append(workspace)
                 return found
-            content = workspace.bases.content()
-            if content != workspace.known:
-                self.offsets.write(workspace.read_bases, workspace.read)
-                workspace.known = content
+            workspace.read.follow()
         return MembersReading(tensors, scalars, workspace)
 
     def _unwrap(self, columns: Columns, levels: Levels) -> list[torch.Tensor] | None:
@@ -391,8 +386,7 @@ class MembersStep(Programs):
         workspace = reading.workspace
         with outside_transformations():
             made = [make() for make in self.makers]
-            workspace.new_bases.memory[: len(made)] = list(map(torch.Tensor.data_ptr, made))
-            self.made_offsets.write(workspace.made_bases, workspace.made)
+            workspace.made.put(made)
             workspace.run([self._rows(table) for table in reading.scalars])
         self.workspaces.append(workspace)
         for level, used in zip(levels, self.used, strict=True):

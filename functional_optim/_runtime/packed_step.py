@@ -15,49 +15,12 @@ from .binding import Binding
 from .groups import Columns, Key
 from .kernels import COMPILE
 from .numbers import Numbers
+from .offsets import OffsetPointers, Offsets, Origin
 from .packing import PackedColumn, Place
-from .pointers import Difference, PointerReader, Pointers
+from .pointers import Difference, PointerReader
 from .programs import NoKernels
 from .spec import TensorSpec
 from .step import BoundStep, Reading, Workspace
-
-
-class Origin(NamedTuple):
-    """The origin of tensors of a step: a buffer of a packed column, or an entry of another one.
-
-    Args:
-      key: the column.
-      position: the position of the buffer or entry.
-      packed: whether the column is packed.
-    """
-
-    key: Key
-    position: int
-    packed: bool
-
-    def of(self, columns: Columns) -> Any:
-        """The tensor."""
-        column: Any = columns[self.key]
-        return column.packed.buffers[self.position] if self.packed else column[self.position]
-
-
-class Offsets:
-    """Data pointers as constant offsets from others.
-
-    Args:
-      entries: for each pointer, the position of the other one, and the number of bytes behind it.
-    """
-
-    def __init__(self, entries: Sequence[tuple[int, int]]) -> None:
-        self.index = torch.tensor([k for k, _ in entries], dtype=torch.int64, device="cpu")
-        self.bytes = torch.tensor([n for _, n in entries], dtype=torch.int64, device="cpu")
-
-    def __len__(self) -> int:
-        return len(self.bytes)
-
-    def write(self, bases: torch.Tensor, pointers: torch.Tensor) -> None:
-        """Writes the pointers."""
-        torch.add(bases.index_select(0, self.index), self.bytes, out=pointers)
 
 
 class Made(NamedTuple):
@@ -97,13 +60,10 @@ class PackedWorkspace(Workspace):
 
     def __init__(self, step: "PackedStep", n_threads: int) -> None:
         super().__init__(step, n_threads)
-        self.bases, self.new_bases = Pointers(len(step.origins)), Pointers(len(step.made))
-        self.content = self.bases.content  # of buffers, which the pointers to leaves follow from
-        self.read_bases = self.bases.tensor[: len(step.origins)]
-        self.made_bases = self.new_bases.tensor[: len(step.made)]
-        self.read = self.pointers.tensor[: step.n_gathered]
-        self.known = b""  # the data pointers of buffers that `read` follows from
-        self.made = self.pointers.tensor[step.n_gathered + 1 :][: step.n_outputs]
+        n, pointers = step.n_gathered, self.pointers.tensor
+        self.read = OffsetPointers(step.offsets, len(step.origins), pointers[:n])
+        self.made = OffsetPointers(step.made_offsets, len(step.made), pointers[n + 1 :][: step.n_outputs])
+        self.content = self.read.bases.content  # of buffers, which the pointers to leaves follow from
 
 
 class PackedStep(BoundStep):
@@ -136,8 +96,7 @@ class PackedStep(BoundStep):
         tensors = [origin.of(columns) for origin in self.origins]
         self.buffer_reader = PointerReader(tensors, list(map(TensorSpec.of, tensors)))
         self.made: list[Made] = []
-        if self.allocates:
-            self._lay_out_results(columns)
+        self.made_offsets = Offsets(self._lay_out_results(columns) if self.allocates else ())
 
     def _runs_kernels(self) -> bool:
         """Whether kernels compute all groups, and need no tensors for it but pointers."""
@@ -154,8 +113,11 @@ class PackedStep(BoundStep):
             return Origin(key, place.buffer, True), place.offset
         return Origin(key, i, False), 0
 
-    def _lay_out_results(self, columns: Columns) -> None:
+    def _lay_out_results(self, columns: Columns) -> list[tuple[int, int]]:
         """Decides which buffers the results have.
+
+        Returns:
+          For each result, the position of its buffer among those that are made, and the number of bytes behind it.
 
         Raises:
           NoKernels: they cannot have any.
@@ -188,7 +150,7 @@ class PackedStep(BoundStep):
             for b, x in enumerate(like.packed.buffers):
                 if (key, b) not in positions and not self._may_keep(columns, key, likes[key], b, x.dtype):
                     raise NoKernels
-        self.made_offsets = Offsets([(positions[k], place.offset * dtype.itemsize) for k, place, dtype in entries])
+        return [(positions[k], place.offset * dtype.itemsize) for k, place, dtype in entries]
 
     @staticmethod
     def _may_keep(columns: Columns, key: Key, like: Key, b: int, dtype: torch.dtype) -> bool:
@@ -206,15 +168,12 @@ class PackedStep(BoundStep):
         tensors = [origin.of(columns) for origin in self.origins]
         workspace = self.take_workspace()
         assert isinstance(workspace, PackedWorkspace)
-        found = self.buffer_reader.read(tensors, workspace.bases)
+        found = self.buffer_reader.read(tensors, workspace.read.bases)
         if found is not None:
             self.workspaces.append(workspace)
             return Difference(self.first[found.position], found.outside)
-        content = workspace.content()
-        if content != workspace.known:  # a step in place finds the buffers of the last one
-            self.offsets.write(workspace.read_bases, workspace.read)
+        if workspace.read.follow():  # a step in place finds the buffers of the last one
             self._copy_pointers(workspace)
-            workspace.known = content
         return Reading(tensors, {}, workspace)
 
     def tensor_at(self, reading: Reading, position: int) -> torch.Tensor:
@@ -229,8 +188,7 @@ class PackedStep(BoundStep):
         workspace = reading.workspace
         assert isinstance(workspace, PackedWorkspace)
         buffers = [made.make(columns) for made in self.made]
-        workspace.new_bases.memory[: len(buffers)] = [x.data_ptr() for x in buffers]
-        self.made_offsets.write(workspace.made_bases, workspace.made)
+        workspace.made.put(buffers)
         return [[buffers]]
 
     def _evaluate(
