@@ -15,7 +15,7 @@ from typing import Any
 from .passes import Signature
 from .program import Level, Program, Value
 from .symbols import Symbol
-from .trace import Tracer
+from .trace import Tracer, trace_together
 
 
 Cotangents = Sequence[Any]  # a symbol, a number or None for each operand
@@ -261,22 +261,13 @@ def differentiate(
 def differentiate_all(
     programs: tuple[Program, ...], given: tuple[frozenset[str], ...], wanted: tuple[frozenset[str], ...]
 ) -> tuple[Program, ...]:
-    """The derivatives of programs that meet in reductions over the tree; see `differentiate`.
+    """The derivatives of programs that meet in reductions over the tree; see `differentiate` and `trace_together`."""
 
-    Such a reduction ends in the same pass for all of them: that of the one with the most reductions behind it.
-    """
-    stages: dict[str, int] = {}
-    while True:
-        done = tuple(
-            differentiate(program, g, w, stages) for program, g, w in zip(programs, given, wanted, strict=True)
-        )
-        ends = [(v.name, v.stage) for program in done for v in program.values if v.op.startswith("tree_")]
-        last: dict[str, int] = {}
-        for name, stage in ends:
-            last[name] = max(last.get(name, 0), stage)
-        if all(stage == last[name] for name, stage in ends):
-            return done
-        stages = last
+    def trace(stages: Mapping[str, int]) -> tuple[Program, ...]:
+        each = zip(programs, given, wanted, strict=True)
+        return tuple(differentiate(program, g, w, stages) for program, g, w in each)
+
+    return trace_together(trace, lambda traced: traced)
 
 
 def differentiate_signatures(signatures: Sequence[Signature]) -> list[Signature]:

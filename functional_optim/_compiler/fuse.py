@@ -16,7 +16,7 @@ from .errors import RuleError
 from .program import Level, Program
 from .rule import Bound, Option, Rule
 from .symbols import Symbol
-from .trace import Tracer
+from .trace import Tracer, trace_together
 
 
 _Key = TypeVar("_Key")
@@ -112,10 +112,7 @@ class Counting(NamedTuple):
 def fuse_all(
     recipes: Mapping[_Key, Sequence[Part]], apply: bool, counting: Mapping[_Key, Counting] | None = None
 ) -> dict[_Key, Recipe]:
-    """Traces the programs of leaves that different transformations see.
-
-    Where leaves meet in one reduction, it ends in the same pass for all of them: that of the leaf with the most
-    reductions behind it.
+    """Traces the programs of leaves that different transformations see; see `trace_together`.
 
     Args:
       recipes: for each kind of leaf, rules with their hyper-parameters and positions in the chain.
@@ -128,25 +125,14 @@ def fuse_all(
     Raises:
       RuleError: a rule does something that a kernel cannot.
     """
-    stages: dict[str, int] = {}
-    while True:
-        done = {
+
+    def trace(stages: Mapping[str, int]) -> dict[_Key, Recipe]:
+        return {
             key: fuse(parts, apply, stages, counting[key] if counting is not None else None)
             for key, parts in recipes.items()
         }
-        ends: dict[str, int] = {}
-        for recipe in done.values():
-            for value in recipe.program.values:
-                if value.op.startswith("tree_"):
-                    ends[value.name] = max(ends.get(value.name, 0), value.stage)
-        if all(
-            value.stage == ends[value.name]
-            for recipe in done.values()
-            for value in recipe.program.values
-            if value.op.startswith("tree_")
-        ):
-            return done
-        stages = ends
+
+    return trace_together(trace, lambda traced: [recipe.program for recipe in traced.values()])
 
 
 def fuse(

@@ -4,8 +4,8 @@ A rule is called with symbols in place of tensors, which record its operations. 
 control flow runs while tracing: an `if` on a flag specialises the program.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,6 +14,9 @@ from .ops import OPS
 from .program import INPUTS, Level, Output, Program, Value
 from .rewrites import REWRITES
 from .symbols import Symbol
+
+
+T = TypeVar("T")
 
 
 class Tracer:
@@ -213,3 +216,27 @@ class Tracer:
                 for name, x in symbols.items()
             ),
         )
+
+
+def trace_together(trace: Callable[[Mapping[str, int]], T], programs_of: Callable[[T], Iterable[Program]]) -> T:
+    """Traces programs over leaves that meet in reductions over the tree.
+
+    Such a reduction ends in the same pass for all of them: that of the leaf with the most reductions behind it.
+
+    Args:
+      trace: a function of the earliest stages of tree reductions, by scope, that traces the programs.
+      programs_of: the programs that it has traced.
+
+    Returns:
+      The result of `trace` with stages that agree.
+    """
+    stages: dict[str, int] = {}
+    while True:
+        traced = trace(stages)
+        values = (value for program in programs_of(traced) for value in program.values)
+        ends = [(value.name, value.stage) for value in values if value.op.startswith("tree_")]
+        stages = {}
+        for name, stage in ends:
+            stages[name] = max(stages.get(name, 0), stage)
+        if all(stage == stages[name] for name, stage in ends):
+            return traced
