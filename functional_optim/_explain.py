@@ -373,6 +373,7 @@ class _Collector:
         return ""
 
     def _add_group(self, group: Group, backend: str | None) -> None:
+        """Adds the kernel of a group; without a backend it is the one that a step would choose."""
         if backend is None:
             first = group.leaves[0]
             backend, why = choose_backend(self.tensors[first].device, at(self.paths[first]))

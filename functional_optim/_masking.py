@@ -129,6 +129,11 @@ class Masked(Fusible):
         self._tensors = inner._tensors
 
     def _narrow(self, view: View) -> View:
+        """The tree with the leaves of the mask alone.
+
+        Raises:
+          ValueError: the mask is something else than True or False at a leaf.
+        """
         mask = resolve(self.mask, view, f"the mask of {_called(self.inner)}")
         bad = next((k for k, m in enumerate(mask) if view.seen[k] and not _is_truth(m)), None)
         if bad is not None:
@@ -215,6 +220,11 @@ class Partition(Fusible):
         self._tensors = joined_tensors(self.transforms.values())
 
     def _parts(self, view: View) -> dict[Any, View]:
+        """For each label, the tree with its leaves alone.
+
+        Raises:
+          ValueError: a leaf has a label without a transformation.
+        """
         labels = resolve(self.labels, view, "the labels of partition")
         for path, label, seen in zip(paths(view.spec), labels, view.seen, strict=True):
             if seen and (not isinstance(label, Hashable) or label not in self.transforms):

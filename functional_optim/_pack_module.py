@@ -51,6 +51,7 @@ class PackedModule:
         return self._own_params()
 
     def _own_params(self) -> Packed:
+        """The parameters, outside of a compiled graph; see `params`."""
         self._refuse_replaced()
         found = self._pointers()
         if found != self._known:
@@ -76,6 +77,7 @@ class PackedModule:
         return self._own_grads()
 
     def _own_grads(self) -> Packed:
+        """The gradients, outside of a compiled graph; see `grads`."""
         self._refuse_replaced()
         self._refuse_frozen()
         for name, p in self._parameters.items():
@@ -97,6 +99,7 @@ class PackedModule:
             self._zero_grads()
 
     def _zero_grads(self) -> None:
+        """See `zero_grad`; outside of a compiled graph."""
         self._refuse_replaced()
         self._refuse_frozen()
         for name, p in self._parameters.items():

@@ -105,6 +105,7 @@ class TreeStep(TreeLeaves):
         self.traced = [segment for segment in segments if isinstance(segment, Region) and segment.traced]
 
     def _check_params(self, links: Sequence[Link]) -> None:
+        """Refuses rules that need parameters where there are none."""
         for link in links:
             if not self.with_params and link.bound is not None and link.bound.rule.uses_params:
                 raise ValueError(f"{link.bound.rule.name} needs the parameters: call `update(updates, state, params)`.")
@@ -319,6 +320,7 @@ class TreeStep(TreeLeaves):
         return {(-1, name): self.read_as(f"the extra argument `{name}`", extra[name]) for name in self.extras.trees}
 
     def _refuse_donation(self, own: Columns) -> None:
+        """Refuses to write to tensors of a step that autograd records, by the path of one that requires a gradient."""
         path = next(
             (self.paths[i] for i in self.present for x in (own["params"][i], own["updates"][i]) if x.requires_grad),
             None,

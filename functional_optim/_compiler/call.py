@@ -23,7 +23,7 @@ def reduction_key(value: Value, i: int, leaf: int, shard: Hashable) -> Reduction
       leaf: the position of the leaf.
       shard: the processes that have the other parts.
     """
-    return (value.name, shard) if value.op.startswith("tree_") else (leaf, i)
+    return (value.name, shard) if value.spans_tree else (leaf, i)
 
 
 class Join(Protocol):

@@ -146,6 +146,7 @@ class _Reversal:
         self.values: list[Symbol] = []
 
     def run(self) -> Program:
+        """The derivative; see `differentiate`."""
         t, program = self.t, self.program
         for value in program.values:
             self.values.append(t.add(self.again(value)))
@@ -170,7 +171,7 @@ class _Reversal:
         args = tuple(self.values[a].index for a in value.args)
         stage = max([self.t.values[a].stage for a in args], default=0)
         if value.reduction:
-            stage = max(stage + 1, self.t.stages.get(value.name, 0) if value.op.startswith("tree_") else 0)
+            stage = max(stage + 1, self.t.stages.get(value.name, 0) if value.spans_tree else 0)
         return Value(value.op, args, value.name, value.const, value.level, stage, value.boolean)
 
     def inputs_matter(self) -> set[int]:

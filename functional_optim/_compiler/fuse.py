@@ -180,6 +180,7 @@ class _Fusion:
         self.stored: dict[str, Symbol] = {}  # the content of every slot before the step
 
     def run(self, parts: Sequence[Part], apply: bool) -> Recipe:
+        """The program of all parts; see `fuse`."""
         t, counting = self.t, self.counting
         updates, params = t.input("array", "updates"), t.input("array", "params")
         u: Any = updates
@@ -295,7 +296,7 @@ class _Fusion:
         while stack:
             i = stack.pop()
             value = self.t.values[i]
-            if i in known or value.op.startswith("tree_"):
+            if i in known or value.spans_tree:
                 continue
             known.add(i)
             stack += value.args

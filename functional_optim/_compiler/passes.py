@@ -141,6 +141,7 @@ def written_bytes(signature: Signature) -> int:
 
 
 def _bytes(signature: Signature, passes: Iterable[Pass]) -> tuple[int, int]:
+    """Bytes read and written per element."""
     values = signature.program.values
     read = written = 0
     for p in passes:

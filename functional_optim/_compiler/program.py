@@ -66,7 +66,13 @@ class Value:
 
     @property
     def uniform(self) -> bool:
+        """Whether it is the same for all elements of a leaf."""
         return self.level < Level.ELEMENT
+
+    @property
+    def spans_tree(self) -> bool:
+        """Whether it is a reduction over all leaves of a scope."""
+        return self.op.startswith("tree_")
 
     @property
     def reduction(self) -> str:
@@ -79,7 +85,7 @@ class Value:
             return repr(self.const)
         if self.op in INPUTS:
             return f"{self.op} {self.name}".rstrip()
-        scope = f", over {self.name}" if self.op.startswith("tree_") else ""
+        scope = f", over {self.name}" if self.spans_tree else ""
         return f"{self.op}({', '.join(f'%{a}' for a in self.args)}{scope})"
 
 
@@ -179,10 +185,10 @@ class Program:
     @cached_property
     def spans_tree(self) -> bool:
         """Whether something is reduced over all leaves, of which other programs may have some."""
-        return any(v.op.startswith("tree_") for v in self.values)
+        return any(v.spans_tree for v in self.values)
 
     @cached_property
     def stages(self) -> int:
         """Number of passes over memory."""
         ends = [self.values[o.value].stage for o in self.outputs]
-        return 1 + max(ends + [v.stage - 1 for v in self.values if v.op.startswith("tree_")], default=0)
+        return 1 + max(ends + [v.stage - 1 for v in self.values if v.spans_tree], default=0)

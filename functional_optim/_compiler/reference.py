@@ -122,14 +122,15 @@ class _Evaluation:
             if value.stage != stage:
                 continue
             if self.call.shard is None:
-                if value.op.startswith("tree_"):
+                if value.spans_tree:
                     partials.setdefault(value.name, []).extend(self.reduced[i])
-            elif not value.op.startswith("tree_"):
+            elif not value.spans_tree:
                 device = self.like[0].device
                 self.reduced[i] = [joined[position, i].to(device) for position in self.call.positions]
         return partials
 
     def evaluate(self, stage: int, partials: dict[str, Column]) -> None:
+        """Computes the values of a stage; `partials` are the results of reductions over the tree, leaf by leaf."""
         signature, program = self.call.signature, self.program
         for i, value in enumerate(program.values):
             if value.stage != stage:
@@ -153,6 +154,7 @@ class _Evaluation:
         return self.elementwise(value, operands, dtype)
 
     def value(self, i: int, partials: dict[str, Column]) -> Column:
+        """A uniform value, for each row of the scalar table or each leaf; or an array."""
         value = self.program.values[i]
         device, n_rows = self.like[0].device, len(self.call.scalars)
         match value.op:
@@ -167,7 +169,7 @@ class _Evaluation:
                 return each_distinct(torch.Tensor.double, self.inputs[value.name])
             case "array":
                 return [x.to(self.compute) for x in self.inputs[value.name]]
-        if value.op.startswith("tree_"):
+        if value.spans_tree:
             parts = [x.to(device) for x in partials[value.name]]
             return list([REDUCTIONS[value.reduction].eager(torch.stack(parts))] * n_rows)
         if value.reduction:

@@ -198,7 +198,7 @@ class Tracer:
         needed: set[int] = set()
         stack = [x.index for x in symbols.values()]
         # other leaves wait for this one's part in a reduction, whether or not this one wants the result
-        stack += [i for i, v in enumerate(self.values) if v.op.startswith("tree_")]
+        stack += [i for i, v in enumerate(self.values) if v.spans_tree]
         while stack:
             i = stack.pop()
             if i not in needed:
@@ -234,7 +234,7 @@ def trace_together(trace: Callable[[Mapping[str, int]], T], programs_of: Callabl
     while True:
         traced = trace(stages)
         values = (value for program in programs_of(traced) for value in program.values)
-        ends = [(value.name, value.stage) for value in values if value.op.startswith("tree_")]
+        ends = [(value.name, value.stage) for value in values if value.spans_tree]
         stages = {}
         for name, stage in ends:
             stages[name] = max(stages.get(name, 0), stage)

@@ -161,10 +161,16 @@ def _like_step(text: str, updates: Tensors, params: Tensors, state: Tensors, num
 
 
 def _fake_step(text: str, *lists: Tensors) -> list[torch.Tensor]:
+    """The fake implementation of `pure_step`."""
     return _pure_step(text, *lists) if are_ordinary(*lists) else _like_step(text, *lists)
 
 
 def _fake_donated_step(text: str, *lists: Tensors) -> None:
+    """The fake implementation of `donated_step`.
+
+    Raises:
+      ValueError: a tensor that would be written is an expanded one, with the path of its leaf.
+    """
     if are_ordinary(*lists):
         _donated_step(text, *lists)
         return
@@ -188,6 +194,7 @@ def _wants_derivative(*lists: Tensors) -> bool:
 def _pure_autograd(
     text: str, updates: Tensors, params: Tensors, state: Tensors, numbers: Tensors
 ) -> Sequence[torch.Tensor]:
+    """The step where autograd may record it: by the reference if it does."""
     if _wants_derivative(updates, params, state, numbers):
         return _traced_step(text, updates, params, state, numbers)
     with below_autograd():
@@ -197,6 +204,7 @@ def _pure_autograd(
 
 
 def _donated_autograd(text: str, updates: Tensors, params: Tensors, state: Tensors, numbers: Tensors) -> None:
+    """The step in place, which is refused where autograd or a transformation follows it."""
     if in_transformation():
         raise RuntimeError(INSIDE)
     if _wants_derivative(updates, params, state, numbers):

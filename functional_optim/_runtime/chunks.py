@@ -71,7 +71,7 @@ def partial_buffers(
         own = []
         for i in group.signature.program.reductions:
             value = group.signature.program.values[i]
-            key = value.name if value.op.startswith("tree_") else f"\0{g}.{i}"
+            key = value.name if value.spans_tree else f"\0{g}.{i}"
             if key not in shared:
                 identity = REDUCTIONS[value.reduction].identity
                 shared[key] = torch.full((total,), identity, dtype=torch.float64, device=device)
@@ -143,7 +143,7 @@ class JoinedChunks:
                         value = program.values[i]
                         if (value.stage, value.reduction) != (stage, vector.kind):
                             continue
-                        if value.op.startswith("tree_"):
+                        if value.spans_tree:
                             trees.setdefault(value.name, (g, k))
                             spans.setdefault((value.name, group.shard), []).append((starts[g], starts[g + 1]))
                         elif group.shard is not None:

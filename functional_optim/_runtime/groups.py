@@ -167,6 +167,7 @@ def group_leaves(
 
 
 def _fit(recipe: Recipe, specs: Mapping[Key, TensorSpec | None]) -> _Fit:
+    """The fit of a program and the specs of a leaf's tensors."""
     program = recipe.program
 
     def spec(name: str) -> TensorSpec:
@@ -188,6 +189,7 @@ def _fit(recipe: Recipe, specs: Mapping[Key, TensorSpec | None]) -> _Fit:
 
 
 def _group(members: Sequence[tuple[Leaf, _Fit]], n_leaves: int, shared: Container[Key]) -> Group:
+    """The group of some leaves that fit alike."""
     (first, fit), leaves = members[0], [leaf for leaf, _ in members]
     program = fit.signature.program
     rows = {leaf.row: k for k, leaf in enumerate({leaf.row: leaf for leaf in leaves}.values())}

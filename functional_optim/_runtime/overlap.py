@@ -23,6 +23,7 @@ class SharedMemoryError(ValueError):
 
     @staticmethod
     def text(first: str, second: str, writer: str, remedy: str) -> str:
+        """The message of an error in the words of a caller: of the writer, and the way out."""
         if first == second:
             return (
                 f"{first} is an expanded tensor or a view of windows, several of whose elements share memory, so "

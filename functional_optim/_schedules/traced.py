@@ -154,9 +154,11 @@ class _Keys:
         raise _NoKeyError
 
     def names(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The keys of objects that have names."""
         return tuple((name, self.of(x)) for name, x in values.items())
 
     def function(self, fn: FunctionType) -> tuple[Any, ...]:
+        """The key of a plain function: its code, and the keys of all that it refers to."""
         module = sys.modules.get(fn.__module__ or "")
         if module is not None and module.__name__.partition(".")[0] == _OWN and vars(module) is fn.__globals__:
             return (Identity(fn),)  # functions of this package refer to nothing that changes

@@ -107,7 +107,7 @@ class _Emitter:
                 )
             case _ if value.reduction:
                 partials = f"l->partials[{self.program.reductions.index(i)}]"
-                if value.op.startswith("tree_"):
+                if value.spans_tree:
                     return f"total_{value.reduction}({partials}, l->n_partials)"
                 first, last = "l->leaf_chunk[leaf]", "l->leaf_chunk[leaf + 1]"
                 return f"total_{value.reduction}({partials} + l->first_partial + {first}, {last} - {first})"
@@ -121,7 +121,7 @@ class _Emitter:
     def entry(self) -> list[str]:
         values = self.program.values
         nr, nl = len(self.row_kept), len(self.leaf_kept)
-        once = [i for i in self.new if values[i].op.startswith("tree_")]
+        once = [i for i in self.new if values[i].spans_tree]
         rows = [i for i in self.new if values[i].level is Level.ROW and i not in once]
         lines = []
         if (nr or nl) and not self.number:

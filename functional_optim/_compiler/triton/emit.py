@@ -161,7 +161,7 @@ class _Uniform(_Emitter):
                 return f"tl.load({place}, inside, 0).to(tl.float64)  # {value.name}"
             case _ if value.reduction:
                 base = f"tl.load(partials + {self.program.reductions.index(i)}).to(tl.pointer_type(tl.float64))"
-                if value.op.startswith("tree_"):
+                if value.spans_tree:
                     return f"_total_{value.reduction}({base}, n_partials)"
                 first, end = "tl.load(leaf_chunk + leaf)", "tl.load(leaf_chunk + leaf + 1)"
                 return f"_total_{value.reduction}({base} + first_partial + {first}, {end} - {first})"
