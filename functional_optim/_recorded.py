@@ -24,8 +24,9 @@ def warn_of_growth(params: Sequence[Any], spec: Spec) -> None:
     """
     for k, p in enumerate(params):
         if isinstance(p, torch.Tensor) and p.grad_fn is not None:
-            return warn(
+            warn(
                 f"params{at(paths(spec)[k])} is the result of a step that autograd recorded, and this one is recorded "
                 f"too: the graph grows with every step, and steps are slow. Wrap them in `torch.no_grad()`, or start "
                 f"from `{{k: p.detach() for k, p in params.items()}}`."
             )
+            return

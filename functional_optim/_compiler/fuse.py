@@ -162,7 +162,7 @@ def follows_counter(schedule: Callable[[Any], Any]) -> bool:
     Any other one is evaluated in Python, and is given a number.
     """
     fusion = _Fusion(None, None)
-    fusion.schedule(schedule, fusion.counter("count"), 0, "schedule")
+    fusion.schedule(schedule, fusion.number_per_leaf("count"), 0, "schedule")
     return not fusion.hosts and not calls_functions(schedule)
 
 
@@ -203,7 +203,7 @@ class _Fusion:
             outputs.update({k: x for k, x in after.items() if not self.unchanged(k, x)})
         final = {"params": params + u} if apply else {"updates": u}
         if counting is not None and counting.advance:
-            outputs["step"] = t.op("add", self.counter("step"), 1.0)
+            outputs["step"] = t.op("add", self.number_per_leaf("step"), 1.0)
         outputs = {**final, **outputs}
         if counting is not None and counting.guarded:
             found = self.scalar("found_inf", ScalarSource("extra", -1, "found_inf"))
@@ -215,10 +215,12 @@ class _Fusion:
         return Recipe(program, tuple(self.sources[name] for name in program.scalars), self.slots, hosts)
 
     def scalar(self, name: str, source: ScalarSource) -> Symbol:
+        """A number of the scalar table."""
         self.sources[name] = source
         return self.t.input("scalar", name)
 
     def number_per_leaf(self, name: str) -> Symbol:
+        """A stored number of each leaf, such as the number of steps taken so far."""
         self.per_leaf.add(name)
         self.stored[name] = self.t.input("leaf", name)
         return self.stored[name]
@@ -226,10 +228,6 @@ class _Fusion:
     def unchanged(self, name: str, x: Any) -> bool:
         """Whether the new value of a slot is the one before, so that there is nothing to write."""
         return isinstance(x, Symbol) and x.index == self.stored[name].index
-
-    def counter(self, name: str) -> Symbol:
-        """The number of steps taken so far."""
-        return self.number_per_leaf(name)
 
     def call(self, part: Part, name: str, u: Any, entered: Any, params: Symbol) -> tuple[Any, dict[str, Any]]:
         """Calls one rule: the new update, and the new values of its slots.
@@ -241,54 +239,72 @@ class _Fusion:
           entered: the update that entered the transformations inside it, if it wraps some.
           params: the parameter.
         """
-        t, position, bound, rule = self.t, part.position, part.bound, part.bound.rule
-        count = None
-        if self.counting is None and bound.counted:
-            self.slots[f"{name}.count"] = (position, "count")
-            count = self.counter(f"{name}.count")
-        elif bound.uses_step:
-            count = self.counter("step")
-        keywords: dict[str, Any] = {}
-        if rule.uses_step:
-            keywords["step"] = t.op("add", count, 1.0)
-        for hyper, value in bound.values.items():
-            label = f"{name}.{hyper}"
-            if bound.is_schedule(hyper):
-                assert count is not None
-                keywords[hyper] = self.schedule(value, count, position, label)
-            elif bound.is_scalar(hyper):
-                kind: Any = "option" if isinstance(value, Option) else "value"
-                keywords[hyper] = self.scalar(label, ScalarSource(kind, position, label, value))
-            else:
-                keywords[hyper] = value
-        for extra in rule.extras:
-            keywords[extra] = self.scalar(extra, ScalarSource("extra", position, extra))
-        for extra in rule.tree_extras:
-            self.slots[extra] = (-1, extra)
-            keywords[extra] = t.input("array", extra)
-        first: Any = None
-        if rule.uses_first and (self.counting is None or not rule.slots):
-            first = t.op("eq", count, 0.0)
-        elif rule.uses_first:
-            first = t.op("ne", self.scalar(f"{name}.first", ScalarSource("first", position, f"{name}.first")), 0.0)
+        rule, count = part.bound.rule, self.count_of(part, name)
+        keywords = self.keywords(part, name, count)
+        first = self.first(part, name, count)
         if rule.takes_first:
             keywords["first"] = first
-        before = []
-        for slot_name, slot in rule.slots.items():
-            full = f"{name}.{slot_name}"
-            self.slots[full] = (position, slot_name)
-            x = self.number_per_leaf(full) if slot.per_leaf else t.input("array", full)
-            self.stored[full] = x
-            if slot.per_leaf and not slot.per_tree:
-                self.own_numbers.add(full)
-            before.append(t.op("where", first, u, x) if slot.start == "first_update" else x)
+        before = self.slots_before(part, name, u, first)
         outer = [entered] if rule.wraps else []
         result = rule.fn(u, *outer, *([params] if rule.uses_params else []), *before, **keywords)
         u, *after = _results(rule, result)
         for (slot_name, slot), x in zip(rule.slots.items(), after, strict=True):
             if slot.per_tree and isinstance(x, Symbol):
                 self.refuse_parts(rule, slot_name, x)
-        return t.spread(u), {f"{name}.{k}": x for k, x in zip(rule.slots, after, strict=True)}
+        return self.t.spread(u), {f"{name}.{k}": x for k, x in zip(rule.slots, after, strict=True)}
+
+    def count_of(self, part: Part, name: str) -> Symbol | None:
+        """The number of steps taken so far, for a rule that counts them."""
+        if self.counting is None and part.bound.counted:
+            self.slots[f"{name}.count"] = (part.position, "count")
+            return self.number_per_leaf(f"{name}.count")
+        return self.number_per_leaf("step") if part.bound.uses_step else None
+
+    def keywords(self, part: Part, name: str, count: Symbol | None) -> dict[str, Any]:
+        """The keyword arguments of a rule: the step, hyper-parameters and extra arguments."""
+        t, position, bound = self.t, part.position, part.bound
+        found: dict[str, Any] = {}
+        if bound.rule.uses_step:
+            found["step"] = t.op("add", count, 1.0)
+        for hyper, value in bound.values.items():
+            label = f"{name}.{hyper}"
+            if bound.is_schedule(hyper):
+                assert count is not None
+                found[hyper] = self.schedule(value, count, position, label)
+            elif bound.is_scalar(hyper):
+                kind: Literal["value", "option"] = "option" if isinstance(value, Option) else "value"
+                found[hyper] = self.scalar(label, ScalarSource(kind, position, label, value))
+            else:
+                found[hyper] = value
+        for extra in bound.rule.extras:
+            found[extra] = self.scalar(extra, ScalarSource("extra", position, extra))
+        for extra in bound.rule.tree_extras:
+            self.slots[extra] = (-1, extra)
+            found[extra] = t.input("array", extra)
+        return found
+
+    def first(self, part: Part, name: str, count: Symbol | None) -> Symbol | None:
+        """The condition that a step is the first one, for a rule to which it makes a difference."""
+        rule = part.bound.rule
+        if not rule.uses_first:
+            return None
+        if self.counting is None or not rule.slots:
+            return self.t.op("eq", count, 0.0)
+        label = f"{name}.first"
+        return self.t.op("ne", self.scalar(label, ScalarSource("first", part.position, label)), 0.0)
+
+    def slots_before(self, part: Part, name: str, u: Any, first: Symbol | None) -> list[Any]:
+        """The content of the slots of a rule before the step."""
+        before = []
+        for slot_name, slot in part.bound.rule.slots.items():
+            full = f"{name}.{slot_name}"
+            self.slots[full] = (part.position, slot_name)
+            x = self.number_per_leaf(full) if slot.per_leaf else self.t.input("array", full)
+            self.stored[full] = x
+            if slot.per_leaf and not slot.per_tree:
+                self.own_numbers.add(full)
+            before.append(self.t.op("where", first, u, x) if slot.start == "first_update" else x)
+        return before
 
     def refuse_parts(self, rule: Rule, slot: str, x: Symbol) -> None:
         """Refuses a new value of a number for the whole tree that follows from a single leaf."""
