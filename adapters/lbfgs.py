@@ -21,7 +21,7 @@ from ._loading import parts_of
 CONVEX = 1e-10  # torch's least product of a step and the difference of gradients over it
 VECTORS = ("d", "prev_flat_grad")
 LISTS = ("old_dirs", "old_stps", "ro")
-LATER_OPTIONS = ("maximize",)  # options that a file of an older torch lacks
+LATER_OPTIONS = ("maximize",)  # those that a file of an older torch lacks
 
 
 class _Loss:
@@ -295,8 +295,8 @@ class LBFGS(torch.optim.LBFGS):
         """Loads a state dict, of this class or of torch's; tensors are copied.
 
         Raises:
-          KeyError: the state dict lacks the states or the groups; nothing has been changed.
-          ValueError: the state is that of other parameters or of another class; nothing has been changed.
+          KeyError: it lacks the states or the groups; nothing has been changed.
+          ValueError: it is the state of other parameters or of another class; nothing has been changed.
         """
         states, groups = parts_of(state_dict)
         self._refuse_another_class(states, groups)

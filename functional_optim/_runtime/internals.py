@@ -3,10 +3,10 @@
 Nothing here is guessed: each is a name of a Python module, read and never written. Others stand where they belong:
 
 - of DTensors and FSDP, in `shard.py`;
+- of Dynamo: `graph_break`, in `_graph/trace.py`, which torch's documentation has under this name;
 - of `torch.optim.Optimizer`, which the optimizers in `adapters/` extend: `_init_group`, which the compiler runs in
   Python, in `optimizer.py`; `_step_supports_amp_scaling`, which `GradScaler` asks for, in `classes.py` and
   `transform.py`; `_optimizer_load_state_dict_pre_hooks` and `..._post_hooks`, which torch registers, in `_loading.py`;
-- of Dynamo: `graph_break`, in `_graph/trace.py`, which torch's documentation has under this name;
 - of Triton, in `cuda/`: `runtime.driver.active.get_current_stream` in `driver.py`, `JITFunction.warmup` and the calls
   of the `CompiledKernel` that it returns in `loaded.py`.
 """
