@@ -70,7 +70,7 @@ _warned: set[str] = set()
 _forget.append(_warned.clear)
 
 
-class Kernels(Generic[T]):
+class KernelCache(Generic[T]):
     """Kernels of this process by their source.
 
     Args:

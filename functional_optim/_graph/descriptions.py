@@ -193,8 +193,8 @@ class DescribedStep:
             result, after = take_step(tx, self.apply, self.updates.tree(updates), before, like, extra, donate)
         if donate and after is before:
             return [], []
-        form = self.updates if self.params is None else self.params  # the containers that results have
-        leaves, states = form.read(result), self.state.read(after)
+        reader = self.updates if self.params is None else self.params  # of the containers that results have
+        leaves, states = reader.read(result), self.state.read(after)
         there = () if states is None else tuple(x is not None for x in states)
         if leaves is None or there != self.trees.state.there:
             raise ValueError(

@@ -15,7 +15,7 @@ from typing import IO
 from .. import cache
 from ..cache import (
     BuildError as BuildError,
-    Kernels,
+    KernelCache,
     ToolError,
     once,
     warn_once,
@@ -115,7 +115,7 @@ def _build(source: str, folder: Path) -> ctypes.CDLL:
         raise
 
 
-_libraries = Kernels(_build)
+_libraries = KernelCache(_build)
 
 
 def _compile(text: bytes, folder: Path) -> bytes:

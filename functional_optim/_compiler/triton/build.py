@@ -8,7 +8,7 @@ from types import ModuleType
 from .. import cache
 from ..cache import (
     BuildError as BuildError,
-    Kernels,
+    KernelCache,
     ToolError,
 )
 from . import interpreted
@@ -60,4 +60,4 @@ def _build(source: str, folder: Path) -> ModuleType:
     return module
 
 
-_modules = Kernels(_build)
+_modules = KernelCache(_build)

@@ -159,7 +159,7 @@ def test_the_latest_kernels_are_kept() -> None:
         built.append(source)
         return source.upper()
 
-    kernels = kernel_cache.Kernels(make, most=2)
+    kernels = kernel_cache.KernelCache(make, most=2)
 
     assert [kernels.get(x) for x in "abab"] == ["A", "B", "A", "B"]
     assert [kernels.get(x) for x in "cbca"] == ["C", "B", "C", "A"]
