@@ -398,11 +398,9 @@ class MembersStep(Programs):
                 results[key] = list(columns[key])
             results[key][i] = made[k]
         for key, like, buffers in self.columns_made:
-            own, column = columns[key], columns[like]
+            column = columns[like]
             assert isinstance(column, PackedColumn)
-            same = isinstance(own, PackedColumn) and own.packed.layout is column.packed.layout
-            base = own if same and isinstance(own, PackedColumn) else column
-            results[key] = base.with_buffers([made[k] for k in buffers])
+            results[key] = column.result_in(columns[key]).with_buffers([made[k] for k in buffers])
         return results
 
     def _rows(self, table: Sequence[float | Stack]) -> list[float]:

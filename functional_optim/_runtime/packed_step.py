@@ -233,11 +233,10 @@ class PackedStep(BoundStep):
         results: dict[Key, PackedColumn] = {}
         for made, x in zip(self.made, outputs[0][0], strict=True):
             if made.key not in results:
-                like, own = columns[made.like], columns[made.key]
+                like = columns[made.like]
                 assert isinstance(like, PackedColumn)
-                results[made.key] = like  # all buffers are made, or those that are not are those of the column
-                if isinstance(own, PackedColumn) and own.packed.layout is like.packed.layout:
-                    results[made.key] = own
+                # all buffers are made, or those that are not are those of the column
+                results[made.key] = like.result_in(columns[made.key])
             buffers = list(results[made.key].packed.buffers)
             buffers[made.position] = x
             results[made.key] = results[made.key].with_buffers(buffers)

@@ -208,3 +208,8 @@ class PackedColumn(Sequence[Any]):
     def with_buffers(self, buffers: Sequence[torch.Tensor]) -> "PackedColumn":
         """A column of the same layout in other buffers."""
         return PackedColumn(self.packed.with_buffers(buffers), self.picks)
+
+    def result_in(self, own: Any) -> "PackedColumn":
+        """The column whose structure a result of this layout has: its own one, if that is packed alike, else this."""
+        alike = isinstance(own, PackedColumn) and own.packed.layout is self.packed.layout
+        return own if alike else self
