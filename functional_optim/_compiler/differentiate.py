@@ -82,7 +82,7 @@ RULES: dict[str, Rule] = {
     "neg": lambda x, out, d: [-d],
     "abs": lambda x, out, d: [d * d.tracer.op("sign", x)],
     "sqrt": lambda x, out, d: [d.tracer.op("where", d.tracer.op("eq", x, 0.0), d * 0.0, d * 0.5 / out)],
-    "rsqrt": lambda x, out, d: [d * -0.5 * (out * out * out)],
+    "rsqrt": lambda x, out, d: [d * out * -0.5 / x],
     "cbrt": lambda x, out, d: [d / (3.0 * (out * out))],
     "exp": lambda x, out, d: [d * out],
     "exp2": lambda x, out, d: [d * (out * LN2)],
