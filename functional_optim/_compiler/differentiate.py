@@ -68,8 +68,12 @@ def _addcdiv(s: Symbol, x: Symbol, y: Symbol, v: Symbol, out: Symbol, d: Symbol)
 
 def _atan2(y: Symbol, x: Symbol, out: Symbol, d: Symbol) -> Cotangents:
     t = d.tracer
-    share = t.op("div", d, t.op("add", t.op("mul", x, x), t.op("mul", y, y)))
-    return [t.op("mul", share, x), t.op("neg", t.op("mul", share, y))]
+    length = t.op("hypot", x, y)  # whose square may leave the range of the dtype
+    origin, share = t.op("eq", length, 0.0), t.op("div", d, length)
+    return [
+        t.op("where", origin, 0.0, t.op("mul", share, t.op("div", x, length))),
+        t.op("where", origin, 0.0, t.op("neg", t.op("mul", share, t.op("div", y, length)))),
+    ]
 
 
 def _copysign(x: Symbol, y: Symbol, out: Symbol, d: Symbol) -> Cotangents:

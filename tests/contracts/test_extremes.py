@@ -555,6 +555,34 @@ def test_derivatives_are_those_of_float64(row: int, dtype: torch.dtype, backend:
                 assert ((d - wide).abs() <= bound).all(), (kind, name, d, wide)
 
 
+# functions of two numbers whose derivatives are quotients of numbers that may lie outside of float32
+QUOTIENTS: dict[str, Any] = {
+    "rsqrt": lambda u, p: torch.rsqrt(torch.abs(u)),
+    "u * rsqrt": lambda u, p: u * torch.rsqrt(torch.abs(p)),
+    "cbrt": lambda u, p: fo.cbrt(u),
+    "hypot": lambda u, p: torch.hypot(u, p),
+    "atan2": lambda u, p: torch.atan2(u, p),
+    "quotient": lambda u, p: u / p,
+}
+
+
+@pytest.mark.parametrize("name", QUOTIENTS)
+def test_derivatives_of_quotients_by_kernels_are_those_of_float64(name: str) -> None:
+    rule = fo.elementwise(QUOTIENTS[name])()
+    sizes = [10.0**e for e in range(-30, 31, 6)]
+    pairs = torch.tensor(list(itertools.product(sizes, sizes)), dtype=F32).t()
+    found = []
+    for dtype, backend in ((F32, "c"), (F64, "reference")):
+        u, p = (leaf(x.to(dtype)) for x in pairs)
+        with fo.use_backend(backend):
+            total = rule.update(u, rule.init(p), p)[0].sum()
+        found.append(torch.autograd.grad(total, (u, p), allow_unused=True, materialize_grads=True))
+    for d, wide in zip(*found, strict=True):
+        stored = wide.abs() < torch.finfo(F32).max
+        atol = torch.finfo(F32).smallest_normal  # below it, fewer digits are left
+        torch.testing.assert_close(d[stored].double(), wide[stored], rtol=8 * 2.0**-23, atol=atol)
+
+
 @pytest.mark.parametrize("kind", ["zero", "equal"])
 @pytest.mark.parametrize("name", BOUNDS)
 def test_derivatives_at_bounds_are_finite(name: str, kind: str) -> None:
