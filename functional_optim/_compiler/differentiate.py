@@ -68,8 +68,12 @@ def _addcdiv(s: Symbol, x: Symbol, y: Symbol, v: Symbol, out: Symbol, d: Symbol)
 
 def _atan2(y: Symbol, x: Symbol, out: Symbol, d: Symbol) -> Cotangents:
     t = d.tracer
-    share = t.op("div", d, t.op("add", t.op("mul", x, x), t.op("mul", y, y)))
-    return [t.op("mul", share, x), t.op("neg", t.op("mul", share, y))]
+    length = t.op("hypot", x, y)  # whose square may leave the range of the dtype
+    origin, share = t.op("eq", length, 0.0), t.op("div", d, length)
+    return [
+        t.op("where", origin, 0.0, t.op("mul", share, t.op("div", x, length))),
+        t.op("where", origin, 0.0, t.op("neg", t.op("mul", share, t.op("div", y, length)))),
+    ]
 
 
 def _copysign(x: Symbol, y: Symbol, out: Symbol, d: Symbol) -> Cotangents:
@@ -82,7 +86,7 @@ RULES: dict[str, Rule] = {
     "neg": lambda x, out, d: [-d],
     "abs": lambda x, out, d: [d * d.tracer.op("sign", x)],
     "sqrt": lambda x, out, d: [d.tracer.op("where", d.tracer.op("eq", x, 0.0), d * 0.0, d * 0.5 / out)],
-    "rsqrt": lambda x, out, d: [d * -0.5 * (out * out * out)],
+    "rsqrt": lambda x, out, d: [d * out * -0.5 / x],
     "cbrt": lambda x, out, d: [d / (3.0 * (out * out))],
     "exp": lambda x, out, d: [d * out],
     "exp2": lambda x, out, d: [d * (out * LN2)],

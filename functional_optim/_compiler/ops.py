@@ -48,6 +48,11 @@ def _sqrt(x: torch.Tensor) -> torch.Tensor:
     return torch.where(zero, 0 * x, torch.sqrt(torch.where(zero, 1, x)))
 
 
+def _rsqrt(x: torch.Tensor) -> torch.Tensor:
+    # the derivative of `torch.rsqrt` has its third power, which vanishes in float32 where x is beyond 1e25
+    return torch.reciprocal(torch.sqrt(x))
+
+
 def _cbrt(x: torch.Tensor) -> torch.Tensor:
     return torch.sign(x) * torch.pow(torch.abs(x), 1 / 3)
 
@@ -56,7 +61,7 @@ OPS: dict[str, Op] = {
     "neg": Op("-{0}", "{0} * -1.0", torch.neg, "neg"),
     "abs": Op("fabs{f}({0})", "tl.abs({0})", torch.abs, "abs"),
     "sqrt": Op("sqrt{f}({0})", "_sqrt({0})", _sqrt, "sqrt"),
-    "rsqrt": Op("1 / sqrt{f}({0})", "_div(1.0, _sqrt({0}))", torch.rsqrt, "rsqrt"),
+    "rsqrt": Op("1 / sqrt{f}({0})", "_div(1.0, _sqrt({0}))", _rsqrt, "rsqrt"),
     "cbrt": Op("cbrt{f}({0})", "libdevice.cbrt({0})", _cbrt),
     "exp": Op("exp{f}({0})", "libdevice.exp({0})", torch.exp, "exp"),
     "exp2": Op("exp2{f}({0})", "libdevice.exp2({0})", torch.exp2),

@@ -87,15 +87,15 @@ def scale_by_factored_rms(
     if dims is None:
         assert v is not None
         v = _mixed(v, square, weight)
-        return u * v.rsqrt(), v_row, v_col, v
+        return u / v.sqrt(), v_row, v_col, v
     assert v_row is not None
     assert v_col is not None
     small, large = dims
     v_row, v_col = _mixed(v_row, square.mean(large), weight), _mixed(v_col, square.mean(small), weight)
     # in the rows, the smaller dimension is one place further to the front if the larger one was before it
     row_mean = v_row.mean(small - (small > large), keepdim=True)
-    row_factor = (v_row / row_mean).rsqrt().unsqueeze(large)
-    return u * row_factor * v_col.rsqrt().unsqueeze(small), v_row, v_col, v
+    row_root = (v_row / row_mean).sqrt().unsqueeze(large)
+    return u / row_root / v_col.sqrt().unsqueeze(small), v_row, v_col, v
 
 
 def _mixed(mean: torch.Tensor, x: torch.Tensor, weight: Scalar) -> torch.Tensor:
