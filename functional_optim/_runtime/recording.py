@@ -16,7 +16,13 @@ from .._compiler.program import Level, Program
 from .checks import at
 from .evaluate import evaluate
 from .groups import Columns, Group, Key, Leaf
-from .internals import in_transformation, is_mapped_by_autograd, is_wrapper_of_a_transformation, uncompiled
+from .internals import (
+    in_transformation,
+    is_mapped_by_autograd,
+    is_wrapper_of_a_transformation,
+    outside_transformations,
+    uncompiled,
+)
 from .kernels import COMPILE
 from .numbers import Numbers
 from .pointers import Difference
@@ -162,7 +168,9 @@ class Recording:
         for g, table in enumerate(numbers):
             for k, x in enumerate(table):
                 if isinstance(x, torch.Tensor) and not (x.requires_grad or is_wrapper_of_a_transformation(x)):
-                    self.numbers[g][k] = x.clone()  # the caller may change it before the derivative is computed
+                    # the caller may change it before the derivative is computed, outside of transformations of today
+                    with outside_transformations():
+                        self.numbers[g][k] = x.clone()
                 elif isinstance(x, torch.Tensor):
                     if id(x) not in found:
                         self.tensors.append(x)
@@ -447,7 +455,9 @@ class _Derivative(torch.autograd.Function):
         try:
             return tuple(step.pull_back(tensors, cotangents, wanted))
         except NoDerivative:
-            return _pull_back_followed(step, tensors, cotangents, wanted)
+            results = _pull_back_followed(step, tensors, cotangents, wanted)
+            given = set(map(id, arguments))  # which autograd saves, and takes for no result as they are
+            return tuple([x.view_as(x) if id(x) in given else x for x in results])
 
     @staticmethod
     def vmap(
