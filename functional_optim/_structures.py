@@ -156,7 +156,7 @@ def with_aliases(new: Sequence[Any], old: Sequence[Any]) -> list[Any]:
     """New tensors, with aliases in the place of those old ones among them that autograd follows.
 
     The next step may ask for derivatives at its parameters: those of the same tensor would follow it back through this
-    step, too.
+    step, too. Leaves that are hidden are no tensors.
     """
     both = zip(new, old, strict=True)
-    return [x.view_as(x) if x is not None and x is y and x.requires_grad else x for x, y in both]
+    return [x.view_as(x) if x is y and isinstance(x, torch.Tensor) and x.requires_grad else x for x, y in both]

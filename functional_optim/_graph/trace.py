@@ -107,8 +107,10 @@ def trace_step(
     new_state = [x if x is None else next(results) for x in s.leaves]
     if donate:
         for x, y in zip([*base.leaves, *s.leaves], [*leaves, *new_state], strict=True):
-            if x is not y:
+            if x is not y and x.ndim:
                 x.copy_(y)
+            elif x is not y:  # before 2.14, torch loses what a graph writes to a 0-d float64 tensor, but through a view
+                x.view(1).copy_(y.view(1))
         return params if apply else updates, state
     if params is not None and not apply and not passes:  # results have the containers of the parameters
         leaves = [leaves[k] for k in order_in(u.structure, p.structure, len(leaves))]

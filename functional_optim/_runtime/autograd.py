@@ -161,7 +161,9 @@ class _Derivative(torch.autograd.Function):
         try:
             return tuple(step.pull_back(tensors, cotangents, wanted))
         except NoDerivative:
-            return _pull_back_followed(step, tensors, cotangents, wanted)
+            results = _pull_back_followed(step, tensors, cotangents, wanted)
+            given = set(map(id, arguments))  # which autograd saves, and takes for no result as they are
+            return tuple([x.view_as(x) if id(x) in given else x for x in results])
 
     @staticmethod
     def vmap(

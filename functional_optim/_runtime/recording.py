@@ -12,7 +12,7 @@ from .binding import Binding
 from .checks import at
 from .evaluate import evaluate
 from .groups import Columns, Group, Key, Leaf
-from .internals import is_wrapper_of_a_transformation
+from .internals import is_wrapper_of_a_transformation, outside_transformations
 from .numbers import Numbers
 from .pointers import Difference
 from .recent import in_front
@@ -131,7 +131,9 @@ class Recording:
         for g, table in enumerate(numbers):
             for k, x in enumerate(table):
                 if isinstance(x, torch.Tensor) and not (x.requires_grad or is_wrapper_of_a_transformation(x)):
-                    self.numbers[g][k] = x.clone()  # the caller may change it before the derivative is computed
+                    # the caller may change it before the derivative is computed, outside of transformations of today
+                    with outside_transformations():
+                        self.numbers[g][k] = x.clone()
                 elif isinstance(x, torch.Tensor):
                     if id(x) not in found:
                         self.tensors.append(x)

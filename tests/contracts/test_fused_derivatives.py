@@ -201,14 +201,34 @@ def test_some_leaves_only() -> None:
         torch.testing.assert_close(x, y, rtol=1e-14, atol=1e-16)
 
 
-def loss_after(rate: torch.Tensor, w: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-    """A chain that is made inside of the function which is differentiated."""
-    tx = fo.chain(fo.clip_by_global_norm(0.5), fo.adam(rate, eps=0.1))
-    params = {"w": w}
-    state = tx.init(params)
-    for _ in range(3):
-        params, state = fo.apply_gradients(tx, params, {"w": g * params["w"]}, state)
-    return (params["w"] * params["w"]).sum()
+OUTER = torch.tensor(0.5, dtype=F64)  # a hyper-parameter that nothing differentiates
+
+
+@fo.elementwise
+def scale_by_amax(u: Any, *, eps: Any = 1.0) -> Any:
+    """A rule whose derivative has no kernels."""
+    return u / (eps + fo.leaf_amax(torch.abs(u)))
+
+
+INNER: dict[str, Callable[[Any], Any]] = {
+    "kernels": lambda rate: fo.chain(fo.clip_by_global_norm(OUTER), fo.adam(rate, eps=0.1)),
+    "torch operations": lambda rate: fo.chain(scale_by_amax(eps=OUTER), fo.scale_by_learning_rate(rate)),
+    "a maximum alone": lambda rate: scale_by_amax(),
+}
+
+
+def loss_of_chain(name: str) -> Callable[..., torch.Tensor]:
+    """A loss after steps of a chain that is made inside of the function which is differentiated."""
+
+    def loss_after(rate: torch.Tensor, w: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        tx = INNER[name](rate)
+        params = {"w": w}
+        state = tx.init(params)
+        for _ in range(3):
+            params, state = fo.apply_gradients(tx, params, {"w": g * params["w"]}, state)
+        return (params["w"] * params["w"]).sum()
+
+    return loss_after
 
 
 TRANSFORMS: dict[str, Callable[[Any], Any]] = {
@@ -232,12 +252,15 @@ TRANSFORMS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.parametrize("chain", INNER)
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_transformations_of_steps_are_those_of_torch_operations(name: str) -> None:
+def test_transformations_of_steps_are_those_of_torch_operations(name: str, chain: str) -> None:
     generator = torch.Generator().manual_seed(3)
     w, g = (torch.randn(4, generator=generator, dtype=F64) for _ in range(2))
     w = torch.stack([w, 2 * w]) if name == "vmap of grad" else w
     args = torch.tensor(0.1, dtype=F64), w, g
+
+    loss_after = loss_of_chain(chain)
 
     found = TRANSFORMS[name](loss_after)(*args)
     with fo.use_backend("reference"):
@@ -353,6 +376,25 @@ def test_inner_gradients_where_some_leaves_have_none(form: str, backend: str) ->
         torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
         derivatives = [torch.autograd.grad(x, rate)[0] for x in (loss, expected)]
     torch.testing.assert_close(*derivatives, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("hidden", [False, True], ids=["seen", "hidden"])
+@pytest.mark.parametrize("stepped", ["update", "apply_gradients"])
+def test_a_leaf_that_a_rule_does_not_see_may_have_no_gradient_in_a_recorded_step(stepped: str, hidden: bool) -> None:
+    """Its state is no tensor."""
+    tx = fo.chain(fo.masked(fo.trace(0.9), {"w": True, "b": not hidden}), fo.scale(-0.1))
+    params = {k: torch.ones(2, dtype=F64).requires_grad_() for k in ("w", "b")}
+    state = tx.init({k: p.detach() for k, p in params.items()})
+    now = params
+    for _ in range(2):
+        now, state = STEPPED[stepped](tx, now, {"w": now["w"] ** 2, "b": None}, state)
+    found = torch.autograd.grad(now["w"].sum() + now["b"].sum(), [params["w"], params["b"]])
+
+    w = torch.ones(2, dtype=F64).requires_grad_()
+    first = w - 0.1 * w**2
+    second = first - 0.1 * (first**2 + 0.9 * w**2)
+    torch.testing.assert_close(found[0], torch.autograd.grad(second.sum(), w)[0], rtol=1e-14, atol=0)
+    assert torch.equal(found[1], torch.ones(2, dtype=F64))
 
 
 PACKED: dict[str, Callable[[Any, Any], Any]] = {

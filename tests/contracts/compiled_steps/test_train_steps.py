@@ -5,6 +5,7 @@ import contextlib
 import copy
 import io
 import re
+from functools import partial
 from typing import Any
 
 import pytest
@@ -245,6 +246,28 @@ def test_the_reference_is_traced_into_the_graph(inside: bool) -> None:
     if not inside:
         assert_equal(compiled(params, state), expected)
         assert len(sizes) == 2
+
+
+@fo.elementwise(state={"seen": fo.slot(1.0, per="leaf"), "total": fo.slot(1.0, per="tree")})
+def keep_numbers(u: Any, seen: Any, total: Any) -> Any:
+    return u, 0.5 * seen + fo.leaf_norm(u), 0.5 * total + fo.tree_norm(u)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_numbers_are_donated_to_the_reference_that_is_traced(dtype: torch.dtype) -> None:
+    """0-d parameters and slots, to which a compiler may lose what is written."""
+    tx = fo.chain(keep_numbers(), fo.sgd(0.1, momentum=0.9), fo.params_ema(0.5))
+    compiled = torch.compile(partial(fo.apply_gradients, donate=True), fullgraph=True, backend="aot_eager")
+    mine, theirs = ({"a": torch.tensor(2.0, dtype=dtype), "b": torch.ones(3, dtype=dtype)} for _ in range(2))
+    state, expected = tx.init(mine), tx.init(theirs)
+    given = dict(mine)
+    for k in range(3):
+        grads = {"a": torch.tensor(1.0 + k, dtype=dtype), "b": torch.ones(3, dtype=dtype)}
+        with fo.use_backend("reference"):
+            mine, state = compiled(tx, mine, grads, state)
+        theirs, expected = fo.apply_gradients(tx, theirs, grads, expected)
+    assert all(mine[name] is given[name] for name in mine)
+    assert_close((mine, state), (theirs, expected))
 
 
 @pytest.mark.slow
