@@ -21,7 +21,8 @@ from ._loading import parts_of
 CONVEX = 1e-10  # torch's least product of a step and the difference of gradients over it
 VECTORS = ("d", "prev_flat_grad")
 LISTS = ("old_dirs", "old_stps", "ro")
-LATER_OPTIONS = ("maximize",)  # those that a file of an older torch lacks
+# options that files lack: one of newer versions of torch, and one that torch adds to the defaults where it loads
+LATER_OPTIONS = ("maximize", "differentiable")
 
 
 class _Loss:
