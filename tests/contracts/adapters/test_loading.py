@@ -123,6 +123,32 @@ def test_what_is_loaded_shares_no_memory_and_what_is_given_stays(maker: str, cou
 TORCHS = [name for name in adapters.__all__ if hasattr(torch.optim, name)]
 
 
+@pytest.mark.parametrize("name", TORCHS)
+def test_hooks_may_mend_what_is_loaded_before_anything_is_refused(name: str) -> None:
+    for module in (torch.optim, adapters):
+        opt = getattr(module, name)([nn.Parameter(torch.ones(4, 3))], lr=0.1)
+        saved = copy.deepcopy(opt.state_dict())
+        saved["param_groups"][0]["lr"] = 0.2
+        opt.register_load_state_dict_pre_hook(lambda opt, found: found["optimizer"])
+
+        opt.load_state_dict({"optimizer": saved})
+
+        assert opt.param_groups[0]["lr"] == 0.2
+
+
+@pytest.mark.parametrize("name", TORCHS)
+def test_states_of_no_parameter_are_kept(name: str) -> None:
+    for module in (torch.optim, adapters):
+        opt = getattr(module, name)([nn.Parameter(torch.ones(4, 3))], lr=0.1)
+        saved = copy.deepcopy(opt.state_dict())
+        saved["state"] |= {"mine": {"x": 1}, "count": 3}
+
+        opt.load_state_dict(saved)
+
+        assert opt.state["mine"] == {"x": 1}
+        assert opt.state["count"] == 3
+
+
 @pytest.mark.parametrize("copied", [lambda opt: opt, copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))])
 @pytest.mark.parametrize("name", TORCHS)
 def test_states_load_again_and_into_copies(name: str, copied: Callable[[Any], Any]) -> None:
