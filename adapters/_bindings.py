@@ -121,7 +121,7 @@ class Bindings:
     def _templates(self, opt: "ChainOptimizer") -> tuple[list[Template], list[int], list[Any] | None]:
         """The chains of all groups, which of them each group has, and the options that they depend on.
 
-        There are no options to compare by if one of them can change and be the same object.
+        There are no options to compare by if one of them can change and be the same object, or parameters decide, too.
         """
         groups = opt.param_groups
         values = list(chain.from_iterable(map(dict.values, groups)))
@@ -140,7 +140,7 @@ class Bindings:
             if not any(template is t for t in templates):
                 templates.append(template)
             of_group.append(next(k for k, t in enumerate(templates) if t is template))
-        return templates, of_group, values if _is_constant(opt) else None
+        return templates, of_group, values if opt.OPTIONS_DECIDE and _is_constant(opt) else None
 
     def states_of(self, opt: "ChainOptimizer", params: ParamList) -> list[dict[str, Any]]:
         """The state of each parameter; a dict that is not the optimizer's yet for one that has none."""

@@ -21,7 +21,8 @@ from ._loading import parts_of
 CONVEX = 1e-10  # torch's least product of a step and the difference of gradients over it
 VECTORS = ("d", "prev_flat_grad")
 LISTS = ("old_dirs", "old_stps", "ro")
-LATER_OPTIONS = ("maximize",)  # those that a file of an older torch lacks
+# options that files lack: one of newer versions of torch, and one that torch adds to the defaults where it loads
+LATER_OPTIONS = ("maximize", "differentiable")
 
 
 class _Loss:
@@ -205,7 +206,7 @@ class LBFGS(torch.optim.LBFGS):
         except BaseException:
             over.put_back(before)
             raise
-        state = self.state[first]
+        state = self.state.setdefault(first, {})
         state.clear()
         state.update(own)
         self._moved = moved
@@ -298,20 +299,30 @@ class LBFGS(torch.optim.LBFGS):
           KeyError: it lacks the states or the groups; nothing has been changed.
           ValueError: it is the state of other parameters or of another class; nothing has been changed.
         """
+        # behind the hooks of others, which may mend what is loaded
+        last = self.register_load_state_dict_pre_hook(lambda _, found: self._checked(found))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+        self._moved = None
+
+    def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A state dict that fits, with copies of its states."""
         states, groups = parts_of(state_dict)
         self._refuse_another_class(states, groups)
-        own = {**state_dict, "state": deepcopy(states)}
-        sizes = {p: real_view(p.detach()).numel() for group in self.param_groups for p in group["params"]}
-        for key, saved in own["state"].items():
+        n = sum(real_view(p.detach()).numel() for group in self.param_groups for p in group["params"])
+        for key, saved in states.items():
+            if not _is_of_parameter(key, groups):
+                continue
             vectors = [saved.get(k) for k in VECTORS] + [x for k in LISTS[:2] for x in saved.get(k) or ()]
-            wrong = next((x for x in vectors if x is not None and x.numel() != sum(sizes.values())), None)
+            wrong = next((x for x in vectors if x is not None and x.numel() != n), None)
             if wrong is not None:
                 raise ValueError(
                     f"the saved state of parameter {key} has a vector of {wrong.numel()} elements, but the parameters "
-                    f"have {sum(sizes.values())}."
+                    f"have {n}."
                 )
-        super().load_state_dict(own)
-        self._moved = None
+        return {**state_dict, "state": deepcopy(states)}
 
     def _refuse_another_class(self, states: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]]) -> None:
         """Refuses options and states that another class has saved."""
@@ -324,6 +335,8 @@ class LBFGS(torch.optim.LBFGS):
                     f"{', '.join(repr(k) for k in group if k != 'params')}, so another class than LBFGS saved it."
                 )
         for key, saved in states.items():
+            if not _is_of_parameter(key, groups):
+                continue
             if not isinstance(saved, Mapping):
                 raise ValueError(f"the saved state of parameter {key} is {saved!r:.60}, expected a dict.")
             lacking = [k for k in ("func_evals", "n_iter") if saved and k not in saved]
@@ -332,6 +345,11 @@ class LBFGS(torch.optim.LBFGS):
                     f"the saved state of parameter {key} lacks {', '.join(map(repr, lacking))}; it has "
                     f"{', '.join(map(repr, saved))}, so another class than LBFGS saved it."
                 )
+
+
+def _is_of_parameter(key: Any, groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether an entry of the states of a file belongs to a parameter; others are kept, as torch keeps them."""
+    return any(key in group["params"] for group in groups)
 
 
 def _first_step(grad: torch.Tensor) -> Any:

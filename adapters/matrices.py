@@ -1,7 +1,7 @@
 """The optimizers of torch.optim that compute whole tensors, as chains."""
 
 from collections.abc import Hashable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -14,17 +14,24 @@ from functional_optim._transforms.muon import torch_muon_momentum
 
 from ._named import DECAY, LR, MOMENTUM, NamedClass, before
 from ._naming import template
+from ._steps import StepInputs
 
 
-def _dtypes(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> set[torch.dtype]:
-    """The dtypes of a group's parameters, none of which is complex."""
-    dtypes = {p.dtype for p in group["params"]}
-    if any(dtype.is_complex for dtype in dtypes):
-        raise RuntimeError(f"{type(optimizer).__name__} does not support complex parameters")
-    return dtypes
+def _plain(option: Any) -> Any:
+    """An option that decides what is computed, as a number where it is a tensor of one element."""
+    return option.item() if isinstance(option, torch.Tensor) and option.numel() == 1 else option
 
 
-class Muon(NamedClass, torch.optim.Muon):  # type: ignore[misc]
+class _WholeTensors(NamedClass):
+    """The common part of both: complex parameters with gradients are refused."""
+
+    def _step_on(self, inputs: StepInputs) -> None:
+        if any(g is not None and p.is_complex() for p, g in zip(inputs.params, inputs.grads, strict=True)):
+            raise RuntimeError(f"{type(self).__name__} does not support complex parameters")
+        super()._step_on(inputs)
+
+
+class Muon(_WholeTensors, torch.optim.Muon):  # type: ignore[misc]
     """`torch.optim.Muon` from a chain; arguments, defaults and state are the same.
 
     Matrices of one shape are computed together.
@@ -40,11 +47,8 @@ class Muon(NamedClass, torch.optim.Muon):  # type: ignore[misc]
     """
 
     def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
-        _dtypes(self, group)
         names = ("nesterov", "ns_coefficients", "ns_steps", "eps", "adjust_lr_fn")
-        switches = {name: group[name] for name in names}
-        if isinstance(switches["eps"], torch.Tensor):
-            switches["eps"] = float(switches["eps"])
+        switches = {name: _plain(group[name]) for name in names}
         if switches["ns_steps"] >= 100:
             raise ValueError("Number of steps must be less than 100 for computational efficiency")
         if len(switches["ns_coefficients"]) != 3:
@@ -69,7 +73,7 @@ class Muon(NamedClass, torch.optim.Muon):  # type: ignore[misc]
         return template(fo.chain(*parts), self.SLOTS)
 
 
-class Adafactor(NamedClass, torch.optim.Adafactor):  # type: ignore[misc]
+class Adafactor(_WholeTensors, torch.optim.Adafactor):  # type: ignore[misc]
     """`torch.optim.Adafactor` from a chain; arguments, defaults and state are the same.
 
     Tensors of one shape are computed together. `foreach` is accepted and makes no difference.
@@ -84,13 +88,13 @@ class Adafactor(NamedClass, torch.optim.Adafactor):  # type: ignore[misc]
       ['col_var', 'row_var', 'step']
     """
 
+    OPTIONS_DECIDE: ClassVar[bool] = False  # an epsilon that is None is that of the parameters' dtype
+
     def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
-        dtypes = _dtypes(self, group)
-        eps1 = group["eps"][0]
+        dtypes = {p.dtype for p in group["params"] if p.dtype.is_floating_point}  # others are frozen
+        eps1 = _plain(group["eps"][0])
         if eps1 is None and len(dtypes) == 1:  # that of the parameters, whose gradients may have another dtype
             eps1 = torch.finfo(*dtypes).eps
-        if isinstance(eps1, torch.Tensor):
-            eps1 = float(eps1)
         return bool(group["maximize"]), eps1
 
     def _template(self, switches: tuple[Any, ...]) -> Template:

@@ -47,6 +47,7 @@ class ChainOptimizer(Optimizer):
     """
 
     SLOTS: ClassVar[Mapping[str, str]] = {}  # names of slots of state, where they differ from the rules' own
+    OPTIONS_DECIDE: ClassVar[bool] = True  # whether parameter groups have their chains by options, not by parameters
     COMPILES: ClassVar[bool] = True  # whether a compiled step is one operation; otherwise it breaks the graph
     SPARSE_SLOTS: ClassVar[bool] = False  # whether torch's class keeps sparse slots, which are made dense at loading
     # whether parameters that keep nothing have an empty state where others have one

@@ -16,6 +16,7 @@ from _lib.chains import is_matrix
 from _lib.compare import Snapshot, assert_same_bits
 from _lib.loading import chain, named, parted, scheduled
 from _lib.optimizers import OURS, content, params_of, train, twins
+from functional_optim import adapters
 from functional_optim.adapters import LAMB, SGD, AdamW, Lion, TransformOptimizer, load_safetensors, save_safetensors
 
 
@@ -117,6 +118,56 @@ def test_what_is_loaded_shares_no_memory_and_what_is_given_stays(maker: str, cou
 
     held.check()
     assert state_dict.keys() == {"state", "param_groups"}
+
+
+TORCHS = [name for name in adapters.__all__ if hasattr(torch.optim, name)]
+
+
+@pytest.mark.parametrize("name", TORCHS)
+def test_hooks_may_mend_what_is_loaded_before_anything_is_refused(name: str) -> None:
+    for module in (torch.optim, adapters):
+        opt = getattr(module, name)([nn.Parameter(torch.ones(4, 3))], lr=0.1)
+        saved = copy.deepcopy(opt.state_dict())
+        saved["param_groups"][0]["lr"] = 0.2
+        opt.register_load_state_dict_pre_hook(lambda opt, found: found["optimizer"])
+
+        opt.load_state_dict({"optimizer": saved})
+
+        assert opt.param_groups[0]["lr"] == 0.2
+
+
+@pytest.mark.parametrize("name", TORCHS)
+def test_states_of_no_parameter_are_kept(name: str) -> None:
+    for module in (torch.optim, adapters):
+        opt = getattr(module, name)([nn.Parameter(torch.ones(4, 3))], lr=0.1)
+        saved = copy.deepcopy(opt.state_dict())
+        saved["state"] |= {"mine": {"x": 1}, "count": 3}
+
+        opt.load_state_dict(saved)
+
+        assert opt.state["mine"] == {"x": 1}
+        assert opt.state["count"] == 3
+
+
+@pytest.mark.parametrize("copied", [lambda opt: opt, copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))])
+@pytest.mark.parametrize("name", TORCHS)
+def test_states_load_again_and_into_copies(name: str, copied: Callable[[Any], Any]) -> None:
+    """torch adds an option to the defaults where it loads or copies, which files lack."""
+    p = nn.Parameter(torch.ones(4, 3))
+    opt, theirs = getattr(adapters, name)([p], lr=0.1), getattr(torch.optim, name)([p], lr=0.1)
+
+    def closure() -> torch.Tensor:
+        p.grad = p.detach().to_sparse(1) if name == "SparseAdam" else p.detach().clone()
+        return (p * p).sum() / 2
+
+    opt.step(closure)
+    theirs.step(closure)
+    for saved in copy.deepcopy([opt.state_dict(), theirs.state_dict()]):
+        new = copied(opt)
+        for _ in range(3):
+            new.load_state_dict(saved)
+
+            assert_same_bits(new.state_dict()["state"], saved["state"])
 
 
 # --- dtypes

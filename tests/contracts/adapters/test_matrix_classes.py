@@ -24,6 +24,10 @@ MORE: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "Muon": [
         ("adjusted", {"lr": 0.02, "adjust_lr_fn": "match_rms_adamw"}),
         ("plain", {"lr": 0.02, "nesterov": False, "ns_steps": 3, "eps": 1e-3, "weight_decay": 0.0}),
+        (
+            "tensors",
+            {"lr": 0.02, "ns_steps": torch.tensor(3), "nesterov": torch.tensor([True]), "eps": torch.tensor(1e-3)},
+        ),
         ("other coefficients", {"lr": 0.02, "ns_coefficients": [3.0, -4.0, 2.0], "momentum": 0.5}),
     ],
     "Adafactor": [
@@ -125,6 +129,61 @@ def test_options_are_live(name: str) -> None:
                 opt.param_groups[0]["d"] = 1.0 + step
         take(opts, range(step, step + 1))
     assert_close(*opts, 6, torch.float32)
+
+
+@pytest.mark.parametrize("change", ["data", "module", "swapped", "replaced in the list"])
+def test_an_epsilon_that_is_none_is_that_of_the_parameters_as_they_are_now(change: str) -> None:
+    """Gradients are smaller than the epsilon of float32, which bounds the update, and larger than that of float64."""
+
+    def converted(p: torch.Tensor) -> Any:
+        module = nn.ParameterList([p])
+        if change == "data":
+            p.data = p.data.double()
+        elif change == "replaced in the list":
+            return nn.Parameter(p.detach().double())
+        else:
+            torch.__future__.set_swap_module_params_on_conversion(change == "swapped")
+            try:
+                module.double()
+            finally:
+                torch.__future__.set_swap_module_params_on_conversion(False)
+        return module[0]
+
+    opts = tuple(cls([nn.Parameter(torch.ones(4, 3))]) for cls in (adapters.Adafactor, torch.optim.Adafactor))
+    small = torch.arange(1.0, 13.0, dtype=torch.float64).reshape(4, 3) * 1e-9
+    for dtype in (torch.float32, torch.float64):
+        for opt in opts:
+            group = opt.param_groups[0]
+            if dtype is torch.float64:
+                opt.state.clear()
+                group["params"][0].grad = None
+                group["params"][0] = converted(group["params"][0])
+            group["params"][0].grad = small.to(dtype)
+            opt.step()
+        assert_close(*opts, 2, torch.float32)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+@pytest.mark.parametrize("name", MORE)
+def test_parameters_that_take_no_step_may_be_of_any_dtype(name: str, dtype: torch.dtype, alone: bool) -> None:
+    """Weights that are quantized have no gradients."""
+    opts = []
+    for module in (adapters, torch.optim):
+        params, frozen = make_params(name, torch.float32), nn.Parameter(torch.ones(2, 2, dtype=dtype), False)
+        groups = [params, [frozen]] if alone else [[*params, frozen]]
+        opts.append(getattr(module, name)([{"params": group} for group in groups], lr=0.01))
+    for step in range(2):
+        for opt in opts:
+            for p, g in zip(params_of(opt)[:-1], gradients(params_of(opt)[:-1], step), strict=True):
+                p.grad = g
+            opt.step()
+            opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+
+    assert params_of(opts[0])[-1] not in opts[0].state
+    for opt in opts:
+        del opt.param_groups[-1]["params"][-1]
+    assert_close(*opts, 2, torch.float32)
 
 
 REFUSED: dict[str, Any] = {
