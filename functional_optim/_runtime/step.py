@@ -92,8 +92,9 @@ class BoundStep(Programs):
         self.n_outputs = sum(len(g.leaves) * len(g.outputs) for g in self.groups) if self.allocates else 0
         self.places, self.copies = self._kernel_places()
         self.n_copies = sum(n for _, _, n in self.copies)
+        self.counters = self._find_counters(counters) if in_place else {}
         self.triton = {
-            k: TritonLaunch([self.groups[g] for g in own], [self.places[g] for g in own], joins)
+            k: TritonLaunch([self.groups[g] for g in own], [self.places[g] for g in own], self._counters_of(own), joins)
             for k, (backend, own) in enumerate(self.parts)
             if backend == "triton"
         }
@@ -103,7 +104,6 @@ class BoundStep(Programs):
         self.written = self._find_written() if in_place else []
         self.repeated = self._find_repeated() if in_place else None
         self.overlap = OverlapCheck(self.specs, self._is_written())
-        self.counters = self._find_counters(counters) if in_place else {}
         tensors = self.gather(columns)
         for i in self.copied:
             if not tensors[i].is_contiguous():  # a copy is described without reading memory, which may be freed
@@ -227,6 +227,11 @@ class BoundStep(Programs):
                 if gather.cells[0][0] in keys:
                     found.setdefault(gather.cells[0][0], start)
         return found
+
+    def _counters_of(self, own: Sequence[int]) -> list[int]:
+        """The positions of shared counters among the gathered tensors of some groups."""
+        bounds = [x for g in own for x in self.bounds[g]]
+        return [i for i in self.counters.values() if any(start <= i < stop for start, stop in bounds)]
 
     def name_of(self, position: int) -> tuple[str, int]:
         """The name of a gathered tensor's column in messages, and the position of its leaf."""
@@ -356,7 +361,7 @@ class BoundStep(Programs):
         else:
             computed = self._run_parts(reading, numbers, outputs, ready)
             outputs = [computed.get(g, own) for g, own in enumerate(outputs)]
-            for i in self.counters.values():
+            for i in self._still():
                 self.tensor_at(reading, i).add_(1)
         if reading.originals:
             if self.in_place:
@@ -396,6 +401,11 @@ class BoundStep(Programs):
             give_up("triton", str(error))
             self.parts = [("foreach" if backend == "triton" else backend, own) for backend, own in self.parts]
         return ready
+
+    def _still(self) -> list[int]:
+        """The positions of shared counters that no kernel of several parts moves on."""
+        launched = [self.triton[k].moved for k, (backend, _) in enumerate(self.parts) if backend == "triton"]
+        return [i for i in self.counters.values() if not any(i in moved for moved in launched)]
 
     def _run_parts(
         self,

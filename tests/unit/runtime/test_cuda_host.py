@@ -2,10 +2,11 @@
 
 import contextlib
 import gc
+import itertools
 import pickle
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -19,7 +20,9 @@ from _lib.compare import Snapshot
 from _lib.marks import INTERPRETER
 from _lib.stand_in import StandIn, _Kernel, replay, stand_in
 from functional_optim import _leafwise, adapters
+from functional_optim._compiler.triton.tuning import LEAVES
 from functional_optim._leafwise import LeafwiseStep, _Values
+from functional_optim._packed import Packed
 from functional_optim._regions import LeafwiseRegion
 from functional_optim._runtime import numbers
 from functional_optim._runtime.backend import BACKENDS
@@ -180,6 +183,80 @@ def test_steps_read_no_tensor_on_the_host(device: StandIn) -> None:
                 steps()
 
 
+def ones(*shapes: tuple[int, ...], dtypes: Sequence[torch.dtype] = (torch.float32,)) -> dict[str, torch.Tensor]:
+    return {str(k): torch.ones(shape, dtype=dtypes[k % len(dtypes)]) for k, shape in enumerate(shapes)}
+
+
+TREES: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
+    "one group": lambda: ones((5,), (33,), (8,)),
+    "two groups": lambda: ones((5,), (33,), (8,), dtypes=(torch.float32, torch.float64)),
+    "several programs of a uniform kernel": lambda: ones(*[(1,)] * (LEAVES + 3)),
+    "packed": lambda: ones((5,), (33,)),
+    "no elements": lambda: ones((0,), (0, 2)),
+}
+COUNTING: dict[str, Callable[[], fo.GradientTransformation]] = {
+    "one counter": lambda: fo.adamw(0.1),
+    "two counters": lambda: fo.adamw(fo.cosine_decay_schedule(0.1, 9)),
+    "several stages": lambda: fo.chain(fo.scale_by_adam(), fo.clip_by_global_norm(1.0), fo.sgd(lambda t: 1 / (1 + t))),
+}
+
+
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("name", COUNTING)
+def test_the_last_pass_moves_counters_on(device: StandIn, name: str, tree: str) -> None:
+    """Behind all kernels that read them; where there are no elements, an operation of torch does it."""
+    tx, expected, gradients = COUNTING[name](), TREES[tree](), TREES[tree]()
+    params, grads = map(fo.pack, (expected, gradients)) if tree == "packed" else (TREES[tree](), gradients)
+    state, other, added, add = tx.init(params), tx.init(expected), list[torch.Tensor](), torch.Tensor.add_
+    with mock.patch.object(torch.Tensor, "add_", lambda x, y: added.append(x) or add(x, y)):
+        for _ in range(3):
+            fo.apply_gradients(tx, params, grads, state, donate=True)
+    with fo.use_backend("reference"):
+        for _ in range(3):
+            expected, other = fo.apply_gradients(tx, expected, gradients, other)
+    torch.testing.assert_close(fo.unpack(params) if tree == "packed" else params, expected)
+    counters = [x for x in leaves(state) if x.dtype is torch.int64]
+    assert [x.item() for x in counters] == [3] * (1 + (name != "one counter"))
+    assert len(added) == 3 * len(counters) * (tree == "no elements")
+
+
+def leaves(tree: Any) -> list[torch.Tensor]:
+    """The tensors of a tree, in place of packed ones their buffers."""
+    found = [x.buffers if isinstance(x, Packed) else (x,) for x in optree.tree_leaves(tree)]
+    return list(itertools.chain.from_iterable(found))
+
+
+def steady(way: str) -> Callable[[], Any]:
+    """A step like those before, of AdamW on gradients where they have been."""
+    if way == "optimizer":
+        return warm()[1].step  # type: ignore[no-any-return]
+    tx, tree = fo.adamw(0.1), dict(enumerate(map(torch.ones, SIZES)))
+    updates, held = optree.tree_map(torch.ones_like, tree), [(tree, tx.init(tree))]
+
+    def step() -> None:
+        held[0] = fo.apply_gradients(tx, held[0][0], updates, held[0][1], donate=way == "donated")
+
+    step()
+    step()
+    return step
+
+
+@pytest.mark.parametrize(
+    ("way", "operations"), [("donated", []), ("optimizer", []), ("pure", ["empty", "copy_", "add"])]
+)
+def test_a_steady_step_is_its_launches(device: StandIn, way: str, operations: list[str]) -> None:
+    """Operations of torch cost as much as a launch; a pure step uploads addresses, and makes a new counter."""
+    launched: list[int] = []
+    with mock.patch.object(_Kernel, "bind", return_value=lambda: launched.append(1)):
+        step = steady(way)
+        launched.clear()
+        with torch.autograd.profiler.profile() as profile:
+            step()
+    assert len(launched) == 2
+    names = [event.name.removeprefix("aten::") for event in profile.function_events if event.name.startswith("aten::")]
+    assert names == operations
+
+
 def test_each_stream_has_memory_of_its_own(device: StandIn) -> None:
     tx, params = chain(), {str(k): p.detach() for k, p in enumerate(make())}
     state = tx.init(params)
@@ -276,6 +353,33 @@ def test_a_captured_step_goes_on_at_each_replay(device: StandIn, moved: bool) ->
         other.step()
         torch.testing.assert_close(params, expected, rtol=0, atol=0)
     assert {x["step"].item() for x in kept.values()} == {8.0}
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_a_captured_step_of_a_tree_counts_at_each_replay(device: StandIn, packs: bool) -> None:
+    """Counters that all leaves share are moved on where they are, by replays and by steps between them."""
+    tx = fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(fo.cosine_decay_schedule(0.1, 9)))
+    trees = [{str(k): torch.ones(n) for k, n in enumerate(SIZES)} for _ in range(3)]
+    params, expected, updates = map(fo.pack, trees) if packs else trees
+    state, other = tx.init(params), tx.init(expected)
+
+    def step(params: Any, state: Any) -> None:
+        fo.apply_gradients(tx, params, updates, state, donate=True)
+
+    for _ in range(2):
+        step(params, state)
+        step(expected, other)
+    with device.capture() as graph:
+        step(params, state)
+    for turn in range(4):
+        if turn == 1:
+            step(params, state)
+        else:
+            replay(graph)
+        step(expected, other)
+        for own, wanted in ((params, expected), (state, other)):
+            assert all(map(torch.equal, leaves(own), leaves(wanted)))
+    assert {x.item() for x in leaves(state) if x.dtype is torch.int64} == {6}
 
 
 def test_a_captured_chain_replays_its_reduction(device: StandIn) -> None:
