@@ -66,8 +66,9 @@ class BoundPrograms(Programs):
         self.n_outputs = sum(len(g.leaves) * len(g.outputs) for g in self.groups) if self.allocates else 0
         self.places, self.copies = self._kernel_places()
         self.n_copies = sum(n for _, _, n in self.copies)
+        self.counters = self._find_counters(counters) if in_place else {}
         self.triton = {
-            k: TritonLaunch([self.groups[g] for g in own], [self.places[g] for g in own], joins)
+            k: TritonLaunch([self.groups[g] for g in own], [self.places[g] for g in own], self._counters_of(own), joins)
             for k, (backend, own) in enumerate(self.parts)
             if backend == "triton"
         }
@@ -77,7 +78,6 @@ class BoundPrograms(Programs):
         self.written = self._find_written() if in_place else []
         self.repeated = self._find_repeated() if in_place else None
         self.overlap = OverlapCheck(self.specs, self._is_written())
-        self.counters = self._find_counters(counters) if in_place else {}
         tensors = self.gather(columns)
         for i in self.copied:
             if not tensors[i].is_contiguous():  # a copy is described without reading memory, which may be freed
@@ -197,6 +197,11 @@ class BoundPrograms(Programs):
                 if gather.cells[0][0] in keys:
                     found.setdefault(gather.cells[0][0], start)
         return found
+
+    def _counters_of(self, own: Sequence[int]) -> list[int]:
+        """The positions of shared counters among the gathered tensors of some groups."""
+        bounds = [x for g in own for x in self.bounds[g]]
+        return [i for i in self.counters.values() if any(start <= i < stop for start, stop in bounds)]
 
     def name_of(self, position: int) -> tuple[str, int]:
         """The name of a gathered tensor's column in messages, and the position of its leaf."""

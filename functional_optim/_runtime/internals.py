@@ -7,8 +7,9 @@ Nothing here is guessed: each is a name of a Python module, read and never writt
 - of `torch.optim.Optimizer`, which the optimizers in `adapters/` extend: `_init_group`, which the compiler runs in
   Python, in `optimizer.py`; `_step_supports_amp_scaling`, which `GradScaler` asks for, in `classes.py` and
   `transform.py`; `_optimizer_load_state_dict_pre_hooks` and `..._post_hooks`, which torch registers, in `_loading.py`;
-- of Triton, in `cuda/`: `runtime.driver.active.get_current_stream` in `driver.py`, `JITFunction.warmup` and the calls
-  of the `CompiledKernel` that it returns in `loaded.py`.
+- of Triton, in `cuda/`: `runtime.driver.active.get_current_stream` in `driver.py`, `JITFunction.warmup` in `loaded.py`,
+  and there `run`, `function` and `packed_metadata` of the `CompiledKernel` that it returns, which is called with a grid
+  to be loaded.
 """
 
 import ctypes

@@ -196,7 +196,7 @@ class BoundStep(BoundPrograms):
         else:
             computed = self._run_parts(reading, numbers, outputs, ready)
             outputs = [computed.get(g, own) for g, own in enumerate(outputs)]
-            for i in self.counters.values():
+            for i in self._still():
                 self.tensor_at(reading, i).add_(1)
         if reading.originals:
             if self.in_place:
@@ -236,6 +236,11 @@ class BoundStep(BoundPrograms):
             give_up("triton", str(error))
             self.parts = [("foreach" if backend == "triton" else backend, own) for backend, own in self.parts]
         return ready
+
+    def _still(self) -> list[int]:
+        """The positions of shared counters that no kernel of several parts moves on."""
+        launched = [self.triton[k].moved for k, (backend, _) in enumerate(self.parts) if backend == "triton"]
+        return [i for i in self.counters.values() if not any(i in moved for moved in launched)]
 
     def _run_parts(
         self,

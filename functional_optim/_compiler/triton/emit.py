@@ -5,7 +5,8 @@ A stage of a program is a uniform kernel and a pass, launched in this order:
     uniform_k   for each leaf: ends the reductions of the stage before, computes the uniform values that are new, in
                 double precision, and writes those that elements or later stages need for the leaf; the last one writes
                 the numbers per leaf, which only uniform kernels read and write
-    pass_k      for each chunk of a leaf: loads these, then elements, and stores elements and partial results
+    pass_k      for each chunk of a leaf: loads these, then elements, and stores elements and partial results; the last
+                one moves on the counters that it is given, which all uniform kernels have read by then
 
 All that varies is in tables on the device: addresses, sizes, chunks, and a row of scalars per group of
 hyper-parameters. A pass does nothing but stream: no double precision but for values that are reduced, and a handful of
@@ -47,7 +48,10 @@ UNIFORM = (
     *("leaf_row", "leaf_whole", "leaf_chunk", "addresses", "scalars", "uniforms", "partials"),
     *("n_leaves", "n_partials", "first_partial"),
 )
-PASS = ("chunks", "leaf_size", "addresses", "uniforms", "partials", "n_leaves", "blocks", "first_partial")
+PASS = (
+    *("chunks", "leaf_size", "addresses", "uniforms", "partials", "counters"),
+    *("n_leaves", "blocks", "first_partial", "n_counters"),
+)
 
 
 def emit_triton(signature: Signature) -> str:
@@ -194,7 +198,10 @@ class _Elements(_Emitter):
         ]
         variables = [self.variable(entry) for entry in entries]
         block, reductions = TUNED[kind_of(self.signature, self.p)].block, self.p.reductions
-        lines = ["chunk = tl.program_id(0)", "leaf = tl.load(chunks + 2 * chunk)"]
+        lines = ["chunk = tl.program_id(0)"]
+        if self.number == len(plan(self.signature)) - 1:
+            lines += ["if chunk == 0:", "    for k in range(0, n_counters):", "        _count(counters + k)"]
+        lines.append("leaf = tl.load(chunks + 2 * chunk)")
         length = f"blocks * {block}" if reductions else f"{block}"
         lines.append(f"start = tl.load(chunks + 2 * chunk + 1).to(tl.int64) * {length}")
         lines += ["left = tl.load(leaf_size + leaf) - start", *(self.own() if entries else [])]

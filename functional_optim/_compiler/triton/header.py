@@ -37,6 +37,12 @@ def _array(place, dtype: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def _count(place):
+    counter = tl.load(place).to(tl.pointer_type(tl.int64))
+    tl.store(counter, tl.load(counter) + 1)
+
+
+@triton.jit
 def _near(x):
     # two factors of a number of up to 2**240, both in the range of float32; the second is 1 where the number is in it
     small = tl.abs(x) < 7.52316384526264e-37

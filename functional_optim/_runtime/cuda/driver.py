@@ -1,6 +1,7 @@
 """The calls to torch.cuda that launches make, and the same for the CPU, where an interpreter runs kernels."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
@@ -61,9 +62,7 @@ class CudaDriver:
 
     def stream(self, device: torch.device) -> int:
         """The current stream of a device, as a number; Triton asks for it in a thirtieth of the time of torch.cuda."""
-        from triton.runtime import driver
-
-        return int(driver.active.get_current_stream(device.index))
+        return int(_current_stream()(device.index))
 
     def is_capturing(self) -> bool:
         """Whether the current stream records a graph and runs nothing."""
@@ -104,6 +103,15 @@ class CudaDriver:
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Copies to the device, in the order of the current stream."""
         target.copy_(source, non_blocking=True)
+
+
+@functools.lru_cache(maxsize=1)
+def _current_stream() -> Callable[[int], int]:
+    """Triton's function of the number of a device that returns its current stream."""
+    from triton.runtime import driver
+
+    function: Callable[[int], int] = driver.active.get_current_stream
+    return function
 
 
 class HostDriver:

@@ -41,10 +41,20 @@ class TritonLaunch:
     Args:
       groups: the groups.
       places: for each group, the positions among the pointers where the addresses of its inputs and outputs begin.
+      counters: the positions among the pointers of counters on the device, which a step in place moves on by one.
       joins: the reductions over processes, if there are any.
+
+    Attributes:
+      moved: the positions of counters that launches move on; none where elements are not what is computed last.
     """
 
-    def __init__(self, groups: Sequence[Group], places: Sequence[Sequence[int]], joins: Joins | None) -> None:
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        places: Sequence[Sequence[int]],
+        counters: Sequence[int],
+        joins: Joins | None,
+    ) -> None:
         self.groups, self.device = groups, groups[0].device
         self.driver = driver_of(self.device)
         self.kernels = [compile_triton(group.signature) for group in groups]
@@ -54,11 +64,18 @@ class TritonLaunch:
         n_joined = self.join.n_joined if self.join is not None else 0
         with self.driver.guard(self.device):
             self.tables = self.driver.allocate(
-                lambda: Tables(groups, places, self.kernels, self.chunk, n_joined), self.device
+                lambda: Tables(groups, places, counters, self.kernels, self.chunk, n_joined), self.device
             )
             self.uploaded = self.driver.mark(self.device)
         ends = [len(kernels.stages) for kernels in self.kernels] + ([] if joins is None else [joins.stages - 1])
         self.n_stages = max(ends)
+        end = self.n_stages - 1
+        passes = [
+            (end, k) for k, own in enumerate(self.tables.of_group) if len(own.of_pass) > end and own.of_pass[end][1]
+        ]
+        # stage and group of the pass behind all uniform kernels, which read counters
+        self.last_pass = passes[-1] if passes else None
+        self.moved = counters if passes else ()
         self.reserve: Reserve | None = None  # since the first step
         self.numbers_seen = b""  # of the last step that was not captured
         self.loaded: set[tuple[bool, ...]] = set()  # variants of kernels that have been launched
@@ -152,6 +169,7 @@ class TritonLaunch:
     def _calls(self, memory: DeviceMemory) -> list[list[Call]]:
         """The launches of all kernels on a step's memory, by stage."""
         total = self.tables.firsts[-1] + self.tables.n_joined
+        counters = memory.words[slice(*self.tables.counters)]
         stages: list[list[Call]] = []
         for stage in range(self.n_stages):
             uniform: list[Call] = []
@@ -172,7 +190,9 @@ class TritonLaunch:
                 chunks, count = own.of_pass[stage]
                 if table.elements is not None and loaded.elements is not None and count:
                     blocks = self.chunk // table.elements.block if table.reduces else 1
-                    passed = (chunks, own.leaf_size, addresses, uniforms, partials, n, blocks, first, memory.aligned[k])
+                    n_counters = len(self.moved) if (stage, k) == self.last_pass else 0
+                    tensors = (chunks, own.leaf_size, addresses, uniforms, partials, counters)
+                    passed = (*tensors, n, blocks, first, n_counters, memory.aligned[k])
                     elements.append(loaded.elements.bind(count, passed, memory.stream))
             stages.append(uniform + elements)
         return stages

@@ -53,6 +53,7 @@ class Tables:
     Args:
       groups: the groups.
       places: for each group, the positions among the pointers where the addresses of its inputs and outputs begin.
+      counters: the positions among the pointers of counters that the last pass moves on.
       kernels: the kernels of each group.
       chunk: elements of a chunk of a pass that reduces.
       n_joined: how many partial results follow for reductions that processes have joined.
@@ -62,6 +63,7 @@ class Tables:
         self,
         groups: Sequence[Group],
         places: Sequence[Sequence[int]],
+        counters: Sequence[int],
         kernels: Sequence[Kernels],
         chunk: int,
         n_joined: int,
@@ -71,15 +73,18 @@ class Tables:
         widths = [len(own) * len(group.leaves) for group, own in zip(groups, places, strict=True)]
         reductions = [len(group.signature.program.reductions) for group in groups]
         numbers = [max(len(group.sources) * len(group.sources[0]), 1) for group in groups]
-        bounds = list(itertools.pairwise(itertools.accumulate((*widths, *reductions, *numbers), initial=0)))
+        words = (*widths, len(counters), *reductions, *numbers)
+        bounds = list(itertools.pairwise(itertools.accumulate(words, initial=0)))
         n = len(groups)
-        self.n_pointers, self.n_addresses, self.n_words = sum(widths), sum(widths) + sum(reductions), bounds[-1][1]
+        self.counters = bounds.pop(n)
+        self.n_pointers = self.counters[1]
+        self.n_addresses, self.n_words = self.n_pointers + sum(reductions), bounds[-1][1]
         self.packer = struct.Struct(f"{sum(numbers)}d")
         self.padding = [not len(group.sources[0]) for group in groups]
         order = [
             range(place, place + len(group.leaves)) for group, own in zip(groups, places, strict=True) for place in own
         ]
-        self.order = PointerOrder(list(itertools.chain(*order)))
+        self.order = PointerOrder([*itertools.chain(*order), *counters])
         self.of_group = [
             self._lay_out(k, kernels[k], chunk, (bounds[k], bounds[n + k], bounds[2 * n + k])) for k in range(n)
         ]
@@ -94,12 +99,13 @@ class Tables:
         reducing = cut(group.table.sizes, chunk)
         of_pass = []
         for stage in kernels.stages:
-            block = stage.elements.block if stage.elements is not None else chunk
-            if stage.reduces:  # a leaf without elements has a partial result as well
+            if stage.elements is None:
+                table = torch.empty((0, 2), dtype=torch.int32, device="cpu")
+            elif stage.reduces:  # a leaf without elements has a partial result as well
                 pairs = [[leaf, start // chunk] for leaf, start in zip(reducing.leaf, reducing.start, strict=True)]
                 table = torch.tensor(pairs, dtype=torch.int32, device="cpu")
             else:
-                table = chunk_table(group.table.sizes, block)
+                table = chunk_table(group.table.sizes, stage.elements.block)
             of_pass.append((table.to(self.device, non_blocking=True), len(table)))
         program, n = group.signature.program, len(group.leaves)
         levels = [Level.ELEMENT] * len(program.arrays) + [Level.LEAF] * len(program.leaves)
@@ -138,6 +144,8 @@ class Tables:
                 found = self.order.copy(pointers, start, stop, place + 8 * start)
                 bits |= found if is_array else 0
             aligned.append(bits % ALIGNED == 0)
+        first, end = self.counters
+        self.order.copy(pointers, first, end, place + 8 * first)
         return tuple(aligned)
 
     def on_device(self) -> list[torch.Tensor]:

@@ -95,7 +95,7 @@ def compiled(kernel: Kernel, architecture: int, aligned: bool | None = None) -> 
     from triton.compiler import ASTSource
 
     types = {"chunks": "*i32", "scalars": "*fp64", "uniforms": "*fp64", "ALIGNED": "constexpr"}
-    types |= dict.fromkeys(("n_leaves", "n_partials", "first_partial", "blocks"), "i32")
+    types |= dict.fromkeys(("n_leaves", "n_partials", "first_partial", "blocks", "n_counters"), "i32")
     names = kernel.function.arg_names
     constants = {"ALIGNED": aligned} if "ALIGNED" in names else {}
     source = ASTSource(kernel.function, {name: types.get(name, "*i64") for name in names}, constants)

@@ -9,11 +9,12 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import functional_optim as fo
 from _lib.marks import INTERPRETER
 from _lib.stand_in import StandIn, replay
-from _lib.warm import Running, chain, grads, make, set_grads, warm
+from _lib.warm import SIZES, Running, chain, grads, make, set_grads, warm
 from functional_optim import adapters
 from functional_optim._runtime.cuda import capture
 from functional_optim._runtime.cuda.loaded import Loaded
@@ -55,6 +56,33 @@ def test_a_captured_step_goes_on_at_each_replay(device: StandIn, moved: bool) ->
         other.step()
         torch.testing.assert_close(params, expected, rtol=0, atol=0)
     assert {x["step"].item() for x in kept.values()} == {8.0}
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_a_captured_step_of_a_tree_counts_at_each_replay(device: StandIn, packs: bool) -> None:
+    """Counters that all leaves share are moved on where they are, by replays and by steps between them."""
+    tx = fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(fo.cosine_decay_schedule(0.1, 9)))
+    trees = [{str(k): torch.ones(n) for k, n in enumerate(SIZES)} for _ in range(3)]
+    params, expected, updates = map(fo.pack, trees) if packs else trees
+    state, other = tx.init(params), tx.init(expected)
+
+    def step(params: Any, state: Any) -> None:
+        fo.apply_gradients(tx, params, updates, state, donate=True)
+
+    for _ in range(2):
+        step(params, state)
+        step(expected, other)
+    with device.capture() as graph:
+        step(params, state)
+    for turn in range(4):
+        if turn == 1:
+            step(params, state)
+        else:
+            replay(graph)
+        step(expected, other)
+        for own, wanted in ((params, expected), (state, other)):
+            assert all(map(torch.equal, tree_leaves(own), tree_leaves(wanted)))
+    assert {x.item() for x in tree_leaves(state) if x.dtype is torch.int64} == {6}
 
 
 def test_a_captured_chain_replays_its_reduction(device: StandIn) -> None:

@@ -2,18 +2,21 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
+import optree
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import functional_optim as fo
 from _lib.marks import INTERPRETER
 from _lib.stand_in import StandIn, _Kernel
-from _lib.warm import chain, grads, make, set_grads, warm
+from _lib.warm import SIZES, chain, grads, make, set_grads, warm
 from functional_optim import adapters
+from functional_optim._compiler.triton.tuning import LEAVES
 from functional_optim._runtime.cuda import driver
 from functional_optim._runtime.cuda.launch import STREAMS
 
@@ -126,6 +129,74 @@ def test_steps_read_no_tensor_on_the_host(device: StandIn) -> None:
             steps()
             with device.capture():
                 steps()
+
+
+def ones(*shapes: tuple[int, ...], dtypes: Sequence[torch.dtype] = (torch.float32,)) -> dict[str, torch.Tensor]:
+    return {str(k): torch.ones(shape, dtype=dtypes[k % len(dtypes)]) for k, shape in enumerate(shapes)}
+
+
+TREES: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
+    "one group": lambda: ones((5,), (33,), (8,)),
+    "two groups": lambda: ones((5,), (33,), (8,), dtypes=(torch.float32, torch.float64)),
+    "several programs of a uniform kernel": lambda: ones(*[(1,)] * (LEAVES + 3)),
+    "packed": lambda: ones((5,), (33,)),
+    "no elements": lambda: ones((0,), (0, 2)),
+}
+COUNTING: dict[str, Callable[[], fo.GradientTransformation]] = {
+    "one counter": lambda: fo.adamw(0.1),
+    "two counters": lambda: fo.adamw(fo.cosine_decay_schedule(0.1, 9)),
+    "several stages": lambda: fo.chain(fo.scale_by_adam(), fo.clip_by_global_norm(1.0), fo.sgd(lambda t: 1 / (1 + t))),
+}
+
+
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("name", COUNTING)
+def test_the_last_pass_moves_counters_on(device: StandIn, name: str, tree: str) -> None:
+    """Behind all kernels that read them; where there are no elements, an operation of torch does it."""
+    tx, expected, gradients = COUNTING[name](), TREES[tree](), TREES[tree]()
+    params, grads = map(fo.pack, (expected, gradients)) if tree == "packed" else (TREES[tree](), gradients)
+    state, other, added, add = tx.init(params), tx.init(expected), list[torch.Tensor](), torch.Tensor.add_
+    with mock.patch.object(torch.Tensor, "add_", lambda x, y: added.append(x) or add(x, y)):
+        for _ in range(3):
+            fo.apply_gradients(tx, params, grads, state, donate=True)
+    with fo.use_backend("reference"):
+        for _ in range(3):
+            expected, other = fo.apply_gradients(tx, expected, gradients, other)
+    torch.testing.assert_close(fo.unpack(params) if tree == "packed" else params, expected)
+    counters = [x for x in tree_leaves(state) if x.dtype is torch.int64]
+    assert [x.item() for x in counters] == [3] * (1 + (name != "one counter"))
+    assert len(added) == 3 * len(counters) * (tree == "no elements")
+
+
+def steady(way: str) -> Callable[[], Any]:
+    """A step like those before, of AdamW on gradients where they have been."""
+    if way == "optimizer":
+        return warm()[1].step  # type: ignore[no-any-return]
+    tx, tree = fo.adamw(0.1), dict(enumerate(map(torch.ones, SIZES)))
+    updates, held = optree.tree_map(torch.ones_like, tree), [(tree, tx.init(tree))]
+
+    def step() -> None:
+        held[0] = fo.apply_gradients(tx, held[0][0], updates, held[0][1], donate=way == "donated")
+
+    step()
+    step()
+    return step
+
+
+@pytest.mark.parametrize(
+    ("way", "operations"), [("donated", []), ("optimizer", []), ("pure", ["empty", "copy_", "add"])]
+)
+def test_a_steady_step_is_its_launches(device: StandIn, way: str, operations: list[str]) -> None:
+    """Operations of torch cost as much as a launch; a pure step uploads addresses, and makes a new counter."""
+    launched: list[int] = []
+    with mock.patch.object(_Kernel, "bind", return_value=lambda: launched.append(1)):
+        step = steady(way)
+        launched.clear()
+        with torch.autograd.profiler.profile() as profile:
+            step()
+    assert len(launched) == 2
+    names = [event.name.removeprefix("aten::") for event in profile.function_events if event.name.startswith("aten::")]
+    assert names == operations
 
 
 def test_each_stream_has_memory_of_its_own(device: StandIn) -> None:
