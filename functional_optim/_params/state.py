@@ -276,6 +276,12 @@ class ParamState:
         """Whether a CUDA graph is being captured, whose replays go on from the state that there is."""
         return not torch.is_grad_enabled() and is_capturing(self.devices)
 
+    def put_all(self, entries: Sequence[tuple[str, str, Any]], states: States, journal: Journal) -> None:
+        """Puts new entries, by the parameter's name and the key, in the place of others; see `put`."""
+        by_name, captures = dict(zip(self.params.names, states, strict=True)), self.captures()
+        for name, key, x in entries:
+            self.put(by_name[name], key, x, journal, captures)
+
     def put(self, state: dict[str, Any], key: str, new: Any, journal: Journal, captures: bool) -> None:
         """Puts an entry of state in the place of another; in a graph, its elements.
 

@@ -214,15 +214,10 @@ class ParamStep:
                 if isinstance(segment, Opaque):
                     own["updates"], entries = self._call(segment, own, params, states, extra, steady)
                     began = True
-                    by_name, captures = dict(zip(self.names, states, strict=True)), self.state.captures()
-                    for name, key, x in entries:
-                        self.state.put(by_name[name], key, x, journal, captures)
+                    self.state.put_all(entries, states, journal)
                     continue
-                for name, (schedule, _) in segment.region.hosts.items():
-                    refuse_host_schedule(name, self.devices)
-                    held = [state.get("step") for state in states]
-                    counts = [None if x is None else int(x) for x in held]
-                    own[name] = host_column(name, schedule, counts, self.devices)
+                if segment.region.hosts:
+                    own |= self._host_columns(segment, states)
                 if watched and (segment.region.hosts or segment is not self.segments[0]):  # Python code has run
                     own["params"] = self.local.of("params", params)
                     if not self.watch.holds(own["params"]):
@@ -330,6 +325,15 @@ class ParamStep:
                 f"parameters; give None for one that has none."
             )
         return list(x)
+
+    def _host_columns(self, segment: ParamRegion, states: States) -> Columns:
+        """The values of schedules that Python evaluates, as columns."""
+        found: Columns = {}
+        for name, (schedule, _) in segment.region.hosts.items():
+            refuse_host_schedule(name, self.devices)
+            counts = [None if (x := state.get("step")) is None else int(x) for state in states]
+            found[name] = host_column(name, schedule, counts, self.devices)
+        return found
 
     def begin(self) -> None:
         """Begins a step, of which nothing has been written."""
