@@ -169,7 +169,7 @@ class Bindings:
 
     def start_anew(self, states: Sequence[dict[str, Any]], present: Sequence[int], journal: Journal) -> bool:
         """Has entries of `started_dry` made anew, of parameters that have gradients; returns whether there are any."""
-        stepped = {id(states[i]) for i in present} if self.started_dry else set()
+        stepped = {id(states[i]) for i in present}
         entries = [(state, key) for state, key in self.started_dry if id(state) in stepped]
         for state, key in entries:
             journal.set(state, key, None)
@@ -177,9 +177,8 @@ class Bindings:
 
     def started(self, states: Sequence[dict[str, Any]], present: Sequence[int]) -> None:
         """Takes note that parameters have taken a step."""
-        if self.started_dry:
-            stepped = {id(states[i]) for i in present}
-            self.started_dry = [(state, key) for state, key in self.started_dry if id(state) not in stepped]
+        stepped = {id(states[i]) for i in present}
+        self.started_dry = [(state, key) for state, key in self.started_dry if id(state) not in stepped]
 
     def step_for(
         self,

@@ -246,7 +246,8 @@ class ChainOptimizer(Optimizer):
             while True:
                 step = bindings.step_for(self, bindings.steps, inputs.templates, grads, guarded, exact)
                 step.begin()
-                exact = (not dry and bindings.start_anew(states, step.present, journal)) or exact
+                if bindings.started_dry:
+                    exact = bindings.start_anew(states, step.present, journal) or exact
                 columns, new = step.state.columns(states, exact), before
                 if columns is None and not exact:
                     exact = True  # before state is made for parameters whose gradients are gone
@@ -280,14 +281,14 @@ class ChainOptimizer(Optimizer):
             # nothing waits for a device but the first step
             if outcome == "sparse" or (guarded and (first or journal) and float(extra["found_inf"])):
                 bindings.undo(journal, before)
-            else:
+            elif bindings.started_dry:
                 bindings.started(states, step.present)
         except BaseException:
             bindings.forget_step(step)
             changed = first or journal
             if step is None or not step.completed or (guarded and changed and float(extra["found_inf"])):
                 bindings.undo(journal, before)
-            else:
+            elif bindings.started_dry:
                 bindings.started(states, step.present)
             raise
         return outcome
