@@ -54,6 +54,8 @@ class Bindings:
         ] = ()  # tensors with rows to be written that were found to share no memory
         self.sparse = False  # whether a gradient has been sparse, so that layouts are looked at before a step
         self.new: set[int] = set()  # ids of parameters that have state, but have not taken their first step
+        # entries of state that begin at the rate of a group, made by checkpoint code, in whose time that is 0
+        self.started_dry: list[tuple[dict[str, Any], str]] = []
         self.warned = False
         self.handle = next(HANDLES)
 
@@ -167,6 +169,19 @@ class Bindings:
             if (state or (everyone and g is not None)) and p not in opt.state:
                 journal.set(opt.state, p, state)
                 self.states = []  # to be gathered anew
+
+    def start_anew(self, states: Sequence[dict[str, Any]], present: Sequence[int], journal: Journal) -> bool:
+        """Has entries of `started_dry` made anew, of parameters that have gradients; returns whether there are any."""
+        stepped = {id(states[i]) for i in present}
+        entries = [(state, key) for state, key in self.started_dry if id(state) in stepped]
+        for state, key in entries:
+            journal.set(state, key, None)
+        return bool(entries)
+
+    def started(self, states: Sequence[dict[str, Any]], present: Sequence[int]) -> None:
+        """Takes note that parameters have taken a step."""
+        stepped = {id(states[i]) for i in present}
+        self.started_dry = [(state, key) for state, key in self.started_dry if id(state) not in stepped]
 
     def step_for(
         self,

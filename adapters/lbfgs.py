@@ -57,7 +57,7 @@ class _Loss:
         """The gradients of all parameters, zeros for one that has none."""
         grads = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in self.params]
         dense = [g if g.layout is torch.strided else g.to_dense() for g in grads]
-        return torch.cat([real_view(g).reshape(-1) for g in dense])
+        return torch.cat([real_view(g.resolve_conj()).reshape(-1) for g in dense])
 
     def move(self, step: Number, direction: torch.Tensor) -> None:
         """Adds a multiple of a direction to the parameters."""

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+import numbers
 import sys
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -37,6 +38,14 @@ def _check_rate(group: int, lr: Any) -> None:
         finite = False
     if not finite:
         raise ValueError(f"lr of parameter group {group} is {lr!r:.60}, expected a finite number.")
+
+
+def _is_at_start(own: Any) -> bool:
+    """Whether the state of a parameter counts no step: checkpoint code has made it, and copies of it have been made."""
+    step = own.get("step") if isinstance(own, Mapping) else None
+    if isinstance(step, torch.Tensor):
+        return type(step) is torch.Tensor and step.numel() == 1 and not step.is_meta and not step.any()
+    return isinstance(step, numbers.Real) and not step
 
 
 class ChainOptimizer(Optimizer):
@@ -109,7 +118,9 @@ class ChainOptimizer(Optimizer):
     @functools.cached_property
     def _bindings(self) -> Bindings:
         """The steps that are bound; copies and pickles of an optimizer do not have them, and get their own."""
-        return Bindings()
+        bindings = Bindings()
+        bindings.new = {id(p) for p, own in self.state.items() if _is_at_start(own)}
+        return bindings
 
     def __getstate__(self) -> dict[str, Any]:
         if "_averaged" in self.__dict__:
@@ -234,12 +245,16 @@ class ChainOptimizer(Optimizer):
             while True:
                 step = bindings.step_for(self, inputs.templates, grads, guarded, exact)
                 step.begin()
+                if bindings.started_dry:
+                    exact = bindings.start_anew(states, step.present, journal) or exact
                 columns, new = step.state.columns(states, exact), before
                 if columns is None and not exact:
                     exact = True  # before state is made for parameters whose gradients are gone
                     continue
                 if columns is None:
-                    made = step.state.make(originals, states, self.param_groups, journal)
+                    # checkpoint code has put 0 in the place of the rates of groups
+                    groups = [{**g, "lr": self.defaults.get("lr")} for g in self.param_groups] if dry else None
+                    made = step.state.make(originals, states, groups or self.param_groups, journal)
                     new = before | {id(originals[i]) for i in made}
                     bindings.adopt(self, originals, grads, states, journal)
                     columns = step.state.columns(states)
@@ -248,6 +263,7 @@ class ChainOptimizer(Optimizer):
                     bindings.adopt(self, originals, grads, states, journal)
                 if dry:
                     bindings.new = new
+                    bindings.started_dry = [(states[i], key) for i, key in step.state.started_at_rate()]
                     return "taken"
                 first = frozenset(i for i in step.present if id(originals[i]) in new) if new else frozenset()
                 bindings.new = new - {id(originals[i]) for i in first}
@@ -264,11 +280,15 @@ class ChainOptimizer(Optimizer):
             # nothing waits for a device but the first step
             if outcome == "sparse" or (guarded and (first or journal) and float(extra["found_inf"])):
                 bindings.undo(journal, before)
+            elif bindings.started_dry:
+                bindings.started(states, step.present)
         except BaseException:
             bindings.forget_step(step)
             changed = first or journal
             if step is None or not step.completed or (guarded and changed and float(extra["found_inf"])):
                 bindings.undo(journal, before)
+            elif bindings.started_dry:
+                bindings.started(states, step.present)
             raise
         return outcome
 
@@ -309,7 +329,9 @@ class ChainOptimizer(Optimizer):
         templates, known = bindings.gather(self)
         own_grads, states, journal = list(map(GRAD, known.tensors)), bindings.states_of(self, known), Journal()
         step = bindings.step_for(self, templates, own_grads, False, True)
-        if step.state.columns(states) is None:
+        bindings.start_anew(states, step.present, journal)
+        bindings.started(states, step.present)
+        if step.state.columns(states, True) is None:
             made = step.state.make(known.tensors, states, self.param_groups, journal)
             bindings.new = bindings.new | {id(known.tensors[i]) for i in made}
             bindings.adopt(self, known.tensors, own_grads, states, journal)

@@ -46,7 +46,9 @@ class LocalColumns:
         """Whether parameters are placed as they were when this was made."""
         return not self.dtensors or self._placed.fit("params", params)
 
-    def of(self, key: Key, tensors: Sequence[Any], place: Placer | None = None, name: str = "") -> Sequence[Any]:
+    def of(
+        self, key: Key, tensors: Sequence[Any], place: Placer | None = None, name: str = "", *, written: bool = True
+    ) -> Sequence[Any]:
         """The local tensors of a column.
 
         Args:
@@ -54,6 +56,8 @@ class LocalColumns:
           tensors: a tensor per parameter.
           place: conversion of a DTensor that may be placed otherwise than its parameter.
           name: the beginning of the name of a tensor in messages.
+          written: whether they may be written to. Others may be conjugated when they are read, as autograd leaves
+            gradients of complex parameters, and copies of them are returned.
         """
         if not self.wrapped:
             return tensors
@@ -67,7 +71,8 @@ class LocalColumns:
                     column[i] = place(column[i], self.params[i], f"{name} {self.names[i]!r}")
         self._placed.remember(key, column, self.dtensors)
         for i in self.wrapped:
-            column[i] = tensor_of(column[i])
+            x = column[i]
+            column[i] = tensor_of(x.resolve_conj() if not written and isinstance(x, torch.Tensor) else x)
         return column
 
     def known(self, key: Key, tensors: Sequence[Any]) -> list[Any] | None:

@@ -115,6 +115,18 @@ class ParamState:
                             new.add(i)
         return new
 
+    def started_at_rate(self) -> list[tuple[int, str]]:
+        """The entries, by position and key, whose first value is the learning rate of the parameter group."""
+        found = []
+        for segment in self.regions:
+            for stored in segment.region.stored:
+                if stored.slot is None or isinstance(stored.key, str) or not isinstance(stored.slot.start, str):
+                    continue
+                start = segment.region.bounds[stored.key[0]].values.get(stored.slot.start)
+                if isinstance(start, Option) and start.name == "lr":
+                    found += [(i, segment.keys[stored.key]) for i in self.present if stored.seen[i]]
+        return found
+
     def _tie(self, key: str, states: States, journal: Journal) -> Any:
         """Has parameters that share a number, of which a loaded state has many, hold the tensor of the first.
 

@@ -287,8 +287,11 @@ class ParamStep:
             return "sparse"
         return {
             "params": own_params or local.of("params", params),
-            "updates": own_grads or local.of("updates", grads, placed_like, "the gradient of"),
-            **{k: local.of(k, x, placed_like, f"the extra argument `{k[1]}` for") for k, x in given.items()},
+            "updates": own_grads or local.of("updates", grads, placed_like, "the gradient of", written=False),
+            **{
+                k: local.of(k, x, placed_like, f"the extra argument `{k[1]}` for", written=False)
+                for k, x in given.items()
+            },
         }
 
     def _extra_column(self, name: str, rule: str, x: Any) -> list[Any]:
@@ -436,7 +439,9 @@ class ParamStep:
         tree, new_state = call_opaque(link.tx, view.tree(updates), state, view.tree(), extra)
         found = updates_of(link, tree, updates, self.reader)
         found = list(
-            self.local.of((segment.position, "update"), found, placed_like, "the update that was returned for")
+            self.local.of(
+                (segment.position, "update"), found, placed_like, "the update that was returned for", written=False
+            )
         )
         known = self.returned.pop(segment.position, None)
         if not (steady and known is not None and known.holds(found)):

@@ -20,7 +20,7 @@ def wide(x: torch.Tensor) -> torch.dtype:
 def flat(leaves: Sequence[torch.Tensor]) -> torch.Tensor:
     """The elements of leaves as one vector, complex ones as pairs of real numbers, in the widest dtype of all."""
     dtype = functools.reduce(torch.promote_types, (wide(x).to_real() for x in leaves))
-    return torch.cat([real_view(x.detach()).reshape(-1).to(dtype) for x in leaves])
+    return torch.cat([real_view(x.detach().resolve_conj()).reshape(-1).to(dtype) for x in leaves])
 
 
 def dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -31,7 +31,7 @@ def dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def vector(x: torch.Tensor) -> torch.Tensor:
     """The elements of one leaf as a vector, in a dtype that is wide enough."""
-    return real_view(x.detach().to(wide(x))).reshape(-1)
+    return real_view(x.detach().resolve_conj().to(wide(x))).reshape(-1)
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:

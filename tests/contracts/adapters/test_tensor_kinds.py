@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+import functional_optim as fo
 from _lib.compare import Snapshot, assert_same_bits
 from _lib.optimizers import (
     NUMBERS,
@@ -19,7 +20,7 @@ from _lib.optimizers import (
     params_of,
     twins,
 )
-from functional_optim.adapters import AdamW
+from functional_optim.adapters import LBFGS, SGD, AdamW, TransformOptimizer
 
 
 LAYOUTS: dict[str, Callable[[], torch.Tensor]] = {
@@ -95,6 +96,63 @@ def test_complex_parameters_are_pairs_of_real_ones(name: str, kwargs: dict[str, 
     for key, value in opt.state[z].items():
         assert_same_bits(torch.view_as_real(value) if value.is_complex() else value, pairs.state[x][key])
         assert value.is_complex() == (key not in NUMBERS)
+
+
+def clip_and_average(params: Any, lr: float) -> TransformOptimizer:
+    return TransformOptimizer(params, fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(lr), fo.params_ema(0.9)))
+
+
+def in_python(params: Any, lr: float) -> TransformOptimizer:
+    """A chain with a transformation that is not made of rules, and returns conjugated updates."""
+    conjugate = fo.stateless(lambda updates, params: {k: u.conj() for k, u in updates.items()})
+    return TransformOptimizer(params, fo.chain(conjugate, fo.sgd(lr)))
+
+
+CONJUGATED: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    **OURS,
+    "LBFGS": lambda params, lr: LBFGS([p for _, p in params], lr, line_search_fn="strong_wolfe"),
+    "clip and average": clip_and_average,
+    "Python": in_python,
+    "lbfgs": lambda params, lr: TransformOptimizer(params, fo.lbfgs(lr, linesearch=None)),
+}
+
+
+@pytest.mark.parametrize("name", CONJUGATED)
+def test_gradients_may_be_conjugated_when_they_are_read(name: str) -> None:
+    """autograd leaves them so where a loss has the conjugate of a parameter; most of torch's classes fail there."""
+    results = []
+    for resolves in (False, True):
+        p = torch.nn.Parameter(torch.complex(torch.arange(4.0), torch.ones(4)))
+        opt = CONJUGATED[name]([("p", p)], lr=0.1)
+
+        def closure(opt: Any = opt, p: Any = p, resolves: bool = resolves) -> torch.Tensor:
+            opt.zero_grad()
+            loss = (p.conj() * torch.complex(torch.ones(4), -torch.arange(4.0))).real.sum() + p.abs().square().sum()
+            loss.backward()
+            if resolves:
+                p.grad = p.grad.resolve_conj()
+            else:
+                p.grad = p.grad.conj().resolve_conj().conj()
+                assert p.grad.is_conj()
+            return loss
+
+        for _ in range(3):
+            opt.step(closure)
+        results.append(p.detach())
+
+    assert_same_bits(*results)
+
+
+def test_the_gradient_of_a_conjugate_takes_a_step() -> None:
+    for cls in (SGD, torch.optim.SGD):
+        p = torch.nn.Parameter(torch.complex(torch.ones(2), torch.ones(2)))
+        (p.conj() * torch.tensor([1.0 + 2.0j, 3.0 - 1.0j])).real.sum().backward()
+        assert p.grad is not None
+        assert p.grad.is_conj()
+
+        cls([p], lr=0.5).step()
+
+        assert p.tolist() == [0.5 + 0.0j, -0.5 + 1.5j]
 
 
 def test_parameters_on_meta_are_refused_at_the_step() -> None:

@@ -1,5 +1,7 @@
 """`torch.distributed.checkpoint`: state by the names of parameters, nested, flattened and whole; files on disk."""
 
+import copy
+import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,9 +48,15 @@ OPTIMIZERS: dict[str, Make] = {
     "Adagrad": lambda m: adapters.Adagrad(m.parameters(), lr=0.05),
     "ASGD": lambda m: adapters.ASGD(m.parameters(), lr=0.05, lambd=0.1, t0=2),
     "Rprop": lambda m: adapters.Rprop(m.parameters(), lr=0.05),
+    "ASGD in groups": lambda m: adapters.ASGD(grouped(m, lr=0.02), lr=0.05, lambd=0.1, t0=2),
+    "Rprop in groups": lambda m: adapters.Rprop(grouped(m, lr=0.02), lr=0.05),
     "Lion": lambda m: adapters.Lion(m.parameters(), lr=0.01),
     "LAMB": lambda m: adapters.LAMB(m.parameters(), lr=0.01),
     "chain": with_chain(fo.adamw(0.05)),
+    "rprop": with_chain(fo.rprop(0.05)),
+    "rprop in groups": lambda m: adapters.TransformOptimizer(
+        [{"params": g["params"], "lr": g.get("lr", 0.05)} for g in grouped(m, lr=0.02)], fo.rprop(0.05)
+    ),
     "clip and average": with_chain(fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(0.05), fo.params_ema(0.9))),
     "schedule": with_chain(fo.chain(fo.adamw(fo.linear_schedule(0.1, 0.0, 10)), fo.params_ema(0.9))),
     "slots of some": with_chain(fo.partition({True: fo.adamw(0.05), False: fo.sgd(0.1, momentum=0.9)}, is_matrix)),
@@ -57,7 +65,8 @@ OPTIMIZERS: dict[str, Make] = {
 NAME = pytest.mark.parametrize("name", OPTIMIZERS)
 # Reading the state of an optimizer that has none makes the library take a step of zero gradients and zero learning
 # rate, which counts in torch's own classes, and which ASGD and Rprop of torch take their learning rates from.
-FRESH = ["SGD", "SGD with momentum", "Lion", "NAdam", "Adagrad", "ASGD", "Rprop"]
+FRESH = ["SGD", "SGD with momentum", "Lion", "NAdam", "Adagrad", "ASGD", "Rprop", "rprop"]
+FRESH += [f"{name} in groups" for name in ("AdamW", "ASGD", "Rprop", "rprop")]
 
 
 def train(name: str, batches: Sequence[Any]) -> tuple[torch.nn.Module, Any]:
@@ -68,9 +77,9 @@ def train(name: str, batches: Sequence[Any]) -> tuple[torch.nn.Module, Any]:
 
 
 def copy_of(model: torch.nn.Module) -> torch.nn.Module:
-    copy = make_model(seed=5)
-    copy.load_state_dict(model.state_dict())
-    return copy
+    other = make_model(seed=5)
+    other.load_state_dict(model.state_dict())
+    return other
 
 
 @LAYOUT
@@ -112,6 +121,34 @@ def test_training_after_a_fresh_optimizer_was_read(name: str) -> None:
     optimizer = OPTIMIZERS[name](model)
     dsd.get_optimizer_state_dict(model, optimizer)
     fit(model, optimizer, batches)
+    torch.testing.assert_close(list(model.parameters()), list(expected.parameters()), **EXACT)
+
+
+def pickled(model: torch.nn.Module, optimizer: Any, name: str) -> tuple[torch.nn.Module, Any]:
+    other: tuple[torch.nn.Module, Any] = pickle.loads(pickle.dumps((model, optimizer)))
+    return other
+
+
+def loaded(model: torch.nn.Module, optimizer: Any, name: str) -> tuple[torch.nn.Module, Any]:
+    other = copy_of(model)
+    new = OPTIMIZERS[name](other)
+    dsd.set_optimizer_state_dict(other, new, values(dsd.get_optimizer_state_dict(model, optimizer)))
+    return other, new
+
+
+@pytest.mark.parametrize("carry", [lambda model, optimizer, name: copy.deepcopy((model, optimizer)), pickled, loaded])
+# a chain that counts no steps cannot know the group's rate from a file: it has that of the constructor
+@pytest.mark.parametrize("name", [name for name in FRESH if name != "rprop in groups"])
+def test_training_of_a_copy_after_a_fresh_optimizer_was_read(name: str, carry: Callable[..., Any]) -> None:
+    batches = make_batches(3)
+    expected, _ = train(name, batches)
+    model = make_model()
+    optimizer = OPTIMIZERS[name](model)
+    dsd.get_optimizer_state_dict(model, optimizer)
+
+    model, optimizer = carry(model, optimizer, name)
+    fit(model, optimizer, batches)
+
     torch.testing.assert_close(list(model.parameters()), list(expected.parameters()), **EXACT)
 
 
