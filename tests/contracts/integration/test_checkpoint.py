@@ -124,6 +124,24 @@ def test_training_after_a_fresh_optimizer_was_read(name: str) -> None:
     torch.testing.assert_close(list(model.parameters()), list(expected.parameters()), **EXACT)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler
+@pytest.mark.parametrize("name", ["Rprop in groups", "rprop in groups"])
+def test_compiled_steps_after_a_fresh_optimizer_was_read(name: str) -> None:
+    results = []
+    for reads in (False, True):
+        model = make_model()
+        optimizer = OPTIMIZERS[name](model)
+        if reads:
+            dsd.get_optimizer_state_dict(model, optimizer)
+        step = torch.compile(optimizer.step, backend="eager", fullgraph=True)
+        for sign in (1.0, 1.0, -1.0):
+            for p in model.parameters():
+                p.grad = torch.full_like(p, sign)
+            step()
+        results.append(list(model.parameters()))
+    torch.testing.assert_close(*results, **EXACT)
+
+
 def pickled(model: torch.nn.Module, optimizer: Any, name: str) -> tuple[torch.nn.Module, Any]:
     other: tuple[torch.nn.Module, Any] = pickle.loads(pickle.dumps((model, optimizer)))
     return other
