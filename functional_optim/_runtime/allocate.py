@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .pointers import DIM, HEAD, Pointers, describe, operations
+from .pointers import HEAD, Pointers, describe, operations
 from .spec import TensorSpec
 
 
@@ -18,20 +18,21 @@ class Allocator:
     allocator takes most of it either way.
 
     Args:
-      specs: for each column, the specs of the tensors that its new tensors are like.
+      likes: for each column, the specs of the tensors that its new tensors are like, each with a tensor of that spec.
       makers: for each column, the function that makes a new tensor from one of them.
     """
 
-    def __init__(self, specs: Sequence[Sequence[TensorSpec]], makers: Sequence[Make]) -> None:
+    def __init__(self, likes: Sequence[Sequence[tuple[TensorSpec, torch.Tensor]]], makers: Sequence[Make]) -> None:
         self.makers = makers
-        self.lengths = [len(own) for own in specs]
-        wanted = [(spec, make) for own, make in zip(specs, makers, strict=True) for spec in own]
+        self.lengths = [len(own) for own in likes]
+        wanted = [(spec, make) for own, make in zip(likes, makers, strict=True) for spec, _ in own]
         self.n = len(wanted)
         own = operations()
         self.operation = None if own is None else own.new_tensors.default
         if self.operation is not None:
+            examples = {spec: x for own in likes for spec, x in own}
             rows = {x: k for k, x in enumerate(dict.fromkeys(wanted))}
-            self.table = _describe_new(list(rows))
+            self.table = _describe_new([(examples[spec], make) for spec, make in rows])
             self.index = torch.tensor([rows[x] for x in wanted], dtype=torch.int64, device="cpu")
 
     def __call__(self, like: Sequence[Sequence[torch.Tensor]], pointers: Pointers) -> list[list[torch.Tensor]]:
@@ -53,14 +54,15 @@ class Allocator:
         return columns
 
 
-def _describe_new(wanted: Sequence[tuple[TensorSpec, Make]]) -> torch.Tensor:
-    """Rows of `pointers.c` for tensors that functions would make of tensors of some specs; no memory is taken."""
-    made = [make(torch.empty_strided(x.shape, x.stride, dtype=x.dtype, device="meta")) for x, make in wanted]
-    examples = [torch.empty((), dtype=y.dtype, device=x.device) for (x, _), y in zip(wanted, made, strict=True)]
-    table = describe(examples, max((y.dim() for y in made), default=0))
-    for row, y in zip(table, made, strict=True):
-        row[DIM] = y.dim()
-        row[HEAD : HEAD + 2 * y.dim()] = torch.tensor([*y.shape, *y.stride()], dtype=torch.int64, device="cpu")
+def _describe_new(wanted: Sequence[tuple[torch.Tensor, Make]]) -> torch.Tensor:
+    """Rows of `pointers.c` for tensors that functions make of others; they are made, one at a time, to be described.
+
+    On meta they would take no memory, but the first one there has torch import SymPy, which is longer than a step.
+    """
+    dims = max((x.dim() for x, _ in wanted), default=0)
+    table = torch.empty((len(wanted), HEAD + 2 * dims), dtype=torch.int64, device="cpu")
+    for row, (x, make) in zip(table, wanted, strict=True):
+        row.copy_(describe([make(x)], dims)[0])
     return table
 
 

@@ -86,7 +86,7 @@ class BoundPrograms(Programs):
         for i in self.copied:
             seen[i] = TensorSpec.of(tensors[i])
         self.reader = PointerReader(tensors, seen)
-        self.allocator = self._allocator(seen) if self.allocates else None
+        self.allocator = self._allocator(list(zip(seen, tensors, strict=True))) if self.allocates else None
         self.n_results = sum(len(g.leaves) * len(g.outputs) for g in self.groups)
 
     def _choose_backends(self) -> list[tuple[str, list[int]]]:
@@ -137,12 +137,12 @@ class BoundPrograms(Programs):
             places.append(own)
         return places, copies
 
-    def _allocator(self, specs: Sequence[TensorSpec]) -> Allocator:
+    def _allocator(self, gathered: Sequence[tuple[TensorSpec, torch.Tensor]]) -> Allocator:
         """The maker of new tensors for all outputs: each is like an update, and a number per leaf has no shape."""
-        likes: list[Sequence[TensorSpec]] = []
+        likes: list[Sequence[tuple[TensorSpec, torch.Tensor]]] = []
         makers: list[Make] = []
         for group, bounds in zip(self.groups, self.bounds, strict=True):
-            like = specs[slice(*bounds[group.updates])]
+            like = gathered[slice(*bounds[group.updates])]
             for output, dtype in zip(group.signature.program.outputs, group.signature.outputs, strict=True):
                 likes.append(like)
                 if output.level is Level.LEAF:

@@ -128,6 +128,24 @@ def test_what_importing_imports(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+STEPS = """
+import torch
+import functional_optim as fo
+
+tx, params = fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(1e-3)), {"w": torch.ones(3, 2), "b": torch.ones(3)}
+state, before = tx.init(params), set(sys.modules)
+fo.apply_gradients(tx, params, params, state)
+fo.apply_gradients(tx, params, {k: p.clone() for k, p in params.items()}, state, donate=True)
+print(*sorted({"sympy", "torch._dynamo", "torch._inductor"} & (set(sys.modules) - before)))
+"""
+
+
+@pytest.mark.slow
+def test_a_first_step_does_not_import_the_compiler(tmp_path: Path) -> None:
+    """Nor SymPy, which torch imports with some operations on meta: it takes longer than the rest of the step."""
+    assert python(STEPS, HOME=str(tmp_path), PATH=os.environ["PATH"]) == "\n"
+
+
 @pytest.mark.slow
 def test_adapters_are_imported_by_their_own_name() -> None:
     code = """

@@ -5,8 +5,8 @@ A stage of a program is a uniform kernel and a pass, launched in this order:
     uniform_k   for each leaf: ends the reductions of the stage before, computes the uniform values that are new, in
                 double precision, and writes those that elements or later stages need for the leaf; the last one writes
                 the numbers per leaf, which only uniform kernels read and write
-    pass_k      for each chunk of a leaf: loads these, then elements, and stores elements and partial results; the last
-                one moves on the counters that it is given, which all uniform kernels have read by then
+    pass_k      for each chunk of a leaf: loads these, then elements, and stores elements and partial results; in the
+                last one a program each moves on the counters that it is given, which uniform kernels have read by then
 
 All that varies is in tables on the device: addresses, sizes, chunks, and a row of scalars per group of
 hyper-parameters. A pass does nothing but stream: no double precision but for values that are reduced, and a handful of
@@ -200,7 +200,7 @@ class _Elements(_Emitter):
         block, reductions = TUNED[kind_of(self.signature, self.p)].block, self.p.reductions
         lines = ["chunk = tl.program_id(0)"]
         if self.number == len(plan(self.signature)) - 1:
-            lines += ["if chunk == 0:", "    for k in range(0, n_counters):", "        _count(counters + k)"]
+            lines += ["if chunk < n_counters:", "    _count(counters + chunk)"]
         lines.append("leaf = tl.load(chunks + 2 * chunk)")
         length = f"blocks * {block}" if reductions else f"{block}"
         lines.append(f"start = tl.load(chunks + 2 * chunk + 1).to(tl.int64) * {length}")

@@ -33,6 +33,7 @@ class DeviceMemory(StepMemory):
         self.stream = stream
         self.calls: list[list[Call]] = []  # by stage
         self.called: tuple[bool, ...] = ()  # the variants that they are of
+        self.kernels: list[tuple[Loaded, ...]] = []  # the kernels of each group: launches hold no reference to them
 
 
 class TritonLaunch:
@@ -45,7 +46,7 @@ class TritonLaunch:
       joins: the reductions over processes, if there are any.
 
     Attributes:
-      moved: the positions of counters that launches move on; none where elements are not what is computed last.
+      moved: the positions of counters that launches move on; none if they are more than the programs of any last pass.
     """
 
     def __init__(
@@ -70,12 +71,10 @@ class TritonLaunch:
         ends = [len(kernels.stages) for kernels in self.kernels] + ([] if joins is None else [joins.stages - 1])
         self.n_stages = max(ends)
         end = self.n_stages - 1
-        passes = [
-            (end, k) for k, own in enumerate(self.tables.of_group) if len(own.of_pass) > end and own.of_pass[end][1]
-        ]
-        # stage and group of the pass behind all uniform kernels, which read counters
-        self.last_pass = passes[-1] if passes else None
-        self.moved = counters if passes else ()
+        # passes behind all uniform kernels, which read counters: the number of programs, the stage and the group
+        last = [(own.of_pass[end][1], end, k) for k, own in enumerate(self.tables.of_group) if len(own.of_pass) > end]
+        programs, *self.counting = max(last, default=(0, end, 0))  # the one that moves counters on
+        self.moved = counters if programs >= len(counters) else ()
         self.reserve: Reserve | None = None  # since the first step
         self.numbers_seen = b""  # of the last step that was not captured
         self.loaded: set[tuple[bool, ...]] = set()  # variants of kernels that have been launched
@@ -110,6 +109,7 @@ class TritonLaunch:
                 self.numbers_seen = content
             memory.read_numbers(live, self.driver)
             if memory.called != memory.aligned or not memory.calls:
+                memory.kernels = self._kernels_of(memory.aligned)
                 memory.calls, memory.called = self._calls(memory), memory.aligned
         return memory
 
@@ -159,8 +159,8 @@ class TritonLaunch:
                     "a tensor does not begin at a multiple of 16 bytes, or all do, other than in the step before",
                     "take a step over tensors of that kind before the capture",
                 )
-            kernels = [load_kernels(g.signature, self.device, a) for g, a in zip(self.groups, aligned, strict=True)]
-            for kept in (self.tables, *staged, *kernels):  # before the graph has the copy, which reads staged memory
+            # before the graph has the copy, which reads staged memory
+            for kept in (self.tables, *staged, *self._kernels_of(aligned)):
                 hold(kept)
 
         memory.upload(pointers, content, staging, self.driver, accept)
@@ -178,7 +178,7 @@ class TritonLaunch:
                 if stage >= len(self.kernels[k].stages):
                     continue
                 own, first, n = self.tables.of_group[k], self.tables.firsts[k], len(group.leaves)
-                table, loaded = self.kernels[k].stages[stage], self._loaded(k, memory)[stage]
+                table, loaded = self.kernels[k].stages[stage], memory.kernels[k][stage]
                 words, uniforms = memory.words, memory.uniforms[k]
                 addresses, partials = words[slice(*own.addresses)], words[slice(*own.partials)]
                 scalars = words[slice(*own.scalars)].view(torch.float64)
@@ -190,13 +190,13 @@ class TritonLaunch:
                 chunks, count = own.of_pass[stage]
                 if table.elements is not None and loaded.elements is not None and count:
                     blocks = self.chunk // table.elements.block if table.reduces else 1
-                    n_counters = len(self.moved) if (stage, k) == self.last_pass else 0
+                    n_counters = len(self.moved) if [stage, k] == self.counting else 0
                     tensors = (chunks, own.leaf_size, addresses, uniforms, partials, counters)
                     passed = (*tensors, n, blocks, first, n_counters, memory.aligned[k])
                     elements.append(loaded.elements.bind(count, passed, memory.stream))
             stages.append(uniform + elements)
         return stages
 
-    def _loaded(self, k: int, memory: DeviceMemory) -> tuple[Loaded, ...]:
-        """The kernels of a group, in the variant for a step's addresses."""
-        return load_kernels(self.groups[k].signature, self.device, memory.aligned[k])
+    def _kernels_of(self, aligned: Sequence[bool]) -> list[tuple[Loaded, ...]]:
+        """The kernels of each group, in the variant for a step's addresses."""
+        return [load_kernels(g.signature, self.device, a) for g, a in zip(self.groups, aligned, strict=True)]

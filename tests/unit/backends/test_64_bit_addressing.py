@@ -102,7 +102,7 @@ def step_in_triton(tx: Any, tensors: Mapping[str, torch.Tensor], start: int) -> 
         size_of_chunk = CHUNK if stage.reduces else block
         ends = range(start // size_of_chunk, -(-(start + N) // size_of_chunk))
         chunks = torch.tensor([[0, k] for k in ends], dtype=torch.int32)
-        arguments = (chunks, size, addresses, uniforms, table, 1, size_of_chunk // block, 0)
+        arguments = (chunks, size, addresses, uniforms, table, table, 1, size_of_chunk // block, 0, 0)
         stage.elements.function[(len(ends),)](*arguments, ALIGNED=False)
 
 

@@ -44,11 +44,11 @@ def way(request: pytest.FixtureRequest) -> str:
 
 
 def allocator(way: str, columns: list[list[torch.Tensor]], makers: list[Make]) -> Allocator:
-    specs = [list(map(TensorSpec.of, column)) for column in columns]
+    likes = [[(TensorSpec.of(x), x) for x in column] for column in columns]
     if way == "operation":
-        return Allocator(specs, makers)
+        return Allocator(likes, makers)
     with mock.patch.object(allocate, "operations", return_value=None):
-        found = Allocator(specs, makers)
+        found = Allocator(likes, makers)
     if way == "no memory":
         found.operation = lambda *_: []
         found.index = found.table = torch.zeros(1)
