@@ -17,3 +17,6 @@ def outside(reason: str) -> Callable[..., Any]:
       reason: a sentence for the one who asks torch why the graph is broken.
     """
     return torch.compiler.disable(_call, reason=reason)  # type: ignore[no-any-return, no-untyped-call]
+
+
+followed_outside = outside("Python reads a number in the step, so operations of torch compute it outside of the graph")

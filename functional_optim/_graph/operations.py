@@ -5,6 +5,7 @@ are part of its graph. What a derivative is asked of is computed by the third, t
 """
 
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -75,7 +76,21 @@ def _donated_step(text: str, updates: Tensors, params: Tensors, state: Tensors, 
 
 
 def _traced_step(text: str, updates: Tensors, params: Tensors, state: Tensors, numbers: Tensors) -> list[torch.Tensor]:
-    """The step by operations of torch, which autograd, transformations and compilers follow."""
+    """The step by operations of torch, which autograd, transformations and compilers follow.
+
+    Where Python reads a number in the step, Dynamo breaks its graph at the operation, and would then compile the
+    functions that this call of it calls, one by one.
+    """
+    if "torch._dynamo" in sys.modules:
+        from .._graph_breaks import followed_outside  # which imports the compiler
+
+        return followed_outside(_step_by_torch, text, updates, params, state, numbers)  # type: ignore[no-any-return]
+    return _step_by_torch(text, updates, params, state, numbers)
+
+
+def _step_by_torch(
+    text: str, updates: Tensors, params: Tensors, state: Tensors, numbers: Tensors
+) -> list[torch.Tensor]:
     step, given = find_step(text), (*updates, *params, *state, *numbers)
     try:
         results, new = step.take(updates, params, state, numbers, reference=True)

@@ -5,6 +5,7 @@ import contextlib
 import copy
 import io
 import re
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -267,6 +268,38 @@ def test_numbers_are_donated_to_the_reference_that_is_traced(dtype: torch.dtype)
             mine, state = compiled(tx, mine, grads, state)
         theirs, expected = fo.apply_gradients(tx, theirs, grads, expected)
     assert all(mine[name] is given[name] for name in mine)
+    assert_close((mine, state), (theirs, expected))
+
+
+def by_a_number(updates: Any, state: Any, params: Any = None) -> Any:
+    """An opaque transformation that Python decides."""
+    n = float(state["n"])
+    return {k: u / (1 + n) if n < 2 else u for k, u in updates.items()}, {"n": state["n"] + 1}
+
+
+READING: dict[str, Callable[[], Any]] = {
+    "L-BFGS": lambda: fo.chain(fo.scale_by_lbfgs(), fo.scale(-0.1)),
+    "opaque": lambda: fo.chain(fo.GradientTransformation(counting, by_a_number), fo.scale(-0.1)),
+}
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("name", READING)
+def test_a_step_that_reads_numbers_breaks_the_graph_of_the_reference(name: str, donate: bool) -> None:
+    """And is not looked into, function by function."""
+    torch.compiler.reset()
+    tx = READING[name]()
+
+    def step(params: Any, state: Any) -> Any:
+        return fo.apply_gradients(tx, params, {"w": params["w"] ** 3 - 1}, state, donate=donate)
+
+    compiled = torch.compile(step, backend="eager")
+    mine, theirs = ({"w": torch.tensor([2.0, -1.0, 0.5])} for _ in range(2))
+    state, expected = tx.init(mine), tx.init(theirs)
+    for _ in range(4):
+        with fo.use_backend("reference"):
+            mine, state = compiled(mine, state)
+        theirs, expected = step(theirs, expected)
     assert_close((mine, state), (theirs, expected))
 
 
