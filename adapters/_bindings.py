@@ -49,9 +49,8 @@ class Bindings:
         self.layouts: dict[tuple[int, ...], ChainLayout] = {}  # by whether steps are guarded, and the ids of templates
         self.steps: list[ParamStep] = []
         self.row_steps: list[ParamStep] = []  # of the rows that sparse gradients touch
-        self.disjoint: Sequence[
-            tuple[int, TensorSpec]
-        ] = ()  # tensors with rows to be written that were found to share no memory
+        # addresses and specs of tensors with rows to be written, which were found to share no memory
+        self.disjoint: Sequence[tuple[int, TensorSpec]] = ()
         self.sparse = False  # whether a gradient has been sparse, so that layouts are looked at before a step
         self.new: set[int] = set()  # ids of parameters that have state, but have not taken their first step
         # entries of state that begin at the rate of a group, made by checkpoint code, in whose time that is 0

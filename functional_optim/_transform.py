@@ -30,7 +30,8 @@ from ._compiler.rule import (
     Bound,
     EmptyState as EmptyState,
 )
-from ._tree import Tree, View
+from ._packed import Packed
+from ._tree import Tree, View, packed_like, unpacked
 
 
 TRANSFORMATIONS: "WeakValueDictionary[str, GradientTransformation]" = WeakValueDictionary()  # by serial number
@@ -140,7 +141,7 @@ class GradientTransformation(Transformation):
 
     def init(self, params: Tree) -> Any:
         """Makes the state for a tree of parameters."""
-        return self._functions[0](params)
+        return self._functions[0](unpacked(params))
 
     def update(self, updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> tuple[Tree, Any]:
         """Transforms updates.
@@ -156,7 +157,12 @@ class GradientTransformation(Transformation):
         """
         if self._extras is not None:
             extra = {k: v for k, v in extra.items() if k in self._extras}
-        return self._functions[1](updates, state, params, **extra)
+        result = self._functions[1](unpacked(updates), state, unpacked(params), **extra)
+        like = updates if params is None else params
+        if not isinstance(like, Packed):
+            return result
+        found, state = result
+        return packed_like(like, found), state
 
     def __iter__(self) -> Iterator[Callable[..., Any]]:
         """The two functions, for `init, update = tx`."""

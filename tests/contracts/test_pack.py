@@ -268,6 +268,29 @@ def test_derivatives_and_batches_of_steps() -> None:
         assert_alike(batch.map(lambda b, k=k: b[k]).tree(), alone)
 
 
+@pytest.mark.parametrize("chained", [False, True])
+def test_a_transformation_that_is_not_made_of_rules_is_handed_views(chained: bool) -> None:
+    """By each of its functions, as part of a chain and by itself; updates are packed as parameters are."""
+    given: list[type] = []
+
+    def init(params: Any) -> Any:
+        given.append(type(params))
+        return {k: torch.zeros_like(p) for k, p in params.items()}
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        given.extend((type(updates), type(params)))
+        return {k: u + state[k] for k, u in updates.items()}, state
+
+    own = fo.GradientTransformation(init, update)
+    tx = fo.chain(own) if chained else own
+    params = fo.pack({"w": torch.ones(3), "b": torch.ones(2)})
+    updates, state = tx.update(params.map(torch.ones_like), tx.init(params), params)
+    stepped, _ = fo.apply_gradients(tx, params, updates, state)
+    assert set(given) == {dict}
+    assert isinstance(updates, fo.Packed)
+    torch.testing.assert_close(fo.unpack(stepped), {"w": torch.full((3,), 2.0), "b": torch.full((2,), 2.0)})
+
+
 def test_views_that_a_transformation_made_are_not_kept() -> None:
     """Packed parameters that a transformed function finds around it, before anything else has looked at them."""
     tx = fo.sgd(0.1)
