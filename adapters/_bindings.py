@@ -169,13 +169,12 @@ class Bindings:
                 journal.set(opt.state, p, state)
                 self.states = []  # to be gathered anew
 
-    def start_anew(self, states: Sequence[dict[str, Any]], present: Sequence[int], journal: Journal) -> bool:
-        """Has entries of `started_dry` made anew, of parameters that have gradients; returns whether there are any."""
+    def start_anew(self, states: Sequence[dict[str, Any]], present: Sequence[int], journal: Journal) -> None:
+        """Has entries of `started_dry` made anew, of parameters that have gradients."""
         stepped = {id(states[i]) for i in present}
-        entries = [(state, key) for state, key in self.started_dry if id(state) in stepped]
-        for state, key in entries:
-            journal.set(state, key, None)
-        return bool(entries)
+        for state, key in self.started_dry:
+            if id(state) in stepped:
+                journal.set(state, key, None)
 
     def started(self, states: Sequence[dict[str, Any]], present: Sequence[int]) -> None:
         """Takes note that parameters have taken a step."""

@@ -11,6 +11,7 @@ from functional_optim._lbfgs.capture import refuse_capture
 from functional_optim._lbfgs.point import Point
 from functional_optim._lbfgs.recursion import Number, two_loop
 from functional_optim._lbfgs.strong_wolfe import strong_wolfe
+from functional_optim._runtime.checks import check_stored
 from functional_optim._runtime.shard import real_view
 from functional_optim._warn import warn
 
@@ -54,8 +55,13 @@ class _Loss:
         return (loss, -value, -grad) if self.maximize else (loss, value, grad)
 
     def flat_grad(self) -> torch.Tensor:
-        """The gradients of all parameters, zeros for one that has none."""
+        """The gradients of all parameters, zeros for one that has none.
+
+        Raises:
+          ValueError: a gradient has no memory.
+        """
         grads = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in self.params]
+        _check_stored("the gradient of parameter", dict(enumerate(grads)))
         dense = [g if g.layout is torch.strided else g.to_dense() for g in grads]
         return torch.cat([real_view(g.resolve_conj()).reshape(-1) for g in dense])
 
@@ -197,6 +203,8 @@ class LBFGS(torch.optim.LBFGS):
     def _step(self, over: _Loss, group: dict[str, Any]) -> Any:
         """Takes a step, all or nothing: `own` takes the place of the state at its end."""
         first = over.params[0]
+        _check_stored("parameter", dict(enumerate(over.params)))
+        _check_stored("the state", _vectors_of(self.state.get(first, {})))
         own = {"func_evals": 0, "n_iter": 0, **self.state.get(first, {})}
         own |= {key: list(own[key]) for key in LISTS if key in own}
         own.pop("al", None)  # numbers of torch's own that need not be kept
@@ -315,13 +323,14 @@ class LBFGS(torch.optim.LBFGS):
         for key, saved in states.items():
             if not _is_of_parameter(key, groups):
                 continue
-            vectors = [saved.get(k) for k in VECTORS] + [x for k in LISTS[:2] for x in saved.get(k) or ()]
-            wrong = next((x for x in vectors if x is not None and x.numel() != n), None)
+            vectors = _vectors_of(saved)
+            wrong = next((x for x in vectors.values() if x.numel() != n), None)
             if wrong is not None:
                 raise ValueError(
                     f"the saved state of parameter {key} has a vector of {wrong.numel()} elements, but the parameters "
                     f"have {n}."
                 )
+            _check_stored(f"the saved state of parameter {key},", vectors)
         return {**state_dict, "state": deepcopy(states)}
 
     def _refuse_another_class(self, states: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]]) -> None:
@@ -345,6 +354,23 @@ class LBFGS(torch.optim.LBFGS):
                     f"the saved state of parameter {key} lacks {', '.join(map(repr, lacking))}; it has "
                     f"{', '.join(map(repr, saved))}, so another class than LBFGS saved it."
                 )
+
+
+def _vectors_of(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The vectors of a state, by key and position."""
+    listed = {f"{k}[{i}]": x for k in LISTS[:2] for i, x in enumerate(state.get(k) or ())}
+    return {**{k: state[k] for k in VECTORS if state.get(k) is not None}, **listed}
+
+
+def _check_stored(name: str, tensors: Mapping[Any, torch.Tensor]) -> None:
+    """Refuses tensors whose storage has been freed or cut, which operations of torch would read.
+
+    Raises:
+      ValueError: with the name and the key.
+    """
+    for key, x in tensors.items():
+        if isinstance(x, torch.Tensor) and x.layout is torch.strided:
+            check_stored(f"{name} {key}", "", x)
 
 
 def _is_of_parameter(key: Any, groups: Sequence[Mapping[str, Any]]) -> bool:

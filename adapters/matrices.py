@@ -93,7 +93,7 @@ class Adafactor(_WholeTensors, torch.optim.Adafactor):  # type: ignore[misc]
     def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
         dtypes = {p.dtype for p in group["params"] if p.dtype.is_floating_point}  # others are frozen
         eps1 = _plain(group["eps"][0])
-        if eps1 is None and len(dtypes) == 1:  # that of the parameters, whose gradients may have another dtype
+        if eps1 is None and len(dtypes) == 1:  # the epsilon of the parameters, whose gradients may have another dtype
             eps1 = torch.finfo(*dtypes).eps
         return bool(group["maximize"]), eps1
 

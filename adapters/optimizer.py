@@ -41,7 +41,7 @@ def _check_rate(group: int, lr: Any) -> None:
 
 
 def _is_at_start(own: Any) -> bool:
-    """Whether the state of a parameter counts no step: checkpoint code has made it, and copies of it have been made."""
+    """Whether the state of a parameter counts no step, as one does that checkpoint code has made, and its copies do."""
     step = own.get("step") if isinstance(own, Mapping) else None
     if isinstance(step, torch.Tensor):
         return type(step) is torch.Tensor and step.numel() == 1 and not step.is_meta and not step.any()
@@ -238,7 +238,8 @@ class ChainOptimizer(Optimizer):
         assert bindings.params is not None
         originals = bindings.params.tensors
         dry = not self.state and in_checkpoint()
-        before, exact, journal = bindings.new, dry, Journal()
+        # a step whose gradients are all there is looked for: the one that checkpoint code has taken had none missing
+        before, exact, journal = bindings.new, dry or bool(bindings.started_dry), Journal()
         step: ParamStep | None = None
         first: frozenset[int] = frozenset()
         try:
@@ -246,7 +247,7 @@ class ChainOptimizer(Optimizer):
                 step = bindings.step_for(self, inputs.templates, grads, guarded, exact)
                 step.begin()
                 if bindings.started_dry:
-                    exact = bindings.start_anew(states, step.present, journal) or exact
+                    bindings.start_anew(states, step.present, journal)
                 columns, new = step.state.columns(states, exact), before
                 if columns is None and not exact:
                     exact = True  # before state is made for parameters whose gradients are gone

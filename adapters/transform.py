@@ -216,6 +216,9 @@ class TransformOptimizer(ChainOptimizer):
         )
 
     def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
+        lacking = next((name for name in ("maximize", *self._naming.switches) if name not in group), None)
+        if lacking is not None:
+            raise KeyError(f"the parameter group lacks {lacking!r}, a switch of the chain; there are {sorted(group)}.")
         return (bool(group["maximize"]), *[group[name] for name in self._naming.switches])
 
     def _template(self, switches: tuple[Any, ...]) -> Template:

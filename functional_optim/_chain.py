@@ -213,8 +213,9 @@ def apply_gradients(
       grads: a tree like it; None skips a parameter and leaves its state as it is.
       state: the result of `tx.init(params)`, or the state of the last step.
       donate: whether to reuse the memory of `params` and `state` for the results, as JAX does with donated
-        arguments: both are updated in place and returned. Parts of the state that come before a transformation
-        which is not made of rules are returned anew. Gradients are never written.
+        arguments: both are updated in place and returned. The state of a rule for whole tensors, and parts of
+        the state that come before one or before a transformation that is not made of rules, are returned anew: go
+        on with the state that is returned. Gradients are never written.
       **extra: further arguments, such as `value`, for whichever transformation wants them.
 
     Returns:

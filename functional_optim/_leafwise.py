@@ -130,11 +130,11 @@ class LeafwiseStep:
 
     def _with_like_options(self, options: Sequence[Mapping[str, Any]], owners: Sequence[int]) -> list[int]:
         """The owner of each leaf, or the first one with the same numbers for this rule: such leaves go together."""
-        own = [x for x in self.bound.values.values() if isinstance(x, Option)]
+        own = {f"{self.bound.rule.name}.{k}": x for k, x in self.bound.values.items() if isinstance(x, Option)}
         firsts: dict[Hashable, int] = {}
         alike = {}
         for owner in dict.fromkeys(owners):
-            values = [option.look_up(options[owner]) for option in own]
+            values = [option.look_up(options[owner], label) for label, option in own.items()]
             key = tuple((type(x), x) if isinstance(x, (int, float)) else id(x) for x in values)
             alike[owner] = firsts.setdefault(key, owner)
         return [alike[owner] for owner in owners]
@@ -383,7 +383,9 @@ class _Values(NamedTuple):
         bound, rule, keywords = region.bound, region.bound.rule, {}
         for name, value in bound.values.items():
             if isinstance(value, Option):
-                keywords[name] = value.look_up(options)
+                keywords[name] = value.look_up(options, f"{rule.name}.{name}")
+                if keywords[name] is None:
+                    raise ValueError(f"the option {value.name!r} is None, expected a number.")
             elif bound.is_schedule(name):
                 given = count
                 if isinstance(count, float) or (name in region.python_hypers and not needs_dispatch()):

@@ -40,14 +40,26 @@ class Option:
     name: str
     index: int | None = None
 
-    def look_up(self, options: Mapping[str, Any]) -> Any:
+    def look_up(self, options: Mapping[str, Any], label: str = "a hyper-parameter") -> Any:
         """The value at this step.
+
+        Args:
+          options: the options of a parameter group.
+          label: the name of the hyper-parameter in messages.
 
         Raises:
           KeyError: there is no such option.
           ValueError: the value is no sequence of that length.
         """
+        if self.name not in options:
+            raise self.missing(options, label)
         return self.pick(options[self.name])
+
+    def missing(self, options: Mapping[str, Any], label: str) -> KeyError:
+        """The error of options that lack this one."""
+        return KeyError(
+            f"the parameter group lacks {self.name!r}, which {label} is taken from; there are {sorted(options)}."
+        )
 
     def pick(self, value: Any) -> Any:
         """The number within an option.

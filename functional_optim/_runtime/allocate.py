@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from .internals import has_members
 from .pointers import HEAD, Pointers, describe, operations
 from .spec import TensorSpec
 
@@ -27,10 +28,12 @@ class Allocator:
         self.lengths = [len(own) for own in likes]
         wanted = [(spec, make) for own, make in zip(likes, makers, strict=True) for spec, _ in own]
         self.n = len(wanted)
-        own = operations()
-        self.operation = None if own is None else own.new_tensors.default
+        examples = {spec: x for own in likes for spec, x in own}
+        operation = operations()
+        # of a member of `vmap` that has escaped nothing is made; the step refuses it when it reads tensors
+        usable = operation is not None and not any(map(has_members, examples.values()))
+        self.operation = operation.new_tensors.default if usable else None
         if self.operation is not None:
-            examples = {spec: x for own in likes for spec, x in own}
             rows = {x: k for k, x in enumerate(dict.fromkeys(wanted))}
             self.table = _describe_new([(examples[spec], make) for spec, make in rows])
             self.index = torch.tensor([rows[x] for x in wanted], dtype=torch.int64, device="cpu")

@@ -162,7 +162,7 @@ class _Derivative(torch.autograd.Function):
             return tuple(step.pull_back(tensors, cotangents, wanted))
         except NoDerivative:
             results = _pull_back_followed(step, tensors, cotangents, wanted)
-            given = set(map(id, arguments))  # which autograd saves, and takes for no result as they are
+            given = set(map(id, arguments))  # tensors that autograd saves, and takes for no result as they are
             return tuple([x.view_as(x) if id(x) in given else x for x in results])
 
     @staticmethod

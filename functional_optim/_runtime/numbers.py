@@ -80,10 +80,7 @@ class Table:
             try:
                 x = options[owner][option.name]
             except KeyError:
-                raise KeyError(
-                    f"the parameter group lacks {option.name!r}, which {label} is taken from; there are "
-                    f"{sorted(options[owner])}."
-                ) from None
+                raise option.missing(options[owner], label) from None
             if option.index is not None:
                 x = option.pick(x)
             self.template[position] = x if type(x) is float else _number(option, x, self.device)

@@ -78,7 +78,7 @@ def operations() -> Any:
     except (BuildError, OSError, AttributeError):
         return None
     for name in ("read_pointers", "describe"):
-        torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *_: None)  # they return nothing
+        torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *_: None)  # operations without a result
     return getattr(torch.ops, NAMESPACE)
 
 

@@ -194,9 +194,10 @@ class BoundStep(BoundPrograms):
                 counters.append(workspace.status_address)
             workspace.cpu[0](numbers, counters)
         else:
-            computed = self._run_parts(reading, numbers, outputs, ready)
+            parts = self.parts  # those of this step: another thread may give a backend up meanwhile
+            computed = self._run_parts(parts, reading, numbers, outputs, ready)
             outputs = [computed.get(g, own) for g, own in enumerate(outputs)]
-            for i in self._still():
+            for i in self._still(parts):
                 self.tensor_at(reading, i).add_(1)
         if reading.originals:
             if self.in_place:
@@ -237,13 +238,14 @@ class BoundStep(BoundPrograms):
             self.parts = [("foreach" if backend == "triton" else backend, own) for backend, own in self.parts]
         return ready
 
-    def _still(self) -> list[int]:
+    def _still(self, parts: Sequence[tuple[str, list[int]]]) -> list[int]:
         """The positions of shared counters that no kernel of several parts moves on."""
-        launched = [self.triton[k].moved for k, (backend, _) in enumerate(self.parts) if backend == "triton"]
+        launched = [self.triton[k].moved for k, (backend, _) in enumerate(parts) if backend == "triton"]
         return [i for i in self.counters.values() if not any(i in moved for moved in launched)]
 
     def _run_parts(
         self,
+        parts: Sequence[tuple[str, list[int]]],
         reading: Reading,
         numbers: Numbers,
         outputs: Sequence[Sequence[Column]],
@@ -255,7 +257,7 @@ class BoundStep(BoundPrograms):
           By group, the new tensors of those that operations of torch compute.
         """
         computed: dict[int, list[Column]] = {}
-        for part, (backend, own) in enumerate(self.parts):
+        for part, (backend, own) in enumerate(parts):
             table = [numbers[g] for g in own]
             if backend == "c":
                 reading.workspace.cpu[part](table, [])

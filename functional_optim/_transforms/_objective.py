@@ -90,7 +90,7 @@ class Objective:
         """The objective as a number.
 
         Raises:
-          TypeError, ValueError: it is something else.
+          TypeError, ValueError: the objective is something else.
         """
         refuse_members(self.name, subject, x)
         if isinstance(x, torch.Tensor) and (x.numel() != 1 or x.is_complex()):

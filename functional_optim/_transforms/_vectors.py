@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .._runtime.checks import at, check_fit
+from .._runtime.checks import at, check_fit, check_stored
 from .._runtime.internals import has_members
 from .._runtime.shard import is_dtensor, real_view
 from .._tree import Tree, difference, flatten, leaves_like, paths, unflatten
@@ -110,7 +110,7 @@ class Leaves:
           fit: whether leaves must be gradients or updates of their parameters.
 
         Raises:
-          ValueError: the tree has another structure, or lacks a leaf.
+          ValueError: the tree has another structure, or lacks a leaf, or a leaf has no memory.
           TypeError: the tree is one of members of `torch.vmap`.
         """
         try:
@@ -129,6 +129,8 @@ class Leaves:
             refuse_members(self.name, f"{subject}{at(self.paths[i])}", found[i])
             if fit and not (isinstance(found[i], torch.Tensor) and found[i].is_complex()):
                 check_fit(subject, "parameter", self.paths[i], found[i], self.all[i])
+            if isinstance(found[i], torch.Tensor) and found[i].layout is torch.strided:
+                check_stored(subject, self.paths[i], found[i])
         return [found[i] for i in self.present]
 
     def tree(self, leaves: Sequence[Any]) -> Tree:

@@ -391,3 +391,43 @@ def test_functions_that_read_tensors_refuse_those_whose_memory_is_gone(
     gone(tree["b"])
     with pytest.raises(ValueError, match=r"at 'b' .* has no memory"):
         READERS[reader](tree)
+
+
+def lbfgs_step(opt: Any, p: torch.Tensor) -> None:
+    def closure() -> torch.Tensor:
+        p.grad = 2 * p.detach() if p.grad is None else p.grad
+        return torch.tensor(1.0)
+
+    opt.step(closure)
+
+
+@pytest.mark.parametrize("gone", [free, cut])
+@pytest.mark.parametrize("what", ["parameter", "gradient", "direction", "history", "saved"])
+def test_memory_of_lbfgs_that_is_gone_is_refused(what: str, gone: Callable[[Any], None]) -> None:
+    p = nn.Parameter(torch.linspace(1.0, 2.0, 16))
+    opt = adapters.LBFGS([p], lr=0.1, max_iter=4)
+    for _ in range(2):
+        p.grad = None
+        lbfgs_step(opt, p)
+    saved = deepcopy(opt.state_dict())
+    p.grad = torch.ones(16)
+    state = saved["state"][0] if what == "saved" else opt.state[p]
+    gone(
+        {
+            "parameter": p.detach(),
+            "gradient": p.grad,
+            "history": (state["old_dirs"] or [state["d"]])[0],
+        }.get(what, state["d"])
+    )
+    with pytest.raises(ValueError, match="has no memory"):
+        opt.load_state_dict(saved) if what == "saved" else lbfgs_step(opt, p)
+
+
+@pytest.mark.parametrize("gone", [free, cut])
+def test_a_state_of_lbfgs_that_is_gone_is_refused(gone: Callable[[Any], None]) -> None:
+    tx, params, grads = fo.scale_by_lbfgs(), {"w": torch.ones(16)}, {"w": torch.ones(16)}
+    state = tx.init(params)
+    _, state = tx.update(grads, state, params)
+    gone(state.params["w"])
+    with pytest.raises(ValueError, match=r"at 'w' .* has no memory"):
+        tx.update(grads, state, params)

@@ -438,3 +438,31 @@ def test_patterns_for_names_where_there_are_none_warn(case: str) -> None:
                 opt.step()
                 opt.step()
             assert ["named_parameters" in str(w.message) for w in caught] == [True] * (asks and not named)
+
+
+@fo.leafwise(state={"mu": fo.zeros}, static=("soft",))
+def whole(u: Any, mu: Any, *, beta: Any = 0.9, soft: bool = False) -> Any:
+    return (torch.tanh(u) if soft else u), beta * mu + u
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("beta", "missing", KeyError, "lacks 'beta', which whole.beta is taken from; there are"),
+        ("soft", "missing", KeyError, "lacks 'soft', a switch of the chain; there are"),
+        ("beta", None, ValueError, "the option 'beta' is None, expected a number"),
+    ],
+)
+def test_options_of_a_rule_for_whole_tensors_that_are_gone(name: str, value: Any, error: Any, message: str) -> None:
+    p = torch.nn.Parameter(torch.ones(2, 2))
+    opt = TransformOptimizer([p], fo.chain(whole(), fo.scale(-0.1)))
+    p.grad = torch.ones(2, 2)
+    opt.step()
+    before = p.detach().clone()
+    if value == "missing":
+        del opt.param_groups[0][name]
+    else:
+        opt.param_groups[0][name] = value
+    with pytest.raises(error, match=message):
+        opt.step()
+    assert torch.equal(p, before)

@@ -142,6 +142,23 @@ def test_compiled_steps_after_a_fresh_optimizer_was_read(name: str) -> None:
     torch.testing.assert_close(*results, **EXACT)
 
 
+@pytest.mark.parametrize("name", FRESH)
+def test_steps_without_some_gradients_after_a_fresh_optimizer_was_read(name: str) -> None:
+    """Parameters may take their first steps in any order."""
+    results = []
+    for reads in (False, True):
+        model = make_model()
+        optimizer = OPTIMIZERS[name](model)
+        if reads:
+            dsd.get_optimizer_state_dict(model, optimizer)
+        for step in range(6):
+            for k, p in enumerate(model.parameters()):
+                p.grad = torch.full_like(p, 0.5) if step > 3 or (k + step) % 3 == 0 else None
+            optimizer.step()
+        results.append(list(model.parameters()))
+    torch.testing.assert_close(*results, **EXACT)
+
+
 def pickled(model: torch.nn.Module, optimizer: Any, name: str) -> tuple[torch.nn.Module, Any]:
     other: tuple[torch.nn.Module, Any] = pickle.loads(pickle.dumps((model, optimizer)))
     return other
