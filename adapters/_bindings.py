@@ -53,7 +53,7 @@ class Bindings:
         self.disjoint: Sequence[tuple[int, TensorSpec]] = ()
         self.sparse = False  # whether a gradient has been sparse, so that layouts are looked at before a step
         self.new: set[int] = set()  # ids of parameters that have state, but have not taken their first step
-        # entries of state that begin at the rate of a group, made by checkpoint code, in whose time that is 0
+        # entries of state that begin at the rate of a group, made by checkpoint code, which sets that to 0 meanwhile
         self.started_dry: list[tuple[dict[str, Any], str]] = []
         self.warned = False
         self.handle = next(HANDLES)
@@ -216,7 +216,7 @@ class Bindings:
         return step
 
     def _keep(self, step: ParamStep, of_rows: bool) -> None:
-        """Makes a step the first of those that are bound."""
+        """Puts a step in front of the other bound steps."""
         if of_rows:
             self.row_steps = in_front(step, self.row_steps, KEEP)
         else:

@@ -307,7 +307,7 @@ class LBFGS(torch.optim.LBFGS):
           KeyError: it lacks the states or the groups; nothing has been changed.
           ValueError: it is the state of other parameters or of another class; nothing has been changed.
         """
-        # behind the hooks of others, which may mend what is loaded
+        # behind the hooks of others, which may mend the state dict
         last = self.register_load_state_dict_pre_hook(lambda _, found: self._checked(found))
         try:
             super().load_state_dict(state_dict)

@@ -18,7 +18,7 @@ from ._steps import StepInputs
 
 
 def _plain(option: Any) -> Any:
-    """An option that decides what is computed, as a number where it is a tensor of one element."""
+    """A switch of the chain, as a number where it is a tensor of one element."""
     return option.item() if isinstance(option, torch.Tensor) and option.numel() == 1 else option
 
 

@@ -195,7 +195,7 @@ class BoundRegion:
         numels: Sequence[int] | None = None,
         shards: Sequence[MeshShard | None] | None = None,
     ) -> list[Leaf]:
-        """The leaves that programs compute. Those that no rule sees are left alone.
+        """The leaves that programs compute. Leaves that no rule sees are left alone.
 
         Args:
           own: all tensors that the programs read.

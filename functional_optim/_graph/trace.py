@@ -109,7 +109,7 @@ def trace_step(
         for x, y in zip([*base.leaves, *s.leaves], [*leaves, *new_state], strict=True):
             if x is not y and x.ndim:
                 x.copy_(y)
-            elif x is not y:  # before 2.14, torch loses what a graph writes to a 0-d float64 tensor, but through a view
+            elif x is not y:  # before 2.14, torch loses a graph's write to a 0-d float64 tensor, but through a view
                 x.view(1).copy_(y.view(1))
         return params if apply else updates, state
     if params is not None and not apply and not passes:  # results have the containers of the parameters

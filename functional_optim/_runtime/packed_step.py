@@ -235,7 +235,7 @@ class PackedStep(BoundStep):
             if made.key not in results:
                 like = columns[made.like]
                 assert isinstance(like, PackedColumn)
-                # all buffers are made, or those that are not are those of the column
+                # all buffers are made, or the column's own stand in the other places
                 results[made.key] = like.result_in(columns[made.key])
             buffers = list(results[made.key].packed.buffers)
             buffers[made.position] = x

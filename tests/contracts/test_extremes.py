@@ -533,7 +533,7 @@ BY_TORCH = [
 
 
 # Of two steps, forwards and backwards, some 120 operations are off by half a unit of the dtype that they are computed
-# in, and 12 numbers are stored, each off by half a unit of its own; a decay multiplies what lies behind it by up to 10.
+# in, and 12 numbers are stored, each off by half a unit of its own; a decay multiplies earlier errors by up to 10.
 UNITS = {F32: 120 * 2.0**-24, BF16: 60 * 2.0**-8}
 
 

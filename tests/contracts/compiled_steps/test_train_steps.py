@@ -256,7 +256,7 @@ def keep_numbers(u: Any, seen: Any, total: Any) -> Any:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_numbers_are_donated_to_the_reference_that_is_traced(dtype: torch.dtype) -> None:
-    """0-d parameters and slots, to which a compiler may lose what is written."""
+    """0-d parameters and slots, to which a compiler may lose writes."""
     tx = fo.chain(keep_numbers(), fo.sgd(0.1, momentum=0.9), fo.params_ema(0.5))
     compiled = torch.compile(partial(fo.apply_gradients, donate=True), fullgraph=True, backend="aot_eager")
     mine, theirs = ({"a": torch.tensor(2.0, dtype=dtype), "b": torch.ones(3, dtype=dtype)} for _ in range(2))
