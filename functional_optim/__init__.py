@@ -12,16 +12,18 @@ Rules
 Transformations
   scale scale_by_learning_rate scale_by_schedule scale_by_sign trace ema scale_by_adam scale_by_amsgrad
   scale_by_adamax scale_by_nadam scale_by_radam scale_by_rms scale_by_stddev scale_by_rss scale_by_adadelta
-  scale_by_lion scale_by_rprop scale_by_asgd scale_by_trust_ratio add_decayed_weights clip clip_by_global_norm
-  clip_by_block_rms zero_nans set_to_zero params_ema scale_by_muon muon_momentum orthogonalize
-  scale_by_shape params_swa
-  scale_by_factored_rms scale_by_param_block_rms reduce_on_plateau
+  scale_by_lion scale_by_rprop scale_by_asgd scale_by_belief scale_by_yogi scale_by_adan scale_by_novograd
+  scale_by_optimistic_gradient scale_by_polyak scale_by_trust_ratio scale_by_param_block_norm
+  scale_by_param_block_rms normalize_by_update_norm add_decayed_weights clip clip_by_global_norm clip_by_block_rms
+  zero_nans set_to_zero keep_params_nonnegative params_ema params_swa scale_by_muon muon_momentum orthogonalize
+  scale_by_shape scale_by_factored_rms reduce_on_plateau
 Methods of second order
   scale_by_lbfgs scale_by_zoom_linesearch scale_by_backtracking_linesearch scale_by_strong_wolfe_linesearch
   value_and_grad_from_state
 Optimizers
   sgd adam adamw nadam nadamw amsgrad adamax adamaxw radam rmsprop adagrad adadelta lion lars lamb sign_sgd signum
-  rprop asgd muon adafactor lbfgs
+  rprop asgd adabelief yogi adan novograd optimistic_gradient_descent optimistic_adam_v2 fromage polyak_sgd muon
+  adafactor lbfgs
 Schedules
   constant_schedule linear_schedule polynomial_schedule exponential_decay cosine_decay_schedule inverse_sqrt_schedule
   warmup_constant_schedule warmup_cosine_decay_schedule warmup_exponential_decay_schedule warmup_stable_decay_schedule
@@ -87,18 +89,30 @@ from ._optimizers.adam import (
 from ._optimizers.descent import (
     asgd,
     lion,
+    polyak_sgd,
     rprop,
     sgd,
     sign_sgd,
     signum,
 )
 from ._optimizers.layers import (
+    fromage,
     lamb,
     lars,
 )
 from ._optimizers.matrices import (
     adafactor,
     muon,
+)
+from ._optimizers.moments import (
+    adabelief,
+    adan,
+    novograd,
+    yogi,
+)
+from ._optimizers.optimistic import (
+    optimistic_adam_v2,
+    optimistic_gradient_descent,
 )
 from ._optimizers.second_order import lbfgs
 from ._optimizers.squares import (
@@ -181,6 +195,7 @@ from ._transforms.adam import (
     scale_by_amsgrad,
 )
 from ._transforms.adamax import scale_by_adamax
+from ._transforms.adan import scale_by_adan
 from ._transforms.asgd import scale_by_asgd
 from ._transforms.averaging import (
     eval_params,
@@ -188,12 +203,14 @@ from ._transforms.averaging import (
     params_swa,
     update_average,
 )
+from ._transforms.belief import scale_by_belief
 from ._transforms.clipping import (
     clip,
     clip_by_block_rms,
     clip_by_global_norm,
     zero_nans,
 )
+from ._transforms.constraints import keep_params_nonnegative
 from ._transforms.decay import add_decayed_weights
 from ._transforms.factored import scale_by_factored_rms
 from ._transforms.lbfgs import scale_by_lbfgs
@@ -214,7 +231,10 @@ from ._transforms.muon import (
     scale_by_shape,
 )
 from ._transforms.nadam import scale_by_nadam
+from ._transforms.novograd import scale_by_novograd
+from ._transforms.optimistic import scale_by_optimistic_gradient
 from ._transforms.plateau import reduce_on_plateau
+from ._transforms.polyak import scale_by_polyak
 from ._transforms.radam import scale_by_radam
 from ._transforms.rms import (
     scale_by_rms,
@@ -222,8 +242,10 @@ from ._transforms.rms import (
 )
 from ._transforms.rprop import scale_by_rprop
 from ._transforms.scaling import (
+    normalize_by_update_norm,
     scale,
     scale_by_learning_rate,
+    scale_by_param_block_norm,
     scale_by_param_block_rms,
     scale_by_schedule,
     scale_by_trust_ratio,
@@ -237,6 +259,7 @@ from ._transforms.stateless import (
     stateless,
     stateless_with_tree_map,
 )
+from ._transforms.yogi import scale_by_yogi
 from ._tree import MaskedNode
 
 
@@ -253,6 +276,7 @@ __all__ = [
     "PartitionState",
     "RuleError",
     "Schedule",
+    "adabelief",
     "adadelta",
     "adafactor",
     "adagrad",
@@ -260,6 +284,7 @@ __all__ = [
     "adamax",
     "adamaxw",
     "adamw",
+    "adan",
     "add_decayed_weights",
     "amsgrad",
     "apply_gradients",
@@ -285,11 +310,13 @@ __all__ = [
     "explain",
     "exponential_decay",
     "from_torch_scheduler",
+    "fromage",
     "hyperparams",
     "identity",
     "interpolate_schedule",
     "inverse_sqrt_schedule",
     "join_schedules",
+    "keep_params_nonnegative",
     "lamb",
     "lars",
     "lbfgs",
@@ -310,6 +337,10 @@ __all__ = [
     "nadam",
     "nadamw",
     "named_chain",
+    "normalize_by_update_norm",
+    "novograd",
+    "optimistic_adam_v2",
+    "optimistic_gradient_descent",
     "orthogonalize",
     "pack",
     "pack_module",
@@ -318,6 +349,7 @@ __all__ = [
     "partition",
     "piecewise_constant_schedule",
     "piecewise_interpolate_schedule",
+    "polyak_sgd",
     "polynomial_schedule",
     "radam",
     "reduce_on_plateau",
@@ -327,16 +359,22 @@ __all__ = [
     "scale_by_adadelta",
     "scale_by_adam",
     "scale_by_adamax",
+    "scale_by_adan",
     "scale_by_amsgrad",
     "scale_by_asgd",
     "scale_by_backtracking_linesearch",
+    "scale_by_belief",
     "scale_by_factored_rms",
     "scale_by_lbfgs",
     "scale_by_learning_rate",
     "scale_by_lion",
     "scale_by_muon",
     "scale_by_nadam",
+    "scale_by_novograd",
+    "scale_by_optimistic_gradient",
+    "scale_by_param_block_norm",
     "scale_by_param_block_rms",
+    "scale_by_polyak",
     "scale_by_radam",
     "scale_by_rms",
     "scale_by_rprop",
@@ -347,6 +385,7 @@ __all__ = [
     "scale_by_stddev",
     "scale_by_strong_wolfe_linesearch",
     "scale_by_trust_ratio",
+    "scale_by_yogi",
     "scale_by_zoom_linesearch",
     "schedule",
     "set_to_zero",
@@ -370,6 +409,7 @@ __all__ = [
     "warmup_cosine_decay_schedule",
     "warmup_exponential_decay_schedule",
     "warmup_stable_decay_schedule",
+    "yogi",
     "zero_nans",
     "zeros",
 ]

@@ -9,6 +9,7 @@ from .._transforms.asgd import scale_by_asgd
 from .._transforms.averaging import params_swa
 from .._transforms.decay import add_decayed_weights
 from .._transforms.momentum import ema, trace
+from .._transforms.polyak import scale_by_polyak
 from .._transforms.rprop import scale_by_rprop
 from .._transforms.scaling import scale, scale_by_learning_rate
 from .._transforms.sign import scale_by_lion, scale_by_sign
@@ -185,3 +186,34 @@ def asgd(
     Source: Polyak & Juditsky 1992, "Acceleration of Stochastic Approximation by Averaging".
     """
     return chain(scale_by_asgd(learning_rate, lambd, alpha), params_swa(t0 + 2, accumulator_dtype=accumulator_dtype))
+
+
+@named_arguments
+def polyak_sgd(
+    max_learning_rate: Scalar = 1.0,
+    scaling: Scalar = 1.0,
+    f_min: Scalar = 0.0,
+    eps: Scalar = 0.0,
+    variant: str = "sps",
+) -> GradientTransformation:
+    """Gradient descent with the Polyak step size; `update` takes the objective as `value`. See `scale_by_polyak`.
+
+    Args:
+      max_learning_rate: the largest step size.
+      scaling: a factor of the gradients.
+      f_min, eps, variant: see `scale_by_polyak`.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: a number is out of its range, or `variant` is unknown.
+
+    Example:
+      >>> polyak_sgd(0.1)  # doctest: +NORMALIZE_WHITESPACE
+      chain(chain(chain(), scale_by_learning_rate(learning_rate=1.0)),
+            scale_by_polyak(max_learning_rate=0.1))
+
+    Source: Loizou et al. 2021, arXiv:2002.10542, equation 2.
+    """
+    return chain(sgd(scaling), scale_by_polyak(f_min, max_learning_rate, eps, variant))

@@ -1,4 +1,4 @@
-"""Updates as long as the parameters of their layer."""
+"""Updates as long as the parameters of their layer: LARS, LAMB, Fromage."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from .._masking import masked
 from .._transform import GradientTransformation
 from .._transforms.adam import scale_by_adam
 from .._transforms.decay import add_decayed_weights
+from .._transforms.fromage import descend_and_shrink
 from .._transforms.momentum import trace
 from .._transforms.scaling import scale_by_learning_rate, scale_by_trust_ratio
 from ._arguments import named_arguments
@@ -89,3 +90,30 @@ def lamb(
         scale_by_trust_ratio(),
         scale_by_learning_rate(learning_rate),
     )
+
+
+@named_arguments
+def fromage(learning_rate: Scalar, min_norm: Scalar = 1e-6) -> GradientTransformation:
+    r"""Fromage: updates as long as their parameters, and parameters that do not grow.
+
+    $$\theta_t = \frac{1}{\sqrt{1 + \eta^2}} \left( \theta_{t-1}
+      - \eta \frac{\lVert \theta_{t-1} \rVert}{\lVert g_t \rVert} g_t \right), \quad
+      \lVert \cdot \rVert \text{ of each leaf}$$
+
+    Args:
+      learning_rate: $\eta$.
+      min_norm: the least that a norm counts as; see `scale_by_trust_ratio`.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: `min_norm` is negative.
+
+    Example:
+      >>> fromage(0.01)
+      chain(scale_by_trust_ratio(min_norm=1e-06), descend_and_shrink(learning_rate=0.01))
+
+    Source: Bernstein et al. 2020, arXiv:2002.03432, algorithm 1.
+    """
+    return chain(scale_by_trust_ratio(min_norm), descend_and_shrink(learning_rate))

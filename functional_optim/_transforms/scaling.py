@@ -2,7 +2,7 @@
 
 import torch
 
-from .._compiler.functions import leaf_mean, leaf_norm
+from .._compiler.functions import leaf_mean, leaf_norm, tree_norm
 from .._compiler.rule import Leaf, Scalar
 from .._rule import elementwise
 
@@ -123,6 +123,50 @@ def scale_by_param_block_rms(u: Leaf, p: Leaf, *, min_scale: Scalar = 1e-3) -> L
     Source: Shazeer & Stern 2018, arXiv:1804.04235, section 8.
     """
     return u * torch.maximum(torch.sqrt(leaf_mean(p * p)), min_scale)
+
+
+@elementwise(ranges={"min_scale": "[0, inf)"})
+def scale_by_param_block_norm(u: Leaf, p: Leaf, *, min_scale: Scalar = 1e-3) -> Leaf:
+    r"""Multiplies by the norm of the parameter, $u_t = g_t \max(\lVert \theta \rVert, \nu)$.
+
+    Args:
+      min_scale: $\nu$.
+
+    Returns:
+      The transformation. It needs the parameters.
+
+    Raises:
+      ValueError: `min_scale` is negative.
+
+    Example:
+      >>> tx = scale_by_param_block_norm()
+      >>> params = torch.tensor([3.0, 4.0])
+      >>> tx.update(torch.ones(2), tx.init(params), params)[0]
+      tensor([5., 5.])
+    """
+    return u * torch.maximum(leaf_norm(p), min_scale)
+
+
+@elementwise(ranges={"eps": "[0, inf)"})
+def normalize_by_update_norm(u: Leaf, *, scale_factor: Scalar = 1.0, eps: Scalar = 1e-6) -> Leaf:
+    r"""Makes all updates together as long as a number, $u_t = c\, g_t / (\lVert g_t \rVert + \epsilon)$.
+
+    Args:
+      scale_factor: c.
+      eps: term in the denominator.
+
+    Returns:
+      The transformation. The norm is over all leaves.
+
+    Raises:
+      ValueError: `eps` is negative.
+
+    Example:
+      >>> tx = normalize_by_update_norm(eps=0.0)
+      >>> tx.update([torch.tensor([3.0]), torch.tensor([4.0])], tx.init([torch.zeros(1)] * 2))[0]
+      [tensor([0.6000]), tensor([0.8000])]
+    """
+    return u * (scale_factor / (tree_norm(u) + eps))
 
 
 @elementwise

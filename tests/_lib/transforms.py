@@ -149,6 +149,31 @@ def rprop(*args: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(delayed.init, update)
 
 
+class Renamed:
+    """A state of optax under the names that its fields have here.
+
+    Args:
+      inner: the state.
+      names: optax's name of each field, by ours.
+    """
+
+    def __init__(self, inner: Any, names: dict[str, str]) -> None:
+        self.inner, self.names = inner, names
+
+    def _asdict(self) -> dict[str, Any]:
+        return {ours: getattr(self.inner, theirs) for ours, theirs in self.names.items()}
+
+
+def renamed(tx: optax.GradientTransformation, **names: str) -> optax.GradientTransformation:
+    """A transformation of optax whose state has the fields that ours has; `names` are optax's, by ours."""
+
+    def update(updates: Any, state: Renamed, params: Any) -> tuple[Any, Renamed]:
+        updates, inner = tx.update(updates, state.inner, params)
+        return updates, Renamed(inner, names)
+
+    return optax.GradientTransformation(lambda params: Renamed(tx.init(params), names), update)
+
+
 MASK = {"layers": [True, (False,)], "scale": False}
 SWITCHES = (True, False)
 
@@ -263,6 +288,41 @@ CASES = [
     Case("scale_by_adadelta", fo.scale_by_adadelta(), optax.scale_by_adadelta(), "with_zeros"),
     Case("scale_by_rprop", fo.scale_by_rprop(0.1), rprop(0.1), "with_zeros"),
     Case("scale_by_asgd", fo.scale_by_asgd(0.1, 0.5, 0.6), asgd(0.1, 0.5, 0.6)),
+    *(
+        Case(
+            f"scale_by_belief-nesterov={n}",
+            fo.scale_by_belief(0.5, 0.75, e, r, nesterov=n),
+            optax.scale_by_belief(0.5, 0.75, e, r, nesterov=n),
+        )
+        for n, e, r in ((False, 1e-3, 1e-4), (True, 1e-2, 0.0))
+    ),
+    Case("scale_by_belief-defaults", fo.scale_by_belief(), optax.scale_by_belief()),
+    Case("scale_by_yogi", fo.scale_by_yogi(), optax.scale_by_yogi(), "with_zeros"),
+    Case(
+        "scale_by_yogi-arguments",
+        fo.scale_by_yogi(0.5, 0.75, 1e-2, 1e-3, 0.1),
+        optax.scale_by_yogi(0.5, 0.75, 1e-2, 1e-3, 0.1),
+    ),
+    *(
+        Case(
+            f"scale_by_adan{'-arguments' if own else ''}",
+            fo.scale_by_adan(*own),
+            renamed(optax.scale_by_adan(*own), count="t", m="m", v="v", n="n", g="g"),
+        )
+        for own in ((), (0.5, 0.6, 0.7, 1e-2, 1e-3))
+    ),
+    Case("scale_by_novograd", fo.scale_by_novograd(), optax.scale_by_novograd()),
+    Case(
+        "scale_by_novograd-arguments",
+        fo.scale_by_novograd(0.5, 0.75, 1e-2, 1e-3, 0.1),
+        optax.scale_by_novograd(0.5, 0.75, 1e-2, 1e-3, 0.1),
+        "with_zeros",
+    ),
+    Case(
+        "scale_by_optimistic_gradient",
+        fo.scale_by_optimistic_gradient(0.7, 0.3),
+        renamed(optax.scale_by_optimistic_gradient(0.7, 0.3), previous_gradient="previous_gradient"),
+    ),
     Case("scale_by_lion-decays", fo.scale_by_lion(0.5, 0.75), optax.scale_by_lion(0.5, 0.75)),
     Case(
         "scale_by_lion-mu_dtype",
@@ -310,6 +370,9 @@ CASES = [
     Case("zero_nans-none_found", fo.zero_nans(), optax.zero_nans()),
     Case("params_ema", fo.params_ema(0.9), params_ema(0.9)),
     Case("scale_by_param_block_rms", fo.scale_by_param_block_rms(), optax.scale_by_param_block_rms()),
+    Case("scale_by_param_block_norm", fo.scale_by_param_block_norm(1.0), optax.scale_by_param_block_norm(1.0)),
+    Case("normalize_by_update_norm", fo.normalize_by_update_norm(2.0, 0.1), optax.normalize_by_update_norm(2.0, 0.1)),
+    Case("keep_params_nonnegative", fo.keep_params_nonnegative(), optax.keep_params_nonnegative()),
     Case("muon_momentum", fo.muon_momentum(0.9), muon_momentum(0.9)),
     *(Case(f"params_swa-{s}-{k}", fo.params_swa(s, k), params_swa(s, k)) for s, k in ((0, 3), (1, 1), (4, 5))),
 ]

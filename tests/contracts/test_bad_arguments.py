@@ -130,6 +130,10 @@ RANGES: dict[str, tuple[Callable[[], Any], str]] = {
         r"`learning_rate` of scale_by_learning_rate must be a number, a 0-d tensor or a schedule, got .* shape \(2,\)",
     ),
     "a vector of one": (lambda: fo.adam(0.1, b1=zeros(1)), r"`b1` of scale_by_adam must be a number.* shape \(1,\)"),
+    "variant of scale_by_polyak": (
+        lambda: fo.scale_by_polyak(variant="mps"),
+        r"`variant` of scale_by_polyak must be .* got 'mps'",
+    ),
     "mode of scale_by_lion": (lambda: fo.scale_by_lion(mode="soft"), r"`mode` of scale_by_lion must be .* got 'soft'"),
     "decay of ema_debias_schedule": (
         lambda: fo.ema_debias_schedule(1.0),
@@ -157,6 +161,15 @@ def outside(name: str, hyper: str, value: float, interval: str, **others: Any) -
 for _name in ("scale_by_adamax", "scale_by_nadam", "scale_by_radam"):
     RANGES |= outside(_name, "b1", 1.0, "[0, 1)") | outside(_name, "b2", -0.1, "[0, 1)")
     RANGES |= outside(_name, "eps", -1.0, "[0, inf)")
+for _name in ("scale_by_belief", "scale_by_yogi", "scale_by_adan", "scale_by_novograd"):
+    RANGES |= outside(_name, "b1", 1.0, "[0, 1)") | outside(_name, "b2", -0.1, "[0, 1)")
+    RANGES |= outside(_name, "eps", -1.0, "[0, inf)") | outside(_name, "eps_root", -1.0, "[0, inf)")
+RANGES |= outside("scale_by_adan", "b3", 1.0, "[0, 1)")
+RANGES |= outside("scale_by_yogi", "initial_accumulator_value", -1.0, "[0, inf)")
+RANGES |= outside("scale_by_polyak", "max_learning_rate", 0.0, "(0, inf]")
+RANGES |= outside("scale_by_polyak", "eps", -1.0, "[0, inf)")
+RANGES |= outside("scale_by_param_block_norm", "min_scale", -1.0, "[0, inf)")
+RANGES |= outside("normalize_by_update_norm", "eps", -1.0, "[0, inf)")
 for _name in ("scale_by_nadam", "scale_by_radam"):
     RANGES |= outside(_name, "eps_root", -1.0, "[0, inf)")
 RANGES |= outside("scale_by_nadam", "momentum_decay", -1.0, "[0, inf)")

@@ -4,12 +4,15 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import optax
+import optree
 import pytest
 import torch
 
 import functional_optim as fo
 from _lib.chains import Halve, TimesValue, scale_by_value
 from _lib.compare import Snapshot, assert_same_bits
+from _lib.records import ATOL, BACKENDS, RTOL, double, gradients, normal, to_arrays, to_tensors, use
 from _lib.trees import make_tree
 from functional_optim.adapters import TransformOptimizer
 
@@ -61,6 +64,24 @@ def test_extra_arguments_are_new_at_every_step() -> None:
 
     torch.testing.assert_close(params["w"], torch.tensor(float(sum(k * k for k in range(STEPS))), dtype=torch.float64))
     assert state[1] == {"calls": STEPS}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("variant", ["sps", "sps+"])
+def test_the_polyak_step_is_that_of_optax(variant: str, backend: str) -> None:
+    rates, rest = (2.0, 0.5, STEPS), (1.0, 0.1, variant)
+    tx = fo.polyak_sgd(0.5, fo.linear_schedule(*rates), *rest)
+    theirs = optax.polyak_sgd(0.5, double(optax.linear_schedule(*rates)), *rest)
+    params = normal(1000)
+    expected, state, their_state = to_arrays(params), tx.init(params), theirs.init(to_arrays(params))
+    for step in range(STEPS):
+        value = 40.0 * (step % 4) ** 2  # from below the least value to beyond the largest step
+        grads = optree.tree_map(lambda g, step=step: g * (step % 5 > 0), gradients("normal", step))
+        with use(backend, step):
+            params, state = fo.apply_gradients(tx, params, grads, state, value=value)
+        updates, their_state = theirs.update(to_arrays(grads), their_state, expected, value=value)
+        expected = optax.apply_updates(expected, updates)
+        torch.testing.assert_close(params, to_tensors(expected), rtol=RTOL, atol=ATOL)
 
 
 def test_a_function_gets_the_extra_arguments_that_it_names() -> None:

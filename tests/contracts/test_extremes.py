@@ -40,6 +40,11 @@ def stores_squares(tx: Any) -> bool:
     return any(slot.square for rule in rules_of(tx) for slot in rule.slots.values())
 
 
+def multiplies_by_a_norm(tx: Any) -> bool:
+    """Whether updates become some twenty times as large, the norm of the largest leaf."""
+    return any(rule.name == "scale_by_param_block_norm" for rule in rules_of(tx))
+
+
 def magnitude(kind: str, tx: Any, dtype: torch.dtype) -> tuple[float, ...]:
     """The numbers that elements take in turn.
 
@@ -47,6 +52,7 @@ def magnitude(kind: str, tx: Any, dtype: torch.dtype) -> tuple[float, ...]:
     that three steps of momentum do not carry out of its range, and whose squares are far outside of it.
     """
     huge = 1e4 if dtype is F16 else 1e18 if stores_squares(tx) else 1e37
+    huge /= 100 if multiplies_by_a_norm(tx) else 1
     tiny = 1e-3 if dtype is F16 else 1 / huge
     return {"zero": (0.0,), "tiny": (tiny,), "huge": (huge,), "equal": (1.0,), "mixed": (0.0, tiny, 1.0, huge)}[kind]
 

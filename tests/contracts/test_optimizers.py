@@ -123,6 +123,19 @@ CASES = [
     both("lamb", 1e-2),
     both("lamb", LEARNING_RATE, weight_decay=DECAY, id="schedules"),
     both("lamb", 1e-2, 0.5, 0.75, 1e-3, 1e-4, 0.1, MASK, id="arguments"),
+    both("adabelief", 1e-2),
+    both("adabelief", LEARNING_RATE, 0.5, 0.75, 1e-3, 1e-4, nesterov=True, id="arguments"),
+    both("yogi", 1e-2),
+    both("yogi", LEARNING_RATE, 0.5, 0.75, 1e-2, id="arguments"),
+    both("adan", 1e-2),
+    both("adan", LEARNING_RATE, 0.5, 0.6, 0.7, 1e-2, 1e-3, DECAY, MASK, id="arguments"),
+    both("novograd", 1e-2),
+    both("novograd", LEARNING_RATE, 0.5, 0.75, 1e-2, 1e-3, 0.1, id="arguments"),
+    both("optimistic_gradient_descent", LEARNING_RATE, 0.7, 0.3),
+    both("optimistic_adam_v2", 1e-2),
+    both("optimistic_adam_v2", LEARNING_RATE, alpha=0.7, beta=0.3, b1=0.5, eps=1e-3, nesterov=False, id="arguments"),
+    both("fromage", 0.1),
+    both("fromage", LEARNING_RATE, 0.1, id="arguments"),
     both("sign_sgd", 1e-2),
     both("signum", 1e-2),
     both("signum", LEARNING_RATE, 0.5, id="arguments"),
@@ -250,7 +263,7 @@ def test_parameters_are_those_of_torch(row: int, backend: str) -> None:
     torch.testing.assert_close(actual, torch_params(row), rtol=RTOL, atol=ATOL)
 
 
-OTHERS = {"muon", "adafactor", "lbfgs"}  # in test_matrix_methods.py, test_lbfgs.py
+OTHERS = {"muon", "adafactor", "lbfgs", "polyak_sgd"}  # test_matrix_methods.py, test_lbfgs.py, test_extra_arguments.py
 
 
 def test_every_optimizer_has_a_row() -> None:

@@ -35,7 +35,8 @@ def test_public_objects_are_pickled_by_their_public_names(module: Any) -> None:
 
 OPTIMIZERS = (
     "sgd adam adamw nadam nadamw amsgrad adamax adamaxw radam rmsprop adagrad adadelta lion lars lamb sign_sgd signum "
-    "rprop asgd muon adafactor lbfgs"
+    "rprop asgd muon adafactor lbfgs adabelief yogi adan novograd optimistic_gradient_descent optimistic_adam_v2 "
+    "fromage polyak_sgd"
 )
 OTHERS = (
     fo.adamw(0.1, mask=True),

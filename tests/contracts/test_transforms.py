@@ -16,7 +16,14 @@ from _lib.transforms import CASES, IDS, Case
 
 
 # no formulas of an element, or of an extra argument too; tested elsewhere
-OTHERS = {"eval_params", "reduce_on_plateau", "update_average", "stateless", "stateless_with_tree_map"}
+OTHERS = {
+    "eval_params",
+    "reduce_on_plateau",
+    "scale_by_polyak",
+    "update_average",
+    "stateless",
+    "stateless_with_tree_map",
+}
 SECOND_ORDER = {name for name in vars(fo) if "linesearch" in name} | {"scale_by_lbfgs", "value_and_grad_from_state"}
 MATRIX_METHODS = {"orthogonalize", "scale_by_shape", "scale_by_muon", "scale_by_factored_rms"}  # test_matrix_methods.py
 
