@@ -4,16 +4,7 @@ A transformation is a pair of pure functions: `init` makes a state from paramete
 into new ones. That is all that a caller needs, and all that an object from elsewhere must have.
 
 Inside the package a transformation also says how it is built, so that chains can be laid out over the leaves of a tree
-and fused. `Transformation` lists these questions. All are asked about a `View`, a tree of which some leaves are seen:
-
-- `_init(view)`: the state for the leaves that are seen;
-- `_links(view, path)`: the innermost transformations in order, each with the leaves that it sees and the path to its
-  state. `chain` concatenates the links of its members, `masked` narrows the view, a rule is one link;
-- `_rewrite(fn, path)`: the same structure with other innermost transformations, which is how optimizers put options of
-  parameter groups in the place of numbers;
-- `_warn(view)`: warnings about masks that match nothing;
-- `_asks_leaves()`: whether a mask is a function, whose answer may change with the parameters;
-- `_extra_names()`: the extra arguments that `update` takes.
+and fused. `Transformation` has these questions.
 """
 
 import abc
@@ -62,7 +53,7 @@ class Link(NamedTuple):
 
 
 class Transformation(abc.ABC):
-    """The questions that the package asks of a transformation; see the top of this module."""
+    """The questions that the package asks of a transformation; most are about a `View`, whose leaves are seen or not."""
 
     @abc.abstractmethod
     def init(self, params: Tree) -> Any:
@@ -78,11 +69,17 @@ class Transformation(abc.ABC):
 
     @abc.abstractmethod
     def _links(self, view: View, path: Path) -> list[Link]:
-        """The innermost transformations, in order."""
+        """The innermost transformations in order, each with the leaves that it sees and the path to its state.
+
+        `chain` concatenates the links of its members, `masked` narrows the view, a rule is one link.
+        """
 
     @abc.abstractmethod
     def _rewrite(self, fn: Rewrite, path: Path) -> "GradientTransformation":
-        """The same transformation with its innermost ones replaced by `fn` of their paths and themselves."""
+        """The same transformation with its innermost ones replaced by `fn` of their paths and themselves.
+
+        So optimizers put options of parameter groups in the place of numbers.
+        """
 
     @abc.abstractmethod
     def _warn(self, view: View) -> None:
