@@ -10,7 +10,7 @@ and fused. `Transformation` has these questions.
 import abc
 import inspect
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Self, TypeVar
 from weakref import WeakValueDictionary
@@ -53,7 +53,7 @@ class Link(NamedTuple):
 
 
 class Transformation(abc.ABC):
-    """The questions that the package asks of a transformation; most are about a `View`, whose leaves are seen or not."""
+    """The questions that the package asks of a transformation, most of them about a `View`."""
 
     @abc.abstractmethod
     def init(self, params: Tree) -> Any:
@@ -288,14 +288,3 @@ def parts(tx: GradientTransformation) -> dict[Path, GradientTransformation]:
     found: dict[Path, GradientTransformation] = {}
     tx._rewrite(found.setdefault, ())
     return found
-
-
-def joined_tensors(members: Iterable[GradientTransformation]) -> tuple[torch.Tensor, ...]:
-    """The tensors among the hyper-parameters of several transformations, each once."""
-    return tuple({id(x): x for tx in members for x in tx._tensors}.values())
-
-
-def joined_names(members: Iterable[GradientTransformation]) -> frozenset[str] | None:
-    """Names of the extra arguments that some of several transformations take; None if one takes any."""
-    names = [tx._extra_names() for tx in members]
-    return None if None in names else frozenset().union(*[own for own in names if own is not None])
