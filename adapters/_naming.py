@@ -204,7 +204,7 @@ def _varies(bound: Bound, hyper: str) -> bool:
 
 def _before_averages(tx: fo.GradientTransformation, last: fo.GradientTransformation) -> fo.GradientTransformation:
     """A chain with one more member, before those at its end that need updates as they are added to parameters."""
-    members, names = _walk.members(tx), tx.names if isinstance(tx, Chain) else None
+    members, names = (tx.members, tx.names) if isinstance(tx, Chain) else ((tx,), None)
     end = len(members)
     while end and any(rule.bound.rule.final for rule in _walk.rules(members[end - 1]).values()):
         end -= 1

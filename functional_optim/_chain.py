@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ._fusible import Combination, RuleTransformation
+from ._fusible import Combination
 from ._graph.run import run
 from ._packed import Packed
 from ._recorded import requires_gradient, warn_of_growth
@@ -128,7 +128,7 @@ def _warn_if_not_last(members: tuple[GradientTransformation, ...]) -> None:
     early: str | None = None
     for member in members:
         # an opaque transformation may do anything
-        rules = [part.bound.rule for part in parts(member).values() if isinstance(part, RuleTransformation)]
+        rules = [part.bound.rule for part in parts(member).values() if part.bound is not None]
         if early and any(not rule.final for rule in rules):
             warn(
                 f"{early} stands before {member!r:.80}, which changes updates again, but it works on updates as they "

@@ -49,6 +49,8 @@ class RuleTransformation(Fusible):
       values: every hyper-parameter by name.
     """
 
+    bound: Bound
+
     def __init__(self, factory: "RuleFactory", values: Mapping[str, Any]) -> None:
         self.factory = factory
         self.bound = Bound(factory.rule, dict(values))

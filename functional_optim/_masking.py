@@ -9,7 +9,7 @@ import torch
 
 from ._addresses import publish
 from ._compiler.rule import Option
-from ._fusible import Combination, RuleTransformation
+from ._fusible import Combination
 from ._runtime.internals import register_in_exports
 from ._transform import (
     EmptyState,
@@ -186,9 +186,9 @@ def _warn(subject: str, view: View) -> None:
 
 def _called(tx: GradientTransformation) -> str:
     """A transformation in a message; without numbers where an adapter looks them up, which nobody has written so."""
-    rules = [x.bound for x in parts(tx).values() if isinstance(x, RuleTransformation)]
-    if any(isinstance(value, Option) for bound in rules for value in bound.values.values()):
-        return _cut(", ".join(f"{bound.rule.name}(...)" for bound in rules))
+    bounds = [part.bound for part in parts(tx).values() if part.bound is not None]
+    if any(isinstance(value, Option) for bound in bounds for value in bound.values.values()):
+        return _cut(", ".join(f"{bound.rule.name}(...)" for bound in bounds))
     return _cut(repr(tx))
 
 

@@ -143,9 +143,9 @@ class DescribedStep:
 
     def __init__(self, tx: GradientTransformation, apply: bool, trees: Trees, backend: str | None) -> None:
         self.tx, self.apply, self.trees, self.backend = tx, apply, trees, backend
-        rules = [getattr(part, "bound", None) for part in parts(tx).values()]
-        self.runs_foreign_code = any(bound is None for bound in rules)
-        self.of_rules = not any(bound is None or bound.rule.whole for bound in rules)
+        bounds = [part.bound for part in parts(tx).values()]
+        self.runs_foreign_code = None in bounds
+        self.of_rules = not any(bound is None or bound.rule.whole for bound in bounds)
         self.may_return_views = not self.of_rules
         self.n_extra = sum(trees.extra.there)
         self.computed = trees.computed(apply)
