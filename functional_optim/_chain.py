@@ -19,7 +19,7 @@ from ._transform import (
     as_transformation,
     parts,
 )
-from ._tree import Tree, View, difference, flatten, leaves_like, packed_like, paths, unflatten
+from ._tree import Tree, View, difference, flatten, leaves_like, packed_like, paths
 from ._warn import warn
 
 
@@ -187,7 +187,7 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
         warn_of_growth([None if u is None else p for p, u in zip(leaves, others, strict=True)], spec)
     if isinstance(params, Packed) and isinstance(updates, Packed) and params.form is updates.form:
         return params.with_buffers(sums(params.buffers, updates.buffers))
-    return packed_like(params, unflatten(spec, sums(leaves, others)))
+    return packed_like(params, spec.unflatten(sums(leaves, others)))
 
 
 def apply_gradients(

@@ -15,7 +15,7 @@ from ._runtime.checks import at
 from ._runtime.internals import is_wrapper_of_a_transformation
 from ._runtime.spec import PLAIN
 from ._transform import GradientTransformation, Link
-from ._tree import Spec, View, flatten, key_name, one_level, paths, unflatten
+from ._tree import Spec, View, flatten, key_name, one_level, paths
 
 
 # The entries of a state: by the parameter's name, None for an entry of the tree, and the path
@@ -197,7 +197,7 @@ class _Node(NamedTuple):
         children = [
             s.join(_at(path, _escaped(name)), found, owner) for name, s in zip(self.names, self.children, strict=True)
         ]
-        return unflatten(self.spec, children)
+        return self.spec.unflatten(children)
 
 
 class _PerParam(NamedTuple):
@@ -230,10 +230,10 @@ class _PerParam(NamedTuple):
 
     def join(self, path: str, found: Entries, owner: SplitState) -> Any:
         children = [
-            unflatten(own, [found[name, _at(path, leaf)] for leaf in leaf_paths] if name is not None else [])
+            own.unflatten([found[name, _at(path, leaf)] for leaf in leaf_paths] if name is not None else [])
             for name, (own, leaf_paths) in zip(self.owners, self.children, strict=True)
         ]
-        return unflatten(self.spec, children)
+        return self.spec.unflatten(children)
 
 
 Shape = _Leaf | _Node | _PerParam

@@ -38,10 +38,6 @@ class Form:
             self.order = sorted(range(len(places)), key=places.__getitem__)
         FORMS[self.serial] = self
 
-    def tree(self, leaves: Sequence[Any]) -> Any:
-        """The tree with these leaves."""
-        return self.spec.unflatten(leaves)
-
 
 @functools.lru_cache(maxsize=256)
 def form(spec: Any, places: tuple[Place | None, ...]) -> Form:
@@ -107,7 +103,7 @@ class Packed(PackedTensors):
             from ._traced import traced_tree  # an import of the compiler, which takes seconds
 
             return traced_tree(self.form.serial, self.form.containers, self.buffers)
-        return self.form.tree(self.views)
+        return self.form.spec.unflatten(self.views)
 
     def map(self, fn: Callable[[torch.Tensor], Any]) -> "Packed":
         """A packed tree of the same structure with the results of a function of each buffer.

@@ -37,7 +37,7 @@ from .._schedules.schedule import Schedule, ScheduleFactory
 from .._step import take_step
 from .._structures import FORMS, Structure, rebuild
 from .._transform import FACTORIES, TRANSFORMATIONS, GradientTransformation, LabelFunction, parts
-from .._tree import Tree, difference, flatten, flatten_to_buffers, leaves_like, paths, unflatten
+from .._tree import Tree, difference, flatten, flatten_to_buffers, leaves_like, paths
 from .digest import PROCESS, digest_of, digest_of_package, is_edited
 
 
@@ -65,7 +65,7 @@ class TreeMaker:
 
     def tree(self, tensors: Sequence[torch.Tensor]) -> Tree:
         """The tree with these tensors."""
-        return unflatten(self.spec, [None if k is None else tensors[k] for k in self.sources])
+        return self.spec.unflatten([None if k is None else tensors[k] for k in self.sources])
 
     def read(self, tree: Tree) -> list[Any] | None:
         """The leaves of a tree, None where one is absent; None for a tree of another structure.
