@@ -162,12 +162,7 @@ class LBFGS(torch.optim.LBFGS):
         Raises:
           ValueError: there is one.
         """
-        messages: list[str] = []
-        if isinstance(param_group, dict):
-            param_group, messages = copied(param_group)
-        for message in messages:
-            warn(message)
-        super().add_param_group(param_group)
+        super().add_param_group(copied(param_group))
         if len(self.param_groups) > 1:
             del self.param_groups[1:]
             raise ValueError("LBFGS doesn't support per-parameter options (parameter groups)")

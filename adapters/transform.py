@@ -123,10 +123,8 @@ class TransformOptimizer(ChainOptimizer):
           ValueError: an option is out of its range, or is called otherwise in this chain.
           TypeError: an option is no number where it has to be one.
         """
+        param_group = copied(param_group, self._warn)
         if isinstance(param_group, dict):
-            param_group, messages = copied(param_group)
-            for message in messages:
-                self._warn(message)
             self._naming.check(param_group)
             self._naming.check_names(param_group)
             own = self.defaults["chain"]
