@@ -155,7 +155,8 @@ class DescribedStep:
         assert base is not None
         positions = {i: k for k, i in enumerate(i for i, there in enumerate(base.there) if there)}
         self.picked = [positions[i] for i in self.computed]
-        self.partners = trees.partners(self.computed) if not apply and trees.params is not None else []
+        without: list[int | None] = [None] * len(self.computed)
+        self.partners = without if apply or trees.params is None else trees.partners(self.computed)
         self._own: collections.OrderedDict[Any, GradientTransformation] = collections.OrderedDict()
 
     def take(
