@@ -372,7 +372,7 @@ class ParamStep:
             and segment.leafwise.fits(own)
         ):
             own |= self.state.mend_counters(own, states, journal)
-            return segment.run_leafwise(segment.leafwise, own, options, extra, first, fits=True)
+            return segment.run_leafwise(own, options, extra, first, fits=True)
         dispatching = needs_dispatch()
         variant = Variant(in_place, REQUESTED.get(), first if segment.first_slots else frozenset())
         found = None if dispatching or segment.leafwise else segment.find(own, variant)
@@ -387,7 +387,7 @@ class ParamStep:
                 check_fit("updates", "parameter", self.names[i], u, p)
             own |= self.state.mend_counters(own, states, journal)
             if segment.leafwise is not None:
-                return segment.run_leafwise(segment.leafwise, own, options, extra, first)
+                return segment.run_leafwise(own, options, extra, first)
             leaves = segment.leaves(own, self.params.groups, variant.first, self.numels, self.local.shards)
             if dispatching:
                 programs = segment.programs(own, leaves)
