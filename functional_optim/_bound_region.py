@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from ._packed import Form, Packed
+from ._packed import Form
 from ._regions import LeafwiseRegion, Opaque, Region
 from ._runtime.binding import Binding
 from ._runtime.checks import at, check_fit, check_slot, refuse_freed
@@ -47,8 +47,7 @@ def packed_forms(columns: Iterable[Any]) -> tuple[Form | None, ...]:
     columns = tuple(columns)
     if PackedColumn not in map(type, columns):
         return ()
-    packed = [x.packed if type(x) is PackedColumn else None for x in columns]
-    return tuple([x.form if isinstance(x, Packed) else None for x in packed])
+    return tuple([x.packed.form if type(x) is PackedColumn else None for x in columns])
 
 
 class BoundRegion:

@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -65,10 +65,6 @@ class Packed(PackedTensors):
               [1., 1.]])
     """
 
-    def __init__(self, form: Form, buffers: Sequence[Any]) -> None:
-        super().__init__(form.layout, buffers)
-        self.form = form
-
     @classmethod
     def of(cls, spec: Any, leaves: Sequence[Any]) -> "Packed":
         """Copies of tensors, packed. Autograd and `torch.func` follow.
@@ -117,10 +113,6 @@ class Packed(PackedTensors):
           [tensor([0., 0.]), tensor([0., 0., 0.])]
         """
         return self.with_buffers(list(map(fn, self.buffers)))
-
-    def with_buffers(self, buffers: Sequence[Any]) -> Self:
-        """A packed tree of the same structure in other buffers."""
-        return type(self)(self.form, buffers)
 
     def __repr__(self) -> str:
         n, k = len(self.layout.places), len(self.buffers)
