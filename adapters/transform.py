@@ -186,7 +186,7 @@ class TransformOptimizer(ChainOptimizer):
 
     def _counter_dtype(self) -> torch.dtype | None:
         """The dtype of counters: float64 where a schedule follows them, because float32 stops counting at 2**24."""
-        return torch.float64 if self._naming.scheduled else super()._counter_dtype()
+        return torch.float64 if self._naming.schedules else super()._counter_dtype()
 
     def _check_options(self, g: int, group: Mapping[str, Any]) -> None:
         super()._check_options(g, group)
