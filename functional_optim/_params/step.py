@@ -111,12 +111,11 @@ class ParamStep:
         Raises:
           ValueError: with the name of the rule and of the parameter.
         """
-        for segment in self.regions:
-            for i in self.local.complex if segment.leafwise is not None else ():
-                assert segment.leafwise is not None
-                if i in segment.leafwise.leaves:
+        for rule in [segment.leafwise for segment in self.regions if segment.leafwise is not None]:
+            for i in self.local.complex:
+                if i in rule.leaves:
                     raise ValueError(
-                        f"{segment.leafwise.bound.rule.name} needs real numbers, but {self.names[i]!r} is "
+                        f"{rule.bound.rule.name} needs real numbers, but {self.names[i]!r} is "
                         f"{self.params.tensors[i].dtype}; leave it to other rules with `masked` or `partition`."
                     )
 
