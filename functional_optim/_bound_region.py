@@ -128,7 +128,7 @@ class BoundRegion:
             known, bound = entry
             if bound.sizes != sizes or known != forms or (bound.partners and not bound.has_partners(own)):
                 continue
-            found = bound.read(own, bound.own_numbers(extra, given), levels)
+            found = bound.read(own, bound.numbers((), extra, given), levels)
             if isinstance(found, MembersReading):
                 if entry is not self.of_members[0]:
                     self.of_members = in_front(entry, self.of_members, self.KEEP)

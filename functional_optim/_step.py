@@ -160,7 +160,7 @@ class TreeStep(TreeLeaves):
         Raises:
           ValueError, TypeError, RuntimeError: something does not fit; nothing has been written.
         """
-        numbers = self.extras.numbers(extra) if extra or self.extras.needed or self.extras.trees else extra
+        extra_numbers = self.extras.numbers(extra) if extra or self.extras.needed or self.extras.trees else extra
         columns = columns | self._extra_columns(extra) if self.extras.trees else columns
         dispatching = needs_dispatch()
         if donate and dispatching:
@@ -176,7 +176,7 @@ class TreeStep(TreeLeaves):
         new_states: dict[Path, Any] = {}
         entered = columns["updates"]
         if self.looks_ahead and not dispatching:
-            look_ahead(self.numbers, self.segments, self.devices, None, (), numbers, given)
+            look_ahead(self.numbers, self.segments, self.devices, None, (), extra_numbers, given)
         began = False
         try:
             for segment in self.segments:
@@ -193,7 +193,7 @@ class TreeStep(TreeLeaves):
                 own = segment.columns(columns, states, in_place)
                 if watched and not watch.holds(columns["params"]):
                     raise RuntimeError(CHANGED_MESSAGE)
-                results = self._run(segment, own, states, numbers, in_place, dispatching, given)
+                results = self._run(segment, own, states, extra_numbers, in_place, dispatching, given)
                 began = True
                 if results is None:
                     return None
@@ -241,7 +241,7 @@ class TreeStep(TreeLeaves):
                 return segment.leafwise.compute(own, extra)
             found = segment.bind(own, variant, segment.leaves(own), [(k, "count") for k in segment.moving])
         bound, reading = found
-        numbers = bound.own_numbers(extra, given) if given else bound.numbers((), extra)
+        numbers = bound.numbers((), extra, given)
         if torch.is_grad_enabled() and bound.requires_grad(reading, numbers):
             bound.release(reading)
             if in_place:

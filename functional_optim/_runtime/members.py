@@ -119,7 +119,7 @@ class MembersStep(Programs):
             tensors = [stack.tensor for stack in stacks]
             self.reader = PointerReader(tensors, list(map(TensorSpec.of, tensors)))
         self.stacked = [stack.stacked for stack in stacks]
-        self.of_numbers = _levels_of(_scalars(self.own_numbers(extra, given), levels), levels)
+        self.of_numbers = _levels_of(_scalars(self.numbers((), extra, given), levels), levels)
         used = map(any, zip(*self.stacked, self.of_numbers, strict=True))
         self.used = tuple(used)
         self.ensemble = Ensemble([size if own else 1 for size, own in zip(self.sizes, self.used, strict=True)])
