@@ -26,7 +26,7 @@ def _apart(method: Callable[["PackedModule"], R]) -> Callable[["PackedModule"], 
         if torch.compiler.is_dynamo_compiling():
             from ._traced import module_outside  # an import of the compiler, which takes seconds
 
-            return module_outside(method, packed)  # type: ignore[no-any-return]
+            return module_outside(method, packed)
         return method(packed)
 
     return called

@@ -84,7 +84,7 @@ def _traced_step(text: str, updates: Tensors, params: Tensors, state: Tensors, n
     if "torch._dynamo" in sys.modules:
         from .._graph_breaks import followed_outside  # an import of the compiler, which takes seconds
 
-        return followed_outside(_step_by_torch, text, updates, params, state, numbers)  # type: ignore[no-any-return]
+        return followed_outside(_step_by_torch, text, updates, params, state, numbers)
     return _step_by_torch(text, updates, params, state, numbers)
 
 
