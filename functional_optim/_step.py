@@ -391,7 +391,7 @@ def take_step(
     """
     like = updates if params is None else params
     home, given = stand_in_of(tx) if tx._tensors else (tx, {})
-    bound = home._bound_steps
+    bound = home._tree_steps
     spec: Spec | None = None  # of `like`, where it is compared
     for step in bound:
         if step.apply is not apply:
@@ -407,7 +407,7 @@ def take_step(
             done: tuple[Tree, Any] | None = step.take(columns, state, like, extra, donate, given)
             if done is not None:
                 if step is not bound[0]:
-                    home._bound_steps = in_front(step, bound, KEEP)
+                    home._tree_steps = in_front(step, bound, KEEP)
                 return done
     with ShortTracebacks():
         step = TreeStep(home, apply, updates, params)
@@ -416,5 +416,5 @@ def take_step(
     if found is None:
         raise RuntimeError(CHANGED_MESSAGE)
     if not needs_dispatch() or map_levels() or takes_gradients():
-        home._bound_steps = in_front(step, bound, KEEP)
+        home._tree_steps = in_front(step, bound, KEEP)
     return found

@@ -114,8 +114,8 @@ class GradientTransformation(Transformation):
       tensor([0.5000, 0.5000])
     """
 
-    _bound_steps: list[Any] = []  # of this very object; assigned anew, never changed in place  # noqa: RUF012
-    _described_steps: list[Any] = []  # of this very object, that graphs name; like `_bound_steps`  # noqa: RUF012
+    _tree_steps: list[Any] = []  # of this very object; assigned anew, never changed in place  # noqa: RUF012
+    _described_steps: list[Any] = []  # of this very object, that graphs name; like `_tree_steps`  # noqa: RUF012
     _serial: str  # of this very object; compiled graphs are guarded by it, and find the object by it
     bound: Bound | None = None  # the rule and its hyper-parameters, if it is made of one
     _tensors: tuple[torch.Tensor, ...] = ()  # hyper-parameters that are tensors, each once
@@ -135,7 +135,7 @@ class GradientTransformation(Transformation):
         self._extras = None if takes_all else frozenset(p.name for p in parameters)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_bound_steps", "_described_steps", "_serial")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_tree_steps", "_described_steps", "_serial")}
 
     def init(self, params: Tree) -> Any:
         """Makes the state for a tree of parameters."""
