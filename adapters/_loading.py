@@ -277,7 +277,7 @@ def _counter(value: Any, p: torch.Tensor, name: str, usual: torch.dtype | None) 
 
 def _slot(key: str, value: Any, p: torch.Tensor, name: str, declared: Slot, hypers: Mapping[str, Any]) -> torch.Tensor:
     """A slot, in the dtype that the chain declares, on the device of its parameter and distributed as that is."""
-    dtype = declared.stored_as(p, hypers, gradient_dtype(p) if declared.as_gradient else None)
+    dtype = declared.stored_as(p, hypers, gradient_dtype(p))
     wide = torch.float64 if p.dtype is torch.float64 else torch.float32
     if not isinstance(value, torch.Tensor):
         if not (declared.per_leaf and isinstance(value, numbers.Real)):

@@ -8,7 +8,6 @@ import functional_optim as fo
 from functional_optim._compiler.rule import Option, Range
 from functional_optim._params.template import Template
 from functional_optim._transforms.decay import decay_then_add, l2_penalty
-from functional_optim._warn import warn
 
 from ._groups import copied
 from ._naming import template
@@ -45,11 +44,7 @@ class NamedClass(ChainOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group; see `torch.optim.Optimizer.add_param_group`."""
-        if isinstance(param_group, dict):
-            param_group, messages = copied(param_group)
-            for message in messages:
-                warn(message)
-        super().add_param_group(param_group)
+        super().add_param_group(copied(param_group))
 
     def _check_options(self, g: int, group: Mapping[str, Any]) -> None:
         super()._check_options(g, group)

@@ -63,7 +63,7 @@ class Naming:
     """
 
     def __init__(self, tx: fo.GradientTransformation) -> None:
-        rules = _walk.rules(tx)
+        rules = self.rules = _walk.rules(tx)
         rate = "learning_rate" if any("learning_rate" in rule.bound.values for rule in rules.values()) else "lr"
         rates = [
             path
@@ -77,42 +77,35 @@ class Naming:
         elif len(rates) != 1:
             self.factor = ()
         self.tx = tx
-        # whether a schedule follows counters
-        self.scheduled = any(rule.bound.is_schedule(x) for rule in rules.values() for x in rule.bound.values)
-        entries = [
-            (path, hyper, rule)
-            for path, rule in rules.items()
-            for hyper in rule.bound.values
-            if not rule.bound.is_schedule(hyper)
-        ]
-        is_lr = [self.factor is None and (path, hyper) == (rates[0], rate) for path, hyper, _ in entries]
-        others = [entry for entry, own in zip(entries, is_lr, strict=True) if not own]
-        wanted = ["lr" if hyper == "learning_rate" else hyper for _, hyper, _ in others]
-        chosen = iter(unique(wanted, [(path, rule.bound.rule.name) for path, _, rule in others], RESERVED | {"lr"}))
-        names = ["lr" if own else next(chosen) for own in is_lr]
+        hypers = [(path, hyper) for path, rule in rules.items() for hyper in rule.bound.values]
+        schedules = [(path, hyper) for path, hyper in hypers if rules[path].bound.is_schedule(hyper)]
+        entries = [x for x in hypers if x not in schedules]
+        lr = (rates[0], rate) if self.factor is None else None
+        others = [x for x in entries if x != lr]
+        names = dict(zip(others, self._names(others, RESERVED | {"lr"}, {"learning_rate": "lr"}), strict=True))
         self.scalars: dict[str, tuple[Path, str]] = {}
         self.switches: dict[str, tuple[Path, str]] = {}
         self.defaults: dict[str, Any] = {} if self.factor is None else {"lr": 1.0}
-        for name, (path, hyper, rule) in zip(names, entries, strict=True):
-            value = rule.bound.values[hyper]
+        for path, hyper in entries:
+            name, bound = names.get((path, hyper), "lr"), rules[path].bound
+            value = bound.values[hyper]
             if hyper == "learning_rate" and value is None:
                 value = 1.0
             if value is None or isinstance(value, torch.dtype):
                 continue  # how state is stored is no option
-            scalar = hyper not in rule.bound.rule.static and is_number(value)
+            scalar = hyper not in bound.rule.static and is_number(value)
             (self.scalars if scalar else self.switches)[name] = (path, hyper)
             self.defaults[name] = value
         self.places = {**self.scalars, **self.switches}
-        self.rules = rules
-        schedules = [
-            (p, hyper) for p, rule in rules.items() for hyper in rule.bound.values if rule.bound.is_schedule(hyper)
-        ]
-        names = unique(
-            [hyper for _, hyper in schedules],
-            [(path, rules[path].bound.rule.name) for path, _ in schedules],
-            RESERVED | self.defaults.keys(),
-        )
-        self.schedules: dict[str, tuple[Path, str]] = dict(zip(names, schedules, strict=True))
+        chosen = self._names(schedules, RESERVED | self.defaults.keys())
+        self.schedules: dict[str, tuple[Path, str]] = dict(zip(chosen, schedules, strict=True))
+
+    def _names(
+        self, places: Sequence[tuple[Path, str]], taken: frozenset[str], renamed: Mapping[str, str] | None = None
+    ) -> list[str]:
+        """Names that differ for hyper-parameters of rules; see `unique`."""
+        wanted = [(renamed or {}).get(hyper, hyper) for _, hyper in places]
+        return unique(wanted, [(path, self.rules[path].bound.rule.name) for path, _ in places], taken)
 
     def check(
         self, options: Mapping[str, Any], group: int | None = None, changed: Collection[str] | None = None
@@ -204,7 +197,7 @@ def _varies(bound: Bound, hyper: str) -> bool:
 
 def _before_averages(tx: fo.GradientTransformation, last: fo.GradientTransformation) -> fo.GradientTransformation:
     """A chain with one more member, before those at its end that need updates as they are added to parameters."""
-    members, names = _walk.members(tx), tx.names if isinstance(tx, Chain) else None
+    members, names = (tx.members, tx.names) if isinstance(tx, Chain) else ((tx,), None)
     end = len(members)
     while end and any(rule.bound.rule.final for rule in _walk.rules(members[end - 1]).values()):
         end -= 1

@@ -162,12 +162,7 @@ class LBFGS(torch.optim.LBFGS):
         Raises:
           ValueError: there is one.
         """
-        messages: list[str] = []
-        if isinstance(param_group, dict):
-            param_group, messages = copied(param_group)
-        for message in messages:
-            warn(message)
-        super().add_param_group(param_group)
+        super().add_param_group(copied(param_group))
         if len(self.param_groups) > 1:
             del self.param_groups[1:]
             raise ValueError("LBFGS doesn't support per-parameter options (parameter groups)")
@@ -318,11 +313,11 @@ class LBFGS(torch.optim.LBFGS):
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A state dict that fits, with copies of its states."""
         states, groups = parts_of(state_dict)
-        self._refuse_another_class(states, groups)
+        # entries of no parameter are kept, as torch keeps them
+        own = {key: saved for key, saved in states.items() if any(key in group["params"] for group in groups)}
+        self._refuse_another_class(own, groups)
         n = sum(real_view(p.detach()).numel() for group in self.param_groups for p in group["params"])
-        for key, saved in states.items():
-            if not _is_of_parameter(key, groups):
-                continue
+        for key, saved in own.items():
             vectors = _vectors_of(saved)
             wrong = next((x for x in vectors.values() if x.numel() != n), None)
             if wrong is not None:
@@ -344,8 +339,6 @@ class LBFGS(torch.optim.LBFGS):
                     f"{', '.join(repr(k) for k in group if k != 'params')}, so another class than LBFGS saved it."
                 )
         for key, saved in states.items():
-            if not _is_of_parameter(key, groups):
-                continue
             if not isinstance(saved, Mapping):
                 raise ValueError(f"the saved state of parameter {key} is {saved!r:.60}, expected a dict.")
             lacking = [k for k in ("func_evals", "n_iter") if saved and k not in saved]
@@ -371,11 +364,6 @@ def _check_stored(name: str, tensors: Mapping[Any, torch.Tensor]) -> None:
     for key, x in tensors.items():
         if isinstance(x, torch.Tensor) and x.layout is torch.strided:
             check_stored(f"{name} {key}", "", x)
-
-
-def _is_of_parameter(key: Any, groups: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether an entry of the states of a file belongs to a parameter; others are kept, as torch keeps them."""
-    return any(key in group["params"] for group in groups)
 
 
 def _first_step(grad: torch.Tensor) -> Any:

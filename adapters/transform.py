@@ -10,11 +10,10 @@ from typing import Any, cast
 import torch
 
 import functional_optim as fo
-from functional_optim import _walk
 from functional_optim._params.template import Template
 from functional_optim._reading import scheduled
 from functional_optim._schedules.schedule import Identity
-from functional_optim._transform import Declared
+from functional_optim._transform import Declared, parts
 from functional_optim._warn import warn
 
 from ._groups import copied
@@ -113,8 +112,8 @@ class TransformOptimizer(ChainOptimizer):
 
     def _offer_scaling(self) -> None:
         """Has `GradScaler` leave unscaling to the kernel, if no transformation would see scaled gradients."""
-        rules = _walk.rules(self._tx).values()
-        if len(rules) == len(_walk.parts(self._tx)) and not any(rule.bound.rule.whole for rule in rules):
+        bounds = [part.bound for part in parts(self._tx).values()]
+        if not any(bound is None or bound.rule.whole for bound in bounds):
             self._step_supports_amp_scaling = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -124,10 +123,8 @@ class TransformOptimizer(ChainOptimizer):
           ValueError: an option is out of its range, or is called otherwise in this chain.
           TypeError: an option is no number where it has to be one.
         """
+        param_group = copied(param_group, self._warn)
         if isinstance(param_group, dict):
-            param_group, messages = copied(param_group)
-            for message in messages:
-                self._warn(message)
             self._naming.check(param_group)
             self._naming.check_names(param_group)
             own = self.defaults["chain"]
@@ -189,7 +186,7 @@ class TransformOptimizer(ChainOptimizer):
 
     def _counter_dtype(self) -> torch.dtype | None:
         """The dtype of counters: float64 where a schedule follows them, because float32 stops counting at 2**24."""
-        return torch.float64 if self._naming.scheduled else super()._counter_dtype()
+        return torch.float64 if self._naming.schedules else super()._counter_dtype()
 
     def _check_options(self, g: int, group: Mapping[str, Any]) -> None:
         super()._check_options(g, group)
@@ -307,9 +304,8 @@ def _blank(tx_function: Callable[..., fo.GradientTransformation]) -> TransformOp
 
 def describe(tx: fo.GradientTransformation) -> str:
     """The names of a chain's transformations, which a checkpoint is known by."""
-    rules = _walk.rules(tx)
     # the functions of others may be renamed, and their `repr` may hold addresses
     return " > ".join(
-        rules[k].bound.rule.name if k in rules else x.name if isinstance(x, Declared) else type(x).__name__
-        for k, x in _walk.parts(tx).items()
+        x.bound.rule.name if x.bound is not None else x.name if isinstance(x, Declared) else type(x).__name__
+        for x in parts(tx).values()
     )

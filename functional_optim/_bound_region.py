@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from ._packed import Form, Packed
+from ._packed import Form
 from ._regions import LeafwiseRegion, Opaque, Region
 from ._runtime.binding import Binding
 from ._runtime.checks import at, check_fit, check_slot, refuse_freed
@@ -47,8 +47,7 @@ def packed_forms(columns: Iterable[Any]) -> tuple[Form | None, ...]:
     columns = tuple(columns)
     if PackedColumn not in map(type, columns):
         return ()
-    packed = [x.packed if type(x) is PackedColumn else None for x in columns]
-    return tuple([x.form if isinstance(x, Packed) else None for x in packed])
+    return tuple([x.packed.form if type(x) is PackedColumn else None for x in columns])
 
 
 class BoundRegion:
@@ -129,7 +128,7 @@ class BoundRegion:
             known, bound = entry
             if bound.sizes != sizes or known != forms or (bound.partners and not bound.has_partners(own)):
                 continue
-            found = bound.read(own, bound.own_numbers(extra, given), levels)
+            found = bound.read(own, bound.numbers((), extra, given), levels)
             if isinstance(found, MembersReading):
                 if entry is not self.of_members[0]:
                     self.of_members = in_front(entry, self.of_members, self.KEEP)

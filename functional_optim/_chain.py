@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ._fusible import Fusible, RuleTransformation
+from ._fusible import Combination
 from ._graph.run import run
 from ._packed import Packed
 from ._recorded import requires_gradient, warn_of_growth
@@ -17,15 +17,13 @@ from ._transform import (
     Path,
     Rewrite,
     as_transformation,
-    joined_names,
-    joined_tensors,
     parts,
 )
-from ._tree import Tree, View, difference, flatten, leaves_like, packed_like, paths, unflatten
+from ._tree import Tree, View, difference, flatten, leaves_like, packed_like, paths
 from ._warn import warn
 
 
-class Chain(Fusible):
+class Chain(Combination):
     """Transformations one after another; made by `chain` and `named_chain`.
 
     Args:
@@ -34,9 +32,9 @@ class Chain(Fusible):
     """
 
     def __init__(self, members: tuple[GradientTransformation, ...], names: tuple[str, ...] | None = None) -> None:
-        self.members, self.names = members, names
+        super().__init__(members)
+        self.names = names
         self._hash: int | None = None  # computed when it is asked for
-        self._tensors = joined_tensors(members)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Chain, (self.members, self.names)
@@ -48,10 +46,6 @@ class Chain(Fusible):
         states = tuple(tx._init(view) for tx in self.members)
         return states if self.names is None else dict(zip(self.names, states, strict=True))
 
-    def _warn(self, view: View) -> None:
-        for tx in self.members:
-            tx._warn(view)
-
     def _rewrite(self, fn: Rewrite, path: Path) -> GradientTransformation:
         pairs = zip(self._keys(), self.members, strict=True)
         return Chain(tuple(tx._rewrite(fn, (*path, key)) for key, tx in pairs), self.names)
@@ -60,12 +54,6 @@ class Chain(Fusible):
         return [
             link for key, tx in zip(self._keys(), self.members, strict=True) for link in tx._links(view, (*path, key))
         ]
-
-    def _asks_leaves(self) -> bool:
-        return any(tx._asks_leaves() for tx in self.members)
-
-    def _extra_names(self) -> frozenset[str] | None:
-        return joined_names(self.members)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Chain) and (self.members, self.names) == (other.members, other.names)
@@ -140,7 +128,7 @@ def _warn_if_not_last(members: tuple[GradientTransformation, ...]) -> None:
     early: str | None = None
     for member in members:
         # an opaque transformation may do anything
-        rules = [part.bound.rule for part in parts(member).values() if isinstance(part, RuleTransformation)]
+        rules = [part.bound.rule for part in parts(member).values() if part.bound is not None]
         if early and any(not rule.final for rule in rules):
             warn(
                 f"{early} stands before {member!r:.80}, which changes updates again, but it works on updates as they "
@@ -199,7 +187,7 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
         warn_of_growth([None if u is None else p for p, u in zip(leaves, others, strict=True)], spec)
     if isinstance(params, Packed) and isinstance(updates, Packed) and params.form is updates.form:
         return params.with_buffers(sums(params.buffers, updates.buffers))
-    return packed_like(params, unflatten(spec, sums(leaves, others)))
+    return packed_like(params, spec.unflatten(sums(leaves, others)))
 
 
 def apply_gradients(

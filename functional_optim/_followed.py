@@ -38,7 +38,7 @@ def run_followed(
     if takes_gradients() and REQUESTED.get() in (None, "c", "triton"):
         recorded = _bound_to_plain(segment, tree, own)
         if recorded is not None and can_record(recorded):
-            return record(recorded, own, recorded.own_numbers(extra, given), plain=False)
+            return record(recorded, own, recorded.numbers((), extra, given), plain=False)
     mapped = map_levels()
     levels = mapped if REQUESTED.get() in (None, "c") else ()
     found = segment.find_members(own, levels, extra, given) if levels else None
@@ -53,11 +53,11 @@ def run_followed(
             if mapped:
                 segment.check_memory(own, mapped)
             programs = segment.programs(own, leaves)
-            return programs.evaluate_reference(own, programs.own_numbers(extra, given))
+            return programs.evaluate_reference(own, programs.numbers((), extra, given))
     bound, reading = found
     if torch.is_grad_enabled() and reading.requires_grad:
         bound.release(reading)
-        return bound.evaluate_reference(own, bound.own_numbers(extra, given))
+        return bound.evaluate_reference(own, bound.numbers((), extra, given))
     return bound.run(reading, own, levels)
 
 

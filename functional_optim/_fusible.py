@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ._graph.run import run
 from ._runtime.checks import check_leaf, check_stored
 from ._runtime.internals import is_differentiated, register_in_exports
 from ._schedules.schedule import swap_tensors, tensors_of
-from ._transform import GradientTransformation, Link, Path, Rewrite, as_transformation, joined_names, joined_tensors
+from ._transform import GradientTransformation, Link, Path, Rewrite, as_transformation
 from ._tree import MaskedNode, Tree, View, paths, show
 
 
@@ -48,6 +48,8 @@ class RuleTransformation(Fusible):
       factory: the function that `elementwise` made.
       values: every hyper-parameter by name.
     """
+
+    bound: Bound
 
     def __init__(self, factory: "RuleFactory", values: Mapping[str, Any]) -> None:
         self.factory = factory
@@ -133,7 +135,30 @@ class RuleTransformation(Fusible):
         return shown
 
 
-class Wrapping(Fusible):
+class Combination(Fusible):
+    """A transformation that is made of others.
+
+    Args:
+      members: the others.
+    """
+
+    def __init__(self, members: Iterable[GradientTransformation]) -> None:
+        self.members = tuple(members)
+        self._tensors = tuple({id(x): x for tx in self.members for x in tx._tensors}.values())
+
+    def _warn(self, view: View) -> None:
+        for tx in self.members:
+            tx._warn(view)
+
+    def _asks_leaves(self) -> bool:
+        return any(tx._asks_leaves() for tx in self.members)
+
+    def _extra_names(self) -> frozenset[str] | None:
+        names = [tx._extra_names() for tx in self.members]
+        return None if None in names else frozenset().union(*[own for own in names if own is not None])
+
+
+class Wrapping(Combination):
     """A rule around an inner transformation: it sees the update that entered that beside the one that left it.
 
     Args:
@@ -142,14 +167,11 @@ class Wrapping(Fusible):
     """
 
     def __init__(self, inner: GradientTransformation, own: GradientTransformation) -> None:
+        super().__init__((inner, own))
         self.inner, self.own = inner, own
-        self._tensors = joined_tensors((inner, own))
 
     def _init(self, view: View) -> Any:
         return self.inner._init(view), self.own._init(view)
-
-    def _warn(self, view: View) -> None:
-        self.inner._warn(view)
 
     def _rewrite(self, fn: Rewrite, path: Path) -> GradientTransformation:
         return Wrapping(self.inner._rewrite(fn, (*path, 0)), self.own._rewrite(fn, (*path, 1)))
@@ -158,12 +180,6 @@ class Wrapping(Fusible):
         inside = self.inner._links(view, (*path, 0))
         rule, *behind = self.own._links(view, (*path, 1))
         return [*inside, rule._replace(wraps=len(inside)), *behind]
-
-    def _asks_leaves(self) -> bool:
-        return self.inner._asks_leaves()
-
-    def _extra_names(self) -> frozenset[str] | None:
-        return joined_names((self.inner, self.own))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Wrapping, (self.inner, self.own)

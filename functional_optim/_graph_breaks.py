@@ -1,17 +1,26 @@
 """Graph breaks: calls of functions outside of a compiled graph, each with a reason. Imported while a compiler runs."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
+
+
+R = TypeVar("R")
+
+
+class Outside(Protocol):
+    """A call of a function, with its arguments, outside of the graph."""
+
+    def __call__(self, fn: Callable[..., R], *arguments: Any) -> R: ...
 
 
 def _call(fn: Callable[..., Any], *arguments: Any) -> Any:
     return fn(*arguments)
 
 
-def outside(reason: str) -> Callable[..., Any]:
-    """A call outside of the graph: of a function, with its arguments.
+def outside(reason: str) -> Outside:
+    """A call outside of the graph.
 
     Args:
       reason: a sentence for the one who asks torch why the graph is broken.

@@ -9,7 +9,7 @@ import torch
 
 from ._addresses import publish
 from ._compiler.rule import Option
-from ._fusible import Fusible, RuleTransformation
+from ._fusible import Combination
 from ._runtime.internals import register_in_exports
 from ._transform import (
     EmptyState,
@@ -18,8 +18,6 @@ from ._transform import (
     Path,
     Rewrite,
     as_transformation,
-    joined_names,
-    joined_tensors,
     parts,
 )
 from ._tree import MaskedNode, View, broadcast_prefix, leaves_like, paths, show, tree_map
@@ -121,12 +119,12 @@ def copied(choice: Any) -> Any:
     return choice if callable(choice) or isinstance(choice, re.Pattern) else tree_map(own, choice)
 
 
-class Masked(Fusible):
+class Masked(Combination):
     """A transformation of some leaves; made by `masked`."""
 
     def __init__(self, inner: GradientTransformation, mask: Any) -> None:
+        super().__init__([inner])
         self.inner, self.mask = inner, copied(mask)
-        self._tensors = inner._tensors
 
     def _narrow(self, view: View) -> View:
         """The tree with the leaves of the mask alone.
@@ -166,10 +164,7 @@ class Masked(Fusible):
         return self.inner._links(self._narrow(view), (*path, 0))
 
     def _asks_leaves(self) -> bool:
-        return callable(self.mask) or self.inner._asks_leaves()
-
-    def _extra_names(self) -> frozenset[str] | None:
-        return self.inner._extra_names()
+        return callable(self.mask) or super()._asks_leaves()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Masked, (self.inner, self.mask)
@@ -191,9 +186,9 @@ def _warn(subject: str, view: View) -> None:
 
 def _called(tx: GradientTransformation) -> str:
     """A transformation in a message; without numbers where an adapter looks them up, which nobody has written so."""
-    rules = [x.bound for x in parts(tx).values() if isinstance(x, RuleTransformation)]
-    if any(isinstance(value, Option) for bound in rules for value in bound.values.values()):
-        return _cut(", ".join(f"{bound.rule.name}(...)" for bound in rules))
+    bounds = [part.bound for part in parts(tx).values() if part.bound is not None]
+    if any(isinstance(value, Option) for bound in bounds for value in bound.values.values()):
+        return _cut(", ".join(f"{bound.rule.name}(...)" for bound in bounds))
     return _cut(repr(tx))
 
 
@@ -212,12 +207,12 @@ def _same(a: Any, b: Any) -> bool:
         return False
 
 
-class Partition(Fusible):
+class Partition(Combination):
     """A transformation for each label; made by `partition`."""
 
     def __init__(self, transforms: Mapping[Any, GradientTransformation], labels: Any) -> None:
+        super().__init__(transforms.values())
         self.transforms, self.labels = dict(transforms), copied(labels)
-        self._tensors = joined_tensors(self.transforms.values())
 
     def _parts(self, view: View) -> dict[Any, View]:
         """For each label, the tree with its leaves alone.
@@ -267,10 +262,7 @@ class Partition(Fusible):
         ]
 
     def _asks_leaves(self) -> bool:
-        return callable(self.labels) or any(tx._asks_leaves() for tx in self.transforms.values())
-
-    def _extra_names(self) -> frozenset[str] | None:
-        return joined_names(self.transforms.values())
+        return callable(self.labels) or super()._asks_leaves()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Partition, (self.transforms, self.labels)

@@ -15,7 +15,7 @@ from ._runtime.checks import at
 from ._runtime.internals import is_wrapper_of_a_transformation
 from ._runtime.spec import PLAIN
 from ._transform import GradientTransformation, Link
-from ._tree import Spec, View, flatten, key_name, one_level, paths, unflatten
+from ._tree import Spec, View, flatten, key_name, one_level, paths
 
 
 # The entries of a state: by the parameter's name, None for an entry of the tree, and the path
@@ -66,7 +66,7 @@ class SplitState:
 
     def join(self, found: Entries) -> Any:
         """The state of which these are the entries."""
-        return self.shape.join("", found, self)
+        return self.shape.join("", found)
 
     def find(self, entry: tuple[str | None, str], states: Mapping[str, Mapping[str, Any]]) -> Any:
         """An entry within the dicts of parameters; `MISSING` if it is nowhere."""
@@ -167,7 +167,7 @@ class _Leaf(NamedTuple):
         _check_entry(x, path, owner)
         return {(None, path): x}
 
-    def join(self, path: str, found: Entries, owner: SplitState) -> Any:
+    def join(self, path: str, found: Entries) -> Any:
         return found[None, path]
 
 
@@ -193,11 +193,10 @@ class _Node(NamedTuple):
             found |= shape.split(child, _at(path, _escaped(name)), owner)
         return found
 
-    def join(self, path: str, found: Entries, owner: SplitState) -> Any:
-        children = [
-            s.join(_at(path, _escaped(name)), found, owner) for name, s in zip(self.names, self.children, strict=True)
-        ]
-        return unflatten(self.spec, children)
+    def join(self, path: str, found: Entries) -> Any:
+        pairs = zip(self.names, self.children, strict=True)
+        children = [shape.join(_at(path, _escaped(name)), found) for name, shape in pairs]
+        return self.spec.unflatten(children)
 
 
 class _PerParam(NamedTuple):
@@ -228,12 +227,12 @@ class _PerParam(NamedTuple):
                     found[name, _at(path, leaf_path)] = leaf
         return found
 
-    def join(self, path: str, found: Entries, owner: SplitState) -> Any:
+    def join(self, path: str, found: Entries) -> Any:
         children = [
-            unflatten(own, [found[name, _at(path, leaf)] for leaf in leaf_paths] if name is not None else [])
+            own.unflatten([found[name, _at(path, leaf)] for leaf in leaf_paths] if name is not None else [])
             for name, (own, leaf_paths) in zip(self.owners, self.children, strict=True)
         ]
-        return unflatten(self.spec, children)
+        return self.spec.unflatten(children)
 
 
 Shape = _Leaf | _Node | _PerParam

@@ -44,7 +44,7 @@ def pack(tree: Tree) -> Packed:
     if torch.compiler.is_dynamo_compiling():
         from ._traced import pack_outside  # an import of the compiler, which takes seconds
 
-        return pack_outside(pack, tree)  # type: ignore[no-any-return]
+        return pack_outside(pack, tree)
     inside = packed_inside(tree)
     if inside is not None:
         raise TypeError(f"the tree{at(inside)} is packed already, but not the whole tree; unpack it first.")

@@ -1,8 +1,9 @@
 """`pack_module`: the parameters of a module, and their gradients, as views of buffers."""
 
+import functools
 import itertools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -12,6 +13,23 @@ from ._packed import Packed
 from ._runtime.internals import registries
 from ._runtime.overlap import OverlapCheck, SharedMemoryError
 from ._runtime.spec import PLAIN, TensorSpec
+
+
+R = TypeVar("R")
+
+
+def _apart(method: Callable[["PackedModule"], R]) -> Callable[["PackedModule"], R]:
+    """A method that is called outside of a compiled graph, which cannot follow the checks of a module."""
+
+    @functools.wraps(method)
+    def called(packed: "PackedModule") -> R:
+        if torch.compiler.is_dynamo_compiling():
+            from ._traced import module_outside  # an import of the compiler, which takes seconds
+
+            return module_outside(method, packed)
+        return method(packed)
+
+    return called
 
 
 class PackedModule:
@@ -39,6 +57,7 @@ class PackedModule:
         self._params.followers = tuple(self._parameters.values())
 
     @property
+    @_apart
     def params(self) -> Packed:
         """The parameters. To write to one is to write to the other.
 
@@ -46,12 +65,6 @@ class PackedModule:
           RuntimeError: a parameter has been given other memory since, as `module.to(...)` does, or the module has
             other parameters.
         """
-        if torch.compiler.is_dynamo_compiling():
-            return _outside(PackedModule._own_params, self)  # type: ignore[no-any-return]
-        return self._own_params()
-
-    def _own_params(self) -> Packed:
-        """The parameters, outside of a compiled graph; see `params`."""
         self._refuse_replaced()
         found = self._pointers()
         if found != self._known:
@@ -66,18 +79,13 @@ class PackedModule:
         return list(map(torch.Tensor.data_ptr, self._parameters.values()))
 
     @property
+    @_apart
     def grads(self) -> Packed:
         """The gradients, zeros where a parameter has none.
 
         `backward` adds to them in place. A gradient that something has replaced, as `zero_grad` does by default, is
         copied to its place, and the parameter given the view again.
         """
-        if torch.compiler.is_dynamo_compiling():
-            return _outside(PackedModule._own_grads, self)  # type: ignore[no-any-return]
-        return self._own_grads()
-
-    def _own_grads(self) -> Packed:
-        """The gradients, outside of a compiled graph; see `grads`."""
         self._refuse_replaced()
         self._refuse_frozen()
         for name, p in self._parameters.items():
@@ -91,15 +99,9 @@ class PackedModule:
             p.grad = view
         return self._grads
 
+    @_apart
     def zero_grad(self) -> None:
         """Sets all gradients to zero, one operation for each buffer."""
-        if torch.compiler.is_dynamo_compiling():
-            _outside(PackedModule._zero_grads, self)
-        else:
-            self._zero_grads()
-
-    def _zero_grads(self) -> None:
-        """See `zero_grad`; outside of a compiled graph."""
         self._refuse_replaced()
         self._refuse_frozen()
         for name, p in self._parameters.items():
@@ -162,13 +164,6 @@ class PackedModule:
             "a PackedModule belongs to the memory of its module; copy or save the module, and pack the copy, with "
             "`pack_module`."
         )
-
-
-def _outside(fn: Any, packed: PackedModule) -> Any:
-    """A call outside of a compiled graph, which cannot follow the checks of a module."""
-    from ._traced import module_outside  # an import of the compiler, which takes seconds
-
-    return module_outside(fn, packed)
 
 
 def pack_module(module: nn.Module) -> PackedModule:

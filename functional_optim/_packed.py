@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -38,10 +38,6 @@ class Form:
             self.order = sorted(range(len(places)), key=places.__getitem__)
         FORMS[self.serial] = self
 
-    def tree(self, leaves: Sequence[Any]) -> Any:
-        """The tree with these leaves."""
-        return self.spec.unflatten(leaves)
-
 
 @functools.lru_cache(maxsize=256)
 def form(spec: Any, places: tuple[Place | None, ...]) -> Form:
@@ -68,10 +64,6 @@ class Packed(PackedTensors):
       tensor([[1., 1.],
               [1., 1.]])
     """
-
-    def __init__(self, form: Form, buffers: Sequence[Any]) -> None:
-        super().__init__(form.layout, buffers)
-        self.form = form
 
     @classmethod
     def of(cls, spec: Any, leaves: Sequence[Any]) -> "Packed":
@@ -107,7 +99,7 @@ class Packed(PackedTensors):
             from ._traced import traced_tree  # an import of the compiler, which takes seconds
 
             return traced_tree(self.form.serial, self.form.containers, self.buffers)
-        return self.form.tree(self.views)
+        return self.form.spec.unflatten(self.views)
 
     def map(self, fn: Callable[[torch.Tensor], Any]) -> "Packed":
         """A packed tree of the same structure with the results of a function of each buffer.
@@ -121,10 +113,6 @@ class Packed(PackedTensors):
           [tensor([0., 0.]), tensor([0., 0., 0.])]
         """
         return self.with_buffers(list(map(fn, self.buffers)))
-
-    def with_buffers(self, buffers: Sequence[Any]) -> Self:
-        """A packed tree of the same structure in other buffers."""
-        return type(self)(self.form, buffers)
 
     def __repr__(self) -> str:
         n, k = len(self.layout.places), len(self.buffers)

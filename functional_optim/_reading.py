@@ -12,7 +12,7 @@ from ._compiler.rule import Bound, Rule, rule_of
 from ._runtime.checks import check_number
 from ._runtime.internals import has_members, needs_dispatch
 from ._state import get_state, wrong_state
-from ._transform import GradientTransformation, Path, as_transformation
+from ._transform import GradientTransformation, Path, as_transformation, parts
 from ._tree import Tree
 
 
@@ -121,9 +121,9 @@ def hyperparams(tx: GradientTransformation, state: Any) -> dict[str, Any]:
       0.75
     """
     found: list[tuple[str, tuple[Path, str], Any]] = []
-    for path, part in _walk.parts(as_transformation(tx)).items():
-        bound = getattr(part, "bound", None)
-        if isinstance(bound, Bound):
+    for path, part in parts(as_transformation(tx)).items():
+        bound = part.bound
+        if bound is not None:
             own = _state_of(state, path, bound)
             for name, value in bound.values.items():
                 if value is not None and not isinstance(value, torch.dtype):

@@ -93,6 +93,24 @@ class Region:
         """Whether something is reduced over all leaves."""
         return any(recipe.program.spans_tree for recipe in self.recipes.values())
 
+    def _stored(self, counting: tuple[bool, ...] | None, own_counters: bool) -> list[Stored]:
+        """The columns of state.
+
+        Args:
+          counting: for each leaf, whether its own counter is read; None if there is no column of such counters.
+          own_counters: whether each leaf counts its own steps; otherwise transformations count for all.
+        """
+        stored = [] if counting is None else [counter_slot(counting)]
+        for k, bound in self.bounds.items():
+            seen = self.links[k].seen
+            for name, declared in bound.rule.slots.items():
+                lacking = self.links[k].lacking.get(name, frozenset())
+                there = tuple(s and i not in lacking for i, s in enumerate(seen)) if lacking else seen
+                stored.append(Stored((k, name), f"state {bound.rule.name}.{name}", declared, there))
+            if bound.counted and not own_counters:
+                stored.append(Stored((k, "count"), f"state {bound.rule.name}.count", None, seen))
+        return stored
+
     def numbers(
         self,
         present: Sequence[int],
@@ -160,18 +178,8 @@ class FusedRegion(Region):
             bound.values[hyper] for bound in self.bounds.values() for hyper in bound.values if bound.is_schedule(hyper)
         ]
         self.traced = [(fn, traced_key(fn)) for fn in schedules if not has_fixed_key(fn)]
-        self.stored = self._stored(counting is not None)
-
-    def _stored(self, own_counters: bool) -> list[Stored]:
-        stored = []
-        if own_counters:
-            stored.append(counter_slot(tuple("step" in self.recipes[kind].program.leaves for kind in self.kinds)))
-        for k, bound in self.bounds.items():
-            for name, declared in bound.rule.slots.items():
-                stored.append(Stored((k, name), f"state {bound.rule.name}.{name}", declared, self.links[k].seen))
-            if bound.counted and not own_counters:
-                stored.append(Stored((k, "count"), f"state {bound.rule.name}.count", None, self.links[k].seen))
-        return stored
+        reads = None if own is None else tuple("step" in self.recipes[kind].program.leaves for kind in self.kinds)
+        self.stored = self._stored(reads, own is not None)
 
     def _entry(self, k: int) -> tuple[int | None, str | None]:
         """For a rule that wraps others, the first of them, or the column of the updates that entered them."""
@@ -199,25 +207,13 @@ class LeafwiseRegion(Region):
         super().__init__({position: link}, False, entered)
         self.position, self.link, self.bound = position, link, link.bound
         self.counter: Key = "step" if own_counters else (position, "count")
-        self.stored = self._stored(own_counters)
+        self.stored = self._stored(link.seen if own_counters and self.bound.uses_step else None, own_counters)
         values = self.bound.values
         self.python_hypers = {k for k in values if self.bound.is_schedule(k) and not follows_counter(values[k])}
 
     @property
     def by_python(self) -> list[str]:
         return [f"{self.bound.rule.name}.{name}" for name in self.python_hypers]
-
-    def _stored(self, own_counters: bool) -> list[Stored]:
-        name, seen, stored = self.bound.rule.name, self.link.seen, []
-        if own_counters and self.bound.uses_step:
-            stored.append(counter_slot(seen))
-        for key, declared in self.bound.rule.slots.items():
-            lacking = self.link.lacking.get(key, frozenset())
-            own = tuple(s and i not in lacking for i, s in enumerate(seen))
-            stored.append(Stored((self.position, key), f"state {name}.{key}", declared, own))
-        if self.bound.counted and not own_counters:
-            stored.append(Stored((self.position, "count"), f"state {name}.count", None, seen))
-        return stored
 
 
 def cut_into_regions(

@@ -6,7 +6,7 @@ from typing import Any, overload
 
 import torch
 
-from ._compiler.rule import Range, Rule, Slot, check_stored
+from ._compiler.rule import Range, Rule, Slot, check_slot_dtype
 from ._fusible import RuleFactory, WrappingFactory
 
 
@@ -311,7 +311,7 @@ def _check_slots(
                 f"hyper-parameters."
             )
         if not whole and isinstance(slot.dtype, torch.dtype):
-            check_stored(f"the slot `{slot_name}` of {name}", slot.dtype)
+            check_slot_dtype(f"the slot `{slot_name}` of {name}", slot.dtype)
         if not whole and not (slot.like_leaf or slot.per_leaf):
             raise TypeError(
                 f"the slot `{slot_name}` of {name} has a shape of its own, but the formula is one for an element; "

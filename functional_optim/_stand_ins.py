@@ -74,9 +74,9 @@ def _stand_in(key: ChainKey) -> GradientTransformation | None:
     return tx._with_tensors([torch.zeros((), dtype=torch.float64) for _ in tx._tensors])
 
 
-def _takes_tensors(part: Any) -> bool:
+def _takes_tensors(part: GradientTransformation) -> bool:
     """Whether an innermost transformation is a rule whose kernels read all its tensors from a table."""
-    bound = getattr(part, "bound", None)
+    bound = part.bound
     if bound is None or bound.rule.whole:
         return False
     return all(has_fixed_key(value) for name, value in bound.values.items() if bound.is_schedule(name))

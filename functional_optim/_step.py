@@ -160,7 +160,7 @@ class TreeStep(TreeLeaves):
         Raises:
           ValueError, TypeError, RuntimeError: something does not fit; nothing has been written.
         """
-        numbers = self.extras.numbers(extra) if extra or self.extras.needed or self.extras.trees else extra
+        extra_numbers = self.extras.numbers(extra) if extra or self.extras.needed or self.extras.trees else extra
         columns = columns | self._extra_columns(extra) if self.extras.trees else columns
         dispatching = needs_dispatch()
         if donate and dispatching:
@@ -176,7 +176,7 @@ class TreeStep(TreeLeaves):
         new_states: dict[Path, Any] = {}
         entered = columns["updates"]
         if self.looks_ahead and not dispatching:
-            look_ahead(self.numbers, self.segments, self.devices, None, (), numbers, given)
+            look_ahead(self.numbers, self.segments, self.devices, None, (), extra_numbers, given)
         began = False
         try:
             for segment in self.segments:
@@ -193,7 +193,7 @@ class TreeStep(TreeLeaves):
                 own = segment.columns(columns, states, in_place)
                 if watched and not watch.holds(columns["params"]):
                     raise RuntimeError(CHANGED_MESSAGE)
-                results = self._run(segment, own, states, numbers, in_place, dispatching, given)
+                results = self._run(segment, own, states, extra_numbers, in_place, dispatching, given)
                 began = True
                 if results is None:
                     return None
@@ -241,7 +241,7 @@ class TreeStep(TreeLeaves):
                 return segment.leafwise.compute(own, extra)
             found = segment.bind(own, variant, segment.leaves(own), [(k, "count") for k in segment.moving])
         bound, reading = found
-        numbers = bound.own_numbers(extra, given) if given else bound.numbers((), extra)
+        numbers = bound.numbers((), extra, given)
         if torch.is_grad_enabled() and bound.requires_grad(reading, numbers):
             bound.release(reading)
             if in_place:
@@ -391,7 +391,7 @@ def take_step(
     """
     like = updates if params is None else params
     home, given = stand_in_of(tx) if tx._tensors else (tx, {})
-    bound = home._bound_steps
+    bound = home._tree_steps
     spec: Spec | None = None  # of `like`, where it is compared
     for step in bound:
         if step.apply is not apply:
@@ -407,7 +407,7 @@ def take_step(
             done: tuple[Tree, Any] | None = step.take(columns, state, like, extra, donate, given)
             if done is not None:
                 if step is not bound[0]:
-                    home._bound_steps = in_front(step, bound, KEEP)
+                    home._tree_steps = in_front(step, bound, KEEP)
                 return done
     with ShortTracebacks():
         step = TreeStep(home, apply, updates, params)
@@ -416,5 +416,5 @@ def take_step(
     if found is None:
         raise RuntimeError(CHANGED_MESSAGE)
     if not needs_dispatch() or map_levels() or takes_gradients():
-        home._bound_steps = in_front(step, bound, KEEP)
+        home._tree_steps = in_front(step, bound, KEEP)
     return found

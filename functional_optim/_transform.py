@@ -4,22 +4,13 @@ A transformation is a pair of pure functions: `init` makes a state from paramete
 into new ones. That is all that a caller needs, and all that an object from elsewhere must have.
 
 Inside the package a transformation also says how it is built, so that chains can be laid out over the leaves of a tree
-and fused. `Transformation` lists these questions. All are asked about a `View`, a tree of which some leaves are seen:
-
-- `_init(view)`: the state for the leaves that are seen;
-- `_links(view, path)`: the innermost transformations in order, each with the leaves that it sees and the path to its
-  state. `chain` concatenates the links of its members, `masked` narrows the view, a rule is one link;
-- `_rewrite(fn, path)`: the same structure with other innermost transformations, which is how optimizers put options of
-  parameter groups in the place of numbers;
-- `_warn(view)`: warnings about masks that match nothing;
-- `_asks_leaves()`: whether a mask is a function, whose answer may change with the parameters;
-- `_extra_names()`: the extra arguments that `update` takes.
+and fused. `Transformation` has these questions.
 """
 
 import abc
 import inspect
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Self, TypeVar
 from weakref import WeakValueDictionary
@@ -62,7 +53,7 @@ class Link(NamedTuple):
 
 
 class Transformation(abc.ABC):
-    """The questions that the package asks of a transformation; see the top of this module."""
+    """The questions that the package asks of a transformation, most of them about a `View`."""
 
     @abc.abstractmethod
     def init(self, params: Tree) -> Any:
@@ -78,11 +69,17 @@ class Transformation(abc.ABC):
 
     @abc.abstractmethod
     def _links(self, view: View, path: Path) -> list[Link]:
-        """The innermost transformations, in order."""
+        """The innermost transformations in order, each with the leaves that it sees and the path to its state.
+
+        `chain` concatenates the links of its members, `masked` narrows the view, a rule is one link.
+        """
 
     @abc.abstractmethod
     def _rewrite(self, fn: Rewrite, path: Path) -> "GradientTransformation":
-        """The same transformation with its innermost ones replaced by `fn` of their paths and themselves."""
+        """The same transformation with its innermost ones replaced by `fn` of their paths and themselves.
+
+        So optimizers put options of parameter groups in the place of numbers.
+        """
 
     @abc.abstractmethod
     def _warn(self, view: View) -> None:
@@ -117,9 +114,10 @@ class GradientTransformation(Transformation):
       tensor([0.5000, 0.5000])
     """
 
-    _bound_steps: list[Any] = []  # of this very object; assigned anew, never changed in place  # noqa: RUF012
-    _described_steps: list[Any] = []  # of this very object, that graphs name; like `_bound_steps`  # noqa: RUF012
+    _tree_steps: list[Any] = []  # of this very object; assigned anew, never changed in place  # noqa: RUF012
+    _described_steps: list[Any] = []  # of this very object, that graphs name; like `_tree_steps`  # noqa: RUF012
     _serial: str  # of this very object; compiled graphs are guarded by it, and find the object by it
+    bound: Bound | None = None  # the rule and its hyper-parameters, if it is made of one
     _tensors: tuple[torch.Tensor, ...] = ()  # hyper-parameters that are tensors, each once
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -137,7 +135,7 @@ class GradientTransformation(Transformation):
         self._extras = None if takes_all else frozenset(p.name for p in parameters)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_bound_steps", "_described_steps", "_serial")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_tree_steps", "_described_steps", "_serial")}
 
     def init(self, params: Tree) -> Any:
         """Makes the state for a tree of parameters."""
@@ -291,14 +289,3 @@ def parts(tx: GradientTransformation) -> dict[Path, GradientTransformation]:
     found: dict[Path, GradientTransformation] = {}
     tx._rewrite(found.setdefault, ())
     return found
-
-
-def joined_tensors(members: Iterable[GradientTransformation]) -> tuple[torch.Tensor, ...]:
-    """The tensors among the hyper-parameters of several transformations, each once."""
-    return tuple({id(x): x for tx in members for x in tx._tensors}.values())
-
-
-def joined_names(members: Iterable[GradientTransformation]) -> frozenset[str] | None:
-    """Names of the extra arguments that some of several transformations take; None if one takes any."""
-    names = [tx._extra_names() for tx in members]
-    return None if None in names else frozenset().union(*[own for own in names if own is not None])

@@ -185,11 +185,6 @@ def one_level(x: Any) -> tuple[list[Any], Spec] | None:
     return children, spec
 
 
-def unflatten(spec: Spec, leaves: Sequence[Any]) -> Tree:
-    """The tree of that structure with these leaves."""
-    return spec.unflatten(leaves)
-
-
 def tree_map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """Applies a function to the leaves of trees of one structure; the result is packed if the first one is."""
     if isinstance(tree, Packed):

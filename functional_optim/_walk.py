@@ -1,14 +1,9 @@
-"""Looking into chains: their innermost transformations, by path, and chains with others in their places."""
+"""Looking into chains: their rules, by path, and chains with others in their places."""
 
 from collections.abc import Callable
 
-from ._chain import Chain
 from ._fusible import RuleTransformation
-from ._transform import (
-    GradientTransformation,
-    Path,
-    parts as parts,
-)
+from ._transform import GradientTransformation, Path, parts
 
 
 def rules(tx: GradientTransformation) -> dict[Path, RuleTransformation]:
@@ -33,14 +28,3 @@ def rewrite(
       chain(chain(), scale_by_learning_rate(learning_rate=0.5))
     """
     return tx._rewrite(lambda path, inner: fn(path, inner) if isinstance(inner, RuleTransformation) else inner, ())
-
-
-def members(tx: GradientTransformation) -> tuple[GradientTransformation, ...]:
-    """The members of a chain; another transformation is the only member of its own.
-
-    Example:
-      >>> import functional_optim as fo
-      >>> members(fo.scale(2.0))
-      (scale(step_size=2.0),)
-    """
-    return tx.members if isinstance(tx, Chain) else (tx,)

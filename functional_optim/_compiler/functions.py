@@ -9,8 +9,8 @@ The functions that begin with `fused_` are one formula with the roundings of tor
 CUDA; the columns of the operation table hold both.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any, NoReturn
 
 import torch
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
@@ -19,27 +19,24 @@ from .errors import RuleError, where
 from .ops import OPS
 
 
-def _overridden(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """The result that the class of `x` has for a function: while a rule is traced, a symbol."""
-    result: torch.Tensor = handle_torch_function(function, (x,), x)
-    return result
+def _of_tensors(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that is recorded while a rule is traced, and refuses a number in the place of a tensor."""
+
+    @functools.wraps(function)
+    def checked(x: torch.Tensor) -> torch.Tensor:
+        if has_torch_function_unary(x):
+            result: torch.Tensor = handle_torch_function(checked, (x,), x)
+            return result
+        if not isinstance(x, torch.Tensor):
+            raise RuleError(f"{where()} calls `{function.__name__}` of {x!r:.60}, expected a tensor, such as `u`.")
+        return function(x)
+
+    return checked
 
 
-def _check(name: str, x: Any) -> None:
-    """Refuses a number in the place of a tensor.
-
-    Raises:
-      RuleError: with the name of the function, and the number.
-    """
-    if not isinstance(x, torch.Tensor):
-        raise RuleError(f"{where()} calls `{name}` of {x!r:.60}, expected a tensor, such as `u`.")
-
-
+@_of_tensors
 def cbrt(x: torch.Tensor) -> torch.Tensor:
     """The real cube root of every element."""
-    if has_torch_function_unary(x):
-        return _overridden(cbrt, x)
-    _check("cbrt", x)
     return OPS["cbrt"].eager(x)
 
 
@@ -54,74 +51,60 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float64))
 
 
+@_of_tensors
 def leaf_sum(x: torch.Tensor) -> torch.Tensor:
     """The sum over the elements of one leaf."""
-    if has_torch_function_unary(x):
-        return _overridden(leaf_sum, x)
-    _check("leaf_sum", x)
     return _wide(x).sum().to(_number_dtype(x))
 
 
+@_of_tensors
 def leaf_mean(x: torch.Tensor) -> torch.Tensor:
     """The mean over the elements of one leaf."""
-    if has_torch_function_unary(x):
-        return _overridden(leaf_mean, x)
-    _check("leaf_mean", x)
     return _wide(x).mean().to(_number_dtype(x))
 
 
+@_of_tensors
 def leaf_norm(x: torch.Tensor) -> torch.Tensor:
     """The Euclidean norm of one leaf."""
-    if has_torch_function_unary(x):
-        return _overridden(leaf_norm, x)
-    _check("leaf_norm", x)
     norm: torch.Tensor = torch.linalg.vector_norm(_wide(x))
     return norm.to(_number_dtype(x).to_real())
 
 
+@_of_tensors
 def leaf_amax(x: torch.Tensor) -> torch.Tensor:
     """The largest element of one leaf; NaN if there is one."""
-    if has_torch_function_unary(x):
-        return _overridden(leaf_amax, x)
-    _check("leaf_amax", x)
     return torch.amax(x)
 
 
+@_of_tensors
 def leaf_size(x: torch.Tensor) -> torch.Tensor:
     """The number of elements of one leaf."""
-    if has_torch_function_unary(x):
-        return _overridden(leaf_size, x)
-    _check("leaf_size", x)
     return torch.full((), x.numel(), dtype=_number_dtype(x).to_real(), device=x.device)
 
 
-def _only_in_rules(name: str, x: Any) -> NoReturn:
-    _check(name, x)
-    raise TypeError(
+def _only_in_rules(name: str) -> TypeError:
+    return TypeError(
         f"`{name}` spans every leaf that a transformation sees, so it can only be called inside an `elementwise` rule; "
         f"a `leafwise` rule, and a formula that is called on tensors, see one leaf."
     )
 
 
+@_of_tensors
 def tree_sum(x: torch.Tensor) -> torch.Tensor:
     """The sum over the elements of every leaf that the transformation sees."""
-    if has_torch_function_unary(x):
-        return _overridden(tree_sum, x)
-    _only_in_rules("tree_sum", x)
+    raise _only_in_rules("tree_sum")
 
 
+@_of_tensors
 def tree_amax(x: torch.Tensor) -> torch.Tensor:
     """The largest element over every leaf that the transformation sees; NaN if there is one."""
-    if has_torch_function_unary(x):
-        return _overridden(tree_amax, x)
-    _only_in_rules("tree_amax", x)
+    raise _only_in_rules("tree_amax")
 
 
+@_of_tensors
 def tree_norm(x: torch.Tensor) -> torch.Tensor:
     """The Euclidean norm over every leaf that the transformation sees, the global norm."""
-    if has_torch_function_unary(x):
-        return _overridden(tree_norm, x)
-    _only_in_rules("tree_norm", x)
+    raise _only_in_rules("tree_norm")
 
 
 def _fused(function: Callable[..., torch.Tensor], *xs: torch.Tensor) -> torch.Tensor:

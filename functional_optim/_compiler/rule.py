@@ -244,7 +244,7 @@ def slot(
 STORED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def check_stored(name: str, dtype: torch.dtype) -> None:
+def check_slot_dtype(name: str, dtype: torch.dtype) -> None:
     """Refuses a dtype that slots of `elementwise` rules cannot have.
 
     Raises:
@@ -351,7 +351,7 @@ class Rule:
             and isinstance(value, torch.dtype)
             and any(slot.dtype == hyper for slot in self.slots.values())
         ):
-            check_stored(f"the slot of {self.name} that `{hyper}` is for", value)
+            check_slot_dtype(f"the slot of {self.name} that `{hyper}` is for", value)
         allowed = self.ranges.get(hyper)
         if isinstance(allowed, tuple):
             if value not in allowed:

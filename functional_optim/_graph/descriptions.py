@@ -37,7 +37,7 @@ from .._schedules.schedule import Schedule, ScheduleFactory
 from .._step import take_step
 from .._structures import FORMS, Structure, rebuild
 from .._transform import FACTORIES, TRANSFORMATIONS, GradientTransformation, LabelFunction, parts
-from .._tree import Tree, difference, flatten, flatten_to_buffers, leaves_like, paths, unflatten
+from .._tree import Tree, difference, flatten, flatten_to_buffers, leaves_like, paths
 from .digest import PROCESS, digest_of, digest_of_package, is_edited
 
 
@@ -65,7 +65,7 @@ class TreeMaker:
 
     def tree(self, tensors: Sequence[torch.Tensor]) -> Tree:
         """The tree with these tensors."""
-        return unflatten(self.spec, [None if k is None else tensors[k] for k in self.sources])
+        return self.spec.unflatten([None if k is None else tensors[k] for k in self.sources])
 
     def read(self, tree: Tree) -> list[Any] | None:
         """The leaves of a tree, None where one is absent; None for a tree of another structure.
@@ -143,9 +143,9 @@ class DescribedStep:
 
     def __init__(self, tx: GradientTransformation, apply: bool, trees: Trees, backend: str | None) -> None:
         self.tx, self.apply, self.trees, self.backend = tx, apply, trees, backend
-        rules = [getattr(part, "bound", None) for part in parts(tx).values()]
-        self.runs_foreign_code = any(bound is None for bound in rules)
-        self.of_rules = not any(bound is None or bound.rule.whole for bound in rules)
+        bounds = [part.bound for part in parts(tx).values()]
+        self.runs_foreign_code = None in bounds
+        self.of_rules = not any(bound is None or bound.rule.whole for bound in bounds)
         self.may_return_views = not self.of_rules
         self.n_extra = sum(trees.extra.there)
         self.computed = trees.computed(apply)
@@ -155,7 +155,8 @@ class DescribedStep:
         assert base is not None
         positions = {i: k for k, i in enumerate(i for i, there in enumerate(base.there) if there)}
         self.picked = [positions[i] for i in self.computed]
-        self.partners = trees.partners(self.computed) if not apply and trees.params is not None else []
+        without: list[int | None] = [None] * len(self.computed)
+        self.partners = without if apply or trees.params is None else trees.partners(self.computed)
         self._own: collections.OrderedDict[Any, GradientTransformation] = collections.OrderedDict()
 
     def take(

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from .._compiler.fuse import Part, fuse
-from .._compiler.rule import Bound, Rule
+from .._compiler.rule import Rule
 from .._schedules.traced import has_fixed_key
 from .._transform import Declared, GradientTransformation
 
@@ -37,8 +37,8 @@ def digest_of(part: GradientTransformation) -> str:
     Args:
       part: a rule, or a transformation that can only be called.
     """
-    bound = getattr(part, "bound", None)
-    if not isinstance(bound, Bound):
+    bound = part.bound
+    if bound is None:
         return "" if isinstance(part, Declared) and _is_own(part.factory, part.arguments) else PROCESS
     if _is_own(bound.rule.fn, bound.values):
         return ""

@@ -33,6 +33,7 @@ from .refusals import INSIDE, RECORDED
 
 
 Tensors = Sequence[torch.Tensor]
+Promise = tuple[torch.Tensor, torch.dtype]  # a tensor whose shape, layout and device a result has, and its dtype
 
 LIBRARY: Any = torch.library.Library("functional_optim", "FRAGMENT")  # type: ignore[no-untyped-call]
 ARGUMENTS = "str description, Tensor[] updates, Tensor[] params, Tensor[] state, Tensor[] numbers"
@@ -48,13 +49,12 @@ def _pure_step(text: str, updates: Tensors, params: Tensors, state: Tensors, num
     """The step by kernels, in new tensors."""
     step = find_step(text)
     results, new = step.take(updates, params, state, numbers)
-    likes = [*_likes(step, updates, params), *state]
-    dtypes = [*_dtypes(step, updates, params), *(x.dtype for x in state)]
     results += new
-    _check(step, results, likes, dtypes)
+    promised = _promised(step, updates, params, state)
+    _check(step, results, promised)
     given = (*updates, *params, *state, *numbers)
     own = _apart(results, given, step.may_return_views)
-    return [_in_layout_of(like, x, dtype) for like, x, dtype in zip(likes, own, dtypes, strict=True)]
+    return [_in_layout_of(like, x, dtype) for x, (like, dtype) in zip(own, promised, strict=True)]
 
 
 def _donated_step(text: str, updates: Tensors, params: Tensors, state: Tensors, numbers: Tensors) -> None:
@@ -67,7 +67,7 @@ def _donated_step(text: str, updates: Tensors, params: Tensors, state: Tensors, 
     pairs = list(zip(state, new, strict=True))
     if not in_place:  # all of it can be refused before anything is written
         likes = [*_likes(step, updates, params), *state]
-        _check(step, [*results, *new], likes, [x.dtype for x in likes])
+        _check(step, [*results, *new], [(x, x.dtype) for x in likes])
         pairs += zip(_likes(step, updates, params), results, strict=True)
     pairs = [(x, y) for x, y in pairs if x is not y]
     moved = _apart([y for _, y in pairs], [*state, *params], step.may_return_views)
@@ -84,7 +84,7 @@ def _traced_step(text: str, updates: Tensors, params: Tensors, state: Tensors, n
     if "torch._dynamo" in sys.modules:
         from .._graph_breaks import followed_outside  # an import of the compiler, which takes seconds
 
-        return followed_outside(_step_by_torch, text, updates, params, state, numbers)  # type: ignore[no-any-return]
+        return followed_outside(_step_by_torch, text, updates, params, state, numbers)
     return _step_by_torch(text, updates, params, state, numbers)
 
 
@@ -109,22 +109,20 @@ def _likes(step: DescribedStep, updates: Tensors, params: Tensors) -> list[torch
     return [base[k] for k in step.picked]
 
 
-def _dtypes(step: DescribedStep, updates: Tensors, params: Tensors) -> list[torch.dtype]:
-    """The dtypes of the computed results: those of parameters, or of updates if these are not narrower."""
-    likes = _likes(step, updates, params)
-    if step.apply or not params:
-        return [x.dtype for x in likes]
-    partners = [x if k is None else params[k] for x, k in zip(likes, step.partners, strict=True)]
-    return [torch.promote_types(x.dtype, p.dtype) for x, p in zip(likes, partners, strict=True)]
+def _promised(step: DescribedStep, updates: Tensors, params: Tensors, state: Tensors) -> list[Promise]:
+    """The form of each result of a step; updates have the dtype of parameters if these are wider."""
+    pairs = zip(_likes(step, updates, params), step.partners, strict=True)
+    computed = [(x, x.dtype if k is None else torch.promote_types(x.dtype, params[k].dtype)) for x, k in pairs]
+    return [*computed, *((x, x.dtype) for x in state)]
 
 
-def _check(step: DescribedStep, results: Tensors, likes: Tensors, dtypes: Sequence[torch.dtype]) -> None:
+def _check(step: DescribedStep, results: Tensors, promised: Sequence[Promise]) -> None:
     """Refuses results that are not like what they replace.
 
     Raises:
       ValueError: a transformation returned another shape or dtype.
     """
-    for x, like, dtype in zip(results, likes, dtypes, strict=True):
+    for x, (like, dtype) in zip(results, promised, strict=True):
         fits = x.dtype == dtype or torch.promote_types(x.dtype, dtype) == dtype
         if x.shape != like.shape or not fits or x.device != like.device:
             raise ValueError(
@@ -166,9 +164,8 @@ def _in_layout_of(like: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> to
 def _like_step(text: str, updates: Tensors, params: Tensors, state: Tensors, numbers: Tensors) -> list[torch.Tensor]:
     """Tensors as the step returns them, without numbers."""
     step = find_step(text)
-    likes = [*_likes(step, updates, params), *state]
-    dtypes = [*_dtypes(step, updates, params), *(x.dtype for x in state)]
-    return [torch.empty_like(x, dtype=dtype, requires_grad=False) for x, dtype in zip(likes, dtypes, strict=True)]
+    promised = _promised(step, updates, params, state)
+    return [torch.empty_like(x, dtype=dtype, requires_grad=False) for x, dtype in promised]
 
 
 # A fake implementation is also called where a tensor of a step is on meta, with all of its tensors: such a step is

@@ -64,15 +64,15 @@ def trace_step(
     With the backend `"reference"` the operation is one that the compiler looks into.
     """
     if not hasattr(tx, "_serial"):
-        return with_chain_outside(take_step, tx, apply, updates, state, params, extra, donate)  # type: ignore[no-any-return]
+        return with_chain_outside(take_step, tx, apply, updates, state, params, extra, donate)
     numbers = {name: as_numbers(x) for name, x in extra.items()}
     u, s, e = read(updates), read(state), read(numbers)
     p = read(params) if params is not None else NOTHING
     passes = params is not None and same(u.structure, p.structure)
     if not (apply or params is None or passes) and (isinstance(updates, Packed) or isinstance(params, Packed)):
-        return unpacked_outside(take_step, tx, apply, updates, state, params, extra, donate)  # type: ignore[no-any-return]
+        return unpacked_outside(take_step, tx, apply, updates, state, params, extra, donate)
     if u.strange or p.strange or s.strange or e.strange or (apply and params is None):
-        return step_outside(take_step, tx, apply, updates, state, params, extra, donate)  # type: ignore[no-any-return]
+        return step_outside(take_step, tx, apply, updates, state, params, extra, donate)
     backend = ASKED.names[-1] if ASKED.names else None
     text, misfit = description_of(
         tx._serial,
@@ -86,12 +86,12 @@ def trace_step(
     if misfit:
         # an exception here would make Dynamo look into steps of eager mode from then on
         torch._dynamo.graph_break(misfit)
-        return misfit_outside(take_step, tx, apply, updates, state, params, extra, donate)  # type: ignore[no-any-return]
+        return misfit_outside(take_step, tx, apply, updates, state, params, extra, donate)
     arguments = (_tensors(u.leaves), _tensors(p.leaves), _tensors(s.leaves), [*_tensors(e.leaves), *tx._tensors])
     records = torch.is_grad_enabled() and any(x.requires_grad for own in arguments for x in own)
     if donate and (records or is_transformed()):  # the operation would refuse it, too, in an error with its arguments
         refused_outside = within_outside if is_transformed() else recorded_outside
-        return refused_outside(take_step, tx, apply, updates, state, params, extra, donate)  # type: ignore[no-any-return]
+        return refused_outside(take_step, tx, apply, updates, state, params, extra, donate)
     if donate and backend != "reference":
         torch.ops.functional_optim.donated_step(text, *arguments)
         return params if apply else updates, state

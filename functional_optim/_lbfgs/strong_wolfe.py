@@ -4,6 +4,7 @@ Numbers are 0-d tensors where torch has tensors, so that they are rounded as the
 """
 
 import math
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def strong_wolfe(
     tried = 0
     while True:
         if tried >= max_steps:
-            return _lower([start, new]), tried + 1
+            return min(start, new, key=attrgetter("value")), tried + 1
         if is_high(new) or (tried > 1 and new.value >= previous.value):
             break
         if is_flat(new):
@@ -101,10 +102,6 @@ def strong_wolfe(
 def _lowest(ends: list[Point]) -> int:
     """The position of the lower end of an interval; the first if both are equal."""
     return 0 if ends[0].value <= ends[1].value else 1
-
-
-def _lower(ends: list[Point]) -> Point:
-    return ends[_lowest(ends)]
 
 
 def _interpolate(a: Point, b: Point, bounds: tuple[Number, Number]) -> Any:

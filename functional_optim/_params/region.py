@@ -50,17 +50,15 @@ class ParamRegion(BoundRegion):
 
     def run_leafwise(
         self,
-        rule: LeafwiseStep,
         own: Columns,
         options: Sequence[Mapping[str, Any]],
         extra: Mapping[str, Any],
         first: frozenset[int],
         fits: bool = False,
     ) -> Columns:
-        """Runs a rule for whole tensors. Of a tensor in parts every process gathers all, and keeps its part.
+        """Runs the rule for whole tensors of this region; every process gathers a tensor in parts, and keeps its own.
 
         Args:
-          rule: the rule of this region.
           own: the columns that it reads.
           options: mappings that hyper-parameters are looked up in.
           extra: the extra arguments.
@@ -70,6 +68,8 @@ class ParamRegion(BoundRegion):
         Returns:
           The columns that it computes.
         """
+        rule = self.leafwise
+        assert rule is not None
         parts = [i for i in rule.leaves if self.shards[i] is not None]
         if not parts:
             return rule.compute(own, extra, options, self.params.groups, first, fits)

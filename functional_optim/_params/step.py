@@ -111,12 +111,11 @@ class ParamStep:
         Raises:
           ValueError: with the name of the rule and of the parameter.
         """
-        for segment in self.regions:
-            for i in self.local.complex if segment.leafwise is not None else ():
-                assert segment.leafwise is not None
-                if i in segment.leafwise.leaves:
+        for rule in [segment.leafwise for segment in self.regions if segment.leafwise is not None]:
+            for i in self.local.complex:
+                if i in rule.leaves:
                     raise ValueError(
-                        f"{segment.leafwise.bound.rule.name} needs real numbers, but {self.names[i]!r} is "
+                        f"{rule.bound.rule.name} needs real numbers, but {self.names[i]!r} is "
                         f"{self.params.tensors[i].dtype}; leave it to other rules with `masked` or `partition`."
                     )
 
@@ -372,7 +371,7 @@ class ParamStep:
             and segment.leafwise.fits(own)
         ):
             own |= self.state.mend_counters(own, states, journal)
-            return segment.run_leafwise(segment.leafwise, own, options, extra, first, fits=True)
+            return segment.run_leafwise(own, options, extra, first, fits=True)
         dispatching = needs_dispatch()
         variant = Variant(in_place, REQUESTED.get(), first if segment.first_slots else frozenset())
         found = None if dispatching or segment.leafwise else segment.find(own, variant)
@@ -387,7 +386,7 @@ class ParamStep:
                 check_fit("updates", "parameter", self.names[i], u, p)
             own |= self.state.mend_counters(own, states, journal)
             if segment.leafwise is not None:
-                return segment.run_leafwise(segment.leafwise, own, options, extra, first)
+                return segment.run_leafwise(own, options, extra, first)
             leaves = segment.leaves(own, self.params.groups, variant.first, self.numels, self.local.shards)
             if dispatching:
                 programs = segment.programs(own, leaves)

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from .._compiler.c.build import BuildError, load_c
+from .._compiler.c.build import load_c
 from .._compiler.c.emit import emit_c
 from .._compiler.c.threads import SERIAL, parallel_address
+from .._compiler.cache import BuildError
 from .._compiler.passes import Signature, plan
 from .._compiler.program import Level
 from .chunks import Chunks, JoinedChunks, cut, partial_buffers

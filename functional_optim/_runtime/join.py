@@ -54,9 +54,10 @@ class Joins:
         self.shards = list(dict.fromkeys(shard for shard in shards if shard is not None))
         found: dict[tuple[int, str], dict[ReductionKey, MeshShard]] = {}
         for position, (program, shard) in enumerate(zip(programs, shards, strict=True)):
-            for i in program.reductions if shard is not None else ():
+            if shard is None:
+                continue
+            for i in program.reductions:
                 value = program.values[i]
-                assert shard is not None
                 found.setdefault((value.stage, value.reduction), {})[reduction_key(value, i, position, shard)] = shard
         self.vectors: dict[int, list[Vector]] = {}
         for (stage, kind), keys in sorted(found.items(), key=lambda x: x[0]):

@@ -21,7 +21,7 @@ from .groups import Columns, Group, Key, Leaf
 from .internals import is_wrapper_of_a_transformation, members_unwrapper, outside_transformations, wrap_members
 from .kernels import build_kernels
 from .numbers import Numbers
-from .offsets import OffsetPointers, Offsets, Origin
+from .offsets import OffsetPointers, Offsets, Origin, origin_of
 from .packing import PackedColumn
 from .pointers import Difference, PointerReader, Pointers
 from .programs import REQUIRES_GRAD, NoKernels, Programs, Specs
@@ -119,7 +119,7 @@ class MembersStep(Programs):
             tensors = [stack.tensor for stack in stacks]
             self.reader = PointerReader(tensors, list(map(TensorSpec.of, tensors)))
         self.stacked = [stack.stacked for stack in stacks]
-        self.of_numbers = _levels_of(_scalars(self.own_numbers(extra, given), levels), levels)
+        self.of_numbers = _levels_of(_scalars(self.numbers((), extra, given), levels), levels)
         used = map(any, zip(*self.stacked, self.of_numbers, strict=True))
         self.used = tuple(used)
         self.ensemble = Ensemble([size if own else 1 for size, own in zip(self.sizes, self.used, strict=True)])
@@ -152,11 +152,7 @@ class MembersStep(Programs):
 
     def _origin(self, columns: Columns, key: Key, i: int) -> tuple[Origin, int]:
         """The origin of a tensor, and its offset there in elements. Leaves share a counter, which is read once."""
-        column = columns[key]
-        place = column.place(i) if isinstance(column, PackedColumn) else None
-        if place is not None:
-            return Origin(key, place.buffer, True), place.offset
-        return Origin(key, self.groups[0].leaves[0] if key in self.counters else i, False), 0
+        return origin_of(columns, key, self.groups[0].leaves[0] if key in self.counters else i)
 
     def _find_origins(self, columns: Columns) -> list[Origin]:
         """The origins of all tensors that are read, and of updates, whose layout results have."""

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .groups import Columns, Key
+from .packing import PackedColumn
 from .pointers import Pointers
 
 
@@ -26,6 +27,13 @@ class Origin(NamedTuple):
         """The tensor."""
         column: Any = columns[self.key]
         return column.packed.buffers[self.position] if self.packed else column[self.position]
+
+
+def origin_of(columns: Columns, key: Key, i: int) -> tuple[Origin, int]:
+    """The origin of an entry of a column, and its offset there in elements."""
+    column = columns[key]
+    place = column.place(i) if isinstance(column, PackedColumn) else None
+    return (Origin(key, i, False), 0) if place is None else (Origin(key, place.buffer, True), place.offset)
 
 
 class Offsets:

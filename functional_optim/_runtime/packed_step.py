@@ -15,7 +15,7 @@ from .binding import Binding
 from .groups import Columns, Key
 from .kernels import COMPILE
 from .numbers import Numbers
-from .offsets import OffsetPointers, Offsets, Origin
+from .offsets import OffsetPointers, Offsets, Origin, origin_of
 from .packing import PackedColumn, Place
 from .pointers import Difference, PointerReader
 from .programs import NoKernels
@@ -85,7 +85,7 @@ class PackedStep(BoundStep):
         found: dict[Origin, int] = {}
         entries = []
         for (key, i), spec in zip(cells, self.specs, strict=True):
-            origin, offset = self._origin(columns, key, i)
+            origin, offset = origin_of(columns, key, i)
             entries.append((found.setdefault(origin, len(found)), offset * spec.dtype.itemsize))
         self.origins: list[Origin] = list(found)
         self.offsets = Offsets(entries)
@@ -102,16 +102,6 @@ class PackedStep(BoundStep):
         """Whether kernels compute all groups, and need no tensors for it but pointers."""
         kernels = all(backend in COMPILE for backend, _ in self.parts)
         return bool(self.groups) and self.plain and not self.copied and kernels
-
-    @staticmethod
-    def _origin(columns: Columns, key: Key, i: int) -> tuple[Origin, int]:
-        """The origin of a tensor, and its offset there in elements."""
-        column = columns[key]
-        if isinstance(column, PackedColumn):
-            place = column.place(i)
-            assert place is not None, "a leaf that takes part has all its tensors"
-            return Origin(key, place.buffer, True), place.offset
-        return Origin(key, i, False), 0
 
     def _lay_out_results(self, columns: Columns) -> list[tuple[int, int]]:
         """Decides which buffers the results have.

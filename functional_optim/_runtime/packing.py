@@ -144,14 +144,13 @@ class PackedTensors:
     """Tensors that are views of buffers.
 
     Args:
-      layout: their places.
+      form: the structure of their tree, with the places of leaves, its `layout`.
       buffers: the buffers.
     """
 
-    form: Any  # the tree that they are the leaves of, if there is one
-
-    def __init__(self, layout: Layout, buffers: Sequence[Any]) -> None:
-        self.layout, self.buffers = layout, tuple(buffers)
+    def __init__(self, form: Any, buffers: Sequence[Any]) -> None:
+        self.form, self.buffers = form, tuple(buffers)
+        self.layout: Layout = form.layout
         self.followers: tuple[torch.Tensor, ...] = ()  # tensors in this memory with version counters of their own
         self._kept: tuple[Any, list[torch.Tensor | None]] = (None, [])
 
@@ -173,8 +172,8 @@ class PackedTensors:
         return self._kept[1]
 
     def with_buffers(self, buffers: Sequence[Any]) -> Self:
-        """Tensors of the same layout in other buffers."""
-        return type(self)(self.layout, buffers)
+        """Tensors of the same form in other buffers."""
+        return type(self)(self.form, buffers)
 
 
 class PackedColumn(Sequence[Any]):

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._compiler.c.build import BuildError, load_c
+from .._compiler.c.build import load_c
+from .._compiler.cache import BuildError
 from .internals import has_members, is_zero_tensor, library_of_torch
 from .spec import TensorSpec, lies_outside
 

@@ -6,6 +6,7 @@ Torch operations compute them wherever torch works, which a step of kernels fall
 import itertools
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -64,18 +65,20 @@ class Programs:
         params = columns["params"]
         return isinstance(params, PackedColumn) or all(params[i].dtype is dtype for i, dtype in self.partners)
 
-    def numbers(self, options: Sequence[Mapping[str, Any]], extra: Mapping[str, Any]) -> list[list[Number]]:
-        """The numbers of this step; see `Table.numbers`."""
-        return [table.numbers(options, extra) for table in self.tables]
-
-    def own_numbers(self, extra: Mapping[str, Any], given: Mapping[int, torch.Tensor]) -> Numbers:
-        """The numbers of this step, with other tensors in the place of the hyper-parameters' own.
+    def numbers(
+        self,
+        options: Sequence[Mapping[str, Any]],
+        extra: Mapping[str, Any],
+        given: Mapping[int, torch.Tensor] = MappingProxyType({}),
+    ) -> list[list[Number]]:
+        """The numbers of this step; see `Table.numbers`.
 
         Args:
-          extra: the extra arguments that are numbers.
-          given: the other tensors, by the identity of those that they replace.
+          options: mappings that options are looked up in, by owner.
+          extra: the extra arguments, all that are needed among them.
+          given: tensors in the place of those that hyper-parameters have, by identity.
         """
-        tables = self.numbers((), extra)
+        tables = [table.numbers(options, extra) for table in self.tables]
         if not given:
             return tables
         return [[given.get(id(x), x) if isinstance(x, torch.Tensor) else x for x in table] for table in tables]

@@ -238,11 +238,8 @@ class ScheduleFactory:
         if value is None and self.__signature__.parameters[name].default is None:
             return
         allowed, label = self.ranges[name], f"`{name}` of {self.__name__}"
-        if isinstance(value, Mapping):
-            for k, v in value.items():
-                self._check(name, v, arguments, f" at {k}")
-        elif isinstance(value, (list, tuple)):
-            for k, v in enumerate(value):
+        if isinstance(value, (Mapping, list, tuple)):
+            for k, v in value.items() if isinstance(value, Mapping) else enumerate(value):
                 self._check(name, v, arguments, f" at {k}")
         elif isinstance(allowed, tuple):
             if value not in allowed:

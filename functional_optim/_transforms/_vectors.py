@@ -9,7 +9,7 @@ import torch
 from .._runtime.checks import at, check_fit, check_stored
 from .._runtime.internals import has_members
 from .._runtime.shard import is_dtensor, real_view
-from .._tree import Tree, difference, flatten, leaves_like, paths, unflatten
+from .._tree import Tree, difference, flatten, leaves_like, paths
 
 
 def wide(x: torch.Tensor) -> torch.dtype:
@@ -138,4 +138,4 @@ class Leaves:
         column: list[Any] = [None] * len(self.all)
         for i, x in zip(self.present, leaves, strict=True):
             column[i] = x
-        return unflatten(self.spec, column)
+        return self.spec.unflatten(column)

@@ -10,7 +10,7 @@ from .._reading import marked_slots, rule_states
 from .._rule import elementwise
 from .._runtime.checks import at
 from .._transform import GradientTransformation
-from .._tree import MaskedNode, Tree, flatten, leaves_like, packed_like, paths, tree_map, unflatten
+from .._tree import MaskedNode, Tree, flatten, leaves_like, packed_like, paths, tree_map
 
 
 @elementwise(
@@ -193,4 +193,4 @@ def eval_params(state: Any, params: Tree, slot: str | None = None) -> Tree:
                     )
                 found[k] = name, x
     new = [found[k][1].to(p.dtype) if k in found else p for k, p in enumerate(leaves)]
-    return packed_like(params, unflatten(spec, new))
+    return packed_like(params, spec.unflatten(new))

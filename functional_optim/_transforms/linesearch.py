@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -85,16 +85,16 @@ torch.serialization.add_safe_globals(
 )
 
 
-def _positive(name: str, limits: Mapping[str, tuple[Any, float, float]]) -> None:
-    """Refuses numbers that are out of their ranges, ends included."""
+def _numbers(
+    name: str, limits: Mapping[str, tuple[Any, float, float]], optional: Collection[str] = ()
+) -> dict[str, Any]:
+    """Arguments of a line search, each found to be a number in its range, ends included; optional ones may be None."""
     for argument, (x, least, most) in limits.items():
+        if x is None and argument in optional:
+            continue
         if isinstance(x, bool) or not isinstance(x, (int, float)) or not least <= x <= most:
             raise ValueError(f"`{argument}` of {name} must be a number in [{least}, {most}], got {x!r:.60}.")
-
-
-def _choice(name: str, strategy: str) -> None:
-    if strategy not in ("keep", "one"):
-        raise ValueError(f"`initial_guess_strategy` of {name} must be 'keep' or 'one', got {strategy!r:.60}.")
+    return {argument: x for argument, (x, _, _) in limits.items()}
 
 
 def _report(name: str, found: Found, objective: Objective) -> None:
@@ -168,7 +168,7 @@ def scale_by_backtracking_linesearch(
     Source: Nocedal & Wright 2006, "Numerical Optimization", algorithm 3.1.
     """  # noqa: E501
     name = "scale_by_backtracking_linesearch"
-    limits: dict[str, tuple[Any, float, float]] = {
+    limits = {
         "max_backtracking_steps": (max_backtracking_steps, 0, math.inf),
         "slope_rtol": (slope_rtol, 0.0, 1.0),
         "decrease_factor": (decrease_factor, 0.0, 1.0),
@@ -177,7 +177,7 @@ def scale_by_backtracking_linesearch(
         "atol": (atol, 0.0, math.inf),
         "rtol": (rtol, 0.0, math.inf),
     }
-    _positive(name, limits)
+    arguments = {**_numbers(name, limits), "store_grad": store_grad, "verbose": verbose}
 
     def init(params: Tree) -> ScaleByBacktrackingLinesearchState:
         rate, infinity, zeros, count = _first_state(params, name)
@@ -219,17 +219,22 @@ def scale_by_backtracking_linesearch(
         )
         return objective.scaled(point.step), new
 
-    arguments = {**{k: limit[0] for k, limit in limits.items()}, "store_grad": store_grad, "verbose": verbose}
     return Declared(scale_by_backtracking_linesearch, arguments, init, update)
 
 
 def _wolfe(
     factory: Callable[..., GradientTransformation],
-    arguments: Mapping[str, Any],
+    numbers: Mapping[str, Any],
+    initial_guess_strategy: str,
+    verbose: bool,
     search: Callable[[Objective, float], Found],
 ) -> GradientTransformation:
     """A transformation that scales updates by the step that a search for the conditions of Wolfe finds."""
-    name, verbose, keeps = factory.__name__, arguments["verbose"], arguments["initial_guess_strategy"] == "keep"
+    name, keeps = factory.__name__, initial_guess_strategy == "keep"
+    if initial_guess_strategy not in ("keep", "one"):
+        raise ValueError(
+            f"`initial_guess_strategy` of {name} must be 'keep' or 'one', got {initial_guess_strategy!r:.60}."
+        )
 
     def init(params: Tree) -> ScaleByZoomLinesearchState:
         rate, infinity, zeros, count = _first_state(params, name)
@@ -262,6 +267,7 @@ def _wolfe(
         )
         return objective.scaled(found.point.step), new
 
+    arguments = {**numbers, "initial_guess_strategy": initial_guess_strategy, "verbose": verbose}
     return Declared(factory, arguments, init, update)
 
 
@@ -321,8 +327,7 @@ def scale_by_zoom_linesearch(
     Source: Nocedal & Wright 2006, "Numerical Optimization", algorithms 3.5 and 3.6; Hager & Zhang 2006, "Algorithm
     851: CG_DESCENT".
     """
-    name = "scale_by_zoom_linesearch"
-    limits: dict[str, tuple[Any, float, float]] = {
+    limits = {
         "max_linesearch_steps": (max_linesearch_steps, 1, math.inf),
         "max_learning_rate": (max_learning_rate, 0.0, math.inf),
         "tol": (tol, 0.0, math.inf),
@@ -332,9 +337,7 @@ def scale_by_zoom_linesearch(
         "approx_dec_rtol": (approx_dec_rtol, 0.0, math.inf),
         "stepsize_precision": (stepsize_precision, 0.0, math.inf),
     }
-    optional = {"max_learning_rate", "approx_dec_rtol"}
-    _positive(name, {k: limit for k, limit in limits.items() if k not in optional or limit[0] is not None})
-    _choice(name, initial_guess_strategy)
+    numbers = _numbers("scale_by_zoom_linesearch", limits, optional=("max_learning_rate", "approx_dec_rtol"))
 
     def search(objective: Objective, first: float) -> Found:
         return zoom(
@@ -351,12 +354,7 @@ def scale_by_zoom_linesearch(
             precision=stepsize_precision,
         )
 
-    arguments = {
-        **{k: limit[0] for k, limit in limits.items()},
-        "initial_guess_strategy": initial_guess_strategy,
-        "verbose": verbose,
-    }
-    return _wolfe(scale_by_zoom_linesearch, arguments, search)
+    return _wolfe(scale_by_zoom_linesearch, numbers, initial_guess_strategy, verbose, search)
 
 
 @declares
@@ -402,15 +400,13 @@ def scale_by_strong_wolfe_linesearch(
 
     Source: Nocedal & Wright 2006, "Numerical Optimization", algorithms 3.5 and 3.6.
     """
-    name = "scale_by_strong_wolfe_linesearch"
-    limits: dict[str, tuple[Any, float, float]] = {
+    limits = {
         "max_linesearch_steps": (max_linesearch_steps, 0, math.inf),
         "slope_rtol": (slope_rtol, 0.0, 1.0),
         "curv_rtol": (curv_rtol, 0.0, math.inf),
         "stepsize_precision": (stepsize_precision, 0.0, math.inf),
     }
-    _positive(name, limits)
-    _choice(name, initial_guess_strategy)
+    numbers = _numbers("scale_by_strong_wolfe_linesearch", limits)
 
     def search(objective: Objective, first: float) -> Found:
         start = objective.start
@@ -429,12 +425,7 @@ def scale_by_strong_wolfe_linesearch(
         decrease = max(excess(point.value, point.step, start, slope_rtol), 0.0)
         return Found(point, evaluations, decrease, curvature_error(point, start, curv_rtol))
 
-    arguments = {
-        **{k: limit[0] for k, limit in limits.items()},
-        "initial_guess_strategy": initial_guess_strategy,
-        "verbose": verbose,
-    }
-    return _wolfe(scale_by_strong_wolfe_linesearch, arguments, search)
+    return _wolfe(scale_by_strong_wolfe_linesearch, numbers, initial_guess_strategy, verbose, search)
 
 
 def value_and_grad_from_state(value_fn: Callable[..., Any]) -> Callable[..., tuple[Any, Tree]]:

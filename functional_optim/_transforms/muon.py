@@ -10,7 +10,7 @@ from .._chain import chain
 from .._compiler.rule import Leaf, OptionalDtype, Scalar, slot
 from .._rule import elementwise, leafwise
 from .._transform import GradientTransformation
-from ._moments import mean, torch_mean, torch_slot, unbiased
+from ._moments import looking_ahead, mean, torch_mean, torch_slot, unbiased
 
 
 Polynomial = tuple[float, float, float]
@@ -257,9 +257,7 @@ def muon_momentum(
     Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks".
     """
     mu = mean(mu, u, beta)
-    if not nesterov:
-        return unbiased(mu, beta, step), mu
-    return unbiased(beta * mu, beta, step + 1) + unbiased((1 - beta) * u, beta, step), mu
+    return looking_ahead(mu, u, beta, step) if nesterov else unbiased(mu, beta, step), mu
 
 
 @elementwise(state={"momentum_buffer": torch_slot()}, static=("nesterov",))

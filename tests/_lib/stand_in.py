@@ -15,7 +15,7 @@ from functional_optim._runtime.cuda import driver, launch
 from functional_optim._runtime.cuda.loaded import Loaded, load_kernels
 
 
-class StandIn(driver.HostDriver):
+class StandIn(driver.Driver):
     """A device that counts.
 
     Attributes:

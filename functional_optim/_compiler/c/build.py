@@ -13,13 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from .. import cache
-from ..cache import (
-    BuildError as BuildError,
-    KernelCache,
-    ToolError,
-    once,
-    warn_once,
-)
+from ..cache import BuildError, KernelCache, ToolError, once, warn_once
 
 
 FLAGS = ("-O3", "-fPIC", "-shared", "-w", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")

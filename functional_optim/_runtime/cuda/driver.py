@@ -4,7 +4,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,23 +12,28 @@ import torch
 T = TypeVar("T")
 
 
-class Driver(Protocol):
-    """The device as launches see it. None of the calls waits for the device.
+class Driver:
+    """The device as launches see it; by itself the CPU, where Triton's interpreter runs kernels: no streams, no graphs.
+
+    None of the calls waits for the device.
 
     Attributes:
       captures: whether its streams can record graphs.
     """
 
-    captures: bool
+    captures = False
 
     def guard(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """A context in which a device is the current one."""
+        return contextlib.nullcontext()
 
     def stream(self, device: torch.device) -> int:
         """The current stream of a device, as a number."""
+        return 0
 
     def is_capturing(self) -> bool:
         """Whether the current stream records a graph and runs nothing."""
+        return False
 
     def mark(self, device: torch.device) -> Any:
         """A mark in the current stream of a device, behind all that has been enqueued there."""
@@ -38,15 +43,18 @@ class Driver(Protocol):
 
     def allocate(self, make: Callable[[], T], device: torch.device) -> T:
         """The result of a function, whose tensors stay behind the step, and are of no memory pool of its caller."""
+        return make()
 
     def staging(self, n: int) -> torch.Tensor:
         """Host memory of `n` 64-bit words, from which a copy to the device does not wait."""
+        return torch.empty(n, dtype=torch.int64, device="cpu")
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Copies to the device, in the order of the current stream."""
+        target.copy_(source)
 
 
-class CudaDriver:
+class CudaDriver(Driver):
     """A CUDA device.
 
     Staged memory comes from torch's caching allocator of pinned memory. It notes each copy, and hands memory out
@@ -56,26 +64,22 @@ class CudaDriver:
     captures = True
 
     def guard(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-        """A context in which a device is the current one."""
         is_current = torch.cuda.current_device() == device.index
         return contextlib.nullcontext() if is_current else torch.cuda.device(device)
 
     def stream(self, device: torch.device) -> int:
-        """The current stream of a device, as a number; Triton asks for it in a thirtieth of the time of torch.cuda."""
+        # Triton asks for it in a thirtieth of the time of torch.cuda
         return int(_current_stream()(device.index))
 
     def is_capturing(self) -> bool:
-        """Whether the current stream records a graph and runs nothing."""
         return bool(torch.cuda.is_current_stream_capturing())
 
     def mark(self, device: torch.device) -> torch.cuda.Event:
-        """An event in the current stream of a device."""
         event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(device))
         return event
 
     def follow(self, mark: torch.cuda.Event, tensors: Iterable[torch.Tensor], device: torch.device) -> None:
-        """Has the current stream wait for an event, and the allocator note that it uses tensors."""
         stream = torch.cuda.current_stream(device)
         stream.wait_event(mark)
         for x in tensors:
@@ -97,11 +101,9 @@ class CudaDriver:
             return executor.submit(run).result()
 
     def staging(self, n: int) -> torch.Tensor:
-        """Pinned memory of `n` 64-bit words."""
         return torch.empty(n, dtype=torch.int64, device="cpu", pin_memory=True)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Copies to the device, in the order of the current stream."""
         target.copy_(source, non_blocking=True)
 
 
@@ -114,43 +116,7 @@ def _current_stream() -> Callable[[int], int]:
     return function
 
 
-class HostDriver:
-    """The CPU, where Triton's interpreter runs kernels: no streams, no graphs."""
-
-    captures = False
-
-    def guard(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-        """A context without effect."""
-        return contextlib.nullcontext()
-
-    def stream(self, device: torch.device) -> int:
-        """The only stream."""
-        return 0
-
-    def is_capturing(self) -> bool:
-        """False."""
-        return False
-
-    def mark(self, device: torch.device) -> None:
-        """Nothing, for nothing runs behind the back of the caller."""
-
-    def follow(self, mark: None, tensors: Iterable[torch.Tensor], device: torch.device) -> None:
-        """Nothing."""
-
-    def allocate(self, make: Callable[[], T], device: torch.device) -> T:
-        """The result of a function."""
-        return make()
-
-    def staging(self, n: int) -> torch.Tensor:
-        """Memory of `n` 64-bit words."""
-        return torch.empty(n, dtype=torch.int64, device="cpu")
-
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Copies."""
-        target.copy_(source)
-
-
-CUDA, HOST = CudaDriver(), HostDriver()
+CUDA, HOST = CudaDriver(), Driver()
 
 
 def driver_of(device: torch.device) -> Driver:

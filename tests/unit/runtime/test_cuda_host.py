@@ -208,7 +208,7 @@ def test_each_stream_has_memory_of_its_own(device: StandIn) -> None:
         device.current = stream
         updates = dict(zip(params, grads(0), strict=True))
         params, state = fo.apply_gradients(tx, params, updates, state, donate=True)
-    (step,) = tx._bound_steps
+    (step,) = tx._tree_steps
     workspaces = [w for _, found in step.segments[0].bound for w in found.workspaces]
     (memories,) = [memories for w in workspaces for memories in w.device.values()]
     assert list(memories) == [2, 3, 4, 5]
