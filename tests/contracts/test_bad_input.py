@@ -148,18 +148,42 @@ STEPS: dict[str, Step] = {
     ),
     "a module for a parameter": Step(TypeError, r"params at 'bias' is Linear", params={"bias": torch.nn.Linear(1, 1)}),
     # states
-    "no state": Step(TypeError, r"state\[0\] is NoneType, expected the ScaleByAdamState", state=lambda s: None),
+    "no state": Step(
+        TypeError,
+        r"state is None, expected the tuple of 2 states of chain\(scale_by_adam.*`tx\.init\(params\)` of the same",
+        state=lambda s: None,
+    ),
+    "a number for a state": Step(
+        TypeError, r"state is int, expected the tuple of 2 states of chain", state=lambda s: 3
+    ),
+    "a tensor for a state": Step(TypeError, r"state is Tensor, expected the tuple of 2", state=lambda s: zeros(2)),
+    "parameters for a state": Step(TypeError, r"state is dict, expected the tuple of 2", state=lambda s: make_tree(0)),
+    "a pair that a step has returned": Step(
+        TypeError, r"state\[0\] is dict, expected the ScaleByAdamState", state=lambda s: (make_tree(0), s)
+    ),
     "state of another chain": Step(
         TypeError,
         r"state\[0\] is TraceState, expected the ScaleByAdamState of scale_by_adam",
         state=lambda s: fo.sgd(0.1, 0.9).init(make_tree(0)),
     ),
-    "state of a member": Step(TypeError, r"state\[0\].* expected the ScaleByAdamState", state=lambda s: s[0]),
+    "state of a member": Step(TypeError, r"state is ScaleByAdamState, expected the tuple of 2", state=lambda s: s[0]),
     "state of an empty chain": Step(
-        TypeError, r"state\[0\] is NoneType, expected the ScaleByAdamState", state=lambda s: ()
+        TypeError, r"state is a tuple of 0 states, expected the tuple of 2 states of chain", state=lambda s: ()
     ),
     "state of a shorter chain": Step(
-        TypeError, r"state\[1\] is NoneType", tx=fo.chain(fo.scale_by_adam(), fo.trace(0.9)), state=lambda s: s[:1]
+        TypeError,
+        r"state is a tuple of 1 state, expected the tuple of 2 states",
+        tx=fo.chain(fo.scale_by_adam(), fo.trace(0.9)),
+        state=lambda s: s[:1],
+    ),
+    "state of a longer chain": Step(
+        TypeError, r"state is a list of 3 states, expected the tuple of 2", state=lambda s: [*s, fo.EmptyState()]
+    ),
+    "state of a chain that begins with another member": Step(
+        TypeError,
+        r"state\[0\] is TraceState, expected the tuple of 0 states of chain\(\)",
+        tx=fo.sgd(0.1),
+        state=lambda s: fo.chain(fo.trace(0.9), fo.scale(0.1)).init(make_tree(0)),
     ),
     "a plain tuple": Step(
         TypeError, r"state\[0\] is tuple, expected the ScaleByAdamState", state=lambda s: (tuple(s[0]), s[1])
@@ -222,13 +246,37 @@ STEPS: dict[str, Step] = {
         state=lambda s: fo.masked(fo.trace(0.9), {"weight": False, "bias": True, "scale": True}).init(make_tree(0)),
     ),
     "state without the mask": Step(
-        TypeError, r"state\[0\] is dict", tx=fo.masked(fo.trace(0.9), is_matrix), state=lambda s: s.inner_state
+        TypeError,
+        r"state is TraceState, expected the MaskedState of masked\(trace",
+        tx=fo.masked(fo.trace(0.9), is_matrix),
+        state=lambda s: s.inner_state,
     ),
     "state of other labels": Step(
         TypeError,
-        r"state\[0\]\['a'\]\[0\] is NoneType",
+        r"state\[0\] is a dict with the keys 'b', expected the dict with the keys 'a' of partition\(",
         tx=fo.partition({"a": fo.trace(0.9)}, "a"),
         state=lambda s: fo.PartitionState({"b": s.inner_states["a"]}),
+    ),
+    "state of a chain without names": Step(
+        TypeError,
+        r"state is tuple, expected the dict with the keys 'a' of named_chain",
+        tx=fo.named_chain(("a", fo.scale_by_adam())),
+        state=lambda s: tuple(s.values()),
+    ),
+    "no state of another member": Step(
+        TypeError,
+        r"state\['a'\] is None, expected the ScaleByAdamState of scale_by_adam\(\)",
+        tx=fo.named_chain(("a", fo.scale_by_adam()), ("b", Halve())),
+        state=lambda s: {**s, "a": None},
+    ),
+    "no state of opaque members": Step(
+        TypeError, r"state is None, expected the tuple of 2 states", tx=fo.chain(Halve(), Halve()), state=lambda s: None
+    ),
+    "no state of a method of second order": Step(
+        TypeError,
+        r"state is tuple, expected the ScaleByLBFGSState of scale_by_lbfgs\(\)",
+        tx=fo.scale_by_lbfgs(),
+        state=lambda s: (s,),
     ),
     # arguments
     "an extra argument is missing": Step(
