@@ -16,7 +16,7 @@ from functional_optim._runtime.shard import real_view
 from functional_optim._warn import warn
 
 from ._groups import copied
-from ._loading import parts_of
+from ._loading import check_memory, parts_of
 
 
 CONVEX = 1e-10  # torch's least product of a step and the difference of gradients over it
@@ -319,7 +319,8 @@ class LBFGS(torch.optim.LBFGS):
         """A state dict that fits, with copies of its states."""
         states, groups = parts_of(state_dict)
         self._refuse_another_class(states, groups)
-        n = sum(real_view(p.detach()).numel() for group in self.param_groups for p in group["params"])
+        params = [p for group in self.param_groups for p in group["params"]]
+        n = sum(real_view(p.detach()).numel() for p in params)
         for key, saved in states.items():
             if not _is_of_parameter(key, groups):
                 continue
@@ -330,7 +331,10 @@ class LBFGS(torch.optim.LBFGS):
                     f"the saved state of parameter {key} has a vector of {wrong.numel()} elements, but the parameters "
                     f"have {n}."
                 )
-            _check_stored(f"the saved state of parameter {key},", vectors)
+            for k, x in saved.items():
+                check_memory(f"the saved {k!r}", f"parameter {key}", x, params)
+        for g, group in enumerate(groups):
+            check_memory("'lr'", f"param_groups[{g}] of the state dict", group["lr"], params)
         return {**state_dict, "state": deepcopy(states)}
 
     def _refuse_another_class(self, states: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]]) -> None:

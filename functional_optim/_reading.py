@@ -144,12 +144,16 @@ def _count_of(count: torch.Tensor, bound: Bound) -> int | torch.Tensor:
     """The number of steps that a counter tells; that of a member of `torch.vmap` is the counter itself.
 
     Raises:
-      ValueError: there are counters of several members.
+      ValueError: there are counters of several members, or the counter has no memory.
     """
     if count.ndim:
         raise ValueError(
             f"the counter of {bound.rule.name} has shape {tuple(count.shape)}: the state is that of several members, "
             f"which `torch.vmap` maps, as in `vmap(lambda state: fo.hyperparams(tx, state)['learning_rate'])(state)`."
+        )
+    if count.is_meta:
+        raise ValueError(
+            f"the counter of {bound.rule.name} is on meta and holds no number; read a state with elements."
         )
     return count if has_members(count) else int(count)
 

@@ -139,6 +139,12 @@ def test_another_state_is_refused() -> None:
             read(fo.scale_by_lbfgs(), None)
 
 
+def test_a_counter_on_meta_is_refused() -> None:
+    tx = fo.sgd(FALLING)
+    with pytest.raises(ValueError, match="the counter of scale_by_learning_rate is on meta and holds no number"):
+        fo.hyperparams(tx, tx.init(torch.ones(2, device="meta")))
+
+
 @pytest.mark.parametrize("state", [None, 3, torch.ones(2)], ids=["None", "a number", "a tensor"])
 def test_no_state_is_refused_where_no_transformation_is_known(state: Any) -> None:
     params = make_tree(0)
