@@ -67,7 +67,7 @@ class _Loss:
 
     def move(self, step: Number, direction: torch.Tensor) -> None:
         """Adds a multiple of a direction to the parameters."""
-        views = [real_view(p.detach()) for p in self.params]
+        views = [real_view(p.detach(), f"parameter {i}") for i, p in enumerate(self.params)]
         for view, part in zip(views, direction.split_with_sizes([view.numel() for view in views]), strict=True):
             view.add_(part.view(view.shape), alpha=float(step))
 
@@ -320,7 +320,7 @@ class LBFGS(torch.optim.LBFGS):
         states, groups = parts_of(state_dict)
         self._refuse_another_class(states, groups)
         params = [p for group in self.param_groups for p in group["params"]]
-        n = sum(real_view(p.detach()).numel() for p in params)
+        n = sum(p.numel() * (1 + p.is_complex()) for p in params)
         for key, saved in states.items():
             if not _is_of_parameter(key, groups):
                 continue

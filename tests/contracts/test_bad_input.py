@@ -125,6 +125,11 @@ STEPS: dict[str, Step] = {
         r"params at 'bias' has dtype torch\.complex128, expected",
         params={"bias": torch.zeros(3, dtype=torch.complex128)},
     ),
+    "conjugated parameter": Step(
+        TypeError,
+        r"params at 'bias' has dtype torch\.complex128.*`torch\.view_as_real\(x\.resolve_conj\(\)\)`",
+        params={"bias": torch.zeros(3, dtype=torch.complex128).conj()},
+    ),
     "sparse gradient": Step(TypeError, r"updates at 'weight' is sparse .*to_dense", {"weight": SPARSE}),
     "compressed gradient": Step(
         TypeError,
