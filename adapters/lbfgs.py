@@ -16,7 +16,7 @@ from functional_optim._runtime.shard import real_view
 from functional_optim._warn import warn
 
 from ._groups import copied
-from ._loading import check_memory, parts_of
+from ._loading import check_entry, parts_of
 
 
 CONVEX = 1e-10  # torch's least product of a step and the difference of gradients over it
@@ -332,9 +332,9 @@ class LBFGS(torch.optim.LBFGS):
                     f"have {n}."
                 )
             for k, x in saved.items():
-                check_memory(f"the saved {k!r}", f"parameter {key}", x, params)
+                check_entry(f"the saved {k!r}", f"parameter {key}", x, params)
         for g, group in enumerate(groups):
-            check_memory("'lr'", f"param_groups[{g}] of the state dict", group["lr"], params)
+            check_entry("'lr'", f"param_groups[{g}] of the state dict", group["lr"], params)
         return {**state_dict, "state": deepcopy(states)}
 
     def _refuse_another_class(self, states: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]]) -> None:
