@@ -160,7 +160,7 @@ class Bindings:
         self,
         opt: "ChainOptimizer",
         params: Sequence[torch.Tensor],
-        grads: Sequence[Any],
+        grads: Sequence[torch.Tensor | None],
         states: Sequence[dict[str, Any]],
         journal: Journal,
     ) -> None:
@@ -197,7 +197,7 @@ class Bindings:
         self,
         opt: "ChainOptimizer",
         templates: Sequence[Template],
-        grads: Sequence[Any],
+        grads: Sequence[torch.Tensor | None],
         guarded: bool,
         exact: bool,
         of_rows: bool = False,

@@ -359,7 +359,7 @@ class TreeStep(TreeLeaves):
             )
 
 
-def _seen(links: Sequence[Link]) -> list[tuple[Any, tuple[bool, ...]]]:
+def _seen(links: Sequence[Link]) -> list[tuple[Path, tuple[bool, ...]]]:
     """The leaves that each transformation sees; one that sees none may be left out, so paths count."""
     return [(link.path, link.seen) for link in links]
 

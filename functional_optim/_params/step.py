@@ -130,7 +130,9 @@ class ParamStep:
                 f"tensors."
             )
 
-    def is_for(self, templates: Sequence[Template], grads: Sequence[Any], guarded: bool, exact: bool) -> bool:
+    def is_for(
+        self, templates: Sequence[Template], grads: Sequence[torch.Tensor | None], guarded: bool, exact: bool
+    ) -> bool:
         """Whether the step is for such transformations, and for gradients of which the same ones are there.
 
         Args:
