@@ -382,9 +382,9 @@ def _is_of_parameter(key: Any, groups: Sequence[Mapping[str, Any]]) -> bool:
     return any(key in group["params"] for group in groups)
 
 
-def _first_step(grad: torch.Tensor) -> Any:
+def _first_step(grad: torch.Tensor) -> Number:
     """The step of the first iteration, as a part of the learning rate; torch keeps a number, or a tensor."""
-    steps: list[Any] = [1.0, 1.0 / grad.abs().sum()]
+    steps: list[Number] = [1.0, 1.0 / grad.abs().sum()]
     return min(steps)
 
 

@@ -338,7 +338,7 @@ class ChainOptimizer(Optimizer):
             made = step.state.make(known.tensors, states, self.param_groups, journal)
             bindings.new = bindings.new | {id(known.tensors[i]) for i in made}
             bindings.adopt(self, known.tensors, own_grads, states, journal)
-        owners: dict[int, Any] = {}  # a number that parameters share is passed once, with the first of them
+        owners: dict[int, torch.Tensor] = {}  # a number that parameters share is passed once, with the first of them
         for p, g, entries in zip(known.tensors, own_grads, bindings.states_of(self, known), strict=True):
             for x in entries.values() if g is not None else ():
                 owners.setdefault(id(x), p)

@@ -29,7 +29,7 @@ Launch = Callable[[], object]
 class LoadedKernel(Protocol):
     """A kernel on a device."""
 
-    def bind(self, programs: int, arguments: Sequence[Any], stream: int) -> Launch:
+    def bind(self, programs: int, arguments: Sequence[torch.Tensor | int], stream: int) -> Launch:
         """A launch of so many programs on a stream. Tensors among its arguments are for the caller to keep."""
 
 
@@ -86,7 +86,7 @@ class _Compiled:
     def __init__(self, compiled: Any) -> None:
         self.compiled = compiled
 
-    def bind(self, programs: int, arguments: Sequence[Any], stream: int) -> Launch:
+    def bind(self, programs: int, arguments: Sequence[torch.Tensor | int], stream: int) -> Launch:
         # addresses in place of tensors, each of which Triton would ask for its address, and the driver for its device
         plain = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments]
         compiled, grid, no_hooks = self.compiled, (programs, 1, 1), (None, None, None)
@@ -101,7 +101,7 @@ class _Interpreted:
     def __init__(self, kernel: TritonKernel, names: tuple[str, ...]) -> None:
         self.kernel, self.names = kernel, names
 
-    def bind(self, programs: int, arguments: Sequence[Any], stream: int) -> Launch:
+    def bind(self, programs: int, arguments: Sequence[torch.Tensor | int], stream: int) -> Launch:
         n = len(arguments) - len(self.names)
         constants = dict(zip(self.names, arguments[n:], strict=True))
         launch = self.kernel.function[(programs, 1, 1)]
