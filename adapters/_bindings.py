@@ -55,6 +55,8 @@ class Bindings:
         self.new: set[int] = set()  # ids of parameters that have state, but have not taken their first step
         # entries of state that begin at the rate of a group, made by checkpoint code, which sets that to 0 meanwhile
         self.started_dry: list[tuple[dict[str, Any], str]] = []
+        # the step that has made them, and the parameters and states that it was given
+        self.dry: tuple[ParamStep, Sequence[torch.Tensor], Sequence[dict[str, Any]]] | None = None
         self.warned = False
         self.handle = next(HANDLES)
 
@@ -158,7 +160,7 @@ class Bindings:
         self,
         opt: "ChainOptimizer",
         params: Sequence[torch.Tensor],
-        grads: Sequence[Any],
+        grads: Sequence[torch.Tensor | None],
         states: Sequence[dict[str, Any]],
         journal: Journal,
     ) -> None:
@@ -176,6 +178,16 @@ class Bindings:
             if id(state) in stepped:
                 journal.set(state, key, None)
 
+    def begin_at_rates(self, opt: "ChainOptimizer") -> None:
+        """Makes entries of `started_dry` anew at the rates that groups have now, for those who save or copy the state.
+
+        A chain that counts no steps has no other way to tell, in a file, that its state has taken none.
+        """
+        if self.dry is not None and self.started_dry:
+            step, params, states = self.dry
+            self.start_anew(states, step.present, Journal())
+            step.state.make(params, states, opt.param_groups, Journal())
+
     def started(self, states: Sequence[dict[str, Any]], present: Sequence[int]) -> None:
         """Takes note that parameters have taken a step."""
         stepped = {id(states[i]) for i in present}
@@ -185,7 +197,7 @@ class Bindings:
         self,
         opt: "ChainOptimizer",
         templates: Sequence[Template],
-        grads: Sequence[Any],
+        grads: Sequence[torch.Tensor | None],
         guarded: bool,
         exact: bool,
         of_rows: bool = False,

@@ -24,7 +24,7 @@ def _(optimizer: ChainOptimizer, params: Tree | None) -> Explanation:
 def _(optimizer: LBFGS, params: Tree | None) -> Explanation:
     _refuse_params(optimizer, params)
     (group,) = optimizer.param_groups
-    views = [real_view(p.detach()) for p in group["params"]]
+    views = [real_view(p.detach(), f"parameter {i}") for i, p in enumerate(group["params"])]
     elements, length = sum(p.numel() for p in group["params"]), sum(view.numel() for view in views)
     itemsize = functools.reduce(torch.promote_types, [view.dtype for view in views]).itemsize
     vectors = 2 * group["history_size"] + 2  # pairs of differences, a direction and a gradient

@@ -16,7 +16,7 @@ from functional_optim._runtime.shard import real_view
 from functional_optim._warn import warn
 
 from ._groups import copied
-from ._loading import parts_of
+from ._loading import check_entry, parts_of
 
 
 CONVEX = 1e-10  # torch's least product of a step and the difference of gradients over it
@@ -67,7 +67,7 @@ class _Loss:
 
     def move(self, step: Number, direction: torch.Tensor) -> None:
         """Adds a multiple of a direction to the parameters."""
-        views = [real_view(p.detach()) for p in self.params]
+        views = [real_view(p.detach(), f"parameter {i}") for i, p in enumerate(self.params)]
         for view, part in zip(views, direction.split_with_sizes([view.numel() for view in views]), strict=True):
             view.add_(part.view(view.shape), alpha=float(step))
 
@@ -316,7 +316,8 @@ class LBFGS(torch.optim.LBFGS):
         # entries of no parameter are kept, as torch keeps them
         own = {key: saved for key, saved in states.items() if any(key in group["params"] for group in groups)}
         self._refuse_another_class(own, groups)
-        n = sum(real_view(p.detach()).numel() for group in self.param_groups for p in group["params"])
+        params = [p for group in self.param_groups for p in group["params"]]
+        n = sum(p.numel() * (1 + p.is_complex()) for p in params)
         for key, saved in own.items():
             vectors = _vectors_of(saved)
             wrong = next((x for x in vectors.values() if x.numel() != n), None)
@@ -325,7 +326,10 @@ class LBFGS(torch.optim.LBFGS):
                     f"the saved state of parameter {key} has a vector of {wrong.numel()} elements, but the parameters "
                     f"have {n}."
                 )
-            _check_stored(f"the saved state of parameter {key},", vectors)
+            for k, x in saved.items():
+                check_entry(f"the saved {k!r}", f"parameter {key}", x, params)
+        for g, group in enumerate(groups):
+            check_entry("'lr'", f"param_groups[{g}] of the state dict", group["lr"], params)
         return {**state_dict, "state": deepcopy(states)}
 
     def _refuse_another_class(self, states: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]]) -> None:
@@ -366,9 +370,9 @@ def _check_stored(name: str, tensors: Mapping[Any, torch.Tensor]) -> None:
             check_stored(f"{name} {key}", "", x)
 
 
-def _first_step(grad: torch.Tensor) -> Any:
+def _first_step(grad: torch.Tensor) -> Number:
     """The step of the first iteration, as a part of the learning rate; torch keeps a number, or a tensor."""
-    steps: list[Any] = [1.0, 1.0 / grad.abs().sum()]
+    steps: list[Number] = [1.0, 1.0 / grad.abs().sum()]
     return min(steps)
 
 

@@ -128,6 +128,7 @@ class ChainOptimizer(Optimizer):
                 "the optimizer was copied inside `averaged_params()`, where parameters are averages, from which the "
                 "copy would train on; copy it outside."
             )
+        self._begin_at_rates()
         return super().__getstate__()
 
     def step(self, closure: Callable[[], Any] | None = None, **extra: Any) -> Any:
@@ -265,6 +266,7 @@ class ChainOptimizer(Optimizer):
                 if dry:
                     bindings.new = new
                     bindings.started_dry = [(states[i], key) for i, key in step.state.started_at_rate()]
+                    bindings.dry = (step, originals, states)
                     return "taken"
                 first = frozenset(i for i in step.present if id(originals[i]) in new) if new else frozenset()
                 bindings.new = new - {id(originals[i]) for i in first}
@@ -336,7 +338,7 @@ class ChainOptimizer(Optimizer):
             made = step.state.make(known.tensors, states, self.param_groups, journal)
             bindings.new = bindings.new | {id(known.tensors[i]) for i in made}
             bindings.adopt(self, known.tensors, own_grads, states, journal)
-        owners: dict[int, Any] = {}  # a number that parameters share is passed once, with the first of them
+        owners: dict[int, torch.Tensor] = {}  # a number that parameters share is passed once, with the first of them
         for p, g, entries in zip(known.tensors, own_grads, bindings.states_of(self, known), strict=True):
             for x in entries.values() if g is not None else ():
                 owners.setdefault(id(x), p)
@@ -384,6 +386,25 @@ class ChainOptimizer(Optimizer):
                     old.copy_(x)
                 elif x is not old:
                     own[k] = x
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state and the options of all parameter groups, as torch's; see `torch.optim.Optimizer.state_dict`.
+
+        Returns:
+          A dict with the keys `state` and `param_groups`, whose tensors are those of the optimizer.
+
+        Example:
+          >>> from functional_optim.adapters import SGD
+          >>> SGD([torch.ones(2)], lr=0.1).state_dict()["state"]
+          {}
+        """
+        self._begin_at_rates()
+        return super().state_dict()
+
+    def _begin_at_rates(self) -> None:
+        """See `Bindings.begin_at_rates`."""
+        if "_bindings" in self.__dict__:
+            self._bindings.begin_at_rates(self)
 
     def load_state_dict(self, state_dict: dict[str, Any], *, by_name: bool = False, strict: bool = True) -> None:
         """Loads a state dict, of this class or of the torch optimizer of the same name.

@@ -21,7 +21,7 @@ from ._naming import KNOWN, RESERVED, Naming, is_number
 from .optimizer import ChainOptimizer
 
 
-FLAGS: Mapping[str, bool | None] = {"maximize": False, "fused": None, "differentiable": False}
+FLAG_DEFAULTS: Mapping[str, bool | None] = {"maximize": False, "fused": None, "differentiable": False}
 
 
 class TransformOptimizer(ChainOptimizer):
@@ -98,7 +98,7 @@ class TransformOptimizer(ChainOptimizer):
             "maximize": maximize,
             "fused": fused,
             "differentiable": differentiable,
-            "chain": describe(self._tx),
+            "chain": chain_names(self._tx),
         }
         held = self._held = []
         try:
@@ -259,7 +259,7 @@ def _class_of(key: Identity) -> type[TransformOptimizer]:
     tx_function = cast("Callable[..., fo.GradientTransformation]", key.x)
 
     def __init__(self: TransformOptimizer, params: Any, *args: Any, **arguments: Any) -> None:
-        own = {flag: arguments.pop(flag) for flag in FLAGS if flag in arguments}
+        own = {flag: arguments.pop(flag) for flag in FLAG_DEFAULTS if flag in arguments}
         by_torch = "lr" in arguments
         if "lr" in arguments and "lr" not in inspect.signature(tx_function).parameters:
             if "learning_rate" in arguments:
@@ -272,7 +272,7 @@ def _class_of(key: Identity) -> type[TransformOptimizer]:
                 )
             arguments["learning_rate"] = arguments.pop("lr")
         rate = arguments.get("lr", arguments.get("learning_rate")) if by_torch else None
-        self._build(params, tx_function(*args, **arguments), **{**FLAGS, **own})
+        self._build(params, tx_function(*args, **arguments), **{**FLAG_DEFAULTS, **own})
         if is_number(rate) and self._naming.factor is not None:
             warn(
                 f"`lr` went to {name}, but the chain that it made has no learning rate, or several, so `lr` of the "
@@ -302,7 +302,7 @@ def _blank(tx_function: Callable[..., fo.GradientTransformation]) -> TransformOp
     return cls.__new__(cls)
 
 
-def describe(tx: fo.GradientTransformation) -> str:
+def chain_names(tx: fo.GradientTransformation) -> str:
     """The names of a chain's transformations, which a checkpoint is known by."""
     # the functions of others may be renamed, and their `repr` may hold addresses
     return " > ".join(

@@ -245,10 +245,11 @@ def explain_params(
     assert columns is not None, "the state that was missing has been made"
     if step.state.counts_in_integers and "step" in columns:
         columns["step"] = [None if x is None else step.state.counter_of(x, i) for i, x in enumerate(columns["step"])]
-    local = [tensor_of(x) for x in shadows]
+    local = [tensor_of(x, "params") for x in shadows]
     as_gradients = [_shadow(x, gradient_dtype(p)) for x, p in zip(shadows, params.tensors, strict=True)]
-    updates = [tensor_of(x) for x in as_gradients]
-    found = _Collector(step.names, [tensor_of(p) for p in params.tensors], records)
+    updates = [tensor_of(x, "params") for x in as_gradients]
+    tensors = [tensor_of(p, f"params at {name!r}") for name, p in zip(step.names, params.tensors, strict=True)]
+    found = _Collector(step.names, tensors, records)
     for segment in step.segments:
         if isinstance(segment, ParamRegion) and segment.leafwise is not None:
             found.add_leafwise(segment.leafwise)

@@ -182,7 +182,7 @@ class _Node(NamedTuple):
 
     spec: Spec
     names: list[str]
-    children: "list[Shape]"
+    children: "list[StateShape]"
 
     def split(self, x: Any, path: str, owner: SplitState) -> Entries:
         children, spec, _ = _open(x)
@@ -235,7 +235,7 @@ class _PerParam(NamedTuple):
         return self.spec.unflatten(children)
 
 
-Shape = _Leaf | _Node | _PerParam
+StateShape = _Leaf | _Node | _PerParam
 _EXTRA = "one more parameter"  # the name of the one that the second state has an entry for
 
 
@@ -246,7 +246,7 @@ def _with_one_more(view: View) -> Any:
     return tree if like is None else type(tree)([*tree.items(), (_EXTRA, like)])
 
 
-def _compare(a: Any, b: Any, seen: Sequence[str], fail: Callable[[str, str], Exception], path: str = "") -> Shape:
+def _compare(a: Any, b: Any, seen: Sequence[str], fail: Callable[[str, str], Exception], path: str = "") -> StateShape:
     """The shape of a state `a`; `b` is the state of a tree with one more parameter."""
     (one, one_spec, one_names), (two, two_spec, two_names) = _open(a), _open(b)
     if one_spec is None or two_spec is None:

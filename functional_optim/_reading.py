@@ -11,7 +11,8 @@ from . import _walk
 from ._compiler.rule import Bound, Rule, rule_of
 from ._runtime.checks import check_number
 from ._runtime.internals import has_members, needs_dispatch
-from ._state import get_state, wrong_state
+from ._state import get_state
+from ._state_form import check_state
 from ._transform import GradientTransformation, Path, as_transformation, parts
 from ._tree import Tree
 
@@ -120,11 +121,13 @@ def hyperparams(tx: GradientTransformation, state: Any) -> dict[str, Any]:
       >>> hyperparams(tx, state)["learning_rate"]
       0.75
     """
+    tx = as_transformation(tx)
+    check_state(tx._state_parts(()), state)
     found: list[tuple[str, tuple[Path, str], Any]] = []
-    for path, part in parts(as_transformation(tx)).items():
+    for path, part in parts(tx).items():
         bound = part.bound
         if bound is not None:
-            own = _state_of(state, path, bound)
+            own = get_state(state, path)
             for name, value in bound.values.items():
                 if value is not None and not isinstance(value, torch.dtype):
                     value = scheduled(bound, name, _count_of(own.count, bound)) if bound.is_schedule(name) else value
@@ -141,12 +144,16 @@ def _count_of(count: torch.Tensor, bound: Bound) -> int | torch.Tensor:
     """The number of steps that a counter tells; that of a member of `torch.vmap` is the counter itself.
 
     Raises:
-      ValueError: there are counters of several members.
+      ValueError: there are counters of several members, or the counter has no memory.
     """
     if count.ndim:
         raise ValueError(
             f"the counter of {bound.rule.name} has shape {tuple(count.shape)}: the state is that of several members, "
             f"which `torch.vmap` maps, as in `vmap(lambda state: fo.hyperparams(tx, state)['learning_rate'])(state)`."
+        )
+    if count.is_meta:
+        raise ValueError(
+            f"the counter of {bound.rule.name} is on meta and holds no number; read a state with elements."
         )
     return count if has_members(count) else int(count)
 
@@ -183,22 +190,8 @@ def slots(tx: GradientTransformation, state: Any) -> dict[str, Tree]:
       >>> slots(tx, tx.init({"w": torch.ones(2)}))["mu"]
       {'w': tensor([0., 0.])}
     """
-    bounds = {path: rule.bound for path, rule in _walk.rules(as_transformation(tx)).items()}
+    tx = as_transformation(tx)
+    check_state(tx._state_parts(()), state)
+    bounds = {path: rule.bound for path, rule in _walk.rules(tx).items()}
     names = slot_names({path: bound.rule for path, bound in bounds.items()})
-    states = {path: _state_of(state, path, bound) for path, bound in bounds.items()}
-    return {name: getattr(states[path], slot) for (path, slot), name in names.items()}
-
-
-def _state_of(state: Any, path: Path, bound: Bound) -> Any:
-    """The state of a rule.
-
-    Raises:
-      TypeError: the state was made by another transformation.
-    """
-    try:
-        found = get_state(state, path)
-    except (KeyError, IndexError, TypeError):
-        found = None
-    if type(found) is not bound.state_type:
-        raise wrong_state(found, path, bound)
-    return found
+    return {name: getattr(get_state(state, path), slot) for (path, slot), name in names.items()}

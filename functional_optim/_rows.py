@@ -136,7 +136,8 @@ class RowStep:
     ) -> None:
         """Refuses tensors whose rows are not those of the gradient."""
         for i in self.step.present:
-            g, p, name = grads[i], tensor_of(params[i]), self.step.names[i]
+            g, name = grads[i], self.step.names[i]
+            p = tensor_of(params[i], f"params at {name!r}")
             check_leaf("params", name, p)
             check_stored("params", name, p)
             if g is not None and g.shape != params[i].shape:

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-from ._compiler.rule import Bound
 from ._packed import Packed
 from ._regions import Region
 from ._runtime.checks import check_count
 from ._runtime.cuda.capture import is_capturing, refuse_counter
 from ._runtime.groups import Columns
-from ._transform import Path
+from ._state_form import Path, StatePart, wrong_state
 from ._tree import Reader, Tree, difference, unpacked
 
 
@@ -23,15 +22,6 @@ def get_state(state: Any, path: Path) -> Any:
     for k in path:
         state = state[k]
     return state
-
-
-def wrong_state(found: Any, path: Path, bound: Bound) -> TypeError:
-    """The error of a state that another transformation has made, which has something else at the path of a rule."""
-    where = "".join(f"[{key!r}]" for key in path)
-    return TypeError(
-        f"state{where} is {type(found).__name__}, expected the {bound.state_type.__name__} of {bound.rule.name}; make "
-        f"the state with `init` of the same transformation, or pass the one that made it."
-    )
 
 
 def set_states(state: Any, new: Mapping[Path, Any]) -> Any:
@@ -57,11 +47,23 @@ class StateReader:
       read: reads trees of the structure of the parameters.
       device: the device of all leaves that take part; None if there are several.
       present: the leaves that take part.
+      containers: the containers of the whole state.
     """
 
-    def __init__(self, region: Region, read: Reader, device: torch.device | None, present: Sequence[int]) -> None:
+    def __init__(
+        self,
+        region: Region,
+        read: Reader,
+        device: torch.device | None,
+        present: Sequence[int],
+        containers: Sequence[StatePart],
+    ) -> None:
         self.region, self.reader, self.device = region, read, device
-        self.expected = [(k, region.links[k].path, bound.state_type) for k, bound in region.bounds.items()]
+        self.containers = containers
+        self.expected = [
+            (k, StatePart(region.links[k].tx, region.links[k].path, bound.state_type))
+            for k, bound in region.bounds.items()
+        ]
         self.counted = [k for k, bound in region.bounds.items() if bound.counted]
         slots = [(k, *slot) for k, bound in region.bounds.items() for slot in bound.rule.slots.items()]
         self.fields = [(k, name, False) for k, name, slot in slots if not slot.per_tree]
@@ -76,16 +78,21 @@ class StateReader:
         Raises:
           TypeError: the state was made by another transformation.
         """
-        states = {}
-        for k, path, expected in self.expected:
+        for part in self.containers:
             found = state
-            try:
-                for key in path:
-                    found = found[key]
-            except (KeyError, IndexError, TypeError):
-                found = None
-            if type(found) is not expected:
-                raise wrong_state(found, path, self.region.bounds[k])
+            for key in part.path:
+                found = found[key]
+            if part.kind is tuple and type(found) is tuple and len(found) == len(part.keys):
+                continue  # as nearly all are, at every step
+            if not part.is_like(found):
+                raise wrong_state(part, found)
+        states = {}
+        for k, part in self.expected:
+            found = state
+            for key in part.path:
+                found = found[key]
+            if type(found) is not part.kind:
+                raise wrong_state(part, found)
             states[k] = found
         return states
 

@@ -32,6 +32,7 @@ from ._runtime.stacks import different_numbers
 from ._runtime.step import BoundStep, Reading
 from ._stand_ins import stand_in_of
 from ._state import StateReader, get_state, set_states
+from ._state_form import StatePart, check_state
 from ._structures import with_aliases
 from ._transform import GradientTransformation, Link, Path
 from ._tree import Spec, Tree, View, flatten
@@ -45,9 +46,11 @@ _BY_TORCH = (Opaque, LeafwiseRegion)
 class TreeRegion(BoundRegion):
     """A region over the leaves of a tree, with its state."""
 
-    def __init__(self, region: Region, leaves: TreeLeaves, device: torch.device | None) -> None:
+    def __init__(
+        self, region: Region, leaves: TreeLeaves, device: torch.device | None, containers: Sequence[StatePart]
+    ) -> None:
         super().__init__(region, leaves.paths, leaves.present)
-        self.state = StateReader(region, leaves.read, device, leaves.present)
+        self.state = StateReader(region, leaves.read, device, leaves.present, containers)
         self.moving = [k for k in self.state.counted if any(region.links[k].seen[i] for i in leaves.present)]
         self.leafwise = (
             LeafwiseStep(region, leaves.paths, leaves.present) if isinstance(region, LeafwiseRegion) else None
@@ -91,8 +94,10 @@ class TreeStep(TreeLeaves):
         self.seen, self.asks_leaves = _seen(links), tx._asks_leaves()
         segments = cut_into_regions(links, apply, len(self.paths))
         device = next(iter(self.devices)) if len(self.devices) == 1 else None
+        self.containers = [part for part in tx._state_parts(()) if part.is_container]
         self.segments = [
-            TreeRegion(segment, self, device) if isinstance(segment, Region) else segment for segment in segments
+            TreeRegion(segment, self, device, self.containers) if isinstance(segment, Region) else segment
+            for segment in segments
         ]
         # user code runs between the first look at tensors and the last launch
         self.runs_python = any(isinstance(segment, _BY_TORCH) or segment.hosts for segment in segments)
@@ -293,9 +298,11 @@ class TreeStep(TreeLeaves):
         """Calls a transformation that is not made of rules: the columns with its updates, and its new state.
 
         Raises:
-          TypeError, ValueError: it returned something else than updates and a state, or was to get what is no leaf.
+          TypeError, ValueError: it returned something else than updates and a state, or was to get what is no leaf, or
+            the state was made by another transformation.
         """
         link = segment.link
+        check_state(self.containers, state)
         if segment is self.segments[0]:  # leaves may have changed since the step was made; programs look at them anyway
             self.check_leaves(columns)
             if not needs_dispatch():
@@ -352,7 +359,7 @@ class TreeStep(TreeLeaves):
             )
 
 
-def _seen(links: Sequence[Link]) -> list[tuple[Any, tuple[bool, ...]]]:
+def _seen(links: Sequence[Link]) -> list[tuple[Path, tuple[bool, ...]]]:
     """The leaves that each transformation sees; one that sees none may be left out, so paths count."""
     return [(link.path, link.seen) for link in links]
 

@@ -22,13 +22,17 @@ from ._compiler.rule import (
     EmptyState as EmptyState,
 )
 from ._packed import Packed
+from ._state_form import (
+    Path as Path,
+    StatePart,
+    wrong_state,
+)
 from ._tree import Tree, View, packed_like, unpacked
 
 
 TRANSFORMATIONS: "WeakValueDictionary[str, GradientTransformation]" = WeakValueDictionary()  # by serial number
 _SERIALS = itertools.count()
 F = TypeVar("F", bound=Callable[..., Any])
-Path = tuple[int | str, ...]
 Rewrite = Callable[[Path, "GradientTransformation"], "GradientTransformation"]
 
 
@@ -92,6 +96,10 @@ class Transformation(abc.ABC):
     @abc.abstractmethod
     def _extra_names(self) -> frozenset[str] | None:
         """Names of the extra arguments of `update`; None if any is taken."""
+
+    @abc.abstractmethod
+    def _state_parts(self, path: Path) -> list[StatePart]:
+        """The parts of the state that are known before there are parameters, containers before their entries."""
 
 
 class GradientTransformation(Transformation):
@@ -205,6 +213,9 @@ class GradientTransformation(Transformation):
     def _extra_names(self) -> frozenset[str] | None:
         return None if self._extras is None else self._extras - {"updates", "state", "params"}
 
+    def _state_parts(self, path: Path) -> list[StatePart]:
+        return []
+
 
 FACTORIES: set[Any] = set()  # functions that make declared transformations
 
@@ -230,6 +241,7 @@ class Declared(GradientTransformation):
       factory: the function that makes it, marked by `declares`, which a module has under its name.
       arguments: what `factory` was called with, by name.
       init, update: see `GradientTransformation`.
+      state_type: the class of its state.
     """
 
     def __init__(
@@ -238,9 +250,19 @@ class Declared(GradientTransformation):
         arguments: Mapping[str, Any],
         init: Callable[[Any], Any],
         update: Callable[..., tuple[Any, Any]],
+        state_type: type,
     ) -> None:
         super().__init__(init, update)
-        self.factory, self.arguments = factory, dict(arguments)
+        self.factory, self.arguments, self.state_type = factory, dict(arguments), state_type
+
+    def update(self, updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> tuple[Tree, Any]:
+        """Transforms updates; see `GradientTransformation.update`."""
+        if type(state) is not self.state_type:
+            raise wrong_state(self._state_parts(())[0], state)
+        return super().update(updates, state, params, **extra)
+
+    def _state_parts(self, path: Path) -> list[StatePart]:
+        return [StatePart(self, path, self.state_type)]
 
     @property
     def name(self) -> str:

@@ -20,7 +20,7 @@ from .trace import Tracer, trace_together
 
 Cotangents = Sequence[Any]  # a symbol, a number or None for each operand
 # of an operation: the operands, the result, and its cotangent, to a cotangent of each operand, None for one of zeros
-Rule = Callable[..., Cotangents]
+DerivativeRule = Callable[..., Cotangents]
 
 PREFIX = "d "  # of names of cotangents
 LN2, LN10, TWO_OVER_ROOT_PI = math.log(2), math.log(10), 2 / math.sqrt(math.pi)
@@ -42,7 +42,7 @@ def _half_where(x: Symbol, y: Symbol, greater: bool, d: Symbol) -> Symbol:
     return t.op("mul", d, t.op("where", t.op("gt" if greater else "lt", x, y), 1.0, tie))
 
 
-def _zeros(n: int) -> Rule:
+def _zeros(n: int) -> DerivativeRule:
     return lambda *_: [None] * n
 
 
@@ -82,7 +82,7 @@ def _copysign(x: Symbol, y: Symbol, out: Symbol, d: Symbol) -> Cotangents:
 
 
 # A row per operation; those of truth values have none to pass on. The derivatives are torch's, ties and zeros included.
-RULES: dict[str, Rule] = {
+RULES: dict[str, DerivativeRule] = {
     "neg": lambda x, out, d: [-d],
     "abs": lambda x, out, d: [d * d.tracer.op("sign", x)],
     "sqrt": lambda x, out, d: [d.tracer.op("where", d.tracer.op("eq", x, 0.0), d * 0.0, d * 0.5 / out)],

@@ -38,7 +38,7 @@ from .._step import take_step
 from .._structures import FORMS, Structure, rebuild
 from .._transform import FACTORIES, TRANSFORMATIONS, GradientTransformation, LabelFunction, parts
 from .._tree import Tree, difference, flatten, flatten_to_buffers, leaves_like, paths
-from .digest import PROCESS, digest_of, digest_of_package, is_edited
+from .digest import PROCESS_ID, digest_of, digest_of_package, is_edited
 
 
 class Outline(NamedTuple):
@@ -356,7 +356,7 @@ class _Writer(pickle.Pickler):
 
     def persistent_id(self, x: Any) -> Any:
         if self.by_serial and x is self.tx:
-            return "chain", x._serial, PROCESS
+            return "chain", x._serial, PROCESS_ID
         if isinstance(x, torch.Tensor):
             position = next((k for k, own in enumerate(self.tx._tensors) if own is x), None)
             if position is None:
@@ -404,7 +404,7 @@ class _Reader(pickle.Unpickler):
             return FORMS[rest[0]]
         self.finds_chain = True
         serial, process = rest
-        tx = TRANSFORMATIONS.get(serial) if process == PROCESS else None
+        tx = TRANSFORMATIONS.get(serial) if process == PROCESS_ID else None
         if tx is None:
             raise RuntimeError(
                 "the chain of this compiled step is not in this process. It is found by its description in any "

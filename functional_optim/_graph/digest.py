@@ -22,7 +22,7 @@ from .._schedules.traced import has_fixed_key
 from .._transform import Declared, GradientTransformation
 
 
-PROCESS = uuid.uuid4().hex  # digest of code that only this process has
+PROCESS_ID = uuid.uuid4().hex  # digest of code that only this process has
 _PACKAGE = __name__.partition(".")[0]
 _SERIALS: "WeakKeyDictionary[Rule, int]" = WeakKeyDictionary()  # of rules whose code only this process has
 _COUNTER = itertools.count()
@@ -39,10 +39,10 @@ def digest_of(part: GradientTransformation) -> str:
     """
     bound = part.bound
     if bound is None:
-        return "" if isinstance(part, Declared) and _is_own(part.factory, part.arguments) else PROCESS
+        return "" if isinstance(part, Declared) and _is_own(part.factory, part.arguments) else PROCESS_ID
     if _is_own(bound.rule.fn, bound.values):
         return ""
-    here = f"{PROCESS} {_SERIALS.setdefault(bound.rule, next(_COUNTER))}"
+    here = f"{PROCESS_ID} {_SERIALS.setdefault(bound.rule, next(_COUNTER))}"
     if bound.rule.whole:
         return here
     recipe = fuse([Part(0, 0, bound, entered="entered" if bound.rule.wraps else None)], apply=False)
@@ -57,7 +57,7 @@ def is_edited(part: GradientTransformation, digest: str) -> bool:
 
     A digest of another process cannot be compared.
     """
-    comparable = not digest or digest.startswith(("program ", PROCESS))
+    comparable = not digest or digest.startswith(("program ", PROCESS_ID))
     return comparable and digest_of(part) != digest
 
 
@@ -74,4 +74,4 @@ def digest_of_package() -> str:
     folder = Path(__file__).parents[1]
     for path in sorted(folder.rglob("*.py")):
         found.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
-    return found.hexdigest() if Path(__file__).exists() else PROCESS  # installed without its source
+    return found.hexdigest() if Path(__file__).exists() else PROCESS_ID  # installed without its source

@@ -8,7 +8,7 @@ from typing import ParamSpec, TypeVar
 
 
 Arguments = ParamSpec("Arguments")
-Chain = TypeVar("Chain")
+Made = TypeVar("Made")
 
 # names of torch and other libraries for arguments, by ours
 NAMES = {
@@ -25,7 +25,7 @@ NAMES = {
 }
 
 
-def named_arguments(make: Callable[Arguments, Chain]) -> Callable[Arguments, Chain]:
+def named_arguments(make: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
     """A factory of chains that refuses an unknown argument with the name that it has here.
 
     Raises:
@@ -35,7 +35,7 @@ def named_arguments(make: Callable[Arguments, Chain]) -> Callable[Arguments, Cha
     names = list(signature.parameters)
 
     @functools.wraps(make)
-    def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Chain:
+    def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Made:
         for name in kwargs:
             if name not in names:
                 meant = [x for x in NAMES.get(name, ()) if x in names] or difflib.get_close_matches(name, names, 1)

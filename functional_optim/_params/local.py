@@ -13,9 +13,13 @@ from .template import ParamList
 Placer = Callable[[torch.Tensor, torch.Tensor, str], torch.Tensor]
 
 
-def tensor_of(x: Any) -> Any:
-    """The plain real tensor that holds a tensor's elements, or this process's part of them."""
-    return None if x is None else real_view(local_tensor(x))
+def tensor_of(x: Any, name: str) -> Any:
+    """The plain real tensor that holds a tensor's elements, or this process's part of them.
+
+    Raises:
+      ValueError: the tensor is conjugated when it is read; with its name.
+    """
+    return None if x is None else real_view(local_tensor(x), name)
 
 
 class LocalColumns:
@@ -47,7 +51,13 @@ class LocalColumns:
         return not self.dtensors or self._placed.fit("params", params)
 
     def of(
-        self, key: Key, tensors: Sequence[Any], place: Placer | None = None, name: str = "", *, written: bool = True
+        self,
+        key: Key,
+        tensors: Sequence[Any],
+        place: Placer | None = None,
+        name: str = "params at",
+        *,
+        written: bool = True,
     ) -> Sequence[Any]:
         """The local tensors of a column.
 
@@ -72,7 +82,8 @@ class LocalColumns:
         self._placed.remember(key, column, self.dtensors)
         for i in self.wrapped:
             x = column[i]
-            column[i] = tensor_of(x.resolve_conj() if not written and isinstance(x, torch.Tensor) else x)
+            x = x.resolve_conj() if not written and isinstance(x, torch.Tensor) else x
+            column[i] = tensor_of(x, f"{name} {self.names[i]!r}")
         return column
 
     def known(self, key: Key, tensors: Sequence[Any]) -> list[Any] | None:

@@ -80,7 +80,8 @@ class ParamStep:
             if isinstance(segment, Opaque)
         }
         self.devices = [
-            tensor_of(p).device if g is not None else None for p, g in zip(params.tensors, grads, strict=True)
+            tensor_of(p, f"params at {name!r}").device if g is not None else None
+            for name, p, g in zip(params.names, params.tensors, grads, strict=True)
         ]
         self.device_set = {device for device in self.devices if device is not None}
         self.looks_ahead = (len(self.segments) > 1 or len(self.device_set) > 1) and can_capture(self.device_set)
@@ -128,7 +129,9 @@ class ParamStep:
                 f"tensors."
             )
 
-    def is_for(self, templates: Sequence[Template], grads: Sequence[Any], guarded: bool, exact: bool) -> bool:
+    def is_for(
+        self, templates: Sequence[Template], grads: Sequence[torch.Tensor | None], guarded: bool, exact: bool
+    ) -> bool:
         """Whether the step is for such transformations, and for gradients of which the same ones are there.
 
         Args:

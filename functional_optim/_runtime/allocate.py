@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .internals import has_members
-from .pointers import HEAD, Pointers, describe, operations
+from .pointers import HEAD, Pointers, operations, spec_rows
 from .spec import TensorSpec
 
 
@@ -65,7 +65,7 @@ def _describe_new(wanted: Sequence[tuple[torch.Tensor, Make]]) -> torch.Tensor:
     dims = max((x.dim() for x, _ in wanted), default=0)
     table = torch.empty((len(wanted), HEAD + 2 * dims), dtype=torch.int64, device="cpu")
     for row, (x, make) in zip(table, wanted, strict=True):
-        row.copy_(describe([make(x)], dims)[0])
+        row.copy_(spec_rows([make(x)], dims)[0])
     return table
 
 

@@ -132,7 +132,7 @@ def _back(ctx: Any, cotangents: Sequence[torch.Tensor | None]) -> tuple[Any, ...
             ]
             results = iter(_follow_back(ctx.step, own, cotangents, wanted))
     else:  # without `create_graph` nobody differentiates the derivative
-        derivative = _Derivative.apply if torch.is_grad_enabled() or in_transformation() else _Derivative.forward
+        derivative = _PullBack.apply if torch.is_grad_enabled() or in_transformation() else _PullBack.forward
         results = iter(derivative(ctx.step, present, wanted, *saved, *given))
     return (None, *[next(results) if there else None for there in wanted])
 
@@ -150,7 +150,7 @@ class _Step(_FollowedStep):
     setup_context = torch.autograd.Function.setup_context
 
 
-class _Derivative(torch.autograd.Function):
+class _PullBack(torch.autograd.Function):
     """The cotangents of wanted tensors, of the tensors of a step and the cotangents of its outputs."""
 
     @staticmethod

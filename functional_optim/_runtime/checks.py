@@ -41,7 +41,7 @@ def check_leaf(name: str, path: str, x: Any) -> torch.Tensor:
     if not x.dtype.is_floating_point or x.dtype.itemsize < 2:
         hint = "leave it out of the tree"
         if x.is_complex():
-            hint = "view it as real pairs with `torch.view_as_real`"
+            hint = f"view it as real pairs with `torch.view_as_real{'(x.resolve_conj())' if x.is_conj() else ''}`"
         elif name.startswith("the extra argument"):  # every leaf that is computed needs one
             hint = "pass `x.float()`"
         raise TypeError(

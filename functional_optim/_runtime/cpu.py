@@ -199,7 +199,7 @@ class CpuLaunches:
         return ctypes.addressof(memory)
 
     @property
-    def passes(self) -> list[Any]:
+    def passes(self) -> list[_Pass]:
         """All passes, in order."""
         return list(itertools.chain.from_iterable(self.calls))
 

@@ -152,8 +152,8 @@ def group_leaves(
     Returns:
       The groups, in the order of their first leaves.
     """
-    fits: dict[Any, _Fit] = {}
-    members: dict[Any, list[tuple[Leaf, _Fit]]] = {}
+    fits: dict[Hashable, _Fit] = {}
+    members: dict[tuple[Signature, torch.device, MeshShard | None], list[tuple[Leaf, _Fit]]] = {}
     with_params = ["params"] if "params" in specs else []
     keys = {id(leaf.recipe): [*with_params, *leaf.recipe.column_keys()] for leaf in leaves}
     for leaf in leaves:

@@ -83,7 +83,7 @@ def operations() -> Any:
     return getattr(torch.ops, NAMESPACE)
 
 
-def describe(tensors: Sequence[torch.Tensor], dims: int) -> torch.Tensor:
+def spec_rows(tensors: Sequence[torch.Tensor], dims: int) -> torch.Tensor:
     """Rows of `pointers.c` that describe tensors.
 
     Args:
@@ -205,7 +205,7 @@ class PointerReader:
         rows = {spec: k for k, spec in enumerate(dict.fromkeys(self.specs))}
         examples = dict(zip(self.specs, tensors, strict=True))
         self.spec_index = torch.tensor([rows[spec] for spec in self.specs], dtype=torch.int64, device="cpu")
-        self.table = describe([examples[spec] for spec in rows], max((len(spec.shape) for spec in rows), default=0))
+        self.table = spec_rows([examples[spec] for spec in rows], max((len(spec.shape) for spec in rows), default=0))
         for spec, k in rows.items():
             self.table[k, SPAN], self.table[k, ITEM] = spec.span, spec.dtype.itemsize
 

@@ -13,7 +13,7 @@ from .checks import at
 from .evaluate import evaluate
 from .groups import Columns, Group, Key, Leaf
 from .internals import is_wrapper_of_a_transformation, outside_transformations
-from .numbers import Numbers
+from .numbers import Number, Numbers
 from .pointers import Difference
 from .recent import in_front
 from .spec import specs_of
@@ -102,11 +102,11 @@ class Derivative:
         assert not isinstance(reading, Difference), "a step is bound to the tensors that it was made for"
         return bound, reading
 
-    def numbers(self, bound: BoundStep, tables: Numbers) -> list[list[Any]]:
+    def numbers(self, bound: BoundStep, tables: Numbers) -> list[list[Number]]:
         """The scalar table of each group of a bound derivative, from those of the step."""
         found = []
         for group in bound.groups:
-            table: list[Any] = []
+            table: list[Number] = []
             for owner, _ in group.owners:
                 g, row = self.rows[owner]
                 names = self.step.groups[g].signature.program.scalars
@@ -190,18 +190,19 @@ class Recording:
         Raises:
           NoDerivative: an operation of the step has none.
         """
-        known: dict[Any, Derivative] = self.bound.derivatives
+        known = self.bound.derivatives
         key = tuple(given), tuple(wanted), tuple(map(tuple, self.positions))
         found = known.get(key)
-        if found is None:
-            self._refuse_numbers_of_nothing(given)
-            outputs, inputs = self._names_of(given, wanted)
-            programs = tuple(group.signature.program for group in self.bound.groups)
-            found = Derivative(self.bound, differentiate_all(programs, outputs, inputs), outputs, inputs)
-            if len(known) >= KEEP:
-                known.pop(next(iter(known)), None)
-            known[key] = found
-        return found
+        if isinstance(found, Derivative):
+            return found
+        self._refuse_numbers_of_nothing(given)
+        outputs, inputs = self._names_of(given, wanted)
+        programs = tuple(group.signature.program for group in self.bound.groups)
+        made = Derivative(self.bound, differentiate_all(programs, outputs, inputs), outputs, inputs)
+        if len(known) >= KEEP:
+            known.pop(next(iter(known)), None)
+        known[key] = made
+        return made
 
     def _refuse_numbers_of_nothing(self, given: Sequence[bool]) -> None:
         """Refuses the cotangent of a number of a leaf without elements: kernels add up over elements.

@@ -79,14 +79,28 @@ def is_in_mesh(x: torch.Tensor) -> bool:
     return not is_dtensor(x) or x.device_mesh.get_coordinate() is not None
 
 
-def real_view(x: torch.Tensor) -> torch.Tensor:
+def real_view(x: torch.Tensor, name: str = "a tensor") -> torch.Tensor:
     """Complex numbers as pairs of real ones, in a last dimension of 2; a real tensor itself.
+
+    Args:
+      x: the tensor.
+      name: its name in messages.
+
+    Raises:
+      ValueError: the tensor is conjugated when it is read, so that its memory holds other numbers.
 
     Example:
       >>> real_view(torch.zeros(3, dtype=torch.complex64)).shape
       torch.Size([3, 2])
     """
-    return torch.view_as_real(x) if x.is_complex() else x
+    if not x.is_complex():
+        return x
+    if x.is_conj():
+        raise ValueError(
+            f"{name} is a conjugated view, whose memory holds the conjugates, so a step cannot write to it; resolve it "
+            f"before the step, as in `p.data = p.data.resolve_conj()`."
+        )
+    return torch.view_as_real(x)
 
 
 def same_placement(x: torch.Tensor, p: torch.Tensor) -> bool:

@@ -6,7 +6,7 @@ launches. All that specs decide has been decided in `binding`.
 
 import ctypes
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -75,7 +75,7 @@ class BoundStep(BoundPrograms):
 
     def __init__(self, binding: Binding) -> None:
         super().__init__(binding)
-        self.derivatives: dict[Any, Any] = {}  # by the cotangents that are given and wanted; see `recording`
+        self.derivatives: dict[Hashable, object] = {}  # those of `recording`, by the cotangents given and wanted
         self.workspaces: list[Workspace] = []  # memory that no thread uses at the moment
 
     def read(self, columns: Columns) -> Reading | Difference:

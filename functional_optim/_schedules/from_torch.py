@@ -15,7 +15,7 @@ from .schedule import FACTOR, NUMBER, SOME_STEPS, STEPS, Schedule
 from .torch_table import SCHEDULERS, make, scheduler
 
 
-Members = Sequence[tuple[str, Mapping[str, Any]]]
+Schedulers = Sequence[tuple[str, Mapping[str, Any]]]
 
 
 def from_torch_scheduler(
@@ -253,7 +253,7 @@ _FACTORS = (
 
 
 @scheduler("ChainedScheduler")
-def _chained(lr: float, schedulers: Members) -> Schedule:
+def _chained(lr: float, schedulers: Schedulers) -> Schedule:
     members = _flat(schedulers)
     for member, keywords in members if len(members) > 1 else []:
         if member in SCHEDULERS and (member not in _FACTORS or keywords.get("eta_min")):
@@ -277,7 +277,7 @@ def _flat(schedulers: Any) -> list[tuple[str, dict[str, Any]]]:
 
 
 @scheduler("SequentialLR")
-def _sequential(lr: float, schedulers: Members, milestones: Sequence[int]) -> Schedule:
+def _sequential(lr: float, schedulers: Schedulers, milestones: Sequence[int]) -> Schedule:
     members, steps = _members("SequentialLR", schedulers), _milestones("SequentialLR", milestones)
     if len(steps) != len(members) - 1:
         raise ValueError(

@@ -56,7 +56,7 @@ def traced_key(fn: Any) -> tuple[Any, ...] | None:
     if not isinstance(fn, (Schedule, FunctionType, functools.partial)):
         return None
     try:
-        return _Keys().of(fn, live=True)
+        return _KeyWalk().of(fn, live=True)
     except _NoKeyError:
         return None
 
@@ -116,7 +116,7 @@ _OPERATIONS = frozenset(
 _OWN = __name__.partition(".")[0]
 
 
-class _Keys:
+class _KeyWalk:
     """One walk over the objects that a function refers to."""
 
     def __init__(self) -> None:

@@ -9,6 +9,7 @@ from .._packed import Packed
 from .._reading import marked_slots, rule_states
 from .._rule import elementwise
 from .._runtime.checks import at
+from .._state_form import check_nest
 from .._transform import GradientTransformation
 from .._tree import MaskedNode, Tree, flatten, leaves_like, packed_like, paths, tree_map
 
@@ -157,6 +158,7 @@ def eval_params(state: Any, params: Tree, slot: str | None = None) -> Tree:
 
     Raises:
       ValueError: the state has none, two of one parameter, or none of that name.
+      TypeError: the state is none.
 
     Example:
       >>> import torch
@@ -165,6 +167,7 @@ def eval_params(state: Any, params: Tree, slot: str | None = None) -> Tree:
       >>> eval_params(tx.init(params), params)
       tensor([1.])
     """
+    check_nest(state)
     states = rule_states(state)
     marked = marked_slots({path: own._rule for path, own in states.items()}, slot)
     if isinstance(params, Packed):

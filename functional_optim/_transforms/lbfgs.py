@@ -129,7 +129,7 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> Gr
         return own.tree(direction), new
 
     arguments = {"memory_size": memory_size, "scale_init_precond": scale_init_precond}
-    return Declared(scale_by_lbfgs, arguments, init, update)
+    return Declared(scale_by_lbfgs, arguments, init, update, ScaleByLBFGSState)
 
 
 def _is_convex(s: torch.Tensor, y: torch.Tensor, product: torch.Tensor) -> bool:

@@ -11,6 +11,7 @@ from .._lbfgs.backtracking import backtrack
 from .._lbfgs.point import Found, curvature_error, excess
 from .._lbfgs.strong_wolfe import strong_wolfe
 from .._lbfgs.zoom import zoom
+from .._state_form import check_nest
 from .._transform import Declared, GradientTransformation, declares
 from .._tree import Tree, flatten
 from ._objective import Objective, gradients
@@ -219,7 +220,7 @@ def scale_by_backtracking_linesearch(
         )
         return objective.scaled(point.step), new
 
-    return Declared(scale_by_backtracking_linesearch, arguments, init, update)
+    return Declared(scale_by_backtracking_linesearch, arguments, init, update, ScaleByBacktrackingLinesearchState)
 
 
 def _wolfe(
@@ -268,7 +269,7 @@ def _wolfe(
         return objective.scaled(found.point.step), new
 
     arguments = {**numbers, "initial_guess_strategy": initial_guess_strategy, "verbose": verbose}
-    return Declared(factory, arguments, init, update)
+    return Declared(factory, arguments, init, update, ScaleByZoomLinesearchState)
 
 
 @declares
@@ -458,6 +459,7 @@ def value_and_grad_from_state(value_fn: Callable[..., Any]) -> Callable[..., tup
     """
 
     def value_and_grad(params: Tree, *args: Any, state: Any, **kwargs: Any) -> tuple[Any, Tree]:
+        check_nest(state)
         found = _searches(state)
         if len(found) != 1 or found[0].grad is None:
             several = f"holds {len(found)} of them" if len(found) > 1 else "has none"

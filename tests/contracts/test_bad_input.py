@@ -125,6 +125,11 @@ STEPS: dict[str, Step] = {
         r"params at 'bias' has dtype torch\.complex128, expected",
         params={"bias": torch.zeros(3, dtype=torch.complex128)},
     ),
+    "conjugated parameter": Step(
+        TypeError,
+        r"params at 'bias' has dtype torch\.complex128.*`torch\.view_as_real\(x\.resolve_conj\(\)\)`",
+        params={"bias": torch.zeros(3, dtype=torch.complex128).conj()},
+    ),
     "sparse gradient": Step(TypeError, r"updates at 'weight' is sparse .*to_dense", {"weight": SPARSE}),
     "compressed gradient": Step(
         TypeError,
@@ -148,18 +153,42 @@ STEPS: dict[str, Step] = {
     ),
     "a module for a parameter": Step(TypeError, r"params at 'bias' is Linear", params={"bias": torch.nn.Linear(1, 1)}),
     # states
-    "no state": Step(TypeError, r"state\[0\] is NoneType, expected the ScaleByAdamState", state=lambda s: None),
+    "no state": Step(
+        TypeError,
+        r"state is None, expected the tuple of 2 states of chain\(scale_by_adam.*`tx\.init\(params\)` of the same",
+        state=lambda s: None,
+    ),
+    "a number for a state": Step(
+        TypeError, r"state is int, expected the tuple of 2 states of chain", state=lambda s: 3
+    ),
+    "a tensor for a state": Step(TypeError, r"state is Tensor, expected the tuple of 2", state=lambda s: zeros(2)),
+    "parameters for a state": Step(TypeError, r"state is dict, expected the tuple of 2", state=lambda s: make_tree(0)),
+    "a pair that a step has returned": Step(
+        TypeError, r"state\[0\] is dict, expected the ScaleByAdamState", state=lambda s: (make_tree(0), s)
+    ),
     "state of another chain": Step(
         TypeError,
         r"state\[0\] is TraceState, expected the ScaleByAdamState of scale_by_adam",
         state=lambda s: fo.sgd(0.1, 0.9).init(make_tree(0)),
     ),
-    "state of a member": Step(TypeError, r"state\[0\].* expected the ScaleByAdamState", state=lambda s: s[0]),
+    "state of a member": Step(TypeError, r"state is ScaleByAdamState, expected the tuple of 2", state=lambda s: s[0]),
     "state of an empty chain": Step(
-        TypeError, r"state\[0\] is NoneType, expected the ScaleByAdamState", state=lambda s: ()
+        TypeError, r"state is a tuple of 0 states, expected the tuple of 2 states of chain", state=lambda s: ()
     ),
     "state of a shorter chain": Step(
-        TypeError, r"state\[1\] is NoneType", tx=fo.chain(fo.scale_by_adam(), fo.trace(0.9)), state=lambda s: s[:1]
+        TypeError,
+        r"state is a tuple of 1 state, expected the tuple of 2 states",
+        tx=fo.chain(fo.scale_by_adam(), fo.trace(0.9)),
+        state=lambda s: s[:1],
+    ),
+    "state of a longer chain": Step(
+        TypeError, r"state is a list of 3 states, expected the tuple of 2", state=lambda s: [*s, fo.EmptyState()]
+    ),
+    "state of a chain that begins with another member": Step(
+        TypeError,
+        r"state\[0\] is TraceState, expected the tuple of 0 states of chain\(\)",
+        tx=fo.sgd(0.1),
+        state=lambda s: fo.chain(fo.trace(0.9), fo.scale(0.1)).init(make_tree(0)),
     ),
     "a plain tuple": Step(
         TypeError, r"state\[0\] is tuple, expected the ScaleByAdamState", state=lambda s: (tuple(s[0]), s[1])
@@ -222,13 +251,37 @@ STEPS: dict[str, Step] = {
         state=lambda s: fo.masked(fo.trace(0.9), {"weight": False, "bias": True, "scale": True}).init(make_tree(0)),
     ),
     "state without the mask": Step(
-        TypeError, r"state\[0\] is dict", tx=fo.masked(fo.trace(0.9), is_matrix), state=lambda s: s.inner_state
+        TypeError,
+        r"state is TraceState, expected the MaskedState of masked\(trace",
+        tx=fo.masked(fo.trace(0.9), is_matrix),
+        state=lambda s: s.inner_state,
     ),
     "state of other labels": Step(
         TypeError,
-        r"state\[0\]\['a'\]\[0\] is NoneType",
+        r"state\[0\] is a dict with the keys 'b', expected the dict with the keys 'a' of partition\(",
         tx=fo.partition({"a": fo.trace(0.9)}, "a"),
         state=lambda s: fo.PartitionState({"b": s.inner_states["a"]}),
+    ),
+    "state of a chain without names": Step(
+        TypeError,
+        r"state is tuple, expected the dict with the keys 'a' of named_chain",
+        tx=fo.named_chain(("a", fo.scale_by_adam())),
+        state=lambda s: tuple(s.values()),
+    ),
+    "no state of another member": Step(
+        TypeError,
+        r"state\['a'\] is None, expected the ScaleByAdamState of scale_by_adam\(\)",
+        tx=fo.named_chain(("a", fo.scale_by_adam()), ("b", Halve())),
+        state=lambda s: {**s, "a": None},
+    ),
+    "no state of opaque members": Step(
+        TypeError, r"state is None, expected the tuple of 2 states", tx=fo.chain(Halve(), Halve()), state=lambda s: None
+    ),
+    "no state of a method of second order": Step(
+        TypeError,
+        r"state is tuple, expected the ScaleByLBFGSState of scale_by_lbfgs\(\)",
+        tx=fo.scale_by_lbfgs(),
+        state=lambda s: (s,),
     ),
     # arguments
     "an extra argument is missing": Step(
@@ -501,57 +554,3 @@ def test_used_opaque_transformation_refuses_bad_input(
 
     with pytest.raises(error, match=message):
         fo.apply_gradients(tx, params, {**make_tree(1), "bias": bad}, state, donate=donate)
-
-
-# -- tensors that have left a transformation ----------------------------------------------------------------------
-
-
-def escaped(transform: Any, x: torch.Tensor) -> torch.Tensor:
-    """A wrapper of a transformation, which the function has stored elsewhere."""
-    kept: list[torch.Tensor] = []
-
-    def function(x: torch.Tensor) -> torch.Tensor:
-        kept.append(x)
-        return x.sum()
-
-    transform(function)(x)
-    return kept[0]
-
-
-@pytest.mark.parametrize("donate", [False, True])
-@pytest.mark.parametrize("bound", [False, True], ids=["first step", "later step"])
-@pytest.mark.parametrize("which", ["params", "updates", "state scale_by_adam.mu", "a hyper-parameter"])
-def test_a_member_that_has_escaped_from_vmap(which: str, bound: bool, donate: bool) -> None:
-    x = escaped(torch.vmap, torch.ones(3) if which == "a hyper-parameter" else torch.ones(3, 2))
-    tx = fo.adam(x if which == "a hyper-parameter" else 0.1)
-    trees = {name: {"w": torch.ones(2)} for name in ("params", "updates")}
-    state = tx.init(trees["params"])
-    if bound and which != "a hyper-parameter":
-        fo.apply_gradients(tx, trees["params"], trees["updates"], state, donate=donate)
-    if which in trees:
-        trees[which] = {"w": x}
-    elif which != "a hyper-parameter":
-        state = (state[0]._replace(mu={"w": x}), *state[1:])
-    count = int(state[0].count)
-    with pytest.raises(ValueError, match=f"{which}.* has escaped from a function that `torch.vmap` maps"):
-        fo.apply_gradients(tx, trees["params"], trees["updates"], state, donate=donate)
-    assert int(state[0].count) == count
-
-
-def test_a_tensor_that_has_escaped_from_grad_is_its_value() -> None:
-    """As for operations of torch."""
-    tx, params = fo.adam(0.1), {"w": torch.ones(2)}
-    grads = {"w": torch.tensor([1.0, -2.0])}
-    new, _ = fo.apply_gradients(tx, params, {"w": escaped(torch.func.grad, grads["w"])}, tx.init(params))
-    expected, _ = fo.apply_gradients(tx, params, grads, tx.init(params))
-    assert torch.equal(new["w"].detach(), expected["w"])
-
-
-def test_donating_within_a_transformation_names_what_follows() -> None:
-    tx, params = fo.sgd(0.1), {"w": torch.ones(2)}
-    step = torch.vmap(lambda g: fo.apply_gradients(tx, params, {"w": g}, tx.init(params), donate=True)[0]["w"])
-    with pytest.raises(
-        RuntimeError, match=r"which a torch\.func transformation cannot follow.*take the step outside"
-    ) as e:
-        step(torch.ones(3, 2))
-    assert "torch.compile" not in str(e.value)

@@ -126,15 +126,37 @@ def test_slots_have_the_names_of_an_optimizer(name: str) -> None:
 
 def test_another_state_is_refused() -> None:
     params = make_tree(0)
-    state = fo.chain(fo.trace(0.9)).init(params)
+    trace = fo.trace(0.9)
 
     for read in (fo.slots, fo.hyperparams):
         with pytest.raises(
             TypeError, match=r"state\[0\] is TraceState, expected the ScaleByAdamState of scale_by_adam"
         ):
-            read(fo.adam(0.1), state)
-        with pytest.raises(TypeError, match=r"state\[1\] is NoneType, expected the TraceState of trace"):
-            read(fo.chain(fo.trace(0.9), fo.trace(0.5)), state)
+            read(fo.adam(0.1), fo.chain(trace, trace).init(params))
+        with pytest.raises(TypeError, match=r"state is a tuple of 1 state, expected the tuple of 2 states of chain"):
+            read(fo.chain(trace, trace), fo.chain(trace).init(params))
+        with pytest.raises(TypeError, match=r"state is None, expected the ScaleByLBFGSState of scale_by_lbfgs\(\)"):
+            read(fo.scale_by_lbfgs(), None)
+
+
+def test_a_counter_on_meta_is_refused() -> None:
+    tx = fo.sgd(FALLING)
+    with pytest.raises(ValueError, match="the counter of scale_by_learning_rate is on meta and holds no number"):
+        fo.hyperparams(tx, tx.init(torch.ones(2, device="meta")))
+
+
+@pytest.mark.parametrize("state", [None, 3, torch.ones(2)], ids=["None", "a number", "a tensor"])
+def test_no_state_is_refused_where_no_transformation_is_known(state: Any) -> None:
+    params = make_tree(0)
+    readers = [
+        lambda: fo.eval_params(state, params),
+        lambda: fo.value_and_grad_from_state(lambda p: p["bias"].sum())(params, state=state),
+    ]
+    for read in readers:
+        with pytest.raises(
+            TypeError, match=r"state is .*, expected the state of a transformation; `tx\.init\(params\)"
+        ):
+            read()
 
 
 def test_hyper_parameters_of_an_optimizer() -> None:

@@ -15,7 +15,7 @@ from .uniforms import has_elements, has_uniform, uniform_words
 NUMBERS = {"enable_fp_fusion": False, "enable_reflect_ftz": False}
 
 
-class Kernel(NamedTuple):
+class TritonKernel(NamedTuple):
     """One kernel.
 
     Args:
@@ -38,8 +38,8 @@ class Stage(NamedTuple):
       reduces: whether the pass leaves partial results, one for each chunk.
     """
 
-    uniform: Kernel | None
-    elements: Kernel | None
+    uniform: TritonKernel | None
+    elements: TritonKernel | None
     reduces: bool
 
 
@@ -68,10 +68,10 @@ def compile_triton(signature: Signature) -> Kernels:
         uniform = elements = None
         if has_uniform(signature, k):
             function = getattr(module, f"uniform_{k}")
-            uniform = Kernel(function, leaves_per_program(signature, k), _options(UNIFORM_WARPS))
+            uniform = TritonKernel(function, leaves_per_program(signature, k), _options(UNIFORM_WARPS))
         if has_elements(signature, k):
             tuning = TUNED[kind_of(signature, p)]
-            elements = Kernel(getattr(module, f"pass_{k}"), tuning.block, _options(tuning.warps))
+            elements = TritonKernel(getattr(module, f"pass_{k}"), tuning.block, _options(tuning.warps))
         stages.append(Stage(uniform, elements, bool(p.reductions)))
     return Kernels(tuple(stages), uniform_words(signature))
 

@@ -13,7 +13,7 @@ from ..numbers import Number
 from ..pointers import Pointers
 from .capture import CaptureError, Reserve, hold, refuse_new_numbers, refuse_numbers
 from .driver import driver_of
-from .loaded import Call, Loaded, load_kernels
+from .loaded import Launch, Loaded, load_kernels
 from .tables import StepMemory, Tables
 
 
@@ -31,8 +31,8 @@ class DeviceMemory(StepMemory):
     def __init__(self, tables: Tables, stream: int) -> None:
         super().__init__(tables)
         self.stream = stream
-        self.calls: list[list[Call]] = []  # by stage
-        self.called: tuple[bool, ...] = ()  # the variants that they are of
+        self.launches: list[list[Launch]] = []  # by stage
+        self.launched: tuple[bool, ...] = ()  # the variants that they are of
         self.kernels: list[tuple[Loaded, ...]] = []  # the kernels of each group: launches hold no reference to them
 
 
@@ -108,17 +108,17 @@ class TritonLaunch:
                 memory.upload(pointers, content, self.driver.staging, self.driver)
                 self.numbers_seen = content
             memory.read_numbers(live, self.driver)
-            if memory.called != memory.aligned or not memory.calls:
+            if memory.launched != memory.aligned or not memory.launches:
                 memory.kernels = self._kernels_of(memory.aligned)
-                memory.calls, memory.called = self._calls(memory), memory.aligned
+                memory.launches, memory.launched = self._launches(memory), memory.aligned
         return memory
 
     def launch(self, memory: DeviceMemory) -> None:
         """Launches all kernels of a step."""
         with self.driver.guard(self.device):
-            for stage, calls in enumerate(memory.calls):
-                for call in calls:
-                    call()
+            for stage, launches in enumerate(memory.launches):
+                for launch in launches:
+                    launch()
                 if self.join is not None:
                     self.join(memory.buffers, stage + 1)
         self.loaded.add(memory.aligned)
@@ -166,14 +166,14 @@ class TritonLaunch:
         memory.upload(pointers, content, staging, self.driver, accept)
         return memory
 
-    def _calls(self, memory: DeviceMemory) -> list[list[Call]]:
+    def _launches(self, memory: DeviceMemory) -> list[list[Launch]]:
         """The launches of all kernels on a step's memory, by stage."""
         total = self.tables.firsts[-1] + self.tables.n_joined
         counters = memory.words[slice(*self.tables.counters)]
-        stages: list[list[Call]] = []
+        stages: list[list[Launch]] = []
         for stage in range(self.n_stages):
-            uniform: list[Call] = []
-            elements: list[Call] = []
+            uniform: list[Launch] = []
+            elements: list[Launch] = []
             for k, group in enumerate(self.groups):
                 if stage >= len(self.kernels[k].stages):
                     continue

@@ -14,7 +14,7 @@ import torch
 from ..._compiler.cache import BuildError
 from ..._compiler.passes import Signature
 from ..._compiler.triton.build import interprets
-from ..._compiler.triton.kernels import Kernel, compile_triton
+from ..._compiler.triton.kernels import TritonKernel, compile_triton
 from .driver import driver_of
 
 
@@ -23,13 +23,13 @@ UNIFORM = (I64, I64, I64, I64, F64, F64, I64, 1, 1, 1)  # the dtypes and numbers
 ELEMENTS = (I32, I64, I64, F64, I64, I64, 1, 1, 1, 1)
 
 
-Call = Callable[[], object]  # a launch
+Launch = Callable[[], object]
 
 
 class LoadedKernel(Protocol):
     """A kernel on a device."""
 
-    def bind(self, programs: int, arguments: Sequence[Any], stream: int) -> Call:
+    def bind(self, programs: int, arguments: Sequence[torch.Tensor | int], stream: int) -> Launch:
         """A launch of so many programs on a stream. Tensors among its arguments are for the caller to keep."""
 
 
@@ -67,7 +67,7 @@ def load_kernels(signature: Signature, device: torch.device, aligned: bool) -> t
         )
 
 
-def _load(kernel: Kernel, arguments: tuple[Any, ...], constants: dict[str, Any]) -> LoadedKernel:
+def _load(kernel: TritonKernel, arguments: tuple[Any, ...], constants: dict[str, Any]) -> LoadedKernel:
     """A kernel that is launched with its constants behind its other arguments."""
     if interprets():
         return _Interpreted(kernel, tuple(constants))
@@ -86,7 +86,7 @@ class _Compiled:
     def __init__(self, compiled: Any) -> None:
         self.compiled = compiled
 
-    def bind(self, programs: int, arguments: Sequence[Any], stream: int) -> Call:
+    def bind(self, programs: int, arguments: Sequence[torch.Tensor | int], stream: int) -> Launch:
         # addresses in place of tensors, each of which Triton would ask for its address, and the driver for its device
         plain = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments]
         compiled, grid, no_hooks = self.compiled, (programs, 1, 1), (None, None, None)
@@ -98,10 +98,10 @@ class _Compiled:
 class _Interpreted:
     """A kernel that Triton's interpreter runs."""
 
-    def __init__(self, kernel: Kernel, names: tuple[str, ...]) -> None:
+    def __init__(self, kernel: TritonKernel, names: tuple[str, ...]) -> None:
         self.kernel, self.names = kernel, names
 
-    def bind(self, programs: int, arguments: Sequence[Any], stream: int) -> Call:
+    def bind(self, programs: int, arguments: Sequence[torch.Tensor | int], stream: int) -> Launch:
         n = len(arguments) - len(self.names)
         constants = dict(zip(self.names, arguments[n:], strict=True))
         launch = self.kernel.function[(programs, 1, 1)]

@@ -153,6 +153,11 @@ FOREIGN: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
         "the saved state of parameter 0 lacks 'func_evals', 'n_iter'; it has 'step', 'exp_avg'",
     ),
     "a state that is no dict": (lambda own: own | {"state": {0: 3}}, ValueError, "parameter 0 is 3, expected a dict"),
+    "states on meta": (
+        lambda own: own | {"state": {0: own["state"][0] | {"d": own["state"][0]["d"].to("meta")}}},
+        ValueError,
+        "the saved 'd' of parameter 0 is on meta, without elements",
+    ),
     "no states": (lambda own: {"param_groups": own["param_groups"]}, KeyError, "lacks 'state'; it has 'param_groups'"),
     "no groups": (lambda own: {"state": {}}, KeyError, "lacks 'param_groups'"),
 }

@@ -1,5 +1,6 @@
 """Parameters of all kinds: layouts, mixed dtypes, complex numbers, tensors on the device `meta`."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -153,6 +154,56 @@ def test_the_gradient_of_a_conjugate_takes_a_step() -> None:
         cls([p], lr=0.5).step()
 
         assert p.tolist() == [0.5 + 0.0j, -0.5 + 1.5j]
+
+
+CONJUGATED_PARAMETERS = {
+    "AdamW": (AdamW, "params at 'param_groups[0].params[0]'"),
+    "SGD": (lambda p: SGD(p, lr=0.1), "params at 'param_groups[0].params[0]'"),
+    "chain": (lambda p: TransformOptimizer([("w", *p)], fo.adam(0.1)), "params at 'w'"),
+    "LBFGS": (lambda p: LBFGS(p, max_iter=1), "parameter 0"),
+}
+
+
+@pytest.mark.parametrize("after", ["making it", "a step"])
+@pytest.mark.parametrize("name", CONJUGATED_PARAMETERS)
+def test_parameters_that_are_conjugated_when_they_are_read_are_refused_by_name(name: str, after: str) -> None:
+    """`view_as_real`, through which complex parameters are written, refuses them, and no other memory is theirs."""
+    make, words = CONJUGATED_PARAMETERS[name]
+    value = torch.tensor([1.0 + 2.0j, 3.0 - 1.0j])
+    p = torch.nn.Parameter(value if after == "a step" else value.conj())
+    opt = make([p])
+
+    def closure() -> torch.Tensor:
+        opt.zero_grad()
+        loss = p.abs().square().sum()
+        loss.backward()
+        return loss
+
+    if after == "a step":
+        opt.step(closure)
+        p.data = p.data.conj()
+    before = Snapshot(p.detach().resolve_conj(), dict(opt.state))
+
+    for call in (lambda: opt.step(closure), lambda: fo.explain(opt)):
+        with pytest.raises(ValueError, match=re.escape(words) + r" is a conjugated view.*resolve_conj\(\)`"):
+            call()
+
+    before.check()
+    p.data = p.data.resolve_conj()
+    opt.step(closure)
+
+
+def test_a_state_that_is_conjugated_is_refused_by_name() -> None:
+    p = torch.nn.Parameter(torch.tensor([1.0 + 2.0j]))
+    opt = AdamW([p])
+    for conjugated in (False, True):
+        p.grad = torch.ones_like(p)
+        if conjugated:
+            opt.state[p]["exp_avg"] = opt.state[p]["exp_avg"].conj()
+            with pytest.raises(ValueError, match=r"exp_avg at 'param_groups\[0\]\.params\[0\]' is a conjugated view"):
+                opt.step()
+        else:
+            opt.step()
 
 
 def test_parameters_on_meta_are_refused_at_the_step() -> None:

@@ -20,7 +20,7 @@ import functional_optim as fo
 from functional_optim import adapters
 from functional_optim._compiler.passes import Pass, Signature, plan
 from functional_optim._compiler.program import Level
-from functional_optim._compiler.triton.kernels import Kernel, compile_triton
+from functional_optim._compiler.triton.kernels import TritonKernel, compile_triton
 from functional_optim._compiler.triton.tuning import TUNED, kind_of
 
 
@@ -88,7 +88,7 @@ def signature_of(case: Case) -> Signature:
     return kernel.signature
 
 
-def compiled(kernel: Kernel, architecture: int, aligned: bool | None = None) -> dict[str, Any]:
+def compiled(kernel: TritonKernel, architecture: int, aligned: bool | None = None) -> dict[str, Any]:
     """Counts in the PTX and the machine code of a kernel."""
     import triton
     from triton.backends.compiler import GPUTarget

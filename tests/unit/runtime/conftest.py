@@ -1,4 +1,4 @@
-"""A device that is stood in for."""
+"""A device that is stood in for; backends that are tried anew."""
 
 from collections.abc import Iterator
 
@@ -6,6 +6,7 @@ import pytest
 
 import functional_optim as fo
 from _lib.stand_in import StandIn, stand_in
+from functional_optim._runtime import backend
 from functional_optim._runtime.cuda import capture
 
 
@@ -14,3 +15,10 @@ def device() -> Iterator[StandIn]:
     with stand_in() as device, fo.use_backend("triton"):
         yield device
     capture.PROCESS.clear()
+
+
+@pytest.fixture
+def nothing_given_up() -> Iterator[None]:
+    backend.try_again()
+    yield
+    backend.try_again()

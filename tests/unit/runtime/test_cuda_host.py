@@ -1,6 +1,7 @@
 """The host side of launches on a device, against a stand-in: uploads, memory, streams."""
 
 import contextlib
+import contextvars
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,8 +17,9 @@ from _lib.marks import INTERPRETER
 from _lib.stand_in import StandIn, _Kernel
 from _lib.warm import SIZES, chain, grads, make, set_grads, warm
 from functional_optim import adapters
+from functional_optim._compiler.cache import BuildError
 from functional_optim._compiler.triton.tuning import LEAVES
-from functional_optim._runtime.cuda import driver
+from functional_optim._runtime.cuda import driver, launch
 from functional_optim._runtime.cuda.launch import STREAMS
 
 
@@ -168,6 +170,46 @@ def test_the_last_pass_moves_counters_on(device: StandIn, name: str, tree: str) 
     assert [x.item() for x in counters] == [3] * (1 + (name != "one counter"))
     programs = {"one program": 1, "no elements": 0}.get(tree, len(counters))
     assert len(added) == (0 if programs == len(counters) else 3 * len(counters))
+
+
+@pytest.mark.usefixtures("nothing_given_up")
+def test_a_backend_that_another_thread_gives_up_moves_no_counter_twice(device: StandIn) -> None:
+    """The kernels of a step have moved its counter, whatever computes the steps behind it."""
+    tx, gradients = fo.adamw(0.1), ones((5,), (33,))
+    aligned, memory = ones((5,), (33,)), torch.ones(40)
+    shifted = {"0": memory[1:6], "1": memory[7:40]}  # addresses that are no multiples of 16
+    states = [tx.init(aligned), tx.init(shifted)]
+    fo.apply_gradients(tx, aligned, gradients, states[0], donate=True)  # binds both, which have the same specs
+    run, errors = launch.TritonLaunch.launch, list[BaseException]()
+
+    def step_of_another_thread() -> None:
+        try:
+            fo.apply_gradients(tx, shifted, gradients, states[1], donate=True)
+        except BaseException as error:
+            errors.append(error)
+
+    def run_and_be_overtaken(self: launch.TritonLaunch, memory: launch.DeviceMemory) -> None:
+        run(self, memory)
+        other = threading.Thread(target=contextvars.copy_context().run, args=(step_of_another_thread,))
+        with mock.patch.object(launch, "load_kernels", side_effect=BuildError("no compiler")):
+            other.start()
+            other.join()
+
+    with (
+        mock.patch.object(launch.TritonLaunch, "launch", run_and_be_overtaken),
+        pytest.warns(UserWarning, match="no compiler"),
+    ):
+        fo.apply_gradients(tx, aligned, gradients, states[0], donate=True)
+
+    assert not errors
+    assert [int(state[0].count) for state in states] == [2, 1]
+    with fo.use_backend("reference"):
+        for n, found in ((2, aligned), (1, shifted)):
+            expected = ones((5,), (33,))
+            state = tx.init(expected)
+            for _ in range(n):
+                expected, state = fo.apply_gradients(tx, expected, gradients, state)
+            torch.testing.assert_close(found, expected)
 
 
 def steady(way: str) -> Callable[[], Any]:

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -125,13 +124,6 @@ def test_a_launcher_that_cannot_be_compiled_is_an_error_of_the_build(environment
     """So that the step takes another backend when it is bound."""
     message = run(BROKEN, environment, "broken")
     assert message == "Triton cannot build or load a kernel (RuntimeError: Failed to find C compiler.)\n"
-
-
-@pytest.fixture
-def nothing_given_up() -> Iterator[None]:
-    backend.try_again()
-    yield
-    backend.try_again()
 
 
 @pytest.mark.usefixtures("nothing_given_up")

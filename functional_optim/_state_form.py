@@ -1,0 +1,100 @@
+"""The form of a state: the containers in which a transformation keeps it, and errors of states of another form."""
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+
+Path = tuple[int | str, ...]
+
+
+class StatePart(NamedTuple):
+    """A container within the state of a transformation, or the state of an innermost one.
+
+    Args:
+      owner: the transformation that keeps it.
+      path: the indices and keys that lead to it.
+      kind: its class; a tuple may be a list, and a dict any mapping.
+      keys: the keys of a tuple or a dict.
+    """
+
+    owner: object
+    path: Path
+    kind: type
+    keys: Sequence[Hashable] = ()
+
+    @property
+    def is_container(self) -> bool:
+        """Whether states of transformations are in it."""
+        return bool(self.keys) or self.kind is tuple or self.kind is dict
+
+    def is_like(self, found: Any) -> bool:
+        """Whether a value has the class and the keys of this part."""
+        if self.kind is tuple:
+            return isinstance(found, (tuple, list)) and len(found) == len(self.keys)
+        if self.kind is dict:
+            return isinstance(found, Mapping) and set(found) == set(self.keys)
+        return type(found) is self.kind
+
+
+def wrong_state(part: StatePart, found: Any) -> TypeError:
+    """The error of a state that another transformation has made, or none, which has something else for a part."""
+    where = "".join(f"[{key!r}]" for key in part.path)
+    return TypeError(
+        f"state{where} is {_shown(found, part.kind)}, expected the {_expected(part)} of {part.owner!r:.80}; {FROM_INIT}"
+    )
+
+
+def check_nest(state: Any) -> None:
+    """Refuses a value that is the state of no transformation.
+
+    Raises:
+      TypeError: it holds no states.
+    """
+    if not isinstance(state, (tuple, list, Mapping)):
+        raise TypeError(f"state is {_shown(state)}, expected the state of a transformation; {FROM_INIT}")
+
+
+FROM_INIT = "`tx.init(params)` of the same transformation makes the state, and each step returns the next one."
+
+
+def _shown(found: Any, kind: type | None = None) -> str:
+    """A value in a message; with its size or keys if a value of its kind was expected."""
+    if found is None:
+        return "None"
+    if kind is tuple and isinstance(found, (tuple, list)) and not hasattr(found, "_fields"):
+        return f"a {type(found).__name__} of {_counted(len(found))}"
+    if kind is dict and isinstance(found, Mapping):
+        return f"a {type(found).__name__} with the keys {_listed(list(found))}"
+    return type(found).__name__
+
+
+def _expected(part: StatePart) -> str:
+    if part.kind is tuple:
+        return f"tuple of {_counted(len(part.keys))}"
+    return f"dict with the keys {_listed(part.keys)}" if part.kind is dict else part.kind.__name__
+
+
+def _counted(n: int) -> str:
+    return f"{n} state{'' if n == 1 else 's'}"
+
+
+def _listed(keys: Sequence[Hashable]) -> str:
+    return ", ".join([*map(repr, keys[:5]), *(["..."] if len(keys) > 5 else [])])
+
+
+def check_state(parts: Iterable[StatePart], state: Any) -> None:
+    """Refuses a state that has something else in the place of a part.
+
+    Args:
+      parts: the parts to look at, each after the containers that it is in.
+      state: the state.
+
+    Raises:
+      TypeError: the state was made by another transformation, or is none.
+    """
+    for part in parts:
+        found = state
+        for key in part.path:
+            found = found[key]
+        if not part.is_like(found):
+            raise wrong_state(part, found)
