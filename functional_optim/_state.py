@@ -92,7 +92,9 @@ class StateReader:
             for key in part.path:
                 found = found[key]
             if type(found) is not part.kind:
-                raise wrong_state(part, found)
+                if not part.is_like(found):
+                    raise wrong_state(part, found)
+                found = part.kind(*found)
             states[k] = found
         return states
 

@@ -33,7 +33,12 @@ class StatePart(NamedTuple):
             return isinstance(found, (tuple, list)) and len(found) == len(self.keys)
         if self.kind is dict:
             return isinstance(found, Mapping) and set(found) == set(self.keys)
-        return type(found) is self.kind
+        return type(found) is self.kind or _form(type(found)) == _form(self.kind)
+
+
+def _form(kind: type) -> tuple[str, str, Any]:
+    """The name and the fields of a class of states; a rule that is written anew, as a cell run again, has equal ones."""
+    return kind.__module__, kind.__qualname__, getattr(kind, "_fields", ())
 
 
 def wrong_state(part: StatePart, found: Any) -> TypeError:

@@ -25,6 +25,7 @@ from _lib.state_forms import (
     make_grads,
     make_params,
 )
+from _lib.trees import make_tree
 from functional_optim.adapters import TransformOptimizer
 
 
@@ -262,3 +263,37 @@ def test_entries_that_are_none_at_first_and_tensors_later() -> None:
             opt = TransformOptimizer(params.items(), tx)
             opt.load_state_dict(saved)
     assert_same_bits({k: p.detach() for k, p in params.items()}, pure)
+
+
+def momentum_rule(factor: float) -> Any:
+    """A rule as a cell of a notebook makes it anew each time that it is run."""
+
+    @fo.elementwise(state={"m": fo.zeros})
+    def momentum(u: Any, m: Any, *, step: Any, decay: Any = 0.5) -> Any:
+        m = decay * m + factor * u
+        return m / (1 - decay**step), m
+
+    return momentum
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("wrap", [fo.chain, lambda tx: fo.chain(fo.masked(tx, True), fo.scale(1.0))])
+def test_a_rule_that_is_written_anew_goes_on_with_its_state(wrap: Any, donate: bool) -> None:
+    first, second = (wrap(momentum_rule(factor)()) for factor in (1.0, 3.0))
+    params, grads = make_tree(0), make_tree(1)
+    params, state = fo.apply_gradients(first, params, grads, first.init(params), donate=donate)
+    params, state = fo.apply_gradients(second, params, grads, state, donate=donate)
+
+    expected = {k: (0.5 * g + 3 * g) for k, g in grads.items()}
+    torch.testing.assert_close(fo.slots(second, state)["m"], expected)
+    assert fo.hyperparams(second, state)["decay"] == 0.5
+
+
+def test_a_rule_of_the_same_name_with_other_slots_refuses_the_state() -> None:
+    @fo.elementwise(state={"n": fo.zeros})
+    def momentum(u: Any, n: Any, *, step: Any, decay: Any = 0.5) -> Any:
+        return u / step, decay * n
+
+    params = make_tree(0)
+    with pytest.raises(TypeError, match=r"state is MomentumState, expected the MomentumState of momentum\(\)"):
+        fo.apply_gradients(momentum(), params, make_tree(1), momentum_rule(1.0)().init(params))
