@@ -90,6 +90,8 @@ CASES = [
     both("exponential_decay", 2.0, 7, 0.5, 3, False, 0.3, id="end_value"),
     both("exponential_decay", 0.1, 7, 2.0, 3, True, 0.7, id="growth"),
     both("exponential_decay", 2.0, 7, 0.0, id="rate_0"),
+    both("exponential_decay", 0.1, 7, 0.0, 3, False, 0.7, id="rate_0-end_value"),
+    both("warmup_exponential_decay_schedule", 0.0, 0.1, 5, 7, 0.0, 3, False, 0.7, id="rate_0-end_value"),
     both("exponential_decay", 2.0, 0, 0.5, id="no_steps"),
     both("cosine_decay_schedule", 2.0, 30),
     both("cosine_decay_schedule", 2.0, 30, 0.1, 1.5, id="arguments"),
