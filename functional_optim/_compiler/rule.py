@@ -357,10 +357,10 @@ class Rule:
             if value not in allowed:
                 raise ValueError(f"`{hyper}` of {self.name} must be one of {list(allowed)}, got {value!r}.")
             return value
-        if isinstance(value, torch.Tensor) and value.ndim:
+        if isinstance(value, torch.Tensor) and (other := other_than_a_number(value)):
             raise ValueError(
                 f"`{hyper}` of {self.name} must be a number, a 0-d tensor or a schedule, "
-                f"got a tensor of shape {tuple(value.shape)}{hint_of_members(value)}."
+                f"got {other}{hint_of_members(value)}."
             )
         if callable(value) and not isinstance(value, torch.Tensor) and hyper in {s.start for s in self.slots.values()}:
             raise TypeError(
@@ -470,6 +470,13 @@ class Bound:
             id(self.rule),
             *((k, id(v) if isinstance(v, torch.Tensor) else (type(v), v)) for k, v in self.values.items()),
         )
+
+
+def other_than_a_number(x: torch.Tensor) -> str:
+    """The form of a tensor that holds no real number, for messages; empty for one that holds one."""
+    if x.ndim:
+        return f"a tensor of shape {tuple(x.shape)}"
+    return "a complex tensor" if x.is_complex() else ""
 
 
 def hint_of_members(x: torch.Tensor) -> str:

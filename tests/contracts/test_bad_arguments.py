@@ -13,6 +13,7 @@ from _lib.training import train
 from _lib.trees import make_tree, zeros
 
 
+COMPLEX = torch.tensor(1j)
 RANGES: dict[str, tuple[Callable[[], Any], str]] = {
     "b1 of scale_by_adam": (lambda: fo.scale_by_adam(b1=1.0), r"`b1` of scale_by_adam must be in \[0, 1\), got 1\.0"),
     "b1 below": (lambda: fo.adam(0.1, b1=-0.1), r"`b1` of scale_by_adam must be in \[0, 1\), got -0\.1"),
@@ -130,6 +131,22 @@ RANGES: dict[str, tuple[Callable[[], Any], str]] = {
         r"`learning_rate` of scale_by_learning_rate must be a number, a 0-d tensor or a schedule, got .* shape \(2,\)",
     ),
     "a vector of one": (lambda: fo.adam(0.1, b1=zeros(1)), r"`b1` of scale_by_adam must be a number.* shape \(1,\)"),
+    "a complex number": (
+        lambda: fo.sgd(COMPLEX),
+        r"`learning_rate` of scale_by_learning_rate must be a number.* complex tensor",
+    ),
+    "a complex number in a rule for whole tensors": (
+        lambda: fo.scale_by_factored_rms(decay_rate=COMPLEX),
+        r"`decay_rate` of scale_by_factored_rms must be a number.* complex tensor",
+    ),
+    "a complex number in a schedule": (
+        lambda: fo.piecewise_constant_schedule(1.0, {2: COMPLEX}),
+        r"`boundaries_and_scales` of piecewise_constant_schedule .* complex tensor at 2",
+    ),
+    "a complex factor": (
+        lambda: fo.constant_schedule(1.0) * COMPLEX,
+        r"`factors` of multiply_schedules .* complex tensor at 1",
+    ),
     "mode of scale_by_lion": (lambda: fo.scale_by_lion(mode="soft"), r"`mode` of scale_by_lion must be .* got 'soft'"),
     "decay of ema_debias_schedule": (
         lambda: fo.ema_debias_schedule(1.0),
