@@ -346,12 +346,14 @@ class Rule:
           TypeError, ValueError: with the name, the value and the expectation.
         """
         value = plain_number(value)
-        if (
-            not self.whole
-            and isinstance(value, torch.dtype)
-            and any(slot.dtype == hyper for slot in self.slots.values())
-        ):
-            check_stored(f"the slot of {self.name} that `{hyper}` is for", value)
+        if value is not None and any(slot.dtype == hyper for slot in self.slots.values()):
+            if not isinstance(value, torch.dtype):
+                raise TypeError(
+                    f"`{hyper}` of {self.name} must be a dtype of torch, such as torch.bfloat16, or None, "
+                    f"got {value!r:.60}."
+                )
+            if not self.whole:
+                check_stored(f"the slot of {self.name} that `{hyper}` is for", value)
         allowed = self.ranges.get(hyper)
         if isinstance(allowed, tuple):
             if value not in allowed:
@@ -371,6 +373,11 @@ class Rule:
             raise TypeError(
                 f"`{hyper}` of {self.name} is a switch, which Python reads while the rule is traced, so it must be no "
                 f"tensor: pass {hyper}.item(). Members of `torch.vmap` share it."
+            )
+        if callable(value) and isinstance(self.hypers.get(hyper), bool):
+            raise TypeError(
+                f"`{hyper}` of {self.name} is a switch, and a function would always count as True: pass True or "
+                f"False, got {value!r:.60}."
             )
         text = isinstance(value, (str, bytes)) and not isinstance(self.hypers.get(hyper), (str, bytes))
         known = is_static(value) or isinstance(value, (torch.Tensor, Option)) or callable(value)
