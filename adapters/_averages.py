@@ -138,7 +138,7 @@ def _pairs(optimizer: "ChainOptimizer", slot: str | None) -> list[tuple[torch.Te
     pairs = []
     for group in optimizer.param_groups:
         template = optimizer._bindings.template_of(optimizer, group)
-        places = marked_slots({path: rule.bound.rule for path, rule in _walk.rules(template.tx).items()}, slot)
+        places = marked_slots({path: rule._bound.rule for path, rule in _walk.rules(template.tx).items()}, slot)
         averages = [template.keys[place] for place in places]
         for p in group["params"]:
             found = [key for key in averages if p in optimizer.state and key in optimizer.state[p]]

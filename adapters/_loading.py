@@ -197,7 +197,7 @@ def _template(optimizer: "ChainOptimizer", g: int, group: dict[str, Any]) -> Tem
                 raise ValueError(f"{flag!r} is {_show(value)}, expected True, False or None.")
         template = optimizer._bindings.template_of(optimizer, group)
         for rule in _walk.rules(template.tx).values():
-            for option in rule.bound.values.values():
+            for option in rule._bound.values.values():
                 if isinstance(option, Option):
                     value = option.look_up(group)
                     one = isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex()

@@ -47,7 +47,7 @@ ROUNDING = 1e-6  # a schedule of torch that ends at 0 may end as far below it, r
 
 def template(tx: fo.GradientTransformation, names: Mapping[str, str]) -> Template:
     """A transformation with a key for each slot of its state; `names` renames some slots."""
-    return Template(tx, slot_names({path: rule.bound.rule for path, rule in _walk.rules(tx).items()}, names))
+    return Template(tx, slot_names({path: rule._bound.rule for path, rule in _walk.rules(tx).items()}, names))
 
 
 class Naming:
@@ -64,21 +64,21 @@ class Naming:
 
     def __init__(self, tx: fo.GradientTransformation) -> None:
         rules = self.rules = _walk.rules(tx)
-        rate = "learning_rate" if any("learning_rate" in rule.bound.values for rule in rules.values()) else "lr"
+        rate = "learning_rate" if any("learning_rate" in rule._bound.values for rule in rules.values()) else "lr"
         rates = [
             path
             for path, rule in rules.items()
-            if rate in rule.bound.values and (rate == "learning_rate" or _varies(rule.bound, rate))
+            if rate in rule._bound.values and (rate == "learning_rate" or _varies(rule._bound, rate))
         ]
-        fixed = [path for path in rates if not rules[path].bound.is_schedule(rate)]
+        fixed = [path for path in rates if not rules[path]._bound.is_schedule(rate)]
         self.factor: Path | None = None  # the path of the factor; () is the end of the chain
         if len(rates) == 1 and not fixed:
             self.factor = rates[0]
         elif len(rates) != 1:
             self.factor = ()
         self.tx = tx
-        hypers = [(path, hyper) for path, rule in rules.items() for hyper in rule.bound.values]
-        schedules = [(path, hyper) for path, hyper in hypers if rules[path].bound.is_schedule(hyper)]
+        hypers = [(path, hyper) for path, rule in rules.items() for hyper in rule._bound.values]
+        schedules = [(path, hyper) for path, hyper in hypers if rules[path]._bound.is_schedule(hyper)]
         entries = [x for x in hypers if x not in schedules]
         lr = (rates[0], rate) if self.factor is None else None
         others = [x for x in entries if x != lr]
@@ -87,7 +87,7 @@ class Naming:
         self.switches: dict[str, tuple[Path, str]] = {}
         self.defaults: dict[str, Any] = {} if self.factor is None else {"lr": 1.0}
         for path, hyper in entries:
-            name, bound = names.get((path, hyper), "lr"), rules[path].bound
+            name, bound = names.get((path, hyper), "lr"), rules[path]._bound
             value = bound.values[hyper]
             if hyper == "learning_rate" and value is None:
                 value = 1.0
@@ -105,7 +105,7 @@ class Naming:
     ) -> list[str]:
         """Names that differ for hyper-parameters of rules; see `unique`."""
         wanted = [(renamed or {}).get(hyper, hyper) for _, hyper in places]
-        return unique(wanted, [(path, self.rules[path].bound.rule.name) for path, _ in places], taken)
+        return unique(wanted, [(path, self.rules[path]._bound.rule.name) for path, _ in places], taken)
 
     def check(
         self, options: Mapping[str, Any], group: int | None = None, changed: Collection[str] | None = None
@@ -125,7 +125,7 @@ class Naming:
         if changed is None or not self.switches.keys().isdisjoint(changed):  # a range may hold where a switch is on
             changed = self.places
         named = [(name, *self.places[name]) for name in changed if name in options and name in self.places]
-        values = {path: dict(self.rules[path].bound.values) for _, path, _ in named}
+        values = {path: dict(self.rules[path]._bound.values) for _, path, _ in named}
         for name, (path, hyper) in self.switches.items():
             if name in options and path in values:
                 values[path][hyper] = options[name]
@@ -136,7 +136,7 @@ class Naming:
                 value: Any = options[name]
                 if not (isinstance(value, torch.Tensor) and value.numel() == 1):
                     number = is_number(value) and not isinstance(value, (int, torch.Tensor))
-                    self.rules[path].bound.rule.check(hyper, float(value) if number else value, values[path])
+                    self.rules[path]._bound.rule.check(hyper, float(value) if number else value, values[path])
         except (ValueError, TypeError) as error:
             if group is None:
                 raise
@@ -160,7 +160,7 @@ class Naming:
             meant = [
                 option
                 for option, (path, hyper) in self.places.items()
-                if hyper == name or {(self.rules[path].bound.rule.name, hyper), (None, hyper)} & known
+                if hyper == name or {(self.rules[path]._bound.rule.name, hyper), (None, hyper)} & known
             ]
             if meant:
                 raise ValueError(
@@ -199,7 +199,7 @@ def _before_averages(tx: fo.GradientTransformation, last: fo.GradientTransformat
     """A chain with one more member, before those at its end that need updates as they are added to parameters."""
     members, names = (tx.members, tx.names) if isinstance(tx, Chain) else ((tx,), None)
     end = len(members)
-    while end and any(rule.bound.rule.final for rule in _walk.rules(members[end - 1]).values()):
+    while end and any(rule._bound.rule.final for rule in _walk.rules(members[end - 1]).values()):
         end -= 1
     # the names of members are part of the names of their slots
     return Chain((*members[:end], last, *members[end:]), None if names is None else (*names[:end], "", *names[end:]))

@@ -112,7 +112,7 @@ class TransformOptimizer(ChainOptimizer):
 
     def _offer_scaling(self) -> None:
         """Has `GradScaler` leave unscaling to the kernel, if no transformation would see scaled gradients."""
-        bounds = [part.bound for part in parts(self._tx).values()]
+        bounds = [part._bound for part in parts(self._tx).values()]
         if not any(bound is None or bound.rule.whole for bound in bounds):
             self._step_supports_amp_scaling = True
 
@@ -173,7 +173,7 @@ class TransformOptimizer(ChainOptimizer):
             count = int(max(map(float, steps), default=0.0))
             own = {name: group[name] for name in naming.defaults if name in group}
             for name, (path, hyper) in naming.schedules.items():
-                own[name] = scheduled(naming.rules[path].bound, hyper, count)
+                own[name] = scheduled(naming.rules[path]._bound, hyper, count)
             found.append(own)
         return found
 
@@ -306,6 +306,6 @@ def chain_names(tx: fo.GradientTransformation) -> str:
     """The names of a chain's transformations, which a checkpoint is known by."""
     # the functions of others may be renamed, and their `repr` may hold addresses
     return " > ".join(
-        x.bound.rule.name if x.bound is not None else x.name if isinstance(x, Declared) else type(x).__name__
+        x._bound.rule.name if x._bound is not None else x.name if isinstance(x, Declared) else type(x).__name__
         for x in parts(tx).values()
     )

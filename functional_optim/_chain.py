@@ -134,7 +134,7 @@ def _warn_if_not_last(members: tuple[GradientTransformation, ...]) -> None:
     early: str | None = None
     for member in members:
         # an opaque transformation may do anything
-        rules = [part.bound.rule for part in parts(member).values() if part.bound is not None]
+        rules = [part._bound.rule for part in parts(member).values() if part._bound is not None]
         if early and any(not rule.final for rule in rules):
             warn(
                 f"{early} stands before {member!r:.80}, which changes updates again, but it works on updates as they "

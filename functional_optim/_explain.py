@@ -260,8 +260,8 @@ def explain_params(
                 **columns,
                 **dict.fromkeys(_given(step), local),
             }
-            for name, (schedule, _) in segment.region.hosts.items():
-                own[name] = host_column(name, schedule, [0] * len(local), step.devices)
+            for host in segment.region.hosts:
+                own[host.column] = host_column(host, [0] * len(local), step.devices)
             found.add_region(
                 segment, own, segment.leaves(own, params.groups, frozenset(), step.numels, step.local.shards)
             )
@@ -339,7 +339,7 @@ class _Collector:
         self.notes += [why] if why else []
         for group in groups:
             self._add_group(group, "reference" if why else None)
-        for name in sorted(segment.region.hosts):
+        for name in sorted(segment.region.by_python):
             self.notes.append(f"the schedule of {name} cannot be traced: Python computes it at every step")
         self.passes += max((len(plan(group.signature)) for group in groups), default=0)
 

@@ -3,11 +3,12 @@
 It may return anything, and do anything to the tensors of the step.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from ._compiler.fuse import HostSchedule
 from ._runtime.checks import check_fit, check_number, check_stored
 from ._runtime.pointers import PointerReader, Pointers
 from ._runtime.spec import TensorSpec
@@ -63,13 +64,12 @@ def check_updates(
 
 
 def host_column(
-    name: str, schedule: Callable[[int], Any], counts: Sequence[int | None], devices: Sequence[torch.device | None]
+    host: HostSchedule, counts: Sequence[int | None], devices: Sequence[torch.device | None]
 ) -> list[torch.Tensor | None]:
     """The value of a schedule that only Python can evaluate, for each leaf.
 
     Args:
-      name: its name in messages.
-      schedule: the schedule.
+      host: the schedule.
       counts: the count of each leaf.
       devices: the device of each leaf, None for one that takes no part.
 
@@ -77,7 +77,7 @@ def host_column(
       ValueError: the schedule returned something else than a number.
     """
     values = {
-        count: check_number(f"the schedule of {name} returned", schedule(count))
+        count: check_number(f"the schedule of {host.name} returned", host.schedule(count))
         for count in dict.fromkeys(counts)
         if count is not None
     }
@@ -93,14 +93,11 @@ def host_column(
     return column
 
 
-def value_of_members(
-    name: str, schedule: Callable[[int], Any], count: torch.Tensor, counts: Sequence[float]
-) -> torch.Tensor:
+def value_of_members(host: HostSchedule, count: torch.Tensor, counts: Sequence[float]) -> torch.Tensor:
     """The value of a schedule that only Python can evaluate, for members of `vmap`, which have counts of their own.
 
     Args:
-      name: its name in messages.
-      schedule: the schedule, which is called once for each count.
+      host: the schedule, which is called once for each count.
       count: the count within `vmap`.
       counts: all counts that there are.
 
@@ -109,7 +106,7 @@ def value_of_members(
     """
     found: torch.Tensor | None = None
     for k in counts:
-        value = check_number(f"the schedule of {name} returned", schedule(int(k)))
+        value = check_number(f"the schedule of {host.name} returned", host.schedule(int(k)))
         value = torch.as_tensor(value, dtype=torch.float64, device=count.device)
         found = value if found is None else torch.where(count == k, value, found)
     return torch.zeros((), dtype=torch.float64) if found is None else found

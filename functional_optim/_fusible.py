@@ -50,29 +50,29 @@ class RuleTransformation(Fusible):
       values: every hyper-parameter by name.
     """
 
-    bound: Bound
+    _bound: Bound
 
     def __init__(self, factory: "RuleFactory", values: Mapping[str, Any]) -> None:
         self.factory = factory
-        self.bound = Bound(factory.rule, dict(values))
-        self._tensors = tensors_of(self.bound.values)
+        self._bound = Bound(factory.rule, dict(values))
+        self._tensors = tensors_of(self._bound.values)
 
     def replace(self, **values: Any) -> "RuleTransformation":
         """The same rule with some hyper-parameters replaced."""
-        unknown = [name for name in values if name not in self.bound.values]
+        unknown = [name for name in values if name not in self._bound.values]
         if unknown:
             raise TypeError(
-                f"{self.bound.rule.name} has no hyper-parameter `{unknown[0]}`; its hyper-parameters are "
+                f"{self._bound.rule.name} has no hyper-parameter `{unknown[0]}`; its hyper-parameters are "
                 f"{self.factory.arguments}."
             )
-        return self.factory.make({**self.bound.values, **values})
+        return self.factory.make({**self._bound.values, **values})
 
     def _swap(self, tensor: Callable[[torch.Tensor], torch.Tensor]) -> "RuleTransformation":
-        values = swap_tensors(self.bound.values, tensor)
+        values = swap_tensors(self._bound.values, tensor)
         return RuleTransformation(self.factory, values) if self._tensors else self
 
     def _init(self, view: View) -> Any:
-        rule, values = self.bound.rule, self.bound.values
+        rule, values = self._bound.rule, self._bound.values
         seen = [p for p, own in zip(view.leaves, view.seen, strict=True) if own]
 
         def make(slot: Slot, p: torch.Tensor) -> Any:
@@ -84,51 +84,51 @@ class RuleTransformation(Fusible):
             name: slot.make_shared(seen, values) if slot.per_tree else view.map(functools.partial(make, slot))
             for name, slot in rule.slots.items()
         }
-        if self.bound.counted:
+        if self._bound.counted:
             fields["count"] = torch.zeros((), dtype=torch.int64, device=seen[0].device if seen else None)
         # here, and kept as long as the process: `torch.export.load` looks the class up by its name, in a process that
         # has traced nothing
-        register_in_exports(self.bound.state_type)
-        return self.bound.state_type(**fields)
+        register_in_exports(self._bound.state_type)
+        return self._bound.state_type(**fields)
 
     def _links(self, view: View, path: Path) -> list[Link]:
-        return [Link(self, path, view.seen, self.bound, self._lacking(view))]
+        return [Link(self, path, view.seen, self._bound, self._lacking(view))]
 
     def _state_parts(self, path: Path) -> list[StatePart]:
-        return [StatePart(self, path, self.bound.state_type)]
+        return [StatePart(self, path, self._bound.state_type)]
 
     def _lacking(self, view: View) -> Mapping[str, frozenset[int]]:
         """The slots of which some leaves have no entry, with the positions of those leaves."""
-        shaped = {name: slot for name, slot in self.bound.rule.slots.items() if slot.may_lack}
+        shaped = {name: slot for name, slot in self._bound.rule.slots.items() if slot.may_lack}
         return {
             name: frozenset(
                 i
                 for i, (p, seen) in enumerate(zip(view.leaves, view.seen, strict=True))
-                if seen and slot.shape_for(p, self.bound.values) is None
+                if seen and slot.shape_for(p, self._bound.values) is None
             )
             for name, slot in shaped.items()
         }
 
     def _extra_names(self) -> frozenset[str] | None:
-        return frozenset((*self.bound.rule.extras, *self.bound.rule.tree_extras))
+        return frozenset((*self._bound.rule.extras, *self._bound.rule.tree_extras))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RuleTransformation, (self.factory, self.bound.values)
+        return RuleTransformation, (self.factory, self._bound.values)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, RuleTransformation) and self.bound.key == other.bound.key
+        return isinstance(other, RuleTransformation) and self._bound.key == other._bound.key
 
     def __hash__(self) -> int:
-        return hash(self.bound.key)
+        return hash(self._bound.key)
 
     def __repr__(self) -> str:
-        return f"{self.bound.rule.name}({', '.join(self._shown())})"
+        return f"{self._bound.rule.name}({', '.join(self._shown())})"
 
     def _shown(self) -> list[str]:
         """The arguments of `repr`: hyper-parameters that are not their defaults."""
         shown = []
-        for name, value in self.bound.values.items():
-            default = self.bound.rule.hypers[name]
+        for name, value in self._bound.values.items():
+            default = self._bound.rule.hypers[name]
             if (
                 default is EMPTY
                 or type(value) is not type(default)
@@ -201,7 +201,7 @@ class Wrapping(Combination):
     def __repr__(self) -> str:
         if not isinstance(self.own, RuleTransformation):
             return f"{self.own!r} around {self.inner!r}"
-        return f"{self.own.bound.rule.name}({', '.join([repr(self.inner), *self.own._shown()])})"
+        return f"{self.own._bound.rule.name}({', '.join([repr(self.inner), *self.own._shown()])})"
 
 
 class RuleFactory:

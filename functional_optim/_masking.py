@@ -190,7 +190,7 @@ def _warn(subject: str, view: View) -> None:
 
 def _called(tx: GradientTransformation) -> str:
     """A transformation in a message; without numbers where an adapter looks them up, which nobody has written so."""
-    bounds = [part.bound for part in parts(tx).values() if part.bound is not None]
+    bounds = [part._bound for part in parts(tx).values() if part._bound is not None]
     if any(isinstance(value, Option) for bound in bounds for value in bound.values.values()):
         return _cut(", ".join(f"{bound.rule.name}(...)" for bound in bounds))
     return _cut(repr(tx))

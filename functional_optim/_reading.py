@@ -125,7 +125,7 @@ def hyperparams(tx: GradientTransformation, state: Any) -> dict[str, Any]:
     check_state(tx._state_parts(()), state)
     found: list[tuple[str, tuple[Path, str], Any]] = []
     for path, part in parts(tx).items():
-        bound = part.bound
+        bound = part._bound
         if bound is not None:
             own = get_state(state, path)
             for name, value in bound.values.items():
@@ -192,6 +192,6 @@ def slots(tx: GradientTransformation, state: Any) -> dict[str, Tree]:
     """
     tx = as_transformation(tx)
     check_state(tx._state_parts(()), state)
-    bounds = {path: rule.bound for path, rule in _walk.rules(tx).items()}
+    bounds = {path: rule._bound for path, rule in _walk.rules(tx).items()}
     names = slot_names({path: bound.rule for path, bound in bounds.items()})
     return {name: getattr(get_state(state, path), slot) for (path, slot), name in names.items()}

@@ -59,7 +59,7 @@ class Region:
       bounds: the rules with their hyper-parameters, by position.
       kinds: the kind of each leaf; none where nothing fuses.
       recipes: the program of each kind.
-      hosts: schedules that Python evaluates, by the name of their column.
+      hosts: schedules that Python evaluates, a column each.
       traced: functions that have been traced, with the key of all that they refer to.
       stored: the columns of state.
     """
@@ -69,14 +69,14 @@ class Region:
         self.bounds: dict[int, Bound] = {k: link.bound for k, link in links.items() if link.bound is not None}
         self.kinds: list[Kind] = []
         self.recipes: dict[Kind, Recipe] = {}
-        self.hosts: dict[str, HostSchedule] = {}
+        self.hosts: list[HostSchedule] = []
         self.traced: list[tuple[Any, Hashable]] = []
         self.stored: list[Stored] = []
 
     @property
     def by_python(self) -> list[str]:
         """The names of all schedules that Python evaluates."""
-        return list(self.hosts)
+        return [host.name for host in self.hosts]
 
     @property
     def tree_extras(self) -> dict[str, str]:
@@ -173,7 +173,8 @@ class FusedRegion(Region):
         }
         own = None if counting is None else {kind: count for kind in parts if (count := kind[1]) is not None}
         self.recipes = fuse_all(parts, apply, own)
-        self.hosts = {name: host for recipe in self.recipes.values() for name, host in recipe.hosts.items()}
+        found = [host for recipe in self.recipes.values() for host in recipe.hosts.values()]
+        self.hosts = list({host.column: host for host in found}.values())
         schedules = [
             bound.values[hyper] for bound in self.bounds.values() for hyper in bound.values if bound.is_schedule(hyper)
         ]

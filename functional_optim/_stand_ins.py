@@ -76,7 +76,7 @@ def _stand_in(key: ChainKey) -> GradientTransformation | None:
 
 def _takes_tensors(part: GradientTransformation) -> bool:
     """Whether an innermost transformation is a rule whose kernels read all its tensors from a table."""
-    bound = part.bound
+    bound = part._bound
     if bound is None or bound.rule.whole:
         return False
     return all(has_fixed_key(value) for name, value in bound.values.items() if bound.is_schedule(name))

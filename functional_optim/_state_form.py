@@ -37,7 +37,7 @@ class StatePart(NamedTuple):
 
 
 def _form(kind: type) -> tuple[str, str, Any]:
-    """The name and the fields of a class of states; a rule that is written anew, as a cell run again, has equal ones."""
+    """The name and the fields of a class of states, which are equal for a rule that has been written anew."""
     return kind.__module__, kind.__qualname__, getattr(kind, "_fields", ())
 
 

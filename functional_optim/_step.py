@@ -59,17 +59,17 @@ class TreeRegion(BoundRegion):
     def columns(self, columns: Columns, states: Mapping[int, Any], in_place: bool = False) -> Columns:
         """All tensors that the programs read: the leaves, the state, and schedules that Python evaluates."""
         own = self.state.columns(states, columns, in_place)
-        for name, (schedule, counter) in self.region.hosts.items():
-            count = states[counter[0]].count  # type: ignore[index]
-            refuse_host_schedule(name, [count.device])
+        for host in self.region.hosts:
+            count = states[host.counter[0]].count  # type: ignore[index]
+            refuse_host_schedule(host.name, [count.device])
             devices = [x.device if isinstance(x, torch.Tensor) else None for x in columns["updates"]]
             levels = map_levels() if is_wrapper_of_a_transformation(count) else ()
             if levels:
-                value = value_of_members(name, schedule, count, different_numbers(count, levels))
-                own[name] = [None if device is None else value for device in devices]
+                value = value_of_members(host, count, different_numbers(count, levels))
+                own[host.column] = [None if device is None else value for device in devices]
                 continue
             count = 0 if count.is_meta else int(count)
-            own[name] = host_column(name, schedule, [count] * len(devices), devices)
+            own[host.column] = host_column(host, [count] * len(devices), devices)
         return own
 
 

@@ -125,7 +125,7 @@ class GradientTransformation(Transformation):
     _tree_steps: list[Any] = []  # of this very object; assigned anew, never changed in place  # noqa: RUF012
     _described_steps: list[Any] = []  # of this very object, that graphs name; like `_tree_steps`  # noqa: RUF012
     _serial: str  # of this very object; compiled graphs are guarded by it, and find the object by it
-    bound: Bound | None = None  # the rule and its hyper-parameters, if it is made of one
+    _bound: Bound | None = None  # the rule and its hyper-parameters, if it is made of one
     _tensors: tuple[torch.Tensor, ...] = ()  # hyper-parameters that are tensors, each once
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:

@@ -56,7 +56,8 @@ class Recipe(NamedTuple):
 
     def key_of(self, name: str) -> str | tuple[int, str]:
         """The key of the column that an input or output of the program is."""
-        return self.slots.get(name, name)
+        host = self.hosts.get(name)
+        return self.slots.get(name, name) if host is None else host.column
 
     def column_keys(self) -> list[str | tuple[int, str]]:
         """The keys of the columns that the program reads and writes."""
@@ -68,12 +69,16 @@ class HostSchedule(NamedTuple):
     """A schedule that only Python can evaluate.
 
     Args:
+      name: its name in messages.
       schedule: the function of the count.
       counter: the key of the counter that it is given.
+      column: the key of the column of its values, by position: a name is unique in one program alone.
     """
 
+    name: str
     schedule: Callable[[int], Any]
     counter: str | tuple[int, str]
+    column: str
 
 
 class Part(NamedTuple):
@@ -340,7 +345,8 @@ class _Fusion:
         if isinstance(schedule, Schedule) and isinstance(x, (int, float)):
             return self.t.symbol(x)
         name = f"{name}()" if name in self.slots else name  # a hyper-parameter `count`, beside the counter
-        self.hosts[name] = HostSchedule(schedule, (position, "count") if self.counting is None else "step")
+        counter = (position, "count") if self.counting is None else "step"
+        self.hosts[name] = HostSchedule(name, schedule, counter, f"{name.rpartition('.')[2]}@{position}")
         return self.t.input("leaf", name)
 
     def forms(self, schedule: Callable[[Any], Any], position: int, name: str) -> list[Callable[[Any], Any]]:

@@ -346,21 +346,23 @@ class Rule:
           TypeError, ValueError: with the name, the value and the expectation.
         """
         value = plain_number(value)
-        if (
-            not self.whole
-            and isinstance(value, torch.dtype)
-            and any(slot.dtype == hyper for slot in self.slots.values())
-        ):
-            check_slot_dtype(f"the slot of {self.name} that `{hyper}` is for", value)
+        if value is not None and any(slot.dtype == hyper for slot in self.slots.values()):
+            if not isinstance(value, torch.dtype):
+                raise TypeError(
+                    f"`{hyper}` of {self.name} must be a dtype of torch, such as torch.bfloat16, or None, "
+                    f"got {value!r:.60}."
+                )
+            if not self.whole:
+                check_slot_dtype(f"the slot of {self.name} that `{hyper}` is for", value)
         allowed = self.ranges.get(hyper)
         if isinstance(allowed, tuple):
             if value not in allowed:
                 raise ValueError(f"`{hyper}` of {self.name} must be one of {list(allowed)}, got {value!r}.")
             return value
-        if isinstance(value, torch.Tensor) and value.ndim:
+        if isinstance(value, torch.Tensor) and (other := other_than_a_number(value)):
             raise ValueError(
                 f"`{hyper}` of {self.name} must be a number, a 0-d tensor or a schedule, "
-                f"got a tensor of shape {tuple(value.shape)}{hint_of_members(value)}."
+                f"got {other}{hint_of_members(value)}."
             )
         if callable(value) and not isinstance(value, torch.Tensor) and hyper in {s.start for s in self.slots.values()}:
             raise TypeError(
@@ -371,6 +373,11 @@ class Rule:
             raise TypeError(
                 f"`{hyper}` of {self.name} is a switch, which Python reads while the rule is traced, so it must be no "
                 f"tensor: pass {hyper}.item(). Members of `torch.vmap` share it."
+            )
+        if callable(value) and isinstance(self.hypers.get(hyper), bool):
+            raise TypeError(
+                f"`{hyper}` of {self.name} is a switch, and a function would always count as True: pass True or "
+                f"False, got {value!r:.60}."
             )
         text = isinstance(value, (str, bytes)) and not isinstance(self.hypers.get(hyper), (str, bytes))
         known = is_static(value) or isinstance(value, (torch.Tensor, Option)) or callable(value)
@@ -470,6 +477,13 @@ class Bound:
             id(self.rule),
             *((k, id(v) if isinstance(v, torch.Tensor) else (type(v), v)) for k, v in self.values.items()),
         )
+
+
+def other_than_a_number(x: torch.Tensor) -> str:
+    """The form of a tensor that holds no real number, for messages; empty for one that holds one."""
+    if x.ndim:
+        return f"a tensor of shape {tuple(x.shape)}"
+    return "a complex tensor" if x.is_complex() else ""
 
 
 def hint_of_members(x: torch.Tensor) -> str:

@@ -77,6 +77,8 @@ class Tracer:
                     f"{where()} uses a tensor of shape {tuple(x.shape)} that is not an argument of the rule. "
                     f"Declare it as state, or pass it as a hyper-parameter."
                 )
+            if x.is_complex():
+                raise RuleError(f"{where()} uses a complex tensor as a number.")
             name = next((k for k, y in self.captured.items() if y is x), f"captured.{len(self.captured)}")
             self.captured[name] = x
             return self.input("scalar", name)

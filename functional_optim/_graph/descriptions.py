@@ -143,7 +143,7 @@ class DescribedStep:
 
     def __init__(self, tx: GradientTransformation, apply: bool, trees: Trees, backend: str | None) -> None:
         self.tx, self.apply, self.trees, self.backend = tx, apply, trees, backend
-        bounds = [part.bound for part in parts(tx).values()]
+        bounds = [part._bound for part in parts(tx).values()]
         self.runs_foreign_code = None in bounds
         self.of_rules = not any(bound is None or bound.rule.whole for bound in bounds)
         self.may_return_views = not self.of_rules

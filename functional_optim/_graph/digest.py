@@ -37,7 +37,7 @@ def digest_of(part: GradientTransformation) -> str:
     Args:
       part: a rule, or a transformation that can only be called.
     """
-    bound = part.bound
+    bound = part._bound
     if bound is None:
         return "" if isinstance(part, Declared) and _is_own(part.factory, part.arguments) else PROCESS_ID
     if _is_own(bound.rule.fn, bound.values):

@@ -41,7 +41,7 @@ def refuse_referred_tensors(tx: GradientTransformation) -> None:
       RuleError: with the rule and the names of the tensors.
     """
     for part in parts(tx).values():
-        bound = part.bound
+        bound = part._bound
         if bound is not None and (names := referred_tensors(bound.rule.fn)):
             shown = ", ".join(f"`{name}`" for name in names)
             raise RuleError(

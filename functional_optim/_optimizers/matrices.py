@@ -31,7 +31,7 @@ def adafactor(
     multiply_by_parameter_scale: bool = True,
     clipping_threshold: Scalar = 1.0,
     momentum: Scalar = None,
-    dtype_momentum: OptionalDtype = None,
+    dtype_momentum: OptionalDtype = torch.float32,
     weight_decay_rate: Scalar = None,
     eps: Scalar = 1e-30,
     factored: bool = True,
@@ -49,7 +49,7 @@ def adafactor(
       multiply_by_parameter_scale: whether updates are multiplied by the root mean square of the parameter.
       clipping_threshold: the largest root mean square of the update of a leaf; None for none.
       momentum: decay of a mean of updates; None for none.
-      dtype_momentum: how that mean is stored.
+      dtype_momentum: how that mean is stored; None for as the parameter.
       weight_decay_rate: decay; None for none.
       eps: number that is added to squares.
       factored: whether second moments are factored.

@@ -334,10 +334,10 @@ class ParamStep:
     def _host_columns(self, segment: ParamRegion, states: States) -> Columns:
         """The values of schedules that Python evaluates, as columns."""
         found: Columns = {}
-        for name, (schedule, _) in segment.region.hosts.items():
-            refuse_host_schedule(name, self.devices)
+        for host in segment.region.hosts:
+            refuse_host_schedule(host.name, self.devices)
             counts = [None if (x := state.get("step")) is None else int(x) for state in states]
-            found[name] = host_column(name, schedule, counts, self.devices)
+            found[host.column] = host_column(host, counts, self.devices)
         return found
 
     def begin(self) -> None:

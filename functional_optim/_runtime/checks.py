@@ -5,7 +5,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from .._compiler.rule import Slot, hint_of_members
+from .._compiler.rule import Slot, hint_of_members, other_than_a_number
 from .internals import is_wrapper_of_a_transformation
 from .spec import TensorSpec, lies_outside
 
@@ -138,8 +138,8 @@ def check_number(subject: str, x: Any) -> float | torch.Tensor:
       ValueError: the object is neither; `subject` begins the message.
     """
     if isinstance(x, torch.Tensor):
-        if x.ndim:
-            raise ValueError(f"{subject} a tensor of shape {tuple(x.shape)}, expected a number{hint_of_members(x)}.")
+        if other := other_than_a_number(x):
+            raise ValueError(f"{subject} {other}, expected a number{hint_of_members(x)}.")
         return x
     try:
         return float(x if not isinstance(x, (str, bytes)) else None)  # type: ignore[arg-type]

@@ -89,5 +89,5 @@ class Table:
 def _number(option: Option, x: Any, device: torch.device) -> Number:
     if isinstance(x, torch.Tensor) and x.numel() == 1:
         check_memory(f"the option {option.name!r} is", x, device)
-        return x.reshape(())
+        x = x.reshape(())
     return check_number(f"the option {option.name!r} is", x)

@@ -44,8 +44,8 @@ def exponential_decay(
     exponent = (count - transition_begin).clamp(min=0) / transition_steps
     decayed = init_value * decay_rate ** (torch.floor(exponent) if staircase else exponent)
     init, rate = like(count, init_value), like(count, decay_rate)
-    value = torch.where((rate == 0) | (init == 0), init, decayed)  # 0 stays 0 where the power overflows
-    if end_value is None:
-        return value
-    end = like(count, end_value)
-    return torch.where(rate < 1, torch.maximum(value, end), torch.minimum(value, end))
+    value = torch.where(init == 0, init, decayed)  # 0 stays 0 where the power overflows
+    if end_value is not None:
+        end = like(count, end_value)
+        value = torch.where(rate < 1, torch.maximum(value, end), torch.minimum(value, end))
+    return torch.where(rate == 0, init, value)

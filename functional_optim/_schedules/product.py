@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .._compiler.errors import RuleError
-from .._compiler.rule import plain_number
+from .._compiler.rule import other_than_a_number, plain_number
 from .._compiler.symbols import Symbol
 from .schedule import NUMBER, Schedule, schedule, value_at
 
@@ -45,8 +45,8 @@ def _factor(k: int, x: Any, count: Any) -> Any:
     """The value of a factor at a count."""
     if callable(x) and not isinstance(x, torch.Tensor):
         return value_at(x, count)
-    if isinstance(x, torch.Tensor) and x.ndim:
-        raise ValueError(f"`factors` of multiply_schedules must be numbers, got shape {tuple(x.shape)} at {k}.")
+    if isinstance(x, torch.Tensor) and (other := other_than_a_number(x)):
+        raise ValueError(f"`factors` of multiply_schedules must be numbers, got {other} at {k}.")
     if isinstance(x, float) and x != x:
         raise ValueError(f"`factors` of multiply_schedules must be numbers, got nan at {k}.")
     if not isinstance(x, (int, float, torch.Tensor, Symbol)):

@@ -15,7 +15,7 @@ from typing import Any, overload
 import torch
 
 from .._compiler.errors import note_number
-from .._compiler.rule import Range, hint_of_members, plain_number
+from .._compiler.rule import Range, hint_of_members, other_than_a_number, plain_number
 from .._compiler.symbols import Symbol
 
 
@@ -245,11 +245,8 @@ class ScheduleFactory:
             if value not in allowed:
                 raise ValueError(f"{label} must be one of {list(allowed)}, got {value!r}{place}.")
         elif isinstance(value, torch.Tensor):
-            if value.ndim:
-                raise ValueError(
-                    f"{label} must be a number, got a tensor of shape {tuple(value.shape)}{place}"
-                    f"{hint_of_members(value)}."
-                )
+            if other := other_than_a_number(value):
+                raise ValueError(f"{label} must be a number, got {other}{place}{hint_of_members(value)}.")
         elif not isinstance(value, (int, float)):
             raise TypeError(f"{label} must be a number, got {value!r:.60}{place}.")
         else:

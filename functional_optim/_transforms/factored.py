@@ -36,7 +36,11 @@ def _full_shape(p: torch.Tensor, factored: bool, min_dim_size_to_factor: int) ->
 
 
 @leafwise(
-    state={"v_row": slot(shape=_row_shape), "v_col": slot(shape=_column_shape), "v": slot(shape=_full_shape)},
+    state={
+        "v_row": slot(shape=_row_shape, square=True),
+        "v_col": slot(shape=_column_shape, square=True),
+        "v": slot(shape=_full_shape, square=True),
+    },
     static=("factored", "min_dim_size_to_factor"),
     ranges={"decay_rate": "[0, inf)", "epsilon": "[0, inf)"},
 )
@@ -82,20 +86,26 @@ def scale_by_factored_rms(
     Source: Shazeer & Stern 2018, arXiv:1804.04235, algorithm 4.
     """
     weight = (step - step_offset) ** -decay_rate
-    square = u * u + epsilon
     dims = _factored_dims(u.shape, factored, min_dim_size_to_factor)
     if dims is None:
         assert v is not None
-        v = _mixed(v, square, weight)
+        v = _mixed(v, _square(u, v) + epsilon, weight)
         return u / v.sqrt(), v_row, v_col, v
     assert v_row is not None
     assert v_col is not None
+    square = _square(u, v_row) + epsilon
     small, large = dims
     v_row, v_col = _mixed(v_row, square.mean(large), weight), _mixed(v_col, square.mean(small), weight)
     # in the rows, the smaller dimension is one place further to the front if the larger one was before it
     row_mean = v_row.mean(small - (small > large), keepdim=True)
     row_root = (v_row / row_mean).sqrt().unsqueeze(large)
     return u / row_root / v_col.sqrt().unsqueeze(small), v_row, v_col, v
+
+
+def _square(u: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    """The squares of updates in the wider dtype of the two: float16 has no square of 1e-4."""
+    wide = u.to(torch.promote_types(u.dtype, moment.dtype))
+    return wide * wide
 
 
 def _mixed(mean: torch.Tensor, x: torch.Tensor, weight: Scalar) -> torch.Tensor:

@@ -165,7 +165,8 @@ def orthogonalize(
       adaptive: whether the result is multiplied by its inner product with the update.
       preconditioning: scaling at the start: by the `"frobenius"` norm, the `"spectral"` norm, row by row (`"aol"`), or
         by the norm of the Gram matrix (`"schatten"`).
-      compute_dtype: dtype of the iterations, such as `torch.bfloat16`; by default that of the updates.
+      compute_dtype: dtype of the iterations, such as `torch.bfloat16`; by default that of the updates, or float32 for
+        those in float16, where `eps` is 0 and products leave the range.
       by_gram: whether $A$ is iterated in place of $X$, and $X$ multiplied at the end. For matrices that are much wider
         than high, or higher than wide, that takes fewer operations; in half types it is less exact.
       eps_is_least: whether `eps` is the least norm, as in torch, instead of being added to it.
@@ -187,7 +188,7 @@ def orthogonalize(
     arXiv:2505.16932; Boissin et al. 2025, arXiv:2512.04632; Grishina et al. 2025, arXiv:2506.10935.
     """
     matrices = as_matrices(u)
-    x = matrices if compute_dtype is None else matrices.to(compute_dtype)
+    x = matrices.to(compute_dtype or (torch.float32 if u.dtype is torch.float16 else u.dtype))
     high = x.shape[1] > x.shape[2]
     steps = polynomials(ns_coeffs, ns_steps)
     x = newton_schulz(x.mT if high else x, steps, preconditioning, eps, eps_is_least, by_gram)

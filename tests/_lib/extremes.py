@@ -17,7 +17,7 @@ F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float6
 def rules_of(tx: Any) -> list[Any]:
     """The rules of a transformation, inside a mask or not."""
     tx = getattr(tx, "inner", tx)
-    return [tx.bound.rule] if hasattr(tx, "bound") else []
+    return [tx._bound.rule] if tx._bound else []
 
 
 def stores_squares(tx: Any) -> bool:
@@ -80,7 +80,7 @@ def at_bounds() -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for case in CASES:
-        for rule in rules_of(case.ours) if hasattr(case.ours, "bound") else []:
+        for rule in rules_of(case.ours) if case.ours._bound else []:
             for hyper in sorted({key.partition(" if ")[0] for key in rule.ranges} - {"eps"}):
                 interval = rule.ranges.get(hyper)
                 for x in (interval.low, interval.high) if hasattr(interval, "low") else ():

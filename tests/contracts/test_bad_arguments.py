@@ -4,6 +4,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
 from torch.func import vmap
@@ -13,6 +15,13 @@ from _lib.training import train
 from _lib.trees import make_tree, zeros
 
 
+COMPLEX = torch.tensor(1j)
+DTYPES: dict[str, Any] = {"text": "bfloat16", "numpy": np.float32, "jax": jnp.bfloat16, "python": float, "number": 2}
+SWITCHES: dict[str, Callable[[Any], Any]] = {
+    "nesterov of trace": lambda x: fo.sgd(0.1, momentum=0.9, nesterov=x),
+    "eps_in_sqrt of scale_by_rms": lambda x: fo.scale_by_rms(eps_in_sqrt=x),
+    "adaptive of orthogonalize": lambda x: fo.muon(0.1, adaptive=x),
+}
 RANGES: dict[str, tuple[Callable[[], Any], str]] = {
     "b1 of scale_by_adam": (lambda: fo.scale_by_adam(b1=1.0), r"`b1` of scale_by_adam must be in \[0, 1\), got 1\.0"),
     "b1 below": (lambda: fo.adam(0.1, b1=-0.1), r"`b1` of scale_by_adam must be in \[0, 1\), got -0\.1"),
@@ -133,6 +142,22 @@ RANGES: dict[str, tuple[Callable[[], Any], str]] = {
     "variant of scale_by_polyak": (
         lambda: fo.scale_by_polyak(variant="mps"),
         r"`variant` of scale_by_polyak must be .* got 'mps'",
+    ),
+    "a complex number": (
+        lambda: fo.sgd(COMPLEX),
+        r"`learning_rate` of scale_by_learning_rate must be a number.* complex tensor",
+    ),
+    "a complex number in a rule for whole tensors": (
+        lambda: fo.scale_by_factored_rms(decay_rate=COMPLEX),
+        r"`decay_rate` of scale_by_factored_rms must be a number.* complex tensor",
+    ),
+    "a complex number in a schedule": (
+        lambda: fo.piecewise_constant_schedule(1.0, {2: COMPLEX}),
+        r"`boundaries_and_scales` of piecewise_constant_schedule .* complex tensor at 2",
+    ),
+    "a complex factor": (
+        lambda: fo.constant_schedule(1.0) * COMPLEX,
+        r"`factors` of multiply_schedules .* complex tensor at 1",
     ),
     "mode of scale_by_lion": (lambda: fo.scale_by_lion(mode="soft"), r"`mode` of scale_by_lion must be .* got 'soft'"),
     "decay of ema_debias_schedule": (
@@ -286,3 +311,27 @@ def test_an_argument_of_another_name_is_refused_with_its_own(name: str) -> None:
     make, message = CALLED_OTHERWISE[name]
     with pytest.raises(TypeError, match=message):
         make()
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("mu_dtype of scale_by_adam", lambda x: fo.adamw(0.1, mu_dtype=x)),
+        ("nu_dtype of scale_by_adam", lambda x: fo.adam(0.1, nu_dtype=x)),
+        ("accumulator_dtype of ema", lambda x: fo.adafactor(0.1, momentum=0.9, dtype_momentum=x)),
+        ("accumulator_dtype of params_ema", lambda x: fo.params_ema(0.9, x)),
+    ],
+)
+def test_dtypes_are_those_of_torch(name: str, make: Callable[[Any], Any], kind: str) -> None:
+    argument, _, rule = name.partition(" ")
+    with pytest.raises(TypeError, match=f"`{argument}` {rule} must be a dtype of torch, such as torch.bfloat16"):
+        make(DTYPES[kind])
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_switch_is_no_schedule(name: str) -> None:
+    argument, _, rule = name.partition(" ")
+    for function in (lambda count: count > 5, fo.constant_schedule(1.0)):
+        with pytest.raises(TypeError, match=f"`{argument}` {rule} is a switch.*pass True or False"):
+            SWITCHES[name](function)

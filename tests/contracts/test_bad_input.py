@@ -299,7 +299,18 @@ STEPS: dict[str, Step] = {
         tx=fo.chain(scale_by_value()),
         extra={"value": zeros(2)},
     ),
+    "an extra argument of a complex number": Step(
+        ValueError,
+        r"the extra argument `value` is a complex tensor, expected a number",
+        tx=fo.chain(scale_by_value()),
+        extra={"value": torch.tensor(1j)},
+    ),
     # schedules
+    "a schedule of a complex number": Step(
+        ValueError,
+        r"learning_rate returned a complex tensor, expected a number",
+        tx=fo.sgd(lambda count: torch.tensor(1j)),
+    ),
     "a schedule of a vector": Step(
         ValueError,
         r"scale_by_learning_rate\.learning_rate returned a tensor of shape \(2,\), expected a number",

@@ -71,6 +71,12 @@ def stores_elements_in_a_number(u: torch.Tensor, n: torch.Tensor) -> tuple[torch
 
 
 CONSTANT = torch.ones(3)
+COMPLEX = torch.tensor(1j)
+
+
+@fo.elementwise
+def captures_a_complex_number(u: torch.Tensor) -> torch.Tensor:
+    return u * COMPLEX
 
 
 @fo.elementwise
@@ -100,6 +106,10 @@ RULES: dict[str, tuple[Any, str]] = {
     "a tensor from outside": (
         captures_a_tensor(),
         r"`captures_a_tensor` .*uses a tensor of shape \(3,\).*not an argument",
+    ),
+    "a complex number from outside": (
+        captures_a_complex_number(),
+        r"`captures_a_complex_number` .*uses a complex tensor as a number",
     ),
 }
 

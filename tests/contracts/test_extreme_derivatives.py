@@ -41,8 +41,8 @@ def derivatives(tx: Any, kind: str, dtype: torch.dtype, compute: torch.dtype) ->
     """Derivatives of two steps from numbers of `dtype`, taken in `compute`."""
     inner = getattr(tx, "inner", tx)
     numbers = {}
-    if hasattr(inner, "bound") and inner is tx:
-        bound = inner.bound
+    if inner is tx and inner._bound:
+        bound = inner._bound
         numbers = {k: leaf(torch.tensor(x, dtype=F64)) for k, x in bound.values.items() if bound.is_scalar(k)}
         fixed = {slot.start for slot in bound.rule.slots.values()}  # a first value is no number of the formula
         numbers = {k: x for k, x in numbers.items() if k not in fixed}

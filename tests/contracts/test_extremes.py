@@ -310,7 +310,7 @@ def test_rprop_sees_the_sign_of_a_product_that_vanishes() -> None:
 
 def test_a_range_that_depends_on_a_switch_is_the_wider_one_without_it() -> None:
     for tx in (fo.ema(1.0, debias=False), fo.scale_by_rms(decay=1.0), fo.scale_by_stddev(decay=1.0)):
-        assert tx.bound.values["decay"] == 1.0
+        assert tx._bound.values["decay"] == 1.0
 
 
 @pytest.mark.parametrize("value", [1.0, 1])

@@ -225,6 +225,26 @@ def test_half_types_keep_to_float64(dtype: torch.dtype) -> None:
             assert far < bound * torch.finfo(dtype).eps, (k, float(far / torch.finfo(dtype).eps))
 
 
+IN_FLOAT32: dict[str, Any] = {
+    "rows and columns": fo.scale_by_factored_rms(min_dim_size_to_factor=2),
+    "a moment per element": fo.scale_by_factored_rms(factored=False),
+    **{x: fo.orthogonalize(preconditioning=x) for x in ("frobenius", "spectral", "aol", "schatten")},
+}
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-4, 300.0])
+@pytest.mark.parametrize("name", IN_FLOAT32)
+def test_float16_is_widened_and_rounded_once(name: str, size: float) -> None:
+    """In it 1e-8 and the square of 1e-4 are 0, and the square of 300 is infinite."""
+    tx, updates = IN_FLOAT32[name], (size * tensors({"w": numbers(0)["wide"]})["w"]).half()
+    zeros = {"w": torch.zeros_like(updates)}
+    ours, _ = tx.update({"w": updates}, tx.init(zeros), zeros)
+    wide = {"w": zeros["w"].float()}
+    expected, _ = tx.update({"w": updates.float()}, tx.init(wide), wide)
+    assert expected["w"].isfinite().all()
+    torch.testing.assert_close(ours["w"], expected["w"].half(), rtol=0, atol=0)
+
+
 def test_arguments_of_muon_are_checked_where_it_is_made() -> None:
     refused: dict[str, tuple[Any, dict[str, Any]]] = {
         "`ns_steps` is 0": (ValueError, {"ns_steps": 0}),

@@ -1,6 +1,7 @@
 """Habits of people who come from optax: numbers and arrays of NumPy and JAX, unpacked transformations."""
 
 import copy
+import inspect
 import pickle
 from collections.abc import Callable
 from fractions import Fraction
@@ -8,6 +9,8 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import optax
+import optax.contrib
 import pytest
 import torch
 
@@ -230,3 +233,28 @@ def test_a_transformation_unpacks_into_its_two_functions(kind: str) -> None:
         torch.testing.assert_close(updates, expected, rtol=0, atol=0)
     again = fo.GradientTransformation(*tx)
     torch.testing.assert_close(again.update(grads, state, params)[0], tx.update(grads, same, params)[0])
+
+
+THEIRS = {**vars(optax.contrib), **vars(optax)}
+SHARED = sorted(name for name in fo.__all__ if inspect.isfunction(THEIRS.get(name)))
+# optax's own name of its coefficients, and its line search as a transformation of this package
+SAME: dict[tuple[str, str], Any] = {
+    ("muon", "ns_coeffs"): "standard",
+    ("scale_by_muon", "ns_coeffs"): "standard",
+    ("lbfgs", "linesearch"): fo.scale_by_zoom_linesearch(20, initial_guess_strategy="one"),
+}
+
+
+def defaults(make: Callable[..., Any]) -> dict[str, Any]:
+    """The default of each argument, in order; dtypes by their names."""
+    found = {k: x.default for k, x in inspect.signature(make).parameters.items()}
+    dtypes = {jnp.float32: "float32", torch.float32: "float32"}
+    return {k: dtypes.get(x, x) if isinstance(x, (type, torch.dtype)) else x for k, x in found.items()}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_arguments_are_those_of_optax_in_order_and_with_their_defaults(name: str) -> None:
+    ours, theirs = defaults(getattr(fo, name)), defaults(THEIRS[name])
+    theirs |= {k: x for (owner, k), x in SAME.items() if owner == name}
+    expected = {k: x for k, x in theirs.items() if k in ours}
+    assert list(expected.items()) == [(k, x) for k, x in ours.items() if k in theirs]

@@ -97,3 +97,7 @@ def test_documents_use_names_that_exist(page: str) -> None:
 
     assert used <= {*fo.__all__, "plot"}
     assert {name.strip() for names in imported for name in names.split(",")} <= set(functional_optim.adapters.__all__)
+
+
+def test_a_class_of_transformations_may_have_attributes_of_any_name() -> None:
+    assert {name for name in dir(fo.GradientTransformation) if not name.startswith("_")} == {"init", "update"}

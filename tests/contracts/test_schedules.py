@@ -18,6 +18,7 @@ from _lib.records import BACKENDS, double, normal, to_tensor, use
 from _lib.schedules import CLOSE, CLOSE_IN_KERNELS, in_kernel, in_one_kernel
 from _lib.trees import Tree
 from functional_optim._schedules.schedule import ScheduleFactory
+from functional_optim.adapters import TransformOptimizer
 
 
 class Case(NamedTuple):
@@ -89,6 +90,8 @@ CASES = [
     both("exponential_decay", 2.0, 7, 0.5, 3, False, 0.3, id="end_value"),
     both("exponential_decay", 0.1, 7, 2.0, 3, True, 0.7, id="growth"),
     both("exponential_decay", 2.0, 7, 0.0, id="rate_0"),
+    both("exponential_decay", 0.1, 7, 0.0, 3, False, 0.7, id="rate_0-end_value"),
+    both("warmup_exponential_decay_schedule", 0.0, 0.1, 5, 7, 0.0, 3, False, 0.7, id="rate_0-end_value"),
     both("exponential_decay", 2.0, 0, 0.5, id="no_steps"),
     both("cosine_decay_schedule", 2.0, 30),
     both("cosine_decay_schedule", 2.0, 30, 0.1, 1.5, id="arguments"),
@@ -363,6 +366,37 @@ def test_a_function_that_cannot_be_traced_is_called(name: str, backend: str) -> 
 def test_explain_says_that_a_function_cannot_be_traced(name: str) -> None:
     notes = fo.explain(fo.scale_by_schedule(FUNCTIONS[name]), torch.zeros(1)).notes
     assert [note for note in notes if "scale_by_schedule.step_size_fn cannot be traced" in note]
+
+
+def two_rates() -> tuple[fo.GradientTransformation, Callable[[int], tuple[float, float]]]:
+    """A rule that is the second of its name for one leaf and the only one for another, and the factors of both."""
+    inner, outer = FUNCTIONS["table"], FUNCTIONS["math"]
+    tx = fo.chain(fo.masked(fo.scale_by_schedule(inner), {"a": True, "b": False}), fo.scale_by_schedule(outer))
+    return tx, lambda count: (float(inner(count) * outer(count)), float(outer(count)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_functions_that_are_called_belong_to_one_rule_each(backend: str) -> None:
+    tx, factors = two_rates()
+    ones = {name: torch.ones((), dtype=torch.float64) for name in "ab"}
+    state = tx.init(ones)
+    with use(backend):
+        for count in range(3):
+            updates, state = tx.update(ones, state)
+            assert (float(updates["a"]), float(updates["b"])) == pytest.approx(factors(count), rel=1e-12)
+
+
+def test_in_an_optimizer_functions_that_are_called_belong_to_one_rule_each() -> None:
+    tx, factors = two_rates()
+    params = {name: torch.zeros((), dtype=torch.float64, requires_grad=True) for name in "ab"}
+    opt = TransformOptimizer(params.items(), tx)
+    for count in range(3):
+        before = [p.item() for p in params.values()]
+        for p in params.values():
+            p.grad = torch.ones_like(p)
+        opt.step()
+        steps = [p.item() - x for p, x in zip(params.values(), before, strict=True)]
+        assert steps == pytest.approx(factors(count), rel=1e-12)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

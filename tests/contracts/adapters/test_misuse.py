@@ -210,6 +210,7 @@ def test_arguments_that_make_no_optimizer(make: Callable[[Any], Any], message: s
         ("betas", 0.9, "the option 'betas' is"),
         ("betas", ("0.9", "0.99"), "the option 'betas' is '0.9', expected a number"),
         ("eps", "1e-8", "the option 'eps' is '1e-8', expected a number"),
+        ("eps", torch.tensor(1j), "the option 'eps' is a complex tensor, expected a number"),
     ],
 )
 def test_options_that_no_kernel_can_take(key: str, value: Any, message: str) -> None:

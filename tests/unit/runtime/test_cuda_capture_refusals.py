@@ -171,7 +171,7 @@ def by_step(u: Any, *, step: Any) -> Any:
 
 def whole(tx: fo.GradientTransformation) -> LeafwiseStep:
     """A rule for whole tensors over one leaf."""
-    return LeafwiseStep(LeafwiseRegion(0, Link(tx, (), (True,), tx.bound), True), ["w"], [0])
+    return LeafwiseStep(LeafwiseRegion(0, Link(tx, (), (True,), tx._bound), True), ["w"], [0])
 
 
 @pytest.mark.usefixtures("meta_has_memory")

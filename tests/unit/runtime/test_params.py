@@ -345,7 +345,7 @@ def test_an_opaque_transformation_keeps_its_state_with_the_parameters() -> None:
 
 def template(tx: fo.GradientTransformation) -> Template:
     """A template whose slots have their own names, each with its place in the chain."""
-    keys = {(path, slot): slot for path, rule in rules(tx).items() for slot in rule.bound.rule.slots}
+    keys = {(path, slot): slot for path, rule in rules(tx).items() for slot in rule._bound.rule.slots}
     return Template(tx, keys)
 
 
