@@ -30,16 +30,17 @@ LR, DECAY, HORIZON = 0.02, 0.1, 12.0
 # fmt: off
 
 
-@fo.elementwise(state={"m": fo.zeros, "v": fo.zeros, "n": SQUARES, "last": fo.slot("first_update")})
-def adan(
-    u: Tensor, p: Tensor, m: Tensor, v: Tensor, n: Tensor, last: Tensor, *, step: Tensor, learning_rate: float,
-    b1: float = 0.98, b2: float = 0.92, b3: float = 0.99, eps: float = 1e-8, weight_decay: float = 0.0,
+@fo.elementwise(state={"mu": fo.zeros, "nu": SQUARES})
+def stable_adamw(
+    u: Tensor, p: Tensor, mu: Tensor, nu: Tensor, *, step: Tensor, learning_rate: float,
+    b1: float = 0.9, b2: float = 0.99, eps: float = 1e-8, weight_decay: float = 0.0,
 ) -> Results:
-    """Adan (Xie et al. 2022, arXiv:2208.06677): momentum of gradients and of their differences."""
-    change = u - last
-    m, v, n = b1 * m + (1 - b1) * u, b2 * v + (1 - b2) * change, b3 * n + (1 - b3) * (u + b2 * change) ** 2
-    update = (m / (1 - b1**step) + b2 * v / (1 - b2**step)) / (torch.sqrt(n / (1 - b3**step)) + eps)
-    return (p - learning_rate * update) / (1 + learning_rate * weight_decay) - p, m, v, n, u
+    """StableAdamW (Wortsman et al. 2023, arXiv:2304.13013): AdamW with small steps where squares have grown at once."""
+    mu, nu = b1 * mu + (1 - b1) * u, b2 * nu + (1 - b2) * u * u
+    square = nu / (1 - b2**step)
+    growth = torch.sqrt(fo.leaf_mean(u * u / torch.clamp(square, min=eps**2)))
+    rate = learning_rate / torch.clamp(growth, min=1.0)
+    return -rate * (mu / (1 - b1**step) / (torch.sqrt(square) + eps) + weight_decay * p), mu, nu
 
 
 @fo.schedule(b1="(0, 1)", b3="(0, 1)", horizon="(0, inf)")
@@ -200,11 +201,10 @@ def adam_direction(g: Tensor, m: dict[str, Any], t: int, b1: float = 0.9, b2: fl
     return mean / (square.sqrt() + 1e-8)
 
 
-def plain_adan(g: Tensor, p: Tensor, m: dict[str, Any], t: int) -> Tensor:
-    change, m["last"] = g - m.get("last", g), g
-    top = average(m, "m", g, 0.98) / (1 - 0.98**t) + 0.92 * average(m, "v", change, 0.92) / (1 - 0.92**t)
-    n = average(m, "n", (g + 0.92 * change).square(), 0.99) / (1 - 0.99**t)
-    return (p - LR * top / (n.sqrt() + 1e-8)) / (1 + LR * DECAY)
+def plain_stable_adamw(g: Tensor, p: Tensor, m: dict[str, Any], t: int) -> Tensor:
+    mean, square = average(m, "mean", g, 0.9) / (1 - 0.9**t), average(m, "square", g.square(), 0.99) / (1 - 0.99**t)
+    growth = (g.square() / square.clamp(min=1e-16)).mean().sqrt()
+    return p - LR / growth.clamp(min=1.0) * (mean / (square.sqrt() + 1e-8) + DECAY * p)
 
 
 def plain_ademamix(g: Tensor, p: Tensor, m: dict[str, Any], t: int) -> Tensor:
@@ -314,7 +314,12 @@ class Entry:
 growing = fo.linear_schedule(5.0 / HORIZON, 5.0, int(HORIZON) - 1)
 slower = slow_decay(0.9, 0.9999, HORIZON)
 OPTIMIZERS = (
-    Entry("Adan", adan(learning_rate=LR, weight_decay=DECAY), (adan,), leaf_by_leaf(plain_adan)),
+    Entry(
+        "StableAdamW",
+        stable_adamw(learning_rate=LR, weight_decay=DECAY),
+        (stable_adamw,),
+        leaf_by_leaf(plain_stable_adamw),
+    ),
     Entry(
         "AdEMAMix",
         with_decay(scale_by_ademamix(b3=slower, alpha=growing)),

@@ -29,11 +29,11 @@ def scale_by_adan(
 
     $$d_t = g_t - g_{t-1}, \quad m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t, \quad
       v_t = \beta_2 v_{t-1} + (1 - \beta_2) d_t$$
-    $$n_t = \beta_3 n_{t-1} + (1 - \beta_3) (g_t + (1 - \beta_2) d_t)^2, \quad
-      u_t = \frac{\hat m_t + (1 - \beta_2) \hat v_t}{\sqrt{\hat n_t + \bar\epsilon} + \epsilon}$$
+    $$n_t = \beta_3 n_{t-1} + (1 - \beta_3) (g_t + \beta_2 d_t)^2, \quad
+      u_t = \frac{\hat m_t + \beta_2 \hat v_t}{\sqrt{\hat n_t + \bar\epsilon} + \epsilon}$$
 
-    with $\hat m_t = m_t / (1 - \beta_1^t)$ and so on; the first difference is 0. As in optax the betas are decays,
-    where the paper has 1 minus them.
+    with $\hat m_t = m_t / (1 - \beta_1^t)$ and so on; the first difference is 0. The betas are decays, as in optax and
+    in the authors' code; the paper's are 1 minus these. optax has $1 - \beta_2$ for both $\beta_2$ of the second line.
 
     Args:
       b1: decay of the mean of updates.
@@ -57,6 +57,6 @@ def scale_by_adan(
     """
     difference = u - g
     m, v = mean(m, u, b1), mean(v, difference, b2)
-    n = mean_square(n, u + (1 - b2) * difference, b3)
-    ahead = unbiased(m, b1, step) + (1 - b2) * unbiased(v, b2, step)
+    n = mean_square(n, u + b2 * difference, b3)
+    ahead = unbiased(m, b1, step) + b2 * unbiased(v, b2, step)
     return ahead / (torch.sqrt(unbiased(n, b3, step) + eps_root) + eps), m, v, n, u

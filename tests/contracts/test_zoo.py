@@ -54,7 +54,7 @@ def test_an_optimizer_of_the_chain_equals_its_loop(entry: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("Adan", {"b1", "b2", "b3", "eps", "lr", "weight_decay"}),
+        ("StableAdamW", {"b1", "b2", "eps", "lr", "weight_decay"}),
         ("AdEMAMix", {"b1", "b2", "eps", "lr", "weight_decay"}),  # the others are schedules
         ("Cautious AdamW", {"b1", "b2", "eps", "floor", "lr", "weight_decay"}),
         ("Prodigy", {"b1", "b2", "d0", "eps", "lr", "weight_decay"}),
