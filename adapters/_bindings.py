@@ -55,8 +55,6 @@ class Bindings:
         self.new: set[int] = set()  # ids of parameters that have state, but have not taken their first step
         # entries of state that begin at the rate of a group, made by checkpoint code, which sets that to 0 meanwhile
         self.started_dry: list[tuple[dict[str, Any], str]] = []
-        # the step that has made them, and the parameters and states that it was given
-        self.dry: tuple[ParamStep, Sequence[torch.Tensor], Sequence[dict[str, Any]]] | None = None
         self.warned = False
         self.handle = next(HANDLES)
 
@@ -177,16 +175,6 @@ class Bindings:
         for state, key in self.started_dry:
             if id(state) in stepped:
                 journal.set(state, key, None)
-
-    def begin_at_rates(self, opt: "ChainOptimizer") -> None:
-        """Makes entries of `started_dry` anew at the rates that groups have now, for those who save or copy the state.
-
-        A chain that counts no steps has no other way to tell, in a file, that its state has taken none.
-        """
-        if self.dry is not None and self.started_dry:
-            step, params, states = self.dry
-            self.start_anew(states, step.present, Journal())
-            step.state.make(params, states, opt.param_groups, Journal())
 
     def started(self, states: Sequence[dict[str, Any]], present: Sequence[int]) -> None:
         """Takes note that parameters have taken a step."""

@@ -128,7 +128,6 @@ class ChainOptimizer(Optimizer):
                 "the optimizer was copied inside `averaged_params()`, where parameters are averages, from which the "
                 "copy would train on; copy it outside."
             )
-        self._begin_at_rates()
         return super().__getstate__()
 
     def step(self, closure: Callable[[], Any] | None = None, **extra: Any) -> Any:
@@ -266,7 +265,6 @@ class ChainOptimizer(Optimizer):
                 if dry:
                     bindings.new = new
                     bindings.started_dry = [(states[i], key) for i, key in step.state.started_at_rate()]
-                    bindings.dry = (step, originals, states)
                     return "taken"
                 first = frozenset(i for i in step.present if id(originals[i]) in new) if new else frozenset()
                 bindings.new = new - {id(originals[i]) for i in first}
@@ -386,25 +384,6 @@ class ChainOptimizer(Optimizer):
                     old.copy_(x)
                 elif x is not old:
                     own[k] = x
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state and the options of all parameter groups, as torch's; see `torch.optim.Optimizer.state_dict`.
-
-        Returns:
-          A dict with the keys `state` and `param_groups`, whose tensors are those of the optimizer.
-
-        Example:
-          >>> from functional_optim.adapters import SGD
-          >>> SGD([torch.ones(2)], lr=0.1).state_dict()["state"]
-          {}
-        """
-        self._begin_at_rates()
-        return super().state_dict()
-
-    def _begin_at_rates(self) -> None:
-        """See `Bindings.begin_at_rates`."""
-        if "_bindings" in self.__dict__:
-            self._bindings.begin_at_rates(self)
 
     def load_state_dict(self, state_dict: dict[str, Any], *, by_name: bool = False, strict: bool = True) -> None:
         """Loads a state dict, of this class or of the torch optimizer of the same name.
