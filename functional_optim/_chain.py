@@ -10,7 +10,7 @@ from ._packed import Packed
 from ._recorded import requires_gradient, warn_of_growth
 from ._runtime.checks import check_fit, check_leaf, check_stored
 from ._runtime.internals import needs_dispatch
-from ._state_form import StatePart
+from ._state_nodes import StateNode
 from ._structures import add, sums
 from ._transform import (
     GradientTransformation,
@@ -56,10 +56,10 @@ class Chain(Combination):
             link for key, tx in zip(self._keys(), self.members, strict=True) for link in tx._links(view, (*path, key))
         ]
 
-    def _state_parts(self, path: Path) -> list[StatePart]:
+    def _state_nodes(self, path: Path) -> list[StateNode]:
         keys = self._keys()
-        own = StatePart(self, path, tuple if self.names is None else dict, keys)
-        return [own, *[x for k, tx in zip(keys, self.members, strict=True) for x in tx._state_parts((*path, k))]]
+        own = StateNode(self, path, tuple if self.names is None else dict, keys)
+        return [own, *[x for k, tx in zip(keys, self.members, strict=True) for x in tx._state_nodes((*path, k))]]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Chain) and (self.members, self.names) == (other.members, other.names)

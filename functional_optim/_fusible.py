@@ -14,7 +14,7 @@ from ._graph.run import run
 from ._runtime.checks import check_leaf, check_stored
 from ._runtime.internals import is_differentiated, register_in_exports
 from ._schedules.schedule import swap_tensors, tensors_of
-from ._state_form import StatePart
+from ._state_nodes import StateNode
 from ._transform import GradientTransformation, Link, Path, Rewrite, as_transformation
 from ._tree import MaskedNode, Tree, View, paths, show
 
@@ -94,8 +94,8 @@ class RuleTransformation(Fusible):
     def _links(self, view: View, path: Path) -> list[Link]:
         return [Link(self, path, view.seen, self._bound, self._lacking(view))]
 
-    def _state_parts(self, path: Path) -> list[StatePart]:
-        return [StatePart(self, path, self._bound.state_type)]
+    def _state_nodes(self, path: Path) -> list[StateNode]:
+        return [StateNode(self, path, self._bound.state_type)]
 
     def _lacking(self, view: View) -> Mapping[str, frozenset[int]]:
         """The slots of which some leaves have no entry, with the positions of those leaves."""
@@ -185,9 +185,9 @@ class Wrapping(Combination):
         rule, *behind = self.own._links(view, (*path, 1))
         return [*inside, rule._replace(wraps=len(inside)), *behind]
 
-    def _state_parts(self, path: Path) -> list[StatePart]:
-        own = StatePart(self, path, tuple, (0, 1))
-        return [own, *self.inner._state_parts((*path, 0)), *self.own._state_parts((*path, 1))]
+    def _state_nodes(self, path: Path) -> list[StateNode]:
+        own = StateNode(self, path, tuple, (0, 1))
+        return [own, *self.inner._state_nodes((*path, 0)), *self.own._state_nodes((*path, 1))]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Wrapping, (self.inner, self.own)

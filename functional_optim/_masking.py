@@ -11,7 +11,7 @@ from ._addresses import publish
 from ._compiler.rule import Option
 from ._fusible import Combination
 from ._runtime.internals import register_in_exports
-from ._state_form import StatePart
+from ._state_nodes import StateNode
 from ._transform import (
     EmptyState,
     GradientTransformation,
@@ -164,8 +164,8 @@ class Masked(Combination):
     def _links(self, view: View, path: Path) -> list[Link]:
         return self.inner._links(self._narrow(view), (*path, 0))
 
-    def _state_parts(self, path: Path) -> list[StatePart]:
-        return [StatePart(self, path, MaskedState, (0,)), *self.inner._state_parts((*path, 0))]
+    def _state_nodes(self, path: Path) -> list[StateNode]:
+        return [StateNode(self, path, MaskedState, (0,)), *self.inner._state_nodes((*path, 0))]
 
     def _asks_leaves(self) -> bool:
         return callable(self.mask) or super()._asks_leaves()
@@ -265,13 +265,13 @@ class Partition(Combination):
             for link in tx._links(parts[k], (*path, 0, k, 0))
         ]
 
-    def _state_parts(self, path: Path) -> list[StatePart]:
+    def _state_nodes(self, path: Path) -> list[StateNode]:
         found = [
-            StatePart(self, path, PartitionState, (0,)),
-            StatePart(self, (*path, 0), dict, tuple(self.transforms)),
+            StateNode(self, path, PartitionState, (0,)),
+            StateNode(self, (*path, 0), dict, tuple(self.transforms)),
         ]
         for k, tx in self.transforms.items():
-            found += [StatePart(tx, (*path, 0, k), MaskedState, (0,)), *tx._state_parts((*path, 0, k, 0))]
+            found += [StateNode(tx, (*path, 0, k), MaskedState, (0,)), *tx._state_nodes((*path, 0, k, 0))]
         return found
 
     def _asks_leaves(self) -> bool:

@@ -20,7 +20,6 @@ from ._masking import (
 from ._optimizers.matrices import _IsMatrix as _IsMatrix
 from ._runtime.internals import register_in_exports
 from ._transforms.decay import _add_decayed_weights as _add_decayed_weights
-from ._transforms.fromage import descend_and_shrink as descend_and_shrink
 from ._transforms.lbfgs import ScaleByLBFGSState as ScaleByLBFGSState
 from ._transforms.linesearch import (
     BacktrackingLinesearchInfo as BacktrackingLinesearchInfo,

@@ -12,7 +12,7 @@ from ._compiler.rule import Bound, Rule, rule_of
 from ._runtime.checks import check_number
 from ._runtime.internals import has_members, needs_dispatch
 from ._state import get_state
-from ._state_form import check_state
+from ._state_nodes import check_state
 from ._transform import GradientTransformation, Path, as_transformation, parts
 from ._tree import Tree
 
@@ -122,7 +122,7 @@ def hyperparams(tx: GradientTransformation, state: Any) -> dict[str, Any]:
       0.75
     """
     tx = as_transformation(tx)
-    check_state(tx._state_parts(()), state)
+    check_state(tx._state_nodes(()), state)
     found: list[tuple[str, tuple[Path, str], Any]] = []
     for path, part in parts(tx).items():
         bound = part._bound
@@ -191,7 +191,7 @@ def slots(tx: GradientTransformation, state: Any) -> dict[str, Tree]:
       {'w': tensor([0., 0.])}
     """
     tx = as_transformation(tx)
-    check_state(tx._state_parts(()), state)
+    check_state(tx._state_nodes(()), state)
     bounds = {path: rule._bound for path, rule in _walk.rules(tx).items()}
     names = slot_names({path: bound.rule for path, bound in bounds.items()})
     return {name: getattr(get_state(state, path), slot) for (path, slot), name in names.items()}

@@ -13,7 +13,7 @@ from ._regions import Region
 from ._runtime.checks import check_count
 from ._runtime.cuda.capture import is_capturing, refuse_counter
 from ._runtime.groups import Columns
-from ._state_form import Path, StatePart, wrong_state
+from ._state_nodes import Path, StateNode, wrong_state
 from ._tree import Reader, Tree, difference, unpacked
 
 
@@ -56,12 +56,12 @@ class StateReader:
         read: Reader,
         device: torch.device | None,
         present: Sequence[int],
-        containers: Sequence[StatePart],
+        containers: Sequence[StateNode],
     ) -> None:
         self.region, self.reader, self.device = region, read, device
         self.containers = containers
         self.expected = [
-            (k, StatePart(region.links[k].tx, region.links[k].path, bound.state_type))
+            (k, StateNode(region.links[k].tx, region.links[k].path, bound.state_type))
             for k, bound in region.bounds.items()
         ]
         self.counted = [k for k, bound in region.bounds.items() if bound.counted]
@@ -78,23 +78,23 @@ class StateReader:
         Raises:
           TypeError: the state was made by another transformation.
         """
-        for part in self.containers:
+        for node in self.containers:
             found = state
-            for key in part.path:
+            for key in node.path:
                 found = found[key]
-            if part.kind is tuple and type(found) is tuple and len(found) == len(part.keys):
+            if node.kind is tuple and type(found) is tuple and len(found) == len(node.keys):
                 continue  # as nearly all are, at every step
-            if not part.is_like(found):
-                raise wrong_state(part, found)
+            if not node.is_like(found):
+                raise wrong_state(node, found)
         states = {}
-        for k, part in self.expected:
+        for k, node in self.expected:
             found = state
-            for key in part.path:
+            for key in node.path:
                 found = found[key]
-            if type(found) is not part.kind:
-                if not part.is_like(found):
-                    raise wrong_state(part, found)
-                found = part.kind(*found)
+            if type(found) is not node.kind:
+                if not node.is_like(found):
+                    raise wrong_state(node, found)
+                found = node.kind(*found)
             states[k] = found
         return states
 

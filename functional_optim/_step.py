@@ -32,7 +32,7 @@ from ._runtime.stacks import different_numbers
 from ._runtime.step import BoundStep, Reading
 from ._stand_ins import stand_in_of
 from ._state import StateReader, get_state, set_states
-from ._state_form import StatePart, check_state
+from ._state_nodes import StateNode, check_state
 from ._structures import with_aliases
 from ._transform import GradientTransformation, Link, Path
 from ._tree import Spec, Tree, View, flatten
@@ -47,7 +47,7 @@ class TreeRegion(BoundRegion):
     """A region over the leaves of a tree, with its state."""
 
     def __init__(
-        self, region: Region, leaves: TreeLeaves, device: torch.device | None, containers: Sequence[StatePart]
+        self, region: Region, leaves: TreeLeaves, device: torch.device | None, containers: Sequence[StateNode]
     ) -> None:
         super().__init__(region, leaves.paths, leaves.present)
         self.state = StateReader(region, leaves.read, device, leaves.present, containers)
@@ -94,7 +94,7 @@ class TreeStep(TreeLeaves):
         self.seen, self.asks_leaves = _seen(links), tx._asks_leaves()
         segments = cut_into_regions(links, apply, len(self.paths))
         device = next(iter(self.devices)) if len(self.devices) == 1 else None
-        self.containers = [part for part in tx._state_parts(()) if part.is_container]
+        self.containers = [part for part in tx._state_nodes(()) if part.is_container]
         self.segments = [
             TreeRegion(segment, self, device, self.containers) if isinstance(segment, Region) else segment
             for segment in segments
@@ -298,8 +298,8 @@ class TreeStep(TreeLeaves):
         """Calls a transformation that is not made of rules: the columns with its updates, and its new state.
 
         Raises:
-          TypeError, ValueError: it returned something else than updates and a state, or was to get what is no leaf, or
-            the state was made by another transformation.
+          TypeError, ValueError: it returned something else than updates and a state, or was to get an object that is
+            no leaf, or the state was made by another transformation.
         """
         link = segment.link
         check_state(self.containers, state)

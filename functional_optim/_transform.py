@@ -22,9 +22,9 @@ from ._compiler.rule import (
     EmptyState as EmptyState,
 )
 from ._packed import Packed
-from ._state_form import (
+from ._state_nodes import (
     Path as Path,
-    StatePart,
+    StateNode,
     wrong_state,
 )
 from ._tree import Tree, View, packed_like, unpacked
@@ -98,7 +98,7 @@ class Transformation(abc.ABC):
         """Names of the extra arguments of `update`; None if any is taken."""
 
     @abc.abstractmethod
-    def _state_parts(self, path: Path) -> list[StatePart]:
+    def _state_nodes(self, path: Path) -> list[StateNode]:
         """The parts of the state that are known before there are parameters, containers before their entries."""
 
 
@@ -213,7 +213,7 @@ class GradientTransformation(Transformation):
     def _extra_names(self) -> frozenset[str] | None:
         return None if self._extras is None else self._extras - {"updates", "state", "params"}
 
-    def _state_parts(self, path: Path) -> list[StatePart]:
+    def _state_nodes(self, path: Path) -> list[StateNode]:
         return []
 
 
@@ -258,11 +258,11 @@ class Declared(GradientTransformation):
     def update(self, updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> tuple[Tree, Any]:
         """Transforms updates; see `GradientTransformation.update`."""
         if type(state) is not self.state_type:
-            raise wrong_state(self._state_parts(())[0], state)
+            raise wrong_state(self._state_nodes(())[0], state)
         return super().update(updates, state, params, **extra)
 
-    def _state_parts(self, path: Path) -> list[StatePart]:
-        return [StatePart(self, path, self.state_type)]
+    def _state_nodes(self, path: Path) -> list[StateNode]:
+        return [StateNode(self, path, self.state_type)]
 
     @property
     def name(self) -> str:

@@ -11,6 +11,7 @@ CUDA; the columns of the operation table hold both.
 
 import functools
 from collections.abc import Callable
+from typing import TypeVar, cast
 
 import torch
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
@@ -19,7 +20,10 @@ from .errors import RuleError, where
 from .ops import OPS
 
 
-def _of_tensors(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+Function = TypeVar("Function", bound=Callable[[torch.Tensor], torch.Tensor])
+
+
+def _of_tensors(function: Function) -> Function:
     """A function that is recorded while a rule is traced, and refuses a number in the place of a tensor."""
 
     @functools.wraps(function)
@@ -31,7 +35,7 @@ def _of_tensors(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[t
             raise RuleError(f"{where()} calls `{function.__name__}` of {x!r:.60}, expected a tensor, such as `u`.")
         return function(x)
 
-    return checked
+    return cast("Function", checked)
 
 
 @_of_tensors

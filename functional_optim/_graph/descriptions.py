@@ -264,7 +264,7 @@ def describe(serial: str, apply: bool, trees: Trees, backend: str | None) -> str
       backend: the backend that is asked for.
 
     Raises:
-      ValueError: the trees do not fit each other.
+      ValueError: the trees do not fit each other, or the state is that of a rule that has been written anew.
     """
     trees.check()
     tx = TRANSFORMATIONS[serial]
@@ -289,7 +289,7 @@ def _read(text: str) -> tuple[DescribedStep, bool]:
     """The step that a text describes, and whether its chain was in this process before."""
     reader = _Reader(text)
     (_, *digests), n, tx, apply, updates, params, state, extra, backend = reader.load()
-    here = reader.finds_chain
+    here = reader.chain is not None
     own = parts(tx).values()
     edited = next((part for part, digest in zip(own, digests, strict=True) if is_edited(part, digest)), None)
     if edited is not None:  # names lead to other rules now; the chain that was described may still have the old ones
@@ -371,11 +371,35 @@ class _Writer(pickle.Pickler):
         if not (isinstance(x, type) and issubclass(x, tuple) and hasattr(x, "_fields")):
             return None
         if hasattr(x, "_rule"):
-            return "state", x._rule.factory, vars(x)["_counted"]
+            counted = vars(x)["_counted"]
+            return (
+                ("state here", self._position(x._rule), counted)
+                if self.by_serial
+                else ("state", x._rule.factory, counted)
+            )
         if self.by_serial and "<locals>" in x.__qualname__:
             CLASSES[id(x)] = x
             return "class", id(x)
         return None
+
+    def _position(self, rule: Rule) -> int:
+        """The position of a rule among the parts of the chain.
+
+        Raises:
+          ValueError: a state is that of a rule in whose place the chain has another one.
+        """
+        rules = _rules(self.tx)
+        if rule not in rules:
+            raise ValueError(
+                f"the state of {rule.name} was made before the rule was written anew; take one step outside of the "
+                f"compiled function, whose state is the new rule's, or make it with `tx.init(params)`."
+            )
+        return rules.index(rule)
+
+
+def _rules(tx: GradientTransformation) -> list[Rule | None]:
+    """The rule of each part of a chain; None for a part that is not one."""
+    return [None if part._bound is None else part._bound.rule for part in parts(tx).values()]
 
 
 class _Reader(pickle.Unpickler):
@@ -384,7 +408,7 @@ class _Reader(pickle.Unpickler):
     def __init__(self, text: str) -> None:
         super().__init__(io.BytesIO(zlib.decompress(base64.b85decode(text))))
         self.numbers: dict[int, torch.Tensor] = {}
-        self.finds_chain = False  # whether the chain is found by its serial number
+        self.chain: GradientTransformation | None = None  # if it is found by its serial number
 
     def persistent_load(self, pid: Any) -> Any:
         kind, *rest = pid
@@ -392,6 +416,11 @@ class _Reader(pickle.Unpickler):
             return self.numbers.setdefault(rest[0], torch.zeros((), dtype=torch.float64))
         if kind == "state":
             return state_type(rest[0].rule, rest[1])
+        if kind == "state here":
+            assert self.chain is not None, "a chain stands before the states"
+            rule = _rules(self.chain)[rest[0]]
+            assert rule is not None, "positions are those of rules"
+            return state_type(rule, rest[1])
         if kind == "set":
             return frozenset(rest[0])
         if kind == "class":
@@ -402,7 +431,6 @@ class _Reader(pickle.Unpickler):
             return form(spec, tuple([None if place is None else Place(*place) for place in places]))
         if kind == "form here":
             return FORMS[rest[0]]
-        self.finds_chain = True
         serial, process = rest
         tx = TRANSFORMATIONS.get(serial) if process == PROCESS_ID else None
         if tx is None:
@@ -412,6 +440,7 @@ class _Reader(pickle.Unpickler):
                 "schedules as schedules of functional_optim, and rules in place of opaque transformations. Otherwise "
                 "keep the chain as long as the compiled function, and compile in the process that runs it."
             )
+        self.chain = tx
         return tx
 
     def find_class(self, module: str, name: str) -> Any:

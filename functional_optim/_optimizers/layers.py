@@ -2,13 +2,15 @@
 
 from typing import Any
 
+import torch
+
 from .._chain import chain
-from .._compiler.rule import Scalar
+from .._compiler.rule import Leaf, Scalar
 from .._masking import masked
+from .._rule import elementwise
 from .._transform import GradientTransformation
 from .._transforms.adam import scale_by_adam
 from .._transforms.decay import add_decayed_weights
-from .._transforms.fromage import descend_and_shrink
 from .._transforms.momentum import trace
 from .._transforms.scaling import scale_by_learning_rate, scale_by_trust_ratio
 from ._arguments import named_arguments
@@ -92,8 +94,8 @@ def lamb(
     )
 
 
-@named_arguments
-def fromage(learning_rate: Scalar, min_norm: Scalar = 1e-6) -> GradientTransformation:
+@elementwise(ranges={"min_norm": "[0, inf)"})
+def fromage(u: Leaf, p: Leaf, *, learning_rate: Scalar, min_norm: Scalar = 1e-6) -> Leaf:
     r"""Fromage: updates as long as their parameters, and parameters that do not grow.
 
     $$\theta_t = \frac{1}{\sqrt{1 + \eta^2}} \left( \theta_{t-1}
@@ -105,15 +107,18 @@ def fromage(learning_rate: Scalar, min_norm: Scalar = 1e-6) -> GradientTransform
       min_norm: the least that a norm counts as; see `scale_by_trust_ratio`.
 
     Returns:
-      The optimizer.
+      The optimizer. It needs the parameters.
 
     Raises:
       ValueError: `min_norm` is negative.
 
     Example:
-      >>> fromage(0.01)
-      chain(scale_by_trust_ratio(min_norm=1e-06), descend_and_shrink(learning_rate=0.01))
+      >>> tx, params = fromage(0.75), torch.tensor([3.0, 4.0])
+      >>> tx.update(torch.tensor([0.0, 1.0]), tx.init(params), params)[0]
+      tensor([-0.6000, -3.8000])
 
     Source: Bernstein et al. 2020, arXiv:2002.03432, algorithm 1.
     """
-    return chain(scale_by_trust_ratio(min_norm), descend_and_shrink(learning_rate))
+    shrinking = 1 / torch.sqrt(1 + learning_rate * learning_rate)
+    step: Leaf = learning_rate * scale_by_trust_ratio.formula(u, p, min_norm=min_norm, trust_coefficient=1.0, eps=0.0)
+    return (shrinking - 1) * p - shrinking * step

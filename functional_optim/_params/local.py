@@ -13,13 +13,13 @@ from .template import ParamList
 Placer = Callable[[torch.Tensor, torch.Tensor, str], torch.Tensor]
 
 
-def tensor_of(x: Any, name: str) -> Any:
+def tensor_of(x: Any, name: str, path: str | None = None) -> Any:
     """The plain real tensor that holds a tensor's elements, or this process's part of them.
 
     Raises:
       ValueError: the tensor is conjugated when it is read; with its name.
     """
-    return None if x is None else real_view(local_tensor(x), name)
+    return None if x is None else real_view(local_tensor(x), name, path)
 
 
 class LocalColumns:
@@ -83,7 +83,7 @@ class LocalColumns:
         for i in self.wrapped:
             x = column[i]
             x = x.resolve_conj() if not written and isinstance(x, torch.Tensor) else x
-            column[i] = tensor_of(x, f"{name} {self.names[i]!r}")
+            column[i] = tensor_of(x, name, self.names[i])
         return column
 
     def known(self, key: Key, tensors: Sequence[Any]) -> list[Any] | None:

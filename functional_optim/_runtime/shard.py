@@ -79,12 +79,13 @@ def is_in_mesh(x: torch.Tensor) -> bool:
     return not is_dtensor(x) or x.device_mesh.get_coordinate() is not None
 
 
-def real_view(x: torch.Tensor, name: str = "a tensor") -> torch.Tensor:
+def real_view(x: torch.Tensor, name: str = "a tensor", path: str | None = None) -> torch.Tensor:
     """Complex numbers as pairs of real ones, in a last dimension of 2; a real tensor itself.
 
     Args:
       x: the tensor.
       name: its name in messages.
+      path: that of its leaf, if the name is one of many.
 
     Raises:
       ValueError: the tensor is conjugated when it is read, so that its memory holds other numbers.
@@ -97,8 +98,8 @@ def real_view(x: torch.Tensor, name: str = "a tensor") -> torch.Tensor:
         return x
     if x.is_conj():
         raise ValueError(
-            f"{name} is a conjugated view, whose memory holds the conjugates, so a step cannot write to it; resolve it "
-            f"before the step, as in `p.data = p.data.resolve_conj()`."
+            f"{name if path is None else f'{name} {path!r}'} is a conjugated view, whose memory holds the conjugates, "
+            f"so a step cannot write to it; resolve it before the step, as in `p.data = p.data.resolve_conj()`."
         )
     return torch.view_as_real(x)
 

@@ -9,7 +9,7 @@ from .._packed import Packed
 from .._reading import marked_slots, rule_states
 from .._rule import elementwise
 from .._runtime.checks import at
-from .._state_form import check_nest
+from .._state_nodes import check_nest
 from .._transform import GradientTransformation
 from .._tree import MaskedNode, Tree, flatten, leaves_like, packed_like, paths, tree_map
 

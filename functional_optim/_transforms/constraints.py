@@ -6,7 +6,7 @@ from .._compiler.rule import Leaf
 from .._rule import elementwise
 
 
-@elementwise
+@elementwise(final=True)
 def keep_params_nonnegative(u: Leaf, p: Leaf) -> Leaf:
     r"""Shortens updates so that parameters do not fall below 0, $u_t = \max(g_t, -\theta)$.
 

@@ -11,7 +11,7 @@ from .._lbfgs.backtracking import backtrack
 from .._lbfgs.point import Found, curvature_error, excess
 from .._lbfgs.strong_wolfe import strong_wolfe
 from .._lbfgs.zoom import zoom
-from .._state_form import check_nest
+from .._state_nodes import check_nest
 from .._transform import Declared, GradientTransformation, declares
 from .._tree import Tree, flatten
 from ._objective import Objective, gradients

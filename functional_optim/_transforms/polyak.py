@@ -26,7 +26,7 @@ def scale_by_polyak(
     $$u_t = g_t \min\left( \frac{f(\theta) - f_*}{\lVert g_t \rVert^2 + \epsilon}, \gamma_{\max} \right), \quad
       \lVert \cdot \rVert \text{ over all leaves}$$
 
-    The step size is 0 where the denominator is less than $2^{-52}$.
+    The step size is 0 where the denominator is no more than $2^{-52}$.
 
     Args:
       f_min: $f_*$, the least value of the objective, or a bound.

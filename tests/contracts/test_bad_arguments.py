@@ -194,6 +194,7 @@ RANGES |= outside("scale_by_yogi", "initial_accumulator_value", -1.0, "[0, inf)"
 RANGES |= outside("scale_by_polyak", "max_learning_rate", 0.0, "(0, inf]")
 RANGES |= outside("scale_by_polyak", "eps", -1.0, "[0, inf)")
 RANGES |= outside("scale_by_param_block_norm", "min_scale", -1.0, "[0, inf)")
+RANGES |= outside("fromage", "min_norm", -1.0, "[0, inf)", learning_rate=0.1)
 RANGES |= outside("normalize_by_update_norm", "eps", -1.0, "[0, inf)")
 for _name in ("scale_by_nadam", "scale_by_radam"):
     RANGES |= outside(_name, "eps_root", -1.0, "[0, inf)")

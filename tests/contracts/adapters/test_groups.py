@@ -466,3 +466,14 @@ def test_options_of_a_rule_for_whole_tensors_that_are_gone(name: str, value: Any
     with pytest.raises(error, match=message):
         opt.step()
     assert torch.equal(p, before)
+
+
+def test_a_factor_lr_stands_before_a_constraint_of_parameters() -> None:
+    tx = fo.chain(fo.trace(0.0), fo.scale(-1.0), fo.keep_params_nonnegative())
+    for lr, expected in ((3.0, 0.0), (0.1, 0.5)):
+        p = torch.nn.Parameter(torch.ones(2))
+        p.grad = torch.full((2,), 5.0)
+        opt = TransformOptimizer([p], tx)
+        opt.param_groups[0]["lr"] = lr
+        opt.step()
+        torch.testing.assert_close(p.data, torch.full((2,), expected))

@@ -104,6 +104,46 @@ def test_another_chain_in_the_same_name_is_compiled_anew() -> None:
     assert backend.frame_count == 2
 
 
+def momentum_rule(factor: float) -> Any:
+    """A rule of a function, which has no address, and has other formulas each time that it is made."""
+
+    @fo.elementwise(state={"m": fo.zeros, "size": fo.slot(per="leaf")})
+    def momentum(u: Any, m: Any, size: Any, *, step: Any, decay: Any = 0.5) -> Any:
+        m = decay * m + factor * u
+        return m / (1 - decay**step), m, fo.leaf_norm(u)
+
+    return momentum
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: fo.chain(fo.masked(tx, {"w": True, "b": False}), tx)])
+def test_a_rule_that_is_defined_within_a_function(wrap: Any, donate: bool) -> None:
+    tx = wrap(momentum_rule(2.0)())
+    params, grads = {"w": torch.ones(3), "b": torch.ones(2)}, {"w": torch.full((3,), 0.5), "b": torch.ones(2)}
+    state = tx.init(params)
+    expected = copy.deepcopy((params, state))
+    compiled = torch.compile(lambda p, s: fo.apply_gradients(tx, p, grads, s, donate=donate), fullgraph=True)
+    for _ in range(3):
+        params, state = compiled(params, state)
+        expected = fo.apply_gradients(tx, expected[0], grads, expected[1])
+        assert_equal((params, state), expected)
+
+
+def test_a_state_of_a_rule_that_was_written_anew_since() -> None:
+    first, second = momentum_rule(1.0)(), momentum_rule(3.0)()
+    params, grads = {"w": torch.ones(3)}, {"w": torch.full((3,), 0.5)}
+    params, state = fo.apply_gradients(first, params, grads, first.init(params))
+
+    def step(params: Any, state: Any) -> Any:
+        return fo.apply_gradients(second, params, grads, state)
+
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="before the rule was written anew; take one step outside"):
+        torch.compile(step, backend="eager", fullgraph=True)(params, state)
+    found = torch.compile(step, backend="eager")(params, state)
+    assert_equal(found, step(params, state))
+    assert_equal(torch.compile(step, backend="eager", fullgraph=True)(*found), step(*found))
+
+
 def test_tensors_that_the_step_itself_changes() -> None:
     """A learning rate that is written to before and after the step, inside of the compiled function."""
     rate = torch.tensor(0.5)

@@ -174,7 +174,7 @@ def test_the_last_pass_moves_counters_on(device: StandIn, name: str, tree: str) 
 
 @pytest.mark.usefixtures("nothing_given_up")
 def test_a_backend_that_another_thread_gives_up_moves_no_counter_twice(device: StandIn) -> None:
-    """The kernels of a step have moved its counter, whatever computes the steps behind it."""
+    """The kernels of a step have moved its counter, also if torch operations compute the steps behind it."""
     tx, gradients = fo.adamw(0.1), ones((5,), (33,))
     aligned, memory = ones((5,), (33,)), torch.ones(40)
     shifted = {"0": memory[1:6], "1": memory[7:40]}  # addresses that are no multiples of 16

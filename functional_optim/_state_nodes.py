@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 Path = tuple[int | str, ...]
 
 
-class StatePart(NamedTuple):
+class StateNode(NamedTuple):
     """A container within the state of a transformation, or the state of an innermost one.
 
     Args:
@@ -28,24 +28,24 @@ class StatePart(NamedTuple):
         return bool(self.keys) or self.kind is tuple or self.kind is dict
 
     def is_like(self, found: Any) -> bool:
-        """Whether a value has the class and the keys of this part."""
+        """Whether a value has the class and the keys of this node."""
         if self.kind is tuple:
             return isinstance(found, (tuple, list)) and len(found) == len(self.keys)
         if self.kind is dict:
             return isinstance(found, Mapping) and set(found) == set(self.keys)
-        return type(found) is self.kind or _form(type(found)) == _form(self.kind)
+        return type(found) is self.kind or _declared(type(found)) == _declared(self.kind)
 
 
-def _form(kind: type) -> tuple[str, str, Any]:
+def _declared(kind: type) -> tuple[str, str, Any]:
     """The name and the fields of a class of states, which are equal for a rule that has been written anew."""
     return kind.__module__, kind.__qualname__, getattr(kind, "_fields", ())
 
 
-def wrong_state(part: StatePart, found: Any) -> TypeError:
-    """The error of a state that another transformation has made, or none, which has something else for a part."""
-    where = "".join(f"[{key!r}]" for key in part.path)
+def wrong_state(node: StateNode, found: Any) -> TypeError:
+    """The error of a state that another transformation has made, or none, which has something else for a node."""
+    where = "".join(f"[{key!r}]" for key in node.path)
     return TypeError(
-        f"state{where} is {_shown(found, part.kind)}, expected the {_expected(part)} of {part.owner!r:.80}; {FROM_INIT}"
+        f"state{where} is {_shown(found, node.kind)}, expected the {_expected(node)} of {node.owner!r:.80}; {FROM_INIT}"
     )
 
 
@@ -73,10 +73,10 @@ def _shown(found: Any, kind: type | None = None) -> str:
     return type(found).__name__
 
 
-def _expected(part: StatePart) -> str:
-    if part.kind is tuple:
-        return f"tuple of {_counted(len(part.keys))}"
-    return f"dict with the keys {_listed(part.keys)}" if part.kind is dict else part.kind.__name__
+def _expected(node: StateNode) -> str:
+    if node.kind is tuple:
+        return f"tuple of {_counted(len(node.keys))}"
+    return f"dict with the keys {_listed(node.keys)}" if node.kind is dict else node.kind.__name__
 
 
 def _counted(n: int) -> str:
@@ -87,19 +87,19 @@ def _listed(keys: Sequence[Hashable]) -> str:
     return ", ".join([*map(repr, keys[:5]), *(["..."] if len(keys) > 5 else [])])
 
 
-def check_state(parts: Iterable[StatePart], state: Any) -> None:
-    """Refuses a state that has something else in the place of a part.
+def check_state(nodes: Iterable[StateNode], state: Any) -> None:
+    """Refuses a state that has something else in the place of a node.
 
     Args:
-      parts: the parts to look at, each after the containers that it is in.
+      nodes: the nodes to look at, each after the containers that it is in.
       state: the state.
 
     Raises:
       TypeError: the state was made by another transformation, or is none.
     """
-    for part in parts:
+    for node in nodes:
         found = state
-        for key in part.path:
+        for key in node.path:
             found = found[key]
-        if not part.is_like(found):
-            raise wrong_state(part, found)
+        if not node.is_like(found):
+            raise wrong_state(node, found)
