@@ -203,7 +203,7 @@ def _template(optimizer: "ChainOptimizer", g: int, group: dict[str, Any]) -> Tem
                     one = isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex()
                     if not (one or isinstance(value, numbers.Real)):
                         raise ValueError(f"{option.name!r} is {_show(value)}, expected a number.")
-                    check_entry(repr(option.name), "the group", value, group["params"])
+                    check_entry(repr(option.name), "of the group", value, group["params"])
     except (TypeError, ValueError, LookupError, RuntimeError) as error:
         raise ValueError(f"the options of param_groups[{g}] of the state dict do not fit: {error}") from error
     return template
@@ -231,7 +231,7 @@ def _state(
         )
     made = {}
     for k, v in saved.items():
-        check_entry(f"the saved {k!r}", repr(name), v, [p])
+        check_entry(f"the saved {k!r}", f"at {name!r}", v, [p])
         if k == "step":
             made[k] = _counter(0 if v is None else v, p, name, counter)
         elif k not in slots:
@@ -241,12 +241,12 @@ def _state(
     return made
 
 
-def check_entry(name: str, owner: str, value: Any, params: Sequence[torch.Tensor]) -> None:
+def check_entry(name: str, place: str, value: Any, params: Sequence[torch.Tensor]) -> None:
     """Refuses tensors without elements in an entry of a state dict, for parameters that have some.
 
     Args:
       name: the entry, in messages.
-      owner: the part of the state dict that it belongs to, likewise.
+      place: its place in the state dict, likewise.
       value: its value, which may be a nest of tensors.
       params: the parameters.
 
@@ -255,13 +255,13 @@ def check_entry(name: str, owner: str, value: Any, params: Sequence[torch.Tensor
     """
     if isinstance(value, (dict, list, tuple)):
         for key, x in value.items() if isinstance(value, dict) else enumerate(value):
-            check_entry(f"{name}[{key!r}]", owner, x, params)
+            check_entry(f"{name}[{key!r}]", place, x, params)
     elif isinstance(value, torch.Tensor):
         if value.layout is torch.strided:
-            check_stored(f"{name} of {owner}", "", value)
+            check_stored(f"{name} {place}", "", value)
         if value.is_meta and not all(p.is_meta for p in params):
             raise ValueError(
-                f"{name} of {owner} is on meta, without elements, but the parameters have some; read the file with "
+                f"{name} {place} is on meta, without elements, but the parameters have some; read the file with "
                 f"`torch.load(path, map_location='cpu')`."
             )
 

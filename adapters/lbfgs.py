@@ -327,9 +327,9 @@ class LBFGS(torch.optim.LBFGS):
                     f"have {n}."
                 )
             for k, x in saved.items():
-                check_entry(f"the saved {k!r}", f"parameter {key}", x, params)
+                check_entry(f"the saved {k!r}", f"of parameter {key}", x, params)
         for g, group in enumerate(groups):
-            check_entry("'lr'", f"param_groups[{g}] of the state dict", group["lr"], params)
+            check_entry("'lr'", f"of param_groups[{g}] of the state dict", group["lr"], params)
         return {**state_dict, "state": deepcopy(states)}
 
     def _refuse_another_class(self, states: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]]) -> None:

@@ -53,15 +53,15 @@ MISFITS: dict[str, tuple[Callable[[Any], dict[str, Any]], str]] = {
     "no tensor": (edited(lambda d: d["state"][0].update(exp_avg=[1.0, 2.0])), "exp_avg"),
     "a slot on meta": (
         edited(lambda d: d["state"][1].update(exp_avg=torch.ones(8, device="meta"))),
-        r"the saved 'exp_avg' of .*params\[1\]' is on meta, without elements.*map_location='cpu'",
+        r"the saved 'exp_avg' at .*params\[1\]' is on meta, without elements.*map_location='cpu'",
     ),
     "a counter on meta": (
         edited(lambda d: d["state"][0].update(step=torch.zeros((), device="meta"))),
-        "the saved 'step' of .* is on meta",
+        "the saved 'step' at .* is on meta",
     ),
     "an unknown entry on meta": (
         edited(lambda d: d["state"][0].update(more={"a": [torch.zeros(2, device="meta")]})),
-        r"the saved 'more'\['a'\]\[0\] of .* is on meta",
+        r"the saved 'more'\['a'\]\[0\] at .* is on meta",
     ),
     "an option on meta": (
         edited(lambda d: d["param_groups"][0].update(lr=torch.tensor(0.1, device="meta"))),
