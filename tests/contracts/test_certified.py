@@ -23,7 +23,7 @@ def test_a_row_is_what_is_measured(row: Row) -> None:
 @pytest.mark.parametrize("row", [row for row in ROWS if row.proofs], ids=lambda row: row.name)
 def test_sentences_of_a_row_have_tests(row: Row) -> None:
     """They are in the page, they exist, and beside them stand the class and each of its switches."""
-    texts = []
+    texts: list[str] = []
     for proof in row.proofs:
         assert f"- `{row.name}`: `{proof}`" in PAGE.splitlines()
         file, _, name = proof.partition("::")
@@ -31,7 +31,9 @@ def test_sentences_of_a_row_have_tests(row: Row) -> None:
         assert f"def {name}(" in texts[-1]
     assert row.name.lower() in "".join(texts).lower()
     if isinstance(row.units, str):
-        assert all(f'"{flag}"' in "".join(texts) or f"{flag}=" in "".join(texts) for flag in flags(row.name))
+        # torch 2.14 has a switch more of LBFGS, which its own `optim_db` tries
+        forms = [(f'"{flag}"', f"{flag}=", f'"optim_db, {flag}"') for flag in flags(row.name)]
+        assert all(any(form in "".join(texts) for form in own) for own in forms)
 
 
 def test_rows_without_a_measurement_name_their_tests() -> None:
