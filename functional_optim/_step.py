@@ -32,7 +32,7 @@ from ._runtime.stacks import different_numbers
 from ._runtime.step import BoundStep, Reading
 from ._stand_ins import stand_in_of
 from ._state import StateReader, get_state, set_states
-from ._state_nodes import StateNode, check_state
+from ._state_nodes import check_state
 from ._structures import with_aliases
 from ._transform import GradientTransformation, Link, Path
 from ._tree import Spec, Tree, View, flatten
@@ -46,11 +46,9 @@ _BY_TORCH = (Opaque, LeafwiseRegion)
 class TreeRegion(BoundRegion):
     """A region over the leaves of a tree, with its state."""
 
-    def __init__(
-        self, region: Region, leaves: TreeLeaves, device: torch.device | None, containers: Sequence[StateNode]
-    ) -> None:
+    def __init__(self, region: Region, leaves: TreeLeaves, device: torch.device | None) -> None:
         super().__init__(region, leaves.paths, leaves.present)
-        self.state = StateReader(region, leaves.read, device, leaves.present, containers)
+        self.state = StateReader(region, leaves.read, device, leaves.present)
         self.moving = [k for k in self.state.counted if any(region.links[k].seen[i] for i in leaves.present)]
         self.leafwise = (
             LeafwiseStep(region, leaves.paths, leaves.present) if isinstance(region, LeafwiseRegion) else None
@@ -94,10 +92,9 @@ class TreeStep(TreeLeaves):
         self.seen, self.asks_leaves = _seen(links), tx._asks_leaves()
         segments = cut_into_regions(links, apply, len(self.paths))
         device = next(iter(self.devices)) if len(self.devices) == 1 else None
-        self.containers = [part for part in tx._state_nodes(()) if part.is_container]
+        self.containers = [node for node in tx._state_nodes(()) if node.is_container]
         self.segments = [
-            TreeRegion(segment, self, device, self.containers) if isinstance(segment, Region) else segment
-            for segment in segments
+            TreeRegion(segment, self, device) if isinstance(segment, Region) else segment for segment in segments
         ]
         # user code runs between the first look at tensors and the last launch
         self.runs_python = any(isinstance(segment, _BY_TORCH) or segment.hosts for segment in segments)
@@ -178,6 +175,13 @@ class TreeStep(TreeLeaves):
         watched = self.runs_python and not dispatching and self.with_params
         if watched:
             watch = self.watch = SpecWatch.of(self.watch, columns["params"], self.present, "params", self.paths)
+        for node in self.containers:
+            found = state
+            for key in node.path:
+                found = found[key]
+            # a tuple, as nearly all are, is looked at without a call
+            if not (node.kind is tuple and type(found) is tuple and len(found) == len(node.keys)):
+                check_state([node], state)
         new_states: dict[Path, Any] = {}
         entered = columns["updates"]
         if self.looks_ahead and not dispatching:
@@ -299,10 +303,9 @@ class TreeStep(TreeLeaves):
 
         Raises:
           TypeError, ValueError: it returned something else than updates and a state, or was to get an object that is
-            no leaf, or the state was made by another transformation.
+            no leaf.
         """
         link = segment.link
-        check_state(self.containers, state)
         if segment is self.segments[0]:  # leaves may have changed since the step was made; programs look at them anyway
             self.check_leaves(columns)
             if not needs_dispatch():

@@ -372,11 +372,9 @@ class _Writer(pickle.Pickler):
             return None
         if hasattr(x, "_rule"):
             counted = vars(x)["_counted"]
-            return (
-                ("state here", self._position(x._rule), counted)
-                if self.by_serial
-                else ("state", x._rule.factory, counted)
-            )
+            if self.by_serial:
+                return "state here", self._position(x._rule), counted
+            return "state", x._rule.factory, counted
         if self.by_serial and "<locals>" in x.__qualname__:
             CLASSES[id(x)] = x
             return "class", id(x)
