@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from ._bound_region import BoundRegion
 from ._compiler.c.emit import emit_c
 from ._compiler.differentiate import NoDerivative, differentiate_signatures
 from ._compiler.errors import ShortTracebacks
@@ -24,9 +23,10 @@ from ._params.step import ParamStep
 from ._params.template import ParamList, Template, gradient_dtype
 from ._runtime.backend import choose_backend
 from ._runtime.checks import at
-from ._runtime.groups import Columns, Group, Key, Leaf
+from ._runtime.groups import Columns, Group, Key
 from ._runtime.shard import local_tensor
 from ._runtime.spec import TensorSpec
+from ._segments import BoundRegion
 from ._step import TreeRegion, TreeStep
 from ._transform import GradientTransformation, as_transformation
 from ._tree import Tree, View, flatten, show
@@ -209,8 +209,9 @@ def explanation(tx: Any, params: Tree | None) -> Explanation:
         if isinstance(segment, TreeRegion) and segment.leafwise is not None:
             found.add_leafwise(segment.leafwise)
         elif isinstance(segment, TreeRegion):
-            own = segment.columns(columns, segment.state.states(state))
-            found.add_region(segment, own, segment.leaves(own))
+            states = segment.state.states(state)
+            own = segment.state.columns(states, columns) | segment.host_columns(columns, states)
+            found.add_region(segment, own)
         else:
             found.add_opaque(segment.link.tx)
     return found.explanation(step.present, flatten(state)[0])
@@ -248,23 +249,16 @@ def explain_params(
     local = [tensor_of(x, "params") for x in shadows]
     as_gradients = [_shadow(x, gradient_dtype(p)) for x, p in zip(shadows, params.tensors, strict=True)]
     updates = [tensor_of(x, "params") for x in as_gradients]
-    tensors = [tensor_of(p, f"params at {name!r}") for name, p in zip(step.names, params.tensors, strict=True)]
-    found = _Collector(step.names, tensors, records)
+    tensors = [tensor_of(p, f"params at {name!r}") for name, p in zip(step.paths, params.tensors, strict=True)]
+    found = _Collector(step.paths, tensors, records)
     for segment in step.segments:
         if isinstance(segment, ParamRegion) and segment.leafwise is not None:
             found.add_leafwise(segment.leafwise)
         elif isinstance(segment, ParamRegion):
-            own: Columns = {
-                "updates": updates,
-                "params": local,
-                **columns,
-                **dict.fromkeys(_given(step), local),
-            }
+            own: Columns = {"updates": updates, "params": local, **columns, **dict.fromkeys(_given(step), local)}
             for host in segment.region.hosts:
-                own[host.column] = host_column(host, [0] * len(local), step.devices)
-            found.add_region(
-                segment, own, segment.leaves(own, params.groups, frozenset(), step.numels, step.local.shards)
-            )
+                own[host.column] = host_column(host, [0] * len(local), step.state.devices)
+            found.add_region(segment, own)
         else:
             found.add_opaque(segment.link.tx)
     chains = tuple(_chain_of(k, template, params, step.view) for k, template in enumerate(templates))
@@ -326,15 +320,14 @@ class _Collector:
         self.notes.append(f"{name} computes whole tensors with torch operations, those of one shape at once: {listed}")
         self.passes += 1
 
-    def add_region(self, segment: BoundRegion, own: Columns, leaves: Sequence[Leaf]) -> None:
+    def add_region(self, segment: BoundRegion, own: Columns) -> None:
         """Adds rules that fuse.
 
         Args:
           segment: the rules.
           own: tensors without memory that are like those of a step.
-          leaves: the leaves that they see.
         """
-        groups = segment.programs(own, leaves).groups
+        groups = segment.programs(own, segment.leaves(own)).groups
         why = self._falls_back(groups)
         self.notes += [why] if why else []
         for group in groups:

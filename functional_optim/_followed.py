@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
-from ._bound_region import BoundRegion, Variant
 from ._runtime.autograd import can_record, record
 from ._runtime.backend import REQUESTED
 from ._runtime.groups import Columns, Key
 from ._runtime.internals import map_levels, outside_transformations, takes_gradients, without_wrappers
 from ._runtime.step import BoundStep
+from ._segments import BoundRegion, Variant
 from ._tree_leaves import TreeLeaves
 
 

@@ -12,30 +12,35 @@ from ._compiler.fuse import HostSchedule
 from ._runtime.checks import check_fit, check_number, check_stored
 from ._runtime.pointers import PointerReader, Pointers
 from ._runtime.spec import TensorSpec
-from ._transform import GradientTransformation, Link
-from ._tree import MaskedNode, Reader, Tree, difference
+from ._transform import Link
+from ._tree import MaskedNode, Reader, View, difference
 
 
 def call_opaque(
-    tx: GradientTransformation, updates: Tree, state: Any, params: Tree | None, extra: Mapping[str, Any]
-) -> tuple[Tree, Any]:
+    link: Link, view: View, before: Sequence[Any], state: Any, with_params: bool, extra: Mapping[str, Any], read: Reader
+) -> tuple[list[Any], Any]:
     """Calls `update` of a transformation that is not made of rules.
+
+    Args:
+      link: the transformation.
+      view: the parameters.
+      before: the updates.
+      state: its state.
+      with_params: whether it is given the parameters.
+      extra: the extra arguments.
+      read: reads trees of the structure of the parameters.
+
+    Returns:
+      The updates: where it does not see a leaf, or there is no gradient, those before. And the new state.
 
     Raises:
       TypeError: the transformation returned something else than updates and a state.
+      ValueError: the updates have another structure than the parameters.
     """
-    result = tx.update(updates, state, params, **extra)
+    result = link.tx.update(view.tree(before), state, view.tree() if with_params else None, **extra)
     if not isinstance(result, tuple) or len(result) != 2:
-        raise TypeError(f"{tx!r:.60} returned {result!r:.60} from `update`, expected (updates, state).")
-    return result[0], result[1]
-
-
-def updates_of(link: Link, tree: Tree, before: Sequence[Any], read: Reader) -> list[Any]:
-    """The updates that a transformation returned; where it does not see a leaf, or there is no gradient, those before.
-
-    Raises:
-      ValueError: the tree has another structure than the parameters.
-    """
+        raise TypeError(f"{link.tx!r:.60} returned {result!r:.60} from `update`, expected (updates, state).")
+    tree, new_state = result
     try:
         found = read(tree)
     except (ValueError, TypeError):
@@ -43,10 +48,11 @@ def updates_of(link: Link, tree: Tree, before: Sequence[Any], read: Reader) -> l
             f"the update that {link.tx!r:.60} returned does not have the structure of params: "
             f"{difference(read.spec, tree)}."
         ) from None
-    return [
+    updates = [
         x if seen and u is not None and not isinstance(x, MaskedNode) else u
         for x, u, seen in zip(found, before, link.seen, strict=True)
     ]
+    return updates, new_state
 
 
 def check_updates(

@@ -11,7 +11,7 @@ import torch
 
 from ._params.journal import Journal
 from ._params.local import tensor_of
-from ._params.step import ParamStep
+from ._params.step import ParamInputs, ParamStep
 from ._params.template import States
 from ._regions import Stored
 from ._runtime.checks import at, check_fit, check_leaf, check_stored
@@ -136,7 +136,7 @@ class RowStep:
     ) -> None:
         """Refuses tensors whose rows are not those of the gradient."""
         for i in self.step.present:
-            g, name = grads[i], self.step.names[i]
+            g, name = grads[i], self.step.paths[i]
             p = tensor_of(params[i], f"params at {name!r}")
             check_leaf("params", name, p)
             check_stored("params", name, p)
@@ -166,7 +166,7 @@ class RowStep:
     def _label(self, key: Key, i: int) -> str:
         """A tensor as messages call it."""
         name = "params" if key == "params" else f"state {key if isinstance(key, str) else key[1]}"
-        return f"{name}{at(self.step.names[i])}"
+        return f"{name}{at(self.step.paths[i])}"
 
     def _copy(self, key: Key, i: int, x: Any) -> torch.Tensor:
         """A copy of the rows of a tensor, or of a number."""
@@ -198,7 +198,8 @@ class RowStep:
         params = columns.pop("params")
         grads = [self.rows[i].values if i in self.rows else None for i in range(self.n_params)]
         self.step.begin()
-        outcome = self.step.take(params, dict(columns), grads, states, options, extra, frozenset(), journal)
+        inputs = ParamInputs(params, states, options, extra, frozenset(), journal)
+        outcome = self.step.take(dict(columns), grads, inputs)
         assert outcome == "taken", "all gradients and entries are there and dense"
 
     def write(self, states: Sequence[MutableMapping[str, Any]]) -> None:

@@ -5,15 +5,15 @@ transformation itself, and only have their tensors compared.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ._bound_region import BoundRegion, Variant, look_ahead, packed_forms
 from ._compiler.errors import ShortTracebacks
 from ._extras import check_no_number, extras_of
 from ._followed import run_followed
-from ._foreign import CHANGED_MESSAGE, SpecWatch, call_opaque, check_updates, host_column, updates_of, value_of_members
+from ._foreign import CHANGED_MESSAGE, SpecWatch, call_opaque, check_updates, host_column, value_of_members
 from ._leafwise import LeafwiseStep
 from ._opaque import check_apart
 from ._recorded import requires_gradient, warn_of_growth
@@ -21,7 +21,7 @@ from ._regions import LeafwiseRegion, Opaque, Region, cut_into_regions
 from ._runtime.autograd import can_record, record
 from ._runtime.backend import REQUESTED
 from ._runtime.checks import at
-from ._runtime.cuda.capture import CaptureError, NumberWatch, can_capture, refuse_host_schedule, refuse_new_trees
+from ._runtime.cuda.capture import refuse_host_schedule, refuse_new_trees
 from ._runtime.groups import Columns, Key
 from ._runtime.internals import is_wrapper_of_a_transformation, map_levels, needs_dispatch, takes_gradients
 from ._runtime.numbers import Numbers
@@ -30,6 +30,7 @@ from ._runtime.packing import PackedColumn
 from ._runtime.recent import in_front
 from ._runtime.stacks import different_numbers
 from ._runtime.step import BoundStep, Reading
+from ._segments import BoundRegion, SegmentedStep, Variant, packed_forms
 from ._stand_ins import stand_in_of
 from ._state import StateReader, get_state, set_states
 from ._state_nodes import check_state
@@ -40,23 +41,21 @@ from ._tree_leaves import TreeLeaves, present_in
 
 
 KEEP = 8  # trees that a transformation is bound to at once
-_BY_TORCH = (Opaque, LeafwiseRegion)
 
 
 class TreeRegion(BoundRegion):
     """A region over the leaves of a tree, with its state."""
 
     def __init__(self, region: Region, leaves: TreeLeaves, device: torch.device | None) -> None:
-        super().__init__(region, leaves.paths, leaves.present)
-        self.state = StateReader(region, leaves.read, device, leaves.present)
+        rule = LeafwiseStep(region, leaves.paths, leaves.present) if isinstance(region, LeafwiseRegion) else None
+        super().__init__(region, leaves.paths, leaves.present, rule)
+        self.state = StateReader(region, leaves.reader, device, leaves.present)
         self.moving = [k for k in self.state.counted if any(region.links[k].seen[i] for i in leaves.present)]
-        self.leafwise = (
-            LeafwiseStep(region, leaves.paths, leaves.present) if isinstance(region, LeafwiseRegion) else None
-        )
+        self.counters = [(k, "count") for k in self.moving]
 
-    def columns(self, columns: Columns, states: Mapping[int, Any], in_place: bool = False) -> Columns:
-        """All tensors that the programs read: the leaves, the state, and schedules that Python evaluates."""
-        own = self.state.columns(states, columns, in_place)
+    def host_columns(self, columns: Columns, states: Mapping[int, Any]) -> Columns:
+        """The values of schedules that Python evaluates, as columns."""
+        found: Columns = {}
         for host in self.region.hosts:
             count = states[host.counter[0]].count  # type: ignore[index]
             refuse_host_schedule(host.name, [count.device])
@@ -64,14 +63,45 @@ class TreeRegion(BoundRegion):
             levels = map_levels() if is_wrapper_of_a_transformation(count) else ()
             if levels:
                 value = value_of_members(host, count, different_numbers(count, levels))
-                own[host.column] = [None if device is None else value for device in devices]
+                found[host.column] = [None if device is None else value for device in devices]
                 continue
             count = 0 if count.is_meta else int(count)
-            own[host.column] = host_column(host, [count] * len(devices), devices)
-        return own
+            found[host.column] = host_column(host, [count] * len(devices), devices)
+        return found
 
 
-class TreeStep(TreeLeaves):
+@dataclass(slots=True)
+class TreeInputs:
+    """The arguments of one step over trees.
+
+    Args:
+      state: the state.
+      like: the tree whose containers results have.
+      extra: the extra arguments.
+      donate: whether to write in place.
+      given: tensors in the place of those that hyper-parameters have, by identity.
+
+    Attributes:
+      extra_numbers: the extra arguments that are numbers.
+      dispatching: whether torch looks at each operation, as transformations of `torch.func` do.
+      watch: the specs that parameters have to keep, where Python code runs within the step.
+      states: the states of the region that is computed, by position of the transformation.
+      new_states: the states that are replaced, by path.
+    """
+
+    state: Any
+    like: Tree
+    extra: Mapping[str, Any]
+    donate: bool
+    given: Mapping[int, torch.Tensor]
+    extra_numbers: Mapping[str, Any] = field(init=False)
+    dispatching: bool = field(init=False)
+    watch: SpecWatch | None = field(init=False)
+    states: Mapping[int, Any] = field(init=False)
+    new_states: dict[Path, Any] = field(init=False)
+
+
+class TreeStep(TreeLeaves, SegmentedStep[TreeRegion, TreeInputs]):
     """A transformation over trees of one structure in which the same leaves are there.
 
     Args:
@@ -86,25 +116,20 @@ class TreeStep(TreeLeaves):
 
     def __init__(self, tx: GradientTransformation, apply: bool, updates: Tree, params: Tree | None) -> None:
         self.tx, self.apply = tx, apply
-        super().__init__(updates, params)
-        links = tx._links(self.view_of(self.read(updates if params is None else params)), ())
+        TreeLeaves.__init__(self, updates, params)
+        links = tx._links(self.view_of(self.reader(updates if params is None else params)), ())
         self._check_params(links)
         self.seen, self.asks_leaves = _seen(links), tx._asks_leaves()
         segments = cut_into_regions(links, apply, len(self.paths))
         device = next(iter(self.devices)) if len(self.devices) == 1 else None
         self.containers = [node for node in tx._state_nodes(()) if node.is_container]
-        self.segments = [
+        regions = [
             TreeRegion(segment, self, device) if isinstance(segment, Region) else segment for segment in segments
         ]
-        # user code runs between the first look at tensors and the last launch
-        self.runs_python = any(isinstance(segment, _BY_TORCH) or segment.hosts for segment in segments)
-        self.watch, self.entering = SpecWatch((), ()), SpecWatch((), ())  # of parameters, and of updates
-        self.looks_ahead = (len(self.segments) > 1 or len(self.devices) > 1) and can_capture(self.devices)
-        self.numbers = NumberWatch()
+        SegmentedStep.__init__(self, regions, self.devices, extras_of(segments))
         # kernels make updates as wide as parameters; torch operations leave them as they were
-        self.widens = self.with_params and not apply and isinstance(segments[-1] if segments else None, _BY_TORCH)
-        self.extras = extras_of(segments)
-        self.traced = [segment for segment in segments if isinstance(segment, Region) and segment.traced]
+        by_torch = bool(segments) and isinstance(segments[-1], (Opaque, LeafwiseRegion))
+        self.widens = self.with_params and not apply and by_torch
 
     def _check_params(self, links: Sequence[Link]) -> None:
         """Refuses rules that need parameters where there are none."""
@@ -119,9 +144,9 @@ class TreeStep(TreeLeaves):
         if self.traced and not all(region.is_current for region in self.traced):
             return None
         try:
-            columns: Columns = {"updates": self.read(updates)}
+            columns: Columns = {"updates": self.reader(updates)}
             if params is not None:
-                columns["params"] = self.read(params)
+                columns["params"] = self.reader(params)
         except (ValueError, TypeError):
             return None
         some_are_absent = len(self.present) < len(self.paths)
@@ -137,24 +162,8 @@ class TreeStep(TreeLeaves):
         leaves = columns["params" if self.with_params else "updates"]
         return _seen(self.tx._links(self.view_of(leaves), ())) == self.seen
 
-    def take(
-        self,
-        columns: Columns,
-        state: Any,
-        like: Tree,
-        extra: Mapping[str, Any],
-        donate: bool,
-        given: Mapping[int, torch.Tensor],
-    ) -> tuple[Tree, Any] | None:
-        """Takes the step.
-
-        Args:
-          columns: the leaves.
-          state: the state.
-          like: the tree whose containers results have.
-          extra: the extra arguments.
-          donate: whether to write in place.
-          given: tensors in the place of those that hyper-parameters have, by identity.
+    def take(self, columns: Columns, inputs: TreeInputs) -> tuple[Tree, Any] | None:
+        """Takes the step on leaves.
 
         Returns:
           The new parameters, or updates, and the new state; None if a leaf is there or gone that was not before.
@@ -162,19 +171,18 @@ class TreeStep(TreeLeaves):
         Raises:
           ValueError, TypeError, RuntimeError: something does not fit; nothing has been written.
         """
-        extra_numbers = self.extras.numbers(extra) if extra or self.extras.needed or self.extras.trees else extra
-        columns = columns | self._extra_columns(extra) if self.extras.trees else columns
-        dispatching = needs_dispatch()
-        if donate and dispatching:
+        state, extra, donate, takes = inputs.state, inputs.extra, inputs.donate, self.extras
+        inputs.extra_numbers = takes.numbers(extra) if extra or takes.needed or takes.trees else extra
+        if takes.trees:
+            columns |= self._extra_columns(extra)
+        inputs.dispatching = needs_dispatch()
+        if donate and inputs.dispatching:
             raise RuntimeError(
                 "donate=True writes in place, which a torch.func transformation cannot follow, nor forward-mode AD or "
                 "a dispatch mode; use donate=False inside of it, or take the step outside."
             )
         if donate and len(self.segments) > 1:
             refuse_new_trees(columns["updates"][self.present[0]].device if self.present else None)
-        watched = self.runs_python and not dispatching and self.with_params
-        if watched:
-            watch = self.watch = SpecWatch.of(self.watch, columns["params"], self.present, "params", self.paths)
         for node in self.containers:
             found = state
             for key in node.path:
@@ -182,87 +190,91 @@ class TreeStep(TreeLeaves):
             # a tuple, as nearly all are, is looked at without a call
             if not (node.kind is tuple and type(found) is tuple and len(found) == len(node.keys)):
                 check_state([node], state)
-        new_states: dict[Path, Any] = {}
+        inputs.watch, inputs.new_states = None, {}
+        if self.runs_python and not inputs.dispatching and self.with_params:
+            watch = SpecWatch.of(self.watch, columns["params"], self.present, "params", self.paths)
+            inputs.watch = self.watch = watch
+        if self.looks_ahead and not inputs.dispatching:
+            self._look_ahead((), inputs.extra_numbers, inputs.given)
         entered = columns["updates"]
-        if self.looks_ahead and not dispatching:
-            look_ahead(self.numbers, self.segments, self.devices, None, (), extra_numbers, given)
-        began = False
-        try:
-            for segment in self.segments:
-                if segment.entered is not None:
-                    columns = {**columns, segment.entered: columns["updates"]}
-                if isinstance(segment, Opaque):
-                    columns, new_states[segment.link.path] = self._call(segment, columns, state, extra)
-                    began = True
-                    if donate and "params" in columns:
-                        check_apart(segment.link.tx, new_states[segment.link.path], columns["params"])
-                    continue
-                in_place = donate and segment is self.segments[-1]
-                states = segment.state.states(state)
-                own = segment.columns(columns, states, in_place)
-                if watched and not watch.holds(columns["params"]):
-                    raise RuntimeError(CHANGED_MESSAGE)
-                results = self._run(segment, own, states, extra_numbers, in_place, dispatching, given)
-                began = True
-                if results is None:
-                    return None
-                if not in_place:
-                    if self.absent and torch.is_grad_enabled():
-                        results = self._with_aliases(own, results)
-                    columns = {name: results.get(name, columns[name]) for name in columns}
-                    new_states |= segment.state.replaced(states, {**own, **results}, like, segment.moving)
-        except CaptureError as error:
-            if began:
-                raise error.behind_a_part() from None
-            raise
+        if not self._take_segments(columns, inputs):
+            return None
         if self.widens:
-            columns = {**columns, "updates": _as_wide(entered, columns)}
-        tree = like if donate else self.read.rebuild(like, columns["params" if self.apply else "updates"])
-        return tree, set_states(state, new_states) if new_states else state
+            columns["updates"] = _as_wide(entered, columns)
+        leaves = columns["params" if self.apply else "updates"]
+        tree = inputs.like if donate else self.reader.rebuild(inputs.like, leaves)
+        return tree, set_states(state, inputs.new_states) if inputs.new_states else state
 
-    def _run(
-        self,
-        segment: TreeRegion,
-        own: Columns,
-        states: Mapping[int, Any],
-        extra: Mapping[str, Any],
-        in_place: bool,
-        dispatching: bool,
-        given: Mapping[int, torch.Tensor],
-    ) -> Columns | None:
-        """Runs a region.
+    def _run(self, segment: TreeRegion, columns: Columns, inputs: TreeInputs, last: bool) -> bool:
+        in_place = inputs.donate and last
+        states = inputs.states = segment.state.states(inputs.state)
+        own = segment.state.columns(states, columns, in_place)
+        if segment.region.hosts:
+            own |= segment.host_columns(columns, states)
+        if inputs.watch is not None and not inputs.watch.holds(columns["params"]):
+            raise RuntimeError(CHANGED_MESSAGE)
+        results = self._compute(segment, own, inputs, in_place)
+        if results is None:
+            return False
+        if not in_place:
+            if self.absent and torch.is_grad_enabled():
+                results = self._with_aliases(own, results)
+            columns |= {name: results[name] for name in columns if name in results}
+            inputs.new_states.update(segment.state.replaced(states, {**own, **results}, inputs.like, segment.moving))
+        return True
+
+    def _compute(self, segment: TreeRegion, own: Columns, inputs: TreeInputs, in_place: bool) -> Columns | None:
+        """Computes a region.
 
         Returns:
           The columns that change, none of them if the step is in place; None, and nothing is done, if other leaves are
           there than before.
         """
-        if dispatching and segment.leafwise is None:
+        rule, extra = segment.leafwise, inputs.extra_numbers
+        if rule is not None:
+            fits = rule.fits(own)
+            return rule.compute(own, extra, fits=fits) if fits or self.has_its_leaves(own) else None
+        if inputs.dispatching:
             counters: set[Key] = {(k, "count") for k in segment.state.counted}
-            return run_followed(segment, self, counters, own, extra, given)
+            return run_followed(segment, self, counters, own, extra, inputs.given)
         variant = Variant(in_place, REQUESTED.get(), forms=packed_forms(own.values()))
-        found = None if segment.leafwise else segment.find(own, variant)
+        found = segment.find(own, variant)
         if found is None:
-            if segment.leafwise is not None and segment.leafwise.fits(own):
-                return segment.leafwise.compute(own, extra, fits=True)
             if not self.has_its_leaves(own):
                 return None
-            if segment.leafwise is not None:
-                return segment.leafwise.compute(own, extra)
-            found = segment.bind(own, variant, segment.leaves(own), [(k, "count") for k in segment.moving])
+            found = segment.bind(own, variant, segment.leaves(own))
         bound, reading = found
-        numbers = bound.numbers((), extra, given)
+        numbers = bound.numbers((), extra, inputs.given)
         if torch.is_grad_enabled() and bound.requires_grad(reading, numbers):
             bound.release(reading)
             if in_place:
                 self._refuse_donation(own)
             self._warn_of_recording(own, numbers)
             return record(bound, own, numbers) if can_record(bound) else bound.evaluate_reference(own, numbers)
-        if in_place and len(segment.moving) > 1:
+        if in_place:
+            return self._run_in_place(segment, bound, reading, own, numbers, inputs.states)
+        return bound.run(reading, own, numbers)
+
+    def _run_in_place(
+        self,
+        segment: TreeRegion,
+        bound: BoundStep,
+        reading: Reading,
+        own: Columns,
+        numbers: Numbers,
+        states: Mapping[int, Any],
+    ) -> Columns:
+        """Runs a region that is bound, and moves on the counters that no launch moves on."""
+        if len(segment.moving) > 1:
             self._check_counters(segment, states)
         params = own.get("params")
-        if in_place and isinstance(params, PackedColumn) and params.packed.followers:
+        if isinstance(params, PackedColumn) and params.packed.followers:
             torch.autograd.graph.increment_version(params.packed.followers)
-        late = self._late_counters(segment, bound, reading, states) if in_place else []
+        late = []  # counters that none of its programs reads, or of which it reads a copy
+        for k in segment.moving:
+            place = bound.counters.get((k, "count"))
+            if place is None or bound.tensor_at(reading, place) is not states[k].count:
+                late.append(states[k].count)
         before = list(map(torch.clone, late))
         try:
             for count in late:  # before the launch, which tells whether everything has been written
@@ -276,18 +288,6 @@ class TreeStep(TreeLeaves):
                 raise error.for_donation() from None
             raise
 
-    @staticmethod
-    def _late_counters(
-        segment: TreeRegion, bound: BoundStep, reading: Reading, states: Mapping[int, Any]
-    ) -> list[torch.Tensor]:
-        """The counters of a state that no launch moves on: none of its programs reads them, or it reads a copy."""
-        late = []
-        for k in segment.moving:
-            place = bound.counters.get((k, "count"))
-            if place is None or bound.tensor_at(reading, place) is not states[k].count:
-                late.append(states[k].count)
-        return late
-
     def _with_aliases(self, columns: Columns, results: Columns) -> Columns:
         """The columns that change, without tensors that a recorded step leaves alone; see `with_aliases`."""
         # in buffers of a packed tree all tensors are new
@@ -298,26 +298,21 @@ class TreeStep(TreeLeaves):
             return results
         return {**results, **{key: with_aliases(column, old) for key, column, old in changed}}
 
-    def _call(self, segment: Opaque, columns: Columns, state: Any, extra: Mapping[str, Any]) -> tuple[Columns, Any]:
-        """Calls a transformation that is not made of rules: the columns with its updates, and its new state.
-
-        Raises:
-          TypeError, ValueError: it returned something else than updates and a state, or was to get an object that is
-            no leaf.
-        """
-        link = segment.link
+    def _call(self, segment: Opaque, columns: Columns, inputs: TreeInputs) -> Sequence[Any]:
+        link, before, params = segment.link, columns["updates"], columns.get("params", columns["updates"])
         if segment is self.segments[0]:  # leaves may have changed since the step was made; programs look at them anyway
             self.check_leaves(columns)
-            if not needs_dispatch():
-                self.entering = SpecWatch.of(self.entering, columns["updates"], self.present, "updates", self.paths)
-        view = View(self.spec, tuple(columns.get("params", columns["updates"])), link.seen)
-        params = view.tree() if "params" in columns else None
-        tree, new_state = call_opaque(
-            link.tx, view.tree(columns["updates"]), get_state(state, link.path), params, extra
+            if not inputs.dispatching:
+                self.entering = SpecWatch.of(self.entering, before, self.present, "updates", self.paths)
+        view = View(self.spec, tuple(params), link.seen)
+        updates, new_state = call_opaque(
+            link, view, before, get_state(inputs.state, link.path), self.with_params, inputs.extra, self.reader
         )
-        updates = updates_of(link, tree, columns["updates"], self.read)
-        check_updates(link, updates, columns.get("params", columns["updates"]), self.paths, self.present)
-        return {**columns, "updates": updates}, new_state
+        check_updates(link, updates, params, self.paths, self.present)
+        if inputs.donate and self.with_params:
+            check_apart(link.tx, new_state, params)
+        inputs.new_states[link.path] = new_state
+        return updates
 
     def _extra_columns(self, extra: Mapping[str, Any]) -> Columns:
         """The extra arguments that are trees, as columns.
@@ -401,6 +396,7 @@ def take_step(
     """
     like = updates if params is None else params
     home, given = stand_in_of(tx) if tx._tensors else (tx, {})
+    inputs = TreeInputs(state, like, extra, donate, given)
     bound = home._tree_steps
     spec: Spec | None = None  # of `like`, where it is compared
     for step in bound:
@@ -408,13 +404,13 @@ def take_step(
             continue
         # a step that is donated as a whole returns its very arguments; any other returns trees whose containers are
         # those it was given. Of several steps the right one is found without errors, which show all tensors of a tree
-        if (len(bound) > 1 or not donate or len(step.segments) > 1) and not step.read.is_fixed(like):
+        if (len(bound) > 1 or not donate or len(step.segments) > 1) and not step.reader.is_fixed(like):
             spec = flatten(like)[1] if spec is None else spec
             if spec != step.spec:
                 continue
         columns = step.columns(updates, params)
         if columns is not None and (not step.asks_leaves or step.sees_the_same(columns)):
-            done: tuple[Tree, Any] | None = step.take(columns, state, like, extra, donate, given)
+            done: tuple[Tree, Any] | None = step.take(columns, inputs)
             if done is not None:
                 if step is not bound[0]:
                     home._tree_steps = in_front(step, bound, KEEP)
@@ -422,7 +418,7 @@ def take_step(
     with ShortTracebacks():
         step = TreeStep(home, apply, updates, params)
     columns = step.columns(updates, params)
-    found = None if columns is None else step.take(columns, state, like, extra, donate, given)
+    found = None if columns is None else step.take(columns, inputs)
     if found is None:
         raise RuntimeError(CHANGED_MESSAGE)
     if not needs_dispatch() or map_levels() or takes_gradients():

@@ -22,7 +22,7 @@ class TreeLeaves:
     Attributes:
       with_params: whether there are parameters.
       spec: the structure of the trees.
-      read: their reader.
+      reader: their reader.
       paths: the path of each leaf.
       present: the leaves of which there is an update and a parameter.
       absent: the others.
@@ -35,7 +35,7 @@ class TreeLeaves:
     def __init__(self, updates: Tree, params: Tree | None) -> None:
         self.with_params = params is not None
         self.spec = flatten(updates if params is None else params)[1]
-        self.read, self.paths = Reader(self.spec), paths(self.spec)
+        self.reader, self.paths = Reader(self.spec), paths(self.spec)
         columns: Columns = {"updates": self.read_as("updates", updates)}
         if params is not None:
             columns["params"] = self.read_as("params", params)
@@ -56,7 +56,7 @@ class TreeLeaves:
         """
         refuse_packed_inside(name, tree)
         try:
-            return self.read(tree)
+            return self.reader(tree)
         except (ValueError, TypeError):
             raise ValueError(f"{name} does not have the structure of params: {difference(self.spec, tree)}.") from None
 

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .._bound_region import BoundRegion
 from .._leafwise import LeafwiseStep
 from .._regions import LeafwiseRegion, Region
 from .._runtime.groups import Columns, Key
 from .._runtime.join import Joins
 from .._runtime.shard import MeshShard, is_in_mesh, own_part, whole_tensor
+from .._segments import BoundRegion
 from .template import Keys, ParamList
 
 
@@ -33,12 +33,13 @@ class ParamRegion(BoundRegion):
     ) -> None:
         programs = [region.recipes[kind].program for kind in region.kinds]
         joins = Joins(programs, shards) if programs else None
-        super().__init__(region, params.names, present, joins or None)
-        self.params, self.shards = params, shards
-        self.leafwise: LeafwiseStep | None = None
+        rule: LeafwiseStep | None = None
         if isinstance(region, LeafwiseRegion):
             here = [i for i in present if is_in_mesh(params.tensors[i])]  # in another process there is nothing to do
-            self.leafwise = LeafwiseStep(region, params.names, here, params.tensors)
+            rule = LeafwiseStep(region, params.names, here, params.tensors)
+        numels = [p.numel() * (1 + p.is_complex()) for p in params.tensors]
+        super().__init__(region, params.names, present, rule, params.groups, numels, shards, joins or None)
+        self.params = params
         self.keys: dict[Key, str] = {}
         for stored in region.stored:
             if isinstance(stored.key, str):
@@ -46,7 +47,6 @@ class ParamRegion(BoundRegion):
             else:
                 position, slot = stored.key
                 self.keys[stored.key] = keys[position][region.links[position].path, slot]
-        self.first_slots = {k for k, bound in region.bounds.items() if bound.rule.uses_first}
 
     def run_leafwise(
         self,
@@ -68,9 +68,10 @@ class ParamRegion(BoundRegion):
         Returns:
           The columns that it computes.
         """
-        rule = self.leafwise
+        rule, shards = self.leafwise, self.shards
         assert rule is not None
-        parts = [i for i in rule.leaves if self.shards[i] is not None]
+        assert shards is not None
+        parts = [i for i in rule.leaves if shards[i] is not None]
         if not parts:
             return rule.compute(own, extra, options, self.params.groups, first, fits)
         params = self.params.tensors

@@ -1,24 +1,24 @@
 """`ParamStep`: a step of chains over the parameters that have gradients."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from operator import attrgetter, is_
 from typing import Any, Literal
 
 import torch
 
-from .._bound_region import Variant, look_ahead
 from .._extras import check_no_number
-from .._foreign import CHANGED_MESSAGE, SpecWatch, call_opaque, check_updates, host_column, updates_of
+from .._foreign import CHANGED_MESSAGE, SpecWatch, call_opaque, check_updates, host_column
 from .._opaque import SplitState
 from .._regions import Opaque, Region
 from .._runtime.backend import REQUESTED
 from .._runtime.checks import check_fit, check_leaf, refuse_leaf, refuse_meta
-from .._runtime.cuda.capture import CaptureError, NumberWatch, can_capture, refuse_host_schedule
+from .._runtime.cuda.capture import refuse_host_schedule
 from .._runtime.groups import Columns
 from .._runtime.internals import in_backward, needs_dispatch
-from .._runtime.numbers import Numbers
 from .._runtime.shard import is_fsdp1, placed_like
 from .._runtime.step import Workspace
+from .._segments import SegmentedStep, Variant
 from .._tree import Reader, View
 from .._warn import warn
 from .journal import Journal
@@ -34,7 +34,38 @@ GRAD = attrgetter("grad")
 Outcome = Literal["taken", "gone", "sparse"]
 
 
-class ParamStep:
+@dataclass(slots=True)
+class ParamInputs:
+    """The arguments of one step over parameters.
+
+    Args:
+      params: the parameters, or tensors that stand for them; copies of them, where autograd records.
+      states: the state of each parameter.
+      options: mappings that hyper-parameters are looked up in.
+      extra: the extra arguments.
+      first: the parameters that take their first step.
+      journal: takes note of entries of state that are replaced.
+
+    Attributes:
+      written: the parameters that are written to.
+      dispatching: whether torch looks at each operation, as transformations of `torch.func` do.
+      watch: the specs that parameters have to keep, where Python code runs within the step.
+      steady: whether these are the specs of the last step.
+    """
+
+    params: Sequence[torch.Tensor]
+    states: States
+    options: Sequence[Mapping[str, Any]]
+    extra: Mapping[str, Any]
+    first: frozenset[int]
+    journal: Journal
+    written: Sequence[torch.Tensor] = field(init=False)
+    dispatching: bool = field(init=False)
+    watch: SpecWatch | None = field(init=False)
+    steady: bool = field(init=False)
+
+
+class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
     """Transformations over parameters of which the same ones have gradients.
 
     Args:
@@ -55,22 +86,25 @@ class ParamStep:
         warn: bool,
     ) -> None:
         params = self.params = layout.params
-        self.templates, self.guarded, self.traced = layout.templates, layout.guarded, layout.traced
-        self.spans_tree, self.extras, self.view = layout.spans_tree, layout.extras, layout.view
-        self.names = list(params.names)
+        self.templates, self.guarded, self.spans_tree = layout.templates, layout.guarded, layout.spans_tree
+        self.view, self.paths = layout.view, list(params.names)
         self.there = [g is not None for g in grads]
         self.present = tuple(i for i, there in enumerate(self.there) if there)
         self.absent = tuple(i for i, there in enumerate(self.there) if not there)
         self._refuse_meta()
         self.local = LocalColumns(params, self.present)
         self.reader = Reader(self.view.spec)
-        self.segments: list[ParamRegion | Opaque] = [
+        segments = [
             ParamRegion(segment, params, self.present, layout.keys, self.local.shards)
             if isinstance(segment, Region)
             else segment
             for segment in layout.segments
         ]
-        self.regions = [segment for segment in self.segments if isinstance(segment, ParamRegion)]
+        devices = [
+            tensor_of(p, f"params at {name!r}").device if g is not None else None
+            for name, p, g in zip(params.names, params.tensors, grads, strict=True)
+        ]
+        super().__init__(segments, {device for device in devices if device is not None}, layout.extras)
         self._refuse_complex()
         if warn and layout.reduces:
             self._warn_of_flat_params()
@@ -79,19 +113,7 @@ class ParamStep:
             for segment in self.segments
             if isinstance(segment, Opaque)
         }
-        self.devices = [
-            tensor_of(p, f"params at {name!r}").device if g is not None else None
-            for name, p, g in zip(params.names, params.tensors, grads, strict=True)
-        ]
-        self.device_set = {device for device in self.devices if device is not None}
-        self.looks_ahead = (len(self.segments) > 1 or len(self.device_set) > 1) and can_capture(self.device_set)
-        self.numbers = NumberWatch()
-        self.state = ParamState(params, self.present, self.regions, self.opaque, self.local, self.devices, counter)
-        self.runs_python = bool(self.opaque) or any(
-            segment.region.hosts or segment.leafwise for segment in self.regions
-        )
-        self.numels = [p.numel() * (1 + p.is_complex()) for p in params.tensors]
-        self.watch, self.entering = SpecWatch((), ()), SpecWatch((), ())  # of parameters, and of gradients
+        self.state = ParamState(params, self.present, self.regions, self.opaque, self.local, devices, counter)
         self.returned: dict[int, SpecWatch] = {}  # of updates that fit, by the position of the opaque segment
         self.done = False
         self.workspace: Workspace | None = None  # of the last region of the last step
@@ -104,7 +126,7 @@ class ParamStep:
         """
         for i in self.present:
             if self.params.tensors[i].is_meta and not needs_dispatch():
-                refuse_meta(self.names[i])
+                refuse_meta(self.paths[i])
 
     def _refuse_complex(self) -> None:
         """Refuses complex parameters where a rule needs whole tensors of real numbers.
@@ -116,12 +138,12 @@ class ParamStep:
             for i in self.local.complex:
                 if i in rule.leaves:
                     raise ValueError(
-                        f"{rule.bound.rule.name} needs real numbers, but {self.names[i]!r} is "
+                        f"{rule.bound.rule.name} needs real numbers, but {self.paths[i]!r} is "
                         f"{self.params.tensors[i].dtype}; leave it to other rules with `masked` or `partition`."
                     )
 
     def _warn_of_flat_params(self) -> None:
-        flat = next((name for name, p in zip(self.names, self.params.tensors, strict=True) if is_fsdp1(p)), None)
+        flat = next((name for name, p in zip(self.paths, self.params.tensors, strict=True) if is_fsdp1(p)), None)
         if flat is not None:
             warn(
                 f"{flat!r} is a part of a flat parameter of `FullyShardedDataParallel`, so norms, means and maxima of "
@@ -155,28 +177,13 @@ class ParamStep:
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
-    def take(
-        self,
-        params: Sequence[torch.Tensor],
-        columns: Columns,
-        grads: Sequence[torch.Tensor | None],
-        states: States,
-        options: Sequence[Mapping[str, Any]],
-        extra: Mapping[str, Any],
-        first: frozenset[int],
-        journal: Journal,
-    ) -> Outcome:
+    def take(self, columns: Columns, grads: Sequence[torch.Tensor | None], inputs: ParamInputs) -> Outcome:
         """Takes the step, which has begun. `completed` tells whether everything has been written.
 
         Args:
-          params: the parameters, or tensors that stand for them.
           columns: the slots; see `ParamState.columns`.
           grads: the gradients.
-          states: the state of each parameter.
-          options: mappings that hyper-parameters are looked up in.
-          extra: the extra arguments.
-          first: the parameters that take their first step.
-          journal: takes note of entries of state that are replaced.
+          inputs: the other arguments.
 
         Returns:
           `"taken"`; or, if nothing has been done, `"gone"` if a gradient or an entry is gone that was there, or
@@ -186,77 +193,44 @@ class ParamStep:
           ValueError, TypeError, RuntimeError: something does not fit.
           CaptureError: a CUDA graph is being captured that could not replay the step.
         """
-        self._check_call(extra)
-        written, records = params, torch.is_grad_enabled()
-        if records:  # autograd saves the inputs of a step, and parameters are written to
-            params = [p if g is None else p.clone() for p, g in zip(params, grads, strict=True)]
-        given: Columns = {
-            (-1, name): self._extra_column(name, rule, extra[name]) for name, rule in self.extras.trees.items()
-        }
-        if self.runs_python:
-            options = list(options)  # another object, for Python code within the step may change options
-        own: Columns = {"updates": grads, "params": params, **columns, **given}
+        if self.extras.needed or self.extras.trees:
+            self.extras.check(inputs.extra, "step(closure, {}=...)")
+        if self.guarded or self.local.dtensors or self.spans_tree:
+            self._check_call()
+        params = inputs.written = inputs.params
+        if torch.is_grad_enabled():  # autograd saves the inputs of a step, and parameters are written to
+            params = inputs.params = [p if g is None else p.clone() for p, g in zip(params, grads, strict=True)]
+        columns = {"updates": grads, "params": params, **columns}
+        if self.extras.trees:
+            columns |= self._extra_columns(inputs.extra)
         if self.local.wrapped:
-            found = self._local_columns(params, grads, given)
+            found = self._local_columns(columns)
             if isinstance(found, str):
                 return found
-            own |= found
-        watched = self.runs_python and not needs_dispatch()
-        steady = False  # whether parameters have the specs of the last step
-        if watched:
-            watch = SpecWatch.of(self.watch, own["params"], self.present, "params", self.names)
-            steady, self.watch = watch is self.watch, watch
-        if self.looks_ahead and not needs_dispatch():
-            look_ahead(self.numbers, self.segments, self.device_set, self.params.groups, options, extra)
-        began = False
-        try:
-            for segment in self.segments:
-                if segment.entered is not None:
-                    own[segment.entered] = own["updates"]
-                if isinstance(segment, Opaque):
-                    own["updates"], entries = self._call(segment, own, params, states, extra, steady)
-                    began = True
-                    self.state.put_all(entries, states, journal)
-                    continue
-                if segment.region.hosts:
-                    own |= self._host_columns(segment, states)
-                if watched and (segment.region.hosts or segment is not self.segments[0]):  # Python code has run
-                    own["params"] = self.local.of("params", params)
-                    if not self.watch.holds(own["params"]):
-                        raise RuntimeError(CHANGED_MESSAGE)
-                    own |= self.state.columns(states) or {}
-                last = segment is self.segments[-1]
-                targets = {**own, "params": self.local.of("written", written)} if last and records else own
-                results = self._run(
-                    segment, targets, own["params"], states, options, extra, first, journal, last, steady
-                )
-                began = True
-                if results is None:
-                    sparse = any(g is not None and g.layout is not torch.strided for g in grads)
-                    return "sparse" if sparse else "gone"
-                if last and results:
-                    self._write(segment, own, targets, results, states, journal)
-                elif not last:
-                    own["updates"] = results.pop("updates", own["updates"])
-                    self.state.replace(segment, results, own, states, journal)
-        except CaptureError as error:
-            if began:
-                raise error.behind_a_part() from None
-            raise
+            columns |= found
+        inputs.dispatching = needs_dispatch()
+        inputs.watch, inputs.steady = None, False
+        if self.runs_python:
+            inputs.options = list(inputs.options)  # another object, for Python code within the step may change options
+            if not inputs.dispatching:
+                watch = inputs.watch = SpecWatch.of(self.watch, columns["params"], self.present, "params", self.paths)
+                inputs.steady, self.watch = watch is self.watch, watch
+        if self.looks_ahead and not inputs.dispatching:
+            self._look_ahead(inputs.options, inputs.extra, {})
+        if not self._take_segments(columns, inputs):
+            return "sparse" if any(g is not None and g.layout is not torch.strided for g in grads) else "gone"
         if self.local.dtensors:
             torch.autograd.graph.increment_version([params[i] for i in self.local.dtensors])
         self.done = True
         return "taken"
 
-    def _check_call(self, extra: Mapping[str, Any]) -> None:
+    def _check_call(self) -> None:
         """Refuses a step that this chain cannot take now.
 
         Raises:
-          TypeError, ValueError: an extra argument is missing or of another form, or gradients are scaled.
+          ValueError: gradients are scaled.
           RuntimeError: autograd cannot record the step, or gradients are not all there yet.
         """
-        if self.extras.needed or self.extras.trees:
-            self.extras.check(extra, "step(closure, {}=...)")
         if self.guarded and (self.opaque or any(segment.leafwise for segment in self.regions)):
             raise ValueError(
                 "gradients that are still multiplied by a loss scale reach transformations that torch operations "
@@ -264,20 +238,18 @@ class ParamStep:
             )
         if self.local.dtensors and torch.is_grad_enabled():
             raise RuntimeError(
-                f"{self.names[self.local.dtensors[0]]} is a DTensor, whose local tensor is written to, so that "
+                f"{self.paths[self.local.dtensors[0]]} is a DTensor, whose local tensor is written to, so that "
                 f"autograd cannot record the step; use differentiable=False, or the functions of a transformation."
             )
-        if self.spans_tree and len(self.names) == 1 and in_backward():
+        if self.spans_tree and len(self.paths) == 1 and in_backward():
             raise RuntimeError(
                 "this chain reduces over the whole tree, so it needs the gradients of all parameters at once, but it "
                 "was given one parameter while its gradient is computed; call `step` after the backward pass."
             )
 
-    def _local_columns(
-        self, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None], given: Columns
-    ) -> Columns | Literal["gone", "sparse"]:
+    def _local_columns(self, columns: Columns) -> Columns | Literal["gone", "sparse"]:
         """Parameters, gradients and extra arguments as local tensors; an outcome of `take` if it cannot go on."""
-        local = self.local
+        local, params, grads = self.local, columns["params"], columns["updates"]
         own_params = local.known("params", params)
         if own_params is None and not local.fits(params):
             return "gone"
@@ -291,10 +263,14 @@ class ParamStep:
             "params": own_params or local.of("params", params),
             "updates": own_grads or local.of("updates", grads, placed_like, "the gradient of", written=False),
             **{
-                k: local.of(k, x, placed_like, f"the extra argument `{k[1]}` for", written=False)
-                for k, x in given.items()
+                (-1, k): local.of((-1, k), columns[-1, k], placed_like, f"the extra argument `{k}` for", written=False)
+                for k in self.extras.trees
             },
         }
+
+    def _extra_columns(self, extra: Mapping[str, Any]) -> Columns:
+        """The extra arguments that are one tensor per parameter, as columns; see `_extra_column`."""
+        return {(-1, name): self._extra_column(name, rule, extra[name]) for name, rule in self.extras.trees.items()}
 
     def _extra_column(self, name: str, rule: str, x: Any) -> list[Any]:
         """An extra argument that is one tensor per parameter, as a column.
@@ -309,24 +285,24 @@ class ParamStep:
         """
         check_no_number(name, rule, x, "a list, or a dict by name or by parameter")
         if isinstance(x, Mapping):
-            known = {key: i for i, p in enumerate(self.params.tensors) for key in (self.names[i], p)}
+            known = {key: i for i, p in enumerate(self.params.tensors) for key in (self.paths[i], p)}
             unknown = next((key for key in x if key not in known), None)
             if unknown is not None:
                 shown = "a tensor" if isinstance(unknown, torch.Tensor) else repr(unknown)
                 raise ValueError(
                     f"the extra argument `{name}` has the key {shown:.80}, which is no parameter of the optimizer; "
-                    f"there are {', '.join(map(repr, self.names[:5]))}{' ...' if len(self.names) > 5 else ''}."
+                    f"there are {', '.join(map(repr, self.paths[:5]))}{' ...' if len(self.paths) > 5 else ''}."
                 )
             entries = {known[key]: tensor for key, tensor in x.items()}
-            return [entries.get(i) for i in range(len(self.names))]
+            return [entries.get(i) for i in range(len(self.paths))]
         if not isinstance(x, Sequence) or isinstance(x, str):
             raise ValueError(
                 f"the extra argument `{name}` is {type(x).__name__} {x!r:.60}, but {rule} takes a list, or a dict by "
                 f"name or by parameter, a tensor for each."
             )
-        if len(x) != len(self.names):
+        if len(x) != len(self.paths):
             raise ValueError(
-                f"the extra argument `{name}` has {len(x)} entries, but the optimizer has {len(self.names)} "
+                f"the extra argument `{name}` has {len(x)} entries, but the optimizer has {len(self.paths)} "
                 f"parameters; give None for one that has none."
             )
         return list(x)
@@ -335,9 +311,9 @@ class ParamStep:
         """The values of schedules that Python evaluates, as columns."""
         found: Columns = {}
         for host in segment.region.hosts:
-            refuse_host_schedule(host.name, self.devices)
+            refuse_host_schedule(host.name, self.state.devices)
             counts = [None if (x := state.get("step")) is None else int(x) for state in states]
-            found[host.column] = host_column(host, counts, self.devices)
+            found[host.column] = host_column(host, counts, self.state.devices)
         return found
 
     def begin(self) -> None:
@@ -349,107 +325,115 @@ class ParamStep:
         """Whether everything of the last step has been written."""
         return self.done or (self.workspace is not None and self.workspace.completed)
 
-    def _run(
-        self,
-        segment: ParamRegion,
-        own: Columns,
-        kept: Sequence[torch.Tensor | None],
-        states: States,
-        options: Sequence[Mapping[str, Any]],
-        extra: Mapping[str, Any],
-        first: frozenset[int],
-        journal: Journal,
-        in_place: bool,
-        steady: bool,
-    ) -> Columns | None:
-        """Runs a region: the columns that change, none if they are written in place; None if a tensor is gone.
+    def _run(self, segment: ParamRegion, columns: Columns, inputs: ParamInputs, last: bool) -> bool:
+        if segment.region.hosts:
+            columns |= self._host_columns(segment, inputs.states)
+        if inputs.watch is not None and (segment.region.hosts or segment is not self.segments[0]):  # Python has run
+            columns["params"] = self.local.of("params", inputs.params)
+            if not inputs.watch.holds(columns["params"]):
+                raise RuntimeError(CHANGED_MESSAGE)
+            columns |= self.state.columns(inputs.states) or {}
+        own = columns
+        if last and inputs.written is not inputs.params:
+            own = {**columns, "params": self.local.of("written", inputs.written)}
+        results = self._compute(segment, own, inputs, last)
+        if results is None:
+            return False
+        if last and results:
+            self._write(segment, columns, own, results, inputs)
+        elif not last:
+            columns["updates"] = results.pop("updates", columns["updates"])
+            self.state.replace(segment, results, columns, inputs.states, inputs.journal)
+        return True
 
-        Where autograd records it, it is computed from `kept`, which are parameters that nothing is written to.
-        """
-        if (
-            segment.leafwise is not None
-            and steady
-            and not self.local.wrapped
-            and not ("step" in own and any(own["step"][i] is None for i in segment.leafwise.leaves))
-            and segment.leafwise.fits(own)
-        ):
-            own |= self.state.mend_counters(own, states, journal)
-            return segment.run_leafwise(own, options, extra, first, fits=True)
-        dispatching = needs_dispatch()
-        variant = Variant(in_place, REQUESTED.get(), first if segment.first_slots else frozenset())
-        found = None if dispatching or segment.leafwise else segment.find(own, variant)
+    def _compute(self, segment: ParamRegion, own: Columns, inputs: ParamInputs, in_place: bool) -> Columns | None:
+        """Computes a region: the columns that change, none if they are written in place; None if a tensor is gone."""
+        if segment.leafwise is not None:
+            fits = (
+                inputs.steady
+                and not self.local.wrapped
+                and not ("step" in own and any(own["step"][i] is None for i in segment.leafwise.leaves))
+                and segment.leafwise.fits(own)
+            )
+            if not fits and not self._has_its_leaves(segment, own):
+                return None
+            own |= self.state.mend_counters(own, inputs.states, inputs.journal)
+            return segment.run_leafwise(own, inputs.options, inputs.extra, inputs.first, fits)
+        first = inputs.first if segment.first_slots else frozenset()
+        variant = Variant(in_place, REQUESTED.get(), first)
+        found = None if inputs.dispatching else segment.find(own, variant)
         if found is None:
-            if any(u is None or u.layout is not torch.strided for u in (own["updates"][i] for i in self.present)):
+            if not self._has_its_leaves(segment, own):
                 return None
-            if any(own[s.key][i] is None and s.seen[i] for s in segment.region.stored for i in self.present):
-                return None
-            for i in self.present:
-                u = check_leaf("updates", self.names[i], own["updates"][i])
-                p = check_leaf("params", self.names[i], own["params"][i])
-                check_fit("updates", "parameter", self.names[i], u, p)
-            own |= self.state.mend_counters(own, states, journal)
-            if segment.leafwise is not None:
-                return segment.run_leafwise(own, options, extra, first)
-            leaves = segment.leaves(own, self.params.groups, variant.first, self.numels, self.local.shards)
-            if dispatching:
+            own |= self.state.mend_counters(own, inputs.states, inputs.journal)
+            leaves = segment.leaves(own, first)
+            if inputs.dispatching:
                 programs = segment.programs(own, leaves)
-                return programs.evaluate_reference({**own, "params": kept}, programs.numbers(options, extra))
+                numbers = programs.numbers(inputs.options, inputs.extra)
+                return programs.evaluate_reference(own | self._kept(inputs), numbers)
             found = segment.bind(own, variant, leaves)
         bound, reading = found
-        numbers: Numbers = bound.numbers(options, extra)
+        numbers = bound.numbers(inputs.options, inputs.extra)
         if torch.is_grad_enabled() and bound.requires_grad(reading, numbers):
             bound.release(reading)
-            return bound.evaluate_reference({**own, "params": kept}, numbers)
+            return bound.evaluate_reference(own | self._kept(inputs), numbers)
         self.workspace = reading.workspace if in_place else None
         return bound.run(reading, own, numbers)
 
+    def _kept(self, inputs: ParamInputs) -> Columns:
+        """The column of parameters that autograd may keep, because nothing is written to them."""
+        return {"params": self.local.of("params", inputs.params)}
+
+    def _has_its_leaves(self, segment: ParamRegion, own: Columns) -> bool:
+        """Whether the gradients and entries are there that were there before, and gradients are dense.
+
+        Raises:
+          ValueError, TypeError: one of them is no leaf, or does not fit.
+        """
+        if any(u is None or u.layout is not torch.strided for u in (own["updates"][i] for i in self.present)):
+            return False
+        if any(own[s.key][i] is None and s.seen[i] for s in segment.region.stored for i in self.present):
+            return False
+        for i in self.present:
+            u = check_leaf("updates", self.paths[i], own["updates"][i])
+            p = check_leaf("params", self.paths[i], own["params"][i])
+            check_fit("updates", "parameter", self.paths[i], u, p)
+        return True
+
     def _write(
-        self, segment: ParamRegion, own: Columns, targets: Columns, results: Columns, states: States, journal: Journal
+        self, segment: ParamRegion, columns: Columns, own: Columns, results: Columns, inputs: ParamInputs
     ) -> None:
         """Writes the results of a last region that was not computed in place, because autograd records it."""
         if torch.is_grad_enabled() and not self.local.dtensors:
             # autograd may have kept the old tensor for the derivative of an earlier step
-            self.state.replace(segment, {key: x for key, x in results.items() if key != "params"}, own, states, journal)
+            slots = {key: x for key, x in results.items() if key != "params"}
+            self.state.replace(segment, slots, columns, inputs.states, inputs.journal)
             results = {"params": results["params"]} if "params" in results else {}
-        changed = [(k, i, x[i]) for k, x in results.items() for i in self.present if x[i] is not own[k][i]]
+        changed = [(k, i, x[i]) for k, x in results.items() for i in self.present if x[i] is not columns[k][i]]
         for key, i, _ in changed:
-            refuse_leaf(self.names[i], targets[key][i])
+            refuse_leaf(self.paths[i], own[key][i])
         for key, i, x in changed:
-            targets[key][i].copy_(x)
+            own[key][i].copy_(x)
 
-    def _call(
-        self,
-        segment: Opaque,
-        own: Columns,
-        params: Sequence[torch.Tensor],
-        states: States,
-        extra: Mapping[str, Any],
-        steady: bool,
-    ) -> tuple[list[Any], list[tuple[str, str, Any]]]:
-        """Calls a transformation that is not made of rules: its updates, and the new entries of its state.
-
-        Updates that have the specs of the last ones fit parameters that have theirs.
-        """
+    def _call(self, segment: Opaque, columns: Columns, inputs: ParamInputs) -> Sequence[Any]:
+        """See `SegmentedStep`. Updates that have the specs of the last ones fit parameters that have theirs."""
         link, split = segment.link, self.opaque[segment.position]
-        if segment is self.segments[0] and not needs_dispatch():
-            self.entering = SpecWatch.of(self.entering, own["updates"], self.present, "updates", self.names)
-        updates = list(own["updates"])
+        if segment is self.segments[0] and not inputs.dispatching:
+            self.entering = SpecWatch.of(self.entering, columns["updates"], self.present, "updates", self.paths)
+        before = list(columns["updates"])
         for i in self.local.wrapped:
-            updates[i] = None if updates[i] is None else self.local.like(updates[i], i)
-        view = View(self.view.spec, tuple(params), link.seen)
-        state = split.gather(dict(zip(self.names, states, strict=True)))
-        tree, new_state = call_opaque(link.tx, view.tree(updates), state, view.tree(), extra)
-        found = updates_of(link, tree, updates, self.reader)
-        found = list(
-            self.local.of(
-                (segment.position, "update"), found, placed_like, "the update that was returned for", written=False
-            )
-        )
+            before[i] = None if before[i] is None else self.local.like(before[i], i)
+        view = View(self.view.spec, tuple(inputs.params), link.seen)
+        state = split.gather(dict(zip(self.paths, inputs.states, strict=True)))
+        found, new_state = call_opaque(link, view, before, state, True, inputs.extra, self.reader)
+        key, name = (segment.position, "update"), "the update that was returned for"
+        updates = list(self.local.of(key, found, placed_like, name, written=False))
         known = self.returned.pop(segment.position, None)
-        if not (steady and known is not None and known.holds(found)):
-            check_updates(link, found, own["params"], self.names, self.present)
-            known = None if needs_dispatch() else SpecWatch(found, self.present)
+        if not (inputs.steady and known is not None and known.holds(updates)):
+            check_updates(link, updates, columns["params"], self.paths, self.present)
+            known = None if inputs.dispatching else SpecWatch(updates, self.present)
         if known is not None:
             self.returned[segment.position] = known
-        present = [self.names[i] for i in self.present if link.seen[i]]
-        return found, split.entries(new_state, present)
+        entries = split.entries(new_state, [self.paths[i] for i in self.present if link.seen[i]])
+        self.state.put_all(entries, inputs.states, inputs.journal)
+        return updates

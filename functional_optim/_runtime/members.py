@@ -16,7 +16,7 @@ import torch
 from .._compiler.call import LeafTable
 from .._compiler.program import Level
 from .backend import choose_backend
-from .cpu import CpuLaunchesOfParts, usable_threads
+from .cpu import CpuLaunchesOfParts, Pool
 from .groups import Columns, Group, Key, Leaf
 from .internals import is_wrapper_of_a_transformation, members_unwrapper, outside_transformations, wrap_members
 from .kernels import build_kernels
@@ -133,7 +133,7 @@ class MembersStep(Programs):
         widths = [len(group.sources) * len(group.signature.program.scalars) for group in self.groups]
         own = self.ensemble.n if any(self.of_numbers) else 1
         self.rows = [(width * own, width if len(self.parts) > 1 and own > 1 else 0) for width in widths]
-        self.workspaces: list[MembersWorkspace] = []  # memory that no thread uses at the moment
+        self.workspaces = Pool(MembersWorkspace)
 
     # -- binding ------------------------------------------------------------------------------------------------------
 
@@ -322,7 +322,7 @@ class MembersStep(Programs):
             tensors = self._unwrap(columns, levels)
             if tensors is None:
                 return None
-            workspace = self._take_workspace()
+            workspace = self.workspaces.take(self)
             found = self.reader.read(tensors, workspace.read.bases)
             if found is not None:
                 self.workspaces.append(workspace)
@@ -354,15 +354,6 @@ class MembersStep(Programs):
                 return None
             tensors.append(stack.tensor)
         return tensors
-
-    def _take_workspace(self) -> MembersWorkspace:
-        """A workspace that no other thread uses."""
-        n_threads = usable_threads()
-        try:
-            workspace = self.workspaces.pop()
-        except IndexError:  # the first step, or other threads have them
-            workspace = MembersWorkspace(self, n_threads)
-        return workspace if workspace.n_threads == n_threads else MembersWorkspace(self, n_threads)
 
     def release(self, reading: MembersReading) -> None:
         """Gives back the memory of a reading that is not run."""

@@ -156,7 +156,8 @@ class PackedStep(BoundStep):
     def read(self, columns: Columns) -> Reading | Difference:
         """The buffers and other tensors of this step, if they have the specs that it is bound to."""
         tensors = [origin.of(columns) for origin in self.origins]
-        workspace = self.take_workspace()
+        workspace = self.workspaces.take(self)
+        workspace.status.value = 0
         assert isinstance(workspace, PackedWorkspace)
         found = self.buffer_reader.read(tensors, workspace.read.bases)
         if found is not None:

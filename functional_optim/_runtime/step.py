@@ -16,7 +16,7 @@ from .._compiler.call import Column
 from .._compiler.program import Level
 from .backend import give_up
 from .binding import Binding, BoundPrograms
-from .cpu import CpuLaunches, usable_threads
+from .cpu import CpuLaunches, Pool
 from .cuda.launch import DeviceMemory
 from .evaluate import evaluate
 from .groups import Columns
@@ -76,7 +76,7 @@ class BoundStep(BoundPrograms):
     def __init__(self, binding: Binding) -> None:
         super().__init__(binding)
         self.derivatives: dict[Hashable, object] = {}  # those of `recording`, by the cotangents given and wanted
-        self.workspaces: list[Workspace] = []  # memory that no thread uses at the moment
+        self.workspaces: Pool[BoundStep, Workspace] = Pool(self.workspace_type)
 
     def read(self, columns: Columns) -> Reading | Difference:
         """The tensors of this step, if they have the specs that it is bound to; else the first difference.
@@ -96,7 +96,8 @@ class BoundStep(BoundPrograms):
             if lies_outside(x, self.specs[i]):
                 return Difference(i, True)
             tensors[i] = x.contiguous()
-        workspace = self.take_workspace()
+        workspace = self.workspaces.take(self)
+        workspace.status.value = 0
         try:
             found = self.reader.read(tensors, workspace.pointers)
         except RuntimeError:
@@ -129,26 +130,16 @@ class BoundStep(BoundPrograms):
             if memory[copy] != memory[start]:
                 memory[copy : copy + n] = [memory[start]] * n
 
-    def take_workspace(self) -> Workspace:
-        """A workspace that no other thread uses."""
-        n_threads = usable_threads()
-        try:
-            workspace = self.workspaces.pop()
-        except IndexError:  # the first step, or other threads have them
-            workspace = self.workspace_type(self, n_threads)
-        if workspace.n_threads != n_threads:
-            workspace = self.workspace_type(self, n_threads)
-        workspace.status.value = 0
-        return workspace
-
     def tensor_at(self, reading: Reading, position: int) -> torch.Tensor:
         """The gathered tensor at a position."""
         return reading.tensors[position]
 
     def requires_grad(self, reading: Reading, numbers: Numbers) -> bool:
         """Whether a tensor or a number requires a gradient, so that autograd has to record the step."""
-        tensors = [x for table in numbers for x in table if isinstance(x, torch.Tensor)]
-        return any(map(REQUIRES_GRAD, reading.tensors)) or any(map(REQUIRES_GRAD, tensors))
+        for x in itertools.chain.from_iterable(numbers):
+            if isinstance(x, torch.Tensor) and x.requires_grad:
+                return True
+        return any(map(REQUIRES_GRAD, reading.tensors))
 
     def release(self, reading: Reading) -> None:
         """Gives back the memory of a reading that is not run.

@@ -17,7 +17,7 @@ from _lib.marks import INTERPRETER
 from functional_optim._compiler.rule import Option
 from functional_optim._params.journal import Journal
 from functional_optim._params.layout import ChainLayout
-from functional_optim._params.step import ParamStep
+from functional_optim._params.step import ParamInputs, ParamStep
 from functional_optim._params.template import ParamList, Template
 from functional_optim._runtime.backend import BACKENDS
 from functional_optim._walk import rules
@@ -375,7 +375,8 @@ class Bench:
             step.state.make(self.tensors, self.states, options, self.journal)
         columns = step.state.columns(self.states)
         assert columns is not None
-        return step.take(self.tensors, columns, grads, self.states, options, extra, frozenset(), self.journal)
+        inputs = ParamInputs(self.tensors, self.states, options, extra, frozenset(), self.journal)
+        return step.take(columns, grads, inputs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,16 +1,29 @@
-"""`BoundRegion`: a region over the leaves of a tree, and the steps that it is bound to."""
+"""Segments of a chain over leaves: regions with the steps that they are bound to, and the step that takes them in turn.
 
+That step is `TreeStep` over trees and `ParamStep` over parameters of optimizers, which keep their state in two ways.
+"""
+
+import abc
 from collections.abc import Iterable, Mapping, Sequence, Set
-from types import MappingProxyType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
 import torch
 
+from ._extras import Extras
+from ._foreign import SpecWatch
+from ._leafwise import LeafwiseStep
 from ._packed import Form
-from ._regions import LeafwiseRegion, Opaque, Region
+from ._regions import Opaque, Region
 from ._runtime.binding import Binding
 from ._runtime.checks import at, check_fit, check_slot, refuse_freed
-from ._runtime.cuda.capture import NumberWatch, is_capturing, refuse_binding, refuse_host_schedule
+from ._runtime.cuda.capture import (
+    CaptureError,
+    NumberWatch,
+    can_capture,
+    is_capturing,
+    refuse_binding,
+    refuse_host_schedule,
+)
 from ._runtime.groups import Columns, Key, Leaf
 from ._runtime.internals import MapLevel
 from ._runtime.join import Joins
@@ -57,15 +70,30 @@ class BoundRegion:
       region: the region.
       paths: the path of each leaf.
       present: the leaves that take part.
+      leafwise: the rule for whole tensors that the region is, if it is one.
+      owners: whose options each leaf looks up; None if there are no options.
+      numels: number of elements of each leaf, those in other processes counted; None for those of updates.
+      shards: the join of each leaf with its other parts; None if no leaf has any.
       joins: the reductions over processes, if there are any.
     """
 
     KEEP = 8
 
     def __init__(
-        self, region: Region, paths: Sequence[str], present: Sequence[int], joins: Joins | None = None
+        self,
+        region: Region,
+        paths: Sequence[str],
+        present: Sequence[int],
+        leafwise: LeafwiseStep | None,
+        owners: Sequence[int] | None = None,
+        numels: Sequence[int] | None = None,
+        shards: Sequence[MeshShard | None] | None = None,
+        joins: Joins | None = None,
     ) -> None:
-        self.region, self.paths, self.present, self.joins = region, paths, present, joins
+        self.region, self.paths, self.present, self.leafwise = region, paths, present, leafwise
+        self.owners, self.numels, self.shards, self.joins = owners, numels, shards, joins
+        self.counters: list[Key] = []  # columns of counters that all leaves share, and that the region moves on
+        self.first_slots = {k for k, bound in region.bounds.items() if bound.rule.uses_first}
         self.bound: list[tuple[Variant, BoundStep]] = []
         self.of_members: list[tuple[tuple[Form | None, ...], MembersStep]] = []
         self.entered = region.entered
@@ -112,13 +140,7 @@ class BoundRegion:
     def find_members(
         self, own: Columns, levels: Sequence[MapLevel], extra: Mapping[str, Any], given: Mapping[int, torch.Tensor]
     ) -> tuple[MembersStep, MembersReading] | None:
-        """A step of an ensemble that is bound to such tensors, and these tensors read.
-
-        Args:
-          own: all tensors that the programs read, as they are within `vmap`.
-          levels: the calls of `vmap` that are active.
-          extra: the extra arguments that are numbers.
-          given: tensors in the place of those that hyper-parameters have, by identity.
+        """A step of an ensemble that is bound to such tensors, and these tensors read; see `bind_members`.
 
         Raises:
           ValueError: the storage of a tensor has been freed or cut.
@@ -163,18 +185,15 @@ class BoundRegion:
         self.of_members = in_front((packed_forms(own.values()), bound), self.of_members, self.KEEP)
         return self.find_members(own, levels, extra, given)
 
-    def bind(
-        self, own: Columns, variant: Variant, leaves: Sequence[Leaf], counters: Sequence[Key] = ()
-    ) -> tuple[BoundStep, Reading]:
+    def bind(self, own: Columns, variant: Variant, leaves: Sequence[Leaf]) -> tuple[BoundStep, Reading]:
         """Binds the programs to tensors, and reads these.
 
         Args:
           own: all tensors that the programs read.
           variant: the part of the binding that they do not show.
           leaves: the leaves that programs compute.
-          counters: columns of counters that all leaves share.
         """
-        binding = Binding(leaves, self.specs(own), own, self.paths, variant.in_place, counters, self.joins)
+        binding = Binding(leaves, self.specs(own), own, self.paths, variant.in_place, self.counters, self.joins)
         try:
             bound = PackedStep(binding) if any(variant.forms) else BoundStep(binding)
         except NoKernels:
@@ -186,22 +205,12 @@ class BoundRegion:
             self._refuse_freed(own, *bound.name_of(found.position))
         return bound, found
 
-    def leaves(
-        self,
-        own: Columns,
-        owners: Sequence[int] | None = None,
-        first: frozenset[int] = frozenset(),
-        numels: Sequence[int] | None = None,
-        shards: Sequence[MeshShard | None] | None = None,
-    ) -> list[Leaf]:
+    def leaves(self, own: Columns, first: frozenset[int] = frozenset()) -> list[Leaf]:
         """The leaves that programs compute. Leaves that no rule sees are left alone.
 
         Args:
           own: all tensors that the programs read.
-          owners: whose options each leaf looks up.
           first: the leaves that take their first step.
-          numels: number of elements of each leaf, those in other processes counted.
-          shards: the join of each leaf with its other parts.
 
         Raises:
           ValueError, TypeError: a slot does not fit its leaf.
@@ -219,9 +228,9 @@ class BoundRegion:
             Leaf(
                 i,
                 recipes[kinds[i]],
-                (kinds[i], owners[i] if owners else 0, i in first),
-                numels[i] if numels else own["updates"][i].numel(),
-                shards[i] if shards else None,
+                (kinds[i], self.owners[i] if self.owners else 0, i in first),
+                self.numels[i] if self.numels else own["updates"][i].numel(),
+                self.shards[i] if self.shards else None,
             )
             for i in self.present
             if kinds[i][0] or self.region.apply
@@ -250,35 +259,82 @@ class BoundRegion:
         return Programs(leaves, self.specs(own), self.joins)
 
 
-def look_ahead(
-    watch: NumberWatch,
-    segments: Sequence[BoundRegion | Opaque],
-    devices: Set[torch.device],
-    owners: Sequence[int] | None,
-    options: Sequence[Mapping[str, Any]],
-    extra: Mapping[str, Any],
-    given: Mapping[int, torch.Tensor] = MappingProxyType({}),
-) -> None:
-    """Refuses a step of several parts that a CUDA graph could not replay, before the first one is captured.
+RegionT = TypeVar("RegionT", bound=BoundRegion)
+InputsT = TypeVar("InputsT")
+
+
+class SegmentedStep(abc.ABC, Generic[RegionT, InputsT]):
+    """A step over leaves of which the same ones take part, segment by segment.
+
+    Trees and optimizers keep state in two ways, which `_run` and `_call` know.
 
     Args:
-      watch: the numbers of the last step that was not captured; those of such a step are noted.
-      segments: its segments.
-      devices: the devices of the step.
-      owners: whose options each leaf looks up; None if there are no options.
-      options: mappings that hyper-parameters are looked up in.
-      extra: the extra arguments that are numbers.
-      given: tensors in the place of those that hyper-parameters have, by identity.
+      segments: the segments.
+      devices: the devices of the leaves that take part.
+      extras: the extra arguments that are taken.
 
-    Raises:
-      CaptureError: a stream is capturing, and a graph could not replay the step.
+    Attributes:
+      paths: the path of each leaf.
+      present: the leaves that take part.
+      runs_python: whether code of the caller runs between the first look at tensors and the last launch.
     """
-    regions = [segment for segment in segments if isinstance(segment, BoundRegion)]
-    if is_capturing(devices):
-        for segment in regions:
-            for name in segment.region.by_python:
-                refuse_host_schedule(name, devices)
-            if not (segment.bound or isinstance(segment.region, LeafwiseRegion)):
-                refuse_binding(devices)
-    numbers = [x for segment in regions for x in segment.region.numbers(segment.present, owners, options, extra)]
-    watch.check([given.get(id(x), x) for x in numbers], devices)
+
+    paths: list[str]
+    present: tuple[int, ...]
+
+    def __init__(self, segments: Sequence[RegionT | Opaque], devices: set[torch.device], extras: Extras) -> None:
+        self.segments, self.devices, self.extras = segments, devices, extras
+        self.regions = [segment for segment in segments if not isinstance(segment, Opaque)]
+        self.traced = [segment.region for segment in self.regions if segment.region.traced]
+        by_python = [bool(segment.region.hosts or segment.leafwise) for segment in self.regions]
+        self.runs_python = any(by_python) or len(self.regions) < len(segments)
+        self.looks_ahead = (len(segments) > 1 or len(devices) > 1) and can_capture(devices)
+        self.number_watch = NumberWatch()  # of steps that are not captured
+        self.watch, self.entering = SpecWatch((), ()), SpecWatch((), ())  # of parameters, and of updates
+
+    @abc.abstractmethod
+    def _run(self, segment: RegionT, columns: Columns, inputs: InputsT, last: bool) -> bool:
+        """Runs a region; whether the leaves are there that were before. See `_take_segments`."""
+
+    @abc.abstractmethod
+    def _call(self, segment: Opaque, columns: Columns, inputs: InputsT) -> Sequence[Any]:
+        """Calls a transformation that is not made of rules: its updates, with its new state put in place."""
+
+    def _take_segments(self, columns: Columns, inputs: InputsT) -> bool:
+        """Takes the step, segment by segment: new updates and parameters take the places of those in `columns`.
+
+        Returns:
+          Whether the leaves are there that were before. If not, nothing has been written.
+        """
+        began = False
+        try:
+            for segment in self.segments:
+                if segment.entered is not None:
+                    columns[segment.entered] = columns["updates"]
+                if isinstance(segment, Opaque):
+                    columns["updates"] = self._call(segment, columns, inputs)
+                elif not self._run(segment, columns, inputs, segment is self.segments[-1]):
+                    return False
+                began = True
+        except CaptureError as error:
+            if began:
+                raise error.behind_a_part() from None
+            raise
+        return True
+
+    def _look_ahead(
+        self, options: Sequence[Mapping[str, Any]], extra: Mapping[str, Any], given: Mapping[int, torch.Tensor]
+    ) -> None:
+        """Refuses a step of several parts that a CUDA graph could not replay, before the first one is captured.
+
+        Raises:
+          CaptureError: a stream is capturing, and a graph could not replay the step.
+        """
+        if is_capturing(self.devices):
+            for segment in self.regions:
+                for name in segment.region.by_python:
+                    refuse_host_schedule(name, self.devices)
+                if not (segment.bound or segment.leafwise):
+                    refuse_binding(self.devices)
+        found = [x.region.numbers(self.present, x.owners, options, extra) for x in self.regions]
+        self.number_watch.check([given.get(id(x), x) for numbers in found for x in numbers], self.devices)
