@@ -44,7 +44,7 @@ class Extras(NamedTuple):
         for name, rule in self.needed.items():
             check_no_tree(name, rule, extra[name])
 
-    def numbers(self, extra: Mapping[str, Any]) -> Mapping[str, Any]:
+    def extra_numbers(self, extra: Mapping[str, Any]) -> Mapping[str, Any]:
         """The extra arguments of a step that are numbers.
 
         Raises:

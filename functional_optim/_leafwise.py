@@ -100,7 +100,7 @@ class LeafwiseStep:
             if (key[0], device) not in values:
                 values[key[0], device] = _Values.of(self.region, options[owner], count, is_first, extra, device)
         if not needs_dispatch():
-            self.watch.check([x for own in values.values() for x in own.numbers(self.bound)], {*devices.values()})
+            self.watch.check([x for own in values.values() for x in own.hypers(self.bound)], {*devices.values()})
         for (token, kind), batch in batches.items():
             paths = [self.paths[self.leaves[k]] for k in batch]
             call = _Call(self.bound.rule, values[token, devices[token, kind]], paths[0])
@@ -407,7 +407,7 @@ class _Values(NamedTuple):
             keywords["first"] = first
         return cls(keywords, first)
 
-    def numbers(self, bound: Bound) -> list[Any]:
+    def hypers(self, bound: Bound) -> list[Any]:
         """The hyper-parameters and extra arguments."""
         return [self.keywords[name] for name in (*bound.values, *bound.rule.extras)]
 

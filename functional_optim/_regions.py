@@ -111,7 +111,7 @@ class Region:
                 stored.append(Stored((k, "count"), f"state {bound.rule.name}.count", None, seen))
         return stored
 
-    def numbers(
+    def hypers(
         self,
         present: Sequence[int],
         owners: Sequence[int] | None,

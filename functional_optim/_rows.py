@@ -118,7 +118,7 @@ class RowStep:
         refuse_work_of_the_host("the rows of sparse gradients are found", step.devices)
         self.step, self.n_params, self.keys = step, len(params), tuple(columns)
         stored = {s.key: s for segment in step.regions for s in segment.region.stored}
-        self.numbers = {k for k, s in stored.items() if k == "step" or (s.slot is not None and s.slot.per_leaf)}
+        self.per_leaf = {k for k, s in stored.items() if k == "step" or (s.slot is not None and s.slot.per_leaf)}
         self.whole: dict[tuple[Key, int], Any] = {("params", i): params[i] for i in step.present}
         self.whole |= {(key, i): columns[key][i] for key, s in stored.items() for i in step.present if s.seen[i]}
         self._check(params, grads, stored)
@@ -145,7 +145,7 @@ class RowStep:
                     f"updates{at(name)} has shape {tuple(g.shape)}, but its parameter has {tuple(params[i].shape)}."
                 )
             for key, s in stored.items():
-                if s.seen[i] and key not in self.numbers:
+                if s.seen[i] and key not in self.per_leaf:
                     check_stored(s.name, name, check_fit(s.name, "parameter", name, self.whole[key, i], p))
 
     def _refuse_overlap(self, tensors: Sequence[tuple[tuple[Key, int], Any]]) -> None:
@@ -172,7 +172,7 @@ class RowStep:
         """A copy of the rows of a tensor, or of a number."""
         if key == "step":
             return self.step.state.counter_of(x, i)
-        return x.clone() if key in self.numbers else self.rows[i].of(x)
+        return x.clone() if key in self.per_leaf else self.rows[i].of(x)
 
     def take(
         self,
@@ -212,7 +212,7 @@ class RowStep:
             whole = self.whole[key, i]
             if not isinstance(whole, torch.Tensor):
                 states[i]["step"] = int(x) if self.step.state.counts_in_integers else x
-            elif key in self.numbers:
+            elif key in self.per_leaf:
                 whole.copy_(x)
             else:
                 self.rows[i].write(whole, x)

@@ -274,8 +274,7 @@ class SegmentedStep(abc.ABC, Generic[RegionT, InputsT]):
       extras: the extra arguments that are taken.
 
     Attributes:
-      paths: the path of each leaf.
-      present: the leaves that take part.
+      paths, present: the path of each leaf, and the leaves that take part; set before.
       runs_python: whether code of the caller runs between the first look at tensors and the last launch.
     """
 
@@ -336,5 +335,5 @@ class SegmentedStep(abc.ABC, Generic[RegionT, InputsT]):
                     refuse_host_schedule(name, self.devices)
                 if not (segment.bound or segment.leafwise):
                     refuse_binding(self.devices)
-        found = [x.region.numbers(self.present, x.owners, options, extra) for x in self.regions]
-        self.number_watch.check([given.get(id(x), x) for numbers in found for x in numbers], self.devices)
+        found = [x.region.hypers(self.present, x.owners, options, extra) for x in self.regions]
+        self.number_watch.check([given.get(id(x), x) for hypers in found for x in hypers], self.devices)

@@ -164,7 +164,7 @@ class StateReader:
 
 def broadcast_count(count: torch.Tensor, leaves: Sequence[Any]) -> list[Any]:
     """A counter once per leaf, as 64-bit integers on the device of the leaf."""
-    own: dict[torch.device, torch.Tensor] = {}
+    copies: dict[torch.device, torch.Tensor] = {}
     column: list[Any] = []
     for x in leaves:
         if not isinstance(x, torch.Tensor):
@@ -172,9 +172,9 @@ def broadcast_count(count: torch.Tensor, leaves: Sequence[Any]) -> list[Any]:
             continue
         if count.is_meta and not x.is_meta:
             raise ValueError("a counter of the state is on meta and has no memory; make the state anew with `init`.")
-        if x.device not in own:
-            own[x.device] = count.to(device=x.device, dtype=torch.int64)
-        column.append(own[x.device])
+        if x.device not in copies:
+            copies[x.device] = count.to(device=x.device, dtype=torch.int64)
+        column.append(copies[x.device])
     return column
 
 
@@ -230,10 +230,10 @@ def shared_column(
     column: list[Any] = [None] * len(devices)
     takers = [i for i in takers if devices[i] is not None]  # a leaf that is gone is found when tensors are read
     for device in dict.fromkeys(devices[i] for i in takers):
-        own = [i for i in takers if devices[i] == device]
+        sharing = [i for i in takers if devices[i] == device]
         one = value if value.is_meta else value.to(device)
-        own_copies = (copies or Copies()).of(one, len(own)) if in_place else [one] * len(own)
-        for i, copy in zip(own, own_copies, strict=True):
+        found = (copies or Copies()).of(one, len(sharing)) if in_place else [one] * len(sharing)
+        for i, copy in zip(sharing, found, strict=True):
             column[i] = copy
     if in_place and takers and not value.is_meta:
         writer = next((i for i in takers if devices[i] == value.device), None)

@@ -172,7 +172,7 @@ class TreeStep(TreeLeaves, SegmentedStep[TreeRegion, TreeInputs]):
           ValueError, TypeError, RuntimeError: something does not fit; nothing has been written.
         """
         state, extra, donate, takes = inputs.state, inputs.extra, inputs.donate, self.extras
-        inputs.extra_numbers = takes.numbers(extra) if extra or takes.needed or takes.trees else extra
+        inputs.extra_numbers = takes.extra_numbers(extra) if extra or takes.needed or takes.trees else extra
         if takes.trees:
             columns |= self._extra_columns(extra)
         inputs.dispatching = needs_dispatch()
@@ -252,19 +252,14 @@ class TreeStep(TreeLeaves, SegmentedStep[TreeRegion, TreeInputs]):
             self._warn_of_recording(own, numbers)
             return record(bound, own, numbers) if can_record(bound) else bound.evaluate_reference(own, numbers)
         if in_place:
-            return self._run_in_place(segment, bound, reading, own, numbers, inputs.states)
+            return self._run_in_place(segment, found, own, numbers, inputs)
         return bound.run(reading, own, numbers)
 
     def _run_in_place(
-        self,
-        segment: TreeRegion,
-        bound: BoundStep,
-        reading: Reading,
-        own: Columns,
-        numbers: Numbers,
-        states: Mapping[int, Any],
+        self, segment: TreeRegion, found: tuple[BoundStep, Reading], own: Columns, numbers: Numbers, inputs: TreeInputs
     ) -> Columns:
         """Runs a region that is bound, and moves on the counters that no launch moves on."""
+        (bound, reading), states = found, inputs.states
         if len(segment.moving) > 1:
             self._check_counters(segment, states)
         params = own.get("params")

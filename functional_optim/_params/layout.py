@@ -53,11 +53,11 @@ class ChainLayout:
         for t, template in enumerate(self.templates):
             if warn and len(steps) > 1:  # a parameter of its own may well be masked
                 template.tx._warn(self.view)
-            own = template.tx._links(self.view.narrow([k == t for k in self.params.templates]), ())
-            links += own
-            scopes += [positions.setdefault(link.path, len(positions)) for link in own]
-            keys += [template.keys] * len(own)
-            for link in own:
+            found = template.tx._links(self.view.narrow([k == t for k in self.params.templates]), ())
+            links += found
+            scopes += [positions.setdefault(link.path, len(positions)) for link in found]
+            keys += [template.keys] * len(found)
+            for link in found:
                 if link.bound is not None and link.bound.uses_step:
                     steps = [a or b for a, b in zip(steps, link.seen, strict=True)]
         return links, scopes, keys, steps

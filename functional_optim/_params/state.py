@@ -162,8 +162,8 @@ class ParamState:
                 return 0 if self.counts_in_integers else torch.zeros((), dtype=self.counter, device=self.devices[i])
             declared = region.bounds[stored.key[0]].values
             values = {k: v for k, v in declared.items() if k in (slot.start, slot.dtype, *slot.shape_hypers)}
-            own = options[self.params.groups[i]]
-            hypers = {k: v.look_up(own) if isinstance(v, Option) else v for k, v in values.items()}
+            options_of_group = options[self.params.groups[i]]
+            hypers = {k: v.look_up(options_of_group) if isinstance(v, Option) else v for k, v in values.items()}
             made = slot.make(p, hypers, gradient_dtype(self.params.tensors[i]) if slot.as_gradient else None)
             assert made is not None, "a leaf that has no entry of a slot is not asked for one"
             return made

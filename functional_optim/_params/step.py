@@ -202,7 +202,7 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
             params = inputs.params = [p if g is None else p.clone() for p, g in zip(params, grads, strict=True)]
         columns = {"updates": grads, "params": params, **columns}
         if self.extras.trees:
-            columns |= self._extra_columns(inputs.extra)
+            columns |= {(-1, k): self._extra_column(k, rule, inputs.extra[k]) for k, rule in self.extras.trees.items()}
         if self.local.wrapped:
             found = self._local_columns(columns)
             if isinstance(found, str):
@@ -250,27 +250,23 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
     def _local_columns(self, columns: Columns) -> Columns | Literal["gone", "sparse"]:
         """Parameters, gradients and extra arguments as local tensors; an outcome of `take` if it cannot go on."""
         local, params, grads = self.local, columns["params"], columns["updates"]
-        own_params = local.known("params", params)
-        if own_params is None and not local.fits(params):
+        known_params = local.known("params", params)
+        if known_params is None and not local.fits(params):
             return "gone"
-        own_grads = local.known("updates", grads)
+        known_grads = local.known("updates", grads)
         # a region finds sparse gradients when it reads tensors
-        if (own_grads is None or len(self.segments) > 1) and any(
+        if (known_grads is None or len(self.segments) > 1) and any(
             g is not None and g.layout is not torch.strided for g in map(grads.__getitem__, local.dtensors)
         ):
             return "sparse"
         return {
-            "params": own_params or local.of("params", params),
-            "updates": own_grads or local.of("updates", grads, placed_like, "the gradient of", written=False),
+            "params": known_params or local.of("params", params),
+            "updates": known_grads or local.of("updates", grads, placed_like, "the gradient of", written=False),
             **{
                 (-1, k): local.of((-1, k), columns[-1, k], placed_like, f"the extra argument `{k}` for", written=False)
                 for k in self.extras.trees
             },
         }
-
-    def _extra_columns(self, extra: Mapping[str, Any]) -> Columns:
-        """The extra arguments that are one tensor per parameter, as columns; see `_extra_column`."""
-        return {(-1, name): self._extra_column(name, rule, extra[name]) for name, rule in self.extras.trees.items()}
 
     def _extra_column(self, name: str, rule: str, x: Any) -> list[Any]:
         """An extra argument that is one tensor per parameter, as a column.

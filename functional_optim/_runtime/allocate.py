@@ -25,10 +25,10 @@ class Allocator:
 
     def __init__(self, likes: Sequence[Sequence[tuple[TensorSpec, torch.Tensor]]], makers: Sequence[Make]) -> None:
         self.makers = makers
-        self.lengths = [len(own) for own in likes]
-        wanted = [(spec, make) for own, make in zip(likes, makers, strict=True) for spec, _ in own]
+        self.lengths = [len(column) for column in likes]
+        wanted = [(spec, make) for column, make in zip(likes, makers, strict=True) for spec, _ in column]
         self.n = len(wanted)
-        examples = {spec: x for own in likes for spec, x in own}
+        examples = {spec: x for column in likes for spec, x in column}
         operation = operations()
         # of a member of `vmap` that has escaped nothing is made; the step refuses it when it reads tensors
         usable = operation is not None and not any(map(has_members, examples.values()))
@@ -51,10 +51,10 @@ class Allocator:
                 return _split(new, self.lengths)
             del new  # tensors that take memory, too
         # without a compiler; and without memory, for the error of torch, which says how much was asked for
-        columns = [list(map(make, own)) for own, make in zip(like, self.makers, strict=True)]
+        made = [list(map(make, tensors)) for tensors, make in zip(like, self.makers, strict=True)]
         first = pointers.n + 1
-        pointers.memory[first : first + self.n] = [x.data_ptr() for column in columns for x in column]
-        return columns
+        pointers.memory[first : first + self.n] = [x.data_ptr() for column in made for x in column]
+        return made
 
 
 def _describe_new(wanted: Sequence[tuple[torch.Tensor, Make]]) -> torch.Tensor:

@@ -50,12 +50,12 @@ def _follow_back(
     """The cotangents of wanted tensors by torch operations, which autograd records."""
     given = [(k, x) for k, x in enumerate(cotangents) if x is not None]
     outputs = step.follow(tensors)
-    own = [x for x, there in zip(tensors, wanted, strict=True) if there]
+    chosen = [x for x, there in zip(tensors, wanted, strict=True) if there]
     reached = [(outputs[k], d) for k, d in given if outputs[k].requires_grad]
     if not reached:
-        return [torch.zeros_like(x) for x in own]
+        return [torch.zeros_like(x) for x in chosen]
     found = torch.autograd.grad(
-        [x for x, _ in reached], own, [d for _, d in reached], create_graph=True, materialize_grads=True
+        [x for x, _ in reached], chosen, [d for _, d in reached], create_graph=True, materialize_grads=True
     )
     return list(found)
 
@@ -65,8 +65,8 @@ def _pull_back_followed(
 ) -> tuple[torch.Tensor, ...]:
     """The cotangents of wanted tensors by torch operations, which transformations follow."""
 
-    def outputs(*own: torch.Tensor) -> list[torch.Tensor]:
-        given = iter(own)
+    def outputs(*chosen: torch.Tensor) -> list[torch.Tensor]:
+        given = iter(chosen)
         found = step.follow([next(given) if there else x for x, there in zip(tensors, wanted, strict=True)])
         return [x for x, d in zip(found, cotangents, strict=True) if d is not None]
 
@@ -126,11 +126,11 @@ def _back(ctx: Any, cotangents: Sequence[torch.Tensor | None]) -> tuple[Any, ...
         # by `create_graph`: a derivative of the cotangents follows the saved tensors
         recorded = torch.is_grad_enabled()
         with torch.enable_grad():
-            own = [
+            tensors = [
                 x.view_as(x) if recorded and x.requires_grad else x.detach().requires_grad_(there)
                 for x, there in zip(saved, wanted, strict=True)
             ]
-            results = iter(_follow_back(ctx.step, own, cotangents, wanted))
+            results = iter(_follow_back(ctx.step, tensors, cotangents, wanted))
     else:  # without `create_graph` nobody differentiates the derivative
         derivative = _PullBack.apply if torch.is_grad_enabled() or in_transformation() else _PullBack.forward
         results = iter(derivative(ctx.step, present, wanted, *saved, *given))
@@ -203,13 +203,13 @@ def _second(
         ]
         tensors, given = _arguments(ctx.present, arguments)
         outputs = _follow_back(ctx.step, tensors, given, ctx.wanted)
-        own = [x for x, there in zip(arguments, needed, strict=True) if there]
+        chosen = [x for x, there in zip(arguments, needed, strict=True) if there]
         pairs = [(x, d) for x, d in zip(outputs, cotangents, strict=True) if d is not None and x.requires_grad]
-        if not pairs or not own:
-            return [None] * len(own)
+        if not pairs or not chosen:
+            return [None] * len(chosen)
         return torch.autograd.grad(
             [x for x, _ in pairs],
-            own,
+            chosen,
             [d for _, d in pairs],
             create_graph=torch.is_grad_enabled(),
             allow_unused=True,
@@ -221,8 +221,8 @@ def _second_followed(
 ) -> Sequence[torch.Tensor | None]:
     """The same where a transformation of `torch.func` follows, which no tensor within it may be marked for."""
 
-    def outputs(*own: torch.Tensor) -> list[torch.Tensor]:
-        given = iter(own)
+    def outputs(*chosen: torch.Tensor) -> list[torch.Tensor]:
+        given = iter(chosen)
         arguments = [next(given) if there else x for x, there in zip(saved, needed, strict=True)]
         found = _pull_back_followed(ctx.step, *_arguments(ctx.present, arguments), ctx.wanted)
         return [x for x, d in zip(found, cotangents, strict=True) if d is not None]

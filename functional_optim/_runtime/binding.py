@@ -61,15 +61,17 @@ class BoundPrograms(Programs):
         self.spans_devices = len(self.devices) > 1 and any(g.signature.program.spans_tree for g in self.groups)
         self.parts = self._choose_backends()
         self.n_gathered = len(self.specs)
-        launched = [g for backend, own in self.parts for g in own if backend in COMPILE]
+        launched = [g for backend, part in self.parts for g in part if backend in COMPILE]
         self.allocates = bool(launched) and not in_place
         self.n_outputs = sum(len(g.leaves) * len(g.outputs) for g in self.groups) if self.allocates else 0
         self.places, self.copies = self._kernel_places()
         self.n_copies = sum(n for _, _, n in self.copies)
         self.counters = self._find_counters(counters) if in_place else {}
         self.triton = {
-            k: TritonLaunch([self.groups[g] for g in own], [self.places[g] for g in own], self._counters_of(own), joins)
-            for k, (backend, own) in enumerate(self.parts)
+            k: TritonLaunch(
+                [self.groups[g] for g in part], [self.places[g] for g in part], self._counters_of(part), joins
+            )
+            for k, (backend, part) in enumerate(self.parts)
             if backend == "triton"
         }
         self.watches = [NumberWatch() for _ in self.parts]
@@ -98,11 +100,11 @@ class BoundPrograms(Programs):
             return [("reference", list(range(len(self.groups))))]
         parts = []
         for device in dict.fromkeys(group.device for group in self.groups):
-            own = [k for k, group in enumerate(self.groups) if group.device == device]
-            backend, _ = choose_backend(device, at(self.paths[self.groups[own[0]].leaves[0]]))
-            if backend in COMPILE and not build_kernels(backend, [self.groups[k] for k in own]):
+            part = [k for k, group in enumerate(self.groups) if group.device == device]
+            backend, _ = choose_backend(device, at(self.paths[self.groups[part[0]].leaves[0]]))
+            if backend in COMPILE and not build_kernels(backend, [self.groups[k] for k in part]):
                 backend = "foreach"
-            parts.append((backend, own))
+            parts.append((backend, part))
         return parts
 
     def _kernel_places(self) -> tuple[list[list[int]], list[tuple[int, int, int]]]:
@@ -120,21 +122,21 @@ class BoundPrograms(Programs):
         new = self.n_gathered + 1
         copy = new + self.n_outputs
         for group, bounds in zip(self.groups, self.bounds, strict=True):
-            n, own = len(group.leaves), []
+            n, starts = len(group.leaves), []
             for i in group.inputs:
                 if group.gathers[i].shared:
                     copies.append((bounds[i][0], copy, n))
-                    own.append(copy)
+                    starts.append(copy)
                     copy += n
                 else:
-                    own.append(bounds[i][0])
+                    starts.append(bounds[i][0])
             for k in group.outputs:
                 if self.allocates:
-                    own.append(new)
+                    starts.append(new)
                     new += n
                 elif k is not None:
-                    own.append(bounds[k][0])
-            places.append(own)
+                    starts.append(bounds[k][0])
+            places.append(starts)
         return places, copies
 
     def _allocator(self, gathered: Sequence[tuple[TensorSpec, torch.Tensor]]) -> Allocator:
@@ -157,11 +159,11 @@ class BoundPrograms(Programs):
         for g, (group, bounds) in enumerate(zip(self.groups, self.bounds, strict=True)):
             program = group.signature.program
             if g in launched and group.copied:
-                own = {group.updates, *group.inputs[: len(program.arrays)]}
+                arrays = {group.updates, *group.inputs[: len(program.arrays)]}
                 for k, output in zip(group.outputs, program.outputs, strict=True):
                     if k is not None and output.level is Level.ELEMENT:
-                        own.add(k)
-                copied += [bounds[k][0] + i for k in sorted(own) for i in group.copied]
+                        arrays.add(k)
+                copied += [bounds[k][0] + i for k in sorted(arrays) for i in group.copied]
         return copied
 
     def _find_written(self) -> list[tuple[int, int]]:
@@ -198,9 +200,9 @@ class BoundPrograms(Programs):
                     found.setdefault(gather.cells[0][0], start)
         return found
 
-    def _counters_of(self, own: Sequence[int]) -> list[int]:
+    def _counters_of(self, part: Sequence[int]) -> list[int]:
         """The positions of shared counters among the gathered tensors of some groups."""
-        bounds = [x for g in own for x in self.bounds[g]]
+        bounds = [x for g in part for x in self.bounds[g]]
         return [i for i in self.counters.values() if any(start <= i < stop for start, stop in bounds)]
 
     def name_of(self, position: int) -> tuple[str, int]:

@@ -68,15 +68,15 @@ def partial_buffers(
     shared: dict[str, torch.Tensor] = {}
     buffers: list[list[torch.Tensor]] = []
     for g, group in enumerate(groups):
-        own = []
+        of_group = []
         for i in group.signature.program.reductions:
             value = group.signature.program.values[i]
             key = value.name if value.spans_tree else f"\0{g}.{i}"
             if key not in shared:
                 identity = REDUCTIONS[value.reduction].identity
                 shared[key] = torch.full((total,), identity, dtype=torch.float64, device=device)
-            own.append(shared[key])
-        buffers.append(own)
+            of_group.append(shared[key])
+        buffers.append(of_group)
     return buffers
 
 

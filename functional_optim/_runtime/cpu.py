@@ -186,7 +186,7 @@ class CpuLaunches:
         tables = [table.address for table in self.tables] if scalars is None else scalars
         total = sum(len(chunks.leaf) for chunks in self.cuts) + n_joined
         first = 0
-        for group, chunks, own, at, table in zip(groups, self.cuts, self.buffers, places, tables, strict=True):
+        for group, chunks, partials, at, table in zip(groups, self.cuts, self.buffers, places, tables, strict=True):
             n_elements = sum(group.table.sizes)
             own_threads = min(n_threads, len(chunks.leaf)) if n_elements > SERIAL else 1
             runs = _runs(chunks, n_elements, own_threads)
@@ -197,7 +197,7 @@ class CpuLaunches:
             s.leaf_size, s.leaf_row = self._integers(group.table.wholes), self._integers(group.table.rows)
             # in the memory that every reading fills with data pointers, so the addresses of these stay as they are
             s.runs, s.addresses = self._integers(runs), self._integers([pointers.address + 8 * place for place in at])
-            s.partials = self._integers([x.data_ptr() for x in own])
+            s.partials = self._integers([x.data_ptr() for x in partials])
             s.of_row = self._uniforms(group)
             s.scalars = table
             self.structs.append(s)
@@ -210,12 +210,14 @@ class CpuLaunches:
         ]
         if self.join is None:  # nothing happens between stages
             stages = [list(itertools.chain.from_iterable(stages))]
-        self.calls = [(_Pass * len(own))(*[_Pass(_address(f), ctypes.addressof(s)) for f, s in own]) for own in stages]
+        self.calls = [
+            (_Pass * len(stage))(*[_Pass(_address(f), ctypes.addressof(s)) for f, s in stage]) for stage in stages
+        ]
         self.run_passes = starter()
 
-    def _integers(self, numbers: Sequence[int]) -> int:
+    def _integers(self, integers: Sequence[int]) -> int:
         """The address of 64-bit integers in memory of this launch."""
-        memory = (ctypes.c_int64 * max(len(numbers), 1))(*numbers)
+        memory = (ctypes.c_int64 * max(len(integers), 1))(*integers)
         self.kept.append(memory)
         return ctypes.addressof(memory)
 
@@ -273,9 +275,9 @@ class CpuLaunchesOfParts:
         self.tables = [ScalarMemory(n) for n, _ in rows]
         distances = [8 * step for _, step in rows]
         self.parts = []
-        for k, (groups, own) in enumerate(zip(parts, places, strict=True)):
+        for k, (groups, starts) in enumerate(zip(parts, places, strict=True)):
             scalars = [table.address + k * d for table, d in zip(self.tables, distances, strict=True)]
-            self.parts.append(CpuLaunches(groups, own, pointers, n_threads, None, scalars))
+            self.parts.append(CpuLaunches(groups, starts, pointers, n_threads, None, scalars))
         passes = [one for part in self.parts for one in part.passes]
         self.passes, self.run_passes = (_Pass * len(passes))(*passes), starter()
 

@@ -16,7 +16,7 @@ RUN = {"reference": run_reference, "foreach": run_foreach}
 def evaluate(
     backend: str,
     groups: Sequence[Group],
-    columns: Sequence[Sequence[Column]],
+    gathered: Sequence[Sequence[Column]],
     numbers: Sequence[Sequence[Number]],
     joins: Joins | None,
     in_place: bool = False,
@@ -26,7 +26,7 @@ def evaluate(
     Args:
       backend: `"reference"` or `"foreach"`.
       groups: the groups.
-      columns: for each, the tensors of each of its gathers.
+      gathered: for each, the tensors of each of its gathers.
       numbers: for each, its scalar table, row after row.
       joins: the reductions over processes, if there are any.
       in_place: whether results are written to the tensors that they follow, when all have been computed.
@@ -35,15 +35,15 @@ def evaluate(
       For each group, a column for each output, new ones if it is not in place.
     """
     calls = []
-    for group, own, table in zip(groups, columns, numbers, strict=True):
+    for group, arrays, table in zip(groups, gathered, numbers, strict=True):
         width = len(group.signature.program.scalars)
         rows = [table[k * width : (k + 1) * width] for k in range(len(group.sources))]
         calls.append(
             Call(
                 group.signature,
-                own[group.updates],
-                [own[k] for k in group.inputs],
-                [own[k] if in_place and k is not None else None for k in group.outputs],
+                arrays[group.updates],
+                [arrays[k] for k in group.inputs],
+                [arrays[k] if in_place and k is not None else None for k in group.outputs],
                 rows,
                 group.table,
                 group.leaves,

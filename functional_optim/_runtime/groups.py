@@ -157,10 +157,10 @@ def group_leaves(
     with_params = ["params"] if "params" in specs else []
     keys = {id(leaf.recipe): [*with_params, *leaf.recipe.column_keys()] for leaf in leaves}
     for leaf in leaves:
-        own = [(key, specs[key][leaf.position]) for key in keys[id(leaf.recipe)]]
-        known = (id(leaf.recipe), *own)
+        given = [(key, specs[key][leaf.position]) for key in keys[id(leaf.recipe)]]
+        known = (id(leaf.recipe), *given)
         if known not in fits:
-            fits[known] = _fit(leaf.recipe, dict(own))
+            fits[known] = _fit(leaf.recipe, dict(given))
         fit = fits[known]
         members.setdefault((fit.signature, fit.device, leaf.shard), []).append((leaf, fit))
     return [_group(some, len(specs["updates"]), shared) for some in members.values()]
@@ -216,12 +216,12 @@ def _group(members: Sequence[tuple[Leaf, _Fit]], n_leaves: int, shared: Containe
         outputs,
         tuple(all_cells[updates if k is None else k] for k in outputs),
         LeafTable(
-            tuple(own.size for _, own in members),
+            tuple(each.size for _, each in members),
             tuple(leaf.numel for leaf in leaves),
             tuple(rows[leaf.row] for leaf in leaves),
         ),
         tuple(sources.values()),
         tuple((owner, is_first) for _, owner, is_first in rows),
-        tuple(k for k, (_, own) in enumerate(members) if own.copied),
+        tuple(k for k, (_, each) in enumerate(members) if each.copied),
         first.shard,
     )

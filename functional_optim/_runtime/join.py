@@ -86,11 +86,11 @@ class Joins:
         """
         results: dict[ReductionKey, torch.Tensor] = {}
         for vector in self.vectors.get(stage, ()):
-            own = {k: parts[key] for key, k in vector.entries.items() if key in parts}
-            device = next(iter(own.values()))[0].device if own else torch.device("cpu")
+            known = {k: parts[key] for key, k in vector.entries.items() if key in parts}
+            device = next(iter(known.values()))[0].device if known else torch.device("cpu")
             eager = REDUCTIONS[vector.kind].eager
-            values = [eager(torch.stack([x.to(device) for x in xs])) for xs in own.values()]
+            values = [eager(torch.stack([x.to(device) for x in xs])) for xs in known.values()]
             here = torch.stack(values) if values else torch.empty(0, dtype=torch.float64, device=device)
-            made = vector.complete(torch.tensor(list(own), dtype=torch.int64, device=device), here)
+            made = vector.complete(torch.tensor(list(known), dtype=torch.int64, device=device), here)
             results |= zip(vector.entries, made.unbind(), strict=True)
         return results

@@ -62,8 +62,8 @@ class MembersReading(NamedTuple):
     @property
     def requires_grad(self) -> bool:
         """Whether a tensor or a number requires a gradient, so that autograd has to record the step."""
-        numbers = [x.tensor for table in self.scalars for x in table if isinstance(x, Stack)]
-        return any(map(REQUIRES_GRAD, self.tensors)) or any(map(REQUIRES_GRAD, numbers))
+        stacks = [x.tensor for table in self.scalars for x in table if isinstance(x, Stack)]
+        return any(map(REQUIRES_GRAD, self.tensors)) or any(map(REQUIRES_GRAD, stacks))
 
 
 class MembersWorkspace:
@@ -122,7 +122,7 @@ class MembersStep(Programs):
         self.of_numbers = _levels_of(_scalars(self.numbers((), extra, given), levels), levels)
         used = map(any, zip(*self.stacked, self.of_numbers, strict=True))
         self.used = tuple(used)
-        self.ensemble = Ensemble([size if own else 1 for size, own in zip(self.sizes, self.used, strict=True)])
+        self.ensemble = Ensemble([size if used else 1 for size, used in zip(self.sizes, self.used, strict=True)])
         self.makers: list[Callable[[], torch.Tensor]] = []
         self.leaves_made: list[tuple[Key, int, int]] = []  # columns, positions in them, and which tensor is made for it
         self.columns_made: list[tuple[Key, Key, list[int]]] = []  # packed ones, those that they are like, and buffers
@@ -131,8 +131,8 @@ class MembersStep(Programs):
         self.offsets, self.made_offsets = self._lay_out(columns, stacks, self._make_results(columns, specs))
         # for each group, the numbers of all parts, and those between two
         widths = [len(group.sources) * len(group.signature.program.scalars) for group in self.groups]
-        own = self.ensemble.n if any(self.of_numbers) else 1
-        self.rows = [(width * own, width if len(self.parts) > 1 and own > 1 else 0) for width in widths]
+        n_rows = self.ensemble.n if any(self.of_numbers) else 1
+        self.rows = [(width * n_rows, width if len(self.parts) > 1 and n_rows > 1 else 0) for width in widths]
         self.workspaces = Pool(MembersWorkspace)
 
     # -- binding ------------------------------------------------------------------------------------------------------
@@ -188,20 +188,22 @@ class MembersStep(Programs):
         for group in self.groups:
             found = [[self._origin(columns, *cell) for cell in group.gathers[k].cells] for k in group.inputs]
             sizes = [dtype.itemsize for dtype in group.signature.inputs]
-            of_inputs.append([[(index[x], k * size) for x, k in own] for own, size in zip(found, sizes, strict=True)])
+            of_inputs.append(
+                [[(index[x], k * size) for x, k in leaves] for leaves, size in zip(found, sizes, strict=True)]
+            )
         spans_tree = any(group.signature.program.spans_tree for group in self.groups)
-        n_read = n * sum(len(own) for group in of_inputs for own in group)
+        n_read = n * sum(len(leaves) for group in of_inputs for leaves in group)
         for members in [[m] for m in range(n)] if spans_tree else [list(range(n))]:
             self.parts.append([self._expanded(group, len(members)) for group in self.groups])
             self.places.append([])
             for inputs, outputs in zip(of_inputs, results, strict=True):
                 places: list[int] = []
-                for own in inputs:
+                for leaves in inputs:
                     places.append(len(entries))
-                    entries += [(x, k + distances[x][m]) for m in members for x, k in own]
-                for own_results in outputs:
+                    entries += [(x, k + distances[x][m]) for m in members for x, k in leaves]
+                for of_output in outputs:
                     places.append(n_read + 1 + len(made))  # behind the status of reading
-                    made += [(x.maker, x.offset + m * x.distance) for m in members for x in own_results]
+                    made += [(x.maker, x.offset + m * x.distance) for m in members for x in of_output]
                 self.places[-1].append(places)
         return Offsets(entries), Offsets(made)
 
@@ -219,7 +221,7 @@ class MembersStep(Programs):
 
     def _is_whole(self, stack: Stack) -> bool:
         """Whether all members are there, which those of a tensor that has left its function need not be."""
-        sizes = tuple(size for size, own in zip(self.sizes, stack.stacked, strict=True) if own)
+        sizes = tuple(size for size, there in zip(self.sizes, stack.stacked, strict=True) if there)
         return not is_wrapper_of_a_transformation(stack.tensor) and stack.tensor.shape[: len(sizes)] == sizes
 
     def _make_results(self, columns: Columns, specs: Specs) -> list[list[list["_Result"]]]:
@@ -233,7 +235,7 @@ class MembersStep(Programs):
             for places, dtype in zip(group.targets, group.signature.outputs, strict=True):
                 for key, i in places:
                     kinds.setdefault(key, []).append((i, dtype))
-        buffers = {key: self._make_buffers(columns, key, own) for key, own in kinds.items()}
+        buffers = {key: self._make_buffers(columns, key, leaves) for key, leaves in kinds.items()}
         results: list[list[list[_Result]]] = []
         for group in self.groups:
             results.append([])
@@ -241,25 +243,25 @@ class MembersStep(Programs):
             for places, output, dtype in zip(
                 group.targets, group.signature.program.outputs, group.signature.outputs, strict=True
             ):
-                own = []
+                found = []
                 for (key, i), spec in zip(places, likes, strict=True):
                     known = buffers[key]
                     if known is not None:
-                        own.append(known[i])
+                        found.append(known[i])
                         continue
                     spec = _contiguous(spec) if self.contiguous else spec
                     assert spec is not None
                     is_number = output.level is Level.LEAF
                     self.leaves_made.append((key, i, len(self.makers)))
-                    own.append(self._result(() if is_number else spec.shape, () if is_number else spec.stride, dtype))
-                results[-1].append(own)
+                    found.append(self._result(() if is_number else spec.shape, () if is_number else spec.stride, dtype))
+                results[-1].append(found)
         return results
 
     def _result(
         self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, fill: bool = False
     ) -> "_Result":
         """Adds a function that makes the stack of a result of some shape and strides, zeros if it is to be filled."""
-        sizes = [size for size, own in zip(self.ensemble.sizes, self.used, strict=True) if own]
+        sizes = [size for size, used in zip(self.ensemble.sizes, self.used, strict=True) if used]
         numel = math.prod(shape)
         outer = [numel * math.prod(sizes[k + 1 :]) for k in range(len(sizes))]
         cpu = torch.device("cpu")

@@ -50,8 +50,8 @@ class Table:
                 elif source.kind == "option":
                     self.lookups.append(_Lookup(position, owner, source.value, source.name))
 
-    def numbers(self, options: Sequence[Mapping[str, Any]], extra: Mapping[str, Any]) -> list[Number]:
-        """The numbers of this step.
+    def fill(self, options: Sequence[Mapping[str, Any]], extra: Mapping[str, Any]) -> list[Number]:
+        """The scalar table of this step.
 
         Args:
           options: mappings that options are looked up in, by owner. They are looked up when this is another object
@@ -65,14 +65,14 @@ class Table:
         if options is not self.options:
             self._look_up(options)
             self.options = options
-        numbers = self.template.copy()
+        table = self.template.copy()
         for name, positions in self.extras.items():
             x = check_number(f"the extra argument `{name}` is", extra[name])
             if isinstance(x, torch.Tensor):
                 check_memory(f"the extra argument `{name}` is", x, self.device)
             for k in positions:
-                numbers[k] = x
-        return numbers
+                table[k] = x
+        return table
 
     def _look_up(self, options: Sequence[Mapping[str, Any]]) -> None:
         """Puts the numbers that options have into the template."""

@@ -46,9 +46,9 @@ class Made(NamedTuple):
         assert isinstance(like, PackedColumn)
         x: torch.Tensor = like.packed.buffers[self.position].detach()
         if self.kept:
-            own = columns[self.key]
-            assert isinstance(own, PackedColumn)
-            kept: torch.Tensor = own.packed.buffers[self.position].detach().clone()
+            column = columns[self.key]
+            assert isinstance(column, PackedColumn)
+            kept: torch.Tensor = column.packed.buffers[self.position].detach().clone()
             return kept
         if like.packed.layout.gaps[self.position]:
             return torch.zeros_like(x, dtype=self.dtype)
@@ -125,11 +125,11 @@ class PackedStep(BoundStep):
                         raise NoKernels
                     found.setdefault((key, place.buffer), []).append((place, dtype))
                     entries.append(((key, place.buffer), place, dtype))
-        for (key, b), own in found.items():
+        for (key, b), placed in found.items():
             like = columns[likes[key]]
             assert isinstance(like, PackedColumn)
-            dtype, is_one = own[0][1], len({dtype for _, dtype in own}) == 1
-            kept = len({place for place, _ in own}) < len(like.packed.layout.owners[b])
+            dtype, is_one = placed[0][1], len({dtype for _, dtype in placed}) == 1
+            kept = len({place for place, _ in placed}) < len(like.packed.layout.owners[b])
             if not is_one or (kept and not self._may_keep(columns, key, likes[key], b, dtype)):
                 raise NoKernels
             self.made.append(Made(key, b, likes[key], dtype, kept))
@@ -145,12 +145,12 @@ class PackedStep(BoundStep):
     @staticmethod
     def _may_keep(columns: Columns, key: Key, like: Key, b: int, dtype: torch.dtype) -> bool:
         """Whether leaves of a buffer that are not computed are in the column as they would be in the result."""
-        own, other = columns[key], columns[like]
+        column, other = columns[key], columns[like]
         return (
-            isinstance(own, PackedColumn)
+            isinstance(column, PackedColumn)
             and isinstance(other, PackedColumn)
-            and own.packed.layout is other.packed.layout
-            and own.packed.buffers[b].dtype == dtype
+            and column.packed.layout is other.packed.layout
+            and column.packed.buffers[b].dtype == dtype
         )
 
     def read(self, columns: Columns) -> Reading | Difference:
@@ -185,7 +185,7 @@ class PackedStep(BoundStep):
     def _evaluate(
         self,
         backend: str,
-        own: Sequence[int],
+        part: Sequence[int],
         tensors: list[torch.Tensor],
         numbers: Numbers,
         outputs: Sequence[Sequence[Column]],
@@ -204,14 +204,14 @@ class PackedStep(BoundStep):
                 strict=True,
             )
         ]
-        results = super()._evaluate(backend, own, views, numbers, outputs)
+        results = super()._evaluate(backend, part, views, numbers, outputs)
         if self.in_place:
             return {}
         entries = iter(zip(self.made_offsets.index.tolist(), self.made_offsets.bytes.tolist(), strict=True))
         for g, (group, bounds) in enumerate(zip(self.groups, self.bounds, strict=True)):
-            first, columns = bounds[group.updates][0], iter(results.get(g, ()))
+            first, computed = bounds[group.updates][0], iter(results.get(g, ()))
             for output in group.signature.program.outputs:
-                values = next(columns, [None] * len(group.leaves))  # of another part
+                values = next(computed, [None] * len(group.leaves))  # of another part
                 for i, x in enumerate(values):
                     k, n = next(entries)
                     if x is not None:

@@ -67,12 +67,12 @@ class Layout:
             if place is not None:
                 owners.setdefault(place.buffer, []).append(i)
         self.owners = [sorted(owners[b], key=self._order) for b in range(len(owners))]
-        found = [[p for i in own if (p := places[i]) is not None] for own in self.owners]
-        sections = [tuple([aligned(place.numel) for place in own]) for own in found]
+        found = [[p for i in leaves if (p := places[i]) is not None] for leaves in self.owners]
+        sections = [tuple([aligned(place.numel) for place in there]) for there in found]
         self.sizes = tuple(map(sum, sections))
-        views = [tuple(map(leaf_view, own, there)) for own, there in zip(self.owners, found, strict=True)]
+        views = [tuple(map(leaf_view, leaves, there)) for leaves, there in zip(self.owners, found, strict=True)]
         self.splits: tuple[BufferSplit, ...] = tuple(zip(self.sizes, sections, views, strict=True))
-        self.gaps = tuple(size > sum(place.numel for place in own) for size, own in zip(self.sizes, found, strict=True))
+        self.gaps = tuple(size > sum(p.numel for p in there) for size, there in zip(self.sizes, found, strict=True))
 
     def _order(self, i: int) -> tuple[int, int]:
         place = self.places[i]
@@ -208,7 +208,7 @@ class PackedColumn(Sequence[Any]):
         """A column of the same layout in other buffers."""
         return PackedColumn(self.packed.with_buffers(buffers), self.picks)
 
-    def result_in(self, own: Any) -> "PackedColumn":
+    def result_in(self, column: Any) -> "PackedColumn":
         """The column whose structure a result of this layout has: its own one, if that is packed alike, else this."""
-        alike = isinstance(own, PackedColumn) and own.packed.layout is self.packed.layout
-        return own if alike else self
+        alike = isinstance(column, PackedColumn) and column.packed.layout is self.packed.layout
+        return column if alike else self

@@ -68,13 +68,13 @@ def operations() -> Any:
     if hasattr(getattr(torch.ops, NAMESPACE), "read_pointers"):
         return getattr(torch.ops, NAMESPACE)
     try:
-        own = library()
+        loaded = library()
         torch_library = library_of_torch()
-        n = ctypes.c_int.in_dll(own, "n_functions").value
-        names = [(name or b"").decode() for name in (ctypes.c_char_p * n).in_dll(own, "function_names")]
+        n = ctypes.c_int.in_dll(loaded, "n_functions").value
+        names = [(name or b"").decode() for name in (ctypes.c_char_p * n).in_dll(loaded, "function_names")]
         functions = [getattr(ctypes.pythonapi if name.startswith("Py") else torch_library, name) for name in names]
-        own.resolve((ctypes.c_void_p * n)(*[ctypes.cast(function, ctypes.c_void_p) for function in functions]))
-        if own.register_operations(NAMESPACE.encode(), ctypes.c_uint64(ABI_VERSION)):
+        loaded.resolve((ctypes.c_void_p * n)(*[ctypes.cast(function, ctypes.c_void_p) for function in functions]))
+        if loaded.register_operations(NAMESPACE.encode(), ctypes.c_uint64(ABI_VERSION)):
             return None
     except (BuildError, OSError, AttributeError):
         return None
@@ -185,10 +185,10 @@ class PointerReader:
         self.classes = frozenset(spec.cls for spec in specs)
         self.plain = all(spec.plain for spec in set(specs))
         self.stored = all(spec.device.type != "meta" and not spec.lazy for spec in set(specs))
-        own = operations() if self.plain and specs else None
+        registered = operations() if self.plain and specs else None
         self.operation = None
-        if own is not None and not any(map(has_members, tensors)):
-            self.operation = own.read_pointers.default
+        if registered is not None and not any(map(has_members, tensors)):
+            self.operation = registered.read_pointers.default
             self._describe(tensors)
         else:
             self.asked = [(torch.strided, spec.dtype, spec.shape, spec.device) for spec in specs]

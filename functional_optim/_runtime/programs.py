@@ -71,14 +71,14 @@ class Programs:
         extra: Mapping[str, Any],
         given: Mapping[int, torch.Tensor] = MappingProxyType({}),
     ) -> list[list[Number]]:
-        """The numbers of this step; see `Table.numbers`.
+        """The scalar table of each group; see `Table.fill`.
 
         Args:
           options: mappings that options are looked up in, by owner.
           extra: the extra arguments, all that are needed among them.
           given: tensors in the place of those that hyper-parameters have, by identity.
         """
-        tables = [table.numbers(options, extra) for table in self.tables]
+        tables = [table.fill(options, extra) for table in self.tables]
         if not given:
             return tables
         return [[given.get(id(x), x) if isinstance(x, torch.Tensor) else x for x in table] for table in tables]
@@ -92,7 +92,7 @@ class Programs:
         return tensors
 
     def split(self, tensors: Sequence[Any]) -> list[list[Column]]:
-        """Gathered tensors as columns of each group."""
+        """Gathered tensors by group and gather, one per leaf."""
         return [
             [
                 list(tensors[start:stop]) * (len(group.leaves) if gather.shared else 1)
@@ -107,14 +107,14 @@ class Programs:
         Returns:
           The columns that change, complete.
         """
-        tensors = self.split(self.gather(columns))
-        return self.scatter(columns, evaluate("reference", self.groups, tensors, numbers, self.joins))
+        gathered = self.split(self.gather(columns))
+        return self.scatter(columns, evaluate("reference", self.groups, gathered, numbers, self.joins))
 
     def scatter(self, columns: Columns, outputs: Sequence[Sequence[Sequence[Any]]]) -> Columns:
         """The columns that change, with the outputs of all groups in their cells."""
         results: dict[Key, list[Any]] = {}
-        for targets, own in zip(self.targets, outputs, strict=True):
-            for by_column, values in zip(targets, own, strict=True):
+        for targets, computed in zip(self.targets, outputs, strict=True):
+            for by_column, values in zip(targets, computed, strict=True):
                 for key, places in by_column.items():
                     if key not in results:
                         results[key] = list(columns[key])

@@ -47,7 +47,7 @@ class Derivative:
         n = 1 + max(i for group in bound.groups for i in group.leaves)
         # positions among: the gathered tensors, the cotangents of outputs, a number, and None
         number = bound.n_gathered + bound.n_results
-        self.columns: dict[Key, list[int]] = {"updates": [number + 1] * n}
+        self.places: dict[Key, list[int]] = {"updates": [number + 1] * n}
         # of each gathered tensor, the columns and leaves whose cotangents it is the sum of
         self.parts: list[list[tuple[str, int]]] = [[] for _ in range(bound.n_gathered)]
         self.leaves: list[Leaf] = []
@@ -61,12 +61,12 @@ class Derivative:
                 self._put(cotangent(name), group, [number] * len(group.leaves))
             forward = group.signature.program
             for name, gather in zip((*forward.arrays, *forward.leaves), group.inputs, strict=True):
-                own = list(range(*bounds[gather]))
-                own *= len(group.leaves) // len(own)  # a number that leaves share
-                self._put(name, group, own)
-                self._put(cotangent(name), group, own)
+                found = list(range(*bounds[gather]))
+                found *= len(group.leaves) // len(found)  # a number that leaves share
+                self._put(name, group, found)
+                self._put(cotangent(name), group, found)
                 if name in wanted[g]:
-                    for i, k, numel in zip(group.leaves, own, group.table.wholes, strict=True):
+                    for i, k, numel in zip(group.leaves, found, group.table.wholes, strict=True):
                         if numel:
                             self.parts[k].append((cotangent(name), i))
             for output in forward.outputs:
@@ -82,8 +82,8 @@ class Derivative:
                     self.leaves.append(Leaf(i, recipe, (g, first + row, False), numel, None))
 
     def _put(self, name: str, group: Group, positions: Sequence[int]) -> None:
-        nothing = [self.step.n_gathered + self.step.n_results + 1] * len(self.columns["updates"])
-        column = self.columns.setdefault(name, nothing)
+        nothing = [self.step.n_gathered + self.step.n_results + 1] * len(self.places["updates"])
+        column = self.places.setdefault(name, nothing)
         for i, k in zip(group.leaves, positions, strict=True):
             column[i] = k
 
@@ -110,8 +110,8 @@ class Derivative:
             for owner, _ in group.owners:
                 g, row = self.rows[owner]
                 names = self.step.groups[g].signature.program.scalars
-                own = dict(zip(names, tables[g][row * len(names) : (row + 1) * len(names)], strict=True))
-                table += [own[name] for name in group.signature.program.scalars]
+                scalars = dict(zip(names, tables[g][row * len(names) : (row + 1) * len(names)], strict=True))
+                table += [scalars[name] for name in group.signature.program.scalars]
             found.append(table)
         return found
 
@@ -159,8 +159,8 @@ class Recording:
     def follow(self, tensors: Tensors) -> list[torch.Tensor]:
         """The outputs by torch operations."""
         gathered, tables = self.split(tensors)
-        columns = self.bound.split(gathered)
-        return flat(evaluate("reference", self.bound.groups, columns, tables, None))
+        by_group = self.bound.split(gathered)
+        return flat(evaluate("reference", self.bound.groups, by_group, tables, None))
 
     def names(self) -> list[tuple[int, str, int]]:
         """Of each output, one after another: its group, its name, and the position of its leaf in the group."""
@@ -177,8 +177,8 @@ class Recording:
         found: dict[str, None] = {}
         for group, bounds in zip(self.bound.groups, self.bound.bounds, strict=True):
             program = group.signature.program
-            columns = [("updates", group.updates), *zip((*program.arrays, *program.leaves), group.inputs, strict=True)]
-            for name, gather in columns:
+            named = [("updates", group.updates), *zip((*program.arrays, *program.leaves), group.inputs, strict=True)]
+            for name, gather in named:
                 for k, i in zip(range(*bounds[gather]), group.leaves, strict=False):
                     if shape is None or tuple(self.bound.specs[k].shape) == tuple(shape):
                         found[f"{name}{at(self.bound.paths[i])}"] = None
@@ -256,12 +256,12 @@ class Recording:
             for k, (d, read) in enumerate(zip(cotangents, derivative.read, strict=True))
         ]
         tensors_of = [*gathered, *present, number, None].__getitem__
-        columns: Columns = {key: list(map(tensors_of, column)) for key, column in derivative.columns.items()}
+        columns: Columns = {key: list(map(tensors_of, column)) for key, column in derivative.places.items()}
         bound, reading = derivative.bind(columns)
         results = bound.run(reading, columns, derivative.numbers(bound, tables))
         found = [
-            _sum([results[name][i] for name, i in own], x)
-            for own, x, there in zip(derivative.parts, gathered, wanted, strict=False)
+            _sum([results[name][i] for name, i in parts], x)
+            for parts, x, there in zip(derivative.parts, gathered, wanted, strict=False)
             if there
         ]
         n = len(gathered)
@@ -290,7 +290,7 @@ class Recording:
             column = results.get(cotangent(scalars[k]))
             if column is not None:
                 owners = zip(group.leaves, group.table.rows, group.table.wholes, strict=True)
-                found += [column[i] for i, own, numel in owners if own == row and numel]
+                found += [column[i] for i, owner, numel in owners if owner == row and numel]
         return found
 
 

@@ -303,12 +303,12 @@ class LocalTensors:
           positions: the positions of those to remember; where there is None, there must be None again.
         """
         positions = list(positions)
-        own = [i for i in positions if is_dtensor(column[i])]
+        dtensors = [i for i in positions if is_dtensor(column[i])]
         pick = None
-        if own != list(range(len(column))):
-            pick = itemgetter(*own) if len(own) > 1 else lambda tensors: [tensors[i] for i in own]
+        if dtensors != list(range(len(column))):
+            pick = itemgetter(*dtensors) if len(dtensors) > 1 else lambda tensors: [tensors[i] for i in dtensors]
         none = [i for i in positions if column[i] is None]
-        self._known[key] = _Known(own, none, pick, [_SPEC(column[i]) for i in own])
+        self._known[key] = _Known(dtensors, none, pick, [_SPEC(column[i]) for i in dtensors])
 
     def fit(self, key: Hashable, column: Sequence[Any]) -> bool:
         """Whether the tensors of a column are placed like the remembered ones."""

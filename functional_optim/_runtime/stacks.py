@@ -90,12 +90,12 @@ class Ensemble:
     def offsets(self, stack: Stack) -> list[int]:
         """For each member, the offset of its part of a tensor, in elements."""
         strides = iter(stack.tensor.stride())
-        steps = [next(strides) if own else 0 for own in stack.stacked]
+        steps = [next(strides) if there else 0 for there in stack.stacked]
         members = itertools.product(*map(range, self.sizes))
         return [sum(k * step for k, step in zip(member, steps, strict=True)) for member in members]
 
     def values(self, stack: Stack) -> list[float]:
         """For each member, its number."""
-        shape = [size if own else 1 for size, own in zip(self.sizes, stack.stacked, strict=True)]
+        shape = [size if there else 1 for size, there in zip(self.sizes, stack.stacked, strict=True)]
         values: list[float] = stack.tensor.reshape(shape).expand(self.sizes).flatten().tolist()
         return values

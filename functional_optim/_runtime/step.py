@@ -54,9 +54,9 @@ class Workspace:
         self.status_address = ctypes.addressof(self.status)
         self.cpu = {
             k: CpuLaunches(
-                [step.groups[g] for g in own], [step.places[g] for g in own], self.pointers, n_threads, step.joins
+                [step.groups[g] for g in part], [step.places[g] for g in part], self.pointers, n_threads, step.joins
             )
-            for k, (backend, own) in enumerate(step.parts)
+            for k, (backend, part) in enumerate(step.parts)
             if backend == "c"
         }
         # for each part on a device, the memory of each stream
@@ -187,7 +187,7 @@ class BoundStep(BoundPrograms):
         else:
             parts = self.parts  # those of this step: another thread may give a backend up meanwhile
             computed = self._run_parts(parts, reading, numbers, outputs, ready)
-            outputs = [computed.get(g, own) for g, own in enumerate(outputs)]
+            outputs = [computed.get(g, columns) for g, columns in enumerate(outputs)]
             for i in self._still(parts):
                 self.tensor_at(reading, i).add_(1)
         if reading.originals:
@@ -218,15 +218,15 @@ class BoundStep(BoundPrograms):
         """
         ready: dict[int, DeviceMemory] = {}
         try:
-            for part, (backend, own) in enumerate(self.parts):
-                tables = [numbers[g] for g in own]
+            for k, (backend, part) in enumerate(self.parts):
+                tables = [numbers[g] for g in part]
                 if backend not in COMPILE:
-                    self.watches[part].check([*itertools.chain(*tables)], {self.groups[g].device for g in own})
+                    self.watches[k].check([*itertools.chain(*tables)], {self.groups[g].device for g in part})
                 elif backend == "triton":
-                    ready[part] = self.triton[part].prepare(workspace.pointers, tables, workspace.device[part])
+                    ready[k] = self.triton[k].prepare(workspace.pointers, tables, workspace.device[k])
         except BuildError as error:
             give_up("triton", str(error))
-            self.parts = [("foreach" if backend == "triton" else backend, own) for backend, own in self.parts]
+            self.parts = [("foreach" if backend == "triton" else backend, part) for backend, part in self.parts]
         return ready
 
     def _still(self, parts: Sequence[tuple[str, list[int]]]) -> list[int]:
@@ -248,20 +248,20 @@ class BoundStep(BoundPrograms):
           By group, the new tensors of those that operations of torch compute.
         """
         computed: dict[int, list[Column]] = {}
-        for part, (backend, own) in enumerate(parts):
-            table = [numbers[g] for g in own]
+        for k, (backend, part) in enumerate(parts):
+            tables = [numbers[g] for g in part]
             if backend == "c":
-                reading.workspace.cpu[part](table, [])
+                reading.workspace.cpu[k](tables, [])
             elif backend == "triton":
-                self.triton[part].launch(ready[part])
+                self.triton[k].launch(ready[k])
             else:
-                computed |= self._evaluate(backend, own, reading.tensors, table, outputs)
+                computed |= self._evaluate(backend, part, reading.tensors, tables, outputs)
         return computed
 
     def _evaluate(
         self,
         backend: str,
-        own: Sequence[int],
+        part: Sequence[int],
         tensors: list[torch.Tensor],
         numbers: Numbers,
         outputs: Sequence[Sequence[Column]],
@@ -271,10 +271,10 @@ class BoundStep(BoundPrograms):
         Returns:
           By group, its new tensors; nothing if they are in place, or in memory that `outputs` have already.
         """
-        columns = self.split(tensors)
-        groups = [self.groups[g] for g in own]
-        results = evaluate(backend, groups, [columns[g] for g in own], numbers, self.joins, self.in_place)
-        return {} if self.in_place else dict(zip(own, results, strict=True))
+        gathered = self.split(tensors)
+        groups = [self.groups[g] for g in part]
+        results = evaluate(backend, groups, [gathered[g] for g in part], numbers, self.joins, self.in_place)
+        return {} if self.in_place else dict(zip(part, results, strict=True))
 
     def _allocate(self, reading: Reading, columns: Columns) -> list[list[Column]]:
         """New tensors for the outputs of kernels, with their pointers among those of the step."""
@@ -296,14 +296,14 @@ class BoundStep(BoundPrograms):
     def _in_layouts(self, reading: Reading, outputs: Sequence[Sequence[Column]]) -> list[list[Column]]:
         """New tensors, those of leaves that were copied in the layout of the tensors that they follow."""
         found: list[list[Column]] = []
-        for group, bounds, own in zip(self.groups, self.bounds, outputs, strict=True):
-            columns: list[Column] = []
-            for k, output, column in zip(group.outputs, group.signature.program.outputs, own, strict=True):
+        for group, bounds, computed in zip(self.groups, self.bounds, outputs, strict=True):
+            laid_out: list[Column] = []
+            for k, output, column in zip(group.outputs, group.signature.program.outputs, computed, strict=True):
                 first = bounds[group.updates if k is None else k][0]
                 copied = group.copied if output.level is Level.ELEMENT else ()
                 likes = {i: reading.originals[first + i] for i in copied if first + i in reading.originals}
-                columns.append([_in_layout_of(likes[i], x) if i in likes else x for i, x in enumerate(column)])
-            found.append(columns)
+                laid_out.append([_in_layout_of(likes[i], x) if i in likes else x for i, x in enumerate(column)])
+            found.append(laid_out)
         return found
 
     def _refuse_overlap(self, reading: Reading) -> None:
@@ -338,4 +338,4 @@ def _in_layout_of(like: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def flat(outputs: Sequence[Sequence[Column]]) -> list[torch.Tensor]:
     """The tensors of all columns."""
-    return [x for own in outputs for column in own for x in column]
+    return [x for columns in outputs for column in columns for x in column]

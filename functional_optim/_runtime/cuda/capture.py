@@ -147,13 +147,13 @@ def is_capturing(devices: Iterable[torch.device | None]) -> bool:
     return False
 
 
-def refuse_numbers(numbers: Iterable[object], devices: Collection[torch.device]) -> None:
+def refuse_numbers(hypers: Iterable[object], devices: Collection[torch.device]) -> None:
     """Refuses hyper-parameters in captured steps that are tensors elsewhere than on some devices.
 
     Raises:
       CaptureError: one of them is.
     """
-    apart = next((x.device for x in numbers if isinstance(x, torch.Tensor) and x.device not in devices), None)
+    apart = next((x.device for x in hypers if isinstance(x, torch.Tensor) and x.device not in devices), None)
     if apart is not None:
         raise CaptureError(
             f"a hyper-parameter is a tensor on {apart}, and a graph would keep its value",
@@ -180,21 +180,21 @@ class NumberWatch:
     def __init__(self) -> None:
         self.seen: list[int | float] = []  # of the last step that was not captured
 
-    def check(self, numbers: Sequence[object], devices: Collection[torch.device]) -> None:
+    def check(self, hypers: Sequence[object], devices: Collection[torch.device]) -> None:
         """Notes the numbers of a step outside of a graph; refuses others while a stream is capturing.
 
         Args:
-          numbers: the hyper-parameters, tensors among them.
+          hypers: the hyper-parameters, tensors among them.
           devices: the devices of the step.
 
         Raises:
           CaptureError: a graph could not replay this step.
         """
-        constants = [x for x in numbers if isinstance(x, (int, float))]
+        constants = [x for x in hypers if isinstance(x, (int, float))]
         if not is_capturing(devices):
             self.seen = constants
             return
-        refuse_numbers(numbers, devices)
+        refuse_numbers(hypers, devices)
         if constants != self.seen:
             refuse_new_numbers()
 

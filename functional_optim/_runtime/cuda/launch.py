@@ -72,7 +72,8 @@ class TritonLaunch:
         self.n_stages = max(ends)
         end = self.n_stages - 1
         # passes behind all uniform kernels, which read counters: the number of programs, the stage and the group
-        last = [(own.of_pass[end][1], end, k) for k, own in enumerate(self.tables.of_group) if len(own.of_pass) > end]
+        passes = [tables.of_pass for tables in self.tables.of_group]
+        last = [(of_pass[end][1], end, k) for k, of_pass in enumerate(passes) if len(of_pass) > end]
         programs, *self.counting = max(last, default=(0, end, 0))  # the one that moves counters on
         self.moved = counters if programs >= len(counters) else ()
         self.reserve: Reserve | None = None  # since the first step
@@ -95,7 +96,7 @@ class TritonLaunch:
         Raises:
           CaptureError: a stream is capturing, and a graph could not replay this step.
         """
-        content, live = self.tables.numbers(numbers)
+        content, live = self.tables.content(numbers)
         with self.driver.guard(self.device):
             if self.driver.is_capturing():
                 memory = self._capture(pointers, numbers, content)
@@ -143,7 +144,7 @@ class TritonLaunch:
             raise CaptureError("no step over these tensors was taken before", "take one before the capture")
         if self.join is not None:
             raise CaptureError("its reductions span processes", "capture the step of each process without them")
-        refuse_numbers([x for own in numbers for x in own], [self.device])
+        refuse_numbers([x for table in numbers for x in table], [self.device])
         if content != self.numbers_seen:
             refuse_new_numbers()
         memory, staged = DeviceMemory(self.tables, self.driver.stream(self.device)), list[torch.Tensor]()
@@ -177,21 +178,21 @@ class TritonLaunch:
             for k, group in enumerate(self.groups):
                 if stage >= len(self.kernels[k].stages):
                     continue
-                own, first, n = self.tables.of_group[k], self.tables.firsts[k], len(group.leaves)
+                tables, first, n = self.tables.of_group[k], self.tables.firsts[k], len(group.leaves)
                 table, loaded = self.kernels[k].stages[stage], memory.kernels[k][stage]
                 words, uniforms = memory.words, memory.uniforms[k]
-                addresses, partials = words[slice(*own.addresses)], words[slice(*own.partials)]
-                scalars = words[slice(*own.scalars)].view(torch.float64)
+                addresses, partials = words[slice(*tables.addresses)], words[slice(*tables.partials)]
+                scalars = words[slice(*tables.scalars)].view(torch.float64)
                 if table.uniform is not None and loaded.uniform is not None:
-                    leaves = (own.leaf_row, own.leaf_whole, own.leaf_chunk)
+                    leaves = (tables.leaf_row, tables.leaf_whole, tables.leaf_chunk)
                     arguments = (*leaves, addresses, scalars, uniforms, partials, n, total, first)
                     programs = -(-n // table.uniform.block)
                     uniform.append(loaded.uniform.bind(programs, arguments, memory.stream))
-                chunks, count = own.of_pass[stage]
+                chunks, count = tables.of_pass[stage]
                 if table.elements is not None and loaded.elements is not None and count:
                     blocks = self.chunk // table.elements.block if table.reduces else 1
                     n_counters = len(self.moved) if [stage, k] == self.counting else 0
-                    tensors = (chunks, own.leaf_size, addresses, uniforms, partials, counters)
+                    tensors = (chunks, tables.leaf_size, addresses, uniforms, partials, counters)
                     passed = (*tensors, n, blocks, first, n_counters, memory.aligned[k])
                     elements.append(loaded.elements.bind(count, passed, memory.stream))
             stages.append(uniform + elements)

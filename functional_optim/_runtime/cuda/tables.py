@@ -70,25 +70,27 @@ class Tables:
     ) -> None:
         self.groups, self.device, self.n_joined = groups, groups[0].device, n_joined
         self.uniform_words = [max(len(g.leaves) * k.uniform_words, 1) for g, k in zip(groups, kernels, strict=True)]
-        widths = [len(own) * len(group.leaves) for group, own in zip(groups, places, strict=True)]
+        widths = [len(starts) * len(group.leaves) for group, starts in zip(groups, places, strict=True)]
         reductions = [len(group.signature.program.reductions) for group in groups]
-        numbers = [max(len(group.sources) * len(group.sources[0]), 1) for group in groups]
-        words = (*widths, len(counters), *reductions, *numbers)
+        scalars = [max(len(group.sources) * len(group.sources[0]), 1) for group in groups]
+        words = (*widths, len(counters), *reductions, *scalars)
         bounds = list(itertools.pairwise(itertools.accumulate(words, initial=0)))
         n = len(groups)
         self.counters = bounds.pop(n)
         self.n_pointers = self.counters[1]
         self.n_addresses, self.n_words = self.n_pointers + sum(reductions), bounds[-1][1]
-        self.packer = struct.Struct(f"{sum(numbers)}d")
+        self.packer = struct.Struct(f"{sum(scalars)}d")
         self.padding = [not len(group.sources[0]) for group in groups]
         order = [
-            range(place, place + len(group.leaves)) for group, own in zip(groups, places, strict=True) for place in own
+            range(place, place + len(group.leaves))
+            for group, starts in zip(groups, places, strict=True)
+            for place in starts
         ]
         self.order = PointerOrder([*itertools.chain(*order), *counters])
         self.of_group = [
             self._lay_out(k, kernels[k], chunk, (bounds[k], bounds[n + k], bounds[2 * n + k])) for k in range(n)
         ]
-        self.cuts = [own.chunks for own in self.of_group]
+        self.cuts = [tables.chunks for tables in self.of_group]
         self.firsts = list(itertools.accumulate((len(chunks.leaf) for chunks in self.cuts), initial=0))
 
     def _lay_out(
@@ -111,8 +113,8 @@ class Tables:
         levels = [Level.ELEMENT] * len(program.arrays) + [Level.LEAF] * len(program.leaves)
         levels += [output.level for output in program.outputs]
         runs, place = [], addresses[0]
-        for is_array, own in itertools.groupby(level is Level.ELEMENT for level in levels):
-            start, place = place, place + n * len(list(own))
+        for is_array, run in itertools.groupby(level is Level.ELEMENT for level in levels):
+            start, place = place, place + n * len(list(run))
             runs.append((start, place, is_array))
         return GroupTables(
             chunks=reducing,
@@ -138,9 +140,9 @@ class Tables:
           For each group, whether all its arrays begin at multiples of 16 bytes.
         """
         aligned = []
-        for own in self.of_group:
+        for tables in self.of_group:
             bits = 0
-            for start, stop, is_array in own.runs:
+            for start, stop, is_array in tables.runs:
                 found = self.order.copy(pointers, start, stop, place + 8 * start)
                 bits |= found if is_array else 0
             aligned.append(bits % ALIGNED == 0)
@@ -152,14 +154,20 @@ class Tables:
         """The tables that are the same at every step."""
         return [
             x
-            for own in self.of_group
-            for x in (own.leaf_size, own.leaf_row, own.leaf_whole, own.leaf_chunk, *[x for x, _ in own.of_pass])
+            for tables in self.of_group
+            for x in (
+                tables.leaf_size,
+                tables.leaf_row,
+                tables.leaf_whole,
+                tables.leaf_chunk,
+                *[x for x, _ in tables.of_pass],
+            )
         ]
 
-    def _upload(self, numbers: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(numbers, dtype=torch.int64, device="cpu").to(self.device, non_blocking=True)
+    def _upload(self, integers: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(integers, dtype=torch.int64, device="cpu").to(self.device, non_blocking=True)
 
-    def numbers(self, numbers: Sequence[Sequence[Number]]) -> tuple[bytes, list[tuple[int, torch.Tensor]]]:
+    def content(self, numbers: Sequence[Sequence[Number]]) -> tuple[bytes, list[tuple[int, torch.Tensor]]]:
         """The numbers of a step, as bytes of the scalar tables, and those that are read on the device.
 
         Args:
@@ -169,8 +177,8 @@ class Tables:
           The bytes, zero in the place of numbers on a device; and these, each with its place.
         """
         flat: list[Number] = []
-        for own, is_empty in zip(numbers, self.padding, strict=True):
-            flat += own
+        for table, is_empty in zip(numbers, self.padding, strict=True):
+            flat += table
             if is_empty:
                 flat.append(0.0)
         live = [(k, x.detach()) for k, x in enumerate(flat) if isinstance(x, torch.Tensor)]
@@ -199,7 +207,7 @@ class StepMemory:
             self.buffers = partial_buffers(tables.groups, tables.cuts, device, tables.n_joined)
             n = tables.n_addresses  # parts to upload, by whether addresses and numbers are new
             self.pieces = {(True, True): self.words, (True, False): self.words[:n], (False, True): self.words[n:]}
-        partials = [x.data_ptr() for own in self.buffers for x in own]
+        partials = [x.data_ptr() for buffers in self.buffers for x in buffers]
         self.partials = struct.pack(f"{len(partials)}q", *partials)
         self.places: dict[int, torch.Tensor] = {}  # of numbers that are read on the device
         self.aligned: tuple[bool, ...] = ()
