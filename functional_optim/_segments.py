@@ -4,7 +4,7 @@ That step is `TreeStep` over trees and `ParamStep` over parameters of optimizers
 """
 
 import abc
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
 import torch
@@ -55,9 +55,8 @@ class Variant(NamedTuple):
     forms: tuple[Form | None, ...] = ()
 
 
-def packed_forms(columns: Iterable[Any]) -> tuple[Form | None, ...]:
+def packed_forms(columns: Collection[Any]) -> tuple[Form | None, ...]:
     """The form of each column that is packed, and None for others; nothing if none is."""
-    columns = tuple(columns)
     if PackedColumn not in map(type, columns):
         return ()
     return tuple([x.packed.form if type(x) is PackedColumn else None for x in columns])

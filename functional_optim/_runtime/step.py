@@ -137,7 +137,7 @@ class BoundStep(BoundPrograms):
     def requires_grad(self, reading: Reading, numbers: Numbers) -> bool:
         """Whether a tensor or a number requires a gradient, so that autograd has to record the step."""
         for x in itertools.chain.from_iterable(numbers):
-            if isinstance(x, torch.Tensor) and x.requires_grad:
+            if type(x) is not float and isinstance(x, torch.Tensor) and x.requires_grad:  # most are floats
                 return True
         return any(map(REQUIRES_GRAD, reading.tensors))
 
