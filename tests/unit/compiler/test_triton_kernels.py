@@ -12,7 +12,7 @@ from _lib.marks import INTERPRETER
 from _lib.programs import run_program
 from functional_optim._compiler.trace import Tracer
 from functional_optim._compiler.triton import emit
-from functional_optim._compiler.triton.kernels import compile_triton
+from functional_optim._compiler.triton.kernels import triton_kernels
 from functional_optim._compiler.triton.tuning import CHUNK, MAX_PARTIALS, TUNED, chunk_size
 
 
@@ -29,8 +29,8 @@ def kernels(tx: fo.GradientTransformation) -> list[str]:
     """The kernels of the one program of a transformation, in order."""
     [kernel] = fo.explain(tx, torch.zeros(8)).kernels
     names = []
-    for stage in compile_triton(kernel.signature).stages:
-        names += [x.function.fn.__name__ for x in (stage.uniform, stage.elements) if x is not None]
+    for stage in triton_kernels(kernel.signature).stages:
+        names += [x.name for x in (stage.uniform, stage.elements) if x is not None]
     assert len(names) == emit.launches(kernel.signature)
     return names
 
