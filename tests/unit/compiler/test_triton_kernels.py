@@ -9,7 +9,7 @@ import torch
 import functional_optim as fo
 from _lib.backends import only
 from _lib.marks import INTERPRETER
-from _lib.programs import run_program
+from _lib.programs import device_of, run_program
 from functional_optim._compiler.trace import Tracer
 from functional_optim._compiler.triton import emit
 from functional_optim._compiler.triton.kernels import triton_kernels
@@ -45,7 +45,7 @@ def test_a_program_has_the_kernels_that_it_needs() -> None:
 
 
 def test_a_stage_without_elements() -> None:
-    tx, g = watched(), torch.linspace(-1, 1, 5000)
+    tx, g = watched(), torch.linspace(-1, 1, 5000, device=device_of("triton"))
     with only("triton"):
         updates, state = tx.update(g, tx.init(g))
     torch.testing.assert_close(updates, g, rtol=0, atol=0)
