@@ -17,31 +17,35 @@ NAME = "libcuda.so.1"
 WARP = 32  # threads
 SHARED = 48 << 10  # bytes of shared memory that a program may have unless a kernel asks for more
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # of `CUfunction_attribute`
-P, I = ctypes.c_void_p, ctypes.c_uint  # noqa: E741
+ADDRESS, UNSIGNED = ctypes.c_void_p, ctypes.c_uint
 FUNCTIONS = {
-    "cuGetErrorName": (ctypes.c_int, P),
-    "cuGetErrorString": (ctypes.c_int, P),
-    "cuCtxGetCurrent": (P,),
-    "cuCtxSetCurrent": (P,),
-    "cuDeviceGet": (P, ctypes.c_int),
-    "cuDevicePrimaryCtxRetain": (P, ctypes.c_int),
-    "cuModuleLoadData": (P, ctypes.c_char_p),
-    "cuModuleGetFunction": (P, P, ctypes.c_char_p),
-    "cuFuncSetAttribute": (P, ctypes.c_int, ctypes.c_int),
-    "cuLaunchKernel": (P, I, I, I, I, I, I, I, P, P, P),
+    "cuGetErrorName": (ctypes.c_int, ADDRESS),
+    "cuGetErrorString": (ctypes.c_int, ADDRESS),
+    "cuCtxGetCurrent": (ADDRESS,),
+    "cuCtxSetCurrent": (ADDRESS,),
+    "cuDeviceGet": (ADDRESS, ctypes.c_int),
+    "cuDevicePrimaryCtxRetain": (ADDRESS, ctypes.c_int),
+    "cuModuleLoadData": (ADDRESS, ctypes.c_char_p),
+    "cuModuleGetFunction": (ADDRESS, ADDRESS, ctypes.c_char_p),
+    "cuFuncSetAttribute": (ADDRESS, ctypes.c_int, ctypes.c_int),
+    "cuLaunchKernel": (ADDRESS, *[UNSIGNED] * 7, ADDRESS, ADDRESS, ADDRESS),
 }
 
 
 class DriverFunctions(ctypes.Structure):
     """`driver_t` of `pointers.c`: the functions of the driver that launches call, and the context of their device."""
 
-    _fields_ = [(name, P) for name in ("get_context", "set_context", "launch", "context")]
+    _fields_ = [(name, ADDRESS) for name in ("get_context", "set_context", "launch", "context")]
 
 
 class KernelLaunch(ctypes.Structure):
     """`kernel_launch_t` of `pointers.c`."""
 
-    _fields_ = [("function", P), ("programs", I), ("threads", I), ("shared", I), ("arguments", P)]
+    _fields_ = [
+        ("function", ADDRESS),
+        *((name, UNSIGNED) for name in ("programs", "threads", "shared")),
+        ("arguments", ADDRESS),
+    ]
 
 
 @functools.lru_cache(maxsize=1)
@@ -87,7 +91,7 @@ def check(name: str, code: int) -> None:
 @functools.lru_cache(maxsize=64)
 def primary_context(index: int) -> int:
     """The context of a device that torch works in. It is held as long as the process, as torch holds it."""
-    device, context = ctypes.c_int(), P()
+    device, context = ctypes.c_int(), ADDRESS()
     call("cuDeviceGet", ctypes.byref(device), index)
     call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
     return context.value or 0
@@ -109,7 +113,7 @@ class CudaKernel:
     """
 
     def __init__(self, cubin: Cubin, name: str, warps: int, device: torch.device) -> None:
-        module, function = P(), P()
+        module, function = ADDRESS(), ADDRESS()
         try:
             enter_context(primary_context(device.index))
             call("cuModuleLoadData", ctypes.byref(module), cubin.code)
@@ -135,16 +139,16 @@ class BoundKernel:
     """
 
     def __init__(self, kernel: CudaKernel, programs: int, arguments: Sequence[torch.Tensor | int]) -> None:
-        values = [P(x.data_ptr()) if isinstance(x, torch.Tensor) else ctypes.c_int32(x) for x in arguments]
-        values += [P() for _ in range(kernel.spare)]
-        self.kept = values, (P * len(values))(*map(ctypes.addressof, values))
+        values = [ADDRESS(x.data_ptr()) if isinstance(x, torch.Tensor) else ctypes.c_int32(x) for x in arguments]
+        values += [ADDRESS() for _ in range(kernel.spare)]
+        self.kept = values, (ADDRESS * len(values))(*map(ctypes.addressof, values))
         place = ctypes.addressof(self.kept[1])
         self.struct = KernelLaunch(kernel.function, programs, kernel.threads, kernel.shared, place)
 
 
 def enter_context(context: int) -> None:
     """Makes a context that of this thread, unless it has one, as after its first work on a device."""
-    current = P()
+    current = ADDRESS()
     call("cuCtxGetCurrent", ctypes.byref(current))
     if not current.value:
         call("cuCtxSetCurrent", context)
@@ -164,14 +168,14 @@ class KernelSequence:
     def __init__(self, launches: Sequence[BoundKernel], device: torch.device, stream: int) -> None:
         self.launches, self.stream, self.context = launches, stream, primary_context(device.index)
         cuda = libcuda()
-        functions = [ctypes.cast(x, P) for x in (cuda.cuCtxGetCurrent, cuda.cuCtxSetCurrent, cuda.cuLaunchKernel)]
+        functions = [ctypes.cast(x, ADDRESS) for x in (cuda.cuCtxGetCurrent, cuda.cuCtxSetCurrent, cuda.cuLaunchKernel)]
         self.driver = DriverFunctions(*functions, self.context)
         self.structs = (KernelLaunch * len(launches))(*[x.struct for x in launches])
         self.arguments = ctypes.addressof(self.driver), stream, ctypes.addressof(self.structs), len(launches)
         self.run: Any = None
         with contextlib.suppress(BuildError):
             self.run = library().launch_kernels
-            self.run.argtypes, self.run.restype = [P, P, P, ctypes.c_int64], ctypes.c_int
+            self.run.argtypes, self.run.restype = [ADDRESS, ADDRESS, ADDRESS, ctypes.c_int64], ctypes.c_int
 
     def __call__(self) -> None:
         if self.run is None:
