@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 from adapter_step import parameters, turns
-from cpu_step import SHAPES, Tensors, cpu_name, draw, many, small_tree, table
-from figures import ratio, write_figures
+from figures import cpu_name, ratio, table, write_figures
+from recipes import SHAPES, Tensors, draw, many, small_tree
 
 import functional_optim as fo
 from functional_optim import adapters
