@@ -17,6 +17,7 @@ from functional_optim._warn import warn
 
 from ._groups import copied
 from ._loading import check_entry, parts_of
+from ._numbers import naming_numbers
 
 
 CONVEX = 1e-10  # torch's least product of a step and the difference of gradients over it
@@ -118,6 +119,7 @@ def _warn(value: float) -> None:
     )
 
 
+@naming_numbers
 class LBFGS(torch.optim.LBFGS):
     """`torch.optim.LBFGS`; arguments, defaults, state and iterates are the same.
 

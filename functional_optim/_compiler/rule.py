@@ -71,7 +71,7 @@ class Option:
             return value
         try:
             return value[self.index]
-        except (IndexError, TypeError):
+        except (IndexError, KeyError, TypeError):
             raise ValueError(
                 f"the option {self.name!r} is {value!r:.60}, expected at least {self.index + 1} numbers."
             ) from None
