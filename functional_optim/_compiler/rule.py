@@ -4,7 +4,9 @@ import collections
 import inspect
 import math
 import numbers
+import operator
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -428,8 +430,18 @@ def _made_state_type(rule: Rule, counted: bool) -> Any:
     made.__doc__ = f"The state of `{rule.name}`."
     made._rule, made._counted = rule, counted  # no field can have these names
     # pickled by way of the rule's public name, since this class has none
-    made.__reduce__ = lambda self: (restore_state, (rule.factory, counted, *self))
+    made.__reduce__ = lambda self: (restore_state, (_factory_by_name(rule), counted, *self))
     return made
+
+
+def _factory_by_name(rule: Rule) -> Any:
+    """The function that pickle finds under the name of the rule's own: it may have been written anew since."""
+    try:
+        found = operator.attrgetter(rule.factory.__qualname__)(sys.modules[rule.factory.__module__])
+    except (AttributeError, KeyError):  # within a function, or gone
+        return rule.factory
+    now = getattr(found, "rule", None)
+    return found if isinstance(now, Rule) and tuple(now.slots) == tuple(rule.slots) else rule.factory
 
 
 def rule_of(state: Any) -> Rule | None:
@@ -440,7 +452,8 @@ def rule_of(state: Any) -> Rule | None:
 
 def restore_state(factory: Any, counted: bool, *values: Any) -> Any:
     """Makes the state of a rule, for unpickling."""
-    return state_type(factory.rule, counted)(*values)
+    # of several functions that had a name, `torch.load(weights_only=True)` knows all, and takes one
+    return state_type(_factory_by_name(factory.rule).rule, counted)(*values)
 
 
 @dataclass(frozen=True, eq=False)
