@@ -45,10 +45,11 @@ def _check_like(name: str, value: Any, default: Any) -> None:
 def naming_numbers(cls: type[Own]) -> type[Own]:
     """A class whose constructor is that of torch's class, but for errors of arguments that are to be numbers.
 
-    torch compares numbers with their bounds, and where that fails, Python's error has neither name nor value.
+    torch compares numbers with their bounds, and where that fails, Python's error has neither name nor value. A class
+    that has a constructor of its own, or none of torch's, is left as it is.
     """
     theirs = next((base for base in cls.__bases__ if base.__module__.startswith(torch.optim.__name__)), None)
-    if theirs is None:
+    if theirs is None or "__init__" in vars(cls):
         return cls
     signature = inspect.signature(theirs)
 
@@ -56,7 +57,7 @@ def naming_numbers(cls: type[Own]) -> type[Own]:
     def __init__(self: Own, *args: Any, **kwargs: Any) -> None:
         try:
             super(cls, self).__init__(*args, **kwargs)
-        except (TypeError, RuntimeError, LookupError):
+        except (TypeError, NotImplementedError, LookupError):
             try:
                 given = signature.bind(*args, **kwargs).arguments
             except TypeError:

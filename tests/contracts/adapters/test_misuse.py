@@ -249,6 +249,20 @@ def test_numbers_are_refused_by_their_names_where_torch_refuses_them(name: str) 
                         make([torch.nn.Parameter(torch.ones(2, 2))], **{parameter.name: argument})
 
 
+def test_a_subclass_has_the_constructor_that_it_is_given() -> None:
+    class Small(Adam, torch.optim.Adam):  # type: ignore[misc]
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, lr=1e-5)
+
+    class Alike(Adam):
+        pass
+
+    assert Small(parameters(1)).param_groups[0]["lr"] == 1e-5
+    assert inspect.signature(Alike) == inspect.signature(Adam) == inspect.signature(torch.optim.Adam)
+    with pytest.raises(TypeError, match=r"`lr` is str '0\.1', expected a number"):
+        Alike(parameters(1), lr="0.1")
+
+
 @pytest.mark.parametrize("betas", [0.9, (0.9,), "text", None, {0: 0.9}])
 def test_a_pair_of_numbers_is_one(betas: Any) -> None:
     with pytest.raises(TypeError, match=rf"`betas` is {re.escape(repr(betas))}, expected a pair of numbers"):
