@@ -269,15 +269,24 @@ def test_a_pair_of_numbers_is_one(betas: Any) -> None:
         AdamW(parameters(1), betas=betas)
 
 
-@pytest.mark.parametrize("option", ["ns_steps", "eps"])
+READ_AT_A_STEP = [("Muon", option) for option in ("ns_steps", "eps")]
+READ_AT_A_STEP += [("LBFGS", option) for option in ("max_iter", "tolerance_grad", "tolerance_change", "history_size")]
+
+
 @pytest.mark.parametrize("kind", NOT_NUMBERS)
-def test_numbers_that_muon_reads_at_its_step(option: str, kind: str) -> None:
+@pytest.mark.parametrize(("name", "option"), READ_AT_A_STEP)
+def test_numbers_that_torch_reads_at_a_step(name: str, option: str, kind: str) -> None:
     p = torch.nn.Parameter(torch.ones(2, 2))
-    opt = adapters.Muon([p], **{option: NOT_NUMBERS[kind]})
+    opt = getattr(adapters, name)([p])
+    opt.param_groups[0][option] = NOT_NUMBERS[kind]
     p.grad = torch.ones(2, 2)
 
+    def closure() -> Any:
+        p.grad = torch.ones(2, 2)
+        return p.sum()
+
     with pytest.raises(TypeError, match=rf"`{option}` is .*, expected a number"):
-        opt.step()
+        opt.step(closure)
     assert torch.equal(p, torch.ones(2, 2))
 
 
