@@ -11,6 +11,7 @@ from functional_optim._transforms.decay import decay_then_add, l2_penalty
 
 from ._groups import copied
 from ._naming import template
+from ._numbers import naming_numbers
 from .optimizer import ChainOptimizer
 
 
@@ -41,6 +42,10 @@ def before(maximize: bool, l2: bool) -> list[fo.GradientTransformation]:
 
 class NamedClass(ChainOptimizer):
     """Classes under a name of their own, whose chain is no argument."""
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        naming_numbers(cls)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group; see `torch.optim.Optimizer.add_param_group`."""

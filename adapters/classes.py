@@ -6,7 +6,6 @@ reads counters and numbers where they are, so that a step on a CUDA device can b
 leaves what `torch.amp.GradScaler` does to the kernel, and `differentiable=True` records the step, as in torch.
 """
 
-import numbers
 from collections.abc import Hashable, Mapping
 from typing import Any, ClassVar
 
@@ -23,6 +22,7 @@ from functional_optim._transforms.scaling import descend
 
 from ._named import B1, B2, DECAY, EPS, LR, MOMENTUM, NamedClass, before, nonzero
 from ._naming import template
+from ._numbers import check_number
 
 
 class SGD(NamedClass, torch.optim.SGD):
@@ -142,8 +142,7 @@ def _check(lr: Any, betas: Any, weight_decay: Any, eps: Any = 0.0) -> None:
         raise TypeError(f"`betas` is {betas!r:.60}, expected a pair of numbers.")
     named = {"lr": lr, "betas[0]": betas[0], "betas[1]": betas[1], "eps": eps, "weight_decay": weight_decay}
     for name, value in named.items():
-        if not isinstance(value, (numbers.Real, torch.Tensor)):
-            raise TypeError(f"`{name}` is {type(value).__name__} {value!r:.60}, expected a number.")
+        check_number(name, value)
     for name, value in (("learning rate", lr), ("epsilon value", eps), ("weight_decay value", weight_decay)):
         if not value >= 0.0:
             raise ValueError(f"Invalid {name}: {value}")

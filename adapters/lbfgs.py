@@ -17,9 +17,11 @@ from functional_optim._warn import warn
 
 from ._groups import copied
 from ._loading import check_entry, parts_of
+from ._numbers import check_number, naming_numbers
 
 
 CONVEX = 1e-10  # torch's least product of a step and the difference of gradients over it
+NUMBERS = ("lr", "max_iter", "max_eval", "tolerance_grad", "tolerance_change", "history_size")
 VECTORS = ("d", "prev_flat_grad")
 LISTS = ("old_dirs", "old_stps", "ro")
 # options that files lack: one of newer versions of torch, and one that torch adds to the defaults where it loads
@@ -118,6 +120,7 @@ def _warn(value: float) -> None:
     )
 
 
+@naming_numbers
 class LBFGS(torch.optim.LBFGS):
     """`torch.optim.LBFGS`; arguments, defaults, state and iterates are the same.
 
@@ -178,7 +181,7 @@ class LBFGS(torch.optim.LBFGS):
           The first loss.
 
         Raises:
-          TypeError: there is no closure.
+          TypeError: there is no closure, or an option is no number.
           RuntimeError: `line_search_fn` is none that is known, or a CUDA graph is being captured.
         """
         if not callable(closure):
@@ -191,6 +194,8 @@ class LBFGS(torch.optim.LBFGS):
         group = self.param_groups[0]
         if group["line_search_fn"] not in (None, "strong_wolfe"):
             raise RuntimeError(f"only 'strong_wolfe' is supported, not {group['line_search_fn']!r:.60}")
+        for name in NUMBERS:
+            check_number(name, group[name])
         refuse_capture("LBFGS compares values of the loss", group["params"])
         with torch.no_grad():
             return self._step(_Loss(group["params"], closure, group.get("maximize", False)), group)

@@ -14,6 +14,7 @@ from functional_optim._transforms.muon import torch_muon_momentum
 
 from ._named import DECAY, LR, MOMENTUM, NamedClass, before
 from ._naming import template
+from ._numbers import check_number
 from ._steps import StepInputs
 
 
@@ -49,6 +50,8 @@ class Muon(_WholeTensors, torch.optim.Muon):  # type: ignore[misc]
     def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
         names = ("nesterov", "ns_coefficients", "ns_steps", "eps", "adjust_lr_fn")
         switches = {name: _plain(group[name]) for name in names}
+        for name in ("ns_steps", "eps"):
+            check_number(name, switches[name])
         if switches["ns_steps"] >= 100:
             raise ValueError("Number of steps must be less than 100 for computational efficiency")
         if len(switches["ns_coefficients"]) != 3:

@@ -47,7 +47,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from cpu_step import (
+from figures import cpu_name, ratio, seconds, table, write_figures
+from recipes import (
     B1,
     B2,
     DECAY,
@@ -56,15 +57,11 @@ from cpu_step import (
     SHAPES,
     TRANSFORMATIONS,
     Tensors,
-    cpu_name,
     draw,
-    seconds,
     slots,
     small_tree,
-    table,
     torch_clip_adamw_ema_steps,
 )
-from figures import ratio, write_figures
 
 import functional_optim as fo
 from functional_optim.adapters import AdamW, TransformOptimizer

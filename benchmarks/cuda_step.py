@@ -31,7 +31,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from cpu_step import (
+from figures import table, write_figures
+from recipes import (
     AVERAGE,
     B1,
     B2,
@@ -43,9 +44,7 @@ from cpu_step import (
     draw,
     many,
     small_tree,
-    table,
 )
-from figures import write_figures
 from torch_optim_rows import layers
 
 import functional_optim as fo

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from cpu_step import table
+from figures import table
 
 import functional_optim as fo
 

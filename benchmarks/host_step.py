@@ -29,8 +29,8 @@ from unittest import mock
 
 import torch
 from adapter_step import ADAMW, Found, Step, case, goal, parameters, show_goals, show_times, turns
-from cpu_step import LR, SHAPES, TRANSFORMATIONS, cpu_name, draw, table
-from figures import ratio, write_figures
+from figures import cpu_name, ratio, table, write_figures
+from recipes import LR, SHAPES, TRANSFORMATIONS, draw
 
 import functional_optim as fo
 import functional_optim.adapters

@@ -11,8 +11,7 @@ from . import _walk
 from ._compiler.rule import Bound, Rule, rule_of
 from ._runtime.checks import check_number
 from ._runtime.internals import has_members, needs_dispatch
-from ._state import get_state
-from ._state_nodes import check_state
+from ._state_nodes import check_state, get_state
 from ._transform import GradientTransformation, Path, as_transformation, parts
 from ._tree import Tree
 

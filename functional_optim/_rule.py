@@ -72,7 +72,8 @@ def elementwise(
       static: hyper-parameters that are switches, for Python's `if`; each value makes a kernel of its own. Those
         whose value is None, a bool, a string or a dtype need not be named.
       ranges: intervals that hyper-parameters must lie in, such as `{"b1": "[0, 1)"}`, or the values that they may
-        have, such as `{"mode": ("hard", "smooth")}`. `{"decay if debias": "[0, 1)"}` holds where a switch is on.
+        have, such as `{"mode": ("hard", "smooth")}`. `{"decay if debias": "[0, 1)"}` holds where a switch is on. One
+        with an interval is a number, or None if that is its default; `"[-inf, inf]"` is for any number.
       final: whether it needs updates as they will be added to the parameters; `chain` warns if more comes behind it.
 
     Returns:

@@ -13,15 +13,13 @@ from ._regions import Region
 from ._runtime.checks import check_count
 from ._runtime.cuda.capture import is_capturing, refuse_counter
 from ._runtime.groups import Columns
-from ._state_nodes import Path, StateNode, wrong_state
+from ._state_nodes import (
+    Path,
+    StateNode,
+    get_state as get_state,
+    wrong_state,
+)
 from ._tree import Reader, Tree, difference, unpacked
-
-
-def get_state(state: Any, path: Path) -> Any:
-    """The state at a path of indices and keys."""
-    for k in path:
-        state = state[k]
-    return state
 
 
 def set_states(state: Any, new: Mapping[Path, Any]) -> Any:
@@ -78,7 +76,7 @@ class StateReader:
         states = {}
         for k, node in self.expected:
             found = state
-            for key in node.path:
+            for key in node.path:  # `get_state` would be a call for each part of a chain, at every step
                 found = found[key]
             if type(found) is not node.kind:
                 if not node.is_like(found):

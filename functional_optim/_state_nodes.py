@@ -7,6 +7,13 @@ from typing import Any, NamedTuple
 Path = tuple[int | str, ...]
 
 
+def get_state(state: Any, path: Path) -> Any:
+    """The state at a path of indices and keys."""
+    for k in path:
+        state = state[k]
+    return state
+
+
 class StateNode(NamedTuple):
     """A container within the state of a transformation, or the state of an innermost one.
 
@@ -98,8 +105,6 @@ def check_state(nodes: Iterable[StateNode], state: Any) -> None:
       TypeError: the state was made by another transformation, or is none.
     """
     for node in nodes:
-        found = state
-        for key in node.path:
-            found = found[key]
+        found = get_state(state, node.path)
         if not node.is_like(found):
             raise wrong_state(node, found)

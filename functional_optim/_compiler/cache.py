@@ -17,7 +17,7 @@ import stat
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -27,6 +27,7 @@ from .._warn import warn
 DIGEST = hashlib.sha256().digest_size
 UNFINISHED = ".build_"  # prefix of files and folders that a build renames or removes when it is done
 A_DAY = 24 * 60 * 60.0  # seconds; no build takes as long
+K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
 
@@ -70,20 +71,20 @@ _warned: set[str] = set()
 _forget.append(_warned.clear)
 
 
-class KernelCache(Generic[T]):
-    """Kernels of this process by their source.
+class KernelCache(Generic[K, T]):
+    """Kernels of this process by their source, or by all that they are made of.
 
     Args:
       build: makes the kernel of a source in a folder, or loads the one that is there already.
       most: number that is kept; the oldest goes first. It stays loaded as long as somebody holds it.
     """
 
-    def __init__(self, build: Callable[[str, Path], T], most: int = 1024) -> None:
+    def __init__(self, build: Callable[[K, Path], T], most: int = 1024) -> None:
         self._build, self._most = build, most
-        self._kept: dict[str, T] = {}
+        self._kept: dict[K, T] = {}
         _forget.append(self._kept.clear)
 
-    def get(self, source: str) -> T:
+    def get(self, source: K) -> T:
         """Kernel of a source; one thread at a time builds.
 
         Raises:
@@ -264,13 +265,14 @@ def write_sealed(path: Path, content: bytes) -> None:
     write(path, content + hashlib.sha256(content).digest())
 
 
-def is_sealed(path: Path) -> bool:
-    """Whether a file is the user's own, complete and unchanged since `write_sealed`."""
+def read_sealed(path: Path) -> bytes | None:
+    """Content of a file that is the user's own, complete and unchanged since `write_sealed`; None of any other."""
     try:
         info = path.lstat()
         if not stat.S_ISREG(info.st_mode) or (hasattr(os, "getuid") and info.st_uid != os.getuid()):
-            return False
+            return None
         content = path.read_bytes()
     except OSError:
-        return False
-    return len(content) > DIGEST and hashlib.sha256(content[:-DIGEST]).digest() == content[-DIGEST:]
+        return None
+    content, digest = content[:-DIGEST], content[-DIGEST:]
+    return content if content and hashlib.sha256(content).digest() == digest else None

@@ -4,7 +4,9 @@ import collections
 import inspect
 import math
 import numbers
+import operator
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -71,7 +73,7 @@ class Option:
             return value
         try:
             return value[self.index]
-        except (IndexError, TypeError):
+        except (IndexError, KeyError, TypeError):
             raise ValueError(
                 f"the option {self.name!r} is {value!r:.60}, expected at least {self.index + 1} numbers."
             ) from None
@@ -259,6 +261,8 @@ def check_slot_dtype(name: str, dtype: torch.dtype) -> None:
 
 zeros = slot(0.0)
 
+NUMBER = "[-inf, inf]"  # the interval of a hyper-parameter that is any number, but for NaN
+
 
 @dataclass(frozen=True)
 class Range:
@@ -379,23 +383,31 @@ class Rule:
                 f"`{hyper}` of {self.name} is a switch, and a function would always count as True: pass True or "
                 f"False, got {value!r:.60}."
             )
-        text = isinstance(value, (str, bytes)) and not isinstance(self.hypers.get(hyper), (str, bytes))
-        known = is_static(value) or isinstance(value, (torch.Tensor, Option)) or callable(value)
-        if hyper in self.static or (known and not text):
+        if not self._is_one_number(hyper, value):
             return value
-        if not isinstance(value, (int, float)):
-            raise TypeError(
-                f"`{hyper}` of {self.name} must be a number, a 0-d tensor or a schedule, got {value!r:.60}."
-            )
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            others = "" if hyper in self.static else ", a 0-d tensor or a schedule"
+            raise TypeError(f"`{hyper}` of {self.name} must be a number{others}, got {value!r:.60}.")
         for key, interval in self.ranges.items():
             name, _, switch = key.partition(" if ")
             if name == hyper and (not switch or values[switch]) and value not in interval:
                 assert isinstance(interval, Range)
                 condition = f" if `{switch}` is {values[switch]!r}" if switch else ""
-                raise ValueError(f"`{hyper}` of {self.name} must be in {interval.text}{condition}, got {value!r}.")
+                expected = "a number" if interval.text == NUMBER else f"in {interval.text}{condition}"
+                raise ValueError(f"`{hyper}` of {self.name} must be {expected}, got {value!r}.")
         if math.isnan(value):
             raise ValueError(f"`{hyper}` of {self.name} must be a number, got nan.")
         return value
+
+    def _is_one_number(self, hyper: str, value: Any) -> bool:
+        """Whether a value is to be a number of Python's: it is no tensor, option or schedule, nor a switch."""
+        if isinstance(value, (torch.Tensor, Option)):
+            return False
+        schedule = _is_schedule(value) and hyper not in self.static
+        if hyper in self.ranges:  # an interval
+            return not schedule and (value is not None or self.hypers[hyper] is not None)
+        text = isinstance(value, (str, bytes)) and not isinstance(self.hypers.get(hyper), (str, bytes))
+        return hyper not in self.static and not schedule and (text or not is_static(value))
 
 
 def state_type(rule: Rule, counted: bool) -> Any:
@@ -418,8 +430,18 @@ def _made_state_type(rule: Rule, counted: bool) -> Any:
     made.__doc__ = f"The state of `{rule.name}`."
     made._rule, made._counted = rule, counted  # no field can have these names
     # pickled by way of the rule's public name, since this class has none
-    made.__reduce__ = lambda self: (restore_state, (rule.factory, counted, *self))
+    made.__reduce__ = lambda self: (restore_state, (_factory_by_name(rule), counted, *self))
     return made
+
+
+def _factory_by_name(rule: Rule) -> Any:
+    """The function that pickle finds under the name of the rule's own: it may have been written anew since."""
+    try:
+        found = operator.attrgetter(rule.factory.__qualname__)(sys.modules[rule.factory.__module__])
+    except (AttributeError, KeyError):  # within a function, or gone
+        return rule.factory
+    now = getattr(found, "rule", None)
+    return found if isinstance(now, Rule) and tuple(now.slots) == tuple(rule.slots) else rule.factory
 
 
 def rule_of(state: Any) -> Rule | None:
@@ -430,7 +452,8 @@ def rule_of(state: Any) -> Rule | None:
 
 def restore_state(factory: Any, counted: bool, *values: Any) -> Any:
     """Makes the state of a rule, for unpickling."""
-    return state_type(factory.rule, counted)(*values)
+    # of several functions that had a name, `torch.load(weights_only=True)` knows all, and takes one
+    return state_type(_factory_by_name(factory.rule).rule, counted)(*values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -491,6 +514,11 @@ def hint_of_members(x: torch.Tensor) -> str:
     if x.ndim != 1:
         return ""
     return f"; to give each of {len(x)} members its own, map a function that takes one over it by `torch.vmap`"
+
+
+def _is_schedule(value: Any) -> bool:
+    """Whether a value that is no tensor counts as a function of the step; a class, such as `float`, does not."""
+    return callable(value) and not isinstance(value, type)
 
 
 def is_static(value: Any) -> bool:

@@ -390,7 +390,8 @@ class _Writer(pickle.Pickler):
         if rule not in rules:
             raise ValueError(
                 f"the state of {rule.name} was made before the rule was written anew; take one step outside of the "
-                f"compiled function, whose state is the new rule's, or make it with `tx.init(params)`."
+                f"compiled function with `donate=False`, whose state is the new rule's, or make it with "
+                f"`tx.init(params)`."
             )
         return rules.index(rule)
 

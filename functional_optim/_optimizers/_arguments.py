@@ -1,4 +1,4 @@
-"""Arguments of named chains: a name that is another library's is refused with the one that it has here."""
+"""Arguments of named chains: a name of another library is refused with the one here, and None where a number is due."""
 
 import difflib
 import functools
@@ -9,6 +9,7 @@ from typing import ParamSpec, TypeVar
 
 Arguments = ParamSpec("Arguments")
 Made = TypeVar("Made")
+MISSING = inspect.Parameter.empty
 
 # names of torch and other libraries for arguments, by ours
 NAMES = {
@@ -26,13 +27,14 @@ NAMES = {
 
 
 def named_arguments(make: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
-    """A factory of chains that refuses an unknown argument with the name that it has here.
+    """A factory of chains that refuses an unknown argument with the name that it has here, and None for a number.
 
     Raises:
-      TypeError: an argument is unknown.
+      TypeError: an argument is unknown, or None although it has no default.
     """
     signature = inspect.signature(make)
     names = list(signature.parameters)
+    needed = [name for name, parameter in signature.parameters.items() if parameter.default is MISSING]  # numbers
 
     @functools.wraps(make)
     def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Made:
@@ -43,6 +45,10 @@ def named_arguments(make: Callable[Arguments, Made]) -> Callable[Arguments, Made
                 raise TypeError(
                     f"{make.__name__}() got an unexpected keyword argument {name!r}{hint}; it takes {', '.join(names)}."
                 )
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        for name in needed:
+            if given.get(name, MISSING) is None:
+                raise TypeError(f"`{name}` of {make.__name__} must be a number, a 0-d tensor or a schedule, got None.")
         return make(*args, **kwargs)
 
     return checked

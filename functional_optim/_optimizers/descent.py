@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import torch
+
 from .._chain import chain, identity
-from .._compiler.rule import OptionalDtype, Scalar
+from .._compiler.rule import OptionalDtype, Scalar, plain_number
 from .._transform import GradientTransformation
 from .._transforms.asgd import scale_by_asgd
 from .._transforms.averaging import params_swa
@@ -178,6 +180,7 @@ def asgd(
 
     Raises:
       ValueError: `lambd` is negative.
+      TypeError: `t0` is no number.
 
     Example:
       >>> asgd(0.1, t0=0)
@@ -185,6 +188,9 @@ def asgd(
 
     Source: Polyak & Juditsky 1992, "Acceleration of Stochastic Approximation by Averaging".
     """
+    t0 = plain_number(t0)
+    if isinstance(t0, bool) or not isinstance(t0, (int, float, torch.Tensor)):
+        raise TypeError(f"`t0` of asgd must be a number or a 0-d tensor, got {t0!r:.60}.")
     return chain(scale_by_asgd(learning_rate, lambd, alpha), params_swa(t0 + 2, accumulator_dtype=accumulator_dtype))
 
 

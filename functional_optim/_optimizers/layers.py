@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from .._chain import chain
-from .._compiler.rule import Leaf, Scalar
+from .._compiler.rule import NUMBER, Leaf, Scalar
 from .._masking import masked
 from .._rule import elementwise
 from .._transform import GradientTransformation
@@ -94,7 +94,7 @@ def lamb(
     )
 
 
-@elementwise(ranges={"min_norm": "[0, inf)"})
+@elementwise(ranges={"learning_rate": NUMBER, "min_norm": "[0, inf)"})
 def fromage(u: Leaf, p: Leaf, *, learning_rate: Scalar, min_norm: Scalar = 1e-6) -> Leaf:
     r"""Fromage: updates as long as their parameters, and parameters that do not grow.
 

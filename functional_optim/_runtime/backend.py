@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import functools
+import importlib.util
 import threading
 from collections.abc import Iterator
 
@@ -88,13 +89,11 @@ def _check(name: str) -> None:
 
 @functools.lru_cache(maxsize=1)
 def _has_triton() -> bool:
+    """Whether Triton is installed. Kernels on disk need no import of it; should it be broken, a build says so."""
     try:
-        import triton  # noqa: F401
-    except ImportError:
+        return importlib.util.find_spec("triton") is not None
+    except ImportError:  # of something that keeps it from being imported
         return False
-    except Exception:  # Triton is there, but broken, which a build says
-        pass
-    return True
 
 
 def choose_backend(device: torch.device, where: str = "") -> tuple[str, str]:
@@ -133,6 +132,8 @@ def _why_never(backend: str, device: torch.device) -> str:
     if backend == "triton":
         if not _has_triton():
             return "Triton is not installed"
+        if device.type == "cuda" and torch.version.hip is not None:
+            return "kernels are compiled for CUDA devices, and this is one of ROCm"
         if device.type == "cuda":
             return "TRITON_INTERPRET is set, and the interpreter reads no memory of a GPU" if interprets() else ""
         if not (device.type == "cpu" and interprets()):

@@ -7,9 +7,8 @@ Nothing here is guessed: each is a name of a Python module, read and never writt
 - of `torch.optim.Optimizer`, which the optimizers in `adapters/` extend: `_init_group`, which the compiler runs in
   Python, in `optimizer.py`; `_step_supports_amp_scaling`, which `GradScaler` asks for, in `classes.py` and
   `transform.py`; `_optimizer_load_state_dict_pre_hooks` and `..._post_hooks`, which torch registers, in `_loading.py`;
-- of Triton, in `cuda/`: `runtime.driver.active.get_current_stream` in `driver.py`, `JITFunction.warmup` in `loaded.py`,
-  and there `run`, `function` and `packed_metadata` of the `CompiledKernel` that it returns, which is called with a grid
-  to be loaded.
+- of Triton: `ASTSource` and `GPUTarget`, which `triton.compile` takes, and of what it returns `asm` and three fields of
+  `metadata`, in `_compiler/triton/cubin.py`.
 """
 
 import ctypes
@@ -117,6 +116,15 @@ def in_checkpoint() -> bool:
     while frame is not None and frame.f_globals is not vars(module):
         frame = frame.f_back
     return frame is not None
+
+
+def current_raw_stream(index: int) -> int:
+    """The current stream of a CUDA device, as the driver knows it.
+
+    `torch._C._cuda_getCurrentRawStream`, which the code that torch's compiler writes imports. The public
+    `torch.cuda.current_stream` makes an object for it, and takes thirty times as long.
+    """
+    return torch._C._cuda_getCurrentRawStream(index)
 
 
 def in_backward() -> bool:

@@ -269,6 +269,30 @@ void run_passes(const pass_t *passes, int64_t n_passes, int64_t *const *counters
   for (int64_t k = 0; k < n_counters; k++) ++*counters[k];
 }
 
+/* The functions of the CUDA driver that launches call, and the context of their device. */
+typedef struct {
+  int (*get_context)(void **);
+  int (*set_context)(void *);
+  int (*launch)(void *, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void *, void **, void **);
+  void *context;
+} driver_t;
+
+typedef struct {
+  void *function;
+  unsigned programs, threads, shared;
+  void **arguments;
+} kernel_launch_t;
+
+/* Launches kernels of a GPU one after the other, in one call as well. Returns 0, or the number of the first error. */
+int launch_kernels(const driver_t *driver, void *stream, const kernel_launch_t *launches, int64_t n) {
+  void *current = NULL; /* a thread has no context before its first work on a device */
+  int error = driver->get_context(&current);
+  if (!error && !current) error = driver->set_context(driver->context);
+  for (const kernel_launch_t *l = launches; l < launches + n && !error; l++)
+    error = driver->launch(l->function, l->programs, 1, 1, l->threads, 1, 1, l->shared, stream, l->arguments, NULL);
+  return error;
+}
+
 /* Copies pointers in an order, and returns the bitwise or of those at some positions: of their alignment. */
 int64_t order_pointers(const int64_t *from, const int64_t *order, int64_t n, int64_t *to) {
   int64_t bits = 0;

@@ -32,6 +32,9 @@ def join_schedules(count: Any, schedules: Sequence[Callable[[Any], Any]], bounda
       >>> join_schedules([constant_schedule(1.0), constant_schedule(2.0)], [10])(10)
       tensor(2., dtype=torch.float64)
     """
+    for name, given in (("schedules", schedules), ("boundaries", boundaries)):
+        if not isinstance(given, (list, tuple)):
+            raise TypeError(f"`{name}` of join_schedules must be a list, got {given!r:.60}.")
     if not schedules or len(boundaries) != len(schedules) - 1:
         raise ValueError(
             f"join_schedules takes one boundary fewer than schedules, got {len(schedules)} schedules and "
@@ -68,6 +71,12 @@ def sgdr_schedule(cosine_kwargs: Iterable[Mapping[str, Any]]) -> Schedule:
 
     Source: Loshchilov & Hutter 2017, arXiv:1608.03983.
     """
+    if not isinstance(cosine_kwargs, Iterable) or isinstance(cosine_kwargs, (str, Mapping, torch.Tensor)):
+        raise TypeError(f"`cosine_kwargs` of sgdr_schedule must be a list of dicts, got {cosine_kwargs!r:.60}.")
+    cosine_kwargs = list(cosine_kwargs)
+    for k, arguments in enumerate(cosine_kwargs):
+        if not isinstance(arguments, Mapping):
+            raise TypeError(f"`cosine_kwargs` of sgdr_schedule must be a list of dicts, got {arguments!r:.60} at {k}.")
     cycles = [warmup_cosine_decay_schedule(**arguments) for arguments in cosine_kwargs]
     ends = list(itertools.accumulate(cycle.arguments["decay_steps"] for cycle in cycles))
     return join_schedules(cycles, ends[:-1])

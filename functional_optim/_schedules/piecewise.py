@@ -24,6 +24,7 @@ def piecewise_constant_schedule(
       The schedule.
 
     Raises:
+      TypeError: a step or a factor is not a number.
       ValueError: a factor is negative.
 
     Example:
@@ -31,7 +32,7 @@ def piecewise_constant_schedule(
       tensor(0.1000, dtype=torch.float64)
     """
     value = like(count, init_value)
-    for boundary, scale in sorted((boundaries_and_scales or {}).items()):
+    for boundary, scale in _ordered("boundaries_and_scales", "piecewise_constant_schedule", boundaries_and_scales):
         value = torch.where(count < boundary, value, value * scale)
     return value
 
@@ -54,6 +55,7 @@ def piecewise_interpolate_schedule(
       The schedule.
 
     Raises:
+      TypeError: a step or a factor is not a number.
       ValueError: the type is unknown, or a factor is negative.
 
     Example:
@@ -61,7 +63,7 @@ def piecewise_interpolate_schedule(
       tensor(0.7500, dtype=torch.float64)
     """
     corners = [(0, init_value)]
-    for boundary, scale in sorted((boundaries_and_scales or {}).items()):
+    for boundary, scale in _ordered("boundaries_and_scales", "piecewise_interpolate_schedule", boundaries_and_scales):
         corners.append((boundary, corners[-1][1] * scale))
     return through(count, interpolate_type, corners)
 
@@ -78,21 +80,39 @@ def interpolate_schedule(count: Any, interpolate_type: str, boundaries_and_value
       The schedule.
 
     Raises:
-      TypeError: a step is not a number.
+      TypeError: a step or a value is not a number.
       ValueError: the type is unknown, or there is no value.
 
     Example:
       >>> interpolate_schedule("linear", {0: 0.0, 4: 1.0, 12: 0.0})([2, 4, 6, 20])
       tensor([0.5000, 1.0000, 0.7500, 0.0000], dtype=torch.float64)
     """
-    if not boundaries_and_values:
+    corners = _ordered("boundaries_and_values", "interpolate_schedule", boundaries_and_values)
+    if not corners:
         raise ValueError("`boundaries_and_values` of interpolate_schedule must hold a value, got none.")
-    for boundary in boundaries_and_values:
-        if not isinstance(boundary, (int, float)):
-            raise TypeError(f"`boundaries_and_values` of interpolate_schedule must be of steps, got {boundary!r:.60}.")
-        if math.isnan(boundary):
-            raise ValueError("`boundaries_and_values` of interpolate_schedule must be of steps, got nan.")
-    return through(count, interpolate_type, sorted(boundaries_and_values.items()))
+    return through(count, interpolate_type, corners)
+
+
+def _ordered(argument: str, name: str, given: Mapping[Any, Any] | None) -> list[tuple[Any, Any]]:
+    """Steps and values in order; none if nothing is given.
+
+    Args:
+      argument, name: the argument, and the schedule, in messages.
+      given: the argument.
+
+    Raises:
+      TypeError, ValueError: it is no mapping, or a step is not a number.
+    """
+    if given is None:
+        return []
+    if not isinstance(given, Mapping):
+        raise TypeError(f"`{argument}` of {name} must be a dict of steps and numbers, got {given!r:.60}.")
+    for step in given:
+        if isinstance(step, bool) or not isinstance(step, (int, float)):
+            raise TypeError(f"`{argument}` of {name} must be of steps, got {step!r:.60}.")
+        if math.isnan(step):
+            raise ValueError(f"`{argument}` of {name} must be of steps, got nan.")
+    return sorted(given.items())
 
 
 def through(count: Any, interpolate_type: str, corners: Sequence[tuple[Any, Any]]) -> Any:

@@ -15,7 +15,13 @@ from typing import Any, overload
 import torch
 
 from .._compiler.errors import note_number
-from .._compiler.rule import Range, hint_of_members, other_than_a_number, plain_number
+from .._compiler.rule import (
+    NUMBER as NUMBER,
+    Range,
+    hint_of_members,
+    other_than_a_number,
+    plain_number,
+)
 from .._compiler.symbols import Symbol
 
 
@@ -238,7 +244,8 @@ class ScheduleFactory:
         if value is None and self.__signature__.parameters[name].default is None:
             return
         allowed, label = self.ranges[name], f"`{name}` of {self.__name__}"
-        if isinstance(value, (Mapping, list, tuple)):
+        holds_many = self.__signature__.parameters[name].annotation not in _ONE_NUMBER
+        if holds_many and isinstance(value, (Mapping, list, tuple)):
             for k, v in value.items() if isinstance(value, Mapping) else enumerate(value):
                 self._check(name, v, arguments, f" at {k}")
         elif isinstance(allowed, tuple):
@@ -247,7 +254,7 @@ class ScheduleFactory:
         elif isinstance(value, torch.Tensor):
             if other := other_than_a_number(value):
                 raise ValueError(f"{label} must be a number, got {other}{place}{hint_of_members(value)}.")
-        elif not isinstance(value, (int, float)):
+        elif isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{label} must be a number, got {value!r:.60}{place}.")
         else:
             bounds = {name: arguments[name] for name in _names(allowed)}
@@ -265,6 +272,7 @@ class ScheduleFactory:
         return self.__qualname__
 
 
+_ONE_NUMBER = (int, float, int | None, float | None)  # annotations of arguments that hold no more than one
 _NAME = re.compile(r"(?<![\w.])[A-Za-z_]\w*")  # not the e of 1e-3
 
 
@@ -315,7 +323,6 @@ def schedule(
     return ScheduleFactory(formula, ranges)
 
 
-NUMBER = "[-inf, inf]"
 FACTOR = "[0, inf)"
 STEPS = "[0, inf)"
 SOME_STEPS = "(0, inf)"

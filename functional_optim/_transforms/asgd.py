@@ -2,7 +2,7 @@
 
 import torch
 
-from .._compiler.rule import Leaf, OptionalDtype, Scalar, slot
+from .._compiler.rule import NUMBER, Leaf, OptionalDtype, Scalar, slot
 from .._rule import elementwise
 from ._moments import stored
 
@@ -12,7 +12,7 @@ def _rate(step: Scalar, learning_rate: Scalar, lambd: Scalar, alpha: Scalar) -> 
     return learning_rate / (1 + lambd * learning_rate * step) ** alpha
 
 
-@elementwise(ranges={"lambd": "[0, inf)"})
+@elementwise(ranges={"learning_rate": NUMBER, "lambd": "[0, inf)", "alpha": NUMBER})
 def scale_by_asgd(
     u: Leaf, p: Leaf, *, step: Scalar, learning_rate: Scalar, lambd: Scalar = 1e-4, alpha: Scalar = 0.75
 ) -> Leaf:

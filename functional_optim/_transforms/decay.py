@@ -5,13 +5,13 @@ from typing import Any
 import torch
 
 from .._compiler.functions import fused_number, fused_shrink
-from .._compiler.rule import Leaf, Scalar
+from .._compiler.rule import NUMBER, Leaf, Scalar
 from .._masking import masked
 from .._rule import elementwise
 from .._transform import GradientTransformation
 
 
-@elementwise
+@elementwise(ranges={"weight_decay": NUMBER})
 def _add_decayed_weights(u: Leaf, p: Leaf, *, weight_decay: Scalar = 0.0) -> Leaf:
     return u + weight_decay * p
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from .._compiler.functions import leaf_mean
-from .._compiler.rule import Leaf, Scalar, slot
+from .._compiler.rule import NUMBER, Leaf, Scalar, slot
 from .._rule import elementwise, leafwise
 from ._moments import torch_slot
 
@@ -42,7 +42,12 @@ def _full_shape(p: torch.Tensor, factored: bool, min_dim_size_to_factor: int) ->
         "v": slot(shape=_full_shape, square=True),
     },
     static=("factored", "min_dim_size_to_factor"),
-    ranges={"decay_rate": "[0, inf)", "epsilon": "[0, inf)"},
+    ranges={
+        "decay_rate": "[0, inf)",
+        "step_offset": NUMBER,
+        "min_dim_size_to_factor": "[0, inf)",
+        "epsilon": "[0, inf)",
+    },
 )
 def scale_by_factored_rms(
     u: Leaf,

@@ -1,6 +1,7 @@
 """Muon: momentum whose matrices are made orthogonal."""
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,10 +54,14 @@ def polynomials(ns_coeffs: Any, ns_steps: int) -> list[Polynomial]:
         if ns_coeffs not in COEFFICIENTS:
             raise ValueError(f"`ns_coeffs` is {ns_coeffs!r}, expected one of {list(COEFFICIENTS)}, or coefficients.")
         ns_coeffs = COEFFICIENTS[ns_coeffs]
-    given = [ns_coeffs] if ns_coeffs and not isinstance(ns_coeffs[0], Sequence) else list(ns_coeffs)
-    if not given or any(len(triple) != 3 for triple in given):
+    given = [ns_coeffs] if _is_polynomial(ns_coeffs) else ns_coeffs
+    if not (isinstance(given, Sequence) and given and all(map(_is_polynomial, given))):
         raise ValueError(f"`ns_coeffs` is {ns_coeffs!r:.80}, expected three numbers, or such a triple for each step.")
     return [given[min(k, len(given) - 1)] for k in range(ns_steps)]
+
+
+def _is_polynomial(x: Any) -> bool:
+    return isinstance(x, Sequence) and len(x) == 3 and all(isinstance(y, numbers.Real) for y in x)
 
 
 def as_matrices(u: torch.Tensor) -> torch.Tensor:
@@ -135,7 +140,7 @@ def newton_schulz(
         "by_gram",
         "eps_is_least",
     ),
-    ranges={"preconditioning": PRECONDITIONING},
+    ranges={"ns_steps": "[1, inf)", "eps": "[0, inf)", "preconditioning": PRECONDITIONING},
     batched=True,
 )
 def orthogonalize(
@@ -199,7 +204,7 @@ def orthogonalize(
     return x.reshape(u.shape)
 
 
-@leafwise(static=("consistent_rms", "clamped"), batched=True)
+@leafwise(static=("consistent_rms", "clamped"), ranges={"consistent_rms": "[0, inf)"}, batched=True)
 def scale_by_shape(u: Leaf, *, consistent_rms: float | None = None, clamped: bool = True) -> Leaf:
     r"""Multiplies matrices by a factor that depends on their shape, $\sqrt{\max(1, \text{rows} / \text{columns})}$.
 

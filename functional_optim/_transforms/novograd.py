@@ -3,7 +3,7 @@
 import torch
 
 from .._compiler.functions import leaf_sum
-from .._compiler.rule import Leaf, OptionalDtype, Scalar, slot
+from .._compiler.rule import NUMBER, Leaf, OptionalDtype, Scalar, slot
 from .._rule import elementwise
 from ._moments import mean
 
@@ -11,7 +11,13 @@ from ._moments import mean
 @elementwise(
     # a number per leaf takes no room, and a sum of squares leaves the range of float32
     state={"mu": slot(0.0, dtype="mu_dtype"), "nu": slot(0.0, dtype=torch.float64, per="leaf")},
-    ranges={"b1": "[0, 1)", "b2": "[0, 1)", "eps": "[0, inf)", "eps_root": "[0, inf)"},
+    ranges={
+        "b1": "[0, 1)",
+        "b2": "[0, 1)",
+        "eps": "[0, inf)",
+        "eps_root": "[0, inf)",
+        "weight_decay": NUMBER,
+    },
 )
 def scale_by_novograd(
     u: Leaf,

@@ -1,10 +1,10 @@
 """Optimistic gradients: the update and its last change, which foretells the next one."""
 
-from .._compiler.rule import Leaf, Scalar, slot
+from .._compiler.rule import NUMBER, Leaf, Scalar, slot
 from .._rule import elementwise
 
 
-@elementwise(state={"previous_gradient": slot("first_update")})
+@elementwise(state={"previous_gradient": slot("first_update")}, ranges={"alpha": NUMBER, "beta": NUMBER})
 def scale_by_optimistic_gradient(
     u: Leaf, previous_gradient: Leaf, *, alpha: Scalar = 1.0, beta: Scalar = 1.0
 ) -> tuple[Leaf, Leaf]:

@@ -3,14 +3,14 @@
 import torch
 
 from .._compiler.functions import tree_sum
-from .._compiler.rule import Leaf, Scalar
+from .._compiler.rule import NUMBER, Leaf, Scalar
 from .._rule import elementwise
 
 
 @elementwise(
     static=("variant",),
     extra=("value",),
-    ranges={"max_learning_rate": "(0, inf]", "eps": "[0, inf)", "variant": ("sps", "sps+")},
+    ranges={"f_min": NUMBER, "max_learning_rate": "(0, inf]", "eps": "[0, inf)", "variant": ("sps", "sps+")},
 )
 def scale_by_polyak(
     u: Leaf,

@@ -3,11 +3,11 @@
 import torch
 
 from .._compiler.functions import leaf_mean, leaf_norm, tree_norm
-from .._compiler.rule import Leaf, Scalar
+from .._compiler.rule import NUMBER, Leaf, Scalar
 from .._rule import elementwise
 
 
-@elementwise
+@elementwise(ranges={"step_size": NUMBER})
 def scale(u: Leaf, *, step_size: Scalar) -> Leaf:
     r"""Multiplies by a number, $u_t = \eta\, g_t$.
 
@@ -25,7 +25,7 @@ def scale(u: Leaf, *, step_size: Scalar) -> Leaf:
     return step_size * u
 
 
-@elementwise
+@elementwise(ranges={"step_size_fn": NUMBER})
 def scale_by_schedule(u: Leaf, *, step_size_fn: Scalar) -> Leaf:
     r"""Multiplies by a function of the step, $u_t = \eta_t\, g_t$.
 
@@ -45,7 +45,7 @@ def scale_by_schedule(u: Leaf, *, step_size_fn: Scalar) -> Leaf:
     return step_size_fn * u
 
 
-@elementwise(static=("flip_sign",))
+@elementwise(static=("flip_sign",), ranges={"learning_rate": NUMBER})
 def scale_by_learning_rate(u: Leaf, *, learning_rate: Scalar = None, flip_sign: bool = True) -> Leaf:
     r"""Multiplies by minus the learning rate, $u_t = -\eta\, g_t$: an ascent direction becomes a step down.
 
@@ -65,7 +65,7 @@ def scale_by_learning_rate(u: Leaf, *, learning_rate: Scalar = None, flip_sign: 
     return -rate * u if flip_sign else rate * u
 
 
-@elementwise(ranges={"min_norm": "[0, inf)", "eps": "[0, inf)"})
+@elementwise(ranges={"min_norm": "[0, inf)", "trust_coefficient": NUMBER, "eps": "[0, inf)"})
 def scale_by_trust_ratio(
     u: Leaf, p: Leaf, *, min_norm: Scalar = 0.0, trust_coefficient: Scalar = 1.0, eps: Scalar = 0.0
 ) -> Leaf:
@@ -147,7 +147,7 @@ def scale_by_param_block_norm(u: Leaf, p: Leaf, *, min_scale: Scalar = 1e-3) -> 
     return u * torch.maximum(leaf_norm(p), min_scale)
 
 
-@elementwise(ranges={"eps": "[0, inf)"})
+@elementwise(ranges={"scale_factor": NUMBER, "eps": "[0, inf)"})
 def normalize_by_update_norm(u: Leaf, *, scale_factor: Scalar = 1.0, eps: Scalar = 1e-6) -> Leaf:
     r"""Makes all updates together as long as a number, $u_t = c\, g_t / (\lVert g_t \rVert + \epsilon)$.
 

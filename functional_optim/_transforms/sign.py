@@ -2,7 +2,7 @@
 
 import torch
 
-from .._compiler.rule import Leaf, OptionalDtype, Scalar, slot
+from .._compiler.rule import NUMBER, Leaf, OptionalDtype, Scalar, slot
 from .._rule import elementwise
 from ._moments import mean
 
@@ -27,7 +27,7 @@ def scale_by_sign(u: Leaf) -> Leaf:
 @elementwise(
     state={"mu": slot(0.0, dtype="mu_dtype")},
     static=("mode",),
-    ranges={"b1": "[0, 1]", "b2": "[0, 1]", "mode": ("hard", "smooth", "refined")},
+    ranges={"b1": "[0, 1]", "b2": "[0, 1]", "mode": ("hard", "smooth", "refined"), "smooth_beta": NUMBER},
 )
 def scale_by_lion(
     u: Leaf,

@@ -9,6 +9,7 @@ import torch
 from _lib.records import tree_of
 from _lib.transforms import CASES
 from _lib.trees import Tree
+from functional_optim._compiler.rule import NUMBER, Range
 
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -73,17 +74,21 @@ def cancels(case: Any) -> bool:
     return case.id.startswith("scale_by_stddev")
 
 
+def _is_bounded(interval: Any) -> bool:
+    return isinstance(interval, Range) and interval.text != NUMBER
+
+
 def at_bounds() -> dict[str, Any]:
     """The rules of the table with one number at a bound that it may have.
 
-    Not `eps`: who sets it to 0 asks for 0 / 0 at a gradient of 0.
+    Not `eps`: who sets it to 0 asks for 0 / 0 at a gradient of 0. Where any number is allowed there is no bound.
     """
     found: dict[str, Any] = {}
     for case in CASES:
         for rule in rules_of(case.ours) if case.ours._bound else []:
             for hyper in sorted({key.partition(" if ")[0] for key in rule.ranges} - {"eps"}):
                 interval = rule.ranges.get(hyper)
-                for x in (interval.low, interval.high) if hasattr(interval, "low") else ():
+                for x in (interval.low, interval.high) if _is_bounded(interval) else ():
                     try:
                         found[f"{case.id}-{hyper}={x:g}"] = case.ours.replace(**{hyper: x})
                     except ValueError:

@@ -78,8 +78,8 @@ class _Kernel:
     def __init__(self, device: StandIn, kernel: Any) -> None:
         self.device, self.kernel = device, kernel
 
-    def bind(self, programs: int, arguments: Any, stream: int) -> Callable[[], None]:
-        launch = self.kernel.bind(programs, arguments, stream)
+    def bind(self, programs: int, arguments: Any) -> Callable[[], None]:
+        launch = self.kernel.bind(programs, arguments)
 
         def run() -> None:
             if self.device.graph is None:

@@ -1,7 +1,9 @@
 """Arguments that are refused where they are given: numbers out of range, of the wrong kind, unknown names."""
 
+import inspect
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax.numpy as jnp
@@ -214,6 +216,31 @@ for _hyper, _value, _interval in (
     RANGES |= outside("scale_by_rprop", _hyper, _value, _interval, learning_rate=0.1)
 
 
+RANGES |= outside("orthogonalize", "ns_steps", 0, "[1, inf)") | outside("orthogonalize", "eps", -1.0, "[0, inf)")
+RANGES |= outside("scale_by_shape", "consistent_rms", -1.0, "[0, inf)")
+RANGES |= outside("scale_by_factored_rms", "min_dim_size_to_factor", -1, "[0, inf)")
+for _name, _hyper, _others in (
+    ("fromage", "learning_rate", {}),
+    ("normalize_by_update_norm", "scale_factor", {}),
+    ("scale", "step_size", {}),
+    ("scale_by_asgd", "alpha", {"learning_rate": 0.1}),
+    ("scale_by_asgd", "learning_rate", {}),
+    ("scale_by_factored_rms", "step_offset", {}),
+    ("scale_by_learning_rate", "learning_rate", {}),
+    ("scale_by_lion", "smooth_beta", {}),
+    ("scale_by_novograd", "weight_decay", {}),
+    ("scale_by_optimistic_gradient", "alpha", {}),
+    ("scale_by_optimistic_gradient", "beta", {}),
+    ("scale_by_polyak", "f_min", {}),
+    ("scale_by_schedule", "step_size_fn", {}),
+    ("scale_by_trust_ratio", "trust_coefficient", {}),
+):
+    RANGES[f"{_hyper} of {_name}"] = (
+        lambda name=_name, hyper=_hyper, others=_others: getattr(fo, name)(**{hyper: math.nan}, **others),
+        f"`{_hyper}` of {_name} must be a number, got nan",
+    )
+
+
 @pytest.mark.parametrize("name", RANGES)
 def test_hyper_parameters_out_of_range(name: str) -> None:
     make, message = RANGES[name]
@@ -227,6 +254,76 @@ def test_every_declared_range_is_tested() -> None:
     declared = {f"{hyper} of {rule.name}" for rule in factories.values() for hyper in rule.ranges}
 
     assert declared <= set(RANGES)
+
+
+NEEDED: dict[str, Any] = {  # required arguments that are no numbers
+    "boundaries": [3],
+    "boundaries_and_values": {0: 1.0},
+    "cosine_kwargs": [{"init_value": 0.0, "peak_value": 1.0, "warmup_steps": 1, "decay_steps": 2}],
+    "factor_fn": lambda count: 0.5,
+    "factors": [0.5],
+    "interpolate_type": "linear",
+    "schedules": [fo.constant_schedule(1.0), fo.constant_schedule(0.5)],
+}
+BY_DEFAULT_NONE = {"adam_learning_rate", "consistent_rms", "end_value", "learning_rate", "max_learning_rate"}
+BY_DEFAULT_NONE |= {"momentum", "momentum_decay", "step_size_down", "weight_decay_rate"}
+OR_NONE = {("adafactor", "clipping_threshold"), ("scale_by_zoom_linesearch", "approx_dec_rtol")}
+NOT_NUMBERS: dict[str, Any] = {
+    "None": None,
+    "text": "0.1",
+    "a list": [0.1],
+    "a tuple": (0.1,),
+    "a dict": {"a": 0.1},
+    "a set": {0.1},
+    "a complex number": 1j,
+    "a class": complex,
+    "a bool": True,
+}
+
+
+def factories() -> list[str]:
+    """The public functions that make transformations and schedules of numbers."""
+    listed = str(fo.__doc__).partition("\nTransformations\n")[2].partition("\nTypes\n")[0].split()
+    others = {"from_torch_scheduler", "schedule", "value_and_grad_from_state"}
+    return [name for name in listed if name in fo.__all__ and name not in others]
+
+
+def needed(parameters: Iterable[inspect.Parameter]) -> dict[str, Any]:
+    """Values of the arguments that have no default."""
+    names = [p.name for p in parameters if p.default is p.empty]
+    numbers = {
+        name: 9 if name == "decay_steps" else 2 if "steps" in name or name == "period" else 0.5 for name in names
+    }
+    return numbers | {name: NEEDED[name] for name in names if name in NEEDED}
+
+
+def is_number(p: inspect.Parameter) -> bool:
+    """Whether an argument is a number."""
+    if p.default is p.empty:
+        return p.name not in NEEDED
+    if p.default is None:
+        return p.name in BY_DEFAULT_NONE
+    return isinstance(p.default, (int, float)) and not isinstance(p.default, bool)
+
+
+@pytest.mark.parametrize("name", factories())
+def test_a_number_is_one_when_it_is_given(name: str) -> None:
+    factory = getattr(fo, name)
+    parameters = inspect.signature(factory).parameters.values()
+    given = needed(parameters)
+    factory(**given)
+
+    for p in filter(is_number, parameters):
+        none = p.default is None or (name, p.name) in OR_NONE
+        for kind, value in NOT_NUMBERS.items():
+            if none and value is None:
+                continue
+            with pytest.raises((TypeError, ValueError)) as info:
+                factory(**given | {p.name: value})
+            # the rule within an optimizer may have another name for it, as the `decay` of `trace` for a momentum
+            shown, message = re.escape(repr(value)), str(info.value)
+            said = re.search(rf"`\w+`.* (must be|expected) .*{shown}|`\w+`.* is {shown}, expected", message)
+            assert said, (p.name, kind, message)
 
 
 # A value that is no number may be found out when the formula is first read; the message names the rule and the value.

@@ -1,5 +1,8 @@
 """State of opaque transformations in any form."""
 
+import copy
+import io
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -287,6 +290,51 @@ def test_a_rule_that_is_written_anew_goes_on_with_its_state(wrap: Any, donate: b
     expected = {k: (0.5 * g + 3 * g) for k, g in grads.items()}
     torch.testing.assert_close(fo.slots(second, state)["m"], expected)
     assert fo.hyperparams(second, state)["decay"] == 0.5
+
+
+CELL = """
+@fo.elementwise(state={"m": fo.zeros})
+def rule_of_a_cell(u, m, *, step, decay=0.5):
+    m = decay * m + FACTOR * u
+    return m / (1 - decay**step), m
+"""
+
+
+def run_cell(text: str) -> Any:
+    """The rule of a cell of a notebook that is run in this module."""
+    exec(text, globals())
+    return globals()["rule_of_a_cell"]()
+
+
+@pytest.mark.parametrize("donate", [None, False, True], ids=["no step", "pure", "donated"])
+def test_a_state_from_before_its_rule_was_written_anew_can_be_saved(donate: bool | None) -> None:
+    first = run_cell(CELL.replace("FACTOR", "1.0"))
+    params, grads = make_tree(0), make_tree(1)
+    params, state = fo.apply_gradients(first, params, grads, first.init(params))
+    second = run_cell(CELL.replace("FACTOR", "3.0"))
+    if donate is not None:
+        params, state = fo.apply_gradients(second, params, grads, state, donate=donate)
+
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    found = torch.load(file, weights_only=True)
+
+    assert type(found) is type(second.init(params))
+    assert type(copy.deepcopy(state)) is type(pickle.loads(pickle.dumps(state))) is type(found)
+    torch.testing.assert_close(found.m, state.m, rtol=0, atol=0)
+    assert found.count == state.count
+    stepped = [fo.apply_gradients(second, params, grads, own)[0] for own in (state, found)]
+    torch.testing.assert_close(*stepped, rtol=0, atol=0)
+
+
+def test_a_state_whose_rule_has_other_slots_now_is_not_saved_as_one_of_the_new_rule() -> None:
+    first = run_cell(CELL.replace("FACTOR", "1.0"))
+    state = first.init(make_tree(0))
+    run_cell(CELL.replace("FACTOR", "1.0").replace('"m"', '"n"').replace("u, m", "u, n"))
+
+    with pytest.raises(pickle.PicklingError, match="rule_of_a_cell"):
+        pickle.dumps(state)
 
 
 def test_a_rule_of_the_same_name_with_other_slots_refuses_the_state() -> None:

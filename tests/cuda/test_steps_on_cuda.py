@@ -361,6 +361,22 @@ def test_threads_on_streams_of_their_own() -> None:
     torch.testing.assert_close(actual, [expected] * 4, rtol=0, atol=0)
 
 
+def test_a_thread_whose_first_work_is_a_step() -> None:
+    """It has no context of the driver yet, which torch's own operations make when they run."""
+    params, grads = draw(0, device="cuda"), draw(1, device="cuda")
+    tx = CHAINS["adamw"]()
+    state, expected = tx.init(params), {k: x.clone() for k, x in params.items()}
+    fo.apply_gradients(tx, params, grads, state, donate=True)
+    torch.cuda.synchronize()
+    thread = threading.Thread(target=lambda: fo.apply_gradients(tx, params, grads, state, donate=True))
+    thread.start()
+    thread.join()
+    other = tx.init(expected)
+    for _ in range(2):
+        fo.apply_gradients(tx, expected, grads, other, donate=True)
+    torch.testing.assert_close(params, expected, rtol=0, atol=0)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two CUDA devices")
 def test_a_tree_on_two_devices() -> None:
     params = {k: x.to(f"cuda:{int(k)}") for k, x in (("0", torch.ones(5)), ("1", torch.ones(7)))}

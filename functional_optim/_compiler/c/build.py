@@ -96,7 +96,7 @@ def load_c(source: str) -> ctypes.CDLL:
 def _build(source: str, folder: Path) -> ctypes.CDLL:
     key = hashlib.sha256(f"{_machine()}\n{source}".encode()).hexdigest()[:32]
     target = folder / f"{key}.so"
-    if cache.is_sealed(target):
+    if cache.read_sealed(target) is not None:
         with contextlib.suppress(BuildError):  # a library may need others of another machine that has this folder
             return _load(target, key)
     text = f'{source}\nconst char {KEY}[] = "{key}";\n'.encode()

@@ -44,6 +44,12 @@ TYPES = {
     torch.int64: "tl.int64",  # counters
 }
 
+PARAMETERS = {  # of kernels, and their types as Triton writes them
+    **dict.fromkeys(("leaf_size", "leaf_row", "leaf_whole", "leaf_chunk", "addresses", "partials", "counters"), "*i64"),
+    **dict.fromkeys(("scalars", "uniforms"), "*fp64"),
+    "chunks": "*i32",
+    **dict.fromkeys(("n_leaves", "n_partials", "first_partial", "blocks", "n_counters"), "i32"),
+}
 UNIFORM = (
     *("leaf_row", "leaf_whole", "leaf_chunk", "addresses", "scalars", "uniforms", "partials"),
     *("n_leaves", "n_partials", "first_partial"),

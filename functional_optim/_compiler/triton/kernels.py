@@ -1,11 +1,10 @@
 """Kernels of a program: the functions of an emitted module, with all that a launch has to know of each."""
 
 import functools
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..passes import Signature, plan
-from .build import interprets, load_triton
+from .build import load_triton
 from .emit import emit_triton, leaves_per_program
 from .tuning import TUNED, UNIFORM_WARPS, kind_of
 from .uniforms import has_elements, has_uniform, uniform_words
@@ -19,14 +18,30 @@ class TritonKernel(NamedTuple):
     """One kernel.
 
     Args:
-      function: the kernel, which Triton compiles.
+      source: the text of the module that it is in.
+      name: its name there.
       block: elements of a block of a pass, or leaves of a program of a uniform kernel.
-      options: options of its compilation; none in the interpreter.
+      warps: warps of a program.
     """
 
-    function: Any
+    source: str
+    name: str
     block: int
-    options: Mapping[str, Any]
+    warps: int
+
+    @property
+    def function(self) -> Any:
+        """The kernel as Triton has it, which is imported for it.
+
+        Raises:
+          BuildError: there is no Triton.
+        """
+        return getattr(load_triton(self.source), self.name)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of its compilation."""
+        return {"num_warps": self.warps, **NUMBERS}
 
 
 class Stage(NamedTuple):
@@ -56,25 +71,16 @@ class Kernels(NamedTuple):
 
 
 @functools.lru_cache(maxsize=512)
-def compile_triton(signature: Signature) -> Kernels:
-    """The kernels of a program in Triton.
-
-    Raises:
-      BuildError: there is no Triton.
-    """
-    module = load_triton(emit_triton(signature))
+def triton_kernels(signature: Signature) -> Kernels:
+    """The kernels of a program in Triton, as text."""
+    source = emit_triton(signature)
     stages = []
     for k, p in enumerate(plan(signature)):
         uniform = elements = None
         if has_uniform(signature, k):
-            function = getattr(module, f"uniform_{k}")
-            uniform = TritonKernel(function, leaves_per_program(signature, k), _options(UNIFORM_WARPS))
+            uniform = TritonKernel(source, f"uniform_{k}", leaves_per_program(signature, k), UNIFORM_WARPS)
         if has_elements(signature, k):
             tuning = TUNED[kind_of(signature, p)]
-            elements = TritonKernel(getattr(module, f"pass_{k}"), tuning.block, _options(tuning.warps))
+            elements = TritonKernel(source, f"pass_{k}", tuning.block, tuning.warps)
         stages.append(Stage(uniform, elements, bool(p.reductions)))
     return Kernels(tuple(stages), uniform_words(signature))
-
-
-def _options(warps: int) -> Mapping[str, Any]:
-    return {} if interprets() else {"num_warps": warps, **NUMBERS}

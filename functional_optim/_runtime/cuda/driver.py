@@ -1,12 +1,14 @@
 """The calls to torch.cuda that launches make, and the same for the CPU, where an interpreter runs kernels."""
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
+
+from ..internals import current_raw_stream
+from .libcuda import KernelSequence
 
 
 T = TypeVar("T")
@@ -53,6 +55,21 @@ class Driver:
         """Copies to the device, in the order of the current stream."""
         target.copy_(source)
 
+    def sequence(self, launches: Sequence[Any], device: torch.device, stream: int) -> Callable[[], None]:
+        """A function that makes launches of kernels in a stream, one after the other.
+
+        Args:
+          launches: the launches, as the kernels of the device bind them.
+          device: the device, which is the current one where the function is called.
+          stream: the stream.
+        """
+
+        def run() -> None:
+            for launch in launches:
+                launch()
+
+        return run
+
 
 class CudaDriver(Driver):
     """A CUDA device.
@@ -68,8 +85,7 @@ class CudaDriver(Driver):
         return contextlib.nullcontext() if is_current else torch.cuda.device(device)
 
     def stream(self, device: torch.device) -> int:
-        # Triton asks for it in a thirtieth of the time of torch.cuda
-        return int(_current_stream()(device.index))
+        return current_raw_stream(device.index)
 
     def is_capturing(self) -> bool:
         return bool(torch.cuda.is_current_stream_capturing())
@@ -106,14 +122,8 @@ class CudaDriver(Driver):
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source, non_blocking=True)
 
-
-@functools.lru_cache(maxsize=1)
-def _current_stream() -> Callable[[int], int]:
-    """Triton's function of the number of a device that returns its current stream."""
-    from triton.runtime import driver
-
-    function: Callable[[int], int] = driver.active.get_current_stream
-    return function
+    def sequence(self, launches: Sequence[Any], device: torch.device, stream: int) -> Callable[[], None]:
+        return KernelSequence(launches, device, stream)
 
 
 CUDA, HOST = CudaDriver(), Driver()

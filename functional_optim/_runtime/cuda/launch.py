@@ -1,10 +1,12 @@
 """A step on the device: its tables are brought up to date, then its kernels launched."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
-from ..._compiler.triton.kernels import compile_triton
+from ..._compiler.triton.kernels import triton_kernels
 from ..._compiler.triton.tuning import chunk_size
 from ..chunks import JoinedChunks, cut
 from ..groups import Group
@@ -13,7 +15,7 @@ from ..numbers import Number
 from ..pointers import Pointers
 from .capture import CaptureError, Reserve, hold, refuse_new_numbers, refuse_numbers
 from .driver import driver_of
-from .loaded import Launch, Loaded, load_kernels
+from .loaded import Loaded, load_kernels
 from .tables import StepMemory, Tables
 
 
@@ -31,9 +33,8 @@ class DeviceMemory(StepMemory):
     def __init__(self, tables: Tables, stream: int) -> None:
         super().__init__(tables)
         self.stream = stream
-        self.launches: list[list[Launch]] = []  # by stage
+        self.launches: list[Callable[[], None]] = []  # by stage; all in one where nothing happens in between
         self.launched: tuple[bool, ...] = ()  # the variants that they are of
-        self.kernels: list[tuple[Loaded, ...]] = []  # the kernels of each group: launches hold no reference to them
 
 
 class TritonLaunch:
@@ -58,7 +59,7 @@ class TritonLaunch:
     ) -> None:
         self.groups, self.device = groups, groups[0].device
         self.driver = driver_of(self.device)
-        self.kernels = [compile_triton(group.signature) for group in groups]
+        self.kernels = [triton_kernels(group.signature) for group in groups]
         self.chunk = chunk_size(sum(sum(group.table.sizes) for group in groups))
         cuts = [cut(group.table.sizes, self.chunk) for group in groups]
         self.join = JoinedChunks(groups, cuts, joins, self.device) if joins is not None else None
@@ -110,16 +111,14 @@ class TritonLaunch:
                 self.numbers_seen = content
             memory.read_numbers(live, self.driver)
             if memory.launched != memory.aligned or not memory.launches:
-                memory.kernels = self._kernels_of(memory.aligned)
                 memory.launches, memory.launched = self._launches(memory), memory.aligned
         return memory
 
     def launch(self, memory: DeviceMemory) -> None:
         """Launches all kernels of a step."""
         with self.driver.guard(self.device):
-            for stage, launches in enumerate(memory.launches):
-                for launch in launches:
-                    launch()
+            for stage, launch in enumerate(memory.launches):
+                launch()
                 if self.join is not None:
                     self.join(memory.buffers, stage + 1)
         self.loaded.add(memory.aligned)
@@ -161,25 +160,26 @@ class TritonLaunch:
                     "take a step over tensors of that kind before the capture",
                 )
             # before the graph has the copy, which reads staged memory
-            for kept in (self.tables, *staged, *self._kernels_of(aligned)):
+            for kept in (self.tables, *staged):
                 hold(kept)
 
         memory.upload(pointers, content, staging, self.driver, accept)
         return memory
 
-    def _launches(self, memory: DeviceMemory) -> list[list[Launch]]:
-        """The launches of all kernels on a step's memory, by stage."""
+    def _launches(self, memory: DeviceMemory) -> list[Callable[[], None]]:
+        """The launches of all kernels on a step's memory, by stage; all in one where nothing happens in between."""
+        kernels_of = self._kernels_of(memory.aligned)
         total = self.tables.firsts[-1] + self.tables.n_joined
         counters = memory.words[slice(*self.tables.counters)]
-        stages: list[list[Launch]] = []
+        stages: list[list[Any]] = []
         for stage in range(self.n_stages):
-            uniform: list[Launch] = []
-            elements: list[Launch] = []
+            uniform: list[Any] = []
+            elements: list[Any] = []
             for k, group in enumerate(self.groups):
                 if stage >= len(self.kernels[k].stages):
                     continue
                 tables, first, n = self.tables.of_group[k], self.tables.firsts[k], len(group.leaves)
-                table, loaded = self.kernels[k].stages[stage], memory.kernels[k][stage]
+                table, loaded = self.kernels[k].stages[stage], kernels_of[k][stage]
                 words, uniforms = memory.words, memory.uniforms[k]
                 addresses, partials = words[slice(*tables.addresses)], words[slice(*tables.partials)]
                 scalars = words[slice(*tables.scalars)].view(torch.float64)
@@ -187,16 +187,17 @@ class TritonLaunch:
                     leaves = (tables.leaf_row, tables.leaf_whole, tables.leaf_chunk)
                     arguments = (*leaves, addresses, scalars, uniforms, partials, n, total, first)
                     programs = -(-n // table.uniform.block)
-                    uniform.append(loaded.uniform.bind(programs, arguments, memory.stream))
+                    uniform.append(loaded.uniform.bind(programs, arguments))
                 chunks, count = tables.of_pass[stage]
                 if table.elements is not None and loaded.elements is not None and count:
                     blocks = self.chunk // table.elements.block if table.reduces else 1
                     n_counters = len(self.moved) if [stage, k] == self.counting else 0
                     tensors = (chunks, tables.leaf_size, addresses, uniforms, partials, counters)
-                    passed = (*tensors, n, blocks, first, n_counters, memory.aligned[k])
-                    elements.append(loaded.elements.bind(count, passed, memory.stream))
+                    elements.append(loaded.elements.bind(count, (*tensors, n, blocks, first, n_counters)))
             stages.append(uniform + elements)
-        return stages
+        if self.join is None:
+            stages = [[*itertools.chain(*stages)]]
+        return [self.driver.sequence(launches, self.device, memory.stream) for launches in stages]
 
     def _kernels_of(self, aligned: Sequence[bool]) -> list[tuple[Loaded, ...]]:
         """The kernels of each group, in the variant for a step's addresses."""

@@ -1,6 +1,7 @@
 """Misuse of an optimizer: it goes on rightly, or says what is wrong and changes nothing."""
 
 import copy
+import inspect
 import math
 import pickle
 import re
@@ -13,6 +14,8 @@ import pytest
 import torch
 
 import functional_optim as fo
+from _lib.optimizers import NAMES
+from functional_optim import adapters
 from functional_optim.adapters import SGD, Adam, AdamW, TransformOptimizer, load_safetensors, save_safetensors
 
 
@@ -201,6 +204,90 @@ def test_momentum_that_is_a_tensor_may_be_switched_off() -> None:
 def test_arguments_that_make_no_optimizer(make: Callable[[Any], Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         make(parameters(1)[0])
+
+
+NOT_NUMBERS: dict[str, Any] = {
+    "None": None,
+    "text": "0.1",
+    "a list": [0.1],
+    "a dict": {"a": 0.1},
+    "a complex number": 1j,
+    "a complex tensor": torch.tensor(1j),
+    "a class": complex,
+}
+
+
+def places(parameter: inspect.Parameter, wrong: Any) -> dict[str, Any]:
+    """The places of an argument where a number is due, and the argument with something else there."""
+    default = parameter.default
+    if isinstance(default, tuple):
+        if None in default:  # and None as well
+            return {}
+        return {f"{parameter.name}[{k}]": (*default[:k], wrong, *default[k + 1 :]) for k in range(len(default))}
+    return {parameter.name: wrong} if isinstance(default, (int, float)) and not isinstance(default, bool) else {}
+
+
+def takes(name: str, arguments: dict[str, Any]) -> bool:
+    """Whether the constructor of torch's class takes some arguments; such as no step reads may be anything."""
+    if not hasattr(torch.optim, name):
+        return False
+    try:
+        getattr(torch.optim, name)([torch.nn.Parameter(torch.ones(2, 2))], **arguments)
+    except (TypeError, LookupError, RuntimeError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", [*NAMES, "Adafactor", "LAMB", "LBFGS", "Lion", "Muon", "SparseAdam"])
+def test_numbers_are_refused_by_their_names_where_torch_refuses_them(name: str) -> None:
+    make = getattr(adapters, name)
+    for parameter in inspect.signature(make).parameters.values():
+        for wrong in NOT_NUMBERS.values():
+            for place, argument in places(parameter, wrong).items():
+                if not takes(name, {parameter.name: argument}):
+                    with pytest.raises(TypeError, match=rf"`{re.escape(place)}` is .*, expected a number"):
+                        make([torch.nn.Parameter(torch.ones(2, 2))], **{parameter.name: argument})
+
+
+def test_a_subclass_has_the_constructor_that_it_is_given() -> None:
+    class Small(Adam, torch.optim.Adam):  # type: ignore[misc]
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, lr=1e-5)
+
+    class Alike(Adam):
+        pass
+
+    assert Small(parameters(1)).param_groups[0]["lr"] == 1e-5
+    assert inspect.signature(Alike) == inspect.signature(Adam) == inspect.signature(torch.optim.Adam)
+    with pytest.raises(TypeError, match=r"`lr` is str '0\.1', expected a number"):
+        Alike(parameters(1), lr="0.1")
+
+
+@pytest.mark.parametrize("betas", [0.9, (0.9,), "text", None, {0: 0.9}])
+def test_a_pair_of_numbers_is_one(betas: Any) -> None:
+    with pytest.raises(TypeError, match=rf"`betas` is {re.escape(repr(betas))}, expected a pair of numbers"):
+        AdamW(parameters(1), betas=betas)
+
+
+READ_AT_A_STEP = [("Muon", option) for option in ("ns_steps", "eps")]
+READ_AT_A_STEP += [("LBFGS", option) for option in ("max_iter", "tolerance_grad", "tolerance_change", "history_size")]
+
+
+@pytest.mark.parametrize("kind", NOT_NUMBERS)
+@pytest.mark.parametrize(("name", "option"), READ_AT_A_STEP)
+def test_numbers_that_torch_reads_at_a_step(name: str, option: str, kind: str) -> None:
+    p = torch.nn.Parameter(torch.ones(2, 2))
+    opt = getattr(adapters, name)([p])
+    opt.param_groups[0][option] = NOT_NUMBERS[kind]
+    p.grad = torch.ones(2, 2)
+
+    def closure() -> Any:
+        p.grad = torch.ones(2, 2)
+        return p.sum()
+
+    with pytest.raises(TypeError, match=rf"`{option}` is .*, expected a number"):
+        opt.step(closure)
+    assert torch.equal(p, torch.ones(2, 2))
 
 
 @pytest.mark.parametrize(

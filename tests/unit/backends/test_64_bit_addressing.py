@@ -19,7 +19,7 @@ import torch
 
 import functional_optim as fo
 from _lib.backends import only
-from functional_optim._compiler.triton.kernels import compile_triton
+from functional_optim._compiler.triton.kernels import triton_kernels
 from functional_optim._compiler.triton.tuning import CHUNK
 from functional_optim._runtime import cpu
 from functional_optim._runtime.chunks import Chunks, cut
@@ -86,7 +86,7 @@ def step_in_c(tx: Any, params: torch.Tensor, grads: torch.Tensor, state: Any, st
 def step_in_triton(tx: Any, tensors: Mapping[str, torch.Tensor], start: int) -> None:
     """The same by the kernels themselves, with tables of one leaf and of the chunks that there are."""
     [kernel] = fo.explain(tx, tensors["params"]).kernels
-    signature, kernels = kernel.signature, compile_triton(kernel.signature)
+    signature, kernels = kernel.signature, triton_kernels(kernel.signature)
     names = [*signature.program.arrays, *[output.name for output in signature.program.outputs]]
     addresses = torch.tensor([tensors[x].data_ptr() - start * tensors[x].element_size() for x in names])
     numbers = {"max_norm": 1.0, "decay": 0.9, "step_size": -0.5}

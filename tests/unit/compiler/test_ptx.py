@@ -20,7 +20,8 @@ import functional_optim as fo
 from functional_optim import adapters
 from functional_optim._compiler.passes import Pass, Signature, plan
 from functional_optim._compiler.program import Level
-from functional_optim._compiler.triton.kernels import TritonKernel, compile_triton
+from functional_optim._compiler.triton.cubin import Wanted, compile_kernel
+from functional_optim._compiler.triton.kernels import TritonKernel, triton_kernels
 from functional_optim._compiler.triton.tuning import TUNED, kind_of
 
 
@@ -91,15 +92,8 @@ def signature_of(case: Case) -> Signature:
 def compiled(kernel: TritonKernel, architecture: int, aligned: bool | None = None) -> dict[str, Any]:
     """Counts in the PTX and the machine code of a kernel."""
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    types = {"chunks": "*i32", "scalars": "*fp64", "uniforms": "*fp64", "ALIGNED": "constexpr"}
-    types |= dict.fromkeys(("n_leaves", "n_partials", "first_partial", "blocks", "n_counters"), "i32")
-    names = kernel.function.arg_names
-    constants = {"ALIGNED": aligned} if "ALIGNED" in names else {}
-    source = ASTSource(kernel.function, {name: types.get(name, "*i64") for name in names}, constants)
-    made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(kernel.options))
+    made = compile_kernel(Wanted(kernel, aligned, architecture, triton.__version__))
     ptx = made.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
@@ -123,7 +117,7 @@ def main() -> None:
     for name, case in CASES.items():
         signature = signature_of(case)
         found[name] = []
-        for stage, p in zip(compile_triton(signature).stages, plan(signature), strict=True):
+        for stage, p in zip(triton_kernels(signature).stages, plan(signature), strict=True):
             if stage.uniform is not None:
                 found[name].append({"kind": "uniform", **compiled(stage.uniform, case.architecture)})
             for aligned in case.aligned:

@@ -17,7 +17,6 @@ from _lib.stand_in import StandIn, replay
 from _lib.warm import SIZES, Running, chain, grads, make, set_grads, warm
 from functional_optim import adapters
 from functional_optim._runtime.cuda import capture
-from functional_optim._runtime.cuda.loaded import Loaded
 
 
 pytestmark = [INTERPRETER, pytest.mark.triton]
@@ -103,15 +102,6 @@ def test_a_captured_chain_replays_its_reduction(device: StandIn) -> None:
         set_grads(expected, grads(step))
         opts[1].step()
         torch.testing.assert_close(params, expected, rtol=0, atol=0)
-
-
-def test_a_captured_step_keeps_its_kernels(device: StandIn) -> None:
-    """Triton unloads kernels without references, and a graph holds none."""
-    _, opt = warm()
-    with device.capture():
-        opt.step()
-    held = capture.PROCESS.held
-    assert any(isinstance(stage, Loaded) for x in held if isinstance(x, tuple) for stage in x)
 
 
 def test_memory_of_a_graph_belongs_to_its_owner(device: StandIn) -> None:

@@ -1,6 +1,6 @@
-"""Kernels past the front door of Triton's JIT, and what happens where Triton is missing or broken.
+"""Kernels on disk, their launches, and steps where Triton is missing or broken.
 
-In a process of its own, for this one has Triton interpret kernels; with a stand-in for Triton's driver of the GPU.
+In processes of their own, for this one has Triton interpret kernels, with a stand-in for the CUDA driver.
 """
 
 import os
@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import functional_optim as fo
+from _lib.compilers import COMPILER
 from _lib.marks import INTERPRETER
 from functional_optim._compiler.cache import BuildError
 from functional_optim._compiler.passes import Signature
@@ -23,107 +24,181 @@ from functional_optim._runtime import backend, kernels
 from functional_optim._runtime.cuda import launch
 
 
-STAND_IN = """
+START = """
+import ctypes
 import sys
+import threading
+from pathlib import Path
+
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import JITFunction, driver
+
 import functional_optim as fo
 from functional_optim._compiler.cache import BuildError
-from functional_optim._runtime.cuda.loaded import ELEMENTS, UNIFORM, load_kernels
-from functional_optim._runtime.cuda import driver as own
+from functional_optim._compiler.triton import cubin
+from functional_optim._compiler.triton.emit import PARAMETERS, PASS, UNIFORM
+from functional_optim._runtime.cuda.driver import CUDA
+from functional_optim._runtime.cuda.loaded import load_kernels
 
-launched = []
-
-
-class Utils:
-    def load_binary(self, *arguments):
-        return 1, 2, 40, 0, 1024
-
-    def get_device_properties(self, device):
-        return {"max_shared_mem": 200000}
+torch.cuda.current_device = lambda: 0
+torch.cuda.get_device_capability = lambda device: (9, 0)
+signature, gpu, calls = SIGNATURE, torch.device("cuda", 0), Path(CALLS)
+setenv = ctypes.CDLL(None).setenv
+calls.unlink(missing_ok=True)
 
 
-class Launcher:
-    def __init__(self, source, metadata):
-        if "broken" in sys.argv:
-            raise RuntimeError("Failed to find C compiler.\\nPlease specify via CC environment variable")
-        self.name = metadata.name
-
-    def __call__(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments):
-        launched.append((self.name, (x, y, z), stream, arguments, (launch_metadata, enter, leave)))
+def taken():
+    found = calls.read_text().splitlines() if calls.exists() else []
+    calls.write_text("")
+    return found
 
 
-class Driver:
-    utils, launcher_cls = Utils(), Launcher
+def bound(kernel, names, tensor):
+    setenv(b"CUDA_SIZES", "".join("48"[PARAMETERS[name][0] == "*"] for name in names).encode() + b"88", 1)
+    arguments = [tensor if PARAMETERS[name][0] == "*" else -k for k, name in enumerate(names)]
+    own = [tensor.data_ptr() if x is tensor else x for x in arguments]
+    return kernel.bind(5, arguments), " ".join(map(str, [*own, 0, 0]))
+"""
+SIGNATURE = """
+import functional_optim as fo, torch
 
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 7
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_active_torch_device(self):
-        return torch.device("cpu")
-
-
-driver.set_active(Driver())
-tx, x = fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(1e-3)), torch.zeros(8)
-(kernel,) = fo.explain(tx, x).kernels
+tx = fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(1e-3))
+(kernel,) = fo.explain(tx, torch.zeros(8)).kernels
 """
 LAUNCHES = """
-cpu = torch.device("cpu")
-stages = load_kernels(kernel.signature, cpu, True)
-assert load_kernels(kernel.signature, cpu, True) is stages, "one for each signature, device and variant"
-assert load_kernels(kernel.signature, cpu, False) is not stages
-front_door, JITFunction.run = JITFunction.run, None  # not to be called again
-for stage in stages:
-    for own, width, constants in ((stage.uniform, len(UNIFORM), ()), (stage.elements, len(ELEMENTS), (True,))):
-        if own is not None:
-            tensor = torch.zeros(2)  # by its address: Triton would ask for it, and the driver whose it is
-            arguments = (tensor.data_ptr(), *range(1, width))
-            own.bind(5, (tensor, *arguments[1:], *constants), 8)()
-            name, grid, stream, given, hooks = launched.pop()
-            assert hooks == (None, None, None), "each costs a call, and there are none"
-            assert (grid, stream, given) == ((5, 1, 1), 8, arguments + constants), (name, grid, stream, given)
-            print(name)
-"""
-BROKEN = """
-try:
-    load_kernels(kernel.signature, torch.device("cpu"), True)
-except BuildError as error:
-    print(error)
+tensor, names = torch.zeros(2), []
+for stage in load_kernels(signature, gpu, True):
+    for kernel, own, threads in ((stage.uniform, UNIFORM, 128), (stage.elements, PASS, 256)):
+        if kernel is not None:
+            names += [x.removeprefix("function ") for x in taken() if x.startswith("function")]
+            launch, arguments = bound(kernel, own, tensor)
+            CUDA.sequence([launch, launch], gpu, 7)()
+            line = f"launch 0x9 (5 1 1) ({threads} 1 1) {kernel.shared} 0x7 (nil) in 0x10: {arguments}"
+            assert taken() == [line] * 2, line
+thread = threading.Thread(target=CUDA.sequence([launch], gpu, 7))
+thread.start()
+thread.join()
+assert taken() == ["context 0x10", line], "a thread that has not used the device yet"
+assert load_kernels(signature, gpu, True) is load_kernels(signature, gpu, True), "loaded once"
+assert load_kernels(signature, gpu, False) is not load_kernels(signature, gpu, True)
+print(*names, "triton" in sys.modules)
 """
 
 
 @pytest.fixture(scope="module")
+def signature(environment: dict[str, str]) -> str:
+    """A program with two stages, as text that Python evaluates."""
+    text = SIGNATURE + "import pickle; print(pickle.dumps(kernel.signature))"
+    done = subprocess.run([sys.executable, "-c", text], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return f"__import__('pickle').loads({done.stdout.strip()})"
+
+
+@pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """That of a process with a stand-in for the CUDA driver, where Triton compiles."""
     folder = tmp_path_factory.mktemp("triton")
+    if COMPILER is None:
+        pytest.skip("no C compiler")
+    source = Path(__file__).parents[2] / "_lib" / "libcuda.c"
+    subprocess.run([COMPILER, "-shared", "-fPIC", "-w", str(source), "-o", f"{folder}/libcuda.so.1"], check=True)
     own = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    own["PYTHONPATH"] = os.pathsep.join(sys.path)
-    return own | {"TRITON_CACHE_DIR": f"{folder}/triton", "FUNCTIONAL_OPTIM_CACHE": f"{folder}/kernels"}
+    own |= {"TRITON_CACHE_DIR": f"{folder}/triton", "FUNCTIONAL_OPTIM_CACHE": f"{folder}/kernels"}
+    own |= {"PYTHONPATH": os.pathsep.join(sys.path), "LD_LIBRARY_PATH": str(folder)}
+    return own | {"CUDA_CALLS": f"{folder}/calls"}
 
 
-def run(text: str, environment: dict[str, str], *arguments: str) -> str:
-    command = [sys.executable, "-c", STAND_IN + text, *arguments]
+def run(text: str, signature: str, environment: dict[str, str]) -> str:
+    start = START.replace("SIGNATURE", signature).replace("CALLS", repr(environment["CUDA_CALLS"]))
+    command = [sys.executable, "-c", start + text]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path.cwd())
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-@pytest.mark.slow
-def test_kernels_are_launched_past_the_front_door(environment: dict[str, str]) -> None:
-    assert run(LAUNCHES, environment).split() == ["pass_0", "uniform_1", "pass_1"]
+NAMES = "pass_0 uniform_1 pass_1"
 
 
 @pytest.mark.slow
-def test_a_launcher_that_cannot_be_compiled_is_an_error_of_the_build(environment: dict[str, str]) -> None:
+def test_kernels_on_disk_are_launched_without_triton(
+    signature: str, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """The process that compiles imports it, those after that do not, with a C compiler or without one."""
+    own = {**environment, "FUNCTIONAL_OPTIM_CACHE": str(tmp_path / "kernels")}
+    assert run(LAUNCHES, signature, own) == f"{NAMES} True\n"
+    cubins = sorted((tmp_path / "kernels").glob("*.cubin"))
+    assert len(cubins) == 5, "a uniform kernel has one variant, a pass two"
+    assert run(LAUNCHES, signature, own) == f"{NAMES} False\n"
+    without = "from functional_optim._runtime.cuda import libcuda\ndef no(): raise BuildError('no')\n"
+    assert run(f"{without}libcuda.library = no\n{LAUNCHES}", signature, own) == f"{NAMES} False\n"
+    cubins[0].write_bytes(cubins[0].read_bytes()[:-100])  # as of a disk that was full
+    assert run(LAUNCHES, signature, own) == f"{NAMES} True\n"
+    assert run(LAUNCHES, signature, own) == f"{NAMES} False\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            "setenv(b'CUDA_FAILS', b'cuModuleLoadData', 1)",
+            "cuModuleLoadData of the CUDA driver has failed: CUDA_ERROR_OF_A_TEST (718), an error of a test",
+        ),
+        (
+            "import triton; triton.compile = lambda *_, **__: 1 / 0; cubin._version = lambda: 'none'",
+            "Triton cannot build a kernel (ZeroDivisionError: division by zero)",
+        ),
+        (
+            "cubin._parameters_of, cubin._version = lambda ptx: 3, lambda: '0'",
+            "Triton 0 has compiled a kernel that wants more than it was given",
+        ),
+        (
+            "from functional_optim._runtime.cuda import libcuda; libcuda.NAME = 'libcuda.so.0'",
+            "the CUDA driver cannot be used (libcuda.so.0: cannot open shared object file: No such file or directory)",
+        ),
+    ],
+)
+def test_a_kernel_that_cannot_be_had_is_an_error_of_the_build(
+    change: str, message: str, signature: str, environment: dict[str, str]
+) -> None:
     """So that the step takes another backend when it is bound."""
-    message = run(BROKEN, environment, "broken")
-    assert message == "Triton cannot build or load a kernel (RuntimeError: Failed to find C compiler.)\n"
+    text = f"{change}\ntry:\n    load_kernels(signature, gpu, True)\nexcept BuildError as error:\n    print(error)"
+    assert run(text, signature, environment) == f"{message}\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", [True, False])
+def test_a_launch_that_fails_is_an_error(compiler: bool, signature: str, environment: dict[str, str]) -> None:
+    """No launch follows it."""
+    text = """
+from functional_optim._runtime.cuda import libcuda
+
+def no():
+    raise BuildError("no")
+
+libcuda.library = libcuda.library if COMPILER else no
+launch, _ = bound(load_kernels(signature, gpu, True)[0].elements, PASS, torch.zeros(2))
+sequence = CUDA.sequence([launch, launch], gpu, 7)
+setenv(b"CUDA_FAILS", b"cuLaunchKernel", 1)
+taken()
+try:
+    sequence()
+except RuntimeError as error:
+    print(error, len(taken()))
+""".replace("COMPILER", str(compiler))
+    message = "cuLaunchKernel of the CUDA driver has failed: CUDA_ERROR_OF_A_TEST (718), an error of a test"
+    assert run(text, signature, environment) == f"{message} 1\n"
+
+
+@pytest.mark.slow
+def test_a_program_with_more_shared_memory_asks_for_it(signature: str, environment: dict[str, str]) -> None:
+    text = """
+from functional_optim._runtime.cuda.libcuda import CudaKernel
+
+for shared in (48 << 10, 49 << 10):
+    CudaKernel(cubin.Cubin(b"\\x7fELF", shared, 2), "f", 4, gpu)
+print([x for x in taken() if "attribute" in x])
+"""
+    assert run(text, signature, environment) == "['attribute 8 of 0x9 is 50176']\n"
 
 
 @pytest.mark.usefixtures("nothing_given_up")

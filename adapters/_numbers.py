@@ -1,0 +1,70 @@
+"""Numbers among the arguments of torch's classes: one of another type is refused by its name."""
+
+import functools
+import inspect
+import numbers
+from typing import Any, TypeVar
+
+import torch
+
+from functional_optim._compiler.rule import other_than_a_number
+
+
+Own = TypeVar("Own", bound=torch.optim.Optimizer)
+
+
+def check_number(name: str, value: Any) -> None:
+    """Refuses an argument that is no number.
+
+    Raises:
+      TypeError: with its name and value.
+    """
+    if not isinstance(value, (numbers.Real, torch.Tensor)):
+        raise TypeError(f"`{name}` is {type(value).__name__} {value!r:.60}, expected a number.")
+    if isinstance(value, torch.Tensor) and (value.numel() != 1 or value.is_complex()):
+        raise TypeError(f"`{name}` is {other_than_a_number(value)}, expected a number.")
+
+
+def _check_like(name: str, value: Any, default: Any) -> None:
+    """Refuses an argument whose default is one number or some, if it is not.
+
+    Raises:
+      TypeError: with its name and value.
+    """
+    if isinstance(default, numbers.Real) and not isinstance(default, bool):
+        check_number(name, value)
+    elif isinstance(default, tuple):
+        if not isinstance(value, (tuple, list)) or len(value) != len(default):
+            many = "a pair of" if len(default) == 2 else len(default)
+            raise TypeError(f"`{name}` is {value!r:.60}, expected {many} numbers.")
+        for k, (x, own) in enumerate(zip(value, default, strict=True)):
+            if x is not None or own is not None:
+                check_number(f"{name}[{k}]", x)
+
+
+def naming_numbers(cls: type[Own]) -> type[Own]:
+    """A class whose constructor is that of torch's class, but for errors of arguments that are to be numbers.
+
+    torch compares numbers with their bounds, and where that fails, Python's error has neither name nor value. A class
+    that has a constructor of its own, or none of torch's, is left as it is.
+    """
+    theirs = next((base for base in cls.__bases__ if base.__module__.startswith(torch.optim.__name__)), None)
+    if theirs is None or "__init__" in vars(cls):
+        return cls
+    signature = inspect.signature(theirs)
+
+    @functools.wraps(theirs.__init__)  # type: ignore[misc]
+    def __init__(self: Own, *args: Any, **kwargs: Any) -> None:
+        try:
+            super(cls, self).__init__(*args, **kwargs)
+        except (TypeError, NotImplementedError, LookupError):
+            try:
+                given = signature.bind(*args, **kwargs).arguments
+            except TypeError:
+                given = {}  # an argument is unknown
+            for name, value in given.items():
+                _check_like(name, value, signature.parameters[name].default)
+            raise
+
+    cls.__init__ = __init__  # type: ignore[assignment]
+    return cls
