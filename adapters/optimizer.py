@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from functional_optim._params.journal import Journal
 from functional_optim._params.state import is_alike
-from functional_optim._params.step import GRAD, Outcome, ParamInputs, ParamStep
+from functional_optim._params.step import GRAD, Outcome, ParamStep
 from functional_optim._params.template import Template
 from functional_optim._runtime.backend import ASKED
 from functional_optim._runtime.checks import refuse_meta
@@ -268,8 +268,7 @@ class ChainOptimizer(Optimizer):
                     return "taken"
                 first = frozenset(i for i in step.present if id(originals[i]) in new) if new else frozenset()
                 bindings.new = new - {id(originals[i]) for i in first} if first else new
-                given = ParamInputs(inputs.params, states, bindings.options, extra, first, journal)
-                outcome = step.take(columns, grads, given)
+                outcome = step.take(columns, inputs.params, grads, states, bindings.options, extra, first, journal)
                 if outcome != "gone":
                     break
                 if exact:

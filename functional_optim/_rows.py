@@ -11,7 +11,7 @@ import torch
 
 from ._params.journal import Journal
 from ._params.local import tensor_of
-from ._params.step import ParamInputs, ParamStep
+from ._params.step import ParamStep
 from ._params.template import States
 from ._regions import Stored
 from ._runtime.checks import at, check_fit, check_leaf, check_stored
@@ -198,8 +198,7 @@ class RowStep:
         params = columns.pop("params")
         grads = [self.rows[i].values if i in self.rows else None for i in range(self.n_params)]
         self.step.begin()
-        inputs = ParamInputs(params, states, options, extra, frozenset(), journal)
-        outcome = self.step.take(dict(columns), grads, inputs)
+        outcome = self.step.take(dict(columns), params, grads, states, options, extra, frozenset(), journal)
         assert outcome == "taken", "all gradients and entries are there and dense"
 
     def write(self, states: Sequence[MutableMapping[str, Any]]) -> None:

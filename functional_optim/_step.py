@@ -5,8 +5,7 @@ transformation itself, and only have their tensors compared.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -70,35 +69,30 @@ class TreeRegion(BoundRegion):
         return found
 
 
-@dataclass(slots=True)
-class TreeInputs:
-    """The arguments of one step over trees.
+class TreeInputs(NamedTuple):
+    """The arguments of one step over trees, and what is known of it.
 
     Args:
       state: the state.
       like: the tree whose containers results have.
       extra: the extra arguments.
+      extra_numbers: those that are numbers.
       donate: whether to write in place.
       given: tensors in the place of those that hyper-parameters have, by identity.
-
-    Attributes:
-      extra_numbers: the extra arguments that are numbers.
       dispatching: whether torch looks at each operation, as transformations of `torch.func` do.
       watch: the specs that parameters have to keep, where Python code runs within the step.
-      states: the states of the region that is computed, by position of the transformation.
-      new_states: the states that are replaced, by path.
+      new_states: the states that segments have replaced so far, by path.
     """
 
     state: Any
     like: Tree
     extra: Mapping[str, Any]
+    extra_numbers: Mapping[str, Any]
     donate: bool
     given: Mapping[int, torch.Tensor]
-    extra_numbers: Mapping[str, Any] = field(init=False)
-    dispatching: bool = field(init=False)
-    watch: SpecWatch | None = field(init=False)
-    states: Mapping[int, Any] = field(init=False)
-    new_states: dict[Path, Any] = field(init=False)
+    dispatching: bool
+    watch: SpecWatch | None
+    new_states: dict[Path, Any]
 
 
 class TreeStep(TreeLeaves, SegmentedStep[TreeRegion, TreeInputs]):
@@ -162,8 +156,24 @@ class TreeStep(TreeLeaves, SegmentedStep[TreeRegion, TreeInputs]):
         leaves = columns["params" if self.with_params else "updates"]
         return _seen(self.tx._links(self.view_of(leaves), ())) == self.seen
 
-    def take(self, columns: Columns, inputs: TreeInputs) -> tuple[Tree, Any] | None:
+    def take(
+        self,
+        columns: Columns,
+        state: Any,
+        like: Tree,
+        extra: Mapping[str, Any],
+        donate: bool,
+        given: Mapping[int, torch.Tensor],
+    ) -> tuple[Tree, Any] | None:
         """Takes the step on leaves.
+
+        Args:
+          columns: the leaves.
+          state: the state.
+          like: the tree whose containers results have.
+          extra: the extra arguments.
+          donate: whether to write in place.
+          given: tensors in the place of those that hyper-parameters have, by identity.
 
         Returns:
           The new parameters, or updates, and the new state; None if a leaf is there or gone that was not before.
@@ -171,12 +181,11 @@ class TreeStep(TreeLeaves, SegmentedStep[TreeRegion, TreeInputs]):
         Raises:
           ValueError, TypeError, RuntimeError: something does not fit; nothing has been written.
         """
-        state, extra, donate, takes = inputs.state, inputs.extra, inputs.donate, self.extras
-        inputs.extra_numbers = takes.extra_numbers(extra) if extra or takes.needed or takes.trees else extra
+        takes, dispatching = self.extras, needs_dispatch()
+        extra_numbers = takes.extra_numbers(extra) if extra or takes.needed or takes.trees else extra
         if takes.trees:
             columns |= self._extra_columns(extra)
-        inputs.dispatching = needs_dispatch()
-        if donate and inputs.dispatching:
+        if donate and dispatching:
             raise RuntimeError(
                 "donate=True writes in place, which a torch.func transformation cannot follow, nor forward-mode AD or "
                 "a dispatch mode; use donate=False inside of it, or take the step outside."
@@ -190,30 +199,30 @@ class TreeStep(TreeLeaves, SegmentedStep[TreeRegion, TreeInputs]):
             # a tuple, as nearly all are, is looked at without a call
             if not (node.kind is tuple and type(found) is tuple and len(found) == len(node.keys)):
                 check_state([node], state)
-        inputs.watch, inputs.new_states = None, {}
-        if self.runs_python and not inputs.dispatching and self.with_params:
-            watch = SpecWatch.of(self.watch, columns["params"], self.present, "params", self.paths)
-            inputs.watch = self.watch = watch
-        if self.looks_ahead and not inputs.dispatching:
-            self._look_ahead((), inputs.extra_numbers, inputs.given)
+        watch = None
+        if self.runs_python and not dispatching and self.with_params:
+            watch = self.watch = SpecWatch.of(self.watch, columns["params"], self.present, "params", self.paths)
+        if self.looks_ahead and not dispatching:
+            self._look_ahead((), extra_numbers, given)
+        inputs = TreeInputs(state, like, extra, extra_numbers, donate, given, dispatching, watch, {})
         entered = columns["updates"]
         if not self._take_segments(columns, inputs):
             return None
         if self.widens:
             columns["updates"] = _as_wide(entered, columns)
         leaves = columns["params" if self.apply else "updates"]
-        tree = inputs.like if donate else self.reader.rebuild(inputs.like, leaves)
+        tree = like if donate else self.reader.rebuild(like, leaves)
         return tree, set_states(state, inputs.new_states) if inputs.new_states else state
 
     def _run(self, segment: TreeRegion, columns: Columns, inputs: TreeInputs, last: bool) -> bool:
         in_place = inputs.donate and last
-        states = inputs.states = segment.state.states(inputs.state)
+        states = segment.state.states(inputs.state)
         own = segment.state.columns(states, columns, in_place)
         if segment.region.hosts:
             own |= segment.host_columns(columns, states)
         if inputs.watch is not None and not inputs.watch.holds(columns["params"]):
             raise RuntimeError(CHANGED_MESSAGE)
-        results = self._compute(segment, own, inputs, in_place)
+        results = self._compute(segment, own, states, inputs, in_place)
         if results is None:
             return False
         if not in_place:
@@ -223,8 +232,17 @@ class TreeStep(TreeLeaves, SegmentedStep[TreeRegion, TreeInputs]):
             inputs.new_states.update(segment.state.replaced(states, {**own, **results}, inputs.like, segment.moving))
         return True
 
-    def _compute(self, segment: TreeRegion, own: Columns, inputs: TreeInputs, in_place: bool) -> Columns | None:
+    def _compute(
+        self, segment: TreeRegion, own: Columns, states: Mapping[int, Any], inputs: TreeInputs, in_place: bool
+    ) -> Columns | None:
         """Computes a region.
+
+        Args:
+          segment: the region.
+          own: all tensors that it reads.
+          states: its states, by position of the transformation.
+          inputs: the arguments of the step.
+          in_place: whether to write in place.
 
         Returns:
           The columns that change, none of them if the step is in place; None, and nothing is done, if other leaves are
@@ -252,14 +270,19 @@ class TreeStep(TreeLeaves, SegmentedStep[TreeRegion, TreeInputs]):
             self._warn_of_recording(own, numbers)
             return record(bound, own, numbers) if can_record(bound) else bound.evaluate_reference(own, numbers)
         if in_place:
-            return self._run_in_place(segment, found, own, numbers, inputs)
+            return self._run_in_place(segment, found, own, numbers, states)
         return bound.run(reading, own, numbers)
 
     def _run_in_place(
-        self, segment: TreeRegion, found: tuple[BoundStep, Reading], own: Columns, numbers: Numbers, inputs: TreeInputs
+        self,
+        segment: TreeRegion,
+        found: tuple[BoundStep, Reading],
+        own: Columns,
+        numbers: Numbers,
+        states: Mapping[int, Any],
     ) -> Columns:
         """Runs a region that is bound, and moves on the counters that no launch moves on."""
-        (bound, reading), states = found, inputs.states
+        bound, reading = found
         if len(segment.moving) > 1:
             self._check_counters(segment, states)
         params = own.get("params")
@@ -391,7 +414,6 @@ def take_step(
     """
     like = updates if params is None else params
     home, given = stand_in_of(tx) if tx._tensors else (tx, {})
-    inputs = TreeInputs(state, like, extra, donate, given)
     bound = home._tree_steps
     spec: Spec | None = None  # of `like`, where it is compared
     for step in bound:
@@ -405,7 +427,7 @@ def take_step(
                 continue
         columns = step.columns(updates, params)
         if columns is not None and (not step.asks_leaves or step.sees_the_same(columns)):
-            done: tuple[Tree, Any] | None = step.take(columns, inputs)
+            done: tuple[Tree, Any] | None = step.take(columns, state, like, extra, donate, given)
             if done is not None:
                 if step is not bound[0]:
                     home._tree_steps = in_front(step, bound, KEEP)
@@ -413,7 +435,7 @@ def take_step(
     with ShortTracebacks():
         step = TreeStep(home, apply, updates, params)
     columns = step.columns(updates, params)
-    found = None if columns is None else step.take(columns, inputs)
+    found = None if columns is None else step.take(columns, state, like, extra, donate, given)
     if found is None:
         raise RuntimeError(CHANGED_MESSAGE)
     if not needs_dispatch() or map_levels() or takes_gradients():

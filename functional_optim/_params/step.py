@@ -1,9 +1,8 @@
 """`ParamStep`: a step of chains over the parameters that have gradients."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from operator import attrgetter, is_
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -34,35 +33,32 @@ GRAD = attrgetter("grad")
 Outcome = Literal["taken", "gone", "sparse"]
 
 
-@dataclass(slots=True)
-class ParamInputs:
-    """The arguments of one step over parameters.
+class ParamInputs(NamedTuple):
+    """The arguments of one step over parameters, and what is known of it.
 
     Args:
       params: the parameters, or tensors that stand for them; copies of them, where autograd records.
+      written: the parameters that are written to.
       states: the state of each parameter.
       options: mappings that hyper-parameters are looked up in.
       extra: the extra arguments.
       first: the parameters that take their first step.
       journal: takes note of entries of state that are replaced.
-
-    Attributes:
-      written: the parameters that are written to.
       dispatching: whether torch looks at each operation, as transformations of `torch.func` do.
       watch: the specs that parameters have to keep, where Python code runs within the step.
       steady: whether these are the specs of the last step.
     """
 
     params: Sequence[torch.Tensor]
+    written: Sequence[torch.Tensor]
     states: States
     options: Sequence[Mapping[str, Any]]
     extra: Mapping[str, Any]
     first: frozenset[int]
     journal: Journal
-    written: Sequence[torch.Tensor] = field(init=False)
-    dispatching: bool = field(init=False)
-    watch: SpecWatch | None = field(init=False)
-    steady: bool = field(init=False)
+    dispatching: bool
+    watch: SpecWatch | None
+    steady: bool
 
 
 class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
@@ -177,13 +173,28 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
-    def take(self, columns: Columns, grads: Sequence[torch.Tensor | None], inputs: ParamInputs) -> Outcome:
+    def take(
+        self,
+        columns: Columns,
+        params: Sequence[torch.Tensor],
+        grads: Sequence[torch.Tensor | None],
+        states: States,
+        options: Sequence[Mapping[str, Any]],
+        extra: Mapping[str, Any],
+        first: frozenset[int],
+        journal: Journal,
+    ) -> Outcome:
         """Takes the step, which has begun. `completed` tells whether everything has been written.
 
         Args:
           columns: the slots; see `ParamState.columns`.
+          params: the parameters, or tensors that stand for them.
           grads: the gradients.
-          inputs: the other arguments.
+          states: the state of each parameter.
+          options: mappings that hyper-parameters are looked up in.
+          extra: the extra arguments.
+          first: the parameters that take their first step.
+          journal: takes note of entries of state that are replaced.
 
         Returns:
           `"taken"`; or, if nothing has been done, `"gone"` if a gradient or an entry is gone that was there, or
@@ -194,29 +205,29 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
           CaptureError: a CUDA graph is being captured that could not replay the step.
         """
         if self.extras.needed or self.extras.trees:
-            self.extras.check(inputs.extra, "step(closure, {}=...)")
+            self.extras.check(extra, "step(closure, {}=...)")
         if self.guarded or self.local.dtensors or self.spans_tree:
             self._check_call()
-        params = inputs.written = inputs.params
+        written = params
         if torch.is_grad_enabled():  # autograd saves the inputs of a step, and parameters are written to
-            params = inputs.params = [p if g is None else p.clone() for p, g in zip(params, grads, strict=True)]
+            params = [p if g is None else p.clone() for p, g in zip(params, grads, strict=True)]
         columns = {"updates": grads, "params": params, **columns}
         if self.extras.trees:
-            columns |= {(-1, k): self._extra_column(k, rule, inputs.extra[k]) for k, rule in self.extras.trees.items()}
+            columns |= {(-1, k): self._extra_column(k, rule, extra[k]) for k, rule in self.extras.trees.items()}
         if self.local.wrapped:
             found = self._local_columns(columns)
             if isinstance(found, str):
                 return found
             columns |= found
-        inputs.dispatching = needs_dispatch()
-        inputs.watch, inputs.steady = None, False
+        dispatching, watch, steady = needs_dispatch(), None, False
         if self.runs_python:
-            inputs.options = list(inputs.options)  # another object, for Python code within the step may change options
-            if not inputs.dispatching:
-                watch = inputs.watch = SpecWatch.of(self.watch, columns["params"], self.present, "params", self.paths)
-                inputs.steady, self.watch = watch is self.watch, watch
-        if self.looks_ahead and not inputs.dispatching:
-            self._look_ahead(inputs.options, inputs.extra, {})
+            options = list(options)  # another object, for Python code within the step may change options
+            if not dispatching:
+                watch = SpecWatch.of(self.watch, columns["params"], self.present, "params", self.paths)
+                steady, self.watch = watch is self.watch, watch
+        if self.looks_ahead and not dispatching:
+            self._look_ahead(options, extra, {})
+        inputs = ParamInputs(params, written, states, options, extra, first, journal, dispatching, watch, steady)
         if not self._take_segments(columns, inputs):
             return "sparse" if any(g is not None and g.layout is not torch.strided for g in grads) else "gone"
         if self.local.dtensors:

@@ -17,7 +17,7 @@ from _lib.marks import INTERPRETER
 from functional_optim._compiler.rule import Option
 from functional_optim._params.journal import Journal
 from functional_optim._params.layout import ChainLayout
-from functional_optim._params.step import ParamInputs, ParamStep
+from functional_optim._params.step import ParamStep
 from functional_optim._params.template import ParamList, Template
 from functional_optim._runtime.backend import BACKENDS
 from functional_optim._walk import rules
@@ -375,8 +375,9 @@ class Bench:
             step.state.make(self.tensors, self.states, options, self.journal)
         columns = step.state.columns(self.states)
         assert columns is not None
-        inputs = ParamInputs(self.tensors, self.states, options, extra, frozenset(), self.journal)
-        return step.take(columns, grads, inputs)
+        return step.take(
+            columns, self.tensors, grads, self.states, options, extra, first=frozenset(), journal=self.journal
+        )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
