@@ -10,7 +10,7 @@ from ._packed import Packed
 from ._recorded import requires_gradient, warn_of_growth
 from ._runtime.checks import check_fit, check_leaf, check_stored
 from ._runtime.internals import needs_dispatch
-from ._state_nodes import StateNode
+from ._state_nodes import StateNode, brief
 from ._structures import add, sums
 from ._transform import (
     GradientTransformation,
@@ -137,7 +137,7 @@ def _warn_if_not_last(members: tuple[GradientTransformation, ...]) -> None:
         rules = [part._bound.rule for part in parts(member).values() if part._bound is not None]
         if early and any(not rule.final for rule in rules):
             warn(
-                f"{early} stands before {member!r:.80}, which changes updates again, but it works on updates as they "
+                f"{early} stands before {brief(member)}, which changes updates again, but it works on updates as they "
                 f"are added to the parameters; put it at the end of the chain."
             )
             return

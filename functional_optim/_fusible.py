@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ._compiler.errors import note_number
-from ._compiler.rule import Bound, Rule, Slot, restore_state
+from ._compiler.rule import Bound, Rule, Slot, restore_slots, restore_state
 from ._compiler.symbols import Symbol
 from ._graph.run import run
 from ._runtime.checks import check_leaf, check_stored
@@ -225,7 +225,8 @@ class RuleFactory:
         )
         # so that `torch.load(weights_only=True)` may load states, in a process that has made none: torch keeps the list
         # as long as the process, and so each rule that is declared
-        torch.serialization.add_safe_globals([(self, f"{self.__module__}.{self.__qualname__}"), restore_state])
+        named = (self, f"{self.__module__}.{self.__qualname__}")
+        torch.serialization.add_safe_globals([named, restore_slots, restore_state])
 
     def __call__(self, *args: Any, **kwargs: Any) -> RuleTransformation:
         return self.make(self.bind(args, kwargs))

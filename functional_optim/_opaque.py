@@ -14,6 +14,7 @@ import torch
 from ._runtime.checks import at
 from ._runtime.internals import is_wrapper_of_a_transformation
 from ._runtime.spec import PLAIN
+from ._state_nodes import brief
 from ._transform import GradientTransformation, Link
 from ._tree import Spec, View, flatten, key_name, one_level, paths
 
@@ -48,7 +49,7 @@ class SplitState:
 
     def _fail(self, path: str, reason: str) -> Exception:
         return ValueError(
-            f"the state of {self.tx!r:.100}{at(path)} {reason}, so it cannot be split among the parameters of an "
+            f"the state of {brief(self.tx)}{at(path)} {reason}, so it cannot be split among the parameters of an "
             f"optimizer; keep one entry per parameter, in a dict by its name or in a list in their order."
         )
 
@@ -136,7 +137,7 @@ def check_apart(tx: GradientTransformation, state: Any, params: Sequence[Any]) -
     for path, x in zip(paths(spec), leaves, strict=True):
         if _address(x) in taken:
             raise ValueError(
-                f"the state of {tx!r:.100}{at(path)} shares memory with a parameter, which donate=True "
+                f"the state of {brief(tx)}{at(path)} shares memory with a parameter, which donate=True "
                 f"writes to; store `x.detach().clone()`."
             )
 
@@ -298,13 +299,13 @@ def escaped_paths(spec: Spec) -> list[str]:
 def _check_entry(x: Any, path: str, owner: SplitState) -> None:
     if x is not None and not isinstance(x, (torch.Tensor, int, float)):
         raise TypeError(
-            f"the state of {owner.tx!r:.100} holds {x!r:.60}{at(path)}, expected tensors and numbers, which is what "
+            f"the state of {brief(owner.tx)} holds {x!r:.60}{at(path)}, expected tensors and numbers, which is what "
             f"the state of an optimizer can hold."
         )
 
 
 def _other_structure(owner: SplitState, path: str, x: Any) -> ValueError:
     return ValueError(
-        f"`update` of {owner.tx!r:.100} returned a state with {x!r:.60}{at(path)}, another structure than `init` made; "
+        f"`update` of {brief(owner.tx)} returned a state with {x!r:.60}{at(path)}, another structure than `init` made; "
         f"a state in an optimizer keeps its structure from the first step on."
     )

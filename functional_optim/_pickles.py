@@ -7,6 +7,7 @@ from ._addresses import publish
 from ._chain import Chain as Chain
 from ._compiler.rule import (
     Slot as Slot,
+    restore_slots as restore_slots,
     restore_state as restore_state,
 )
 from ._fusible import (

@@ -14,6 +14,12 @@ def get_state(state: Any, path: Path) -> Any:
     return state
 
 
+def brief(x: object, most: int = 100) -> str:
+    """The `repr` of a transformation, as it is or cut where dots say so."""
+    text = repr(x)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 class StateNode(NamedTuple):
     """A container within the state of a transformation, or the state of an innermost one.
 
@@ -52,7 +58,8 @@ def wrong_state(node: StateNode, found: Any) -> TypeError:
     """The error of a state that another transformation has made, or none, which has something else for a node."""
     where = "".join(f"[{key!r}]" for key in node.path)
     return TypeError(
-        f"state{where} is {_shown(found, node.kind)}, expected the {_expected(node)} of {node.owner!r:.80}; {FROM_INIT}"
+        f"state{where} is {_shown(found, node.kind)}, expected the {_expected(node, found)} of {brief(node.owner)}; "
+        f"{FROM_INIT}"
     )
 
 
@@ -77,13 +84,21 @@ def _shown(found: Any, kind: type | None = None) -> str:
         return f"a {type(found).__name__} of {_counted(len(found))}"
     if kind is dict and isinstance(found, Mapping):
         return f"a {type(found).__name__} with the keys {_listed(list(found))}"
-    return type(found).__name__
+    return _class_of_states(type(found), kind)
 
 
-def _expected(node: StateNode) -> str:
+def _expected(node: StateNode, found: Any) -> str:
     if node.kind is tuple:
         return f"tuple of {_counted(len(node.keys))}"
-    return f"dict with the keys {_listed(node.keys)}" if node.kind is dict else node.kind.__name__
+    if node.kind is dict:
+        return f"dict with the keys {_listed(node.keys)}"
+    return _class_of_states(node.kind, type(found))
+
+
+def _class_of_states(kind: type, other: type | None) -> str:
+    """The name of a class, with its fields where another one has the same, as that of a rule written anew has."""
+    alike = other is not None and other is not kind and other.__name__ == kind.__name__
+    return f"{kind.__name__}({', '.join(getattr(kind, '_fields', ()))})" if alike else kind.__name__
 
 
 def _counted(n: int) -> str:

@@ -25,6 +25,7 @@ from ._packed import Packed
 from ._state_nodes import (
     Path as Path,
     StateNode,
+    brief,
     wrong_state,
 )
 from ._tree import Tree, View, packed_like, unpacked
@@ -294,7 +295,7 @@ def as_transformation(x: Any) -> GradientTransformation:
         return x
     if isinstance(x, type) or not (callable(getattr(x, "init", None)) and callable(getattr(x, "update", None))):
         raise TypeError(
-            f"expected a gradient transformation, an object with `init` and `update`, got {x!r:.100}"
+            f"expected a gradient transformation, an object with `init` and `update`, got {brief(x)}"
             f"{'; did you forget to call it?' if callable(x) else ''}"
         )
     return GradientTransformation(x.init, x.update)

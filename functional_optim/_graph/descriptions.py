@@ -34,6 +34,7 @@ from .._runtime.internals import is_wrapper_of_a_transformation
 from .._runtime.packing import Place
 from .._runtime.recent import in_front
 from .._schedules.schedule import Schedule, ScheduleFactory
+from .._state_nodes import brief
 from .._step import take_step
 from .._structures import FORMS, Structure, rebuild
 from .._transform import FACTORIES, TRANSFORMATIONS, GradientTransformation, LabelFunction, parts
@@ -199,7 +200,7 @@ class DescribedStep:
         there = () if states is None else tuple(x is not None for x in states)
         if leaves is None or there != self.trees.state.there:
             raise ValueError(
-                f"a transformation of {self.tx!r:.100} returned updates or a state in another structure than it was "
+                f"a transformation of {brief(self.tx)} returned updates or a state in another structure than it was "
                 f"given, which a compiled step cannot; keep the state's structure as `init` makes it."
             )
         if self.params is not None and not self.apply and not self.trees.same_containers:
@@ -296,14 +297,14 @@ def _read(text: str) -> tuple[DescribedStep, bool]:
         tx, here = DESCRIBED.get(text), True
         if tx is None:
             raise RuntimeError(
-                f"{edited!r:.100} is not what it was when this step was compiled or exported: the rule, or something "
+                f"{brief(edited)} is not what it was when this step was compiled or exported: the rule, or something "
                 f"that it refers to, has been edited or defined anew since. Compile or export the step again, or keep "
                 f"the chain that was compiled."
             )
     if n != len(tx._tensors):
         raise RuntimeError(
             f"the description of a compiled step says that its chain has {n} hyper-parameters that are tensors, but "
-            f"{tx!r:.100} has {len(tx._tensors)}. Compile or export the step again."
+            f"{brief(tx)} has {len(tx._tensors)}. Compile or export the step again."
         )
     return DescribedStep(tx, apply, Trees(updates, params, state, extra), backend), here
 

@@ -27,6 +27,7 @@ from .._runtime.internals import (
 from .._runtime.overlap import SharedMemoryError
 from .._runtime.spec import TensorSpec, are_ordinary
 from .._runtime.stacks import Stack
+from .._state_nodes import brief
 from .descriptions import DescribedStep, find_step, path_of
 from .referred import refuse_referred_tensors
 from .refusals import INSIDE, RECORDED
@@ -126,7 +127,7 @@ def _check(step: DescribedStep, results: Tensors, promised: Sequence[Promise]) -
         fits = x.dtype == dtype or torch.promote_types(x.dtype, dtype) == dtype
         if x.shape != like.shape or not fits or x.device != like.device:
             raise ValueError(
-                f"{step.tx!r:.100} made {x.dtype} of shape {tuple(x.shape)} on {x.device} of {dtype} of shape "
+                f"{brief(step.tx)} made {x.dtype} of shape {tuple(x.shape)} on {x.device} of {dtype} of shape "
                 f"{tuple(like.shape)} on {like.device}. A compiled step returns updates and a state of the shapes and "
                 f"dtypes that it was given."
             )

@@ -423,7 +423,10 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
             own[key][i].copy_(x)
 
     def _call(self, segment: Opaque, columns: Columns, inputs: ParamInputs) -> Sequence[Any]:
-        """See `SegmentedStep`. Updates that have the specs of the last ones fit parameters that have theirs."""
+        """Updates of a transformation that is not made of rules.
+
+        Those that have the specs of the last ones fit parameters that have theirs.
+        """
         link, split = segment.link, self.opaque[segment.position]
         if segment is self.segments[0] and not inputs.dispatching:
             self.entering = SpecWatch.of(self.entering, columns["updates"], self.present, "updates", self.paths)

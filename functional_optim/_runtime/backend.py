@@ -92,7 +92,7 @@ def _has_triton() -> bool:
     """Whether Triton is installed. Kernels on disk need no import of it; should it be broken, a build says so."""
     try:
         return importlib.util.find_spec("triton") is not None
-    except ImportError:  # of something that keeps it from being imported
+    except (ImportError, ValueError):  # something keeps it from being imported, or stands in its place
         return False
 
 

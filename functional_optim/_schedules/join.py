@@ -33,7 +33,7 @@ def join_schedules(count: Any, schedules: Sequence[Callable[[Any], Any]], bounda
       tensor(2., dtype=torch.float64)
     """
     for name, given in (("schedules", schedules), ("boundaries", boundaries)):
-        if not isinstance(given, (list, tuple)):
+        if not isinstance(given, Sequence) or isinstance(given, str):
             raise TypeError(f"`{name}` of join_schedules must be a list, got {given!r:.60}.")
     if not schedules or len(boundaries) != len(schedules) - 1:
         raise ValueError(

@@ -36,7 +36,7 @@ def multiply_schedules(count: Any, factors: Sequence[Any]) -> Any:
       >>> warmup * 0.5
       multiply_schedules(factors=[linear_schedule(init_value=0.0, end_value=1.0, transition_steps=4), 0.5])
     """
-    if not isinstance(factors, (list, tuple)):
+    if not isinstance(factors, Sequence) or isinstance(factors, str):
         raise TypeError(f"`factors` of multiply_schedules must be a list, got {factors!r:.60}.")
     if not factors:
         raise ValueError("multiply_schedules takes at least one factor, got none.")

@@ -45,7 +45,7 @@ def _full_shape(p: torch.Tensor, factored: bool, min_dim_size_to_factor: int) ->
     ranges={
         "decay_rate": "[0, inf)",
         "step_offset": NUMBER,
-        "min_dim_size_to_factor": "[0, inf)",
+        "min_dim_size_to_factor": "[0, inf]",
         "epsilon": "[0, inf)",
     },
 )

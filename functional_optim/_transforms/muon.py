@@ -140,7 +140,12 @@ def newton_schulz(
         "by_gram",
         "eps_is_least",
     ),
-    ranges={"ns_steps": "[1, inf)", "eps": "[0, inf)", "preconditioning": PRECONDITIONING},
+    ranges={
+        "ns_steps": "[1, inf)",
+        "eps": "[0, inf)",
+        "preconditioning": PRECONDITIONING,
+        "compute_dtype": (None, torch.float64, torch.float32, torch.bfloat16, torch.float16),
+    },
     batched=True,
 )
 def orthogonalize(

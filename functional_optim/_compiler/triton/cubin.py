@@ -5,18 +5,21 @@ A file `.cubin` is an ELF file, which NVIDIA's tools read, with two numbers that
 
 import hashlib
 import importlib.metadata
+import os
 import re
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import cache
-from ..cache import BuildError, KernelCache, ToolError
+from ..cache import KernelCache, ToolError
 from .emit import PARAMETERS, PASS, UNIFORM
 from .kernels import TritonKernel
 
 
 TRAILER = struct.Struct("=ii")  # behind the code in a file
+SETTINGS = ("TRITON_", "PTXAS_", "DISABLE_", "LLVM_", "MLIR_")  # prefixes of variables that Triton compiles by
+PLACES = ("TRITON_CACHE_", "TRITON_HOME", "TRITON_DUMP_")  # of those among them that say where its files are
 
 
 class Cubin(NamedTuple):
@@ -58,7 +61,7 @@ def compile_cubin(kernel: TritonKernel, aligned: bool | None, architecture: int)
       architecture: the compute capability of the device, 90 for 9.0.
 
     Raises:
-      BuildError: Triton is missing, or does not compile it.
+      ToolError: Triton is missing, or does not compile it.
     """
     return _cubins.get(Wanted(kernel, aligned, architecture, _version()))
 
@@ -71,14 +74,21 @@ def _version() -> str:
     except importlib.metadata.PackageNotFoundError:  # built in place, or from a package of another name
         try:
             import triton
-        except Exception as error:
+
+            return str(triton.__version__)
+        except Exception as error:  # it is broken, or another module of this name
             raise ToolError(f"Triton cannot be imported ({error})") from error
-        return str(triton.__version__)
+
+
+def _settings() -> list[tuple[str, str]]:
+    """The variables of the environment that Triton may compile by."""
+    return sorted((k, x) for k, x in os.environ.items() if k.startswith(SETTINGS) and not k.startswith(PLACES))
 
 
 def _build(wanted: Wanted, folder: Path) -> Cubin:
     kernel = wanted.kernel
-    parts = (kernel.source, kernel.name, wanted.aligned, sorted(kernel.options.items()), *wanted[2:])
+    of_kernel = (kernel.source, kernel.name, wanted.aligned, sorted(kernel.options.items()), sorted(PARAMETERS.items()))
+    parts = (*of_kernel, *wanted[2:], _settings(), TRAILER.format)
     path = folder / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.cubin"
     content = cache.read_sealed(path)
     if content is None:
@@ -95,7 +105,7 @@ def compile_kernel(wanted: Wanted) -> Any:
     """The kernel as Triton compiles it, with the text of each of its stages.
 
     Raises:
-      BuildError: Triton is missing, or does not compile it.
+      ToolError: Triton is missing, or does not compile it.
     """
     function = wanted.kernel.function
     types = {name: PARAMETERS.get(name, "constexpr") for name in function.arg_names}
@@ -109,15 +119,21 @@ def compile_kernel(wanted: Wanted) -> Any:
         return triton.compile(source, target=target, options=wanted.kernel.options)
     except Exception as error:  # of a compiler, or of a tool that is missing
         first = next(iter(str(error).splitlines()), "")
-        raise BuildError(f"Triton cannot build a kernel ({type(error).__name__}: {first:.200})") from error
+        raise ToolError(f"Triton cannot build a kernel ({type(error).__name__}: {first:.200})") from error
 
 
 def _compile(wanted: Wanted) -> Cubin:
     made = compile_kernel(wanted)
-    spare = _parameters_of(made.asm["ptx"]) - len(UNIFORM if wanted.aligned is None else PASS)
-    if spare < 0 or made.metadata.global_scratch_size or made.metadata.profile_scratch_size:
-        raise BuildError(f"Triton {wanted.version} has compiled a kernel that wants more than it was given")
-    return Cubin(made.asm["cubin"], made.metadata.shared, spare)
+    try:
+        code, ptx, metadata = made.asm["cubin"], made.asm["ptx"], made.metadata
+        shared, scratch = metadata.shared, metadata.global_scratch_size or metadata.profile_scratch_size
+    except (AttributeError, KeyError) as error:
+        why = f"Triton {wanted.version} describes kernels in another way than is known here ({error})"
+        raise ToolError(why) from None
+    spare = _parameters_of(ptx) - len(UNIFORM if wanted.aligned is None else PASS)
+    if spare < 0 or scratch:
+        raise ToolError(f"Triton {wanted.version} has compiled a kernel that wants more than it was given")
+    return Cubin(code, shared, spare)
 
 
 def _parameters_of(ptx: str) -> int:

@@ -23,8 +23,8 @@ TABLES = 4  # tables, at least, that a reserve has room for
 class CapturedMemory:
     """The memory that CUDA graphs of steps read: it stays for as long as this object.
 
-    A graph replays launches and copies with addresses, so tables on the device and in pinned memory, and loaded
-    kernels, have to outlive it; torch tells nobody when a graph is gone. Captures in a `with` block of an object
+    A graph replays launches and copies with addresses, so tables on the device and in pinned memory have to outlive
+    it; torch tells nobody when a graph is gone. Captures in a `with` block of an object
     leave them to it: keep it beside the graph, and let both go together, when the device has done with its replays.
     Captures outside of one leave them to the process. They are some tens of bytes for each tensor, and 64 KiB or more
     for each graph. A step that is refused leaves nothing, unless its message says to discard the graph.
@@ -47,7 +47,7 @@ class CapturedMemory:
         _holder.reset(self._tokens.pop())
 
     def hold(self, memory: object) -> None:
-        """Keeps memory that a graph reads, or kernels that it launches; Triton unloads kernels without a reference."""
+        """Keeps memory that a graph reads."""
         self._held[id(memory)] = memory
 
     @property
@@ -226,7 +226,7 @@ def refuse_new_state(devices: Iterable[torch.device | None]) -> None:
 
 
 def refuse_state_of_python(key: str) -> None:
-    """Refuses an entry of state that a graph cannot move on.
+    """Refuses an entry of state that a graph cannot move on, when what computes it has been captured.
 
     Raises:
       CaptureError: always.
@@ -235,7 +235,7 @@ def refuse_state_of_python(key: str) -> None:
         f"the entry {key!r} of its state changes in Python, or is a tensor of another shape, dtype or device than "
         f"before, and replays would not change it",
         "keep it in a tensor on the device, of one shape and dtype",
-    )
+    ).behind_a_part()
 
 
 def refuse_new_trees(device: torch.device | None) -> None:

@@ -183,7 +183,7 @@ class KernelSequence:
             return
         code = self.run(*self.arguments)
         if code:
-            check("cuLaunchKernel", code)
+            check("a launch", code)
 
     def _run_in_python(self) -> None:
         enter_context(self.context)

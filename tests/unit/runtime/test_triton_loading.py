@@ -3,11 +3,13 @@
 In processes of their own, for this one has Triton interpret kernels, with a stand-in for the CUDA driver.
 """
 
+import importlib.metadata
 import os
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -19,7 +21,7 @@ from _lib.compilers import COMPILER
 from _lib.marks import INTERPRETER
 from functional_optim._compiler.cache import BuildError
 from functional_optim._compiler.passes import Signature
-from functional_optim._compiler.triton import build
+from functional_optim._compiler.triton import build, cubin
 from functional_optim._runtime import backend, kernels
 from functional_optim._runtime.cuda import launch
 
@@ -95,7 +97,7 @@ def signature(environment: dict[str, str]) -> str:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """That of a process with a stand-in for the CUDA driver, where Triton compiles."""
+    """Variables of a process with a stand-in for the CUDA driver, where Triton compiles."""
     folder = tmp_path_factory.mktemp("triton")
     if COMPILER is None:
         pytest.skip("no C compiler")
@@ -148,6 +150,10 @@ def test_kernels_on_disk_are_launched_without_triton(
             "Triton cannot build a kernel (ZeroDivisionError: division by zero)",
         ),
         (
+            "cubin._version = lambda: '1'; cubin.compile_kernel = lambda wanted: object()",
+            "Triton 1 describes kernels in another way than is known here ('object' object has no attribute 'asm')",
+        ),
+        (
             "cubin._parameters_of, cubin._version = lambda ptx: 3, lambda: '0'",
             "Triton 0 has compiled a kernel that wants more than it was given",
         ),
@@ -185,7 +191,8 @@ try:
 except RuntimeError as error:
     print(error, len(taken()))
 """.replace("COMPILER", str(compiler))
-    message = "cuLaunchKernel of the CUDA driver has failed: CUDA_ERROR_OF_A_TEST (718), an error of a test"
+    name = "a launch" if compiler else "cuLaunchKernel"
+    message = f"{name} of the CUDA driver has failed: CUDA_ERROR_OF_A_TEST (718), an error of a test"
     assert run(text, signature, environment) == f"{message} 1\n"
 
 
@@ -199,6 +206,30 @@ for shared in (48 << 10, 49 << 10):
 print([x for x in taken() if "attribute" in x])
 """
     assert run(text, signature, environment) == "['attribute 8 of 0x9 is 50176']\n"
+
+
+def test_triton_is_looked_for_and_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stub in its place is none."""
+    has_triton = backend._has_triton.__wrapped__
+    assert has_triton()
+    monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
+    assert not has_triton()
+
+
+def test_a_module_that_is_not_triton_is_an_error_of_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
+    missing = mock.Mock(side_effect=importlib.metadata.PackageNotFoundError)
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    with pytest.raises(BuildError, match=r"Triton cannot be imported .*__version__"):
+        cubin._version.__wrapped__()
+
+
+def test_settings_of_triton_are_part_of_the_name_of_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = cubin._settings()
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
+    assert cubin._settings() == before
+    monkeypatch.setenv("DISABLE_PTXAS_OPT", "1")
+    assert cubin._settings() == sorted([*before, ("DISABLE_PTXAS_OPT", "1")])
 
 
 @pytest.mark.usefixtures("nothing_given_up")
