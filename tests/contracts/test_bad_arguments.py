@@ -25,6 +25,10 @@ SWITCHES: dict[str, Callable[[Any], Any]] = {
     "adaptive of orthogonalize": lambda x: fo.muon(0.1, adaptive=x),
 }
 RANGES: dict[str, tuple[Callable[[], Any], str]] = {
+    "compute_dtype of orthogonalize": (
+        lambda: fo.orthogonalize(compute_dtype="bfloat16"),
+        r"`compute_dtype` of orthogonalize must be one of \[None, torch.float64, .*\], got 'bfloat16'",
+    ),
     "b1 of scale_by_adam": (lambda: fo.scale_by_adam(b1=1.0), r"`b1` of scale_by_adam must be in \[0, 1\), got 1\.0"),
     "b1 below": (lambda: fo.adam(0.1, b1=-0.1), r"`b1` of scale_by_adam must be in \[0, 1\), got -0\.1"),
     "b2 of scale_by_adam": (lambda: fo.adamw(0.1, b2=2), r"`b2` of scale_by_adam must be in \[0, 1\), got 2"),

@@ -406,3 +406,14 @@ def test_a_rule_of_the_same_name_with_other_slots_refuses_the_state() -> None:
     params = make_tree(0)
     with pytest.raises(TypeError, match=r"is MomentumState\(count, m\), expected the MomentumState\(count, n\) of"):
         fo.apply_gradients(momentum(), params, make_tree(1), momentum_rule(1.0)().init(params))
+
+
+def test_a_chain_that_is_cut_in_a_message_ends_in_dots() -> None:
+    """A number that is cut would be another one."""
+    params = make_tree(0)
+    tx = fo.chain(fo.clip(1.0), fo.adamw(0.001234567, b1=0.91, b2=0.9993, weight_decay=0.123456))
+    with pytest.raises(TypeError, match="state is ScaleByAdamState") as caught:
+        fo.apply_gradients(tx, params, params, fo.scale_by_adam().init(params))
+    shown = str(caught.value).partition(" of chain(")[2].partition(";")[0]
+    assert repr(tx).removeprefix("chain(").startswith(shown.removesuffix("..."))
+    assert shown.endswith("...")
