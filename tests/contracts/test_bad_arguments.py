@@ -222,7 +222,7 @@ for _hyper, _value, _interval in (
 
 RANGES |= outside("orthogonalize", "ns_steps", 0, "[1, inf)") | outside("orthogonalize", "eps", -1.0, "[0, inf)")
 RANGES |= outside("scale_by_shape", "consistent_rms", -1.0, "[0, inf)")
-RANGES |= outside("scale_by_factored_rms", "min_dim_size_to_factor", -1, "[0, inf)")
+RANGES |= outside("scale_by_factored_rms", "min_dim_size_to_factor", -1, "[0, inf]")
 for _name, _hyper, _others in (
     ("fromage", "learning_rate", {}),
     ("normalize_by_update_norm", "scale_factor", {}),
