@@ -42,6 +42,7 @@ from recipes import (
     SHAPES as CPU_SHAPES,
     TRANSFORMATIONS,
     draw,
+    foreach_lion,
     many,
     small_tree,
 )
@@ -178,15 +179,7 @@ def torch_clip_adamw_ema(x: Tensors, **how: bool) -> Step:
 def torch_lion(x: Tensors) -> Step:
     params, grads = list(x.params.values()), list(x.grads.values())
     mus = [torch.zeros_like(p) for p in params]
-
-    def step() -> None:
-        u = torch._foreach_lerp(mus, grads, 1 - B1)
-        torch._foreach_sign_(u)
-        torch._foreach_mul_(params, 1 - LR * DECAY)
-        torch._foreach_add_(params, u, alpha=-LR)
-        torch._foreach_lerp_(mus, grads, 1 - 0.99)
-
-    return step
+    return lambda: foreach_lion(params, grads, mus)
 
 
 TORCH: dict[str, dict[str, Callable[[Tensors], Step]]] = {

@@ -87,7 +87,7 @@ def small_tree() -> tuple[Tensors, Tensors]:
     return draw(SHAPES["tiny"](), 0, 1.0), draw(SHAPES["tiny"](), 1, 1.0)
 
 
-# -- recipes: ours, and what torch has for the same -------------------------------------------------------------------
+# -- recipes: ours, and torch's own optimizers or operations ----------------------------------------------------------
 
 
 class Contender(NamedTuple):
@@ -212,13 +212,18 @@ def torch_lion_steps(
 
     @torch.no_grad()
     def foreach() -> None:
-        u = torch._foreach_lerp(mus, grads, 1 - B1)
-        torch._foreach_sign_(u)
-        torch._foreach_mul_(params, 1 - LR * DECAY)
-        torch._foreach_add_(params, u, alpha=-LR)
-        torch._foreach_lerp_(mus, grads, 1 - 0.99)
+        foreach_lion(params, grads, mus)
 
     return {LOOP: loop, FOREACH: foreach, COMPILED: foreach}
+
+
+def foreach_lion(params: list[torch.Tensor], grads: list[torch.Tensor], mus: list[torch.Tensor]) -> None:
+    """One step of Lion by operations of torch on lists of tensors."""
+    u = torch._foreach_lerp(mus, grads, 1 - B1)
+    torch._foreach_sign_(u)
+    torch._foreach_mul_(params, 1 - LR * DECAY)
+    torch._foreach_add_(params, u, alpha=-LR)
+    torch._foreach_lerp_(mus, grads, 1 - 0.99)
 
 
 def torch_lamb_steps(

@@ -70,13 +70,13 @@ class TreeRegion(BoundRegion):
 
 
 class TreeInputs(NamedTuple):
-    """The arguments of one step over trees, and what is known of it.
+    """Arguments of one step over trees, and the specs and dispatch that it found at its start.
 
     Args:
       state: the state.
       like: the tree whose containers results have.
       extra: the extra arguments.
-      extra_numbers: those that are numbers.
+      extra_numbers: the extra arguments that are numbers.
       donate: whether to write in place.
       given: tensors in the place of those that hyper-parameters have, by identity.
       dispatching: whether torch looks at each operation, as transformations of `torch.func` do.

@@ -34,7 +34,7 @@ Outcome = Literal["taken", "gone", "sparse"]
 
 
 class ParamInputs(NamedTuple):
-    """The arguments of one step over parameters, and what is known of it.
+    """Arguments of one step over parameters, and the specs and dispatch that it found at its start.
 
     Args:
       params: the parameters, or tensors that stand for them; copies of them, where autograd records.

@@ -19,7 +19,7 @@ from .kernels import TritonKernel
 
 TRAILER = struct.Struct("=ii")  # behind the code in a file
 SETTINGS = ("TRITON_", "PTXAS_", "DISABLE_", "LLVM_", "MLIR_")  # prefixes of variables that Triton compiles by
-PLACES = ("TRITON_CACHE_", "TRITON_HOME", "TRITON_DUMP_")  # of those among them that say where its files are
+PLACES = ("TRITON_CACHE_", "TRITON_HOME", "TRITON_DUMP_")  # prefixes of its folders, which do not change the code
 
 
 class Cubin(NamedTuple):

@@ -226,7 +226,7 @@ def refuse_new_state(devices: Iterable[torch.device | None]) -> None:
 
 
 def refuse_state_of_python(key: str) -> None:
-    """Refuses an entry of state that a graph cannot move on, when what computes it has been captured.
+    """Refuses an entry of state that a graph cannot move on, after the capture of the operations that compute it.
 
     Raises:
       CaptureError: always.

@@ -1,4 +1,4 @@
-"""Kernels that are compiled and loaded on a device, and those that Triton's interpreter runs in their place."""
+"""Kernels of a group: machine code that is loaded on a device, or functions that Triton's interpreter runs."""
 
 import functools
 from collections.abc import Callable, Sequence
