@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .internals import has_members
-from .pointers import HEAD, Pointers, operations, spec_rows
+from .library import HEAD, operations, spec_rows
+from .pointers import Pointers
 from .spec import TensorSpec
 
 

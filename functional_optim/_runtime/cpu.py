@@ -19,8 +19,9 @@ from .chunks import Chunks, JoinedChunks, cut, partial_buffers
 from .groups import Group
 from .internals import has_members
 from .join import Joins
+from .library import library
 from .numbers import Number
-from .pointers import Pointers, library
+from .pointers import Pointers
 
 
 CHUNK = 1 << 15  # elements: seven streams of float32 stay within a second-level cache; shorter ones cost 3% of a step

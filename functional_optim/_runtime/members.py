@@ -73,7 +73,7 @@ class MembersWorkspace:
         n, n_origins, n_made = len(step.offsets), len(step.origins), len(step.makers)
         self.n_threads, self.pointers = n_threads, Pointers(n, len(step.made_offsets))
         self.read = OffsetPointers(step.offsets, n_origins, self.pointers.tensor[:n])
-        self.made = OffsetPointers(step.made_offsets, n_made, self.pointers.tensor[n + 1 :])
+        self.made = OffsetPointers(step.made_offsets, n_made, self.pointers.new)
         self.run = CpuLaunchesOfParts(step.parts, step.places, self.pointers, n_threads, step.rows)
 
 

@@ -1,12 +1,13 @@
-/* Three operations on lists of tensors, registered through torch's stable C ABI, and the start of kernels.
+/* Three operations on lists of tensors, registered through torch's stable C ABI, the search for tensors that have moved,
+   by the functions that DLPack has for C, and the start of kernels.
 
    describe(Tensor[] tensors, Tensor(a!) rows) -> ()
      One row of int64 per tensor: its spec, as `read_pointers` compares it.
 
-   read_pointers(Tensor[] tensors, Tensor spec_index, Tensor specs, Tensor(a!) pointers) -> ()
-     Compares each of n tensors with its row of `specs` and writes its data pointer. The last of the n + 1 numbers of
-     `pointers` becomes -1, or 2 * i for the first tensor i that differs from its spec, 2 * i + 1 if its elements lie
-     outside of its storage.
+   read_pointers(Tensor[] tensors, Tensor places, Tensor spec_index, Tensor specs, Tensor(a!) pointers) -> ()
+     Compares the tensors at some places among n with their rows of `specs` and writes their data pointers there. The last
+     of the n + 1 numbers of `pointers` becomes -1, or 2 * i for the place i of the first tensor that differs from its
+     spec, 2 * i + 1 if its elements lie outside of its storage.
 
    new_tensors(Tensor spec_index, Tensor specs, Tensor(a!) pointers) -> Tensor[]
      Makes a tensor for each row of `specs` that `spec_index` names, with memory of its own, and writes its data
@@ -65,9 +66,9 @@ void resolve(void *const *addresses) {
 #undef RESOLVE
 }
 
-/* Columns of a row: `SPAN` bytes from the first element to the last, elements of `ITEM` bytes, then `SIZES` and
-   `STRIDES`, each as many numbers as the tensor has dimensions. */
-enum { DTYPE, LAYOUT, DEVICE_TYPE, DEVICE, DIM, SPAN, ITEM, SIZES };
+/* Columns of a row: `SPAN` bytes from the first element to the last, elements of `ITEM` bytes, device and dtype in
+   DLPack's numbers, then `SIZES` and `STRIDES`, each as many numbers as the tensor has dimensions. */
+enum { DTYPE, LAYOUT, DEVICE_TYPE, DEVICE, DIM, SPAN, ITEM, DL_DEVICE, DL_DTYPE, SIZES };
 
 static int64_t *data_of(Handle tensor) {
   void *data = NULL;
@@ -175,29 +176,30 @@ static void describe(StableIValue *stack, uint64_t n_in, uint64_t n_out) {
 }
 
 static void read_pointers(StableIValue *stack, uint64_t n_in, uint64_t n_out) {
-  Handle list = (Handle)stack[0], index = (Handle)stack[1], table = (Handle)stack[2], result = (Handle)stack[3];
-  const int64_t *spec_index = data_of(index), *specs = data_of(table);
-  int64_t n_rows = size_of(table, 2, 0), width = size_of(table, 2, 1);
+  Handle list = (Handle)stack[0], chosen = (Handle)stack[1], index = (Handle)stack[2], table = (Handle)stack[3];
+  Handle result = (Handle)stack[4];
+  const int64_t *places = data_of(chosen), *spec_index = data_of(index), *specs = data_of(table);
+  int64_t n = size_of(index, 1, 0), n_rows = size_of(table, 2, 0), width = size_of(table, 2, 1);
   int64_t *pointers = data_of(result), found = -1;
-  size_t i = 0, n = length_of(list);
-  int fits = size_of(index, 1, 0) == (int64_t)n && size_of(result, 1, 0) > (int64_t)n;
-  fits = fits && holds_numbers(index) && holds_numbers(table) && holds_numbers(result);
+  size_t i = 0, n_chosen = length_of(list);
+  int fits = size_of(chosen, 1, 0) == (int64_t)n_chosen && size_of(result, 1, 0) > n;
+  fits = fits && holds_numbers(chosen) && holds_numbers(index) && holds_numbers(table) && holds_numbers(result);
+  for (size_t k = 0; fits && k < n_chosen; k++) fits = places[k] >= 0 && places[k] < n;
   /* the interpreter's lock, once: a tensor that only Python owns takes it whenever a reference to it is deleted */
   int lock = PyGILState_Ensure();
-  for (; fits && i < n && found < 0; i++) {
+  for (; fits && i < n_chosen && found < 0; i++) {
     Handle tensor = tensor_at(list, i);
-    const int64_t *spec = row_at(specs, n_rows, width, spec_index[i]);
-    if (!tensor || !spec || differs(tensor, spec)) found = 2 * (int64_t)i;
-    else if (outside(tensor, spec)) found = 2 * (int64_t)i + 1;
-    else pointers[i] = (int64_t)(intptr_t)data_of(tensor);
+    int64_t place = places[i];
+    const int64_t *spec = row_at(specs, n_rows, width, spec_index[place]);
+    if (!tensor || !spec || differs(tensor, spec)) found = 2 * place;
+    else if (outside(tensor, spec)) found = 2 * place + 1;
+    else pointers[place] = (int64_t)(intptr_t)data_of(tensor);
     aoti_torch_delete_tensor_object(tensor);
   }
   delete_list(list, i);
   PyGILState_Release(lock);
   if (fits) pointers[n] = found; /* otherwise the status stays as it was */
-  aoti_torch_delete_tensor_object(index);
-  aoti_torch_delete_tensor_object(table);
-  aoti_torch_delete_tensor_object(result);
+  for (int k = 1; k < 5; k++) aoti_torch_delete_tensor_object((Handle)stack[k]);
 }
 
 static void new_tensors(StableIValue *stack, uint64_t n_in, uint64_t n_out) {
@@ -229,7 +231,80 @@ static void new_tensors(StableIValue *stack, uint64_t n_in, uint64_t n_out) {
    The status stays as it was. */
 static void refuse_pointers(StableIValue *stack, uint64_t n_in, uint64_t n_out) {
   delete_list((Handle)stack[0], 0);
-  for (int k = 1; k < 4; k++) aoti_torch_delete_tensor_object((Handle)stack[k]);
+  for (int k = 1; k < 5; k++) aoti_torch_delete_tensor_object((Handle)stack[k]);
+}
+
+/* A tensor, and the functions of a class of tensors, as version 1.3 of DLPack has them. */
+typedef struct {
+  void *data;
+  int32_t device_type, device, dim;
+  uint8_t code, bits;
+  uint16_t lanes;
+  int64_t *sizes, *strides;
+  uint64_t byte_offset;
+} dl_tensor_t;
+
+typedef struct {
+  uint32_t major, minor;
+  void *previous, *allocate, *own, *wrap;
+  int (*describe)(Handle object, dl_tensor_t *tensor); /* lends all; if it is not 0, an error of Python is set */
+} dl_functions_t;
+
+/* The tensors that a step is bound to: the row of `specs` for each, and the functions that they are looked at by. */
+typedef struct {
+  const dl_functions_t *functions;
+  Handle (*item_of)(Handle list, ptrdiff_t); /* lends it */
+  void (*clear_error)(void);
+  const int64_t *spec_index;
+  int64_t *specs, n, width;
+} bound_t;
+
+enum { DL_COMPLEX = 5 };
+
+static int64_t dl_device(const dl_tensor_t *x) { return (int64_t)x->device_type << 32 | (uint32_t)x->device; }
+static int64_t dl_dtype(const dl_tensor_t *x) { return (int64_t)x->lanes << 16 | x->bits << 8 | x->code; }
+
+/* DLPack's view of a tensor of a Python list. Returns 0 if there is one. */
+static int look(const bound_t *bound, Handle list, int64_t i, dl_tensor_t *x) {
+  Handle object = bound->item_of(list, i);
+  int error = !object || bound->functions->describe(object, x);
+  if (error) bound->clear_error();
+  return error;
+}
+
+/* Writes the numbers that DLPack has for the device and dtype of each tensor to its row. Returns 0 if there are any. */
+int describe_for_dlpack(Handle list, const bound_t *bound) {
+  for (int64_t i = 0; i < bound->n; i++) {
+    dl_tensor_t x;
+    int64_t *spec = bound->specs + bound->spec_index[i] * bound->width;
+    if (look(bound, list, i, &x)) return 1;
+    spec[DL_DEVICE] = dl_device(&x);
+    spec[DL_DTYPE] = dl_dtype(&x);
+  }
+  return 0;
+}
+
+/* Whether a tensor is where and as it was when `read_pointers` wrote its data pointer. A storage that has been cut or
+   freed since is elsewhere, or nowhere. Elements that are conjugated when they are read are complex, and those that are
+   negated are imaginary parts: at odd places. */
+static int is_in_place(const dl_tensor_t *x, const int64_t *spec, int64_t pointer) {
+  if ((int64_t)(intptr_t)x->data != pointer || (!pointer && spec[SPAN])) return 0;
+  if (x->code == DL_COMPLEX || pointer % (2 * spec[ITEM])) return 0;
+  if (dl_device(x) != spec[DL_DEVICE] || dl_dtype(x) != spec[DL_DTYPE] || x->dim != spec[DIM]) return 0;
+  if (!x->dim) return 1;
+  return !memcmp(x->sizes, spec + SIZES, 8 * x->dim) && !memcmp(x->strides, spec + SIZES + x->dim, 8 * x->dim);
+}
+
+/* Writes the places of the tensors of a Python list that are not where and as they were, and returns their number. The
+   caller holds the interpreter's lock. */
+int64_t find_moved(Handle list, const bound_t *bound, const int64_t *pointers, int64_t *places) {
+  int64_t n = 0;
+  for (int64_t i = 0; i < bound->n; i++) {
+    dl_tensor_t x;
+    const int64_t *spec = bound->specs + bound->spec_index[i] * bound->width;
+    if (look(bound, list, i, &x) || !is_in_place(&x, spec, pointers[i])) places[n++] = i;
+  }
+  return n;
 }
 
 static Error implement(const char *name_space, const char *key, const char *name, Kernel kernel, uint64_t version) {
@@ -246,7 +321,8 @@ int register_operations(const char *name_space, uint64_t version) {
   if (!error) error = aoti_torch_library_def(library, "describe(Tensor[] tensors, Tensor(a!) rows) -> ()");
   if (!error)
     error = aoti_torch_library_def(
-        library, "read_pointers(Tensor[] tensors, Tensor spec_index, Tensor specs, Tensor(a!) pointers) -> ()");
+        library,
+        "read_pointers(Tensor[] tensors, Tensor places, Tensor spec_index, Tensor specs, Tensor(a!) pointers) -> ()");
   if (!error)
     error = aoti_torch_library_def(
         library, "new_tensors(Tensor spec_index, Tensor specs, Tensor(a!) pointers) -> Tensor[]");

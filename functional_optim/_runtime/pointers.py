@@ -9,21 +9,15 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from operator import attrgetter, eq, le, or_
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from .._compiler.c.build import load_c
 from .._compiler.cache import BuildError
-from .internals import has_members, is_zero_tensor, library_of_torch
+from .dlpack import moved_tensors
+from .internals import has_members, is_zero_tensor
+from .library import ITEM, SPAN, library, operations, spec_rows
 from .spec import TensorSpec, lies_outside
-
-
-NAMESPACE = "functional_optim"
-ABI_VERSION = 2 << 56 | 10 << 48  # torch 2.10, the first with all functions of the C ABI in use
-HEAD = 7  # numbers of a row before sizes and strides; `SIZES` of pointers.c
-DIM, SPAN, ITEM = 4, 5, 6
 
 
 class Difference(NamedTuple):
@@ -38,64 +32,6 @@ class Difference(NamedTuple):
     outside: bool
 
 
-def library() -> ctypes.CDLL:
-    """The compiled `pointers.c`.
-
-    Raises:
-      BuildError: there is no working compiler.
-    """
-    found = _library()
-    if isinstance(found, str):
-        raise BuildError(found)
-    return found
-
-
-@functools.lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL | str:
-    """The library, or the reason why there is none: a compiler that hangs is waited for once."""
-    try:
-        return load_c(Path(__file__).with_suffix(".c").read_text())
-    except BuildError as error:
-        return str(error)
-
-
-@functools.lru_cache(maxsize=1)
-def operations() -> Any:
-    """The operations of `pointers.c`, registered; None where there is no C compiler.
-
-    A registration lasts as long as the process, so it is found again after the cache has been cleared.
-    """
-    if hasattr(getattr(torch.ops, NAMESPACE), "read_pointers"):
-        return getattr(torch.ops, NAMESPACE)
-    try:
-        loaded = library()
-        torch_library = library_of_torch()
-        n = ctypes.c_int.in_dll(loaded, "n_functions").value
-        names = [(name or b"").decode() for name in (ctypes.c_char_p * n).in_dll(loaded, "function_names")]
-        functions = [getattr(ctypes.pythonapi if name.startswith("Py") else torch_library, name) for name in names]
-        loaded.resolve((ctypes.c_void_p * n)(*[ctypes.cast(function, ctypes.c_void_p) for function in functions]))
-        if loaded.register_operations(NAMESPACE.encode(), ctypes.c_uint64(ABI_VERSION)):
-            return None
-    except (BuildError, OSError, AttributeError):
-        return None
-    for name in ("read_pointers", "describe"):
-        torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *_: None)  # operations without a result
-    return getattr(torch.ops, NAMESPACE)
-
-
-def spec_rows(tensors: Sequence[torch.Tensor], dims: int) -> torch.Tensor:
-    """Rows of `pointers.c` that describe tensors.
-
-    Args:
-      tensors: the tensors.
-      dims: number of dimensions, at least, that there are columns for.
-    """
-    table = torch.zeros((len(tensors), HEAD + 2 * dims), dtype=torch.int64, device="cpu")
-    with torch.no_grad():
-        operations().describe.default(list(tensors), table)
-    return table
-
-
 class Pointers:
     """Memory for the data pointers of a step, for the status of reading them, and for pointers to new tensors.
 
@@ -103,14 +39,20 @@ class Pointers:
       n: number of tensors to be read.
       n_new: number of new tensors.
       n_copies: number of pointers more, after these.
+
+    Attributes:
+      places: memory for the places of tensors that have moved.
     """
 
     def __init__(self, n: int, n_new: int = 0, n_copies: int = 0) -> None:
-        self.n, self.memory = n, (ctypes.c_int64 * (n + 1 + n_new + n_copies))()
+        self.n, self.n_pointers = n, n + 1 + n_new + n_copies
+        self.memory = (ctypes.c_int64 * (self.n_pointers + n))()
         with torch.inference_mode(False):  # steps outside of that mode write to it, too
             self.tensor = torch.frombuffer(self.memory, dtype=torch.int64)
             self.new = self.tensor[n + 1 : n + 1 + n_new]
+            self.places = self.tensor[self.n_pointers :]
         self.address = ctypes.addressof(self.memory)
+        self.places_address = self.address + 8 * self.n_pointers
 
     def content(self) -> bytes:
         """The pointers that have been read, as bytes."""
@@ -118,7 +60,7 @@ class Pointers:
 
     def all_content(self) -> bytes:
         """All pointers, those to new tensors too, as bytes."""
-        return ctypes.string_at(self.address, 8 * len(self.memory))
+        return ctypes.string_at(self.address, 8 * self.n_pointers)
 
 
 class PointerOrder:
@@ -171,6 +113,7 @@ class PointerReader:
     Args:
       tensors: the tensors that the step is bound to.
       specs: their specs.
+      stay: whether most tensors of a step are where those of the last one were, which had the same pointers.
 
     Example:
       >>> x = torch.zeros(2)
@@ -180,7 +123,7 @@ class PointerReader:
       (None, Difference(position=0, outside=False))
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor], specs: Sequence[TensorSpec]) -> None:
+    def __init__(self, tensors: Sequence[torch.Tensor], specs: Sequence[TensorSpec], stay: bool = False) -> None:
         self.specs = list(specs)
         self.classes = frozenset(spec.cls for spec in specs)
         self.plain = all(spec.plain for spec in set(specs))
@@ -189,7 +132,7 @@ class PointerReader:
         self.operation = None
         if registered is not None and not any(map(has_members, tensors)):
             self.operation = registered.read_pointers.default
-            self._describe(tensors)
+            self._describe(tensors, stay)
         else:
             self.asked = [(torch.strided, spec.dtype, spec.shape, spec.device) for spec in specs]
             self.strides = [spec.stride for spec in specs]
@@ -200,7 +143,7 @@ class PointerReader:
                 for spec, offset in zip(specs, self.offsets, strict=True)
             ]
 
-    def _describe(self, tensors: Sequence[torch.Tensor]) -> None:
+    def _describe(self, tensors: Sequence[torch.Tensor], stay: bool) -> None:
         """Fills the table of specs, a row for each that differs."""
         rows = {spec: k for k, spec in enumerate(dict.fromkeys(self.specs))}
         examples = dict(zip(self.specs, tensors, strict=True))
@@ -208,6 +151,8 @@ class PointerReader:
         self.table = spec_rows([examples[spec] for spec in rows], max((len(spec.shape) for spec in rows), default=0))
         for spec, k in rows.items():
             self.table[k, SPAN], self.table[k, ITEM] = spec.span, spec.dtype.itemsize
+        self.places = torch.arange(len(self.specs), device="cpu")
+        self.moved = moved_tensors(tensors, self.spec_index, self.table) if stay else None
 
     def read(self, tensors: Sequence[Any], pointers: Pointers) -> Difference | None:
         """Compares tensors, and reads their data pointers where the operation is at hand.
@@ -227,8 +172,15 @@ class PointerReader:
                 data_ptr = torch.Tensor.data_ptr if self.plain else _data_ptr
                 pointers.memory[: pointers.n] = list(map(data_ptr, tensors))
             return found
+        places = self.places
+        if self.moved is not None:
+            n = self.moved.find(tensors, self.moved.bound, pointers.address, pointers.places_address)
+            if not n:
+                return None
+            places = pointers.places[:n]
+            tensors = [tensors[k] for k in pointers.memory[pointers.n_pointers : pointers.n_pointers + n]]
         pointers.memory[pointers.n] = 0  # stays where torch finds another implementation than ours, as for meta tensors
-        self.operation(tensors, self.spec_index, self.table, pointers.tensor)
+        self.operation(tensors, places, self.spec_index, self.table, pointers.tensor)
         status = pointers.memory[pointers.n]
         return None if status < 0 else Difference(status >> 1, bool(status & 1))
 

@@ -10,7 +10,7 @@ import torch
 
 from ..._compiler.cache import BuildError
 from ..._compiler.triton.cubin import Cubin
-from ..pointers import library
+from ..library import library
 
 
 NAME = "libcuda.so.1"

@@ -8,7 +8,8 @@ import torch
 
 from functional_optim._runtime import allocate
 from functional_optim._runtime.allocate import Allocator, Make
-from functional_optim._runtime.pointers import Pointers, operations
+from functional_optim._runtime.library import operations
+from functional_optim._runtime.pointers import Pointers
 from functional_optim._runtime.spec import TensorSpec
 
 

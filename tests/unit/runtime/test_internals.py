@@ -29,7 +29,7 @@ from functional_optim._runtime.internals import (
     registries,
     wrap_members,
 )
-from functional_optim._runtime.pointers import library, operations
+from functional_optim._runtime.library import library, operations
 from functional_optim._runtime.shard import is_fsdp1, local_tensor
 from functional_optim._runtime.spec import TensorSpec
 

@@ -14,8 +14,9 @@ from hypothesis import (
     strategies as st,
 )
 
-from functional_optim._runtime import pointers
-from functional_optim._runtime.pointers import Difference, PointerReader, Pointers, operations
+from functional_optim._runtime import dlpack, pointers
+from functional_optim._runtime.library import HEAD, operations
+from functional_optim._runtime.pointers import Difference, PointerReader, Pointers
 from functional_optim._runtime.spec import TensorSpec, specs_of
 
 
@@ -59,6 +60,11 @@ def freed(x: torch.Tensor) -> torch.Tensor:
 
 def cut(x: torch.Tensor) -> torch.Tensor:
     x.untyped_storage().resize_(x.untyped_storage().nbytes() - 1)
+    return x
+
+
+def cut_to_half(x: torch.Tensor) -> torch.Tensor:
+    x.untyped_storage().resize_(x.untyped_storage().nbytes() // 2)
     return x
 
 
@@ -233,11 +239,11 @@ def test_another_number_of_tensors_reads_and_writes_nothing(n: int) -> None:
     x = torch.ones(2)
     reader = PointerReader([x, x], [TensorSpec.of(x)] * 2)
     memory = torch.zeros(3, dtype=torch.int64)
-    own.read_pointers.default([x] * n, reader.spec_index, reader.table, memory)
+    own.read_pointers.default([x] * n, reader.places, reader.spec_index, reader.table, memory)
     assert memory.tolist() == [0, 0, 0]
-    own.read_pointers.default([x, x], reader.spec_index, reader.table, memory[:2])
+    own.read_pointers.default([x, x], reader.places, reader.spec_index, reader.table, memory[:2])
     assert memory.tolist() == [0, 0, 0]
-    own.read_pointers.default([x, x], reader.spec_index, reader.table, memory)
+    own.read_pointers.default([x, x], reader.places, reader.spec_index, reader.table, memory)
     assert memory.tolist() == [x.data_ptr(), x.data_ptr(), -1]
 
 
@@ -255,19 +261,33 @@ def cut_short(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-# arguments of `read_pointers` that are not as they are made here: tables, and whether the first tensor differs then
-STRANGE: dict[str, tuple[Callable[[Any, Any, Any], tuple[Any, Any, Any]], bool]] = {
-    "a row that is not there": (lambda index, table, memory: (index + 1000, table, memory), True),
-    "a row before the first": (lambda index, table, memory: (index - 1000, table, memory), True),
-    "rows without sizes": (lambda index, table, memory: (index, table[:, :7].contiguous(), memory), True),
-    "rows that are short": (lambda index, table, memory: (index, table[:, :3].contiguous(), memory), True),
-    "an index of short integers": (lambda index, table, memory: (index.int(), table, memory), False),
-    "a table of short integers": (lambda index, table, memory: (index, table.int(), memory), False),
-    "columns for rows": (lambda index, table, memory: (index, table.T.contiguous().T, memory), False),
-    "memory with gaps": (lambda index, table, memory: (index, table, memory.repeat(2)[::2]), False),
-    "rows of more dimensions than any": (lambda index, table, memory: (index, with_dimensions(table), memory), True),
-    "an index in storage that was cut": (lambda index, table, memory: (cut_short(index), table, memory), False),
-    "a table in storage that was cut": (lambda index, table, memory: (index, cut_short(table), memory), False),
+class Tables(NamedTuple):
+    """The arguments of `read_pointers` behind the tensors."""
+
+    places: torch.Tensor
+    index: torch.Tensor
+    table: torch.Tensor
+    memory: torch.Tensor
+
+
+# arguments that are not as they are made here, and whether the first tensor differs then
+STRANGE: dict[str, tuple[Callable[[Tables], Tables], bool]] = {
+    "a row that is not there": (lambda t: t._replace(index=t.index + 1000), True),
+    "a row before the first": (lambda t: t._replace(index=t.index - 1000), True),
+    "rows without sizes": (lambda t: t._replace(table=t.table[:, :HEAD].contiguous()), True),
+    "rows that are short": (lambda t: t._replace(table=t.table[:, :3].contiguous()), True),
+    "an index of short integers": (lambda t: t._replace(index=t.index.int()), False),
+    "a table of short integers": (lambda t: t._replace(table=t.table.int()), False),
+    "short integers for places": (lambda t: t._replace(places=t.places.int()), False),
+    "columns for rows": (lambda t: t._replace(table=t.table.T.contiguous().T), False),
+    "memory with gaps": (lambda t: t._replace(memory=t.memory.repeat(2)[::2]), False),
+    "rows of more dimensions than any": (lambda t: t._replace(table=with_dimensions(t.table)), True),
+    "an index in storage that was cut": (lambda t: t._replace(index=cut_short(t.index)), False),
+    "a table in storage that was cut": (lambda t: t._replace(table=cut_short(t.table)), False),
+    "places in storage that was cut": (lambda t: t._replace(places=cut_short(t.places)), False),
+    "a place before the first": (lambda t: t._replace(places=t.places - 1), False),
+    "a place behind the last": (lambda t: t._replace(places=t.places + 1), False),
+    "fewer places": (lambda t: t._replace(places=t.places[:1]), False),
 }
 
 
@@ -279,13 +299,13 @@ def test_tables_of_another_form_are_not_trusted(name: str) -> None:
     x, y = torch.ones(2, 3), torch.ones(4)
     reader = PointerReader([x, y], [TensorSpec.of(x), TensorSpec.of(y)])
     change, differs = STRANGE[name]
-    index, table, memory = change(reader.spec_index, reader.table, torch.zeros(3, dtype=torch.int64))
-    own.read_pointers.default([x, y], index, table, memory)
-    assert memory.tolist() == [0, 0, 0]  # 0 at the end says that the first tensor differs, or that nothing was read
+    tables = change(Tables(reader.places, reader.spec_index, reader.table, torch.zeros(3, dtype=torch.int64)))
+    own.read_pointers.default([x, y], *tables)
+    assert tables.memory.tolist() == [0, 0, 0]  # 0 at the end: the first tensor differs, or nothing was read
     if differs:
-        memory[2] = 5
-        own.read_pointers.default([x, y], index, table, memory)
-        assert memory.tolist() == [0, 0, 0]
+        tables.memory[2] = 5
+        own.read_pointers.default([x, y], *tables)
+        assert tables.memory.tolist() == [0, 0, 0]
 
 
 def test_wrappers_of_a_transformation_are_not_asked_for_memory(form: str) -> None:
@@ -367,6 +387,108 @@ def test_drawn_tensors(form: str, data: st.DataObject) -> None:
         assert answer.pointers == [x.data_ptr() for x in now]
 
 
+# -- tensors that stay where they are ---------------------------------------------------------------------------------
+
+
+def with_data(x: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
+    x.data = data
+    return x
+
+
+def imaginary() -> torch.Tensor:
+    return torch.zeros(3, 3, dtype=torch.complex64).imag
+
+
+# A tensor, and a way in which it changes. Most leave it at its address.
+CHANGES: dict[str, tuple[Callable[[], torch.Tensor], Callable[[torch.Tensor], Any]]] = {
+    "transposed": (lambda: torch.zeros(3, 4), lambda x: x.t_()),
+    "transposed square": (lambda: torch.zeros(3, 3), lambda x: x.t_()),
+    "fewer rows": (lambda: torch.zeros(3, 3), lambda x: x.resize_(2, 3)),
+    "one dimension more": (lambda: torch.zeros(3, 3), lambda x: x.unsqueeze_(0)),
+    "one dimension": (lambda: torch.zeros(3, 3), lambda x: with_data(x, x.flatten())),
+    "no dimensions": (lambda: torch.zeros(3, 3), lambda x: with_data(x, x[0, 0])),
+    "dimensions": (lambda: torch.zeros(()), lambda x: with_data(x, x[None])),
+    "other strides": (lambda: torch.zeros(4, 3), lambda x: with_data(x, x.as_strided((4, 3), (3, 0)))),
+    "dtype of the same size": (lambda: torch.zeros(3, 3), lambda x: with_data(x, x.view(torch.int32))),
+    "dtype of no elements": (lambda: torch.zeros(0), lambda x: with_data(x, torch.zeros(0, dtype=torch.int32))),
+    "conjugated": (lambda: torch.zeros(3, dtype=torch.complex64), lambda x: with_data(x, x.conj())),
+    "negated": (imaginary, lambda x: with_data(x, x._base.conj().imag)),  # type: ignore[union-attr]
+    "negated row": (lambda: imaginary()[1], lambda x: with_data(x, x._base.conj().imag[1])),  # type: ignore[union-attr]
+    "negated number": (
+        lambda: imaginary()[1, 1],
+        lambda x: with_data(x, x._base.conj().imag[1, 1]),  # type: ignore[union-attr]
+    ),
+    "zero without memory": (lambda: torch.zeros(3), lambda x: torch._efficientzerotensor((3,))),
+    "device": (lambda: torch.zeros(3), meta),
+    "device, without elements": (lambda: torch.zeros(0), meta),
+    "freed": (lambda: torch.zeros(3), freed),
+    "cut": (lambda: torch.zeros(3), cut),
+    "cut in the middle": (lambda: torch.zeros(9)[4:6], cut_to_half),
+    "class": (lambda: torch.zeros(3), lambda x: x.as_subclass(Own)),
+    "sparse": (lambda: torch.zeros(3, 3), torch.Tensor.to_sparse),
+    "nothing": (lambda: torch.zeros(3, 3), lambda x: x),
+    "parameter": (lambda: torch.zeros(3, 3), lambda x: torch.nn.Parameter(x)),
+    "other memory": (lambda: torch.zeros(3, 3), lambda x: with_data(x, torch.ones(3, 3))),
+    "view of the same memory": (lambda: torch.zeros(3, 3), lambda x: x.detach()),
+    "no elements, other memory": (lambda: torch.zeros(0, 3), lambda x: torch.zeros(0, 3)),
+}
+
+
+def reader_that_stays(tensors: list[torch.Tensor]) -> PointerReader:
+    if operations() is None:
+        pytest.skip("there is no C compiler")
+    return PointerReader(tensors, [s for s in specs_of(tensors) if s], stay=True)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
+@pytest.mark.parametrize("position", [0, 1, 2])
+@pytest.mark.parametrize("name", CHANGES)
+def test_changes_of_tensors_that_stay_are_found(name: str, position: int) -> None:
+    """A reader that has read the tensors before answers as one that sees them for the first time."""
+    make, change = CHANGES[name]
+    tensors: list[Any] = [torch.zeros(2), torch.zeros(2), torch.zeros(2)]
+    tensors[position] = make()
+    bound = [x.detach() for x in tensors]
+    reader, fresh = reader_that_stays(bound), PointerReader(bound, [s for s in specs_of(bound) if s])
+    memory, other = Pointers(3), Pointers(3)
+    for _ in range(2):
+        assert reader.read(tensors, memory) is None
+    tensors[position] = change(tensors[position])
+
+    for _ in range(2):
+        found = reader.read(tensors, memory)
+        assert found == fresh.read(tensors, other)
+        if found is None:
+            assert memory.content() == other.content()
+
+
+def test_tensors_that_stay_are_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operation is called for those that have moved, and for none if all are where they were."""
+    tensors = [torch.zeros(3, 3), torch.zeros(0), torch.zeros(()), torch.nn.Parameter(torch.zeros(2))]
+    reader, memory, read = reader_that_stays(tensors), Pointers(4), []
+    operation = reader.operation
+    monkeypatch.setattr(reader, "operation", lambda chosen, *more: (read.append(len(chosen)), operation(chosen, *more)))
+    for moved in ((), (), (0,), (1,), (2, 3), (), (0, 1, 2, 3), ()):
+        for k in moved:
+            tensors[k] = tensors[k].detach().clone()
+        assert reader.read(tensors, memory) is None
+        assert memory.memory[:4] == [x.data_ptr() for x in tensors]
+    # one without elements has no address, so it is where it was
+    assert read == [3, 1, 2, 3]
+
+
+def test_without_dlpack_tensors_that_stay_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch that has other functions for DLPack, or none, costs time only."""
+    monkeypatch.setattr(dlpack, "_functions", lambda: None)
+    x = torch.zeros(3)
+    reader, memory = reader_that_stays([x]), Pointers(1)
+    assert reader.moved is None
+    for _ in range(2):
+        assert reader.read([x], memory) is None
+        assert memory.memory[0] == x.data_ptr()
+    assert reader.read([torch.zeros(2)], memory) == Difference(0, False)
+
+
 # -- the operations ---------------------------------------------------------------------------------------------------
 
 
@@ -379,7 +501,7 @@ def test_torch_checks_of_custom_operations(name: str) -> None:
     x = [torch.zeros(2), torch.zeros(3, 2)]
     reader, memory = PointerReader(x, [s for s in specs_of(x) if s]), torch.zeros(3, dtype=torch.int64)
     arguments = {
-        "read_pointers": (x, reader.spec_index, reader.table, memory),
+        "read_pointers": (x, reader.places, reader.spec_index, reader.table, memory),
         "describe": (x, reader.table.clone()),
         "new_tensors": (reader.spec_index, reader.table, memory[:2]),
     }
