@@ -43,8 +43,8 @@ class MovedTensors:
       table: rows of `pointers.c`.
 
     Attributes:
-      find: a function of a list of tensors, `bound`, the address of pointers and an address for places, which writes
-        the places of tensors that may have moved, in order, and returns their number.
+      find: a function of a list of tensors, `bound`, the address of pointers and an address for positions, which writes
+        the positions of tensors that may have moved, in order, and returns their number.
       bound: the address of what it knows of the tensors.
     """
 

@@ -1,13 +1,13 @@
-/* Three operations on lists of tensors, registered through torch's stable C ABI, the search for tensors that have moved,
-   by the functions that DLPack has for C, and the start of kernels.
+/* Three operations on lists of tensors, registered through torch's stable C ABI, the search for tensors that have
+   moved, by the functions that DLPack has for C, and the start of kernels.
 
    describe(Tensor[] tensors, Tensor(a!) rows) -> ()
      One row of int64 per tensor: its spec, as `read_pointers` compares it.
 
-   read_pointers(Tensor[] tensors, Tensor places, Tensor spec_index, Tensor specs, Tensor(a!) pointers) -> ()
-     Compares the tensors at some places among n with their rows of `specs` and writes their data pointers there. The last
-     of the n + 1 numbers of `pointers` becomes -1, or 2 * i for the place i of the first tensor that differs from its
-     spec, 2 * i + 1 if its elements lie outside of its storage.
+   read_pointers(Tensor[] tensors, Tensor positions, Tensor spec_index, Tensor specs, Tensor(a!) pointers) -> ()
+     Compares tensors, each of a position among n, with their rows of `specs` and writes their data pointers there. The
+     last of the n + 1 numbers of `pointers` becomes -1, or 2 * i for the position i of the first tensor that differs
+     from its spec, 2 * i + 1 if its elements lie outside of its storage.
 
    new_tensors(Tensor spec_index, Tensor specs, Tensor(a!) pointers) -> Tensor[]
      Makes a tensor for each row of `specs` that `spec_index` names, with memory of its own, and writes its data
@@ -178,22 +178,22 @@ static void describe(StableIValue *stack, uint64_t n_in, uint64_t n_out) {
 static void read_pointers(StableIValue *stack, uint64_t n_in, uint64_t n_out) {
   Handle list = (Handle)stack[0], chosen = (Handle)stack[1], index = (Handle)stack[2], table = (Handle)stack[3];
   Handle result = (Handle)stack[4];
-  const int64_t *places = data_of(chosen), *spec_index = data_of(index), *specs = data_of(table);
+  const int64_t *positions = data_of(chosen), *spec_index = data_of(index), *specs = data_of(table);
   int64_t n = size_of(index, 1, 0), n_rows = size_of(table, 2, 0), width = size_of(table, 2, 1);
   int64_t *pointers = data_of(result), found = -1;
   size_t i = 0, n_chosen = length_of(list);
   int fits = size_of(chosen, 1, 0) == (int64_t)n_chosen && size_of(result, 1, 0) > n;
   fits = fits && holds_numbers(chosen) && holds_numbers(index) && holds_numbers(table) && holds_numbers(result);
-  for (size_t k = 0; fits && k < n_chosen; k++) fits = places[k] >= 0 && places[k] < n;
+  for (size_t k = 0; fits && k < n_chosen; k++) fits = positions[k] >= 0 && positions[k] < n;
   /* the interpreter's lock, once: a tensor that only Python owns takes it whenever a reference to it is deleted */
   int lock = PyGILState_Ensure();
   for (; fits && i < n_chosen && found < 0; i++) {
     Handle tensor = tensor_at(list, i);
-    int64_t place = places[i];
-    const int64_t *spec = row_at(specs, n_rows, width, spec_index[place]);
-    if (!tensor || !spec || differs(tensor, spec)) found = 2 * place;
-    else if (outside(tensor, spec)) found = 2 * place + 1;
-    else pointers[place] = (int64_t)(intptr_t)data_of(tensor);
+    int64_t position = positions[i];
+    const int64_t *spec = row_at(specs, n_rows, width, spec_index[position]);
+    if (!tensor || !spec || differs(tensor, spec)) found = 2 * position;
+    else if (outside(tensor, spec)) found = 2 * position + 1;
+    else pointers[position] = (int64_t)(intptr_t)data_of(tensor);
     aoti_torch_delete_tensor_object(tensor);
   }
   delete_list(list, i);
@@ -295,14 +295,14 @@ static int is_in_place(const dl_tensor_t *x, const int64_t *spec, int64_t pointe
   return !memcmp(x->sizes, spec + SIZES, 8 * x->dim) && !memcmp(x->strides, spec + SIZES + x->dim, 8 * x->dim);
 }
 
-/* Writes the places of the tensors of a Python list that are not where and as they were, and returns their number. The
-   caller holds the interpreter's lock. */
-int64_t find_moved(Handle list, const bound_t *bound, const int64_t *pointers, int64_t *places) {
+/* Writes the positions of the tensors of a Python list that are not where and as they were, and returns their number.
+   The caller holds the interpreter's lock. */
+int64_t find_moved(Handle list, const bound_t *bound, const int64_t *pointers, int64_t *positions) {
   int64_t n = 0;
   for (int64_t i = 0; i < bound->n; i++) {
     dl_tensor_t x;
     const int64_t *spec = bound->specs + bound->spec_index[i] * bound->width;
-    if (look(bound, list, i, &x) || !is_in_place(&x, spec, pointers[i])) places[n++] = i;
+    if (look(bound, list, i, &x) || !is_in_place(&x, spec, pointers[i])) positions[n++] = i;
   }
   return n;
 }
@@ -322,7 +322,8 @@ int register_operations(const char *name_space, uint64_t version) {
   if (!error)
     error = aoti_torch_library_def(
         library,
-        "read_pointers(Tensor[] tensors, Tensor places, Tensor spec_index, Tensor specs, Tensor(a!) pointers) -> ()");
+        "read_pointers(Tensor[] tensors, Tensor positions, Tensor spec_index, Tensor specs, Tensor(a!) pointers)"
+        " -> ()");
   if (!error)
     error = aoti_torch_library_def(
         library, "new_tensors(Tensor spec_index, Tensor specs, Tensor(a!) pointers) -> Tensor[]");

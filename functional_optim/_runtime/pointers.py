@@ -41,7 +41,7 @@ class Pointers:
       n_copies: number of pointers more, after these.
 
     Attributes:
-      places: memory for the places of tensors that have moved.
+      positions: memory for the positions of tensors that have moved.
     """
 
     def __init__(self, n: int, n_new: int = 0, n_copies: int = 0) -> None:
@@ -50,9 +50,9 @@ class Pointers:
         with torch.inference_mode(False):  # steps outside of that mode write to it, too
             self.tensor = torch.frombuffer(self.memory, dtype=torch.int64)
             self.new = self.tensor[n + 1 : n + 1 + n_new]
-            self.places = self.tensor[self.n_pointers :]
+            self.positions = self.tensor[self.n_pointers :]
         self.address = ctypes.addressof(self.memory)
-        self.places_address = self.address + 8 * self.n_pointers
+        self.positions_address = self.address + 8 * self.n_pointers
 
     def content(self) -> bytes:
         """The pointers that have been read, as bytes."""
@@ -151,7 +151,7 @@ class PointerReader:
         self.table = spec_rows([examples[spec] for spec in rows], max((len(spec.shape) for spec in rows), default=0))
         for spec, k in rows.items():
             self.table[k, SPAN], self.table[k, ITEM] = spec.span, spec.dtype.itemsize
-        self.places = torch.arange(len(self.specs), device="cpu")
+        self.positions = torch.arange(len(self.specs), device="cpu")
         self.moved = moved_tensors(tensors, self.spec_index, self.table) if stay else None
 
     def read(self, tensors: Sequence[Any], pointers: Pointers) -> Difference | None:
@@ -172,15 +172,15 @@ class PointerReader:
                 data_ptr = torch.Tensor.data_ptr if self.plain else _data_ptr
                 pointers.memory[: pointers.n] = list(map(data_ptr, tensors))
             return found
-        places = self.places
+        positions = self.positions
         if self.moved is not None:
-            n = self.moved.find(tensors, self.moved.bound, pointers.address, pointers.places_address)
+            n = self.moved.find(tensors, self.moved.bound, pointers.address, pointers.positions_address)
             if not n:
                 return None
-            places = pointers.places[:n]
+            positions = pointers.positions[:n]
             tensors = [tensors[k] for k in pointers.memory[pointers.n_pointers : pointers.n_pointers + n]]
         pointers.memory[pointers.n] = 0  # stays where torch finds another implementation than ours, as for meta tensors
-        self.operation(tensors, places, self.spec_index, self.table, pointers.tensor)
+        self.operation(tensors, positions, self.spec_index, self.table, pointers.tensor)
         status = pointers.memory[pointers.n]
         return None if status < 0 else Difference(status >> 1, bool(status & 1))
 

@@ -239,11 +239,11 @@ def test_another_number_of_tensors_reads_and_writes_nothing(n: int) -> None:
     x = torch.ones(2)
     reader = PointerReader([x, x], [TensorSpec.of(x)] * 2)
     memory = torch.zeros(3, dtype=torch.int64)
-    own.read_pointers.default([x] * n, reader.places, reader.spec_index, reader.table, memory)
+    own.read_pointers.default([x] * n, reader.positions, reader.spec_index, reader.table, memory)
     assert memory.tolist() == [0, 0, 0]
-    own.read_pointers.default([x, x], reader.places, reader.spec_index, reader.table, memory[:2])
+    own.read_pointers.default([x, x], reader.positions, reader.spec_index, reader.table, memory[:2])
     assert memory.tolist() == [0, 0, 0]
-    own.read_pointers.default([x, x], reader.places, reader.spec_index, reader.table, memory)
+    own.read_pointers.default([x, x], reader.positions, reader.spec_index, reader.table, memory)
     assert memory.tolist() == [x.data_ptr(), x.data_ptr(), -1]
 
 
@@ -264,7 +264,7 @@ def cut_short(x: torch.Tensor) -> torch.Tensor:
 class Tables(NamedTuple):
     """The arguments of `read_pointers` behind the tensors."""
 
-    places: torch.Tensor
+    positions: torch.Tensor
     index: torch.Tensor
     table: torch.Tensor
     memory: torch.Tensor
@@ -278,16 +278,16 @@ STRANGE: dict[str, tuple[Callable[[Tables], Tables], bool]] = {
     "rows that are short": (lambda t: t._replace(table=t.table[:, :3].contiguous()), True),
     "an index of short integers": (lambda t: t._replace(index=t.index.int()), False),
     "a table of short integers": (lambda t: t._replace(table=t.table.int()), False),
-    "short integers for places": (lambda t: t._replace(places=t.places.int()), False),
+    "short integers for positions": (lambda t: t._replace(positions=t.positions.int()), False),
     "columns for rows": (lambda t: t._replace(table=t.table.T.contiguous().T), False),
     "memory with gaps": (lambda t: t._replace(memory=t.memory.repeat(2)[::2]), False),
     "rows of more dimensions than any": (lambda t: t._replace(table=with_dimensions(t.table)), True),
     "an index in storage that was cut": (lambda t: t._replace(index=cut_short(t.index)), False),
     "a table in storage that was cut": (lambda t: t._replace(table=cut_short(t.table)), False),
-    "places in storage that was cut": (lambda t: t._replace(places=cut_short(t.places)), False),
-    "a place before the first": (lambda t: t._replace(places=t.places - 1), False),
-    "a place behind the last": (lambda t: t._replace(places=t.places + 1), False),
-    "fewer places": (lambda t: t._replace(places=t.places[:1]), False),
+    "positions in storage that was cut": (lambda t: t._replace(positions=cut_short(t.positions)), False),
+    "a position before the first": (lambda t: t._replace(positions=t.positions - 1), False),
+    "a position behind the last": (lambda t: t._replace(positions=t.positions + 1), False),
+    "fewer positions": (lambda t: t._replace(positions=t.positions[:1]), False),
 }
 
 
@@ -299,7 +299,7 @@ def test_tables_of_another_form_are_not_trusted(name: str) -> None:
     x, y = torch.ones(2, 3), torch.ones(4)
     reader = PointerReader([x, y], [TensorSpec.of(x), TensorSpec.of(y)])
     change, differs = STRANGE[name]
-    tables = change(Tables(reader.places, reader.spec_index, reader.table, torch.zeros(3, dtype=torch.int64)))
+    tables = change(Tables(reader.positions, reader.spec_index, reader.table, torch.zeros(3, dtype=torch.int64)))
     own.read_pointers.default([x, y], *tables)
     assert tables.memory.tolist() == [0, 0, 0]  # 0 at the end: the first tensor differs, or nothing was read
     if differs:
@@ -501,7 +501,7 @@ def test_torch_checks_of_custom_operations(name: str) -> None:
     x = [torch.zeros(2), torch.zeros(3, 2)]
     reader, memory = PointerReader(x, [s for s in specs_of(x) if s]), torch.zeros(3, dtype=torch.int64)
     arguments = {
-        "read_pointers": (x, reader.places, reader.spec_index, reader.table, memory),
+        "read_pointers": (x, reader.positions, reader.spec_index, reader.table, memory),
         "describe": (x, reader.table.clone()),
         "new_tensors": (reader.spec_index, reader.table, memory[:2]),
     }
