@@ -6,7 +6,8 @@ the data pointer, dtype, device, sizes and strides of a tensor, so they find tho
 
 import ctypes
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +29,10 @@ class _Bound(ctypes.Structure):
     """`bound_t` of `pointers.c`."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("functions", "item_of", "clear_error", "spec_index", "specs")),
+        *((name, ctypes.c_void_p) for name in ("item_of", "class_of", "release", "clear_error", "functions")),
+        ("classes", ctypes.py_object * 2),
+        ("spec_index", ctypes.c_void_p),
+        ("specs", ctypes.c_void_p),
         ("n", ctypes.c_int64),
         ("width", ctypes.c_int64),
     ]
@@ -39,22 +43,27 @@ class MovedTensors:
 
     Args:
       functions: the address of DLPack's functions of tensors.
+      classes: the classes of tensors, one or two.
       spec_index: for each tensor, its row.
       table: rows of `pointers.c`.
 
     Attributes:
       find: a function of a list of tensors, `bound`, the address of pointers and an address for positions, which writes
-        the positions of tensors that may have moved, in order, and returns their number.
+        the positions of those that may have moved, in order, and returns their number.
       bound: the address of what it knows of the tensors.
     """
 
-    def __init__(self, functions: int, spec_index: torch.Tensor, table: torch.Tensor) -> None:
-        python = [
-            ctypes.cast(f, ctypes.c_void_p) for f in (ctypes.pythonapi.PyList_GetItem, ctypes.pythonapi.PyErr_Clear)
-        ]
+    def __init__(
+        self, functions: int, classes: Collection[type], spec_index: torch.Tensor, table: torch.Tensor
+    ) -> None:
+        names = ("PyList_GetItem", "PyObject_Type", "Py_DecRef", "PyErr_Clear")
+        python = [ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p) for name in names]
+        both: list[Any] = list(itertools.islice(itertools.cycle(classes), 2))
         self._tables = spec_index, table  # whose memory is read
         n, width = len(spec_index), table.shape[1]
-        self._bound = _Bound(functions, *python, spec_index.data_ptr(), table.data_ptr(), n, width)
+        self._bound = _Bound(
+            *python, functions, (ctypes.py_object * 2)(*both), spec_index.data_ptr(), table.data_ptr(), n, width
+        )
         self.bound = ctypes.addressof(self._bound)
         self.find = _find()
 
@@ -62,7 +71,7 @@ class MovedTensors:
 def moved_tensors(
     tensors: Sequence[torch.Tensor], spec_index: torch.Tensor, table: torch.Tensor
 ) -> MovedTensors | None:
-    """The search for tensors with the specs of some others, with DLPack's numbers of these added to their rows.
+    """The search for tensors with classes and specs of some others, with DLPack's numbers of these added to their rows.
 
     Args:
       tensors: the others.
@@ -75,7 +84,7 @@ def moved_tensors(
     functions = _functions()
     if functions is None:
         return None
-    moved = MovedTensors(functions, spec_index, table)
+    moved = MovedTensors(functions, set(map(type, tensors)), spec_index, table)
     return None if _describe()(list(tensors), moved.bound) else moved
 
 

@@ -250,11 +250,15 @@ typedef struct {
   int (*describe)(Handle object, dl_tensor_t *tensor); /* lends all; if it is not 0, an error of Python is set */
 } dl_functions_t;
 
-/* The tensors that a step is bound to: the row of `specs` for each, and the functions that they are looked at by. */
+/* The tensors that a step is bound to: the row of `specs` for each, their classes, and the functions of Python and of
+   DLPack that they are looked at by. */
 typedef struct {
-  const dl_functions_t *functions;
   Handle (*item_of)(Handle list, ptrdiff_t); /* lends it */
+  Handle (*class_of)(Handle object);         /* to be released */
+  void (*release)(Handle object);
   void (*clear_error)(void);
+  const dl_functions_t *functions;
+  Handle classes[2];
   const int64_t *spec_index;
   int64_t *specs, n, width;
 } bound_t;
@@ -264,12 +268,14 @@ enum { DL_COMPLEX = 5 };
 static int64_t dl_device(const dl_tensor_t *x) { return (int64_t)x->device_type << 32 | (uint32_t)x->device; }
 static int64_t dl_dtype(const dl_tensor_t *x) { return (int64_t)x->lanes << 16 | x->bits << 8 | x->code; }
 
-/* DLPack's view of a tensor of a Python list. Returns 0 if there is one. */
+/* DLPack's view of a tensor of a Python list. Returns 0 if the object is a tensor of a class that is bound. */
 static int look(const bound_t *bound, Handle list, int64_t i, dl_tensor_t *x) {
-  Handle object = bound->item_of(list, i);
-  int error = !object || bound->functions->describe(object, x);
-  if (error) bound->clear_error();
-  return error;
+  Handle object = bound->item_of(list, i), class = object ? bound->class_of(object) : NULL;
+  int known = class && (class == bound->classes[0] || class == bound->classes[1]);
+  if (class) bound->release(class);
+  if (known && !bound->functions->describe(object, x)) return 0;
+  bound->clear_error();
+  return 1;
 }
 
 /* Writes the numbers that DLPack has for the device and dtype of each tensor to its row. Returns 0 if there are any. */

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .._compiler.cache import BuildError
-from .dlpack import moved_tensors
+from .dlpack import MovedTensors, moved_tensors
 from .internals import has_members, is_zero_tensor
 from .library import ITEM, SPAN, library, operations, spec_rows
 from .spec import TensorSpec, lies_outside
@@ -129,7 +129,8 @@ class PointerReader:
         self.plain = all(spec.plain for spec in set(specs))
         self.stored = all(spec.device.type != "meta" and not spec.lazy for spec in set(specs))
         registered = operations() if self.plain and specs else None
-        self.operation = None
+        self.operation: Any = None
+        self.moved: MovedTensors | None = None
         if registered is not None and not any(map(has_members, tensors)):
             self.operation = registered.read_pointers.default
             self._describe(tensors, stay)
@@ -164,21 +165,23 @@ class PointerReader:
         Returns:
           The first difference, or None.
         """
+        indices: Sequence[int] = range(len(tensors))
+        if self.moved is not None:
+            n = self.moved.find(tensors, self.moved.bound, pointers.address, pointers.positions_address)
+            if not n:
+                return None
+            indices = pointers.memory[pointers.n_pointers : pointers.n_pointers + n]
+            tensors = [tensors[k] for k in indices]
         if not self.classes.issuperset(map(type, tensors)):
-            return Difference(next(k for k, x in enumerate(tensors) if type(x) not in self.classes), False)
+            other = next(k for k, x in enumerate(tensors) if type(x) not in self.classes)
+            return Difference(indices[other], False)
         if self.operation is None:
             found = None if self._fit(tensors) else self._find_difference(tensors)
             if found is None and self.stored:
                 data_ptr = torch.Tensor.data_ptr if self.plain else _data_ptr
                 pointers.memory[: pointers.n] = list(map(data_ptr, tensors))
             return found
-        positions = self.positions
-        if self.moved is not None:
-            n = self.moved.find(tensors, self.moved.bound, pointers.address, pointers.positions_address)
-            if not n:
-                return None
-            positions = pointers.positions[:n]
-            tensors = [tensors[k] for k in pointers.memory[pointers.n_pointers : pointers.n_pointers + n]]
+        positions = self.positions if self.moved is None else pointers.positions[: len(tensors)]
         pointers.memory[pointers.n] = 0  # stays where torch finds another implementation than ours, as for meta tensors
         self.operation(tensors, positions, self.spec_index, self.table, pointers.tensor)
         status = pointers.memory[pointers.n]
