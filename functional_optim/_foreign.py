@@ -10,7 +10,7 @@ import torch
 
 from ._compiler.fuse import HostSchedule
 from ._runtime.checks import check_fit, check_number, check_stored
-from ._runtime.pointers import PointerReader, Pointers
+from ._runtime.pointers import PointerReader
 from ._runtime.spec import TensorSpec
 from ._transform import Link
 from ._tree import MaskedNode, Reader, View, difference
@@ -145,7 +145,7 @@ class SpecWatch:
         if paths is not None:
             for i in present:
                 check_stored(name, paths[i], params[i])
-        self.reader = PointerReader(tensors, list(map(TensorSpec.of, tensors)))
+        self.reader = PointerReader(tensors, list(map(TensorSpec.of, tensors)), stay=True)
 
     @classmethod
     def of(
@@ -157,4 +157,4 @@ class SpecWatch:
     def holds(self, params: Sequence[Any]) -> bool:
         """Whether parameters are as they were."""
         tensors = [params[i] for i in self.present]
-        return self.reader.read(tensors, Pointers(len(tensors))) is None
+        return self.reader.fits(tensors)

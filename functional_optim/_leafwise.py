@@ -3,7 +3,7 @@
 import functools
 import itertools
 import sys
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -16,13 +16,15 @@ from ._runtime.checks import at, check_memory, check_number, refuse_freed
 from ._runtime.cuda.capture import NumberWatch, is_capturing, refuse_counter, refuse_host_schedule
 from ._runtime.groups import Columns, Key
 from ._runtime.internals import needs_dispatch, version
-from ._runtime.pointers import PointerReader, Pointers
-from ._runtime.spec import TensorSpec, sizes_of
+from ._runtime.pointers import PointerReader
+from ._runtime.spec import PLAIN, TensorSpec, sizes_of
 from ._runtime.stacks import find_freed
 
 
 STACK = 1 << 20  # the most elements of leaves that are computed together on a CPU, so that they stay in its cache
 _LOOK, _REQUIRES_GRAD = attrgetter("dtype", "device", "requires_grad"), attrgetter("requires_grad")
+_CLASSES = frozenset(PLAIN)
+_Token = tuple[int, Any, bool | None]  # an owner of options, the number of steps or its tensor, and `first`
 
 
 class LeafwiseStep:
@@ -88,8 +90,8 @@ class LeafwiseStep:
         )
         alike = None if owners is None else self._with_like_options(options, owners)
         tokens, meant = self._tokens(columns.get(self.region.counter), alike, first if self.slots else None)
-        values: dict[Hashable, _Values] = {}
-        batches: dict[tuple[Hashable, int], list[int]] = {}
+        values: dict[tuple[_Token, torch.device], _Values] = {}
+        batches: dict[tuple[_Token, int], list[int]] = {}
         for k, key in enumerate(zip(tokens, kinds, strict=True)):
             batches.setdefault(key, []).append(k)
         devices = {key: columns["updates"][self.leaves[batch[0]]].device for key, batch in batches.items()}
@@ -104,7 +106,8 @@ class LeafwiseStep:
         for (token, kind), batch in batches.items():
             paths = [self.paths[self.leaves[k]] for k in batch]
             call = _Call(self.bound.rule, values[token, devices[token, kind]], paths[0])
-            outputs = self._run(call, paths, [[column[k] for k in batch] for column in arrays])
+            own = arrays if len(batches) == 1 else [[column[k] for k in batch] for column in arrays]
+            outputs = self._run(call, paths, own)
             for result, column in zip(results.values(), outputs, strict=True):
                 for k, x in zip(batch, column, strict=True):
                     if x is not None:
@@ -141,28 +144,27 @@ class LeafwiseStep:
 
     def _tokens(
         self, counter: Sequence[Any] | None, owners: Sequence[int] | None, first: frozenset[int] | None
-    ) -> tuple[list[Hashable], dict[Hashable, tuple[int, Any, Any]]]:
+    ) -> tuple[list[_Token], dict[_Token, tuple[int, Any, Any]]]:
         """A token for each leaf, and of each token whose options it is, its steps so far, and whether it is the first.
 
         Leaves of one token are given the same keyword arguments.
         """
-        column = [None if counter is None else counter[i] for i in self.leaves]
-        counts: dict[int, Any] = {id(x): x for x in column}  # a shared one is asked once
-        if not needs_dispatch() and all(
-            isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in counts.values()
-        ):
+        n = len(self.leaves)
+        column = [None] * n if counter is None else [counter[i] for i in self.leaves]
+        ids = list(map(id, column))
+        counts: dict[int, Any] = dict(zip(ids, column, strict=True))  # a shared one is asked once
+        if not needs_dispatch() and _are_on_cpu(counts.values()):
             # Python's numbers where that costs nothing: on the CPU, outside of transformations
-            counts = {key: x.item() for key, x in counts.items()}
+            counts = dict(zip(counts, map(torch.Tensor.item, counts.values()), strict=True))
         names = {key: key if isinstance(x, torch.Tensor) else x for key, x in counts.items()}
-        own = [0 if owners is None else owners[i] for i in self.leaves]
-        firsts = [None if first is None else i in first for i in self.leaves]
-        tokens: list[Hashable] = []
-        meant: dict[Hashable, tuple[int, Any, Any]] = {}
-        for owner, count, is_first in zip(own, map(id, column), firsts, strict=True):
-            token = owner, names[count], is_first
-            tokens.append(token)
-            if token not in meant:
-                meant[token] = owner, counts[count], counts[count] == 0 if is_first is None else is_first
+        by_name = {names[key]: x for key, x in reversed(counts.items())}  # of equal numbers, the first
+        own = [0] * n if owners is None else [owners[i] for i in self.leaves]
+        firsts = [None] * n if first is None else [i in first for i in self.leaves]
+        tokens = list(zip(own, map(names.__getitem__, ids), firsts, strict=True))
+        meant: dict[_Token, tuple[int, Any, Any]] = {}
+        for owner, name, is_first in dict.fromkeys(tokens):
+            count = by_name[name]
+            meant[owner, name, is_first] = owner, count, count == 0 if is_first is None else is_first
         return tokens, meant
 
     def _kinds_of(self, arrays: Sequence[Sequence[Any]], like: Sequence[torch.Tensor]) -> list[int]:
@@ -182,7 +184,7 @@ class LeafwiseStep:
         kinds = [numbers.setdefault(look, len(numbers)) for look in zip(*looks, strict=True)]
         tensors = [x for column in arrays for x in column if x is not None]
         plain = not needs_dispatch() and not any(map(_REQUIRES_GRAD, tensors))
-        reader = PointerReader(tensors, [TensorSpec.of(x) for x in tensors]) if plain else None
+        reader = PointerReader(tensors, [TensorSpec.of(x) for x in tensors], stay=True) if plain else None
         self.known = reader, kinds  # at once: several threads may step
         return kinds
 
@@ -192,7 +194,7 @@ class LeafwiseStep:
         if reader is None or needs_dispatch():
             return False
         tensors = [x for column in arrays for x in column if x is not None]
-        fits = len(tensors) == len(reader.specs) and reader.read(tensors, Pointers(len(tensors))) is None
+        fits = len(tensors) == len(reader.specs) and reader.fits(tensors)
         return fits and not (torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, tensors)))
 
     def fits(self, columns: Columns) -> bool:
@@ -206,7 +208,10 @@ class LeafwiseStep:
     def _arrays(self, columns: Columns) -> list[list[torch.Tensor | None]]:
         """The arguments of the rule for each leaf; None where it has none, for which trees have an empty node."""
         chosen = [[columns[key][i] for i in self.leaves] for key in self.keys]
-        return [[x if isinstance(x, torch.Tensor) else None for x in column] for column in chosen]
+        return [
+            column if _CLASSES.issuperset(map(type, column)) else [_tensor_or_none(x) for x in column]
+            for column in chosen
+        ]
 
     def _check_slots(self, arrays: Sequence[Any], path: str, p: torch.Tensor) -> None:
         """Refuses slots that do not go with their leaf."""
@@ -305,6 +310,15 @@ class LeafwiseStep:
                     f"{call.rule.name} changes its argument `{name}` in place; make a new tensor of it, as in "
                     f"`{name} = {name} * 2` in place of `{name}.mul_(2)`."
                 )
+
+
+def _tensor_or_none(x: Any) -> torch.Tensor | None:
+    return x if isinstance(x, torch.Tensor) else None
+
+
+def _are_on_cpu(counts: Collection[Any]) -> bool:
+    """Whether all counters are tensors on the CPU."""
+    return all(isinstance(x, torch.Tensor) for x in counts) and {x.device.type for x in counts} <= {"cpu"}
 
 
 def _whole(leaves: Sequence[torch.Tensor]) -> torch.Tensor | None:

@@ -1,6 +1,6 @@
 """A journal of entries of state, by which a step that fails takes them back."""
 
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping, Sequence
 from typing import Any
 
 
@@ -17,6 +17,12 @@ class Journal(list[tuple[MutableMapping[Any, Any], Any, Any]]):
         """Puts an entry in place."""
         self.append((state, key, state.get(key, _MISSING)))
         state[key] = value
+
+    def set_each(self, states: Sequence[MutableMapping[Any, Any]], key: Any, values: Iterable[Any]) -> None:
+        """Puts an entry of one key in place in each of several states."""
+        self += [(state, key, state.get(key, _MISSING)) for state in states]
+        for state, value in zip(states, values, strict=True):
+            state[key] = value
 
     def undo(self) -> None:
         """Takes all entries back."""

@@ -277,12 +277,17 @@ class ParamState:
                         if key in states[i]:
                             self.put(states[i], key, results[stored.key][first], journal, captures)
                 continue
-            plain = stored.slot is not None and not stored.slot.like_leaf
-            for i in self.present:
-                x = results[stored.key][i]
-                if x is not own[stored.key][i]:
-                    new = x if plain or i not in wrapped else self.local.like(x, i)
-                    self.put(states[i], key, new, journal, captures)
+            new, old = results[stored.key], own[stored.key]
+            changed = [i for i in self.present if new[i] is not old[i]]
+            values = [new[i] for i in changed]
+            if wrapped and (stored.slot is None or stored.slot.like_leaf):
+                values = [self.local.like(x, i) if i in wrapped else x for i, x in zip(changed, values, strict=True)]
+            owners = [states[i] for i in changed]
+            if captures:
+                for state, x in zip(owners, values, strict=True):
+                    self.put(state, key, x, journal, captures)
+            else:
+                journal.set_each(owners, key, values)
 
     def captures(self) -> bool:
         """Whether a CUDA graph is being captured, whose replays go on from the state that there is."""

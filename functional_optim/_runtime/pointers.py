@@ -129,6 +129,7 @@ class PointerReader:
         self.plain = all(spec.plain for spec in set(specs))
         self.stored = all(spec.device.type != "meta" and not spec.lazy for spec in set(specs))
         registered = operations() if self.plain and specs else None
+        self.spare: list[Pointers] = []  # of threads that have asked `fits`
         self.operation: Any = None
         self.moved: MovedTensors | None = None
         if registered is not None and not any(map(has_members, tensors)):
@@ -186,6 +187,16 @@ class PointerReader:
         self.operation(tensors, positions, self.spec_index, self.table, pointers.tensor)
         status = pointers.memory[pointers.n]
         return None if status < 0 else Difference(status >> 1, bool(status & 1))
+
+    def fits(self, tensors: Sequence[Any]) -> bool:
+        """Whether tensors have the specs, and all elements are in their storages, for callers that need no pointers."""
+        try:
+            pointers = self.spare.pop()
+        except IndexError:
+            pointers = Pointers(len(self.specs))
+        found = self.read(tensors, pointers)
+        self.spare.append(pointers)
+        return found is None
 
     def _fit(self, tensors: Sequence[Any]) -> bool:
         """Whether tensors are as they were when the step was bound, asked of all at once.
