@@ -12,6 +12,7 @@ import torch
 from ._compiler.errors import RuleError, note_number
 from ._compiler.rule import Bound, Option, Rule
 from ._regions import LeafwiseRegion
+from ._runtime.allocate import unbind_copies
 from ._runtime.checks import at, check_memory, check_number, refuse_freed
 from ._runtime.cuda.capture import NumberWatch, is_capturing, refuse_counter, refuse_host_schedule
 from ._runtime.groups import Columns, Key
@@ -22,8 +23,9 @@ from ._runtime.stacks import find_freed
 
 
 STACK = 1 << 20  # the most elements of leaves that are computed together on a CPU, so that they stay in its cache
-_LOOK, _REQUIRES_GRAD = attrgetter("dtype", "device", "requires_grad"), attrgetter("requires_grad")
-_CLASSES = frozenset(PLAIN)
+_LOOK = attrgetter("dtype", "device", "requires_grad")
+_REQUIRES_GRAD, _IS_CPU = attrgetter("requires_grad"), attrgetter("is_cpu")
+_ARGUMENTS = frozenset((*PLAIN, type(None)))
 _Token = tuple[int, Any, bool | None]  # an owner of options, the number of steps or its tensor, and `first`
 
 
@@ -208,10 +210,7 @@ class LeafwiseStep:
     def _arrays(self, columns: Columns) -> list[list[torch.Tensor | None]]:
         """The arguments of the rule for each leaf; None where it has none, for which trees have an empty node."""
         chosen = [[columns[key][i] for i in self.leaves] for key in self.keys]
-        return [
-            column if _CLASSES.issuperset(map(type, column)) else [_tensor_or_none(x) for x in column]
-            for column in chosen
-        ]
+        return [x if _ARGUMENTS.issuperset(map(type, x)) else list(map(_tensor_or_none, x)) for x in chosen]
 
     def _check_slots(self, arrays: Sequence[Any], path: str, p: torch.Tensor) -> None:
         """Refuses slots that do not go with their leaf."""
@@ -318,7 +317,7 @@ def _tensor_or_none(x: Any) -> torch.Tensor | None:
 
 def _are_on_cpu(counts: Collection[Any]) -> bool:
     """Whether all counters are tensors on the CPU."""
-    return all(isinstance(x, torch.Tensor) for x in counts) and {x.device.type for x in counts} <= {"cpu"}
+    return all(isinstance(x, torch.Tensor) for x in counts) and all(map(_IS_CPU, counts))
 
 
 def _whole(leaves: Sequence[torch.Tensor]) -> torch.Tensor | None:
@@ -347,7 +346,7 @@ def _copies(x: torch.Tensor) -> Sequence[torch.Tensor]:
     """The leaves of a stack, each in memory of its own."""
     if needs_dispatch():  # `vmap` cannot follow the other
         return [leaf.clone() for leaf in x.unbind(0)]
-    return torch.unbind_copy(x, 0)  # type: ignore[return-value, func-returns-value]
+    return unbind_copies(x)
 
 
 def _in_one_dtype(arrays: Sequence[Any], own: Sequence[bool]) -> list[Any]:

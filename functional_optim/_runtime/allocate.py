@@ -1,15 +1,19 @@
-"""New tensors for the results of a step that is not in place, made in one operation, with their data pointers."""
+"""New tensors for results, each in memory of its own, made in one operation with their data pointers."""
 
+import ctypes
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from .internals import has_members
-from .library import HEAD, operations, spec_rows
+from .library import HEAD, library, operations, spec_rows
 from .pointers import Pointers
-from .spec import TensorSpec
+from .spec import PLAIN, TensorSpec
 
 
+SMALL = 1 << 14  # bytes of a row; torch copies longer ones by several threads
 Make = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -77,3 +81,30 @@ def _split(tensors: list[torch.Tensor], lengths: Sequence[int]) -> list[list[tor
         found.append(tensors[start : start + n])
         start += n
     return found
+
+
+def unbind_copies(x: torch.Tensor) -> Sequence[torch.Tensor]:
+    """The rows of a stack, each in memory of its own: `torch.unbind_copy`, in half the time where rows are small.
+
+    Args:
+      x: the stack, which does not require a gradient.
+    """
+    own, n = operations(), len(x)
+    bytes_of_row = x.nbytes // max(n, 1)
+    plain = type(x) in PLAIN and x.is_cpu and x.is_contiguous() and not (x.is_neg() or x.is_conj())
+    if own is None or not plain or n < 2 or not 0 < bytes_of_row <= SMALL:
+        return torch.unbind_copy(x, 0)  # type: ignore[return-value, func-returns-value]
+    pointers, table = Pointers(0, n), spec_rows([x[0]], x.dim() - 1)
+    rows: list[torch.Tensor] = own.new_tensors.default(torch.zeros(n, dtype=torch.int64), table, pointers.new)
+    if len(rows) < n:  # for the error of torch, which says how much memory was asked for
+        return torch.unbind_copy(x, 0)  # type: ignore[return-value, func-returns-value]
+    _copy_rows()(x.data_ptr(), bytes_of_row, n, pointers.address + 8 * (pointers.n + 1))
+    return rows
+
+
+@functools.lru_cache(maxsize=1)
+def _copy_rows() -> Any:
+    function = library().copy_rows
+    function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
+    function.restype = None
+    return function

@@ -382,3 +382,8 @@ int64_t order_pointers(const int64_t *from, const int64_t *order, int64_t n, int
   for (int64_t k = 0; k < n; k++) bits |= to[k] = from[order[k]];
   return bits;
 }
+
+/* Copies rows that lie one after another to an address each. */
+void copy_rows(const char *from, int64_t bytes, int64_t n, char *const *to) {
+  for (int64_t k = 0; k < n; k++) memcpy(to[k], from + k * bytes, bytes);
+}

@@ -80,3 +80,35 @@ def test_they_belong_to_the_mode_they_are_made_in(way: str) -> None:
         ((inside,),) = own(columns, pointers)
     ((outside,),) = own(columns, pointers)
     assert (inside.is_inference(), outside.is_inference()) == (True, False)
+
+
+STACKS = {
+    "matrices": torch.randn(5, 3, 2),
+    "numbers": torch.randn(4),
+    "half": torch.randn(3, 2).bfloat16(),
+    "integers": torch.arange(6).view(3, 2),
+    "complex": torch.randn(3, 2, dtype=torch.complex64),
+    "conjugated": torch.randn(3, 2, dtype=torch.complex64).conj(),
+    "one row": torch.randn(1, 3),
+    "no rows": torch.randn(0, 3),
+    "rows without elements": torch.randn(3, 0),
+    "transposed": torch.randn(2, 3).t(),
+    "a part": torch.randn(6, 3)[1:4],
+    "long rows": torch.randn(2, allocate.SMALL),
+    "meta": torch.empty(3, 2, device="meta"),
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+@pytest.mark.parametrize("way", ["C", "Python"])
+def test_rows_of_a_stack(way: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are those of `torch.unbind_copy`, and one outlives the others."""
+    if way == "Python":
+        monkeypatch.setattr(allocate, "operations", lambda: None)
+    x = STACKS[name]
+    rows, expected = allocate.unbind_copies(x), torch.unbind_copy(x, 0)
+    assert len(rows) == len(expected)  # type: ignore[arg-type]
+    for row, like in zip(rows, expected, strict=True):  # type: ignore[call-overload]
+        assert (row.dtype, row.shape, row.stride(), row.device) == (like.dtype, like.shape, like.stride(), like.device)
+        assert x.is_meta or torch.equal(row, like)
+        assert x.is_meta or row.untyped_storage().nbytes() == row.numel() * row.element_size()
