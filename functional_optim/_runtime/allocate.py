@@ -87,11 +87,12 @@ def unbind_copies(x: torch.Tensor) -> Sequence[torch.Tensor]:
     """The rows of a stack, each in memory of its own: `torch.unbind_copy`, in half the time where rows are small.
 
     Args:
-      x: the stack, which does not require a gradient.
+      x: the stack.
     """
     own, n = operations(), len(x)
     bytes_of_row = x.nbytes // max(n, 1)
     plain = type(x) in PLAIN and x.is_cpu and x.is_contiguous() and not (x.is_neg() or x.is_conj())
+    plain = plain and not x.requires_grad  # autograd follows torch's
     if own is None or not plain or n < 2 or not 0 < bytes_of_row <= SMALL:
         return torch.unbind_copy(x, 0)  # type: ignore[return-value, func-returns-value]
     pointers, table = Pointers(0, n), spec_rows([x[0]], x.dim() - 1)

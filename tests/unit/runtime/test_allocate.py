@@ -96,6 +96,7 @@ STACKS = {
     "a part": torch.randn(6, 3)[1:4],
     "long rows": torch.randn(2, allocate.SMALL),
     "meta": torch.empty(3, 2, device="meta"),
+    "followed by autograd": torch.randn(3, 2, requires_grad=True) * 2,
 }
 
 
@@ -111,4 +112,5 @@ def test_rows_of_a_stack(way: str, name: str, monkeypatch: pytest.MonkeyPatch) -
     for row, like in zip(rows, expected, strict=True):  # type: ignore[call-overload]
         assert (row.dtype, row.shape, row.stride(), row.device) == (like.dtype, like.shape, like.stride(), like.device)
         assert x.is_meta or torch.equal(row, like)
+        assert row.requires_grad is like.requires_grad
         assert x.is_meta or row.untyped_storage().nbytes() == row.numel() * row.element_size()
