@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ._compiler.errors import note_number
-from ._compiler.rule import Bound, Rule, Slot, restore_slots, restore_state
+from ._compiler.rule import Bound, Rule, Slot
+from ._compiler.states import restore_slots, restore_state, state_type
 from ._compiler.symbols import Symbol
 from ._graph.run import run
 from ._runtime.checks import check_leaf, check_stored
@@ -88,14 +89,15 @@ class RuleTransformation(Fusible):
             fields["count"] = torch.zeros((), dtype=torch.int64, device=seen[0].device if seen else None)
         # here, and kept as long as the process: `torch.export.load` looks the class up by its name, in a process that
         # has traced nothing
-        register_in_exports(self._bound.state_type)
-        return self._bound.state_type(**fields)
+        made = state_type(rule, self._bound.counted)
+        register_in_exports(made)
+        return made(**fields)
 
     def _links(self, view: View, path: Path) -> list[Link]:
         return [Link(self, path, view.seen, self._bound, self._lacking(view))]
 
     def _state_nodes(self, path: Path) -> list[StateNode]:
-        return [StateNode(self, path, self._bound.state_type)]
+        return [StateNode(self, path, state_type(self._bound.rule, self._bound.counted))]
 
     def _lacking(self, view: View) -> Mapping[str, frozenset[int]]:
         """The slots of which some leaves have no entry, with the positions of those leaves."""

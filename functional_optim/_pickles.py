@@ -5,8 +5,9 @@ A name of this module stays as long as its pickles are to be read. What moves is
 
 from ._addresses import publish
 from ._chain import Chain as Chain
-from ._compiler.rule import (
-    Slot as Slot,
+from ._compiler import rule, states
+from ._compiler.rule import Slot as Slot
+from ._compiler.states import (
     restore_slots as restore_slots,
     restore_state as restore_state,
 )
@@ -40,3 +41,5 @@ for _cls in (
     ZoomLinesearchInfo,
 ):
     register_in_exports(_cls)  # by this address, as those of rules are by that of the rule
+# the first files of states hold the address of a definition, before it moved
+vars(rule).update(EmptyState=states.EmptyState, restore_state=states.restore_state)

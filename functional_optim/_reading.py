@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from . import _walk
-from ._compiler.rule import Bound, Rule, rule_of
+from ._compiler.rule import Bound, Rule
+from ._compiler.states import rule_of
 from ._runtime.checks import check_number
 from ._runtime.internals import has_members, needs_dispatch
 from ._state_nodes import check_state, get_state

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ._compiler.states import state_type
 from ._packed import Packed
 from ._regions import Region
 from ._runtime.checks import check_count
@@ -56,7 +57,7 @@ class StateReader:
     ) -> None:
         self.region, self.reader, self.device = region, read, device
         self.expected = [
-            (k, StateNode(region.links[k].tx, region.links[k].path, bound.state_type))
+            (k, StateNode(region.links[k].tx, region.links[k].path, state_type(bound.rule, bound.counted)))
             for k, bound in region.bounds.items()
         ]
         self.counted = [k for k, bound in region.bounds.items() if bound.counted]

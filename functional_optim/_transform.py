@@ -17,10 +17,8 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from ._compiler.rule import (
-    Bound,
-    EmptyState as EmptyState,
-)
+from ._compiler.rule import Bound
+from ._compiler.states import EmptyState as EmptyState
 from ._packed import Packed
 from ._state_nodes import (
     Path as Path,

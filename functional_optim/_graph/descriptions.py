@@ -26,7 +26,8 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from .._compiler.rule import Rule, state_type
+from .._compiler.rule import Rule
+from .._compiler.states import state_type
 from .._packed import Form, Packed, form
 from .._runtime.backend import computed_by
 from .._runtime.cuda.driver import driver_of

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .._compiler.rule import EmptyState
+from .._compiler.states import EmptyState
 from .._transform import GradientTransformation
 from .._tree import Tree, tree_map
 

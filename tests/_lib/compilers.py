@@ -30,7 +30,7 @@ def restart() -> None:
     """Clears the caches of this process: compilers, kernels, warnings; classes of states stay."""
     kernel_cache.clear()
     for name, module in list(sys.modules.items()):
-        if name.startswith("functional_optim.") and name != "functional_optim._compiler.rule":
+        if name.startswith("functional_optim."):
             for x in vars(module).values():
                 if isinstance(x, functools._lru_cache_wrapper):
                     x.cache_clear()

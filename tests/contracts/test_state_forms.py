@@ -389,6 +389,22 @@ def test_a_file_of_a_rule_with_other_slots_is_refused() -> None:
         pickle.loads(content)
 
 
+@pytest.mark.parametrize("module", ["functional_optim._pickles", "functional_optim._compiler.rule"])
+def test_a_file_without_names_of_slots_is_read_in_order(module: str) -> None:
+    """Files of earlier versions hold these addresses."""
+    state = run_cell(TWO).init(make_tree(0))
+    values = pickle.dumps((globals()["rule_of_a_cell"], True, *state), protocol=0)
+
+    found = pickle.loads(f"c{module}\nrestore_state\n".encode() + values.removesuffix(b".") + b"R.")
+
+    assert type(found) is type(state)
+    torch.testing.assert_close(found, state, rtol=0, atol=0)
+
+
+def test_a_file_of_an_empty_state_with_its_first_address_is_read() -> None:
+    assert pickle.loads(b"cfunctional_optim._compiler.rule\nEmptyState\n(tR.") == fo.EmptyState()
+
+
 def test_a_state_is_not_saved_as_that_of_another_rule_with_its_name() -> None:
     state = run_cell(CELL).init(make_tree(0))
     exec(CELL.replace("rule_of_a_cell", "other_rule"), globals())
