@@ -343,9 +343,12 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
         own = columns
         if last and inputs.written is not inputs.params:
             own = {**columns, "params": self.local.of("written", inputs.written)}
-        results = self._compute(segment, own, inputs, last)
-        if results is None:
+        computed = self._compute(segment, own, inputs, last)
+        if computed is None:
             return False
+        results, mended = computed
+        columns |= mended  # regions behind this one read them
+        own |= mended  # `_write` copies results to them
         if last and results:
             self._write(segment, columns, own, results, inputs)
         elif not last:
@@ -353,8 +356,22 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
             self.state.replace(segment, results, columns, inputs.states, inputs.journal)
         return True
 
-    def _compute(self, segment: ParamRegion, own: Columns, inputs: ParamInputs, in_place: bool) -> Columns | None:
-        """Computes a region: the columns that change, none if they are written in place; None if a tensor is gone."""
+    def _compute(
+        self, segment: ParamRegion, own: Columns, inputs: ParamInputs, in_place: bool
+    ) -> tuple[Columns, Columns] | None:
+        """Computes a region.
+
+        Args:
+          segment: the region.
+          own: all tensors that it reads.
+          inputs: the arguments of the step.
+          in_place: whether to write in place.
+
+        Returns:
+          The columns that change, none of them if the step is in place; and the column of counters, if some had a form
+          that programs cannot count on. None, and nothing is done, if a gradient or an entry is gone.
+        """
+        mended: Columns = {}
         if segment.leafwise is not None:
             fits = (
                 inputs.steady
@@ -364,28 +381,29 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
             )
             if not fits and not self._has_its_leaves(segment, own):
                 return None
-            own |= self.state.mend_counters(own, inputs.states, inputs.journal)
-            return segment.run_leafwise(own, inputs.options, inputs.extra, inputs.first, fits)
+            mended = self.state.mend_counters(own, inputs.states, inputs.journal)
+            return segment.run_leafwise(own | mended, inputs.options, inputs.extra, inputs.first, fits), mended
         first = inputs.first if segment.first_slots else frozenset()
         variant = Variant(in_place, REQUESTED.get(), first)
         found = None if inputs.dispatching else segment.find(own, variant)
         if found is None:
             if not self._has_its_leaves(segment, own):
                 return None
-            own |= self.state.mend_counters(own, inputs.states, inputs.journal)
+            mended = self.state.mend_counters(own, inputs.states, inputs.journal)
+            own = own | mended
             leaves = segment.leaves(own, first)
             if inputs.dispatching:
                 programs = segment.programs(own, leaves)
                 numbers = programs.numbers(inputs.options, inputs.extra)
-                return programs.evaluate_reference(own | self._kept(inputs), numbers)
+                return programs.evaluate_reference(own | self._kept(inputs), numbers), mended
             found = segment.bind(own, variant, leaves)
         bound, reading = found
         numbers = bound.numbers(inputs.options, inputs.extra)
         if torch.is_grad_enabled() and bound.requires_grad(reading, numbers):
             bound.release(reading)
-            return bound.evaluate_reference(own | self._kept(inputs), numbers)
+            return bound.evaluate_reference(own | self._kept(inputs), numbers), mended
         self.workspace = reading.workspace if in_place else None
-        return bound.run(reading, own, numbers)
+        return bound.run(reading, own, numbers), mended
 
     def _kept(self, inputs: ParamInputs) -> Columns:
         """The column of parameters that autograd may keep, because nothing is written to them."""

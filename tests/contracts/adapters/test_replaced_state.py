@@ -1,5 +1,6 @@
 """Entries of an optimizer's state that users put there, reset or free, and counters that count for a long time."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import functional_optim as fo
 from _lib.compare import assert_same_bits
@@ -48,6 +50,40 @@ def test_a_counter_of_any_form_counts_on(name: str, kind: str, steps: int) -> No
     train([ours, theirs], range(steps, STEPS))
     assert_same_bits(content(ours)["params"], content(theirs)["params"])
     assert [float(ours.state[p]["step"]) for p in params_of(ours)] == [STEPS] * len(SMALL)
+
+
+@fo.leafwise(state={"seen": fo.slot(0.0)})
+def turned(u: Any, seen: Any, *, step: Any) -> Any:
+    return u.flip(0) / step, seen + 1
+
+
+class Following(TorchDispatchMode):
+    """A mode that is shown each operation, so that no kernel runs."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", COUNTERS)
+@pytest.mark.parametrize("way", ["kernels", "a mode", "autograd"])
+@pytest.mark.parametrize("before", [(), (turned(),), (fo.scale_by_adam(), turned())], ids=["one", "two", "four"])
+def test_a_counter_of_any_form_counts_for_all_segments(before: tuple[Any, ...], way: str, kind: str) -> None:
+    """Each segment of a chain reads the counter as the first one has put it right, and the last one moves that on."""
+    opts = []
+    for _ in range(2):
+        params: list[torch.Tensor] = [*make_params(shapes=SMALL)]
+        if way == "autograd":
+            params = [p.clone() for p in params]
+            for p in params:
+                p.retain_grad()
+        opts.append(TransformOptimizer(params, fo.chain(*before, fo.adam(0.05)), differentiable=way == "autograd"))
+    train(opts, range(3))
+    for p in params_of(opts[0]):
+        opts[0].state[p]["step"] = COUNTERS[kind](3)
+    with Following() if way == "a mode" else contextlib.nullcontext():
+        train(opts, range(3, 8))
+    assert_same_bits(*[content(opt)["params"] for opt in opts])
+    assert [float(opts[0].state[p]["step"]) for p in params_of(opts[0])] == [8] * len(SMALL)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
