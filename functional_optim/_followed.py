@@ -45,6 +45,7 @@ def run_followed(
     if found is None:
         if not tree.has_its_leaves(own):
             return None
+        tree.check_leaves(own)
         tree.check_backend(own["updates"])
         leaves = segment.leaves(own)
         if levels:
@@ -70,6 +71,7 @@ def _bound_to_plain(segment: BoundRegion, tree: TreeLeaves, own: Columns) -> Bou
         if found is None:
             if not tree.has_its_leaves(plain):
                 return None
+            tree.check_leaves(plain)
             found = segment.bind(plain, variant, segment.leaves(plain))
         bound, reading = found
         bound.release(reading)

@@ -251,7 +251,11 @@ class TreeStep(TreeLeaves, SegmentedStep[TreeRegion, TreeInputs]):
         rule, extra = segment.leafwise, inputs.extra_numbers
         if rule is not None:
             fits = rule.fits(own)
-            return rule.compute(own, extra, fits=fits) if fits or self.has_its_leaves(own) else None
+            if not fits:
+                if not self.has_its_leaves(own):
+                    return None
+                self.check_leaves(own)
+            return rule.compute(own, extra, fits=fits)
         if inputs.dispatching:
             counters: set[Key] = {(k, "count") for k in segment.state.counted}
             return run_followed(segment, self, counters, own, extra, inputs.given)
@@ -260,6 +264,7 @@ class TreeStep(TreeLeaves, SegmentedStep[TreeRegion, TreeInputs]):
         if found is None:
             if not self.has_its_leaves(own):
                 return None
+            self.check_leaves(own)
             found = segment.bind(own, variant, segment.leaves(own))
         bound, reading = found
         numbers = bound.numbers((), extra, inputs.given)

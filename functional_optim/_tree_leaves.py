@@ -61,7 +61,11 @@ class TreeLeaves:
             raise ValueError(f"{name} does not have the structure of params: {difference(self.spec, tree)}.") from None
 
     def check_leaves(self, columns: Columns) -> None:
-        """Refuses leaves that no rule can work on, or that do not fit each other."""
+        """Refuses leaves that no rule can work on, or that do not fit each other.
+
+        Raises:
+          ValueError, TypeError: with the path of the leaf.
+        """
         for i in self.present:
             u = check_leaf("updates", self.paths[i], columns["updates"][i])
             if "params" in columns:
@@ -75,15 +79,8 @@ class TreeLeaves:
         return any(not isinstance(tree[i], torch.Tensor) for tree in trees for i in self.present)
 
     def has_its_leaves(self, own: Columns) -> bool:
-        """Whether the leaves are there that were there before.
-
-        Raises:
-          ValueError, TypeError: one of them is no leaf, or does not fit.
-        """
-        if present_in(own) != self.present or self.has_containers(own):
-            return False
-        self.check_leaves(own)
-        return True
+        """Whether the leaves are there that were there before."""
+        return present_in(own) == self.present and not self.has_containers(own)
 
     def check_backend(self, updates: Sequence[torch.Tensor]) -> None:
         """Refuses a backend that is asked for and computes nothing on the device of a leaf, here.

@@ -379,8 +379,10 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
                 and not ("step" in own and any(own["step"][i] is None for i in segment.leafwise.leaves))
                 and segment.leafwise.fits(own)
             )
-            if not fits and not self._has_its_leaves(segment, own):
-                return None
+            if not fits:
+                if not self._has_its_leaves(segment, own):
+                    return None
+                self._check_leaves(own)
             mended = self.state.mend_counters(own, inputs.states, inputs.journal)
             return segment.run_leafwise(own | mended, inputs.options, inputs.extra, inputs.first, fits), mended
         first = inputs.first if segment.first_slots else frozenset()
@@ -389,6 +391,7 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
         if found is None:
             if not self._has_its_leaves(segment, own):
                 return None
+            self._check_leaves(own)
             mended = self.state.mend_counters(own, inputs.states, inputs.journal)
             own = own | mended
             leaves = segment.leaves(own, first)
@@ -410,20 +413,21 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
         return {"params": self.local.of("params", inputs.params)}
 
     def _has_its_leaves(self, segment: ParamRegion, own: Columns) -> bool:
-        """Whether the gradients and entries are there that were there before, and gradients are dense.
-
-        Raises:
-          ValueError, TypeError: one of them is no leaf, or does not fit.
-        """
+        """Whether the gradients and entries are there that were there before, and gradients are dense."""
         if any(u is None or u.layout is not torch.strided for u in (own["updates"][i] for i in self.present)):
             return False
-        if any(own[s.key][i] is None and s.seen[i] for s in segment.region.stored for i in self.present):
-            return False
+        return not any(own[s.key][i] is None and s.seen[i] for s in segment.region.stored for i in self.present)
+
+    def _check_leaves(self, own: Columns) -> None:
+        """Refuses parameters and gradients that no rule can work on, or that do not fit each other.
+
+        Raises:
+          ValueError, TypeError: with the name of the parameter.
+        """
         for i in self.present:
             u = check_leaf("updates", self.paths[i], own["updates"][i])
             p = check_leaf("params", self.paths[i], own["params"][i])
             check_fit("updates", "parameter", self.paths[i], u, p)
-        return True
 
     def _write(
         self, segment: ParamRegion, columns: Columns, own: Columns, results: Columns, inputs: ParamInputs
