@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ._regions import Opaque, Region
-from ._runtime.checks import check_number
+from ._runtime.checks import as_number
 
 
 # names that training loops pass to any transformation, as with optax
@@ -57,7 +57,7 @@ class Extras(NamedTuple):
                 f"no transformation of the chain takes the extra argument `{unknown[0]}`; "
                 f"they take {', '.join(map(repr, sorted(self.taken or ()))) or 'none'}."
             )
-        return {name: check_number(f"the extra argument `{name}` is", extra[name]) for name in self.needed}
+        return {name: as_number(f"the extra argument `{name}` is", extra[name]) for name in self.needed}
 
 
 def extras_of(segments: Sequence[Region | Opaque]) -> Extras:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ._compiler.fuse import HostSchedule
-from ._runtime.checks import check_fit, check_number, check_stored
+from ._runtime.checks import as_number, check_fit, check_stored
 from ._runtime.pointers import PointerReader
 from ._runtime.spec import TensorSpec
 from ._transform import Link
@@ -83,7 +83,7 @@ def host_column(
       ValueError: the schedule returned something else than a number.
     """
     values = {
-        count: check_number(f"the schedule of {host.name} returned", host.schedule(count))
+        count: as_number(f"the schedule of {host.name} returned", host.schedule(count))
         for count in dict.fromkeys(counts)
         if count is not None
     }
@@ -112,7 +112,7 @@ def value_of_members(host: HostSchedule, count: torch.Tensor, counts: Sequence[f
     """
     found: torch.Tensor | None = None
     for k in counts:
-        value = check_number(f"the schedule of {host.name} returned", host.schedule(int(k)))
+        value = as_number(f"the schedule of {host.name} returned", host.schedule(int(k)))
         value = torch.as_tensor(value, dtype=torch.float64, device=count.device)
         found = value if found is None else torch.where(count == k, value, found)
     return torch.zeros((), dtype=torch.float64) if found is None else found

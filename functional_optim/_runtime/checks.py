@@ -131,8 +131,8 @@ def check_count(name: str, x: Any) -> None:
         raise ValueError(f"{name} is {x.dtype} of shape {tuple(x.shape)}, expected one integer{hint}.")
 
 
-def check_number(subject: str, x: Any) -> float | torch.Tensor:
-    """A number, or a tensor that holds one.
+def as_number(subject: str, x: Any) -> float | torch.Tensor:
+    """A value as a float, or the tensor that holds one number.
 
     Raises:
       ValueError: the object is neither; `subject` begins the message.

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .._compiler.rule import Option
-from .checks import check_memory, check_number
+from .checks import as_number, check_memory
 from .groups import Group
 
 
@@ -67,7 +67,7 @@ class Table:
             self.options = options
         table = self.template.copy()
         for name, positions in self.extras.items():
-            x = check_number(f"the extra argument `{name}` is", extra[name])
+            x = as_number(f"the extra argument `{name}` is", extra[name])
             if isinstance(x, torch.Tensor):
                 check_memory(f"the extra argument `{name}` is", x, self.device)
             for k in positions:
@@ -90,4 +90,4 @@ def _number(option: Option, x: Any, device: torch.device) -> Number:
     if isinstance(x, torch.Tensor) and x.numel() == 1:
         check_memory(f"the option {option.name!r} is", x, device)
         x = x.reshape(())
-    return check_number(f"the option {option.name!r} is", x)
+    return as_number(f"the option {option.name!r} is", x)
