@@ -21,7 +21,7 @@ from ._numbers import check_number, naming_numbers
 
 
 CONVEX = 1e-10  # torch's least product of a step and the difference of gradients over it
-NUMBERS = ("lr", "max_iter", "max_eval", "tolerance_grad", "tolerance_change", "history_size")
+NUMBER_OPTIONS = ("lr", "max_iter", "max_eval", "tolerance_grad", "tolerance_change", "history_size")
 VECTORS = ("d", "prev_flat_grad")
 LISTS = ("old_dirs", "old_stps", "ro")
 # options that files lack: one of newer versions of torch, and one that torch adds to the defaults where it loads
@@ -194,7 +194,7 @@ class LBFGS(torch.optim.LBFGS):
         group = self.param_groups[0]
         if group["line_search_fn"] not in (None, "strong_wolfe"):
             raise RuntimeError(f"only 'strong_wolfe' is supported, not {group['line_search_fn']!r:.60}")
-        for name in NUMBERS:
+        for name in NUMBER_OPTIONS:
             check_number(name, group[name])
         refuse_capture("LBFGS compares values of the loss", group["params"])
         with torch.no_grad():

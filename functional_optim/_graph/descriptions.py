@@ -30,7 +30,7 @@ from .._compiler.rule import Rule
 from .._compiler.states import state_type
 from .._packed import Form, Packed, form
 from .._runtime.backend import computed_by
-from .._runtime.cuda.driver import driver_of
+from .._runtime.cuda.streams import streams_of
 from .._runtime.internals import is_wrapper_of_a_transformation
 from .._runtime.packing import Place
 from .._runtime.recent import in_front
@@ -218,7 +218,7 @@ class DescribedStep:
             while len(self._own) >= self.KEEP:
                 self._own.popitem(last=False)
             with torch.inference_mode(False):  # steps outside of that mode write to them, too
-                made = [driver_of(x.device).allocate(functools.partial(torch.empty_like, x), x.device) for x in given]
+                made = [streams_of(x.device).allocate(functools.partial(torch.empty_like, x), x.device) for x in given]
             self._own[key] = self.tx._with_tensors(made)
         own = self._own[key]
         for mine, x in zip(own._tensors, given, strict=True):

@@ -11,11 +11,11 @@ from unittest import mock
 import torch
 
 from functional_optim._compiler.passes import Signature
-from functional_optim._runtime.cuda import driver, launch
+from functional_optim._runtime.cuda import launch, streams
 from functional_optim._runtime.cuda.loaded import Loaded, load_kernels
 
 
-class StandIn(driver.Driver):
+class StandIn(streams.Streams):
     """A device that counts.
 
     Attributes:
@@ -102,7 +102,7 @@ def stand_in() -> Iterator[StandIn]:
         return device.pool[-1]
 
     with (
-        mock.patch.object(driver, "HOST", device),
+        mock.patch.object(streams, "HOST", device),
         mock.patch.object(launch, "load_kernels", device.load),
         mock.patch.object(launch, "DeviceMemory", kept),
     ):

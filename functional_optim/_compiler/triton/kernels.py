@@ -11,7 +11,7 @@ from .uniforms import has_elements, has_uniform, uniform_words
 
 
 # no contraction of a product and a sum, which torch rounds twice, and denormals are kept
-NUMBERS = {"enable_fp_fusion": False, "enable_reflect_ftz": False}
+ARITHMETIC = {"enable_fp_fusion": False, "enable_reflect_ftz": False}
 
 
 class TritonKernel(NamedTuple):
@@ -41,7 +41,7 @@ class TritonKernel(NamedTuple):
     @property
     def options(self) -> dict[str, Any]:
         """The options of its compilation."""
-        return {"num_warps": self.warps, **NUMBERS}
+        return {"num_warps": self.warps, **ARITHMETIC}
 
 
 class Stage(NamedTuple):

@@ -13,7 +13,7 @@ from typing import Self
 
 import torch
 
-from .driver import Driver, driver_of
+from .streams import Streams, streams_of
 
 
 RESERVE = 1 << 13  # words: 64 KiB
@@ -96,11 +96,11 @@ class Reserve:
 
     Args:
       n: words of a table.
-      driver: the driver.
+      streams: the streams of the device.
     """
 
-    def __init__(self, n: int, driver: Driver) -> None:
-        self.size, self.driver = max(TABLES * n, RESERVE), driver
+    def __init__(self, n: int, streams: Streams) -> None:
+        self.size, self.streams = max(TABLES * n, RESERVE), streams
         self.block = self._make()
         self.used = 0
         self.lock = threading.Lock()
@@ -113,7 +113,7 @@ class Reserve:
 
     def _make(self) -> torch.Tensor:
         with torch.inference_mode(False):  # steps outside of that mode write to it, too
-            return self.driver.staging(self.size)
+            return self.streams.staging(self.size)
 
     def take(self, n: int) -> torch.Tensor:
         """Memory of `n` words that a graph may read as long as it lives.
@@ -134,15 +134,15 @@ class Reserve:
 
 def can_capture(devices: Iterable[torch.device]) -> bool:
     """Whether steps on some devices can be captured."""
-    return any(driver_of(device).captures for device in devices)
+    return any(streams_of(device).captures for device in devices)
 
 
 def is_capturing(devices: Iterable[torch.device | None]) -> bool:
     """Whether the current stream of one of some devices records a graph."""
     for device in set(devices) - {None}:
         assert device is not None
-        with driver_of(device).guard(device):
-            if driver_of(device).is_capturing():
+        with streams_of(device).guard(device):
+            if streams_of(device).is_capturing():
                 return True
     return False
 

@@ -14,8 +14,8 @@ from ..join import Joins
 from ..numbers import Number
 from ..pointers import Pointers
 from .capture import CaptureError, Reserve, hold, refuse_new_numbers, refuse_numbers
-from .driver import driver_of
 from .loaded import Loaded, load_kernels
+from .streams import streams_of
 from .tables import StepMemory, Tables
 
 
@@ -58,17 +58,17 @@ class TritonLaunch:
         joins: Joins | None,
     ) -> None:
         self.groups, self.device = groups, groups[0].device
-        self.driver = driver_of(self.device)
+        self.streams = streams_of(self.device)
         self.kernels = [triton_kernels(group.signature) for group in groups]
         self.chunk = chunk_size(sum(sum(group.table.sizes) for group in groups))
         cuts = [cut(group.table.sizes, self.chunk) for group in groups]
         self.join = JoinedChunks(groups, cuts, joins, self.device) if joins is not None else None
         n_joined = self.join.n_joined if self.join is not None else 0
-        with self.driver.guard(self.device):
-            self.tables = self.driver.allocate(
+        with self.streams.guard(self.device):
+            self.tables = self.streams.allocate(
                 lambda: Tables(groups, places, counters, self.kernels, self.chunk, n_joined), self.device
             )
-            self.uploaded = self.driver.mark(self.device)
+            self.uploaded = self.streams.mark(self.device)
         ends = [len(kernels.stages) for kernels in self.kernels] + ([] if joins is None else [joins.stages - 1])
         self.n_stages = max(ends)
         end = self.n_stages - 1
@@ -98,25 +98,25 @@ class TritonLaunch:
           CaptureError: a stream is capturing, and a graph could not replay this step.
         """
         content, live = self.tables.content(numbers)
-        with self.driver.guard(self.device):
-            if self.driver.is_capturing():
+        with self.streams.guard(self.device):
+            if self.streams.is_capturing():
                 memory = self._capture(pointers, numbers, content)
             else:
                 memory = self._memory(memories)
                 if self.reserve is None:
-                    self.reserve = Reserve(self.tables.n_words, self.driver)
+                    self.reserve = Reserve(self.tables.n_words, self.streams)
                 elif self.reserve.used:
                     self.reserve.refill()
-                memory.upload(pointers, content, self.driver.staging, self.driver)
+                memory.upload(pointers, content, self.streams.staging, self.streams)
                 self.numbers_seen = content
-            memory.read_numbers(live, self.driver)
+            memory.read_numbers(live, self.streams)
             if memory.launched != memory.aligned or not memory.launches:
                 memory.launches, memory.launched = self._launches(memory), memory.aligned
         return memory
 
     def launch(self, memory: DeviceMemory) -> None:
         """Launches all kernels of a step."""
-        with self.driver.guard(self.device):
+        with self.streams.guard(self.device):
             for stage, launch in enumerate(memory.launches):
                 launch()
                 if self.join is not None:
@@ -125,10 +125,10 @@ class TritonLaunch:
 
     def _memory(self, memories: dict[int, DeviceMemory]) -> DeviceMemory:
         """The memory of the current stream."""
-        stream = self.driver.stream(self.device)
+        stream = self.streams.stream(self.device)
         if stream not in memories:
-            self.driver.follow(self.uploaded, self.tables.on_device(), self.device)
-            memories[stream] = self.driver.allocate(lambda: DeviceMemory(self.tables, stream), self.device)
+            self.streams.follow(self.uploaded, self.tables.on_device(), self.device)
+            memories[stream] = self.streams.allocate(lambda: DeviceMemory(self.tables, stream), self.device)
             if len(memories) > STREAMS:
                 del memories[next(iter(memories))]
         return memories[stream]
@@ -146,7 +146,7 @@ class TritonLaunch:
         refuse_numbers([x for table in numbers for x in table], [self.device])
         if content != self.numbers_seen:
             refuse_new_numbers()
-        memory, staged = DeviceMemory(self.tables, self.driver.stream(self.device)), list[torch.Tensor]()
+        memory, staged = DeviceMemory(self.tables, self.streams.stream(self.device)), list[torch.Tensor]()
 
         def staging(n: int) -> torch.Tensor:
             assert self.reserve is not None
@@ -163,7 +163,7 @@ class TritonLaunch:
             for kept in (self.tables, *staged):
                 hold(kept)
 
-        memory.upload(pointers, content, staging, self.driver, accept)
+        memory.upload(pointers, content, staging, self.streams, accept)
         return memory
 
     def _launches(self, memory: DeviceMemory) -> list[Callable[[], None]]:
@@ -197,7 +197,7 @@ class TritonLaunch:
             stages.append(uniform + elements)
         if self.join is None:
             stages = [[*itertools.chain(*stages)]]
-        return [self.driver.sequence(launches, self.device, memory.stream) for launches in stages]
+        return [self.streams.sequence(launches, self.device, memory.stream) for launches in stages]
 
     def _kernels_of(self, aligned: Sequence[bool]) -> list[tuple[Loaded, ...]]:
         """The kernels of each group, in the variant for a step's addresses."""

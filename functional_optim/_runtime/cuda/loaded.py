@@ -10,15 +10,15 @@ from ..._compiler.passes import Signature
 from ..._compiler.triton.build import interprets
 from ..._compiler.triton.cubin import compile_cubin
 from ..._compiler.triton.kernels import TritonKernel, triton_kernels
-from .driver import driver_of
 from .libcuda import CudaKernel
+from .streams import streams_of
 
 
 class LoadedKernel(Protocol):
     """A kernel on a device."""
 
     def bind(self, programs: int, arguments: Sequence[torch.Tensor | int]) -> Any:
-        """A launch of so many programs, for `Driver.sequence`. Tensors among its arguments are for the caller to keep.
+        """A launch of so many programs, for `Streams.sequence`. Tensors among its arguments are for the caller to keep.
 
         Args:
           programs: number of programs.
@@ -50,7 +50,7 @@ def load_kernels(signature: Signature, device: torch.device, aligned: bool) -> t
     Raises:
       BuildError: Triton is missing, or does not compile a kernel; or the driver does not load it.
     """
-    with driver_of(device).guard(device):
+    with streams_of(device).guard(device):
         return tuple(
             Loaded(
                 None if stage.uniform is None else _load(stage.uniform, device, None),

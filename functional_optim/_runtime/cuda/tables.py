@@ -18,7 +18,7 @@ from ..chunks import Chunks, chunk_table, cut, partial_buffers
 from ..groups import Group
 from ..numbers import Number
 from ..pointers import PointerOrder, Pointers
-from .driver import Driver
+from .streams import Streams
 
 
 ALIGNED = 16  # bytes
@@ -218,7 +218,7 @@ class StepMemory:
         pointers: Pointers,
         numbers: bytes,
         staging: Callable[[int], torch.Tensor],
-        driver: Driver,
+        streams: Streams,
         accept: Callable[[tuple[bool, ...]], None] = lambda aligned: None,
     ) -> None:
         """Brings the tables up to date: nothing, or one copy.
@@ -227,7 +227,7 @@ class StepMemory:
           pointers: the data pointers of this step.
           numbers: its numbers.
           staging: makes host memory of so many words.
-          driver: the driver.
+          streams: the streams of the device.
           accept: told before the copy for each group whether its addresses are aligned; it may raise.
         """
         addresses = pointers.all_content()
@@ -245,12 +245,12 @@ class StepMemory:
             ctypes.memmove(place, numbers, len(numbers))
         accept(aligned)
         self.addresses_seen = self.numbers_seen = b""  # unknown, should the copy fail
-        driver.copy(target, staged)
+        streams.copy(target, staged)
         self.addresses_seen, self.numbers_seen, self.aligned = addresses, numbers, aligned
 
-    def read_numbers(self, live: Sequence[tuple[int, torch.Tensor]], driver: Driver) -> None:
+    def read_numbers(self, live: Sequence[tuple[int, torch.Tensor]], streams: Streams) -> None:
         """Has numbers that are on a device read there, at this step and at each replay of a graph."""
         for k, x in live:
             if k not in self.places:
                 self.places[k] = self.scalars[k]
-            driver.copy(self.places[k], x.reshape(()))
+            streams.copy(self.places[k], x.reshape(()))

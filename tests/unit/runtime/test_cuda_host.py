@@ -19,7 +19,7 @@ from _lib.warm import SIZES, chain, grads, make, set_grads, warm
 from functional_optim import adapters
 from functional_optim._compiler.cache import BuildError
 from functional_optim._compiler.triton.tuning import LEAVES
-from functional_optim._runtime.cuda import driver, launch
+from functional_optim._runtime.cuda import launch, streams
 from functional_optim._runtime.cuda.launch import STREAMS
 
 
@@ -274,22 +274,22 @@ def test_a_number_in_host_memory_is_read_without_a_copy(device: StandIn) -> None
 
 def test_memory_that_stays_is_allocated_in_another_thread() -> None:
     """So it is of no pool that the caller's thread allocates from, but of its stream."""
-    stream, streams = object(), list[Any]()
+    stream, entered = object(), list[Any]()
 
     @contextlib.contextmanager
     def enter(x: Any) -> Iterator[None]:
-        streams.append((threading.get_ident(), x))
+        entered.append((threading.get_ident(), x))
         yield
 
     def fails() -> None:
         raise torch.OutOfMemoryError("none is left")
 
     with mock.patch("torch.cuda.current_stream", return_value=stream), mock.patch("torch.cuda.stream", enter):
-        own = driver.CUDA.allocate(threading.get_ident, torch.device("cuda", 0))
+        own = streams.CUDA.allocate(threading.get_ident, torch.device("cuda", 0))
         with pytest.raises(torch.OutOfMemoryError, match="none is left"):
-            driver.CUDA.allocate(fails, torch.device("cuda", 0))
+            streams.CUDA.allocate(fails, torch.device("cuda", 0))
     assert own != threading.get_ident()
-    assert streams[0] == (own, stream)
+    assert entered[0] == (own, stream)
 
 
 def test_memory_that_stays_is_told_from_that_of_a_graph(device: StandIn) -> None:

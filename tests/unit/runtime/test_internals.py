@@ -176,7 +176,9 @@ def test_private_names_of_triton() -> None:
         try:
             attrgetter(name)(triton)
         except AttributeError:
-            pytest.fail(f"triton {triton.__version__} has no triton.{name}: see _runtime/cuda/loaded.py and driver.py.")
+            pytest.fail(
+                f"triton {triton.__version__} has no triton.{name}: see _runtime/cuda/loaded.py and streams.py."
+            )
 
 
 def test_functions_of_the_c_abi_are_there() -> None:

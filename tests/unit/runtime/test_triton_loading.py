@@ -38,7 +38,7 @@ import functional_optim as fo
 from functional_optim._compiler.cache import BuildError
 from functional_optim._compiler.triton import cubin
 from functional_optim._compiler.triton.emit import PARAMETERS, PASS, UNIFORM
-from functional_optim._runtime.cuda.driver import CUDA
+from functional_optim._runtime.cuda.streams import CUDA
 from functional_optim._runtime.cuda.loaded import load_kernels
 
 torch.cuda.current_device = lambda: 0

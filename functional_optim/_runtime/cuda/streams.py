@@ -1,4 +1,4 @@
-"""The calls to torch.cuda that launches make, and the same for the CPU, where an interpreter runs kernels."""
+"""Streams of devices, by torch.cuda; and the same for the CPU, where an interpreter runs kernels."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
@@ -14,13 +14,14 @@ from .libcuda import KernelSequence
 T = TypeVar("T")
 
 
-class Driver:
-    """The device as launches see it; by itself the CPU, where Triton's interpreter runs kernels: no streams, no graphs.
+class Streams:
+    """The streams of one kind of device: memory, copies and launches in the order of the current one.
 
-    None of the calls waits for the device.
+    By itself that of the CPU, where Triton's interpreter runs kernels at once, and nothing records graphs. None of the
+    calls waits for a device.
 
     Attributes:
-      captures: whether its streams can record graphs.
+      captures: whether streams can record graphs.
     """
 
     captures = False
@@ -71,8 +72,8 @@ class Driver:
         return run
 
 
-class CudaDriver(Driver):
-    """A CUDA device.
+class CudaStreams(Streams):
+    """The streams of CUDA devices.
 
     Staged memory comes from torch's caching allocator of pinned memory. It notes each copy, and hands memory out
     again only after the copies from it are over.
@@ -126,9 +127,9 @@ class CudaDriver(Driver):
         return KernelSequence(launches, device, stream)
 
 
-CUDA, HOST = CudaDriver(), Driver()
+CUDA, HOST = CudaStreams(), Streams()
 
 
-def driver_of(device: torch.device) -> Driver:
-    """The driver of a device."""
+def streams_of(device: torch.device) -> Streams:
+    """The streams of the kind of a device."""
     return CUDA if device.type == "cuda" else HOST
