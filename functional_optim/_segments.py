@@ -273,12 +273,8 @@ class SegmentedStep(abc.ABC, Generic[RegionT, InputsT]):
       extras: the extra arguments that are taken.
 
     Attributes:
-      paths, present: the path of each leaf, and the leaves that take part; set before.
       runs_python: whether code of the caller runs between the first look at tensors and the last launch.
     """
-
-    paths: list[str]
-    present: tuple[int, ...]
 
     def __init__(self, segments: Sequence[RegionT | Opaque], devices: set[torch.device], extras: Extras) -> None:
         self.segments, self.devices, self.extras = segments, devices, extras
@@ -334,5 +330,5 @@ class SegmentedStep(abc.ABC, Generic[RegionT, InputsT]):
                     refuse_host_schedule(name, self.devices)
                 if not (segment.bound or segment.leafwise):
                     refuse_binding(self.devices)
-        found = [x.region.hypers(self.present, x.owners, options, extra) for x in self.regions]
+        found = [x.region.hypers(x.present, x.owners, options, extra) for x in self.regions]
         self.number_watch.check([given.get(id(x), x) for hypers in found for x in hypers], self.devices)
