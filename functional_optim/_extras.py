@@ -71,7 +71,7 @@ def extras_of(segments: Sequence[Region | Opaque]) -> Extras:
     taken: set[str] | None = set()
     for segment in segments:
         if isinstance(segment, Region):
-            for bound in segment.bounds.values():
+            for bound in segment.bound_rules.values():
                 needed |= dict.fromkeys(bound.rule.extras, bound.rule.name)
             trees |= segment.tree_extras
         elif taken is not None:

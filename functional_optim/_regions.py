@@ -56,7 +56,7 @@ class Region:
       entered: the column that its updates are kept in, for a rule behind other segments.
 
     Attributes:
-      bounds: the rules with their hyper-parameters, by position.
+      bound_rules: the rules with their hyper-parameters, by position.
       kinds: the kind of each leaf; none where nothing fuses.
       recipes: the program of each kind.
       hosts: schedules that Python evaluates, a column each.
@@ -66,7 +66,7 @@ class Region:
 
     def __init__(self, links: dict[int, Link], apply: bool, entered: str | None) -> None:
         self.links, self.apply, self.entered = links, apply, entered
-        self.bounds: dict[int, Bound] = {k: link.bound for k, link in links.items() if link.bound is not None}
+        self.bound_rules: dict[int, Bound] = {k: link.bound for k, link in links.items() if link.bound is not None}
         self.kinds: list[Kind] = []
         self.recipes: dict[Kind, Recipe] = {}
         self.hosts: list[HostSchedule] = []
@@ -81,7 +81,7 @@ class Region:
     @property
     def tree_extras(self) -> dict[str, str]:
         """Extra arguments that are trees, each with a rule that takes it."""
-        return {name: bound.rule.name for bound in self.bounds.values() for name in bound.rule.tree_extras}
+        return {name: bound.rule.name for bound in self.bound_rules.values() for name in bound.rule.tree_extras}
 
     @property
     def is_current(self) -> bool:
@@ -101,7 +101,7 @@ class Region:
           own_counters: whether each leaf counts its own steps; otherwise transformations count for all.
         """
         stored = [] if counting is None else [counter_slot(counting)]
-        for k, bound in self.bounds.items():
+        for k, bound in self.bound_rules.items():
             seen = self.links[k].seen
             for name, declared in bound.rule.slots.items():
                 lacking = self.links[k].lacking.get(name, frozenset())
@@ -127,7 +127,7 @@ class Region:
           extra: the extra arguments that are numbers.
         """
         found: list[Any] = []
-        for k, bound in self.bounds.items():
+        for k, bound in self.bound_rules.items():
             own = [] if owners is None else dict.fromkeys(owners[i] for i in present if self.links[k].seen[i])
             for name, value in bound.values.items():
                 if isinstance(value, Option):
@@ -168,7 +168,7 @@ class FusedRegion(Region):
             for own, count in zip(of_leaves, none if counting is None else counting, strict=True)
         ]
         parts = {
-            kind: tuple(Part(k, scopes[k], self.bounds[k], *self._entry(k)) for k in kind[0])
+            kind: tuple(Part(k, scopes[k], self.bound_rules[k], *self._entry(k)) for k in kind[0])
             for kind in dict.fromkeys(self.kinds)
         }
         own = None if counting is None else {kind: count for kind in parts if (count := kind[1]) is not None}
@@ -176,7 +176,10 @@ class FusedRegion(Region):
         found = [host for recipe in self.recipes.values() for host in recipe.hosts.values()]
         self.hosts = list({host.column: host for host in found}.values())
         schedules = [
-            bound.values[hyper] for bound in self.bounds.values() for hyper in bound.values if bound.is_schedule(hyper)
+            bound.values[hyper]
+            for bound in self.bound_rules.values()
+            for hyper in bound.values
+            if bound.is_schedule(hyper)
         ]
         self.traced = [(fn, traced_key(fn)) for fn in schedules if not has_fixed_key(fn)]
         reads = None if own is None else tuple("step" in self.recipes[kind].program.leaves for kind in self.kinds)

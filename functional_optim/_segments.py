@@ -92,9 +92,9 @@ class BoundRegion:
         self.region, self.paths, self.present, self.leafwise = region, paths, present, leafwise
         self.owners, self.numels, self.shards, self.joins = owners, numels, shards, joins
         self.counters: list[Key] = []  # columns of counters that all leaves share, and that the region moves on
-        self.first_slots = {k for k, bound in region.bounds.items() if bound.rule.uses_first}
-        self.bound: list[tuple[Variant, BoundStep]] = []
-        self.of_members: list[tuple[tuple[Form | None, ...], MembersStep]] = []
+        self.first_slots = {k for k, bound in region.bound_rules.items() if bound.rule.uses_first}
+        self.bound_steps: list[tuple[Variant, BoundStep]] = []
+        self.members_steps: list[tuple[tuple[Form | None, ...], MembersStep]] = []
         self.entered = region.entered
 
     def find(self, own: Columns, variant: Variant) -> tuple[BoundStep, Reading] | None:
@@ -107,14 +107,14 @@ class BoundRegion:
         Raises:
           ValueError: the storage of a tensor has been freed or cut.
         """
-        for entry in self.bound:
+        for entry in self.bound_steps:
             known, bound = entry
             if known != variant or (bound.partners and not bound.has_partners(own)):
                 continue
             found = bound.read(own)
             if isinstance(found, Reading):
-                if entry is not self.bound[0]:
-                    self.bound = in_front(entry, self.bound, self.KEEP)
+                if entry is not self.bound_steps[0]:
+                    self.bound_steps = in_front(entry, self.bound_steps, self.KEEP)
                 return bound, found
             if found.outside:
                 self._refuse_freed(own, *bound.name_of(found.position))
@@ -145,14 +145,14 @@ class BoundRegion:
           ValueError: the storage of a tensor has been freed or cut.
         """
         sizes, forms = tuple(level.size for level in levels), packed_forms(own.values())
-        for entry in self.of_members:
+        for entry in self.members_steps:
             known, bound = entry
             if bound.sizes != sizes or known != forms or (bound.partners and not bound.has_partners(own)):
                 continue
             found = bound.read(own, bound.numbers((), extra, given), levels)
             if isinstance(found, MembersReading):
-                if entry is not self.of_members[0]:
-                    self.of_members = in_front(entry, self.of_members, self.KEEP)
+                if entry is not self.members_steps[0]:
+                    self.members_steps = in_front(entry, self.members_steps, self.KEEP)
                 return bound, found
             if found is not None and found.outside:
                 self._refuse_freed(own, *bound.name_of(found.position))
@@ -181,7 +181,7 @@ class BoundRegion:
             bound = MembersStep(leaves, self.specs(own), own, levels, counters, extra, given)
         except NoKernels:
             return None
-        self.of_members = in_front((packed_forms(own.values()), bound), self.of_members, self.KEEP)
+        self.members_steps = in_front((packed_forms(own.values()), bound), self.members_steps, self.KEEP)
         return self.find_members(own, levels, extra, given)
 
     def bind(self, own: Columns, variant: Variant, leaves: Sequence[Leaf]) -> tuple[BoundStep, Reading]:
@@ -197,7 +197,7 @@ class BoundRegion:
             bound = PackedStep(binding) if any(variant.forms) else BoundStep(binding)
         except NoKernels:
             bound = BoundStep(binding)
-        self.bound = in_front((variant, bound), self.bound, self.KEEP)
+        self.bound_steps = in_front((variant, bound), self.bound_steps, self.KEEP)
         found = bound.read(own)
         if not isinstance(found, Reading):
             assert found.outside, "a step is bound to the tensors that it was made for"
@@ -328,7 +328,7 @@ class SegmentedStep(abc.ABC, Generic[RegionT, InputsT]):
             for segment in self.regions:
                 for name in segment.region.by_python:
                     refuse_host_schedule(name, self.devices)
-                if not (segment.bound or segment.leafwise):
+                if not (segment.bound_steps or segment.leafwise):
                     refuse_binding(self.devices)
         found = [x.region.hypers(x.present, x.owners, options, extra) for x in self.regions]
         self.number_watch.check([given.get(id(x), x) for hypers in found for x in hypers], self.devices)

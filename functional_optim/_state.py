@@ -58,10 +58,10 @@ class StateReader:
         self.region, self.reader, self.device = region, read, device
         self.expected = [
             (k, StateNode(region.links[k].tx, region.links[k].path, state_type(bound.rule, bound.counted)))
-            for k, bound in region.bounds.items()
+            for k, bound in region.bound_rules.items()
         ]
-        self.counted = [k for k, bound in region.bounds.items() if bound.counted]
-        slots = [(k, *slot) for k, bound in region.bounds.items() for slot in bound.rule.slots.items()]
+        self.counted = [k for k, bound in region.bound_rules.items() if bound.counted]
+        slots = [(k, *slot) for k, bound in region.bound_rules.items() for slot in bound.rule.slots.items()]
         self.fields = [(k, name, False) for k, name, slot in slots if not slot.per_tree]
         self.fields += [(k, "count", True) for k in self.counted]
         self.shared = {
@@ -106,7 +106,7 @@ class StateReader:
                     own[k, name] = self.reader(value)
                 except (ValueError, TypeError):
                     raise ValueError(
-                        f"state {self.region.bounds[k].rule.name}.{name} does not have the structure of params: "
+                        f"state {self.region.bound_rules[k].rule.name}.{name} does not have the structure of params: "
                         f"{difference(self.reader.spec, value)}."
                     ) from None
             elif (
@@ -117,14 +117,14 @@ class StateReader:
             ):
                 own[k, name] = [value] * len(columns["updates"])
             else:
-                label = f"state {self.region.bounds[k].rule.name}.count"
+                label = f"state {self.region.bound_rules[k].rule.name}.count"
                 check_count(label, value)
                 places = {x.device for x in columns["updates"] if isinstance(x, torch.Tensor)}
                 if value.device not in places and is_capturing(places):
                     refuse_counter(label, value, next(iter(places)))
                 own[k, name] = broadcast_count(value, columns["updates"])
         for (k, name), takers in self.shared.items():
-            label = f"state {self.region.bounds[k].rule.name}.{name}"
+            label = f"state {self.region.bound_rules[k].rule.name}.{name}"
             devices = [getattr(u, "device", None) for u in columns["updates"]]
             own[k, name] = shared_column(label, getattr(states[k], name), devices, takers, in_place)
         return own
@@ -141,7 +141,7 @@ class StateReader:
           moving: the transformations whose counter moves on.
         """
         new = {}
-        for k, bound in self.region.bounds.items():
+        for k, bound in self.region.bound_rules.items():
             fields = {
                 name: self._rebuild(getattr(states[k], name), like, columns[k, name])
                 for name in bound.rule.slots

@@ -373,7 +373,7 @@ class TreeStep(TreeLeaves, SegmentedStep[TreeRegion, TreeInputs]):
     def _check_counters(segment: TreeRegion, states: Mapping[int, Any]) -> None:
         """Refuses counters that share memory, which a step in place would count twice."""
         if len({states[k].count.data_ptr() for k in segment.moving}) < len(segment.moving):
-            names = [segment.region.bounds[k].rule.name for k in segment.moving]
+            names = [segment.region.bound_rules[k].rule.name for k in segment.moving]
             raise ValueError(
                 f"two of the counters `count` of {', '.join(names)} share memory, so donate=True would count twice; "
                 f"make the state with `init`, or clone one of them."
@@ -419,14 +419,14 @@ def take_step(
     """
     like = updates if params is None else params
     home, given = stand_in_of(tx) if tx._tensors else (tx, {})
-    bound = home._tree_steps
+    steps = home._tree_steps
     spec: Spec | None = None  # of `like`, where it is compared
-    for step in bound:
+    for step in steps:
         if step.apply is not apply:
             continue
         # a step that is donated as a whole returns its very arguments; any other returns trees whose containers are
         # those it was given. Of several steps the right one is found without errors, which show all tensors of a tree
-        if (len(bound) > 1 or not donate or len(step.segments) > 1) and not step.reader.is_fixed(like):
+        if (len(steps) > 1 or not donate or len(step.segments) > 1) and not step.reader.is_fixed(like):
             spec = flatten(like)[1] if spec is None else spec
             if spec != step.spec:
                 continue
@@ -434,8 +434,8 @@ def take_step(
         if columns is not None and (not step.asks_leaves or step.sees_the_same(columns)):
             done: tuple[Tree, Any] | None = step.take(columns, state, like, extra, donate, given)
             if done is not None:
-                if step is not bound[0]:
-                    home._tree_steps = in_front(step, bound, KEEP)
+                if step is not steps[0]:
+                    home._tree_steps = in_front(step, steps, KEEP)
                 return done
     with ShortTracebacks():
         step = TreeStep(home, apply, updates, params)
@@ -444,5 +444,5 @@ def take_step(
     if found is None:
         raise RuntimeError(CHANGED_MESSAGE)
     if not needs_dispatch() or map_levels() or takes_gradients():
-        home._tree_steps = in_front(step, bound, KEEP)
+        home._tree_steps = in_front(step, steps, KEEP)
     return found

@@ -122,7 +122,7 @@ class ParamState:
             for stored in segment.region.stored:
                 if stored.slot is None or isinstance(stored.key, str) or not isinstance(stored.slot.start, str):
                     continue
-                start = segment.region.bounds[stored.key[0]].values.get(stored.slot.start)
+                start = segment.region.bound_rules[stored.key[0]].values.get(stored.slot.start)
                 if isinstance(start, Option) and start.name == "lr":
                     found += [(i, segment.keys[stored.key]) for i in self.present if stored.seen[i]]
         return found
@@ -160,7 +160,7 @@ class ParamState:
         with torch.no_grad():
             if isinstance(stored.key, str):
                 return 0 if self.counts_in_integers else torch.zeros((), dtype=self.counter, device=self.devices[i])
-            declared = region.bounds[stored.key[0]].values
+            declared = region.bound_rules[stored.key[0]].values
             values = {k: v for k, v in declared.items() if k in (slot.start, slot.dtype, *slot.shape_hypers)}
             options_of_group = options[self.params.groups[i]]
             hypers = {k: v.look_up(options_of_group) if isinstance(v, Option) else v for k, v in values.items()}

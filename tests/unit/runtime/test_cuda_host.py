@@ -76,7 +76,7 @@ def test_the_aligned_variant_is_for_steps_of_aligned_arrays_only(device: StandIn
         p.grad = torch.ones_like(p)
     for _ in range(2):
         opt.step()
-    _, bound = opt._bindings.steps[0].regions[0].bound[0]
+    _, bound = opt._bindings.steps[0].regions[0].bound_steps[0]
     (memory,) = bound.workspaces[0].device[0].values()
     assert memory.aligned == (True,)
 
@@ -251,7 +251,7 @@ def test_each_stream_has_memory_of_its_own(device: StandIn) -> None:
         updates = dict(zip(params, grads(0), strict=True))
         params, state = fo.apply_gradients(tx, params, updates, state, donate=True)
     (step,) = tx._tree_steps
-    workspaces = [w for _, found in step.segments[0].bound for w in found.workspaces]
+    workspaces = [w for _, found in step.segments[0].bound_steps for w in found.workspaces]
     (memories,) = [memories for w in workspaces for memories in w.device.values()]
     assert list(memories) == [2, 3, 4, 5]
     assert len({memory.words.data_ptr() for memory in memories.values()}) == STREAMS
@@ -262,7 +262,7 @@ def test_a_number_in_host_memory_is_read_without_a_copy(device: StandIn) -> None
     """Reading it waits for nothing; a copy of it to a device would be one more at each step."""
     _, opt = warm()
     opt.step()
-    _, bound = opt._bindings.steps[0].regions[0].bound[0]
+    _, bound = opt._bindings.steps[0].regions[0].bound_steps[0]
     (memory,) = bound.workspaces[0].device[0].values()
     tables = memory.tables
     numbers = [[torch.tensor(0.25), *[0.5] * (tables.packer.size // 8 - 1)]]

@@ -19,7 +19,7 @@ COMPILER = pytest.mark.skipif(find_compiler() is None, reason="there is no C com
 
 def bound(tx: Any) -> list[MembersStep]:
     """The steps of ensembles that a chain of rules is bound to."""
-    return [step for trees in tx._tree_steps for segment in trees.segments for _, step in segment.of_members]
+    return [step for trees in tx._tree_steps for segment in trees.segments for _, step in segment.members_steps]
 
 
 @COMPILER

@@ -406,7 +406,7 @@ def test_options_that_change_leave_the_step_bound() -> None:
     for k in range(4):
         options = {"lr": torch.tensor(0.1) if k % 2 else 0.1 * k, "betas": (0.9 - k / 10, 0.99), "decay": k / 100}
         assert bench.take(step, gradients(bench.tensors, k), options) == "taken"
-    assert [len(region.bound) for region in step.regions] == [1]
+    assert [len(region.bound_steps) for region in step.regions] == [1]
 
 
 def test_gradients_that_are_gone_or_sparse_are_said_before_anything_is_done() -> None:
