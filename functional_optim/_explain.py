@@ -10,6 +10,7 @@ import torch
 from ._compiler.c.emit import emit_c
 from ._compiler.differentiate import NoDerivative, differentiate_signatures
 from ._compiler.errors import ShortTracebacks
+from ._compiler.fuse import extra_key
 from ._compiler.passes import Signature, plan, read_bytes, written_bytes
 from ._compiler.rule import Option
 from ._compiler.triton.emit import emit_triton, launches
@@ -269,7 +270,7 @@ def explain_params(
 def _given(step: TreeStep | ParamStep) -> list[Key]:
     """The columns of extra arguments, and of updates that are kept for rules around other segments."""
     kept = [segment.entered for segment in step.segments if segment.entered is not None]
-    return [*((-1, name) for name in step.extras.trees), *kept]
+    return [*map(extra_key, step.extras.trees), *kept]
 
 
 def _chain_of(position: int, template: Template, params: ParamList, view: View) -> OptimizerChain:

@@ -9,6 +9,7 @@ from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
 import torch
 
+from ._compiler.fuse import extra_key
 from ._extras import Extras
 from ._foreign import SpecWatch
 from ._leafwise import LeafwiseStep
@@ -237,7 +238,7 @@ class BoundRegion:
 
     def _check_extra(self, name: str, rule: str, i: int, own: Columns) -> None:
         """Refuses an entry of an extra argument that does not go with its leaf."""
-        x = own[-1, name][i]
+        x = own[extra_key(name)][i]
         if x is None or isinstance(x, MaskedNode):
             raise ValueError(
                 f"the extra argument `{name}`{at(self.paths[i])} is {x!r}, but {rule} computes an update for it; give "

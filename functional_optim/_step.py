@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ._compiler.errors import ShortTracebacks
+from ._compiler.fuse import extra_key
 from ._extras import check_no_number, extras_of
 from ._followed import run_followed
 from ._foreign import CHANGED_MESSAGE, SpecWatch, call_opaque, check_updates, host_column, value_of_members
@@ -345,7 +346,9 @@ class TreeStep(TreeLeaves, SegmentedStep[TreeRegion, TreeInputs]):
         """
         for name, rule in self.extras.trees.items():
             check_no_number(name, rule, extra[name], "a tree like the parameters", self.spec.is_leaf())
-        return {(-1, name): self.read_as(f"the extra argument `{name}`", extra[name]) for name in self.extras.trees}
+        return {
+            extra_key(name): self.read_as(f"the extra argument `{name}`", extra[name]) for name in self.extras.trees
+        }
 
     def _refuse_donation(self, own: Columns) -> None:
         """Refuses to write to tensors of a step that autograd records, by the path of one that requires a gradient."""
@@ -364,7 +367,7 @@ class TreeStep(TreeLeaves, SegmentedStep[TreeRegion, TreeInputs]):
         if "params" not in own:
             return
         others = [*own["updates"]]  # state has the graph of earlier steps, as parameters have
-        others += [x for name in self.extras.trees for x in own[-1, name]]
+        others += [x for name in self.extras.trees for x in own[extra_key(name)]]
         others += [x for table in numbers for x in table]
         if not requires_gradient(others):
             warn_of_growth(own["params"], self.spec)

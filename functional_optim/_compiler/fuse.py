@@ -22,6 +22,11 @@ from .trace import Tracer, trace_together
 _Key = TypeVar("_Key")
 
 
+def extra_key(name: str) -> tuple[int, str]:
+    """The key of the column that an extra argument is: it has no position, which a slot has."""
+    return -1, name
+
+
 class ScalarSource(NamedTuple):
     """The source of a number of the scalar table.
 
@@ -45,7 +50,8 @@ class Recipe(NamedTuple):
     Args:
       program: the program.
       scalars: the source of each number of a row of the scalar table.
-      slots: for each stored input and output, the position of its transformation and the slot's name.
+      slots: for each stored input and output, the position of its transformation and the slot's name; for an extra
+        argument that is a tree, its `extra_key`.
       hosts: schedules that Python evaluates, by the name of the input that their value is.
     """
 
@@ -284,7 +290,7 @@ class _Fusion:
         for extra in bound.rule.extras:
             found[extra] = self.scalar(extra, ScalarSource("extra", position, extra))
         for extra in bound.rule.tree_extras:
-            self.slots[extra] = (-1, extra)
+            self.slots[extra] = extra_key(extra)
             found[extra] = t.input("array", extra)
         return found
 

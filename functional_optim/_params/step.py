@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from .._compiler.fuse import extra_key
 from .._extras import check_no_number
 from .._foreign import CHANGED_MESSAGE, SpecWatch, call_opaque, check_updates, host_column
 from .._opaque import SplitState
@@ -213,7 +214,7 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
             params = [p if g is None else p.clone() for p, g in zip(params, grads, strict=True)]
         columns = {"updates": grads, "params": params, **columns}
         if self.extras.trees:
-            columns |= {(-1, k): self._extra_column(k, rule, extra[k]) for k, rule in self.extras.trees.items()}
+            columns |= {extra_key(k): self._extra_column(k, rule, extra[k]) for k, rule in self.extras.trees.items()}
         if self.local.wrapped:
             found = self._local_columns(columns)
             if isinstance(found, str):
@@ -274,8 +275,8 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
             "params": known_params or local.of("params", params),
             "updates": known_grads or local.of("updates", grads, placed_like, "the gradient of", written=False),
             **{
-                (-1, k): local.of((-1, k), columns[-1, k], placed_like, f"the extra argument `{k}` for", written=False)
-                for k in self.extras.trees
+                key: local.of(key, columns[key], placed_like, f"the extra argument `{key[1]}` for", written=False)
+                for key in map(extra_key, self.extras.trees)
             },
         }
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .._compiler.call import LeafTable
-from .._compiler.fuse import Recipe, ScalarSource
+from .._compiler.fuse import Recipe, ScalarSource, extra_key
 from .._compiler.passes import Signature
 from .._compiler.program import Level
 from .shard import MeshShard
@@ -16,7 +16,7 @@ from .spec import TensorSpec, compute_dtype, walk_together
 
 
 # "params", "updates", "step", the name of a schedule, "updates@" and the position of a transformation that they enter;
-# or a transformation's position and a slot, or -1 and an extra argument
+# or a transformation's position and a slot; or the `extra_key` of an extra argument
 Key = str | tuple[int, str]
 Columns = dict[Key, Sequence[Any]]  # a tensor per leaf in each, None where there is none
 Cell = tuple[Key, int]  # a column, and the position of a leaf in it
@@ -116,7 +116,7 @@ class Group(NamedTuple):
         names += [(k, o.name) for k, o in zip(self.outputs, program.outputs, strict=True) if k is not None]
         name = next((name for k, name in names if k == gather), "updates")
         key = self.gathers[gather].cells[0][0]
-        if isinstance(key, tuple) and key[0] < 0:
+        if key == extra_key(name):
             return f"the extra argument `{name}`"
         if "@" in name:  # kept for a rule that wraps others
             return "updates"
