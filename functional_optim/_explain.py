@@ -210,8 +210,8 @@ def explanation(tx: Any, params: Tree | None) -> Explanation:
         if isinstance(segment, TreeRegion) and segment.leafwise is not None:
             found.add_leafwise(segment.leafwise)
         elif isinstance(segment, TreeRegion):
-            states = segment.state.states(state)
-            own = segment.state.columns(states, columns) | segment.host_columns(columns, states)
+            states = segment.state_reader.states(state)
+            own = segment.state_reader.columns(states, columns) | segment.host_columns(columns, states)
             found.add_region(segment, own)
         else:
             found.add_opaque(segment.link.tx)

@@ -53,7 +53,8 @@ class Region:
     Args:
       links: the rules, by position in the chain.
       apply: whether the programs end by adding the updates to the parameters.
-      entered: the column that its updates are kept in, for a rule behind other segments.
+      entered: the column in which the updates that enter it are kept, for a rule of a later region that wraps it; None
+        if there is no such rule.
 
     Attributes:
       bound_rules: the rules with their hyper-parameters, by position.
@@ -128,10 +129,10 @@ class Region:
         """
         found: list[Any] = []
         for k, bound in self.bound_rules.items():
-            own = [] if owners is None else dict.fromkeys(owners[i] for i in present if self.links[k].seen[i])
+            asked = [] if owners is None else dict.fromkeys(owners[i] for i in present if self.links[k].seen[i])
             for name, value in bound.values.items():
                 if isinstance(value, Option):
-                    found += [value.look_up(options[owner]) for owner in own]
+                    found += [value.look_up(options[owner]) for owner in asked]
                 elif bound.is_scalar(name):
                     found.append(value)
             found += tensors_of(bound.values)
@@ -160,19 +161,19 @@ class FusedRegion(Region):
     ) -> None:
         super().__init__(links, apply, entered)
         positions, seen = tuple(links), [link.seen for link in links.values()]
-        of_leaves = list(zip(*seen, strict=True)) if seen else [()] * n_leaves
+        seen_by = list(zip(*seen, strict=True)) if seen else [()] * n_leaves  # for each leaf, whether each rule sees it
         none: list[Counting | None] = [None] * n_leaves
         # leaves of a kind share a program: the same rules see them, and they count alike
         self.kinds = [
-            (tuple(itertools.compress(positions, own)), count)
-            for own, count in zip(of_leaves, none if counting is None else counting, strict=True)
+            (tuple(itertools.compress(positions, by)), count)
+            for by, count in zip(seen_by, none if counting is None else counting, strict=True)
         ]
         parts = {
             kind: tuple(Part(k, scopes[k], self.bound_rules[k], *self._entry(k)) for k in kind[0])
             for kind in dict.fromkeys(self.kinds)
         }
-        own = None if counting is None else {kind: count for kind in parts if (count := kind[1]) is not None}
-        self.recipes = fuse_all(parts, apply, own)
+        counters = None if counting is None else {kind: count for kind in parts if (count := kind[1]) is not None}
+        self.recipes = fuse_all(parts, apply, counters)
         found = [host for recipe in self.recipes.values() for host in recipe.hosts.values()]
         self.hosts = list({host.column: host for host in found}.values())
         schedules = [
@@ -182,8 +183,8 @@ class FusedRegion(Region):
             if bound.is_schedule(hyper)
         ]
         self.traced = [(fn, traced_key(fn)) for fn in schedules if not has_fixed_key(fn)]
-        reads = None if own is None else tuple("step" in self.recipes[kind].program.leaves for kind in self.kinds)
-        self.stored = self._stored(reads, own is not None)
+        reads = None if counting is None else tuple("step" in self.recipes[kind].program.leaves for kind in self.kinds)
+        self.stored = self._stored(reads, counting is not None)
 
     def _entry(self, k: int) -> tuple[int | None, str | None]:
         """For a rule that wraps others, the first of them, or the column of the updates that entered them."""

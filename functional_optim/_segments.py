@@ -72,9 +72,16 @@ class BoundRegion:
       present: the leaves that take part.
       leafwise: the rule for whole tensors that the region is, if it is one.
       owners: whose options each leaf looks up; None if there are no options.
-      numels: number of elements of each leaf, those in other processes counted; None for those of updates.
-      shards: the join of each leaf with its other parts; None if no leaf has any.
+      numels: the number of elements of each leaf, those in other processes counted; None if its update has all.
+      shards: the processes that have other parts of each leaf; None if no leaf has any.
       joins: the reductions over processes, if there are any.
+
+    Attributes:
+      counters: columns of counters that all leaves share, and that the region moves on.
+      uses_first: the positions of rules to which a first step makes a difference.
+      bound_steps: the steps that were used last, each with its variant; the last one in front.
+      members_steps: steps of ensembles, each with the forms of its packed columns.
+      entered: the column in which the updates that enter it are kept; see `Region`.
     """
 
     KEEP = 8
@@ -92,8 +99,8 @@ class BoundRegion:
     ) -> None:
         self.region, self.paths, self.present, self.leafwise = region, paths, present, leafwise
         self.owners, self.numels, self.shards, self.joins = owners, numels, shards, joins
-        self.counters: list[Key] = []  # columns of counters that all leaves share, and that the region moves on
-        self.first_slots = {k for k, bound in region.bound_rules.items() if bound.rule.uses_first}
+        self.counters: list[Key] = []
+        self.uses_first = {k for k, bound in region.bound_rules.items() if bound.rule.uses_first}
         self.bound_steps: list[tuple[Variant, BoundStep]] = []
         self.members_steps: list[tuple[tuple[Form | None, ...], MembersStep]] = []
         self.entered = region.entered
@@ -105,12 +112,15 @@ class BoundRegion:
           own: all tensors that the programs read.
           variant: the part of the binding that they do not show.
 
+        Returns:
+          The step and the reading; None if no step is bound to such tensors.
+
         Raises:
           ValueError: the storage of a tensor has been freed or cut.
         """
         for entry in self.bound_steps:
             known, bound = entry
-            if known != variant or (bound.partners and not bound.has_partners(own)):
+            if known != variant or (bound.unread_params and not bound.fits_unread_params(own)):
                 continue
             found = bound.read(own)
             if isinstance(found, Reading):
@@ -148,7 +158,7 @@ class BoundRegion:
         sizes, forms = tuple(level.size for level in levels), packed_forms(own.values())
         for entry in self.members_steps:
             known, bound = entry
-            if bound.sizes != sizes or known != forms or (bound.partners and not bound.has_partners(own)):
+            if bound.sizes != sizes or known != forms or (bound.unread_params and not bound.fits_unread_params(own)):
                 continue
             found = bound.read(own, bound.numbers((), extra, given), levels)
             if isinstance(found, MembersReading):
@@ -285,7 +295,7 @@ class SegmentedStep(abc.ABC, Generic[RegionT, InputsT]):
         self.runs_python = any(by_python) or len(self.regions) < len(segments)
         self.looks_ahead = (len(segments) > 1 or len(devices) > 1) and can_capture(devices)
         self.number_watch = NumberWatch()  # of steps that are not captured
-        self.watch, self.entering = SpecWatch((), ()), SpecWatch((), ())  # of parameters, and of updates
+        self.params_watch, self.updates_watch = SpecWatch((), ()), SpecWatch((), ())  # of the last step
 
     @abc.abstractmethod
     def _run(self, segment: RegionT, columns: Columns, inputs: InputsT, last: bool) -> bool:

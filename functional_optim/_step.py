@@ -44,13 +44,23 @@ KEEP = 8  # trees that a transformation is bound to at once
 
 
 class TreeRegion(BoundRegion):
-    """A region over the leaves of a tree, with its state."""
+    """A region over the leaves of a tree, with its state.
+
+    Args:
+      region: the region.
+      leaves: the leaves of the tree.
+      device: the device of all leaves that take part; None if there are several.
+
+    Attributes:
+      state_reader: reads its states as columns.
+      moving: the positions of rules whose counter a step moves on: they see a leaf that takes part.
+    """
 
     def __init__(self, region: Region, leaves: TreeLeaves, device: torch.device | None) -> None:
         rule = LeafwiseStep(region, leaves.paths, leaves.present) if isinstance(region, LeafwiseRegion) else None
         super().__init__(region, leaves.paths, leaves.present, rule)
-        self.state = StateReader(region, leaves.reader, device, leaves.present)
-        self.moving = [k for k in self.state.counted if any(region.links[k].seen[i] for i in leaves.present)]
+        self.state_reader = StateReader(region, leaves.reader, device, leaves.present)
+        self.moving = [k for k in self.state_reader.counted if any(region.links[k].seen[i] for i in leaves.present)]
         self.counters = [(k, "count") for k in self.moving]
 
     def host_columns(self, columns: Columns, states: Mapping[int, Any]) -> Columns:
@@ -202,23 +212,24 @@ class TreeStep(TreeLeaves, SegmentedStep[TreeRegion, TreeInputs]):
                 check_state([node], state)
         watch = None
         if self.runs_python and not dispatching and self.with_params:
-            watch = self.watch = SpecWatch.of(self.watch, columns["params"], self.present, "params", self.paths)
+            now = columns["params"]
+            watch = self.params_watch = SpecWatch.of(self.params_watch, now, self.present, "params", self.paths)
         if self.looks_ahead and not dispatching:
             self._look_ahead((), extra_numbers, given)
         inputs = TreeInputs(state, like, extra, extra_numbers, donate, given, dispatching, watch, {})
-        entered = columns["updates"]
+        before = columns["updates"]
         if not self._take_segments(columns, inputs):
             return None
         if self.widens:
-            columns["updates"] = _as_wide(entered, columns)
+            columns["updates"] = _as_wide(before, columns)
         leaves = columns["params" if self.apply else "updates"]
         tree = like if donate else self.reader.rebuild(like, leaves)
         return tree, set_states(state, inputs.new_states) if inputs.new_states else state
 
     def _run(self, segment: TreeRegion, columns: Columns, inputs: TreeInputs, last: bool) -> bool:
         in_place = inputs.donate and last
-        states = segment.state.states(inputs.state)
-        own = segment.state.columns(states, columns, in_place)
+        states = segment.state_reader.states(inputs.state)
+        own = segment.state_reader.columns(states, columns, in_place)
         if segment.region.hosts:
             own |= segment.host_columns(columns, states)
         if inputs.watch is not None and not inputs.watch.holds(columns["params"]):
@@ -230,7 +241,9 @@ class TreeStep(TreeLeaves, SegmentedStep[TreeRegion, TreeInputs]):
             if self.absent and torch.is_grad_enabled():
                 results = self._with_aliases(own, results)
             columns |= {name: results[name] for name in columns if name in results}
-            inputs.new_states.update(segment.state.replaced(states, {**own, **results}, inputs.like, segment.moving))
+            inputs.new_states.update(
+                segment.state_reader.replaced(states, {**own, **results}, inputs.like, segment.moving)
+            )
         return True
 
     def _compute(
@@ -258,7 +271,7 @@ class TreeStep(TreeLeaves, SegmentedStep[TreeRegion, TreeInputs]):
                 self.check_leaves(own)
             return rule.compute(own, extra, fits=fits)
         if inputs.dispatching:
-            counters: set[Key] = {(k, "count") for k in segment.state.counted}
+            counters: set[Key] = {(k, "count") for k in segment.state_reader.counted}
             return run_followed(segment, self, counters, own, extra, inputs.given)
         variant = Variant(in_place, REQUESTED.get(), forms=packed_forms(own.values()))
         found = segment.find(own, variant)
@@ -327,7 +340,7 @@ class TreeStep(TreeLeaves, SegmentedStep[TreeRegion, TreeInputs]):
         if segment is self.segments[0]:  # leaves may have changed since the step was made; programs look at them anyway
             self.check_leaves(columns)
             if not inputs.dispatching:
-                self.entering = SpecWatch.of(self.entering, before, self.present, "updates", self.paths)
+                self.updates_watch = SpecWatch.of(self.updates_watch, before, self.present, "updates", self.paths)
         view = View(self.spec, tuple(params), link.seen)
         updates, new_state = call_opaque(
             link, view, before, get_state(inputs.state, link.path), self.with_params, inputs.extra, self.reader

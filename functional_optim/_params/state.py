@@ -111,7 +111,7 @@ class ParamState:
                         else:
                             made = shared
                         journal.set(states[i], key, made)
-                        if stored.key != "step" and stored.key[0] in segment.first_slots:
+                        if stored.key != "step" and stored.key[0] in segment.uses_first:
                             new.add(i)
         return new
 

@@ -224,8 +224,8 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
         if self.runs_python:
             options = list(options)  # another object, for Python code within the step may change options
             if not dispatching:
-                watch = SpecWatch.of(self.watch, columns["params"], self.present, "params", self.paths)
-                steady, self.watch = watch is self.watch, watch
+                watch = SpecWatch.of(self.params_watch, columns["params"], self.present, "params", self.paths)
+                steady, self.params_watch = watch is self.params_watch, watch
         if self.looks_ahead and not dispatching:
             self._look_ahead(options, extra, {})
         inputs = ParamInputs(params, written, states, options, extra, first, journal, dispatching, watch, steady)
@@ -386,7 +386,7 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
                 self._check_leaves(own)
             mended = self.state.mend_counters(own, inputs.states, inputs.journal)
             return segment.run_leafwise(own | mended, inputs.options, inputs.extra, inputs.first, fits), mended
-        first = inputs.first if segment.first_slots else frozenset()
+        first = inputs.first if segment.uses_first else frozenset()
         variant = Variant(in_place, REQUESTED.get(), first)
         found = None if inputs.dispatching else segment.find(own, variant)
         if found is None:
@@ -452,7 +452,8 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
         """
         link, split = segment.link, self.opaque[segment.position]
         if segment is self.segments[0] and not inputs.dispatching:
-            self.entering = SpecWatch.of(self.entering, columns["updates"], self.present, "updates", self.paths)
+            now = columns["updates"]
+            self.updates_watch = SpecWatch.of(self.updates_watch, now, self.present, "updates", self.paths)
         before = list(columns["updates"])
         for i in self.local.wrapped:
             before[i] = None if before[i] is None else self.local.like(before[i], i)

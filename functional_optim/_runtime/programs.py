@@ -42,8 +42,8 @@ class Programs:
         self, leaves: Sequence[Leaf], specs: Specs, joins: Joins | None = None, shared: Sequence[Key] = ()
     ) -> None:
         self.joins = joins
-        # dtypes of parameters that no program reads, but that updates are as wide as
-        self.partners = [
+        # parameters that no program reads, but that updates are as wide as: positions and dtypes
+        self.unread_params = [
             (leaf.position, p.dtype)
             for leaf in leaves
             if (p := specs["params"][leaf.position] if "params" in specs else None) is not None
@@ -60,10 +60,10 @@ class Programs:
         # for each group and output, the columns that its values go to, and where: positions there and among the values
         self.targets = [list(map(_by_column, group.targets)) for group in self.groups]
 
-    def has_partners(self, columns: Columns) -> bool:
+    def fits_unread_params(self, columns: Columns) -> bool:
         """Whether parameters that no program reads have the dtypes that they had."""
         params = columns["params"]
-        return isinstance(params, PackedColumn) or all(params[i].dtype is dtype for i, dtype in self.partners)
+        return isinstance(params, PackedColumn) or all(params[i].dtype is dtype for i, dtype in self.unread_params)
 
     def numbers(
         self,

@@ -188,7 +188,7 @@ class BoundStep(BoundPrograms):
             parts = self.parts  # those of this step: another thread may give a backend up meanwhile
             computed = self._run_parts(parts, reading, numbers, outputs, ready)
             outputs = [computed.get(g, columns) for g, columns in enumerate(outputs)]
-            for i in self._still(parts):
+            for i in self._unmoved(parts):
                 self.tensor_at(reading, i).add_(1)
         if reading.originals:
             if self.in_place:
@@ -229,7 +229,7 @@ class BoundStep(BoundPrograms):
             self.parts = [("foreach" if backend == "triton" else backend, part) for backend, part in self.parts]
         return ready
 
-    def _still(self, parts: Sequence[tuple[str, list[int]]]) -> list[int]:
+    def _unmoved(self, parts: Sequence[tuple[str, list[int]]]) -> list[int]:
         """The positions of shared counters that no kernel of several parts moves on."""
         launched = [self.triton[k].moved for k, (backend, _) in enumerate(parts) if backend == "triton"]
         return [i for i in self.counters.values() if not any(i in moved for moved in launched)]
