@@ -131,70 +131,6 @@ class BoundRegion:
                 self._refuse_freed(own, *bound.name_of(found.position))
         return None
 
-    def _refuse_freed(self, own: Columns, name: str, leaf: int) -> NoReturn:
-        refuse_freed(name, self.paths[leaf], own["updates"][leaf].shape)
-
-    def check_memory(self, own: Columns, levels: Sequence[MapLevel]) -> None:
-        """Refuses tensors without memory, where operations of torch are to compute members of `vmap`.
-
-        Raises:
-          ValueError: the storage of a tensor has been freed or cut.
-        """
-        found = find_freed(own, levels)
-        if found is not None:
-            key, leaf = found
-            names = {stored.key: stored.name for stored in self.region.stored}
-            name = key if isinstance(key, str) else f"the extra argument `{key[1]}`"
-            self._refuse_freed(own, names.get(key, name), leaf)
-
-    def find_members(
-        self, own: Columns, levels: Sequence[MapLevel], extra: Mapping[str, Any], given: Mapping[int, torch.Tensor]
-    ) -> tuple[MembersStep, MembersReading] | None:
-        """A step of an ensemble that is bound to such tensors, and these tensors read; see `bind_members`.
-
-        Raises:
-          ValueError: the storage of a tensor has been freed or cut.
-        """
-        sizes, forms = tuple(level.size for level in levels), packed_forms(own.values())
-        for entry in self.members_steps:
-            known, bound = entry
-            if bound.sizes != sizes or known != forms or (bound.unread_params and not bound.fits_unread_params(own)):
-                continue
-            found = bound.read(own, bound.numbers((), extra, given), levels)
-            if isinstance(found, MembersReading):
-                if entry is not self.members_steps[0]:
-                    self.members_steps = in_front(entry, self.members_steps, self.KEEP)
-                return bound, found
-            if found is not None and found.outside:
-                self._refuse_freed(own, *bound.name_of(found.position))
-        return None
-
-    def bind_members(
-        self,
-        own: Columns,
-        levels: Sequence[MapLevel],
-        leaves: Sequence[Leaf],
-        counters: Set[Key],
-        extra: Mapping[str, Any],
-        given: Mapping[int, torch.Tensor],
-    ) -> tuple[MembersStep, MembersReading] | None:
-        """Binds the programs to the tensors of an ensemble, and reads these; None if kernels do not compute them.
-
-        Args:
-          own: all tensors that the programs read, as they are within `vmap`.
-          levels: the calls of `vmap` that are active.
-          leaves: the leaves of a member that programs compute.
-          counters: columns of counters that all leaves share.
-          extra: the extra arguments that are numbers.
-          given: tensors in the place of those that hyper-parameters have, by identity.
-        """
-        try:
-            bound = MembersStep(leaves, self.specs(own), own, levels, counters, extra, given)
-        except NoKernels:
-            return None
-        self.members_steps = in_front((packed_forms(own.values()), bound), self.members_steps, self.KEEP)
-        return self.find_members(own, levels, extra, given)
-
     def bind(self, own: Columns, variant: Variant, leaves: Sequence[Leaf]) -> tuple[BoundStep, Reading]:
         """Binds the programs to tensors, and reads these.
 
@@ -267,6 +203,70 @@ class BoundRegion:
     def programs(self, own: Columns, leaves: Sequence[Leaf]) -> Programs:
         """The programs, for tensors that torch operations compute on this one time."""
         return Programs(leaves, self.specs(own), self.joins)
+
+    def _refuse_freed(self, own: Columns, name: str, leaf: int) -> NoReturn:
+        refuse_freed(name, self.paths[leaf], own["updates"][leaf].shape)
+
+    def find_members(
+        self, own: Columns, levels: Sequence[MapLevel], extra: Mapping[str, Any], given: Mapping[int, torch.Tensor]
+    ) -> tuple[MembersStep, MembersReading] | None:
+        """A step of an ensemble that is bound to such tensors, and these tensors read; see `bind_members`.
+
+        Raises:
+          ValueError: the storage of a tensor has been freed or cut.
+        """
+        sizes, forms = tuple(level.size for level in levels), packed_forms(own.values())
+        for entry in self.members_steps:
+            known, bound = entry
+            if bound.sizes != sizes or known != forms or (bound.unread_params and not bound.fits_unread_params(own)):
+                continue
+            found = bound.read(own, bound.numbers((), extra, given), levels)
+            if isinstance(found, MembersReading):
+                if entry is not self.members_steps[0]:
+                    self.members_steps = in_front(entry, self.members_steps, self.KEEP)
+                return bound, found
+            if found is not None and found.outside:
+                self._refuse_freed(own, *bound.name_of(found.position))
+        return None
+
+    def bind_members(
+        self,
+        own: Columns,
+        levels: Sequence[MapLevel],
+        leaves: Sequence[Leaf],
+        counters: Set[Key],
+        extra: Mapping[str, Any],
+        given: Mapping[int, torch.Tensor],
+    ) -> tuple[MembersStep, MembersReading] | None:
+        """Binds the programs to the tensors of an ensemble, and reads these; None if kernels do not compute them.
+
+        Args:
+          own: all tensors that the programs read, as they are within `vmap`.
+          levels: the calls of `vmap` that are active.
+          leaves: the leaves of a member that programs compute.
+          counters: columns of counters that all leaves share.
+          extra: the extra arguments that are numbers.
+          given: tensors in the place of those that hyper-parameters have, by identity.
+        """
+        try:
+            bound = MembersStep(leaves, self.specs(own), own, levels, counters, extra, given)
+        except NoKernels:
+            return None
+        self.members_steps = in_front((packed_forms(own.values()), bound), self.members_steps, self.KEEP)
+        return self.find_members(own, levels, extra, given)
+
+    def check_memory(self, own: Columns, levels: Sequence[MapLevel]) -> None:
+        """Refuses tensors without memory, where operations of torch are to compute members of `vmap`.
+
+        Raises:
+          ValueError: the storage of a tensor has been freed or cut.
+        """
+        found = find_freed(own, levels)
+        if found is not None:
+            key, leaf = found
+            names = {stored.key: stored.name for stored in self.region.stored}
+            name = key if isinstance(key, str) else f"the extra argument `{key[1]}`"
+            self._refuse_freed(own, names.get(key, name), leaf)
 
 
 RegionT = TypeVar("RegionT", bound=BoundRegion)

@@ -226,6 +226,18 @@ class TreeStep(TreeLeaves, SegmentedStep[TreeRegion, TreeInputs]):
         tree = like if donate else self.reader.rebuild(like, leaves)
         return tree, set_states(state, inputs.new_states) if inputs.new_states else state
 
+    def _extra_columns(self, extra: Mapping[str, Any]) -> Columns:
+        """The extra arguments that are trees, as columns.
+
+        Raises:
+          ValueError: one does not have the structure of the parameters.
+        """
+        for name, rule in self.extras.trees.items():
+            check_no_number(name, rule, extra[name], "a tree like the parameters", self.spec.is_leaf())
+        return {
+            extra_key(name): self.read_as(f"the extra argument `{name}`", extra[name]) for name in self.extras.trees
+        }
+
     def _run(self, segment: TreeRegion, columns: Columns, inputs: TreeInputs, last: bool) -> bool:
         in_place = inputs.donate and last
         states = segment.state_reader.states(inputs.state)
@@ -292,6 +304,28 @@ class TreeStep(TreeLeaves, SegmentedStep[TreeRegion, TreeInputs]):
             return self._run_in_place(segment, found, own, numbers, states)
         return bound.run(reading, own, numbers)
 
+    def _refuse_donation(self, own: Columns) -> None:
+        """Refuses to write to tensors of a step that autograd records, by the path of one that requires a gradient."""
+        path = next(
+            (self.paths[i] for i in self.present for x in (own["params"][i], own["updates"][i]) if x.requires_grad),
+            None,
+        )
+        subject = "a hyper-parameter or a tensor of the state" if path is None else f"params{at(path)} or its update"
+        raise RuntimeError(
+            f"{subject} requires a gradient, and donate=True would write to it while autograd is recording; wrap the "
+            f"step in `torch.no_grad()`, or use donate=False to differentiate through it."
+        )
+
+    def _warn_of_recording(self, own: Columns, numbers: Numbers) -> None:
+        """Warns where autograd records steps for nobody."""
+        if "params" not in own:
+            return
+        others = [*own["updates"]]  # state has the graph of earlier steps, as parameters have
+        others += [x for name in self.extras.trees for x in own[extra_key(name)]]
+        others += [x for table in numbers for x in table]
+        if not requires_gradient(others):
+            warn_of_growth(own["params"], self.spec)
+
     def _run_in_place(
         self,
         segment: TreeRegion,
@@ -325,6 +359,16 @@ class TreeStep(TreeLeaves, SegmentedStep[TreeRegion, TreeInputs]):
                 raise error.for_donation() from None
             raise
 
+    @staticmethod
+    def _check_counters(segment: TreeRegion, states: Mapping[int, Any]) -> None:
+        """Refuses counters that share memory, which a step in place would count twice."""
+        if len({states[k].count.data_ptr() for k in segment.moving}) < len(segment.moving):
+            names = [segment.region.bound_rules[k].rule.name for k in segment.moving]
+            raise ValueError(
+                f"two of the counters `count` of {', '.join(names)} share memory, so donate=True would count twice; "
+                f"make the state with `init`, or clone one of them."
+            )
+
     def _with_aliases(self, columns: Columns, results: Columns) -> Columns:
         """The columns that change, without tensors that a recorded step leaves alone; see `with_aliases`."""
         # in buffers of a packed tree all tensors are new
@@ -350,50 +394,6 @@ class TreeStep(TreeLeaves, SegmentedStep[TreeRegion, TreeInputs]):
             check_apart(link.tx, new_state, params)
         inputs.new_states[link.path] = new_state
         return updates
-
-    def _extra_columns(self, extra: Mapping[str, Any]) -> Columns:
-        """The extra arguments that are trees, as columns.
-
-        Raises:
-          ValueError: one does not have the structure of the parameters.
-        """
-        for name, rule in self.extras.trees.items():
-            check_no_number(name, rule, extra[name], "a tree like the parameters", self.spec.is_leaf())
-        return {
-            extra_key(name): self.read_as(f"the extra argument `{name}`", extra[name]) for name in self.extras.trees
-        }
-
-    def _refuse_donation(self, own: Columns) -> None:
-        """Refuses to write to tensors of a step that autograd records, by the path of one that requires a gradient."""
-        path = next(
-            (self.paths[i] for i in self.present for x in (own["params"][i], own["updates"][i]) if x.requires_grad),
-            None,
-        )
-        subject = "a hyper-parameter or a tensor of the state" if path is None else f"params{at(path)} or its update"
-        raise RuntimeError(
-            f"{subject} requires a gradient, and donate=True would write to it while autograd is recording; wrap the "
-            f"step in `torch.no_grad()`, or use donate=False to differentiate through it."
-        )
-
-    def _warn_of_recording(self, own: Columns, numbers: Numbers) -> None:
-        """Warns where autograd records steps for nobody."""
-        if "params" not in own:
-            return
-        others = [*own["updates"]]  # state has the graph of earlier steps, as parameters have
-        others += [x for name in self.extras.trees for x in own[extra_key(name)]]
-        others += [x for table in numbers for x in table]
-        if not requires_gradient(others):
-            warn_of_growth(own["params"], self.spec)
-
-    @staticmethod
-    def _check_counters(segment: TreeRegion, states: Mapping[int, Any]) -> None:
-        """Refuses counters that share memory, which a step in place would count twice."""
-        if len({states[k].count.data_ptr() for k in segment.moving}) < len(segment.moving):
-            names = [segment.region.bound_rules[k].rule.name for k in segment.moving]
-            raise ValueError(
-                f"two of the counters `count` of {', '.join(names)} share memory, so donate=True would count twice; "
-                f"make the state with `init`, or clone one of them."
-            )
 
 
 def _seen(links: Sequence[Link]) -> list[tuple[Path, tuple[bool, ...]]]:

@@ -174,6 +174,15 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
+    def begin(self) -> None:
+        """Begins a step, of which nothing has been written."""
+        self.done, self.workspace = False, None
+
+    @property
+    def completed(self) -> bool:
+        """Whether everything of the last step has been written."""
+        return self.done or (self.workspace is not None and self.workspace.completed)
+
     def take(
         self,
         columns: Columns,
@@ -259,27 +268,6 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
                 "was given one parameter while its gradient is computed; call `step` after the backward pass."
             )
 
-    def _local_columns(self, columns: Columns) -> Columns | Literal["gone", "sparse"]:
-        """Parameters, gradients and extra arguments as local tensors; an outcome of `take` if it cannot go on."""
-        local, params, grads = self.local, columns["params"], columns["updates"]
-        known_params = local.known("params", params)
-        if known_params is None and not local.fits(params):
-            return "gone"
-        known_grads = local.known("updates", grads)
-        # a region finds sparse gradients when it reads tensors
-        if (known_grads is None or len(self.segments) > 1) and any(
-            g is not None and g.layout is not torch.strided for g in map(grads.__getitem__, local.dtensors)
-        ):
-            return "sparse"
-        return {
-            "params": known_params or local.of("params", params),
-            "updates": known_grads or local.of("updates", grads, placed_like, "the gradient of", written=False),
-            **{
-                key: local.of(key, columns[key], placed_like, f"the extra argument `{key[1]}` for", written=False)
-                for key in map(extra_key, self.extras.trees)
-            },
-        }
-
     def _extra_column(self, name: str, rule: str, x: Any) -> list[Any]:
         """An extra argument that is one tensor per parameter, as a column.
 
@@ -315,23 +303,26 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
             )
         return list(x)
 
-    def _host_columns(self, segment: ParamRegion, states: States) -> Columns:
-        """The values of schedules that Python evaluates, as columns."""
-        found: Columns = {}
-        for host in segment.region.hosts:
-            refuse_host_schedule(host.name, self.state.devices)
-            counts = [None if (x := state.get("step")) is None else int(x) for state in states]
-            found[host.column] = host_column(host, counts, self.state.devices)
-        return found
-
-    def begin(self) -> None:
-        """Begins a step, of which nothing has been written."""
-        self.done, self.workspace = False, None
-
-    @property
-    def completed(self) -> bool:
-        """Whether everything of the last step has been written."""
-        return self.done or (self.workspace is not None and self.workspace.completed)
+    def _local_columns(self, columns: Columns) -> Columns | Literal["gone", "sparse"]:
+        """Parameters, gradients and extra arguments as local tensors; an outcome of `take` if it cannot go on."""
+        local, params, grads = self.local, columns["params"], columns["updates"]
+        known_params = local.known("params", params)
+        if known_params is None and not local.fits(params):
+            return "gone"
+        known_grads = local.known("updates", grads)
+        # a region finds sparse gradients when it reads tensors
+        if (known_grads is None or len(self.segments) > 1) and any(
+            g is not None and g.layout is not torch.strided for g in map(grads.__getitem__, local.dtensors)
+        ):
+            return "sparse"
+        return {
+            "params": known_params or local.of("params", params),
+            "updates": known_grads or local.of("updates", grads, placed_like, "the gradient of", written=False),
+            **{
+                key: local.of(key, columns[key], placed_like, f"the extra argument `{key[1]}` for", written=False)
+                for key in map(extra_key, self.extras.trees)
+            },
+        }
 
     def _run(self, segment: ParamRegion, columns: Columns, inputs: ParamInputs, last: bool) -> bool:
         if segment.region.hosts:
@@ -356,6 +347,15 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
             columns["updates"] = results.pop("updates", columns["updates"])
             self.state.replace(segment, results, columns, inputs.states, inputs.journal)
         return True
+
+    def _host_columns(self, segment: ParamRegion, states: States) -> Columns:
+        """The values of schedules that Python evaluates, as columns."""
+        found: Columns = {}
+        for host in segment.region.hosts:
+            refuse_host_schedule(host.name, self.state.devices)
+            counts = [None if (x := state.get("step")) is None else int(x) for state in states]
+            found[host.column] = host_column(host, counts, self.state.devices)
+        return found
 
     def _compute(
         self, segment: ParamRegion, own: Columns, inputs: ParamInputs, in_place: bool
@@ -409,10 +409,6 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
         self.workspace = reading.workspace if in_place else None
         return bound.run(reading, own, numbers), mended
 
-    def _kept(self, inputs: ParamInputs) -> Columns:
-        """The column of parameters that autograd may keep, because nothing is written to them."""
-        return {"params": self.local.of("params", inputs.params)}
-
     def _has_its_leaves(self, segment: ParamRegion, own: Columns) -> bool:
         """Whether the gradients and entries are there that were there before, and gradients are dense."""
         if any(u is None or u.layout is not torch.strided for u in (own["updates"][i] for i in self.present)):
@@ -429,6 +425,10 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
             u = check_leaf("updates", self.paths[i], own["updates"][i])
             p = check_leaf("params", self.paths[i], own["params"][i])
             check_fit("updates", "parameter", self.paths[i], u, p)
+
+    def _kept(self, inputs: ParamInputs) -> Columns:
+        """The column of parameters that autograd may keep, because nothing is written to them."""
+        return {"params": self.local.of("params", inputs.params)}
 
     def _write(
         self, segment: ParamRegion, columns: Columns, own: Columns, results: Columns, inputs: ParamInputs

@@ -130,6 +130,13 @@ class BoundStep(BoundPrograms):
             if memory[copy] != memory[start]:
                 memory[copy : copy + n] = [memory[start]] * n
 
+    def release(self, reading: Reading) -> None:
+        """Gives back the memory of a reading that is not run.
+
+        That of one which an error has stopped is freed with it, and not used again: launches may be in progress.
+        """
+        self.workspaces.append(reading.workspace)
+
     def tensor_at(self, reading: Reading, position: int) -> torch.Tensor:
         """The gathered tensor at a position."""
         return reading.tensors[position]
@@ -140,13 +147,6 @@ class BoundStep(BoundPrograms):
             if type(x) is not float and isinstance(x, torch.Tensor) and x.requires_grad:  # most are floats
                 return True
         return any(map(REQUIRES_GRAD, reading.tensors))
-
-    def release(self, reading: Reading) -> None:
-        """Gives back the memory of a reading that is not run.
-
-        That of one which an error has stopped is freed with it, and not used again: launches may be in progress.
-        """
-        self.workspaces.append(reading.workspace)
 
     def run(self, reading: Reading, columns: Columns, numbers: Numbers) -> Columns:
         """Computes the step. `reading.workspace.completed` tells from then on whether everything has been written.
@@ -199,16 +199,40 @@ class BoundStep(BoundPrograms):
         self.workspaces.append(workspace)
         return outputs
 
-    def _results(self, columns: Columns, outputs: Sequence[Sequence[Sequence[Any]]]) -> Columns:
-        """The columns that change, with what has been computed."""
-        return self.scatter(columns, outputs)
+    def _allocate(self, reading: Reading, columns: Columns) -> list[list[Column]]:
+        """New tensors for the outputs of kernels, with their pointers among those of the step."""
+        assert self.allocator is not None
+        likes = [
+            reading.tensors[slice(*bounds[group.updates])]
+            for group, bounds in zip(self.groups, self.bounds, strict=True)
+            for _ in group.outputs
+        ]
+        made = iter(self.allocator(likes, reading.workspace.pointers))
+        return [list(itertools.islice(made, len(group.outputs))) for group in self.groups]
 
-    def _written_tensors(self, reading: Reading) -> list[torch.Tensor]:
-        """The tensors that are written in place."""
-        written = []
-        for start, stop in self.written:
-            written += reading.tensors[start:stop]
-        return written
+    def _refuse_overlap(self, reading: Reading) -> None:
+        """Refuses to write to memory that two tensors share, if pointers are not those of the last time.
+
+        Raises:
+          SharedMemoryError: with the paths of both.
+        """
+        pointers = reading.workspace.pointers
+        if self.repeated is not None:
+            label, leaf = self.label(self.repeated), self.name_of(self.repeated)[1]
+            raise SharedMemoryError(label, label, leaf, leaf)
+        content = reading.workspace.content()
+        if content == reading.workspace.disjoint and not reading.originals:
+            return
+        addresses = pointers.tensor[: self.n_gathered]
+        if reading.originals:
+            addresses = addresses.clone()
+            for i, x in reading.originals.items():
+                addresses[i] = x.data_ptr()
+        clash = self.overlap.find(addresses)
+        if clash is not None:
+            leaves = self.name_of(clash.first)[1], self.name_of(clash.second)[1]
+            raise SharedMemoryError(self.label(clash.first), self.label(clash.second), *leaves)
+        reading.workspace.disjoint = content
 
     def _prepare(self, workspace: Workspace, numbers: Numbers) -> dict[int, DeviceMemory]:
         """Brings the tables of launches on devices up to date; for each part with launches, memory that is ready.
@@ -229,10 +253,12 @@ class BoundStep(BoundPrograms):
             self.parts = [("foreach" if backend == "triton" else backend, part) for backend, part in self.parts]
         return ready
 
-    def _unmoved(self, parts: Sequence[tuple[str, list[int]]]) -> list[int]:
-        """The positions of shared counters that no kernel of several parts moves on."""
-        launched = [self.triton[k].moved for k, (backend, _) in enumerate(parts) if backend == "triton"]
-        return [i for i in self.counters.values() if not any(i in moved for moved in launched)]
+    def _written_tensors(self, reading: Reading) -> list[torch.Tensor]:
+        """The tensors that are written in place."""
+        written = []
+        for start, stop in self.written:
+            written += reading.tensors[start:stop]
+        return written
 
     def _run_parts(
         self,
@@ -276,16 +302,10 @@ class BoundStep(BoundPrograms):
         results = evaluate(backend, groups, [gathered[g] for g in part], numbers, self.joins, self.in_place)
         return {} if self.in_place else dict(zip(part, results, strict=True))
 
-    def _allocate(self, reading: Reading, columns: Columns) -> list[list[Column]]:
-        """New tensors for the outputs of kernels, with their pointers among those of the step."""
-        assert self.allocator is not None
-        likes = [
-            reading.tensors[slice(*bounds[group.updates])]
-            for group, bounds in zip(self.groups, self.bounds, strict=True)
-            for _ in group.outputs
-        ]
-        made = iter(self.allocator(likes, reading.workspace.pointers))
-        return [list(itertools.islice(made, len(group.outputs))) for group in self.groups]
+    def _unmoved(self, parts: Sequence[tuple[str, list[int]]]) -> list[int]:
+        """The positions of shared counters that no kernel of several parts moves on."""
+        launched = [self.triton[k].moved for k, (backend, _) in enumerate(parts) if backend == "triton"]
+        return [i for i in self.counters.values() if not any(i in moved for moved in launched)]
 
     def _copy_back(self, reading: Reading) -> None:
         """Writes the copies that kernels have changed to their originals."""
@@ -306,29 +326,9 @@ class BoundStep(BoundPrograms):
             found.append(laid_out)
         return found
 
-    def _refuse_overlap(self, reading: Reading) -> None:
-        """Refuses to write to memory that two tensors share, if pointers are not those of the last time.
-
-        Raises:
-          SharedMemoryError: with the paths of both.
-        """
-        pointers = reading.workspace.pointers
-        if self.repeated is not None:
-            label, leaf = self.label(self.repeated), self.name_of(self.repeated)[1]
-            raise SharedMemoryError(label, label, leaf, leaf)
-        content = reading.workspace.content()
-        if content == reading.workspace.disjoint and not reading.originals:
-            return
-        addresses = pointers.tensor[: self.n_gathered]
-        if reading.originals:
-            addresses = addresses.clone()
-            for i, x in reading.originals.items():
-                addresses[i] = x.data_ptr()
-        clash = self.overlap.find(addresses)
-        if clash is not None:
-            leaves = self.name_of(clash.first)[1], self.name_of(clash.second)[1]
-            raise SharedMemoryError(self.label(clash.first), self.label(clash.second), *leaves)
-        reading.workspace.disjoint = content
+    def _results(self, columns: Columns, outputs: Sequence[Sequence[Sequence[Any]]]) -> Columns:
+        """The columns that change, with what has been computed."""
+        return self.scatter(columns, outputs)
 
 
 def _in_layout_of(like: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
