@@ -152,7 +152,7 @@ class BoundRegion:
         return bound, found
 
     def leaves(self, own: Columns, first: frozenset[int] = frozenset()) -> list[Leaf]:
-        """The leaves that programs compute. Leaves that no rule sees are left alone.
+        """The leaves that programs compute. Those that no rule sees are left alone, unless updates are added to them.
 
         Args:
           own: all tensors that the programs read.
@@ -314,7 +314,7 @@ class SegmentedStep(abc.ABC, Generic[RegionT, InputsT]):
         began = False
         try:
             for segment in self.segments:
-                if segment.entered is not None:
+                if segment.entered is not None:  # for a rule of a later region, which wraps some from here on
                     columns[segment.entered] = columns["updates"]
                 if isinstance(segment, Opaque):
                     columns["updates"] = self._call(segment, columns, inputs)

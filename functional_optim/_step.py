@@ -115,6 +115,12 @@ class TreeStep(TreeLeaves, SegmentedStep[TreeRegion, TreeInputs]):
       updates: the updates.
       params: the parameters, if there are any.
 
+    Attributes:
+      seen: the leaves that each transformation sees.
+      asks_leaves: whether a mask is a function, which may choose other leaves at the next step.
+      containers: the nodes of the state that hold others.
+      widens: whether new updates have yet to be made as wide as parameters.
+
     Raises:
       ValueError, TypeError: the trees do not fit.
     """
@@ -434,6 +440,7 @@ def take_step(
       The new parameters if `apply`, else the new updates; and the new state.
     """
     like = updates if params is None else params
+    # the chain that keeps steps, perhaps for many like it, and the tensors that take the places of its own
     home, given = stand_in_of(tx) if tx._tensors else (tx, {})
     steps = home._tree_steps
     spec: Spec | None = None  # of `like`, where it is compared

@@ -71,6 +71,15 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
       counter: the dtype of counters; None if they are Python's integers.
       warn: whether to warn of parameters whose reductions are not those of whole tensors.
 
+    Attributes:
+      there: for each parameter, whether it takes part; `present` and `absent` are the positions of those that do and do
+        not.
+      local: the columns of local tensors, for parameters whose elements are in another tensor.
+      opaque: the states of transformations that are not made of rules, by position.
+      returned: the specs of updates that fit, by the position of the opaque segment.
+      done: whether the last step has run to its end.
+      workspace: the memory of its last region, where that is computed in place.
+
     Raises:
       ValueError, TypeError: a parameter cannot be stepped.
     """
@@ -111,9 +120,9 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
             if isinstance(segment, Opaque)
         }
         self.state = ParamState(params, self.present, self.regions, self.opaque, self.local, devices, counter)
-        self.returned: dict[int, SpecWatch] = {}  # of updates that fit, by the position of the opaque segment
+        self.returned: dict[int, SpecWatch] = {}
         self.done = False
-        self.workspace: Workspace | None = None  # of the last region of the last step
+        self.workspace: Workspace | None = None
 
     def _refuse_meta(self) -> None:
         """Refuses parameters without memory, but for a step that is only traced.
@@ -185,7 +194,7 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
 
     def take(
         self,
-        columns: Columns,
+        slots: Columns,
         params: Sequence[torch.Tensor],
         grads: Sequence[torch.Tensor | None],
         states: States,
@@ -197,7 +206,7 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
         """Takes the step, which has begun. `completed` tells whether everything has been written.
 
         Args:
-          columns: the slots; see `ParamState.columns`.
+          slots: the columns of slots; see `ParamState.columns`.
           params: the parameters, or tensors that stand for them.
           grads: the gradients.
           states: the state of each parameter.
@@ -221,7 +230,7 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
         written = params
         if torch.is_grad_enabled():  # autograd saves the inputs of a step, and parameters are written to
             params = [p if g is None else p.clone() for p, g in zip(params, grads, strict=True)]
-        columns = {"updates": grads, "params": params, **columns}
+        columns: Columns = {"updates": grads, "params": params, **slots}
         if self.extras.trees:
             columns |= {extra_key(k): self._extra_column(k, rule, extra[k]) for k, rule in self.extras.trees.items()}
         if self.local.wrapped:
@@ -335,13 +344,16 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
         own = columns
         if last and inputs.written is not inputs.params:
             own = {**columns, "params": self.local.of("written", inputs.written)}
-        computed = self._compute(segment, own, inputs, last)
+        if segment.leafwise is not None:
+            computed = self._compute_leafwise(segment, own, inputs)
+        else:
+            computed = self._compute(segment, own, inputs, last)
         if computed is None:
             return False
         results, mended = computed
         columns |= mended  # regions behind this one read them
         own |= mended  # `_write` copies results to them
-        if last and results:
+        if last and results:  # of torch operations, which autograd or a mode follows
             self._write(segment, columns, own, results, inputs)
         elif not last:
             columns["updates"] = results.pop("updates", columns["updates"])
@@ -357,35 +369,41 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
             found[host.column] = host_column(host, counts, self.state.devices)
         return found
 
+    def _compute_leafwise(
+        self, segment: ParamRegion, own: Columns, inputs: ParamInputs
+    ) -> tuple[Columns, Columns] | None:
+        """Computes a region that is a rule for whole tensors, and is never the last; see `_compute`."""
+        rule = segment.leafwise
+        assert rule is not None
+        fits = (
+            inputs.steady
+            and not self.local.wrapped
+            and not ("step" in own and any(own["step"][i] is None for i in rule.leaves))
+            and rule.fits(own)
+        )
+        if not fits:
+            if not self._has_its_leaves(segment, own):
+                return None
+            self._check_leaves(own)
+        mended = self.state.mend_counters(own, inputs.states, inputs.journal)
+        return segment.run_leafwise(own | mended, inputs.options, inputs.extra, inputs.first, fits), mended
+
     def _compute(
         self, segment: ParamRegion, own: Columns, inputs: ParamInputs, in_place: bool
     ) -> tuple[Columns, Columns] | None:
-        """Computes a region.
+        """Computes a region that is a program.
 
         Args:
           segment: the region.
           own: all tensors that it reads.
           inputs: the arguments of the step.
-          in_place: whether to write in place.
+          in_place: whether kernels write in place.
 
         Returns:
-          The columns that change, none of them if the step is in place; and the column of counters, if some had a form
-          that programs cannot count on. None, and nothing is done, if a gradient or an entry is gone.
+          The columns that change, none of them if kernels have written them; and the column of counters, if some had a
+          form that programs cannot count on. None, and nothing is done, if a gradient or an entry is gone.
         """
         mended: Columns = {}
-        if segment.leafwise is not None:
-            fits = (
-                inputs.steady
-                and not self.local.wrapped
-                and not ("step" in own and any(own["step"][i] is None for i in segment.leafwise.leaves))
-                and segment.leafwise.fits(own)
-            )
-            if not fits:
-                if not self._has_its_leaves(segment, own):
-                    return None
-                self._check_leaves(own)
-            mended = self.state.mend_counters(own, inputs.states, inputs.journal)
-            return segment.run_leafwise(own | mended, inputs.options, inputs.extra, inputs.first, fits), mended
         first = inputs.first if segment.uses_first else frozenset()
         variant = Variant(in_place, REQUESTED.get(), first)
         found = None if inputs.dispatching else segment.find(own, variant)

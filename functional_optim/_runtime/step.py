@@ -169,7 +169,7 @@ class BoundStep(BoundPrograms):
         """Computes the outputs of all groups; see `run`. They are empty if the step is in place."""
         workspace = reading.workspace
         outputs: list[list[Column]] = self._allocate(reading, columns) if self.allocates else [[]] * len(self.groups)
-        counters: list[int] = []  # addresses
+        increments: list[int] = []  # addresses of integers that the call in C moves on by one
         if self.in_place:
             self._refuse_overlap(reading)
         ready = self._prepare(workspace, numbers) if self.prepares else {}
@@ -177,13 +177,13 @@ class BoundStep(BoundPrograms):
             written = self._written_tensors(reading)
             for i in self.counters.values():
                 written.append(self.tensor_at(reading, i))
-                counters.append(workspace.pointers.memory[i])
+                increments.append(workspace.pointers.memory[i])
             # before anything is written, so that no interrupt comes between a write and its version
             torch.autograd.graph.increment_version(written)
         if len(workspace.cpu) == len(self.parts) == 1:
-            if not reading.originals:
-                counters.append(workspace.status_address)
-            workspace.cpu[0](numbers, counters)
+            if not reading.originals:  # which are written behind the call
+                increments.append(workspace.status_address)
+            workspace.cpu[0](numbers, increments)
         else:
             parts = self.parts  # those of this step: another thread may give a backend up meanwhile
             computed = self._run_parts(parts, reading, numbers, outputs, ready)
