@@ -284,7 +284,12 @@ class SegmentedStep(abc.ABC, Generic[RegionT, InputsT]):
       extras: the extra arguments that are taken.
 
     Attributes:
+      regions: the segments that are regions.
+      traced: the regions with functions that have been traced, and refer to something that may change.
       runs_python: whether code of the caller runs between the first look at tensors and the last launch.
+      looks_ahead: whether a step that a CUDA graph could not replay may show so behind its first launch.
+      number_watch: the numbers of the last step that was not captured.
+      params_watch, updates_watch: the specs of the last step, where code of the caller runs.
     """
 
     def __init__(self, segments: Sequence[RegionT | Opaque], devices: set[torch.device], extras: Extras) -> None:
@@ -294,8 +299,8 @@ class SegmentedStep(abc.ABC, Generic[RegionT, InputsT]):
         by_python = [bool(segment.region.hosts or segment.leafwise) for segment in self.regions]
         self.runs_python = any(by_python) or len(self.regions) < len(segments)
         self.looks_ahead = (len(segments) > 1 or len(devices) > 1) and can_capture(devices)
-        self.number_watch = NumberWatch()  # of steps that are not captured
-        self.params_watch, self.updates_watch = SpecWatch((), ()), SpecWatch((), ())  # of the last step
+        self.number_watch = NumberWatch()
+        self.params_watch, self.updates_watch = SpecWatch((), ()), SpecWatch((), ())
 
     @abc.abstractmethod
     def _run(self, segment: RegionT, columns: Columns, inputs: InputsT, last: bool) -> bool:

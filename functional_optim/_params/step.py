@@ -353,7 +353,7 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
         results, mended = computed
         columns |= mended  # regions behind this one read them
         own |= mended  # `_write` copies results to them
-        if last and results:  # of torch operations, which autograd or a mode follows
+        if last and results:  # results of torch operations, which autograd or a mode follows
             self._write(segment, columns, own, results, inputs)
         elif not last:
             columns["updates"] = results.pop("updates", columns["updates"])

@@ -44,12 +44,23 @@ class Reading(NamedTuple):
 
 
 class Workspace:
-    """Memory for data pointers, and the launches of C kernels on it. Threads that share a step have one each."""
+    """Memory for data pointers, and the launches of C kernels on it. Threads that share a step have one each.
+
+    Args:
+      step: the step.
+      n_threads: the number of threads of launches.
+
+    Attributes:
+      pointers: the memory for data pointers; `content()` are those that have been read, as bytes.
+      disjoint: the content that was last found to share no memory.
+      status: 0 until everything has been written.
+      cpu: the launches of each part of the step that kernels of C compute.
+      device: for each part that kernels of Triton compute, the memory of each stream.
+    """
 
     def __init__(self, step: "BoundStep", n_threads: int) -> None:
         self.n_threads, self.pointers = n_threads, Pointers(step.n_gathered, step.n_outputs, step.n_copies)
-        self.content = self.pointers.content  # the data pointers that have been read, as bytes
-        self.disjoint = b""  # pointers that were found to share no memory
+        self.content, self.disjoint = self.pointers.content, b""
         self.status = ctypes.c_int64()
         self.status_address = ctypes.addressof(self.status)
         self.cpu = {
@@ -59,7 +70,6 @@ class Workspace:
             for k, (backend, part) in enumerate(step.parts)
             if backend == "c"
         }
-        # for each part on a device, the memory of each stream
         self.device: dict[int, dict[int, DeviceMemory]] = {k: {} for k in step.triton}
 
     @property
@@ -75,7 +85,7 @@ class BoundStep(BoundPrograms):
 
     def __init__(self, binding: Binding) -> None:
         super().__init__(binding)
-        self.derivatives: dict[Hashable, object] = {}  # those of `recording`, by the cotangents given and wanted
+        self.derivatives: dict[Hashable, object] = {}  # of `recording`, by the cotangents given and wanted
         self.workspaces: Pool[BoundStep, Workspace] = Pool(self.workspace_type)
 
     def read(self, columns: Columns) -> Reading | Difference:
@@ -92,9 +102,9 @@ class BoundStep(BoundPrograms):
         for i in self.copied:
             x = originals[i] = tensors[i]
             if not isinstance(x, torch.Tensor) or x.layout is not torch.strided or TensorSpec.of(x) != self.specs[i]:
-                return Difference(i, False)
+                return Difference(i, outside=False)
             if lies_outside(x, self.specs[i]):
-                return Difference(i, True)
+                return Difference(i, outside=True)
             tensors[i] = x.contiguous()
         workspace = self.workspaces.take(self)
         workspace.status.value = 0
@@ -181,13 +191,13 @@ class BoundStep(BoundPrograms):
             # before anything is written, so that no interrupt comes between a write and its version
             torch.autograd.graph.increment_version(written)
         if len(workspace.cpu) == len(self.parts) == 1:
-            if not reading.originals:  # which are written behind the call
+            if not reading.originals:  # originals are written behind the call
                 increments.append(workspace.status_address)
             workspace.cpu[0](numbers, increments)
         else:
             parts = self.parts  # those of this step: another thread may give a backend up meanwhile
             computed = self._run_parts(parts, reading, numbers, outputs, ready)
-            outputs = [computed.get(g, columns) for g, columns in enumerate(outputs)]
+            outputs = [computed.get(g, allocated) for g, allocated in enumerate(outputs)]
             for i in self._unmoved(parts):
                 self.tensor_at(reading, i).add_(1)
         if reading.originals:
