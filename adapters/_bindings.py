@@ -10,6 +10,7 @@ import torch
 from functional_optim._compiler.errors import ShortTracebacks
 from functional_optim._params.journal import Journal
 from functional_optim._params.layout import ChainLayout
+from functional_optim._params.state import Held
 from functional_optim._params.step import ParamStep
 from functional_optim._params.template import ParamList, Template
 from functional_optim._runtime.recent import in_front
@@ -52,6 +53,7 @@ class Bindings:
         # addresses and specs of tensors with rows to be written, which were found to share no memory
         self.disjoint: Sequence[tuple[int, TensorSpec]] = ()
         self.sparse = False  # whether a gradient has been sparse, so that layouts are looked at before a step
+        self.held: Held = {}  # by which an entry that was removed is told from one that has yet to be made
         self.new: set[int] = set()  # ids of parameters that have state, but have not taken their first step
         # entries of state that begin at the rate of a group, made by checkpoint code, which sets that to 0 meanwhile
         self.started_dry: list[tuple[dict[str, Any], str]] = []

@@ -44,23 +44,32 @@ def load(optimizer: "ChainOptimizer", state_dict: dict[str, Any], by_name: bool,
     given = {id_map[k]: v for k, v in states.items() if k in id_map}
     state: defaultdict[Any, Any] = defaultdict(dict)
     unknown: list[str] = []
+    read: list[tuple[Mapping[Any, Any], dict[Any, Any]]] = []
     counter = optimizer._counter_dtype()
     for p, name, own in zip((p for group in groups for p in group["params"]), names, slots, strict=True):
         if p in given:
             saved_state = _densified(given[p]) if optimizer.SPARSE_SLOTS else given[p]
             made = _state(saved_state, p, name, own, counter)
             unknown += _unknown(saved_state, name, own)
+            read.append((saved_state, made))
             if made or optimizer.EMPTY_STATES:
                 state[p] = made
     for k, v in states.items():  # entries of no parameter are kept, as torch keeps them
         if k not in id_map and not by_name:
             state[k] = deepcopy(v)
+    # entries that are None in the file and start anew; torch's classes look for numbers, which were no tensors once
+    anew = [(made, key) for saved_state, made in read for key in saved_state if key not in made]
+    for made, key in anew:
+        made[key] = torch.zeros(())
     held = {key: optimizer.__dict__[key] for key in ("state", "param_groups")}
     try:
         optimizer.__setstate__({"state": state, "param_groups": groups})
     except BaseException:
         optimizer.__dict__.update(held)
         raise
+    for made, key in anew:
+        del made[key]
+    optimizer._bindings.held = {id(p): set(own) for p, own in state.items() if isinstance(p, torch.Tensor)}
     if unknown and "chain" in optimizer.defaults:
         more = f", and {len(unknown) - 1} more are like it" if len(unknown) > 1 else ""
         warn(f"the saved state of {unknown[0]}, which the chain does not know{more}; it is kept.")

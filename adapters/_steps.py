@@ -86,10 +86,11 @@ def take_rows(opt: "ChainOptimizer", inputs: StepInputs) -> None:
             step = bindings.step_for(opt, row_templates, touched, inputs.guarded, True, of_rows=True)
             columns = step.state.columns(states, True)
             if columns is None:
-                step.state.make(bindings.params.tensors, states, opt.param_groups, journal)
+                step.state.make(bindings.params.tensors, states, opt.param_groups, journal, bindings.held)
                 bindings.adopt(opt, bindings.params.tensors, touched, states, journal)
                 columns = step.state.columns(states)
                 assert columns is not None, "the state that was missing has been made"
+            step.state.note(bindings.held)
             rows = RowStep(step, inputs.params, columns, touched, others, bindings.disjoint)
             bindings.disjoint = rows.disjoint
             rows.take(states, bindings.options, extra, journal)

@@ -255,13 +255,15 @@ class ChainOptimizer(Optimizer):
                 if columns is None:
                     # checkpoint code has put 0 in the place of the rates of groups
                     groups = [{**g, "lr": self.defaults.get("lr")} for g in self.param_groups] if dry else None
-                    made = step.state.make(originals, states, groups or self.param_groups, journal)
+                    made = step.state.make(originals, states, groups or self.param_groups, journal, bindings.held)
                     new = before | {id(originals[i]) for i in made}
                     bindings.adopt(self, originals, grads, states, journal)
                     columns = step.state.columns(states)
                     assert columns is not None, "the state that was missing has been made"
                 elif self.EMPTY_STATES and 0 < len(self.state) < len(inputs.params):
                     bindings.adopt(self, originals, grads, states, journal)
+                if not step.state.known:
+                    step.state.note(bindings.held)
                 if dry:
                     bindings.new = new
                     bindings.started_dry = [(states[i], key) for i, key in step.state.started_at_rate()]
@@ -333,9 +335,10 @@ class ChainOptimizer(Optimizer):
         bindings.start_anew(states, step.present, journal)
         bindings.started(states, step.present)
         if step.state.columns(states, True) is None:
-            made = step.state.make(known.tensors, states, self.param_groups, journal)
+            made = step.state.make(known.tensors, states, self.param_groups, journal, bindings.held)
             bindings.new = bindings.new | {id(known.tensors[i]) for i in made}
             bindings.adopt(self, known.tensors, own_grads, states, journal)
+        step.state.note(bindings.held)
         owners: dict[int, torch.Tensor] = {}  # a number that parameters share is passed once, with the first of them
         for p, g, entries in zip(known.tensors, own_grads, bindings.states_of(self, known), strict=True):
             for x in entries.values() if g is not None else ():

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from operator import itemgetter, or_
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -22,6 +22,9 @@ from .region import ParamRegion
 from .template import ParamList, States, gradient_dtype
 
 
+Held = dict[int, set[str]]  # the keys of the entries that steps have left, by the ids of parameters
+
+
 class ParamState:
     """The entries of state that a step keeps for each parameter, whose dicts belong to the optimizer.
 
@@ -36,6 +39,7 @@ class ParamState:
 
     Attributes:
       counts_in_integers: whether counters are Python's integers.
+      known: whether the owner of `held` has taken note of the entries; see `note`.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class ParamState:
                     sharing += [i for i, seen in enumerate(stored.seen) if seen]
         self.takers = {key: [i for i in present if i in set(sharing)] for key, sharing in self.shared.items()}
         self.copies = {key: Copies() for key in self.shared}
+        self.known = False
         # each column once, with the key of its entries: counters are those of all regions that read them
         columns: dict[Key, tuple[Stored, str]] = {}
         for segment in regions:
@@ -77,6 +82,7 @@ class ParamState:
         states: States,
         options: Sequence[Mapping[str, Any]],
         journal: Journal,
+        held: Held | None = None,
     ) -> set[int]:
         """Makes the entries that are not there yet.
 
@@ -85,14 +91,18 @@ class ParamState:
           states: the state of each parameter.
           options: mappings that hyper-parameters are looked up in.
           journal: takes note of entries that are made.
+          held: the entries that steps have left; None if no step has been taken.
 
         Returns:
           The parameters for which something was made whose first step differs.
 
         Raises:
           CaptureError: a CUDA graph is being captured, and would make the state anew at each replay.
+          ValueError: an entry was removed, and others of the parameter were not.
         """
         refuse_new_state(self.devices)
+        if held is not None:
+            self._refuse_removed(states, held)
         new: set[int] = set()
         for split, by_name, missing in self._missing(states):
             for name, key, x in split.make(missing):
@@ -114,6 +124,48 @@ class ParamState:
                         if stored.key != "step" and stored.key[0] in segment.uses_first:
                             new.add(i)
         return new
+
+    def note(self, held: Held) -> None:
+        """Takes note of the entries that parameters have now."""
+        for i in self.present:
+            keys = [key for stored, key in self.kept if stored.seen[i]]
+            held.setdefault(id(self.params.tensors[i]), set()).update(keys)
+        for split in self.opaque.values():
+            for entry in split.filled:
+                held.setdefault(self._holder(split, entry)[1], set()).add(split.keys[entry])
+        self.known = True
+
+    def _holder(self, split: SplitState, entry: tuple[str | None, str]) -> tuple[int, int]:
+        """The parameter that holds an entry of a transformation that is not made of rules: its position and id."""
+        i = self.params.names.index(entry[0] or split.seen[0])
+        return i, id(self.params.tensors[i])
+
+    def _refuse_removed(self, states: States, held: Held) -> None:
+        """Refuses the state of a parameter that lacks an entry, where it has others of its chain.
+
+        A slot that has come with a switch, or with another mask, is no such entry: no step has left it. Where no step
+        is known of, as in a copy of an optimizer, all slots have to be there.
+
+        Raises:
+          ValueError: with the name of the parameter and the entry.
+        """
+        for i in self.present:
+            keys = dict.fromkeys(key for stored, key in self.kept if stored.seen[i])
+            left = held.get(id(self.params.tensors[i]), keys)
+            lacking = [key for key in keys if key not in states[i] and key in left]
+            if lacking and any(states[i].get(key) is not None for key in (*keys, *left)):
+                self._refuse_lack(i, lacking, states[i], "set it to None to have it start anew, ")
+        for split, _, missing in self._missing(states):
+            for entry in missing:
+                i, owner = self._holder(split, entry)
+                if states[i] and split.keys[entry] in held.get(owner, ()):
+                    self._refuse_lack(i, [split.keys[entry]], states[i])
+
+    def _refuse_lack(self, i: int, lacking: Sequence[str], state: Mapping[str, Any], hint: str = "") -> NoReturn:
+        raise ValueError(
+            f"the state of {self.params.names[i]!r} lacks {', '.join(map(repr, lacking))}, but has "
+            f"{', '.join(map(repr, state))}; put the entry back, {hint}or clear the whole state of the parameter."
+        )
 
     def started_at_rate(self) -> list[tuple[int, str]]:
         """The entries, by position and key, whose first value is the learning rate of the parameter group."""

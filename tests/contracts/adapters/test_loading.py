@@ -15,7 +15,7 @@ import functional_optim as fo
 from _lib.chains import is_matrix
 from _lib.compare import Snapshot, assert_same_bits
 from _lib.loading import chain, named, parted, scheduled
-from _lib.optimizers import OURS, content, params_of, train, twins
+from _lib.optimizers import NAMES, OURS, content, params_of, train, twins
 from functional_optim import adapters
 from functional_optim.adapters import LAMB, SGD, AdamW, Lion, TransformOptimizer, load_safetensors, save_safetensors
 
@@ -279,6 +279,23 @@ def test_slots_that_are_none_start_anew(key: str) -> None:
     train(opts, range(3, 23))
 
     assert_same_bits(*[[p.detach() for p in params_of(opt)] for opt in opts])
+
+
+@pytest.mark.parametrize("name", [*NAMES, "Adafactor", "LAMB", "Lion", "Muon"])
+def test_every_slot_that_is_none_starts_anew(name: str) -> None:
+    """The numbers among them, too, which classes of torch look at when they are loaded."""
+    saved_of, loaded = (getattr(adapters, name)([torch.nn.Parameter(torch.ones(2, 2))]) for _ in range(2))
+    (p,), (q,) = saved_of.param_groups[0]["params"], loaded.param_groups[0]["params"]
+    p.grad = q.grad = torch.ones(2, 2)
+    saved_of.step()
+    for key in saved_of.state[p]:
+        saved = copy.deepcopy(saved_of.state_dict())
+        saved["state"][0][key] = None
+
+        loaded.load_state_dict(saved)
+        loaded.step()
+
+        assert loaded.state[q][key] is not None
 
 
 def test_a_number_per_leaf_loads_from_a_number_and_from_one_element() -> None:

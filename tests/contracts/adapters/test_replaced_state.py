@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import functional_optim as fo
-from _lib.compare import assert_same_bits
-from _lib.optimizers import SMALL, content, make_params, params_of, train, twins
+from _lib.compare import Snapshot, assert_same_bits
+from _lib.optimizers import OURS, SMALL, content, fitting, make_params, params_of, train, twins
 from _lib.trees import clone, make_tree, tensors
 from functional_optim import adapters
 from functional_optim.adapters import TransformOptimizer
@@ -129,20 +130,98 @@ SLOTS = [
 
 
 @pytest.mark.parametrize("who", ["one", "all"])
-@pytest.mark.parametrize("way", ["set to None", "removed"])
 @pytest.mark.parametrize(("name", "key", "make"), SLOTS, ids=[f"{name}-{key}" for name, key, _ in SLOTS])
-def test_a_slot_that_is_reset_starts_anew(name: str, key: str, make: Any, way: str, who: str) -> None:
+def test_a_slot_that_is_reset_starts_anew(name: str, key: str, make: Any, who: str) -> None:
     """It is what it is at a first step; other slots, counters and parameters go on."""
     opt, twin = make(make_params(shapes=SMALL)), make(make_params(shapes=SMALL))
     train([opt, twin], range(5))
     for p, q in list(zip(params_of(opt), params_of(twin), strict=True))[: 1 if who == "one" else None]:
-        if way == "removed":
-            del opt.state[p][key]
-        else:
-            opt.state[p][key] = None
+        opt.state[p][key] = None
         twin.state[q][key] = q.detach().clone() if key == "ema" else torch.zeros_like(q)
     train([opt, twin], range(5, STEPS))
     assert_same_bits(content(opt), content(twin))
+
+
+def sums() -> fo.GradientTransformation:
+    """Sums of updates for each parameter, and a number for all: a state that is not made of rules."""
+
+    def init(params: Any) -> Any:
+        return {name: torch.zeros_like(p) for name, p in params.items()}, torch.zeros(())
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        return updates, ({name: state[0][name] + u for name, u in updates.items()}, state[1] + 1)
+
+    return fo.GradientTransformation(init, update)
+
+
+@fo.leafwise(state={"left": fo.zeros, "right": fo.zeros})
+def with_two(u: Any, left: Any, right: Any) -> Any:
+    return u.clone(), left + u, right - u
+
+
+KEPT: dict[str, Callable[[list[Any]], torch.optim.Optimizer]] = {
+    **{
+        name: lambda params, name=name: getattr(adapters, name)(params, **fitting(name))
+        for name in [*OURS, "Adafactor", "LAMB", "Lion"]
+    },
+    "AMSGrad": lambda params: adapters.AdamW(params, amsgrad=True),
+    "momentum": lambda params: adapters.RMSprop(params, momentum=0.9, centered=True),
+    "rows": lambda params: adapters.SparseAdam(params),
+    "rows of sums": lambda params: adapters.Adagrad(params),
+    "a chain": lambda params: TransformOptimizer(params, fo.chain(fo.trace(0.9), fo.adam(0.1), fo.params_ema(0.9))),
+    "whole tensors": lambda params: TransformOptimizer(params, fo.chain(with_two(), fo.sgd(0.1))),
+    "no rules": lambda params: TransformOptimizer(params, fo.chain(fo.trace(0.9), sums(), fo.sgd(0.1))),
+}
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("name", KEPT)
+def test_a_slot_that_was_removed_is_refused_and_nothing_changes(name: str, copied: bool) -> None:
+    """torch raises KeyError for it; a state that is empty, as where the only slot is gone, is that of a first step."""
+    opt = KEPT[name](make_params(shapes=SMALL))
+    rows = name.startswith("rows")
+
+    def step(opt: Any) -> None:
+        for p in params_of(opt):
+            p.grad = torch.ones_like(p).to_sparse(1) if rows else torch.ones_like(p)
+        opt.step()
+
+    for _ in range(2):
+        step(opt)
+    of_rules = [key for key in opt.state[params_of(opt)[0]] if not (copied and key.startswith("transformation"))]
+    for key in of_rules if len(of_rules) > 1 else ():
+        changed = deepcopy(opt) if copied else opt
+        p = params_of(changed)[0]
+        removed = changed.state[p].pop(key)
+        before, entries = (
+            Snapshot(params_of(changed), [dict(s) for s in changed.state.values()]),
+            dict(changed.state[p]),
+        )
+
+        for _ in range(2):
+            with pytest.raises(
+                ValueError, match=rf"the state of '.*params\[0\]' lacks '{key}', but has .*put the entry"
+            ):
+                step(changed)
+
+        before.check()
+        assert changed.state[p].keys() == entries.keys()
+        changed.state[p][key] = removed
+        step(changed)
+    opt.state[params_of(opt)[0]].clear()
+    step(opt)
+
+
+@pytest.mark.parametrize("switches", [{"amsgrad": True}, {"momentum": 0.5, "centered": True}], ids=str)
+def test_a_slot_that_comes_with_a_switch_starts_then(switches: dict[str, Any]) -> None:
+    opt = (adapters.Adam if "amsgrad" in switches else adapters.RMSprop)(make_params(shapes=SMALL))
+    train([opt], range(2))
+    known = set(opt.state[params_of(opt)[0]])
+
+    opt.param_groups[0].update(switches)
+    train([opt], range(2, 4))
+
+    assert set(opt.state[params_of(opt)[0]]) > known
 
 
 @pytest.mark.parametrize("who", [slice(1), slice(None)], ids=["one", "all"])
