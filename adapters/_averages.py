@@ -160,6 +160,10 @@ def _buffer_pairs(
       TypeError: there are values, and no model that they are for.
       ValueError: there is no such buffer, or it has another shape.
     """
+    if buffers is None:
+        return []
+    if not isinstance(buffers, Mapping):
+        raise TypeError(f"`buffers` of averaged_params is {buffers!r:.60}, expected a dict of tensors by name.")
     if not buffers:
         return []
     if not isinstance(model, nn.Module):
@@ -168,6 +172,8 @@ def _buffer_pairs(
     for name, value in buffers.items():
         if name not in own:
             raise ValueError(f"`buffers` has {name!r}, which is no buffer of the model; it has {', '.join(own)}.")
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"`buffers` has {value!r:.60} for {name!r}, expected a tensor.")
         if value.shape != own[name].shape:
             raise ValueError(
                 f"`buffers` has a value of shape {tuple(value.shape)} for {name!r}, whose shape is "
@@ -189,6 +195,8 @@ def _modules(model: nn.Module | Iterable[nn.Module] | None) -> list[nn.Module]:
     """
     if model is None:
         return []
+    if not isinstance(model, (nn.Module, Iterable)):
+        raise TypeError(f"`model` is {type(model).__name__} {model!r:.60}, expected a module or several.")
     models = [model] if isinstance(model, nn.Module) else list(model)
     for each in models:
         if not isinstance(each, nn.Module):

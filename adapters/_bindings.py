@@ -139,7 +139,12 @@ class Bindings:
         of_group: list[int] = []
         for g, group in enumerate(groups):
             opt._check_options(g, group)
-            template = self.template_of(opt, group)
+            try:
+                template = self.template_of(opt, group)
+            except (TypeError, ValueError) as error:
+                if type(error) not in (TypeError, ValueError):
+                    raise
+                raise type(error)(f"parameter group {g}: {error}") from None
             if not any(template is t for t in templates):
                 templates.append(template)
             of_group.append(next(k for k, t in enumerate(templates) if t is template))

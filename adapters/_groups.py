@@ -18,9 +18,14 @@ def copied(group: Any, warn: Callable[[str], None] = warn) -> Any:
 
     Returns:
       The copy, which has the same tensors.
+
+    Raises:
+      KeyError: it has no parameters.
     """
     if not isinstance(group, dict):
         return group
+    if "params" not in group:
+        raise KeyError(f"a parameter group lacks 'params', its parameters; it has {list(group)!r:.60}.")
     group = dict(group)
     if isinstance(group.get("params"), Iterator):
         group["params"] = list(group["params"])

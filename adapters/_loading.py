@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from functional_optim import _walk
+from functional_optim._compiler.arguments import checked_switch
 from functional_optim._compiler.rule import Option, Slot
 from functional_optim._params.template import Template, gradient_dtype, slots_of, view_of
 from functional_optim._runtime.checks import check_stored
@@ -22,11 +23,27 @@ if TYPE_CHECKING:
     from .optimizer import ChainOptimizer
 
 
+def check_state_dict(state_dict: Any) -> None:
+    """Refuses anything that is no state dict.
+
+    Raises:
+      TypeError: with its class and value.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"`state_dict` of load_state_dict is {_show(state_dict)}, expected what `optimizer.state_dict()` returns."
+        )
+
+
 def load(optimizer: "ChainOptimizer", state_dict: dict[str, Any], by_name: bool, strict: bool) -> None:
     """Loads a state; see `ChainOptimizer.load_state_dict`."""
+    by_name, strict = (
+        checked_switch(name, "load_state_dict", x) for name, x in (("by_name", by_name), ("strict", strict))
+    )
+    check_state_dict(state_dict)
     if not (strict or by_name):
         raise ValueError("strict=False is about names that are missing, so it needs by_name=True.")
-    state_dict = state_dict.copy()
+    state_dict = dict(state_dict)
     for before in optimizer._optimizer_load_state_dict_pre_hooks.values():
         changed = before(optimizer, state_dict)
         if changed is not None:

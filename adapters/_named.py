@@ -4,6 +4,8 @@ import math
 from collections.abc import Hashable, Mapping
 from typing import Any
 
+import torch
+
 import functional_optim as fo
 from functional_optim._compiler.rule import Option, Range
 from functional_optim._params.template import Template
@@ -11,7 +13,7 @@ from functional_optim._transforms.decay import decay_then_add, l2_penalty
 
 from ._groups import copied
 from ._naming import template
-from ._numbers import naming_numbers
+from ._numbers import check_flags, check_number, naming_numbers
 from .optimizer import ChainOptimizer
 
 
@@ -30,9 +32,16 @@ BOUNDS: Mapping[str, tuple[str, Range]] = {
 PAIRS = ("betas", "etas", "step_sizes")
 
 
-def nonzero(x: Any) -> bool:
-    """Whether an option is not 0."""
-    return bool(x != 0)
+def nonzero(group: Mapping[str, Any], name: str) -> bool:
+    """Whether an option is not 0.
+
+    Raises:
+      TypeError: it is no number.
+    """
+    value = group[name]
+    if type(value) is not float:
+        check_number(name, value)
+    return bool(value != 0)
 
 
 def before(maximize: bool, l2: bool) -> list[fo.GradientTransformation]:
@@ -49,14 +58,20 @@ class NamedClass(ChainOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group; see `torch.optim.Optimizer.add_param_group`."""
-        super().add_param_group(copied(param_group))
+        own = copied(param_group)
+        if isinstance(own, dict):
+            check_flags(own, f" of parameter group {len(self.param_groups)}")
+            check_flags({k: x for k, x in self.defaults.items() if k not in own})
+        super().add_param_group(own)
 
     def _check_options(self, g: int, group: Mapping[str, Any]) -> None:
         super()._check_options(g, group)
+        check_flags(group, f" of parameter group {g}")
         for name in self.defaults:
             value = group.get(name)
             parts = value if isinstance(value, (tuple, list)) else (value,)
-            if name in PAIRS and len(parts) > 2:
+            # fewer numbers are found out where they are read
+            if name in PAIRS and (len(parts) > 2 or (isinstance(value, torch.Tensor) and value.shape != (2,))):
                 raise ValueError(f"{name!r} of parameter group {g} is {value!r:.60}, expected two numbers.")
             label, allowed = BOUNDS.get(name, (name, None))
             for k, x in enumerate(parts):
@@ -75,7 +90,7 @@ class PlainClass(NamedClass):
     def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
         # decoupled decay by 0 is exact, so groups without decay share the others' kernel; an L2 penalty by 0 is not
         decoupled = bool(group.get("decoupled_weight_decay"))
-        l2 = not decoupled and "weight_decay" in self.defaults and nonzero(group["weight_decay"])
+        l2 = not decoupled and "weight_decay" in self.defaults and nonzero(group, "weight_decay")
         return bool(group["maximize"]), l2, decoupled, self._counter_dtype()
 
     def _template(self, switches: tuple[Any, ...]) -> Template:

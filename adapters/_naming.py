@@ -1,7 +1,7 @@
 """Names: of options, of slots of state, and of parameters."""
 
 import numbers
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ import torch
 import functional_optim as fo
 from functional_optim import _walk
 from functional_optim._chain import Chain
+from functional_optim._compiler.arguments import plain_number
 from functional_optim._compiler.rule import Bound, Option
 from functional_optim._params.template import Template
 from functional_optim._reading import slot_names, unique
@@ -131,12 +132,20 @@ class Naming:
                 values[path][hyper] = options[name]
         name = "lr"
         try:
-            self._check_rate(options.get(name))
+            if name in options:
+                self._check_rate(plain_number(options[name]))
             for name, path, hyper in named:
-                value: Any = options[name]
-                if not (isinstance(value, torch.Tensor) and value.numel() == 1):
-                    number = is_number(value) and not isinstance(value, (int, torch.Tensor))
-                    self.rules[path]._bound.rule.check(hyper, float(value) if number else value, values[path])
+                rule, value = self.rules[path]._bound.rule, plain_number(options[name])
+                if name in self.switches and not isinstance(value, (Hashable, torch.Tensor)):
+                    raise TypeError(
+                        f"`{hyper}` of {rule.name} decides what is computed, so it must be a bool, a number or a "
+                        f"string, got {value!r:.60}."
+                    )
+                if name in self.scalars and isinstance(value, torch.Tensor) and value.numel() == 1:
+                    value = value.reshape(())  # a number of any shape, as torch's classes take it
+                    if value.dtype is not torch.bool and not value.is_complex():
+                        continue
+                rule.check(hyper, value, values[path])
         except (ValueError, TypeError) as error:
             if group is None:
                 raise
@@ -144,6 +153,8 @@ class Naming:
 
     def _check_rate(self, lr: Any) -> None:
         usual: Any = self.defaults.get("lr")
+        if self.factor is not None and not is_number(lr):
+            raise TypeError(f"the learning rate `lr` must be a number, got {lr!r:.60}.")
         if any(isinstance(x, torch.Tensor) or not is_number(x) for x in (lr, usual)) or usual < 0:
             return
         if lr < -ROUNDING * usual:
@@ -187,7 +198,9 @@ class Naming:
 
 def is_number(x: Any) -> bool:
     """Whether an option is a number that a kernel can be given, as opposed to a switch."""
-    return isinstance(x, (numbers.Real, torch.Tensor)) and not isinstance(x, bool)
+    if isinstance(x, torch.Tensor):
+        return x.dtype is not torch.bool
+    return isinstance(x, numbers.Real) and not isinstance(x, bool)
 
 
 def _varies(bound: Bound, hyper: str) -> bool:

@@ -3,11 +3,15 @@
 import functools
 import inspect
 import numbers
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
 
+from functional_optim._compiler.arguments import plain_number
 from functional_optim._compiler.rule import other_than_a_number
+
+from ._naming import FLAGS
 
 
 Own = TypeVar("Own", bound=torch.optim.Optimizer)
@@ -19,10 +23,33 @@ def check_number(name: str, value: Any) -> None:
     Raises:
       TypeError: with its name and value.
     """
+    value = plain_number(value)
     if not isinstance(value, (numbers.Real, torch.Tensor)):
         raise TypeError(f"`{name}` is {type(value).__name__} {value!r:.60}, expected a number.")
     if isinstance(value, torch.Tensor) and (value.numel() != 1 or value.is_complex()):
         raise TypeError(f"`{name}` is {other_than_a_number(value)}, expected a number.")
+
+
+def check_flags(values: Mapping[str, Any], place: str = "") -> None:
+    """Refuses flags of torch's classes that are neither true nor false.
+
+    torch takes their truth value, which is that of a number or of a tensor of one, but of any text.
+
+    Args:
+      values: options by name, others among them.
+      place: their place, for the message.
+
+    Raises:
+      TypeError: with the name and the value.
+    """
+    for name in FLAGS:
+        value = values.get(name)
+        if value is None or value is True or value is False:
+            continue
+        value = plain_number(value)
+        one = isinstance(value, torch.Tensor) and value.numel() == 1
+        if not (one or isinstance(value, (bool, int, float))):
+            raise TypeError(f"`{name}`{place} is {type(value).__name__} {value!r:.60}, expected True or False.")
 
 
 def _check_like(name: str, value: Any, default: Any) -> None:
@@ -40,6 +67,19 @@ def _check_like(name: str, value: Any, default: Any) -> None:
         for k, (x, own) in enumerate(zip(value, default, strict=True)):
             if x is not None or own is not None:
                 check_number(f"{name}[{k}]", x)
+
+
+def check_params(owner: str, params: Any) -> None:
+    """Refuses parameters of an optimizer that cannot be listed.
+
+    Raises:
+      TypeError: with the value and the expectation.
+    """
+    if not isinstance(params, Iterable):
+        raise TypeError(
+            f"`params` of {owner} is {params!r:.60}, expected parameters, such as `model.parameters()`, pairs of a "
+            f"name and a parameter, or parameter groups."
+        )
 
 
 def naming_numbers(cls: type[Own]) -> type[Own]:
@@ -62,6 +102,8 @@ def naming_numbers(cls: type[Own]) -> type[Own]:
                 given = signature.bind(*args, **kwargs).arguments
             except TypeError:
                 given = {}  # an argument is unknown
+            check_params(cls.__name__, given.get("params", ()))
+            check_flags(given)
             for name, value in given.items():
                 _check_like(name, value, signature.parameters[name].default)
             raise

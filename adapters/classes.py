@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 import functional_optim as fo
+from functional_optim._compiler.arguments import plain_number
 from functional_optim._compiler.rule import Option
 from functional_optim._params.template import Template
 from functional_optim._transforms.adam import adam_step, amsgrad_step
@@ -44,7 +45,7 @@ class SGD(NamedClass, torch.optim.SGD):
     SPARSE_SLOTS: ClassVar[bool] = True
 
     def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
-        decay, momentum = nonzero(group["weight_decay"]), nonzero(group["momentum"])
+        decay, momentum = nonzero(group, "weight_decay"), nonzero(group, "momentum")
         return bool(group["maximize"]), decay, momentum, bool(group["nesterov"])
 
     def _template(self, switches: tuple[Any, ...]) -> Template:
@@ -78,7 +79,7 @@ class Adam(NamedClass, torch.optim.Adam):  # type: ignore[misc]
     def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
         # decoupled decay by 0 is exact, so groups without decay share the others' kernel; an L2 penalty by 0 is not
         decoupled = bool(group.get("decoupled_weight_decay"))
-        l2 = not decoupled and nonzero(group["weight_decay"])
+        l2 = not decoupled and nonzero(group, "weight_decay")
         return bool(group["maximize"]), l2, decoupled, bool(group["amsgrad"])
 
     def _template(self, switches: tuple[Any, ...]) -> Template:
@@ -124,7 +125,7 @@ class RMSprop(NamedClass, torch.optim.RMSprop):  # type: ignore[misc]
     SLOTS: ClassVar[Mapping[str, str]] = {"trace": "momentum_buffer"}
 
     def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
-        decay, momentum = nonzero(group["weight_decay"]), group["momentum"] > 0
+        decay, momentum = nonzero(group, "weight_decay"), nonzero(group, "momentum") and bool(group["momentum"] > 0)
         return bool(group["maximize"]), decay, momentum, bool(group["centered"])
 
     def _template(self, switches: tuple[Any, ...]) -> Template:
@@ -132,6 +133,12 @@ class RMSprop(NamedClass, torch.optim.RMSprop):  # type: ignore[misc]
         ratio = (centered_rmsprop_ratio if centered else rmsprop_ratio)(Option("alpha"), EPS)
         parts = [fo.trace(MOMENTUM)] if moves else []
         return template(fo.chain(*before(maximize, decay), ratio, *parts, descend(LR)), self.SLOTS)
+
+
+def _check_no_bool(name: str, value: Any, place: str = "") -> None:
+    """Refuses a bool in the place of a number, which torch's own classes take for 1 or 0."""
+    if isinstance(plain_number(value), bool) or (isinstance(value, torch.Tensor) and value.dtype is torch.bool):
+        raise TypeError(f"`{name}`{place} is {type(value).__name__} {value!r:.60}, expected a number.")
 
 
 def _check(lr: Any, betas: Any, weight_decay: Any, eps: Any = 0.0) -> None:
@@ -142,6 +149,7 @@ def _check(lr: Any, betas: Any, weight_decay: Any, eps: Any = 0.0) -> None:
         raise TypeError(f"`betas` is {betas!r:.60}, expected a pair of numbers.")
     named = {"lr": lr, "betas[0]": betas[0], "betas[1]": betas[1], "eps": eps, "weight_decay": weight_decay}
     for name, value in named.items():
+        _check_no_bool(name, value)
         check_number(name, value)
     for name, value in (("learning rate", lr), ("epsilon value", eps), ("weight_decay value", weight_decay)):
         if not value >= 0.0:
@@ -167,6 +175,13 @@ class _Betas(NamedClass):
         super().__setstate__(state)
         if any(group.get("fused") for group in self.param_groups):
             self._step_supports_amp_scaling = True
+
+    def _check_options(self, g: int, group: Mapping[str, Any]) -> None:
+        for name in ("lr", "betas", "eps", "weight_decay"):
+            value = group.get(name)
+            for x in value if isinstance(value, (tuple, list)) else (value,):
+                _check_no_bool(name, x, f" of parameter group {g}")
+        super()._check_options(g, group)
 
     def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
         return (bool(group["maximize"]),)

@@ -16,12 +16,13 @@ from functional_optim._runtime.shard import real_view
 from functional_optim._warn import warn
 
 from ._groups import copied
-from ._loading import check_entry, parts_of
+from ._loading import check_entry, check_state_dict, parts_of
 from ._numbers import check_number, naming_numbers
 
 
 CONVEX = 1e-10  # torch's least product of a step and the difference of gradients over it
 NUMBER_OPTIONS = ("lr", "max_iter", "max_eval", "tolerance_grad", "tolerance_change", "history_size")
+NEGATED = ("lr", "tolerance_change")  # of which torch takes no tensor of bools
 VECTORS = ("d", "prev_flat_grad")
 LISTS = ("old_dirs", "old_stps", "ro")
 # options that files lack: one of newer versions of torch, and one that torch adds to the defaults where it loads
@@ -196,6 +197,8 @@ class LBFGS(torch.optim.LBFGS):
             raise RuntimeError(f"only 'strong_wolfe' is supported, not {group['line_search_fn']!r:.60}")
         for name in NUMBER_OPTIONS:
             check_number(name, group[name])
+            if name in NEGATED and isinstance(group[name], torch.Tensor) and group[name].dtype is torch.bool:
+                raise TypeError(f"`{name}` is a tensor of dtype {group[name].dtype}, expected a number.")
         refuse_capture("LBFGS compares values of the loss", group["params"])
         with torch.no_grad():
             return self._step(_Loss(group["params"], closure, group.get("maximize", False)), group)
@@ -307,6 +310,7 @@ class LBFGS(torch.optim.LBFGS):
           KeyError: it lacks the states or the groups; nothing has been changed.
           ValueError: it is the state of other parameters or of another class; nothing has been changed.
         """
+        check_state_dict(state_dict)
         # behind the hooks of others, which may mend the state dict
         last = self.register_load_state_dict_pre_hook(lambda _, found: self._checked(found))
         try:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 
 import functional_optim as fo
+from functional_optim._compiler.arguments import plain_number
 from functional_optim._compiler.rule import Option
 from functional_optim._params.template import Template
 from functional_optim._transforms.decay import shrink_and_descend
@@ -21,6 +22,16 @@ from ._steps import StepInputs
 def _plain(option: Any) -> Any:
     """A switch of the chain, as a number where it is a tensor of one element."""
     return option.item() if isinstance(option, torch.Tensor) and option.numel() == 1 else option
+
+
+def _check_sequence(name: str, value: Any, expected: str) -> None:
+    """Refuses an option that holds no numbers in order.
+
+    Raises:
+      TypeError: with its name and value.
+    """
+    if not isinstance(value, (tuple, list, torch.Tensor)) or (isinstance(value, torch.Tensor) and value.ndim != 1):
+        raise TypeError(f"`{name}` is {type(value).__name__} {value!r:.60}, expected {expected}.")
 
 
 class _WholeTensors(NamedClass):
@@ -52,10 +63,18 @@ class Muon(_WholeTensors, torch.optim.Muon):  # type: ignore[misc]
         switches = {name: _plain(group[name]) for name in names}
         for name in ("ns_steps", "eps"):
             check_number(name, switches[name])
+            switches[name] = +plain_number(switches[name])  # a bool is 1 or 0, as in torch
         if switches["ns_steps"] >= 100:
             raise ValueError("Number of steps must be less than 100 for computational efficiency")
+        _check_sequence("ns_coefficients", switches["ns_coefficients"], "a tuple of three numbers")
+        if isinstance(switches["ns_coefficients"], torch.Tensor):
+            switches["ns_coefficients"] = tuple(switches["ns_coefficients"].tolist())
         if len(switches["ns_coefficients"]) != 3:
             raise ValueError("Coefficients must be a tuple of exactly 3 values")
+        for k, x in enumerate(switches["ns_coefficients"]):
+            check_number(f"ns_coefficients[{k}]", x)
+        if not isinstance(switches["adjust_lr_fn"], Hashable):
+            raise TypeError(f"`adjust_lr_fn` is {switches['adjust_lr_fn']!r:.60}, expected a name, or None.")
         return tuple(tuple(x) if isinstance(x, list) else x for x in switches.values())
 
     def _template(self, switches: tuple[Any, ...]) -> Template:
@@ -68,7 +87,7 @@ class Muon(_WholeTensors, torch.optim.Muon):  # type: ignore[misc]
         }
         shape = [adjusting[adjust]] if adjust in adjusting else []  # any other leaves it out, as torch has it in groups
         parts = [
-            torch_muon_momentum(MOMENTUM, nesterov),
+            torch_muon_momentum(MOMENTUM, bool(nesterov)),
             fo.orthogonalize(coefficients, steps, eps, compute_dtype=torch.bfloat16, eps_is_least=True),
             *shape,
             shrink_and_descend(LR, DECAY),
@@ -95,7 +114,12 @@ class Adafactor(_WholeTensors, torch.optim.Adafactor):  # type: ignore[misc]
 
     def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
         dtypes = {p.dtype for p in group["params"] if p.dtype.is_floating_point}  # others are frozen
+        _check_sequence("eps", group["eps"], "a pair of numbers")
+        if len(group["eps"]) != 2:
+            raise ValueError(f"`eps` is {group['eps']!r:.60}, expected a pair of numbers.")
         eps1 = _plain(group["eps"][0])
+        if eps1 is not None:
+            check_number("eps[0]", eps1)
         if eps1 is None and len(dtypes) == 1:  # the epsilon of the parameters, whose gradients may have another dtype
             eps1 = torch.finfo(*dtypes).eps
         return bool(group["maximize"]), eps1

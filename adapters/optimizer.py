@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch.optim import Optimizer
 
+from functional_optim._compiler.arguments import checked_function
 from functional_optim._params.journal import Journal
 from functional_optim._params.state import is_alike
 from functional_optim._params.step import GRAD, Outcome, ParamStep
@@ -147,6 +148,8 @@ class ChainOptimizer(Optimizer):
         loss = None
         offered: frozenset[str] = frozenset()
         if closure is not None:
+            if not callable(closure):
+                checked_function("closure", "step", closure, "which evaluates the model and returns the loss")
             with torch.enable_grad():
                 loss = closure()
             if isinstance(loss, (int, float)) or (isinstance(loss, torch.Tensor) and loss.numel() == 1):

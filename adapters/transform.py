@@ -10,14 +10,17 @@ from typing import Any, cast
 import torch
 
 import functional_optim as fo
+from functional_optim._compiler.arguments import checked_function, checked_switch
+from functional_optim._optimizers._arguments import renaming
 from functional_optim._params.template import Template
 from functional_optim._reading import scheduled
 from functional_optim._schedules.schedule import Identity
-from functional_optim._transform import Declared, parts
+from functional_optim._transform import Declared, as_transformation, parts
 from functional_optim._warn import warn
 
 from ._groups import copied
 from ._naming import KNOWN, RESERVED, Naming, is_number
+from ._numbers import check_flags, check_params
 from .optimizer import ChainOptimizer
 
 
@@ -87,9 +90,16 @@ class TransformOptimizer(ChainOptimizer):
         self, params: Any, tx: fo.GradientTransformation, maximize: bool, fused: bool | None, differentiable: bool
     ) -> None:
         """Constructs the optimizer."""
+        name = type(self).__name__
+        check_params(name, params)
+        maximize = checked_switch("maximize", name, maximize)
+        fused = None if fused is None else checked_switch("fused", name, fused)
+        differentiable = checked_switch("differentiable", name, differentiable)
         if fused and differentiable:
             raise RuntimeError("`fused` does not support `differentiable`")
-        self._tx = fo.chain(tx) if not isinstance(tx, fo.GradientTransformation) else tx
+        self._tx = (
+            tx if isinstance(tx, fo.GradientTransformation) else fo.chain(as_transformation(tx, f"`tx` of {name}"))
+        )
         naming = Naming(self._tx)
         naming.check(naming.defaults)
         self._naming = naming
@@ -125,7 +135,8 @@ class TransformOptimizer(ChainOptimizer):
         """
         param_group = copied(param_group, self._warn)
         if isinstance(param_group, dict):
-            self._naming.check(param_group)
+            check_flags(param_group, f" of parameter group {len(self.param_groups)}")
+            self._naming.check(param_group, len(self.param_groups))
             self._naming.check_names(param_group)
             own = self.defaults["chain"]
             given = param_group.pop("chain", own)
@@ -190,6 +201,7 @@ class TransformOptimizer(ChainOptimizer):
 
     def _check_options(self, g: int, group: Mapping[str, Any]) -> None:
         super()._check_options(g, group)
+        check_flags(group, f" of parameter group {g}")
         checked, options = self._bindings.checked, [group.get(name) for name in self._naming.defaults]
         known = checked.get(g, [None] * len(options))
         if not all(map(is_, options, known)):
@@ -250,7 +262,8 @@ class TransformOptimizer(ChainOptimizer):
           >>> opt.param_groups[0]["b1"]
           0.95
         """
-        return _class_of(Identity(tx_function))
+        function = checked_function("tx_function", "TransformOptimizer.factory", tx_function, "which returns a chain")
+        return _class_of(Identity(function))
 
 
 @functools.lru_cache(maxsize=256)
@@ -272,7 +285,8 @@ def _class_of(key: Identity) -> type[TransformOptimizer]:
                 )
             arguments["learning_rate"] = arguments.pop("lr")
         rate = arguments.get("lr", arguments.get("learning_rate")) if by_torch else None
-        self._build(params, tx_function(*args, **arguments), **{**FLAG_DEFAULTS, **own})
+        make = renaming({"learning_rate": "lr"}, name)(tx_function) if by_torch else tx_function
+        self._build(params, make(*args, **arguments), **{**FLAG_DEFAULTS, **own})
         if is_number(rate) and self._naming.factor is not None:
             warn(
                 f"`lr` went to {name}, but the chain that it made has no learning rate, or several, so `lr` of the "

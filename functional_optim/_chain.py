@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from ._compiler.arguments import checked_switch
 from ._fusible import Combination
 from ._graph.run import run
 from ._packed import Packed
@@ -97,7 +98,7 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
       >>> fo.chain(fo.clip_by_global_norm(1.0), fo.scale(-0.1))
       chain(clip_by_global_norm(max_norm=1.0), scale(step_size=-0.1))
     """
-    members = tuple(map(as_transformation, transformations))
+    members = tuple(as_transformation(tx, f"`transformations[{k}]` of chain") for k, tx in enumerate(transformations))
     _warn_if_not_last(members)
     return Chain(members)
 
@@ -113,6 +114,7 @@ def named_chain(*transformations: tuple[str, GradientTransformation]) -> Gradien
 
     Raises:
       ValueError: a name occurs twice.
+      TypeError: an argument is no pair of a name and a transformation.
 
     Example:
       >>> import functional_optim as fo, torch
@@ -120,11 +122,17 @@ def named_chain(*transformations: tuple[str, GradientTransformation]) -> Gradien
       >>> tx.init(torch.zeros(1))["momentum"]
       TraceState(trace=tensor([0.]))
     """
+    for k, pair in enumerate(transformations):
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise TypeError(
+                f"`transformations[{k}]` of named_chain is {pair!r:.60}, expected a pair of a name and a "
+                f'transformation, such as ("momentum", fo.trace(0.9)).'
+            )
     names = tuple(name for name, _ in transformations)
     repeated = sorted({n for n in names if names.count(n) > 1})
     if repeated:
         raise ValueError(f"named_chain has the name {repeated[0]!r} twice; names must differ.")
-    members = tuple(as_transformation(tx) for _, tx in transformations)
+    members = tuple(as_transformation(tx, f"{name!r} of named_chain") for name, tx in transformations)
     _warn_if_not_last(members)
     return Chain(members, names)
 
@@ -175,6 +183,8 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
       >>> apply_updates({"w": torch.ones(2)}, {"w": torch.full((2,), 0.5)})
       {'w': tensor([1.5000, 1.5000])}
     """
+    if params is None:
+        raise TypeError("`params` of apply_updates is None, expected a tree of tensors.")
     if torch.compiler.is_dynamo_compiling():
         added = add(params, updates)
         if added is not None:
@@ -229,5 +239,9 @@ def apply_gradients(
       >>> params["w"]
       tensor([0.9000, 0.9000])
     """
-    tx = tx if isinstance(tx, GradientTransformation) else as_transformation(tx)
+    tx = tx if isinstance(tx, GradientTransformation) else as_transformation(tx, "`tx` of apply_gradients")
+    if params is None:
+        raise TypeError("`params` of apply_gradients is None, expected a tree of tensors.")
+    if donate is not True and donate is not False:
+        donate = checked_switch("donate", "apply_gradients", donate)
     return run(tx, True, grads, state, params, extra, donate)

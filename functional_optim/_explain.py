@@ -193,7 +193,7 @@ def explain(tx: GradientTransformation | torch.optim.Optimizer, params: Tree | N
 @functools.singledispatch
 def explanation(tx: Any, params: Tree | None) -> Explanation:
     """The explanation of a transformation. Optimizers register theirs here, by their class."""
-    tx = as_transformation(tx)
+    tx = as_transformation(tx, "`tx` of explain")
     if params is None:
         raise TypeError(f"explain needs the parameters that {show(tx)} is to update: call `explain(tx, params)`.")
     view = View.of(params)

@@ -325,7 +325,7 @@ class WrappingFactory(RuleFactory):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Wrapping:  # type: ignore[override]
         values = self.bind(args, kwargs)
-        return Wrapping(as_transformation(values.pop("inner")), self.make(values))
+        return Wrapping(as_transformation(values.pop("inner"), f"`inner` of {self.rule.name}"), self.make(values))
 
 
 def _arguments(rule: Rule) -> str:

@@ -17,6 +17,7 @@ from ._runtime.checks import as_number, at, check_memory, refuse_freed
 from ._runtime.cuda.capture import NumberWatch, is_capturing, refuse_counter, refuse_host_schedule
 from ._runtime.groups import Columns, Key
 from ._runtime.internals import needs_dispatch, version
+from ._runtime.numbers import number_of
 from ._runtime.pointers import PointerReader
 from ._runtime.spec import PLAIN, TensorSpec, sizes_of
 from ._runtime.stacks import find_freed
@@ -102,7 +103,7 @@ class LeafwiseStep:
         for key, device in devices.items():
             owner, count, is_first = meant[key[0]]
             if (key[0], device) not in values:
-                values[key[0], device] = _Values.of(self.region, options[owner], count, is_first, extra, device)
+                values[key[0], device] = _Values.of(self.region, options, owner, count, is_first, extra, device)
         if not needs_dispatch():
             self.watch.check([x for own in values.values() for x in own.hypers(self.bound)], {*devices.values()})
         for (token, kind), batch in batches.items():
@@ -377,7 +378,8 @@ class _Values(NamedTuple):
     def of(
         cls,
         region: LeafwiseRegion,
-        options: Mapping[str, Any],
+        options: Sequence[Mapping[str, Any]],
+        owner: int,
         count: Any,
         first: Any,
         extra: Mapping[str, Any],
@@ -387,7 +389,8 @@ class _Values(NamedTuple):
 
         Args:
           region: the rule.
-          options: mapping that hyper-parameters are looked up in.
+          options: mappings that hyper-parameters are looked up in.
+          owner: the position of theirs.
           count: the number of steps taken so far, if it matters.
           first: whether this is the first step.
           extra: the extra arguments.
@@ -396,9 +399,7 @@ class _Values(NamedTuple):
         bound, rule, keywords = region.bound, region.bound.rule, {}
         for name, value in bound.values.items():
             if isinstance(value, Option):
-                keywords[name] = value.look_up(options, f"{rule.name}.{name}")
-                if keywords[name] is None:
-                    raise ValueError(f"the option {value.name!r} is None, expected a number.")
+                keywords[name] = number_of(value, options, owner, f"{rule.name}.{name}")
             elif bound.is_schedule(name):
                 given = count
                 if isinstance(count, float) or (name in region.python_hypers and not needs_dispatch()):

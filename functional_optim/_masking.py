@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 
 from ._addresses import publish
+from ._compiler.arguments import plain_number
 from ._compiler.rule import Option
 from ._fusible import Combination
 from ._runtime.internals import register_in_exports
-from ._state_nodes import StateNode
+from ._state_nodes import StateNode, brief
 from ._transform import (
     EmptyState,
     GradientTransformation,
@@ -111,6 +112,21 @@ def _warn_of_places(choice: Any, view: View, subject: str) -> None:
         )
 
 
+def pattern_of(text: str, subject: str) -> re.Pattern[str]:
+    """A regular expression that is given as text; `subject` begins the message of an error.
+
+    Raises:
+      ValueError: the text is none.
+    """
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise ValueError(
+            f"{subject} is {text!r:.60}, which is no regular expression ({error}); pass one that is searched for in "
+            f"paths, such as {re.escape(text)!r:.60}, or a tree or a function."
+        ) from None
+
+
 def copied(choice: Any) -> Any:
     """A mask or labels whose containers and tensors are not the caller's: changing them later changes nothing here."""
 
@@ -201,7 +217,9 @@ def _cut(text: str) -> str:
 
 
 def _is_truth(x: Any) -> bool:
-    return isinstance(x, (bool, int)) or (hasattr(x, "item") and hasattr(x, "ndim") and x.ndim == 0)
+    if isinstance(x, torch.Tensor):
+        return x.ndim == 0 and x.dtype is torch.bool
+    return isinstance(plain_number(x), bool)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -307,6 +325,7 @@ def masked(inner: GradientTransformation, mask: Any) -> GradientTransformation:
 
     Raises:
       TypeError: `inner` is no transformation.
+      ValueError: `mask` is text that is no regular expression.
 
     Example:
       >>> import functional_optim as fo, torch
@@ -315,7 +334,8 @@ def masked(inner: GradientTransformation, mask: Any) -> GradientTransformation:
       >>> fo.masked(fo.scale(2.0), re.compile("weight")).update(params, tx.init(params), params)[0]
       {'weight': tensor([[2.]]), 'bias': tensor([1.])}
     """
-    return Masked(as_transformation(inner), re.compile(mask) if isinstance(mask, str) else mask)
+    own = as_transformation(inner, "`inner` of masked")
+    return Masked(own, pattern_of(mask, "`mask` of masked") if isinstance(mask, str) else mask)
 
 
 def partition(
@@ -336,7 +356,7 @@ def partition(
       The transformation.
 
     Raises:
-      TypeError: a value of `transforms` is no transformation.
+      TypeError: `transforms` is no mapping, or a value of it is no transformation.
 
     Example:
       >>> import functional_optim as fo, torch
@@ -348,7 +368,13 @@ def partition(
       >>> tx.update(params, tx.init(params), params)[0]
       {'bias': tensor([-1.]), 'weight': tensor([-0.1000])}
     """
-    return Partition({k: as_transformation(tx) for k, tx in transforms.items()}, param_labels)
+    if not isinstance(transforms, Mapping):
+        raise TypeError(
+            f"`transforms` of partition is {brief(transforms)}, expected a dict of transformations by label, such as "
+            f'{{"slow": fo.sgd(0.1), "fast": fo.sgd(1.0)}}.'
+        )
+    own = {k: as_transformation(tx, f"`transforms[{k!r}]` of partition") for k, tx in transforms.items()}
+    return Partition(own, param_labels)
 
 
 multi_transform = partition

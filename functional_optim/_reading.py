@@ -121,7 +121,7 @@ def hyperparams(tx: GradientTransformation, state: Any) -> dict[str, Any]:
       >>> hyperparams(tx, state)["learning_rate"]
       0.75
     """
-    tx = as_transformation(tx)
+    tx = as_transformation(tx, "`tx` of hyperparams")
     check_state(tx._state_nodes(()), state)
     found: list[tuple[str, tuple[Path, str], Any]] = []
     for path, part in parts(tx).items():
@@ -190,7 +190,7 @@ def slots(tx: GradientTransformation, state: Any) -> dict[str, Tree]:
       >>> slots(tx, tx.init({"w": torch.ones(2)}))["mu"]
       {'w': tensor([0., 0.])}
     """
-    tx = as_transformation(tx)
+    tx = as_transformation(tx, "`tx` of slots")
     check_state(tx._state_nodes(()), state)
     bounds = {path: rule._bound for path, rule in _walk.rules(tx).items()}
     names = slot_names({path: bound.rule for path, bound in bounds.items()})

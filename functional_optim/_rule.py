@@ -1,11 +1,12 @@
 """`elementwise` and `leafwise`: a formula for one element, or for one tensor, becomes a transformation."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, overload
 
 import torch
 
+from ._compiler.arguments import checked_function, checked_switch
 from ._compiler.rule import Range, Rule, Slot, check_slot_dtype
 from ._fusible import RuleFactory, WrappingFactory
 
@@ -97,9 +98,11 @@ def elementwise(
       >>> updates
       tensor([1.5000, 1.5000])
     """
-    if fn is None:
-        return lambda fn: _make(fn, dict(state or {}), extra, static, ranges or {}, final)
-    return _make(fn, dict(state or {}), extra, static, ranges or {}, final)
+
+    def make(fn: Callable[..., Any]) -> RuleFactory:
+        return _make("elementwise", fn, state, extra, static, ranges, final)
+
+    return make if fn is None else make(fn)
 
 
 @overload
@@ -181,8 +184,7 @@ def leafwise(
     """
 
     def make(fn: Callable[..., Any]) -> RuleFactory:
-        own = dict(state or {})
-        return _make(fn, own, extra, static, ranges or {}, final, True, batched, stacked_up_to)
+        return _make("leafwise", fn, state, extra, static, ranges, final, True, batched, stacked_up_to)
 
     return make if fn is None else make(fn)
 
@@ -201,17 +203,25 @@ def _misnamed(positional: Sequence[str], slots: Mapping[str, Slot]) -> str:
 
 
 def _make(
+    maker: str,
     fn: Callable[..., Any],
-    slots: dict[str, Slot],
+    state: Mapping[str, Slot] | None,
     extra: Sequence[str] | Mapping[str, str],
     static: Sequence[str],
-    ranges: Mapping[str, str | Sequence[Any]],
+    ranges: Mapping[str, str | Sequence[Any]] | None,
     final: bool,
     whole: bool = False,
     batched: bool = False,
     stacked_up_to: int | None = None,
 ) -> RuleFactory:
-    name = fn.__name__.lstrip("_")
+    checked_function("fn", maker, fn, "the formula")
+    name = getattr(fn, "__name__", type(fn).__name__).lstrip("_")
+    slots, ranges = dict(_by_name("state", name, state)), _by_name("ranges", name, ranges)
+    for argument, given in (("extra", extra), ("static", static)):
+        _check_names(argument, name, given)
+    final, batched = checked_switch("final", maker, final), checked_switch("batched", maker, batched)
+    if not (stacked_up_to is None or (isinstance(stacked_up_to, int) and not isinstance(stacked_up_to, bool))):
+        raise TypeError(f"`stacked_up_to` of {name} is {stacked_up_to!r:.60}, expected a number of elements, or None.")
     for slot_name, declared in slots.items():
         if not isinstance(declared, Slot):
             start = f"fo.slot({declared!r})" if isinstance(declared, (int, float)) else "fo.zeros"
@@ -255,26 +265,70 @@ def _make(
         )
     if (slots or "step" in keywords) and not name.isidentifier():
         raise TypeError(f"{name} keeps a state, whose class is named after the rule; write it with `def`.")
-    return (WrappingFactory if wraps else RuleFactory)(
-        Rule(
-            name=name,
-            fn=fn,
-            slots=slots,
-            hypers=hypers,
-            extras=tuple(k for k, kind in kinds.items() if kind == "number"),
-            tree_extras=tuple(k for k, kind in kinds.items() if kind == "element"),
-            static=frozenset(static),
-            ranges={k: Range.parse(v) if isinstance(v, str) else tuple(v) for k, v in ranges.items()},
-            uses_params=uses_params,
-            uses_step="step" in keywords,
-            takes_first="first" in keywords,
-            final=final,
-            whole=whole,
-            batched=batched,
-            stacked_up_to=stacked_up_to,
-            wraps=wraps,
-        )
+    rule = Rule(
+        name=name,
+        fn=fn,
+        slots=slots,
+        hypers=hypers,
+        extras=tuple(k for k, kind in kinds.items() if kind == "number"),
+        tree_extras=tuple(k for k, kind in kinds.items() if kind == "element"),
+        static=frozenset(static),
+        ranges={k: _range(k, name, v) for k, v in ranges.items()},
+        uses_params=uses_params,
+        uses_step="step" in keywords,
+        takes_first="first" in keywords,
+        final=final,
+        whole=whole,
+        batched=batched,
+        stacked_up_to=stacked_up_to,
+        wraps=wraps,
     )
+    rule.check_defaults()
+    return (WrappingFactory if wraps else RuleFactory)(rule)
+
+
+def _by_name(argument: str, rule: str, given: Any) -> Mapping[str, Any]:
+    """An argument of a rule that is a mapping from names, empty where it is None.
+
+    Raises:
+      TypeError: with the argument, the name of the rule and the value.
+    """
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(isinstance(k, str) for k in given):
+        example = '{"mu": fo.zeros}' if argument == "state" else '{"decay": "[0, 1)"}'
+        raise TypeError(f"`{argument}` of {rule} is {given!r:.60}, expected a dict by name, such as {example}.")
+    return given
+
+
+def _check_names(argument: str, rule: str, given: Any) -> None:
+    """Refuses an argument of a rule that holds no names.
+
+    Raises:
+      TypeError: with the argument, the name of the rule and the value.
+    """
+    many = isinstance(given, (Sequence, Set, Mapping)) and not isinstance(given, (str, bytes))
+    if not many or not all(isinstance(k, str) for k in given):
+        raise TypeError(f'`{argument}` of {rule} is {given!r:.60}, expected a list of names, such as ["value"].')
+
+
+def _range(hyper: str, rule: str, allowed: Any) -> Range | tuple[Any, ...]:
+    """An interval, or the values that a hyper-parameter may have.
+
+    Raises:
+      TypeError, ValueError: with the hyper-parameter, the name of the rule and the value.
+    """
+    if isinstance(allowed, str):
+        try:
+            return Range.parse(allowed)
+        except ValueError as error:
+            raise ValueError(f"`ranges` of {rule} at {hyper!r}: {error}") from None
+    if not isinstance(allowed, (Sequence, Set)) or isinstance(allowed, bytes):
+        raise TypeError(
+            f'`ranges` of {rule} at {hyper!r} is {allowed!r:.60}, expected an interval, such as "[0, 1)", or a list of '
+            f"values."
+        )
+    return tuple(allowed)
 
 
 def _check_slots(

@@ -17,6 +17,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from ._compiler.arguments import checked_function
 from ._compiler.rule import Bound
 from ._compiler.states import EmptyState as EmptyState
 from ._packed import Packed
@@ -136,6 +137,11 @@ class GradientTransformation(Transformation):
         return self
 
     def __init__(self, init: Callable[[Any], Any], update: Callable[..., tuple[Any, Any]]) -> None:
+        for name, function, form in (
+            ("init", init, "`init(params) -> state`"),
+            ("update", update, "`update(updates, state, params=None, **extra) -> (updates, state)`"),
+        ):
+            checked_function(name, "GradientTransformation", function, form)
         self._functions = (init, update)
         parameters = inspect.signature(update).parameters.values()
         takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -283,8 +289,12 @@ class Declared(GradientTransformation):
         return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in given.items())})"
 
 
-def as_transformation(x: Any) -> GradientTransformation:
+def as_transformation(x: Any, subject: str = "") -> GradientTransformation:
     """Takes anything that has `init` and `update`.
+
+    Args:
+      x: the object.
+      subject: the argument that it is, for the message.
 
     Raises:
       TypeError: the object lacks one of them.
@@ -292,9 +302,10 @@ def as_transformation(x: Any) -> GradientTransformation:
     if isinstance(x, GradientTransformation):
         return x
     if isinstance(x, type) or not (callable(getattr(x, "init", None)) and callable(getattr(x, "update", None))):
+        hint = "; did you forget to call it?" if callable(x) else "."
         raise TypeError(
-            f"expected a gradient transformation, an object with `init` and `update`, got {brief(x)}"
-            f"{'; did you forget to call it?' if callable(x) else ''}"
+            f"{subject}{': ' if subject else ''}expected a gradient transformation, an object with `init` and "
+            f"`update`, got {brief(x)}{hint}"
         )
     return GradientTransformation(x.init, x.update)
 

@@ -226,8 +226,10 @@ def difference(expected: Spec, tree: Tree) -> str:
     parts = [
         f"{change} {', '.join(map(repr, ps[:5]))}{' ...' if len(ps) > 5 else ''}"
         for change, ps in (("it lacks", missing), ("it has the unknown", extra))
-        if ps
+        if any(ps)
     ]
+    if have != want and "" in have:
+        parts.append(f"it is one leaf, {type(tree).__name__}")
     return " and ".join(parts) or f"the leaves agree but the containers do not: {flatten(tree)[1]}, not {expected}"
 
 

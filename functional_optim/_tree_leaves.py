@@ -36,6 +36,8 @@ class TreeLeaves:
         self.with_params = params is not None
         self.spec = flatten(updates if params is None else params)[1]
         self.reader, self.paths = Reader(self.spec), paths(self.spec)
+        if params is not None and self.paths == [""]:  # a leaf would take the whole tree of updates for its own
+            check_leaf("params", "", params)
         columns: Columns = {"updates": self.read_as("updates", updates)}
         if params is not None:
             columns["params"] = self.read_as("params", params)

@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,12 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
+
+from .arguments import (
+    checked_switch,
+    plain_number as plain_number,
+    tensor_for_switch,
+)
 
 
 Leaf = torch.Tensor  # in a formula: the update, the parameter or the state of one leaf
@@ -220,13 +225,24 @@ def slot(
 
     Raises:
       ValueError: one number per leaf or tree cannot start as a tensor, have a shape, or be parameters.
+      TypeError: an argument is of another kind.
 
     Example:
       >>> slot(1.0, per="leaf").make(torch.zeros(3), {})
       tensor(1.)
     """
-    if per not in ("element", "leaf", "tree"):
+    square, evaluate = checked_switch("square", "slot", square), checked_switch("evaluate", "slot", evaluate)
+    if not isinstance(per, str) or per not in ("element", "leaf", "tree"):
         raise ValueError(f'`per` must be "element", "leaf" or "tree", got {per!r}.')
+    start = plain_number(start)
+    for name, value, kinds, expected in (
+        ("start", start, (int, float, str), "a number, a name or a function of the parameter"),
+        ("dtype", dtype, (torch.dtype, str, type(None)), "a dtype of torch, the name of a hyper-parameter, or None"),
+        ("shape", shape, (type(None),), "a function of the parameter, or None"),
+    ):
+        function = callable(value) and name != "dtype"
+        if not (isinstance(value, kinds) or function) or isinstance(value, bool):
+            raise TypeError(f"`{name}` of slot is {value!r:.60}, expected {expected}.")
     if per != "element" and (callable(start) or start in ("param", "first_update")):
         raise ValueError(f"a slot with one number per {per} starts from a number, got start={start!r}.")
     if shape is not None and (per != "element" or not isinstance(start, (int, float))):
@@ -268,9 +284,10 @@ class Range:
     @classmethod
     def parse(cls, text: str) -> "Range":
         match = re.fullmatch(r"([\[(])\s*([^,\s]+)\s*,\s*([^,\s]+)\s*([\])])", text)
-        if not match:
-            raise ValueError(f'a range is written like "[0, 1)", got {text!r}.')
-        return cls(text, float(match[2]), float(match[3]))
+        try:
+            return cls(text, float(match[2]), float(match[3]))  # type: ignore[index]
+        except (TypeError, ValueError):
+            raise ValueError(f'a range is written like "[0, 1)", got {text!r}.') from None
 
     def __contains__(self, x: float) -> bool:
         low = x >= self.low if self.text[0] == "[" else x > self.low
@@ -328,6 +345,16 @@ class Rule:
         """Whether the first step differs from others: to the formula, or because a slot starts from its update."""
         return self.takes_first or any(s.start == "first_update" for s in self.slots.values())
 
+    @cached_property
+    def bools(self) -> frozenset[str]:
+        """The hyper-parameters that are True or False: their default is, or they are annotated so.
+
+        A name in `static` may stand for switches of several kinds, unless it is annotated.
+        """
+        parameters = inspect.signature(self.fn).parameters
+        by_default = {k for k, x in self.hypers.items() if isinstance(x, bool) and k not in self.static}
+        return frozenset(by_default | {k for k in self.hypers if parameters[k].annotation in (bool, "bool")})
+
     def check(self, hyper: str, value: Any, values: Mapping[str, Any]) -> Any:
         """Refuses a value of the wrong kind, or outside its range.
 
@@ -343,6 +370,8 @@ class Rule:
           TypeError, ValueError: with the name, the value and the expectation.
         """
         value = plain_number(value)
+        if hyper in self.bools:
+            return checked_switch(hyper, self.name, value)
         if value is not None and any(slot.dtype == hyper for slot in self.slots.values()):
             if not isinstance(value, torch.dtype):
                 raise TypeError(
@@ -367,14 +396,11 @@ class Rule:
                 f"{value!r:.60}."
             )
         if hyper in self.static and isinstance(value, torch.Tensor):
+            raise tensor_for_switch(hyper, self.name)
+        if isinstance(value, torch.Tensor) and value.dtype is torch.bool:
             raise TypeError(
-                f"`{hyper}` of {self.name} is a switch, which Python reads while the rule is traced, so it must be no "
-                f"tensor: pass {hyper}.item(). Members of `torch.vmap` share it."
-            )
-        if callable(value) and isinstance(self.hypers.get(hyper), bool):
-            raise TypeError(
-                f"`{hyper}` of {self.name} is a switch, and a function would always count as True: pass True or "
-                f"False, got {value!r:.60}."
+                f"`{hyper}` of {self.name} must be a number, a 0-d tensor or a schedule, got a tensor of dtype "
+                f"{value.dtype}; pass `x.float()`."
             )
         if not self._is_one_number(hyper, value):
             return value
@@ -391,6 +417,21 @@ class Rule:
         if math.isnan(value):
             raise ValueError(f"`{hyper}` of {self.name} must be a number, got nan.")
         return value
+
+    def check_defaults(self) -> None:
+        """Refuses defaults that `check` would refuse in a call.
+
+        Raises:
+          TypeError, ValueError: with the name, the value and the expectation.
+        """
+        # an interval that holds with a switch is one of the call, where the switch has no default
+        values = {k: False if v is inspect.Parameter.empty else v for k, v in self.hypers.items()}
+        try:
+            for hyper, default in self.hypers.items():
+                if default is not inspect.Parameter.empty:
+                    self.check(hyper, default, values)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"the default of {error}") from None
 
     def _is_one_number(self, hyper: str, value: Any) -> bool:
         """Whether a value is to be a number of Python's: it is no tensor, option or schedule, nor a switch."""
@@ -466,17 +507,3 @@ def _is_schedule(value: Any) -> bool:
 def is_static(value: Any) -> bool:
     """Whether a hyper-parameter's value can only be a switch."""
     return value is None or isinstance(value, (bool, str, bytes, torch.dtype, tuple))
-
-
-def plain_number(value: Any) -> Any:
-    """A real number that is not of Python's own types, such as a scalar of NumPy or JAX, as one that is.
-
-    Anything else is returned as it is.
-    """
-    if isinstance(value, torch.Tensor):
-        return value
-    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
-        value = value.item()
-    if isinstance(value, (int, float)) or not isinstance(value, numbers.Real):
-        return value
-    return int(value) if isinstance(value, numbers.Integral) else float(value)

@@ -1,10 +1,13 @@
-"""Arguments of named chains: a name of another library is refused with the one here, and None where a number is due."""
+"""Arguments of named chains: refused by the names that callers give them, or would know them by here."""
 
 import difflib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ParamSpec, TypeVar
+
+from .._compiler.arguments import checked_switch
+from .._compiler.rule import OptionalDtype
 
 
 Arguments = ParamSpec("Arguments")
@@ -27,13 +30,15 @@ NAMES = {
 
 
 def named_arguments(make: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
-    """A factory of chains that refuses an unknown argument with the name that it has here, and None for a number.
+    """A factory of chains that refuses an unknown argument with the name that it has here, and other kinds of arguments.
 
     Raises:
-      TypeError: an argument is unknown, or None although it has no default.
+      TypeError: an argument is unknown, None although it has no default, or no bool although it is a switch.
     """
     signature = inspect.signature(make)
     names = list(signature.parameters)
+    dtypes = [name for name, parameter in signature.parameters.items() if parameter.annotation == OptionalDtype]
+    switches = [name for name, parameter in signature.parameters.items() if parameter.annotation is bool]
     needed = [name for name, parameter in signature.parameters.items() if parameter.default is MISSING]  # numbers
 
     @functools.wraps(make)
@@ -49,6 +54,44 @@ def named_arguments(make: Callable[Arguments, Made]) -> Callable[Arguments, Made
         for name in needed:
             if given.get(name, MISSING) is None:
                 raise TypeError(f"`{name}` of {make.__name__} must be a number, a 0-d tensor or a schedule, got None.")
-        return make(*args, **kwargs)
+        for name in given.keys() & switches:
+            checked_switch(name, make.__name__, given[name])
+        made = make(*args, **kwargs)
+        for name in given.keys() & dtypes:  # those that no rule has got, too
+            if not isinstance(given[name], OptionalDtype):
+                raise TypeError(
+                    f"`{name}` of {make.__name__} must be a dtype of torch, such as torch.bfloat16, or None, "
+                    f"got {given[name]!r:.60}."
+                )
+        return made
 
     return checked
+
+
+def renaming(
+    arguments: Mapping[str, str], owner: str = ""
+) -> Callable[[Callable[Arguments, Made]], Callable[Arguments, Made]]:
+    """Errors of a factory of chains begin with the name that its caller knows an argument by.
+
+    Args:
+      arguments: the argument, by the hyper-parameter that it becomes, such as `{"decay of trace": "momentum"}`, or by
+        that of any rule, such as `{"learning_rate": "lr"}`.
+      owner: the function that has these arguments; by default the factory.
+    """
+    subjects = {subject.partition(" of "): name for subject, name in arguments.items()}
+    by_subject = {f"`{hyper}` of {rule}{rule and ' '}": name for (hyper, _, rule), name in subjects.items()}
+
+    def decorate(make: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
+        @functools.wraps(make)
+        def renamed(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Made:
+            try:
+                return make(*args, **kwargs)
+            except (TypeError, ValueError) as error:
+                name = next((own for subject, own in by_subject.items() if str(error).startswith(subject)), None)
+                if name is None:
+                    raise
+                raise type(error)(f"`{name}` of {owner or make.__name__}: {error}") from None
+
+        return renamed
+
+    return decorate

@@ -15,10 +15,11 @@ from .._transforms.polyak import scale_by_polyak
 from .._transforms.rprop import scale_by_rprop
 from .._transforms.scaling import scale, scale_by_learning_rate
 from .._transforms.sign import scale_by_lion, scale_by_sign
-from ._arguments import named_arguments
+from ._arguments import named_arguments, renaming
 
 
 @named_arguments
+@renaming({"decay of trace": "momentum"})
 def sgd(
     learning_rate: Scalar, momentum: Scalar = None, nesterov: bool = False, accumulator_dtype: OptionalDtype = None
 ) -> GradientTransformation:
@@ -66,6 +67,7 @@ def sign_sgd(learning_rate: Scalar) -> GradientTransformation:
 
 
 @named_arguments
+@renaming({"decay of ema": "beta"})
 def signum(
     learning_rate: Scalar, beta: Scalar = 0.9, accumulator_dtype: OptionalDtype = None
 ) -> GradientTransformation:
@@ -158,6 +160,7 @@ def rprop(
 
 
 @named_arguments
+@renaming({"start of params_swa": "t0"})
 def asgd(
     learning_rate: Scalar,
     lambd: Scalar = 1e-4,
@@ -189,12 +192,14 @@ def asgd(
     Source: Polyak & Juditsky 1992, "Acceleration of Stochastic Approximation by Averaging".
     """
     t0 = plain_number(t0)
-    if isinstance(t0, bool) or not isinstance(t0, (int, float, torch.Tensor)):
+    truth = isinstance(t0, bool) or (isinstance(t0, torch.Tensor) and t0.dtype is torch.bool)
+    if truth or not isinstance(t0, (int, float, torch.Tensor)):
         raise TypeError(f"`t0` of asgd must be a number or a 0-d tensor, got {t0!r:.60}.")
     return chain(scale_by_asgd(learning_rate, lambd, alpha), params_swa(t0 + 2, accumulator_dtype=accumulator_dtype))
 
 
 @named_arguments
+@renaming({"learning_rate of scale_by_learning_rate": "scaling", "learning_rate of sgd": "scaling"})
 def polyak_sgd(
     max_learning_rate: Scalar = 1.0,
     scaling: Scalar = 1.0,

@@ -13,10 +13,11 @@ from .._transforms.adam import scale_by_adam
 from .._transforms.decay import add_decayed_weights
 from .._transforms.momentum import trace
 from .._transforms.scaling import scale_by_learning_rate, scale_by_trust_ratio
-from ._arguments import named_arguments
+from ._arguments import named_arguments, renaming
 
 
 @named_arguments
+@renaming({"decay of trace": "momentum"})
 def lars(
     learning_rate: Scalar,
     weight_decay: Scalar = 0.0,
@@ -49,9 +50,10 @@ def lars(
 
     Source: You et al. 2017, arXiv:1708.03888, algorithm 1.
     """
+    ratio = scale_by_trust_ratio(trust_coefficient=trust_coefficient, eps=eps)
     return chain(
-        add_decayed_weights(weight_decay, weight_decay_mask),
-        masked(scale_by_trust_ratio(trust_coefficient=trust_coefficient, eps=eps), trust_ratio_mask),
+        renaming({"mask of masked": "weight_decay_mask"}, "lars")(add_decayed_weights)(weight_decay, weight_decay_mask),
+        renaming({"mask of masked": "trust_ratio_mask"}, "lars")(masked)(ratio, trust_ratio_mask),
         scale_by_learning_rate(learning_rate),
         trace(momentum, nesterov),
     )

@@ -9,7 +9,7 @@ import torch
 
 from .._chain import chain
 from .._compiler.rule import OptionalDtype, Scalar
-from .._masking import partition
+from .._masking import partition, pattern_of
 from .._transform import GradientTransformation, LabelFunction
 from .._transforms.clipping import clip_by_block_rms
 from .._transforms.decay import add_decayed_weights
@@ -18,11 +18,23 @@ from .._transforms.momentum import ema
 from .._transforms.muon import scale_by_muon, scale_by_shape
 from .._transforms.scaling import scale, scale_by_learning_rate, scale_by_param_block_rms
 from .._tree import flatten, tree_map
-from ._arguments import named_arguments
+from ._arguments import named_arguments, renaming
 from .adam import adamw
 
 
+ADAFACTOR = {
+    "step_offset of scale_by_factored_rms": "decay_offset",
+    "epsilon of scale_by_factored_rms": "eps",
+    "threshold of clip_by_block_rms": "clipping_threshold",
+    "decay of ema": "momentum",
+    "accumulator_dtype of ema": "dtype_momentum",
+    "weight_decay of add_decayed_weights": "weight_decay_rate",
+    "mask of masked": "weight_decay_mask",
+}
+
+
 @named_arguments
+@renaming(ADAFACTOR)
 def adafactor(
     learning_rate: Scalar = None,
     min_dim_size_to_factor: int = 128,
@@ -99,7 +111,17 @@ class _IsMatrix(LabelFunction):
         return "muon" if chosen else "adam"
 
 
+ADAM_OF_MUON = {
+    "b1 of scale_by_adam": "adam_b1",
+    "b2 of scale_by_adam": "adam_b2",
+    "eps_root of scale_by_adam": "adam_eps_root",
+    "weight_decay of add_decayed_weights": "adam_weight_decay",
+    "learning_rate of scale_by_learning_rate": "adam_learning_rate",
+}
+
+
 @named_arguments
+@renaming({"mask of masked": "weight_decay_mask"})
 def muon(
     learning_rate: Scalar,
     ns_coeffs: Any = "standard",
@@ -164,7 +186,8 @@ def muon(
     """
     labels: Any = _IsMatrix(matrices) if matrices is None or callable(matrices) else matrices
     if isinstance(labels, (str, re.Pattern)):
-        labels = {re.compile(labels): "muon", re.compile(""): "adam"}
+        pattern = pattern_of(labels, "`matrices` of muon") if isinstance(labels, str) else labels
+        labels = {pattern: "muon", re.compile(""): "adam"}
     elif not isinstance(labels, _IsMatrix):
         leaves = flatten(labels)[0]
         if not all(isinstance(x, bool) for x in leaves):
@@ -196,7 +219,7 @@ def muon(
                 add_decayed_weights(weight_decay, weight_decay_mask),
                 scale_by_learning_rate(learning_rate),
             ),
-            "adam": adamw(
+            "adam": renaming(ADAM_OF_MUON, "muon")(adamw)(
                 learning_rate if adam_learning_rate is None else adam_learning_rate,
                 adam_b1,
                 adam_b2,

@@ -11,7 +11,7 @@ from .._transforms.decay import add_decayed_weights
 from .._transforms.momentum import trace
 from .._transforms.rms import scale_by_rms, scale_by_stddev
 from .._transforms.scaling import scale_by_learning_rate
-from ._arguments import named_arguments
+from ._arguments import named_arguments, renaming
 
 
 @named_arguments
@@ -42,6 +42,7 @@ def adagrad(
 
 
 @named_arguments
+@renaming({"mask of masked": "weight_decay_mask"})
 def adadelta(
     learning_rate: Scalar = None,
     rho: Scalar = 0.9,
@@ -77,6 +78,7 @@ def adadelta(
 
 
 @named_arguments
+@renaming({"decay of trace": "momentum"})
 def rmsprop(
     learning_rate: Scalar,
     decay: Scalar = 0.9,

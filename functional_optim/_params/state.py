@@ -14,6 +14,7 @@ from .._regions import Region, Stored
 from .._runtime.cuda.capture import is_capturing, refuse_new_state, refuse_state_of_python
 from .._runtime.groups import Columns, Key
 from .._runtime.internals import needs_dispatch
+from .._runtime.numbers import number_of
 from .._runtime.shard import check_placed
 from .._state import Copies, shared_column
 from .journal import Journal
@@ -214,8 +215,8 @@ class ParamState:
                 return 0 if self.counts_in_integers else torch.zeros((), dtype=self.counter, device=self.devices[i])
             declared = region.bound_rules[stored.key[0]].values
             values = {k: v for k, v in declared.items() if k in (slot.start, slot.dtype, *slot.shape_hypers)}
-            options_of_group = options[self.params.groups[i]]
-            hypers = {k: v.look_up(options_of_group) if isinstance(v, Option) else v for k, v in values.items()}
+            owner, label = self.params.groups[i], f"the start of {stored.name}"
+            hypers = {k: number_of(v, options, owner, label) if isinstance(v, Option) else v for k, v in values.items()}
             made = slot.make(p, hypers, gradient_dtype(self.params.tensors[i]) if slot.as_gradient else None)
             assert made is not None, "a leaf that has no entry of a slot is not asked for one"
             return made

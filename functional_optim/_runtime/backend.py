@@ -83,8 +83,8 @@ def computed_by(name: str | None) -> Iterator[None]:
 
 
 def _check(name: str) -> None:
-    if name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}; there are {', '.join(map(repr, BACKENDS))}.")
+    if not isinstance(name, str) or name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r:.60}; there are {', '.join(map(repr, BACKENDS))}.")
 
 
 @functools.lru_cache(maxsize=1)

@@ -81,9 +81,40 @@ class Table:
                 x = options[owner][option.name]
             except KeyError:
                 raise option.missing(options[owner], label) from None
-            if option.index is not None:
-                x = option.pick(x)
-            self.template[position] = x if type(x) is float else _number(option, x, self.device)
+            try:
+                if option.index is not None:
+                    x = option.pick(x)
+                self.template[position] = x if type(x) is float else _number(option, x, self.device)
+            except ValueError as error:
+                raise in_group(owner, error) from None
+
+
+def number_of(option: Option, options: Sequence[Mapping[str, Any]], owner: int, label: str) -> Any:
+    """The number that an option of a parameter group is, as it was given; a tensor of one element is 0-d.
+
+    Args:
+      option: the option.
+      options: the options of each group.
+      owner: the index of the group.
+      label: the name of the hyper-parameter in messages.
+
+    Raises:
+      KeyError: there is no such option.
+      ValueError: it is something else than a number.
+    """
+    try:
+        x = option.look_up(options[owner], label)
+        if isinstance(x, torch.Tensor) and x.ndim and x.numel() == 1:
+            x = x.reshape(())
+        check_number(f"the option {option.name!r} is", x)
+    except ValueError as error:
+        raise in_group(owner, error) from None
+    return x
+
+
+def in_group(owner: int, error: ValueError) -> ValueError:
+    """The error of an option, with the parameter group that has it."""
+    return ValueError(f"parameter group {owner}: {error}")
 
 
 def _number(option: Option, x: Any, device: torch.device) -> Number:

@@ -14,6 +14,7 @@ from typing import Any, overload
 
 import torch
 
+from .._compiler.arguments import checked_function, checked_switch
 from .._compiler.errors import note_number
 from .._compiler.rule import (
     NUMBER as NUMBER,
@@ -34,6 +35,11 @@ class Schedule:
     """
 
     def __init__(self, factory: "ScheduleFactory", arguments: Mapping[str, Any]) -> None:
+        if not isinstance(factory, ScheduleFactory) or not isinstance(arguments, Mapping):
+            raise TypeError(
+                f"a Schedule is made by a function such as `fo.linear_schedule`, or one that `fo.schedule` returns, "
+                f"not of {factory!r:.60} and {arguments!r:.60}."
+            )
         self.factory = factory
         self.arguments = MappingProxyType(dict(arguments))
 
@@ -209,8 +215,13 @@ class ScheduleFactory:
 
     def __init__(self, formula: Callable[..., Any], ranges: Mapping[str, str | Sequence[Any]]) -> None:
         self.formula = formula
-        self.ranges = {k: v if isinstance(v, str) else tuple(v) for k, v in ranges.items()}
         functools.update_wrapper(self, formula)
+        for k, v in ranges.items():
+            if not isinstance(v, (str, Sequence)):
+                raise TypeError(
+                    f'`{k}` of schedule is {v!r:.60}, expected an interval, such as "[0, 1)", or a list of values.'
+                )
+        self.ranges = {k: v if isinstance(v, str) else tuple(v) for k, v in ranges.items()}
         parameters = list(inspect.signature(formula).parameters.values())[1:]
         self.__signature__ = inspect.Signature(parameters, return_annotation=Schedule)
         names = [p.name for p in parameters]
@@ -219,6 +230,20 @@ class ScheduleFactory:
             raise TypeError(
                 f"ranges of {self.__name__} name {unknown}, which are not among its arguments: {', '.join(names)}."
             )
+        self._check_defaults({p.name: p.default for p in parameters if p.default is not p.empty})
+
+    def _check_defaults(self, defaults: Mapping[str, Any]) -> None:
+        """Refuses defaults outside their ranges, but for those whose bounds are arguments without a default.
+
+        Raises:
+          TypeError, ValueError: with the argument, its default and the expectation.
+        """
+        try:
+            for name, allowed in self.ranges.items():
+                if name in defaults and _names(allowed) <= defaults.keys():
+                    self._check(name, _own(defaults[name]), defaults)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"the default of {error}") from None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Schedule:
         try:
@@ -233,6 +258,9 @@ class ScheduleFactory:
                     f"`{name}` of {self.__name__} is a number of steps, which cannot change, so it must be no tensor: "
                     f"pass int({name})."
                 )
+        for name, parameter in self.__signature__.parameters.items():
+            if parameter.annotation is bool:
+                arguments[name] = checked_switch(name, self.__name__, arguments[name])
         for name in self.ranges:
             self._check(name, arguments[name], arguments)
         made = Schedule(self, arguments)
@@ -254,6 +282,8 @@ class ScheduleFactory:
         elif isinstance(value, torch.Tensor):
             if other := other_than_a_number(value):
                 raise ValueError(f"{label} must be a number, got {other}{place}{hint_of_members(value)}.")
+            if value.dtype is torch.bool:
+                raise TypeError(f"{label} must be a number, got a tensor of dtype {value.dtype}{place}.")
         elif isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{label} must be a number, got {value!r:.60}{place}.")
         else:
@@ -318,9 +348,11 @@ def schedule(
       >>> halving(8.0)(2)
       tensor(2., dtype=torch.float64)
     """
-    if formula is None:
-        return lambda formula: ScheduleFactory(formula, ranges)
-    return ScheduleFactory(formula, ranges)
+
+    def make(formula: Callable[..., Any]) -> ScheduleFactory:
+        return ScheduleFactory(checked_function("formula", "schedule", formula, "`formula(count, *arguments)`"), ranges)
+
+    return make if formula is None else make(formula)
 
 
 FACTOR = "[0, inf)"

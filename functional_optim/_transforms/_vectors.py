@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .._runtime.checks import at, check_fit, check_stored
+from .._runtime.checks import at, check_fit, check_leaf, check_stored
 from .._runtime.internals import has_members
 from .._runtime.shard import is_dtensor, real_view
 from .._tree import Tree, difference, flatten, leaves_like, paths
@@ -79,6 +79,7 @@ class Leaves:
 
     Raises:
       ValueError: there are no parameters, or they are on several devices or distributed.
+      TypeError: a parameter is no dense tensor of a floating dtype.
     """
 
     def __init__(self, name: str, params: Tree | None) -> None:
@@ -90,6 +91,8 @@ class Leaves:
         self.params: list[torch.Tensor] = [self.all[i] for i in self.present]
         self.paths = paths(self.spec)
         for i, x in zip(self.present, self.params, strict=True):
+            if not (isinstance(x, torch.Tensor) and x.is_complex()):  # they work on pairs of real numbers, too
+                check_leaf("params", self.paths[i], x)
             if is_dtensor(x):
                 raise ValueError(
                     f"params{at(self.paths[i])} is a DTensor; {name} works on one vector of all parameters, which a "

@@ -1,5 +1,6 @@
 """Averages of parameters: in the last pass of a chain, and over values that no chain changes."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,10 +9,10 @@ from .._compiler.rule import Leaf, OptionalDtype, Scalar, slot
 from .._packed import Packed
 from .._reading import marked_slots, rule_states
 from .._rule import elementwise
-from .._runtime.checks import at
+from .._runtime.checks import at, check_leaf
 from .._state_nodes import check_nest
-from .._transform import GradientTransformation
-from .._tree import MaskedNode, Tree, flatten, leaves_like, packed_like, paths, tree_map
+from .._transform import GradientTransformation, as_transformation
+from .._tree import MaskedNode, Spec, Tree, difference, flatten, leaves_like, packed_like, paths, tree_map
 
 
 @elementwise(
@@ -137,6 +138,7 @@ def update_average(tx: GradientTransformation, values: Tree, state: Any) -> Any:
       >>> eval_params(state, {"mean": mean})
       {'mean': tensor([2.])}
     """
+    tx = as_transformation(tx, "`tx` of update_average")
     # as in `init`: parameters of a module are leaves of autograd's graph, which an average does not join
     values = tree_map(lambda x: x.detach() if isinstance(x, torch.Tensor) and x.is_leaf else x, values)
     zeros = tree_map(lambda x: torch.zeros_like(x) if isinstance(x, torch.Tensor) else x, values)
@@ -187,7 +189,7 @@ def eval_params(state: Any, params: Tree, slot: str | None = None) -> Tree:
         )
     found: dict[int, tuple[str, Any]] = {}
     for (path, field), name in marked.items():
-        for k, x in enumerate(leaves_like(spec, getattr(states[path], field))):
+        for k, x in enumerate(_average_like(spec, name, getattr(states[path], field), leaves)):
             if x is not None and not isinstance(x, MaskedNode):
                 if k in found:
                     raise ValueError(
@@ -197,3 +199,28 @@ def eval_params(state: Any, params: Tree, slot: str | None = None) -> Tree:
                 found[k] = name, x
     new = [found[k][1].to(p.dtype) if k in found else p for k, p in enumerate(leaves)]
     return packed_like(params, spec.unflatten(new))
+
+
+def _average_like(spec: Spec, name: str, average: Tree, params: Sequence[Any]) -> list[Any]:
+    """The leaves of an average, in the places of those of the parameters.
+
+    Args:
+      spec: the structure of the parameters.
+      name: the average, in messages.
+      average: a tree like them.
+      params: the leaves of the parameters.
+
+    Raises:
+      ValueError, TypeError: the two do not fit.
+    """
+    try:
+        found = leaves_like(spec, average)
+    except (ValueError, TypeError):
+        found = None
+    if found is None or not all(x is None or isinstance(x, (torch.Tensor, MaskedNode)) for x in found):
+        misfit = difference(flatten(average)[1], spec.unflatten(params))
+        raise ValueError(f"params does not have the structure of {name!r} in the state: {misfit}.")
+    for path, p, x in zip(paths(spec), params, found, strict=True):
+        if isinstance(x, torch.Tensor):
+            check_leaf("params", path, p)
+    return found

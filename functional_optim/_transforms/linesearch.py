@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .._compiler.arguments import checked_function, checked_switch
 from .._lbfgs.backtracking import backtrack
 from .._lbfgs.point import Found, curvature_error, excess
 from .._lbfgs.strong_wolfe import strong_wolfe
@@ -178,6 +179,7 @@ def scale_by_backtracking_linesearch(
         "atol": (atol, 0.0, math.inf),
         "rtol": (rtol, 0.0, math.inf),
     }
+    store_grad, verbose = checked_switch("store_grad", name, store_grad), checked_switch("verbose", name, verbose)
     arguments = {**_numbers(name, limits), "store_grad": store_grad, "verbose": verbose}
 
     def init(params: Tree) -> ScaleByBacktrackingLinesearchState:
@@ -231,11 +233,13 @@ def _wolfe(
     search: Callable[[Objective, float], Found],
 ) -> GradientTransformation:
     """A transformation that scales updates by the step that a search for the conditions of Wolfe finds."""
-    name, keeps = factory.__name__, initial_guess_strategy == "keep"
-    if initial_guess_strategy not in ("keep", "one"):
+    name = factory.__name__
+    verbose = checked_switch("verbose", name, verbose)
+    if not isinstance(initial_guess_strategy, str) or initial_guess_strategy not in ("keep", "one"):
         raise ValueError(
             f"`initial_guess_strategy` of {name} must be 'keep' or 'one', got {initial_guess_strategy!r:.60}."
         )
+    keeps = initial_guess_strategy == "keep"
 
     def init(params: Tree) -> ScaleByZoomLinesearchState:
         rate, infinity, zeros, count = _first_state(params, name)
@@ -457,6 +461,8 @@ def value_and_grad_from_state(value_fn: Callable[..., Any]) -> Callable[..., tup
       >>> f(params) < 1e-12
       tensor(True)
     """
+
+    checked_function("value_fn", "value_and_grad_from_state", value_fn, "`value_fn(params) -> value`")
 
     def value_and_grad(params: Tree, *args: Any, state: Any, **kwargs: Any) -> tuple[Any, Tree]:
         check_nest(state)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from .._compiler.arguments import checked_function
 from .._compiler.states import EmptyState
 from .._transform import GradientTransformation
 from .._tree import Tree, tree_map
@@ -29,6 +30,8 @@ def stateless(f: Callable[[Tree, Tree | None], Tree]) -> GradientTransformation:
       [tensor([2., 1.])]
     """
 
+    checked_function("f", "stateless", f, "`f(updates, params) -> updates`")
+
     def update(updates: Tree, state: Any, params: Tree | None = None) -> tuple[Tree, Any]:
         return f(updates, params), state
 
@@ -49,6 +52,8 @@ def stateless_with_tree_map(f: Callable[[torch.Tensor, torch.Tensor | None], tor
       >>> tx.update([torch.tensor([1.0, 2.0])], tx.init([torch.zeros(2)]))[0]
       [tensor([2., 1.])]
     """
+
+    checked_function("f", "stateless_with_tree_map", f, "`f(update, param) -> update`")
 
     def each(updates: Tree, params: Tree | None) -> Tree:
         if params is None:

@@ -20,9 +20,21 @@ from _lib.trees import make_tree, zeros
 COMPLEX = torch.tensor(1j)
 DTYPES: dict[str, Any] = {"text": "bfloat16", "numpy": np.float32, "jax": jnp.bfloat16, "python": float, "number": 2}
 SWITCHES: dict[str, Callable[[Any], Any]] = {
-    "nesterov of trace": lambda x: fo.sgd(0.1, momentum=0.9, nesterov=x),
+    "nesterov of sgd": lambda x: fo.sgd(0.1, momentum=0.9, nesterov=x),
+    "nesterov of trace": lambda x: fo.trace(0.9, nesterov=x),
     "eps_in_sqrt of scale_by_rms": lambda x: fo.scale_by_rms(eps_in_sqrt=x),
-    "adaptive of orthogonalize": lambda x: fo.muon(0.1, adaptive=x),
+    "adaptive of muon": lambda x: fo.muon(0.1, adaptive=x),
+    "adaptive of orthogonalize": lambda x: fo.orthogonalize(adaptive=x),
+}
+NO_SWITCHES: dict[str, Any] = {
+    "text": "False",
+    "a number": 1,
+    "zero": 0.0,
+    "None": None,
+    "a list": [True],
+    "a tensor": torch.tensor(True),
+    "a vector": torch.ones(2),
+    "a function": lambda count: True,
 }
 RANGES: dict[str, tuple[Callable[[], Any], str]] = {
     "compute_dtype of orthogonalize": (
@@ -282,6 +294,8 @@ NOT_NUMBERS: dict[str, Any] = {
     "a complex number": 1j,
     "a class": complex,
     "a bool": True,
+    "a bool of numpy": np.True_,
+    "a tensor of a bool": torch.tensor(True),
 }
 
 
@@ -324,9 +338,14 @@ def test_a_number_is_one_when_it_is_given(name: str) -> None:
                 continue
             with pytest.raises((TypeError, ValueError)) as info:
                 factory(**given | {p.name: value})
-            # the rule within an optimizer may have another name for it, as the `decay` of `trace` for a momentum
-            shown, message = re.escape(repr(value)), str(info.value)
-            said = re.search(rf"`\w+`.* (must be|expected) .*{shown}|`\w+`.* is {shown}, expected", message)
+            shown = (
+                re.escape(repr(value)) if "bool" not in kind else r"((np\.)?True_?|tensor\(True\)|.*bool)"
+            )  # a tensor by its dtype
+            message = str(info.value)
+            # by the caller's name; the rule within an optimizer may have another one, as the `decay` of `trace`
+            said = re.search(rf"`{p.name}`.* (must be|expected) .*{shown}|`{p.name}`.* is {shown}, expected", message)
+            if isinstance(value, torch.Tensor):
+                said = said or re.search(rf"`{p.name}` of \w+ .*, so it must be no tensor", message)
             assert said, (p.name, kind, message)
 
 
@@ -344,7 +363,7 @@ KINDS: dict[str, tuple[Callable[[], Any], str]] = {
     "a complex number": (lambda: fo.scale(1j), r"scale\b.*1j"),
     "a tensor for a switch": (
         lambda: fo.sgd(0.1, 0.9, nesterov=torch.tensor(False)),
-        r"`nesterov` of trace is a switch.* must be no tensor: pass nesterov\.item\(\)",
+        r"`nesterov` of sgd is a switch.* must be no tensor: pass nesterov\.item\(\)",
     ),
     "a tensor for a switch that a range depends on": (
         lambda: vmap(lambda x: fo.ema(0.9, debias=x).init(x))(torch.ones(2)),
@@ -360,6 +379,217 @@ def test_hyper_parameters_of_the_wrong_kind(name: str) -> None:
 
     with pytest.raises((TypeError, ValueError), match=message):
         train(make(), params, [params])
+
+
+def is_switch(p: inspect.Parameter) -> bool:
+    """Whether an argument is True or False; masks may be trees of them."""
+    return isinstance(p.default, bool) and not p.name.endswith("mask")
+
+
+@pytest.mark.parametrize("kind", NO_SWITCHES)
+@pytest.mark.parametrize("name", factories())
+def test_a_switch_is_true_or_false(name: str, kind: str) -> None:
+    factory = getattr(fo, name)
+    parameters = inspect.signature(factory).parameters.values()
+    given = needed(parameters)
+    for p in filter(is_switch, parameters):
+        factory(**given | {p.name: np.bool_(p.default)})
+        with pytest.raises(TypeError, match=rf"`{p.name}` of \w+ is a switch"):
+            factory(**given | {p.name: NO_SWITCHES[kind]})
+
+
+def test_a_switch_that_is_named_may_have_other_values() -> None:
+    """Unless it is annotated."""
+
+    @fo.elementwise(static=("mode", "on"))
+    def moded(u: Any, *, mode: bool | str = False, on: bool = True) -> Any:
+        return u * {False: 1.0, "slow": 0.5}[mode]
+
+    assert moded("slow").update(torch.ones(1), fo.EmptyState())[0] == 0.5
+    with pytest.raises(TypeError, match="`on` of moded is a switch: pass True or False, got 'no'"):
+        moded(on="no")
+
+
+CALLERS_NAMES: dict[str, tuple[Callable[[], Any], str]] = {
+    "momentum of sgd": (lambda: fo.sgd(0.1, momentum=-1.0), r"`decay` of trace must be in \[0, inf\), got -1\.0"),
+    "momentum of lars": (lambda: fo.lars(0.1, momentum="x"), "`decay` of trace must be a number"),
+    "momentum of rmsprop": (lambda: fo.rmsprop(0.1, momentum=-1.0), "`decay` of trace must be in"),
+    "beta of signum": (lambda: fo.signum(0.1, beta=2.0), "`decay` of ema must be in"),
+    "t0 of asgd": (lambda: fo.asgd(0.1, t0=-9), "`start` of params_swa must be in"),
+    "scaling of polyak_sgd": (lambda: fo.polyak_sgd(0.1, scaling="x"), "`learning_rate` of .* must be a number"),
+    "eps of adafactor": (lambda: fo.adafactor(eps=-1.0), "`epsilon` of scale_by_factored_rms must be in"),
+    "momentum of adafactor": (lambda: fo.adafactor(momentum=2.0), "`decay` of ema must be in"),
+    "dtype_momentum of adafactor": (lambda: fo.adafactor(momentum=0.9, dtype_momentum="x"), "`accumulator_dtype` of"),
+    "clipping_threshold of adafactor": (lambda: fo.adafactor(clipping_threshold=0.0), "`threshold` of clip_by_block"),
+    "weight_decay_rate of adafactor": (lambda: fo.adafactor(weight_decay_rate="x"), "`weight_decay` of add_decayed"),
+    "adam_b1 of muon": (lambda: fo.muon(0.1, adam_b1=2.0), "`b1` of scale_by_adam must be in"),
+    "adam_learning_rate of muon": (lambda: fo.muon(0.1, adam_learning_rate="x"), "`learning_rate` of scale_by_learn"),
+    "weight_decay_mask of adadelta": (lambda: fo.adadelta(0.1, weight_decay_mask="("), "`mask` of masked is '\\('"),
+    "weight_decay_mask of lars": (lambda: fo.lars(0.1, weight_decay_mask="("), "`mask` of masked is '\\('"),
+    "trust_ratio_mask of lars": (lambda: fo.lars(0.1, trust_ratio_mask="("), "`mask` of masked is '\\('"),
+    "weight_decay_mask of muon": (lambda: fo.muon(0.1, weight_decay_mask="("), "`mask` of masked is '\\('"),
+}
+
+
+@pytest.mark.parametrize("name", CALLERS_NAMES)
+def test_an_error_of_an_argument_begins_with_the_callers_name(name: str) -> None:
+    make, of_the_rule = CALLERS_NAMES[name]
+    argument, _, owner = name.partition(" of ")
+
+    with pytest.raises((TypeError, ValueError), match=f"^`{argument}` of {owner}: {of_the_rule}"):
+        make()
+
+
+WRONG: dict[str, Any] = {
+    "a number": 0.5,
+    "text": "(",
+    "None": None,
+    "a list": [1],
+    "a tensor": torch.ones(2),
+    "a dict": {"a": 1},
+    "an object": object(),
+}
+TX = fo.params_ema(0.9)
+RULE: dict[str, Callable[[Any], Any]] = {
+    "state": lambda x: fo.elementwise(lambda u: u, state=x),
+    "extra": lambda x: fo.elementwise(lambda u: u, extra=x),
+    "static": lambda x: fo.leafwise(lambda u: u, static=x),
+    "ranges": lambda x: fo.leafwise(lambda u: u, ranges=x),
+    "final": lambda x: fo.elementwise(lambda u: u, final=x),
+    "batched": lambda x: fo.leafwise(lambda u: u, batched=x),
+    "stacked_up_to": lambda x: fo.leafwise(lambda u: u, stacked_up_to=x),
+}
+CALLS: dict[str, tuple[Callable[[Any], Any], str, tuple[str, ...]]] = {  # with what their messages say, and what fits
+    **{f"{argument} of a rule": (call, f"`{argument}` of |the slot `a`", ("None",)) for argument, call in RULE.items()},
+    "extra of a rule": (RULE["extra"], "`extra` of |the extra argument `a`", ()),
+    "static of a rule": (RULE["static"], "`static` of ", ()),
+    "final of a rule": (RULE["final"], "`final` of elementwise is a switch", ()),
+    "batched of a rule": (RULE["batched"], "`batched` of leafwise is a switch", ()),
+    "a range of a rule": (
+        lambda x: fo.elementwise(lambda u, *, a=1.0: u * a, ranges={"a": x}),
+        "`ranges` of <lambda> at 'a'",
+        ("a list",),
+    ),
+    "fn of elementwise": (lambda x: fo.elementwise()(x), "`fn` of elementwise is .*, expected a function", ()),
+    "fn of leafwise": (lambda x: fo.leafwise()(x), "`fn` of leafwise is .*, expected a function", ()),
+    "start of slot": (lambda x: fo.slot(x), "`start` of slot is", ("a number", "text")),
+    "dtype of slot": (lambda x: fo.slot(dtype=x), "`dtype` of slot is", ("text", "None")),
+    "shape of slot": (lambda x: fo.slot(shape=x), "`shape` of slot is", ("None",)),
+    "per of slot": (lambda x: fo.slot(per=x), "`per` must be", ()),
+    "square of slot": (lambda x: fo.slot(square=x), "`square` of slot is a switch", ()),
+    "evaluate of slot": (lambda x: fo.slot(evaluate=x), "`evaluate` of slot is a switch", ()),
+    "formula of schedule": (
+        lambda x: fo.schedule(rate="[0, 1]")(x),
+        "`formula` of schedule is .*, expected a func",
+        (),
+    ),
+    "a range of a schedule": (
+        lambda x: fo.schedule(rate=x)(lambda count, rate=0.5: rate * count),
+        "`rate` of schedule is .*, expected an interval|the default of `rate` of|a range is written like",
+        (),
+    ),
+    "a Schedule": (lambda x: fo.Schedule(x, {}), "a Schedule is made by a function such as", ()),  # type: ignore[arg-type]
+    "params of a method of second order": (lambda x: fo.lbfgs().init(x), "params|needs the parameters", ("a tensor",)),
+    "params of value_and_grad": (
+        lambda x: fo.value_and_grad_from_state(lambda p: p.sum())(x, state=fo.lbfgs().init(zeros(1))),
+        "params",
+        ("a tensor",),
+    ),
+    "chain": (lambda x: fo.chain(TX, x), r"`transformations\[1\]` of chain: expected a gradient transformation", ()),
+    "named_chain": (
+        lambda x: fo.named_chain(("a", TX), x),
+        r"`transformations\[1\]` of named_chain is .*, expected a pair of a name and a transformation",
+        (),
+    ),
+    "a name of named_chain": (lambda x: fo.named_chain((x, TX)), r"`transformations\[0\]` of named_chain", ("text",)),
+    "a member of named_chain": (lambda x: fo.named_chain(("a", x)), "'a' of named_chain: expected a gradient", ()),
+    "inner of masked": (lambda x: fo.masked(x, True), "`inner` of masked: expected a gradient transformation", ()),
+    "inner of a rule": (lambda x: around(x), "`inner` of around: expected a gradient transformation", ()),
+    "transforms of partition": (
+        lambda x: fo.partition(x, "a"),
+        r"`transforms` of partition is .*, expected a dict|`transforms\['a'\]` of partition: expected a gradient",
+        (),
+    ),
+    "init of a transformation": (
+        lambda x: fo.GradientTransformation(x, lambda u, s: (u, s)),
+        "`init` of GradientTransformation is .*, expected a function",
+        (),
+    ),
+    "update of a transformation": (
+        lambda x: fo.GradientTransformation(lambda p: (), x),
+        "`update` of GradientTransformation is .*, expected a function",
+        (),
+    ),
+    "f of stateless": (lambda x: fo.stateless(x), "`f` of stateless is .*, expected a function", ()),
+    "f of stateless_with_tree_map": (
+        lambda x: fo.stateless_with_tree_map(x),
+        "`f` of stateless_with_tree_map is .*, expected a function",
+        (),
+    ),
+    "value_fn": (lambda x: fo.value_and_grad_from_state(x), "`value_fn` of value_and_grad_from_state is", ()),
+    "tx of apply_gradients": (
+        lambda x: fo.apply_gradients(x, zeros(1), zeros(1), ()),
+        "`tx` of apply_gradients: expected a gradient transformation",
+        (),
+    ),
+    "params of apply_gradients": (
+        lambda x: fo.apply_gradients(TX, x, {"w": zeros(1)}, TX.init({"w": zeros(1)})),
+        "params|updates is dict",
+        (),
+    ),
+    "donate of apply_gradients": (
+        lambda x: fo.apply_gradients(TX, zeros(1), zeros(1), TX.init(zeros(1)), donate=x),
+        "`donate` of apply_gradients is a switch",
+        (),
+    ),
+    "params of apply_updates": (lambda x: fo.apply_updates(x, {"w": zeros(1)}), "params|updates is dict", ()),
+    "params of eval_params": (
+        lambda x: fo.eval_params(TX.init({"w": zeros(1)}), x),
+        "params does not have the str",
+        (),
+    ),
+    "state of eval_params": (lambda x: fo.eval_params(x, zeros(1)), "state", ()),
+    "tx of explain": (lambda x: fo.explain(x, zeros(1)), "`tx` of explain: expected a gradient transformation", ()),
+    "tx of hyperparams": (lambda x: fo.hyperparams(x, ()), "`tx` of hyperparams: expected a gradient transform", ()),
+    "tx of slots": (lambda x: fo.slots(x, ()), "`tx` of slots: expected a gradient transformation", ()),
+    "name of use_backend": (lambda x: fo.use_backend(x).__enter__(), "unknown backend .*; there are 'reference'", ()),
+    "module of pack_module": (lambda x: fo.pack_module(x), "pack_module takes a module, got", ()),
+    "tx of update_average": (lambda x: fo.update_average(x, zeros(1), ()), "`tx` of update_average: expected", ()),
+    "matrices of muon": (lambda x: fo.muon(0.1, matrices=x), "`matrices` of muon is", ("None",)),
+    "ns_coeffs of muon": (lambda x: fo.muon(0.1, x), "`ns_coeffs` is .*, expected", ()),
+    "linesearch of lbfgs": (lambda x: fo.lbfgs(linesearch=x), "expected a gradient transformation", ("None",)),
+    "a mask": (lambda x: fo.masked(TX, x).init(zeros(1)), "mask", ()),
+    "labels": (lambda x: fo.partition({"a": TX}, x).init(zeros(1)), "label", ()),
+}
+
+
+@fo.elementwise
+def around(u: Any, before: Any) -> Any:
+    return u + before
+
+
+@pytest.mark.parametrize("kind", WRONG)
+@pytest.mark.parametrize("name", CALLS)
+def test_an_argument_of_a_wrong_kind_is_refused_by_its_name(name: str, kind: str) -> None:
+    call, message, fits = CALLS[name]
+    if kind in fits:
+        call(WRONG[kind])
+        return
+    with pytest.raises((TypeError, ValueError), match=message):
+        call(WRONG[kind])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: fo.masked(TX, "("), r"`mask` of masked is '\(', which is no regular expression \(missing \)"),
+        (lambda: fo.adamw(0.1, mask="["), "`mask` of masked is '\\[', which is no regular expression"),
+        (lambda: fo.muon(0.1, matrices="("), r"`matrices` of muon is '\(', which is no regular expression"),
+    ],
+)
+def test_text_that_is_no_regular_expression(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 ARGUMENTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {

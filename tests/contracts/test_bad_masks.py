@@ -107,6 +107,16 @@ MASKS: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         r"the mask of .* is None at .* expected True or False",
     ),
+    "mask of numbers": (
+        fo.masked(fo.scale(1.0), {"weight": 1, "bias": True, "scale": False}),
+        ValueError,
+        r"the mask of .* is 1 at 'weight', expected True or False",
+    ),
+    "mask of a tensor of a number": (
+        fo.masked(fo.scale(1.0), lambda path, p: torch.tensor(1)),
+        ValueError,
+        r"the mask of .* is tensor\(1\) at .*, expected True or False",
+    ),
     "mask of vectors": (
         fo.masked(fo.scale(1.0), lambda path, p: p > 0),
         ValueError,

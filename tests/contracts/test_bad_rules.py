@@ -182,6 +182,51 @@ DECLARATIONS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"starts from a number, got start='param'",
     ),
+    "a default outside its interval": (
+        lambda: fo.elementwise(ranges={"b": "[0, 1)"})(takes("u", "*", "b=1.0")),
+        ValueError,
+        r"^the default of `b` of .* must be in \[0, 1\), got 1\.0",
+    ),
+    "a default that is none of its values": (
+        lambda: fo.leafwise(ranges={"mode": ("hard", "soft")})(takes("u", "*", "mode='softer'")),
+        ValueError,
+        r"^the default of `mode` of .* must be one of \['hard', 'soft'\], got 'softer'",
+    ),
+    "a default outside an interval that holds with a switch": (
+        lambda: fo.elementwise(ranges={"b if on": "[0, 1)"})(takes("u", "*", "b=1.0, on=True")),
+        ValueError,
+        r"^the default of `b` of .* must be in \[0, 1\) if `on` is True, got 1\.0",
+    ),
+    "a default of a rule around another outside its interval": (
+        lambda: fo.elementwise(ranges={"b": "[0, 1)"})(takes("u", "before", "*", "b=-1")),
+        ValueError,
+        r"^the default of `b` of .* must be in \[0, 1\), got -1",
+    ),
+    "a default that is no number": (
+        lambda: fo.elementwise(takes("u", "*", "b=[1]")),
+        TypeError,
+        r"^the default of `b` of .* must be a number, a 0-d tensor or a schedule, got \[1\]",
+    ),
+    "a default that is NaN": (
+        lambda: fo.elementwise(takes("u", "*", "b=float('nan')")),
+        ValueError,
+        r"^the default of `b` of .* must be a number, got nan",
+    ),
+    "a default of a schedule outside its interval": (
+        lambda: fo.schedule(rate="(0, 1]")(lambda count, value, rate=0.0: value * rate**count),
+        ValueError,
+        r"^the default of `rate` of .* must be in \(0, 1\], got 0\.0",
+    ),
+    "a default of a schedule outside another argument": (
+        lambda: fo.schedule(end="(start, inf)")(lambda count, start=2, end=1: count),
+        ValueError,
+        r"^the default of `end` of .* must be in \(start, inf\), here \(2, inf\), got 1",
+    ),
+    "an interval of words": (
+        lambda: fo.elementwise(ranges={"b": "[0, one)"})(takes("u", "*", "b=1")),
+        ValueError,
+        r"`ranges` of .* at 'b': a range is written like",
+    ),
     "a slot per row": (lambda: fo.slot(per="row"), ValueError, r"`per` must be .* got 'row'"),  # type: ignore[arg-type]
 }
 
@@ -192,6 +237,17 @@ def test_bad_declarations_of_rules(name: str) -> None:
 
     with pytest.raises(error, match=message):
         declare()
+
+
+def test_defaults_that_fit_are_no_errors() -> None:
+    """None where it is the default; an interval that holds with a switch which has no default is one of the call."""
+    fo.elementwise(ranges={"b": "[0, 1)"})(takes("u", "*", "b=None"))
+    fo.schedule(end="(start, inf)")(lambda count, start, end=1: count)
+    debiased = fo.elementwise(ranges={"b if on": "[0, 1)"})(takes("u", "*", "on", "b=1.0"))
+
+    debiased(on=False)
+    with pytest.raises(ValueError, match=r"^`b` of .* must be in \[0, 1\) if `on` is True"):
+        debiased(on=True)
 
 
 @fo.elementwise

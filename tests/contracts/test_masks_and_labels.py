@@ -36,7 +36,7 @@ MASKS = {
     "deeper prefix": Forms(("weight", "bias"), {"body": [True], "scale": False}),
     "true": Forms(("weight", "bias", "scale"), True),
     "0-d tensors": Forms(
-        ("weight",), {"body": [{"weight": torch.tensor(True), "bias": torch.tensor(False)}], "scale": 0}
+        ("weight",), {"body": [{"weight": torch.tensor(True), "bias": torch.tensor(False)}], "scale": np.False_}
     ),
     "function of path and parameter": Forms(("weight",), lambda path, p: path.endswith("weight") and p.ndim == 2),
     "function of path": Forms(("scale",), lambda path, p: path == "scale"),

@@ -195,6 +195,9 @@ def test_momentum_that_is_a_tensor_may_be_switched_off() -> None:
     [
         (lambda p: TransformOptimizer([p], fo.sgd("0.1")), "`learning_rate` of scale_by_learning_rate must be"),  # type: ignore[arg-type]
         (lambda p: TransformOptimizer.factory(fo.adamw)([p], lr=0.1, learning_rate=0.2), "are one argument"),
+        (lambda p: TransformOptimizer.factory(fo.adamw)([p], lr="0.1"), "^`lr` of adamw: `learning_rate` of scale_by_"),
+        (lambda p: TransformOptimizer.factory(fo.asgd)([p], lr=[0.1]), "^`lr` of asgd: `learning_rate` of scale_by_as"),
+        (lambda p: TransformOptimizer.factory(fo.lion)([p], lr=None), "^`lr` of lion: `learning_rate` of lion must be"),
         (
             lambda p: TransformOptimizer.factory(fo.scale_by_adam)([p], lr=0.1),
             "has no argument `learning_rate` or `lr`, .*fo.scale_by_learning_rate",
@@ -317,8 +320,180 @@ def test_static_option_that_is_a_list_is_refused() -> None:
     opt = TransformOptimizer([p], fo.sgd(0.1, momentum=0.9))
     opt.param_groups[0]["nesterov"] = [1]
     p.grad = torch.ones_like(p)
-    with pytest.raises(TypeError, match=r"must be a bool, a number or a string; this parameter group has \[1\]"):
+    with pytest.raises(TypeError, match=r"`nesterov` of parameter group 0 is list \[1\], expected True or False"):
         opt.step()
+
+
+@fo.elementwise(static=("mode",))
+def moded(u: Any, *, mode: str = "plain") -> Any:
+    return u
+
+
+def test_static_option_that_has_no_hash_is_refused() -> None:
+    [p] = parameters(1)
+    opt = TransformOptimizer([p], fo.chain(moded(), fo.sgd(0.1)))
+    opt.param_groups[0]["mode"] = [1]
+    p.grad = torch.ones_like(p)
+    with pytest.raises(
+        TypeError, match=r"'mode' of parameter group 0: .* must be a bool, a number or a string, got \[1"
+    ):
+        opt.step()
+
+
+CLASSES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    **{name: getattr(adapters, name) for name in (*NAMES, "Adafactor", "LAMB", "Lion", "Muon", "SparseAdam")},
+    "a chain": lambda groups: TransformOptimizer(groups, several()),
+    "a scheduled chain": lambda groups: TransformOptimizer(groups, fo.adam(fo.constant_schedule(0.1))),
+}
+WRONG_OPTIONS: dict[str, Any] = {
+    "text": "x",
+    "a list": [1],
+    "a list of text": ["a", "b"],
+    "a dict": {"a": 1},
+    "a function": len,
+    "an object": object(),
+    "a complex number": 1j,
+    "a vector": torch.ones(3),
+}
+
+
+def several() -> fo.GradientTransformation:
+    return fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(0.1), fo.trace(0.9), fo.params_ema(0.9))
+
+
+def changed(make: Any, option: str, wrong: Any, given: bool, kind: str) -> torch.Tensor:
+    """The parameter of a second group after a step, whose option is another one: given with the group, or set later."""
+    ps = [torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
+    opt = make([{"params": ps[:1]}, {"params": ps[1:], **({option: wrong} if given else {})}])
+    opt.param_groups[1][option] = wrong
+    for p in ps:
+        p.grad = torch.ones(2, 2).to_sparse(1) if kind == "SparseAdam" else torch.ones(2, 2)
+    before = [p.detach().clone() for p in ps]
+    try:
+        opt.step()
+    except (TypeError, ValueError):
+        assert all(map(torch.equal, ps, before))
+        raise
+    return ps[1].detach()
+
+
+@pytest.mark.parametrize("kind", WRONG_OPTIONS)
+@pytest.mark.parametrize("name", CLASSES)
+def test_an_option_of_a_wrong_kind_is_refused_with_its_group(name: str, kind: str) -> None:
+    """Unless torch's class, of which no step may read it, takes the step."""
+    groups = CLASSES[name]([torch.nn.Parameter(torch.ones(2, 2))]).param_groups
+    for option in groups[0].keys() - {"params", "chain"}:
+        for given in (True, False):
+            error = error_of(lambda: changed(CLASSES[name], option, WRONG_OPTIONS[kind], given, name))
+            if error is None:
+                changed(getattr(torch.optim, name), option, WRONG_OPTIONS[kind], given, name)
+                continue
+            said = {"betas": "beta", "ns_coefficients": "[Cc]oefficients"}.get(option, rf"\b{option}\b")
+            assert re.search(said, error), (option, error)
+            assert re.search("(of|in) parameter group 1|^parameter group 1: ", error), (option, error)
+
+
+def error_of(call: Callable[[], Any]) -> str | None:
+    """The message of the error of a call, if there is one."""
+    try:
+        call()
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+BOOLS = {"a bool": True, "a bool of numpy": np.True_, "a tensor of a bool": torch.tensor(True)}
+
+
+@pytest.mark.parametrize("kind", BOOLS)
+@pytest.mark.parametrize("name", ["LAMB", "Lion", "a chain", "a scheduled chain"])
+def test_a_bool_is_no_number_of_a_chain(name: str, kind: str) -> None:
+    group = CLASSES[name]([torch.nn.Parameter(torch.ones(2, 2))]).param_groups[0]
+    numbers = [k for k, x in group.items() if isinstance(x, (float, tuple)) and not isinstance(x, bool)]
+    for option in numbers:
+        wrong = (0.9, BOOLS[kind]) if isinstance(group[option], tuple) else BOOLS[kind]
+        for given in (True, False):
+            with pytest.raises((TypeError, ValueError), match=rf"\b{option}\b.* of parameter group 1"):
+                changed(CLASSES[name], option, wrong, given, name)
+        if name in ("LAMB", "Lion"):
+            with pytest.raises(TypeError, match=rf"`{option}.*` is .*, expected a number"):
+                getattr(adapters, name)(parameters(1), **{option: wrong})
+
+
+@pytest.mark.parametrize("name", [*NAMES, "Adafactor", "Muon"])
+def test_a_bool_is_a_number_of_torchs_classes_as_it_is_there(name: str) -> None:
+    ours, theirs = (changed(getattr(where, name), "lr", True, True, name) for where in (adapters, torch.optim))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # some roundings of one step in float32
+
+
+@pytest.mark.parametrize("wrong", ["False", [True], {"a": True}, len], ids=str)
+@pytest.mark.parametrize("name", [*NAMES, "Adafactor", "LAMB", "Lion"])
+def test_flags_are_true_or_false(name: str, wrong: Any) -> None:
+    make = getattr(adapters, name)
+    for flag in FLAGS & inspect.signature(make).parameters.keys():
+        # torch asks for a momentum first, if it takes the flag for true
+        momentum = {"momentum": 0.9} if flag == "nesterov" and name == "SGD" else {}
+        with pytest.raises(TypeError, match=rf"`{flag}` is .*, expected True or False"):
+            make(parameters(1), **momentum, **{flag: wrong})
+        for fine in (1, 0, np.True_, torch.tensor(False)) if flag in ("maximize", "nesterov", "amsgrad") else ():
+            make([{"params": parameters(1), **momentum, flag: fine}])
+
+
+FLAGS = {"maximize", "nesterov", "amsgrad", "centered", "foreach", "fused", "capturable", "differentiable"}
+FLAGS |= {"decoupled_weight_decay"}
+
+
+@pytest.mark.parametrize("wrong", ["False", 1, [True], torch.tensor(True)], ids=str)
+@pytest.mark.parametrize("flag", ["maximize", "fused", "differentiable"])
+def test_flags_of_a_chain_are_true_or_false(flag: str, wrong: Any) -> None:
+    with pytest.raises(TypeError, match=rf"`{flag}` of TransformOptimizer is a switch"):
+        TransformOptimizer(parameters(1), fo.sgd(0.1), **{flag: wrong})
+    assert TransformOptimizer(parameters(1), fo.sgd(0.1), maximize=np.True_).defaults["maximize"] is True  # type: ignore[arg-type]
+
+
+def stepped() -> Any:
+    opt = TransformOptimizer(parameters(1), fo.chain(fo.sgd(0.1), fo.params_ema(0.9)))
+    opt.param_groups[0]["params"][0].grad = torch.ones(16, dtype=torch.float64)
+    opt.step()
+    return opt
+
+
+STATE_DICT = "`state_dict` of load_state_dict is .*, expected what `optimizer.state_dict"
+CALLS: dict[str, tuple[Callable[[Any], Any], str, tuple[str, ...]]] = {  # with what their messages say, and what fits
+    "tx": (lambda x: TransformOptimizer(parameters(1), x), "`tx` of TransformOptimizer: expected a gradient", ()),
+    "tx_function": (TransformOptimizer.factory, "`tx_function` of TransformOptimizer.factory is", ("a function",)),
+    "state_dict": (lambda x: stepped().load_state_dict(x), STATE_DICT, ("a dict",)),
+    "state_dict of LBFGS": (lambda x: adapters.LBFGS(parameters(1)).load_state_dict(x), STATE_DICT, ("a dict",)),
+    "by_name": (
+        lambda x: stepped().load_state_dict(stepped().state_dict(), by_name=x),
+        "`by_name` of load_state_dict is a switch",
+        (),
+    ),
+    "strict": (
+        lambda x: stepped().load_state_dict(stepped().state_dict(), strict=x),
+        "`strict` of load_state_dict is a switch",
+        (),
+    ),
+    "closure": (lambda x: stepped().step(x), "`closure` of step is .*, expected a function", ("a function",)),
+    "closure of LBFGS": (lambda x: adapters.LBFGS(parameters(1)).step(x), "call `step.closure.` with", ("a function",)),
+    "a saved state": (lambda x: save_safetensors(x, "nowhere"), "state_dict is .*, expected what", ("a dict",)),
+    "model": (lambda x: stepped().averaged_params(x).__enter__(), "model", ()),
+    "buffers": (lambda x: stepped().averaged_params(torch.nn.Linear(1, 1), buffers=x).__enter__(), "buffer", ()),
+    "slot": (lambda x: stepped().averaged_params(slot=x).__enter__(), "no slot .* is called", ()),
+    "params of a chain": (lambda x: TransformOptimizer(x, fo.sgd(0.1)), "param", ()),
+    "params of a class": (lambda x: AdamW(x), "param", ()),
+    "params of LBFGS": (lambda x: adapters.LBFGS(x), "param", ()),
+    "a parameter group": (lambda x: stepped().add_param_group(x), "param", ("a dict",)),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_OPTIONS)
+@pytest.mark.parametrize("name", CALLS)
+def test_an_argument_of_a_wrong_kind_is_refused_by_its_name(name: str, kind: str) -> None:
+    call, message, fits = CALLS[name]
+    if kind not in fits:
+        with pytest.raises((TypeError, ValueError), match=message):
+            call(WRONG_OPTIONS[kind])
 
 
 def test_arguments_of_a_step_that_nothing_takes() -> None:
@@ -499,3 +674,9 @@ def test_updates_of_a_transformation_that_do_not_fit_at_some_steps(bad: set[int]
             optimizer.step()
             other.step()
         assert torch.equal(p, q)
+
+
+def test_a_parameter_group_without_parameters() -> None:
+    for opt in (stepped(), AdamW(parameters(1))):
+        with pytest.raises(KeyError, match="a parameter group lacks 'params', its parameters; it has"):
+            opt.add_param_group({"lr": 0.1})

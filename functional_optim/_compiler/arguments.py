@@ -1,0 +1,66 @@
+"""Arguments of public functions: numbers of other libraries, switches and functions, refused by name."""
+
+import numbers
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+
+
+def plain_number(value: Any) -> Any:
+    """A real number that is not of Python's own types, such as a scalar of NumPy or JAX, as one that is.
+
+    Anything else is returned as it is.
+    """
+    if isinstance(value, torch.Tensor):
+        return value
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, (int, float)) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def checked_switch(name: str, owner: str, value: Any) -> bool:
+    """A switch, which is True or False; a bool of NumPy as Python's.
+
+    Args:
+      name: the argument.
+      owner: the function that takes it.
+      value: its value.
+
+    Raises:
+      TypeError: it is something else, of which Python would take the truth value.
+    """
+    value = plain_number(value)
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, torch.Tensor):
+        raise tensor_for_switch(name, owner)
+    reason = ", and a function would always count as True" if callable(value) else ""
+    raise TypeError(f"`{name}` of {owner} is a switch{reason}: pass True or False, got {value!r:.60}.")
+
+
+def tensor_for_switch(name: str, owner: str) -> TypeError:
+    """The error of a switch that is a tensor."""
+    return TypeError(
+        f"`{name}` of {owner} is a switch, which Python reads, so it must be no tensor: pass {name}.item(). Members of "
+        f"`torch.vmap` share it."
+    )
+
+
+def checked_function(name: str, owner: str, value: Any, expected: str) -> Callable[..., Any]:
+    """A function.
+
+    Args:
+      name: the argument.
+      owner: the function that takes it.
+      value: its value.
+      expected: its arguments and its result, for the message.
+
+    Raises:
+      TypeError: it cannot be called.
+    """
+    if not callable(value):
+        raise TypeError(f"`{name}` of {owner} is {value!r:.60}, expected a function, {expected}.")
+    return cast(Callable[..., Any], value)
