@@ -131,15 +131,12 @@ class ParamState:
         for i in self.present:
             keys = [key for stored, key in self.kept if stored.seen[i]]
             held.setdefault(id(self.params.tensors[i]), set()).update(keys)
+        ids = {self.params.names[i]: id(self.params.tensors[i]) for i in self.present}
         for split in self.opaque.values():
             for entry in split.filled:
-                held.setdefault(self._holder(split, entry)[1], set()).add(split.keys[entry])
+                if entry[0] in ids:  # not those of the tree, which belong to no parameter
+                    held.setdefault(ids[entry[0]], set()).add(split.keys[entry])
         self.known = True
-
-    def _holder(self, split: SplitState, entry: tuple[str | None, str]) -> tuple[int, int]:
-        """The parameter that holds an entry of a transformation that is not made of rules: its position and id."""
-        i = self.params.names.index(entry[0] or split.seen[0])
-        return i, id(self.params.tensors[i])
 
     def _refuse_removed(self, states: States, held: Held) -> None:
         """Refuses the state of a parameter that lacks an entry, where it has others of its chain.
@@ -156,10 +153,12 @@ class ParamState:
             lacking = [key for key in keys if key not in states[i] and key in left]
             if lacking and any(states[i].get(key) is not None for key in (*keys, *left)):
                 self._refuse_lack(i, lacking, states[i], "set it to None to have it start anew, ")
+        positions = {self.params.names[i]: i for i in self.present}
         for split, _, missing in self._missing(states):
             for entry in missing:
-                i, owner = self._holder(split, entry)
-                if states[i] and split.keys[entry] in held.get(owner, ()):
+                i = positions.get(entry[0] or "", -1)
+                left = held.get(id(self.params.tensors[i]), set()) if i >= 0 else set()
+                if split.keys[entry] in left and any(states[i].get(key) is not None for key in left):
                     self._refuse_lack(i, [split.keys[entry]], states[i])
 
     def _refuse_lack(self, i: int, lacking: Sequence[str], state: Mapping[str, Any], hint: str = "") -> NoReturn:
