@@ -22,7 +22,7 @@ from ._numbers import check_number, naming_numbers
 
 CONVEX = 1e-10  # torch's least product of a step and the difference of gradients over it
 NUMBER_OPTIONS = ("lr", "max_iter", "max_eval", "tolerance_grad", "tolerance_change", "history_size")
-NEGATED = ("lr", "tolerance_change")  # of which torch takes no tensor of bools
+NEGATED = ("lr", "tolerance_change")  # options of which torch takes no tensor of bools
 VECTORS = ("d", "prev_flat_grad")
 LISTS = ("old_dirs", "old_stps", "ro")
 # options that files lack: one of newer versions of torch, and one that torch adds to the defaults where it loads

@@ -57,7 +57,7 @@ def named_arguments(make: Callable[Arguments, Made]) -> Callable[Arguments, Made
         for name in given.keys() & switches:
             checked_switch(name, make.__name__, given[name])
         made = make(*args, **kwargs)
-        for name in given.keys() & dtypes:  # those that no rule has got, too
+        for name in given.keys() & dtypes:  # dtypes that no rule has got, too
             if not isinstance(given[name], OptionalDtype):
                 raise TypeError(
                     f"`{name}` of {make.__name__} must be a dtype of torch, such as torch.bfloat16, or None, "

@@ -134,7 +134,7 @@ class ParamState:
         ids = {self.params.names[i]: id(self.params.tensors[i]) for i in self.present}
         for split in self.opaque.values():
             for entry in split.filled:
-                if entry[0] in ids:  # not those of the tree, which belong to no parameter
+                if entry[0] in ids:  # entries of the tree belong to no parameter
                     held.setdefault(ids[entry[0]], set()).add(split.keys[entry])
         self.known = True
 

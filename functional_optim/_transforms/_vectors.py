@@ -91,7 +91,7 @@ class Leaves:
         self.params: list[torch.Tensor] = [self.all[i] for i in self.present]
         self.paths = paths(self.spec)
         for i, x in zip(self.present, self.params, strict=True):
-            if not (isinstance(x, torch.Tensor) and x.is_complex()):  # they work on pairs of real numbers, too
+            if not (isinstance(x, torch.Tensor) and x.is_complex()):  # complex ones are pairs of real numbers
                 check_leaf("params", self.paths[i], x)
             if is_dtensor(x):
                 raise ValueError(
