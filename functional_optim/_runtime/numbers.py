@@ -106,7 +106,7 @@ def number_of(option: Option, options: Sequence[Mapping[str, Any]], owner: int, 
         x = option.look_up(options[owner], label)
         if isinstance(x, torch.Tensor) and x.ndim and x.numel() == 1:
             x = x.reshape(())
-        check_number(f"the option {option.name!r} is", x)
+        as_number(f"the option {option.name!r} is", x)
     except ValueError as error:
         raise in_group(owner, error) from None
     return x
