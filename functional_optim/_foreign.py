@@ -145,7 +145,7 @@ class SpecWatch:
         if paths is not None:
             for i in present:
                 check_stored(name, paths[i], params[i])
-        self.reader = PointerReader(tensors, list(map(TensorSpec.of, tensors)), stay=True)
+        self.reader = PointerReader(tensors, list(map(TensorSpec.of, tensors)))
 
     @classmethod
     def of(

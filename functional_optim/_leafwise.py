@@ -187,7 +187,7 @@ class LeafwiseStep:
         kinds = [numbers.setdefault(look, len(numbers)) for look in zip(*looks, strict=True)]
         tensors = [x for column in arrays for x in column if x is not None]
         plain = not needs_dispatch() and not any(map(_REQUIRES_GRAD, tensors))
-        reader = PointerReader(tensors, [TensorSpec.of(x) for x in tensors], stay=True) if plain else None
+        reader = PointerReader(tensors, [TensorSpec.of(x) for x in tensors]) if plain else None
         self.known = reader, kinds  # at once: several threads may step
         return kinds
 

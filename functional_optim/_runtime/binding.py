@@ -87,7 +87,7 @@ class BoundPrograms(Programs):
         seen = list(self.specs)
         for i in self.copied:
             seen[i] = TensorSpec.of(tensors[i])
-        self.reader = PointerReader(tensors, seen, stay=in_place)
+        self.reader = PointerReader(tensors, seen)
         self.allocator = self._allocator(list(zip(seen, tensors, strict=True))) if self.allocates else None
         self.n_results = sum(len(g.leaves) * len(g.outputs) for g in self.groups)
 

@@ -15,7 +15,7 @@ from .internals import library_of_torch
 
 NAMESPACE = "functional_optim"
 ABI_VERSION = 2 << 56 | 10 << 48  # torch 2.10, the first with all functions of the C ABI in use
-HEAD = 9  # numbers of a row before sizes and strides; `SIZES` of pointers.c
+HEAD = 7  # numbers of a row before sizes and strides; `SIZES` of pointers.c
 DIM, SPAN, ITEM = 4, 5, 6
 
 

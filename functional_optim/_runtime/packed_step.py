@@ -94,7 +94,7 @@ class PackedStep(BoundStep):
         written = dict.fromkeys(self.owner[i] for start, stop in self.written for i in range(start, stop))
         self.written_origins = list(written)
         tensors = [origin.of(columns) for origin in self.origins]
-        self.buffer_reader = PointerReader(tensors, list(map(TensorSpec.of, tensors)), stay=self.in_place)
+        self.buffer_reader = PointerReader(tensors, list(map(TensorSpec.of, tensors)))
         self.made: list[Made] = []
         self.made_offsets = Offsets(self._lay_out_results(columns) if self.allocates else ())
 

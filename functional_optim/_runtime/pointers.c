@@ -1,13 +1,12 @@
-/* Three operations on lists of tensors, registered through torch's stable C ABI, the search for tensors that have
-   moved, by the functions that DLPack has for C, and the start of kernels.
+/* Three operations on lists of tensors, registered through torch's stable C ABI, and the start of kernels.
 
    describe(Tensor[] tensors, Tensor(a!) rows) -> ()
      One row of int64 per tensor: its spec, as `read_pointers` compares it.
 
-   read_pointers(Tensor[] tensors, Tensor positions, Tensor spec_index, Tensor specs, Tensor(a!) pointers) -> ()
-     Compares tensors, each of a position among n, with their rows of `specs` and writes their data pointers there. The
-     last of the n + 1 numbers of `pointers` becomes -1, or 2 * i for the position i of the first tensor that differs
-     from its spec, 2 * i + 1 if its elements lie outside of its storage.
+   read_pointers(Tensor[] tensors, Tensor spec_index, Tensor specs, Tensor(a!) pointers) -> ()
+     Compares each of n tensors with its row of `specs` and writes its data pointer. The last of the n + 1 numbers of
+     `pointers` becomes -1, or 2 * i for the first tensor i that differs from its spec, 2 * i + 1 if its elements lie
+     outside of its storage.
 
    new_tensors(Tensor spec_index, Tensor specs, Tensor(a!) pointers) -> Tensor[]
      Makes a tensor for each row of `specs` that `spec_index` names, with memory of its own, and writes its data
@@ -66,9 +65,9 @@ void resolve(void *const *addresses) {
 #undef RESOLVE
 }
 
-/* Columns of a row: `SPAN` bytes from the first element to the last, elements of `ITEM` bytes, device and dtype in
-   DLPack's numbers, then `SIZES` and `STRIDES`, each as many numbers as the tensor has dimensions. */
-enum { DTYPE, LAYOUT, DEVICE_TYPE, DEVICE, DIM, SPAN, ITEM, DL_DEVICE, DL_DTYPE, SIZES };
+/* Columns of a row: `SPAN` bytes from the first element to the last, elements of `ITEM` bytes, then `SIZES` and
+   `STRIDES`, each as many numbers as the tensor has dimensions. */
+enum { DTYPE, LAYOUT, DEVICE_TYPE, DEVICE, DIM, SPAN, ITEM, SIZES };
 
 static int64_t *data_of(Handle tensor) {
   void *data = NULL;
@@ -176,30 +175,29 @@ static void describe(StableIValue *stack, uint64_t n_in, uint64_t n_out) {
 }
 
 static void read_pointers(StableIValue *stack, uint64_t n_in, uint64_t n_out) {
-  Handle list = (Handle)stack[0], chosen = (Handle)stack[1], index = (Handle)stack[2], table = (Handle)stack[3];
-  Handle result = (Handle)stack[4];
-  const int64_t *positions = data_of(chosen), *spec_index = data_of(index), *specs = data_of(table);
-  int64_t n = size_of(index, 1, 0), n_rows = size_of(table, 2, 0), width = size_of(table, 2, 1);
+  Handle list = (Handle)stack[0], index = (Handle)stack[1], table = (Handle)stack[2], result = (Handle)stack[3];
+  const int64_t *spec_index = data_of(index), *specs = data_of(table);
+  int64_t n_rows = size_of(table, 2, 0), width = size_of(table, 2, 1);
   int64_t *pointers = data_of(result), found = -1;
-  size_t i = 0, n_chosen = length_of(list);
-  int fits = size_of(chosen, 1, 0) == (int64_t)n_chosen && size_of(result, 1, 0) > n;
-  fits = fits && holds_numbers(chosen) && holds_numbers(index) && holds_numbers(table) && holds_numbers(result);
-  for (size_t k = 0; fits && k < n_chosen; k++) fits = positions[k] >= 0 && positions[k] < n;
+  size_t i = 0, n = length_of(list);
+  int fits = size_of(index, 1, 0) == (int64_t)n && size_of(result, 1, 0) > (int64_t)n;
+  fits = fits && holds_numbers(index) && holds_numbers(table) && holds_numbers(result);
   /* the interpreter's lock, once: a tensor that only Python owns takes it whenever a reference to it is deleted */
   int lock = PyGILState_Ensure();
-  for (; fits && i < n_chosen && found < 0; i++) {
+  for (; fits && i < n && found < 0; i++) {
     Handle tensor = tensor_at(list, i);
-    int64_t position = positions[i];
-    const int64_t *spec = row_at(specs, n_rows, width, spec_index[position]);
-    if (!tensor || !spec || differs(tensor, spec)) found = 2 * position;
-    else if (outside(tensor, spec)) found = 2 * position + 1;
-    else pointers[position] = (int64_t)(intptr_t)data_of(tensor);
+    const int64_t *spec = row_at(specs, n_rows, width, spec_index[i]);
+    if (!tensor || !spec || differs(tensor, spec)) found = 2 * (int64_t)i;
+    else if (outside(tensor, spec)) found = 2 * (int64_t)i + 1;
+    else pointers[i] = (int64_t)(intptr_t)data_of(tensor);
     aoti_torch_delete_tensor_object(tensor);
   }
   delete_list(list, i);
   PyGILState_Release(lock);
   if (fits) pointers[n] = found; /* otherwise the status stays as it was */
-  for (int k = 1; k < 5; k++) aoti_torch_delete_tensor_object((Handle)stack[k]);
+  aoti_torch_delete_tensor_object(index);
+  aoti_torch_delete_tensor_object(table);
+  aoti_torch_delete_tensor_object(result);
 }
 
 static void new_tensors(StableIValue *stack, uint64_t n_in, uint64_t n_out) {
@@ -231,86 +229,7 @@ static void new_tensors(StableIValue *stack, uint64_t n_in, uint64_t n_out) {
    The status stays as it was. */
 static void refuse_pointers(StableIValue *stack, uint64_t n_in, uint64_t n_out) {
   delete_list((Handle)stack[0], 0);
-  for (int k = 1; k < 5; k++) aoti_torch_delete_tensor_object((Handle)stack[k]);
-}
-
-/* A tensor, and the functions of a class of tensors, as version 1.3 of DLPack has them. */
-typedef struct {
-  void *data;
-  int32_t device_type, device, dim;
-  uint8_t code, bits;
-  uint16_t lanes;
-  int64_t *sizes, *strides;
-  uint64_t byte_offset;
-} dl_tensor_t;
-
-typedef struct {
-  uint32_t major, minor;
-  void *previous, *allocate, *own, *wrap;
-  int (*describe)(Handle object, dl_tensor_t *tensor); /* lends all; if it is not 0, an error of Python is set */
-} dl_functions_t;
-
-/* The tensors that a step is bound to: the row of `specs` for each, their classes, and the functions of Python and of
-   DLPack that they are looked at by. */
-typedef struct {
-  Handle (*item_of)(Handle list, ptrdiff_t); /* lends it */
-  Handle (*class_of)(Handle object);         /* to be released */
-  void (*release)(Handle object);
-  void (*clear_error)(void);
-  const dl_functions_t *functions;
-  Handle classes[2];
-  const int64_t *spec_index;
-  int64_t *specs, n, width;
-} bound_t;
-
-enum { DL_COMPLEX = 5 };
-
-static int64_t dl_device(const dl_tensor_t *x) { return (int64_t)x->device_type << 32 | (uint32_t)x->device; }
-static int64_t dl_dtype(const dl_tensor_t *x) { return (int64_t)x->lanes << 16 | x->bits << 8 | x->code; }
-
-/* DLPack's view of a tensor of a Python list. Returns 0 if the object is a tensor of a class that is bound. */
-static int look(const bound_t *bound, Handle list, int64_t i, dl_tensor_t *x) {
-  Handle object = bound->item_of(list, i), class = object ? bound->class_of(object) : NULL;
-  int known = class && (class == bound->classes[0] || class == bound->classes[1]);
-  if (class) bound->release(class);
-  if (known && !bound->functions->describe(object, x)) return 0;
-  bound->clear_error();
-  return 1;
-}
-
-/* Writes the numbers that DLPack has for the device and dtype of each tensor to its row. Returns 0 if there are any. */
-int describe_for_dlpack(Handle list, const bound_t *bound) {
-  for (int64_t i = 0; i < bound->n; i++) {
-    dl_tensor_t x;
-    int64_t *spec = bound->specs + bound->spec_index[i] * bound->width;
-    if (look(bound, list, i, &x)) return 1;
-    spec[DL_DEVICE] = dl_device(&x);
-    spec[DL_DTYPE] = dl_dtype(&x);
-  }
-  return 0;
-}
-
-/* Whether a tensor is where and as it was when `read_pointers` wrote its data pointer. A storage that has been cut or
-   freed since is elsewhere, or nowhere. Elements that are conjugated when they are read are complex, and those that are
-   negated are imaginary parts: at odd places. */
-static int is_in_place(const dl_tensor_t *x, const int64_t *spec, int64_t pointer) {
-  if ((int64_t)(intptr_t)x->data != pointer || (!pointer && spec[SPAN])) return 0;
-  if (x->code == DL_COMPLEX || pointer % (2 * spec[ITEM])) return 0;
-  if (dl_device(x) != spec[DL_DEVICE] || dl_dtype(x) != spec[DL_DTYPE] || x->dim != spec[DIM]) return 0;
-  if (!x->dim) return 1;
-  return !memcmp(x->sizes, spec + SIZES, 8 * x->dim) && !memcmp(x->strides, spec + SIZES + x->dim, 8 * x->dim);
-}
-
-/* Writes the positions of the tensors of a Python list that are not where and as they were, and returns their number.
-   The caller holds the interpreter's lock. */
-int64_t find_moved(Handle list, const bound_t *bound, const int64_t *pointers, int64_t *positions) {
-  int64_t n = 0;
-  for (int64_t i = 0; i < bound->n; i++) {
-    dl_tensor_t x;
-    const int64_t *spec = bound->specs + bound->spec_index[i] * bound->width;
-    if (look(bound, list, i, &x) || !is_in_place(&x, spec, pointers[i])) positions[n++] = i;
-  }
-  return n;
+  for (int k = 1; k < 4; k++) aoti_torch_delete_tensor_object((Handle)stack[k]);
 }
 
 static Error implement(const char *name_space, const char *key, const char *name, Kernel kernel, uint64_t version) {
@@ -327,9 +246,7 @@ int register_operations(const char *name_space, uint64_t version) {
   if (!error) error = aoti_torch_library_def(library, "describe(Tensor[] tensors, Tensor(a!) rows) -> ()");
   if (!error)
     error = aoti_torch_library_def(
-        library,
-        "read_pointers(Tensor[] tensors, Tensor positions, Tensor spec_index, Tensor specs, Tensor(a!) pointers)"
-        " -> ()");
+        library, "read_pointers(Tensor[] tensors, Tensor spec_index, Tensor specs, Tensor(a!) pointers) -> ()");
   if (!error)
     error = aoti_torch_library_def(
         library, "new_tensors(Tensor spec_index, Tensor specs, Tensor(a!) pointers) -> Tensor[]");

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 
 from .._compiler.cache import BuildError
-from .dlpack import MovedTensors, moved_tensors
 from .internals import has_members, is_zero_tensor
 from .library import ITEM, SPAN, library, operations, spec_rows
 from .spec import TensorSpec, lies_outside
@@ -39,20 +38,14 @@ class Pointers:
       n: number of tensors to be read.
       n_new: number of new tensors.
       n_copies: number of pointers more, after these.
-
-    Attributes:
-      positions: memory for the positions of tensors that have moved.
     """
 
     def __init__(self, n: int, n_new: int = 0, n_copies: int = 0) -> None:
-        self.n, self.n_pointers = n, n + 1 + n_new + n_copies
-        self.memory = (ctypes.c_int64 * (self.n_pointers + n))()
+        self.n, self.memory = n, (ctypes.c_int64 * (n + 1 + n_new + n_copies))()
         with torch.inference_mode(False):  # steps outside of that mode write to it, too
             self.tensor = torch.frombuffer(self.memory, dtype=torch.int64)
             self.new = self.tensor[n + 1 : n + 1 + n_new]
-            self.positions = self.tensor[self.n_pointers :]
         self.address = ctypes.addressof(self.memory)
-        self.positions_address = self.address + 8 * self.n_pointers
 
     def content(self) -> bytes:
         """The pointers that have been read, as bytes."""
@@ -60,7 +53,7 @@ class Pointers:
 
     def all_content(self) -> bytes:
         """All pointers, those to new tensors too, as bytes."""
-        return ctypes.string_at(self.address, 8 * self.n_pointers)
+        return ctypes.string_at(self.address, 8 * len(self.memory))
 
 
 class PointerOrder:
@@ -113,7 +106,6 @@ class PointerReader:
     Args:
       tensors: the tensors that the step is bound to.
       specs: their specs.
-      stay: whether most tensors of a step are where those of the last one were, which had the same pointers.
 
     Example:
       >>> x = torch.zeros(2)
@@ -123,18 +115,17 @@ class PointerReader:
       (None, Difference(position=0, outside=False))
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor], specs: Sequence[TensorSpec], stay: bool = False) -> None:
+    def __init__(self, tensors: Sequence[torch.Tensor], specs: Sequence[TensorSpec]) -> None:
         self.specs = list(specs)
         self.classes = frozenset(spec.cls for spec in specs)
         self.plain = all(spec.plain for spec in set(specs))
         self.stored = all(spec.device.type != "meta" and not spec.lazy for spec in set(specs))
         registered = operations() if self.plain and specs else None
-        self.spare: list[Pointers] = []  # of threads that have asked `fits`
-        self.operation: Any = None
-        self.moved: MovedTensors | None = None
+        self.spare: list[Pointers] = []  # memory that no thread uses, for `fits`
+        self.operation = None
         if registered is not None and not any(map(has_members, tensors)):
             self.operation = registered.read_pointers.default
-            self._describe(tensors, stay)
+            self._describe(tensors)
         else:
             self.asked = [(torch.strided, spec.dtype, spec.shape, spec.device) for spec in specs]
             self.strides = [spec.stride for spec in specs]
@@ -145,7 +136,7 @@ class PointerReader:
                 for spec, offset in zip(specs, self.offsets, strict=True)
             ]
 
-    def _describe(self, tensors: Sequence[torch.Tensor], stay: bool) -> None:
+    def _describe(self, tensors: Sequence[torch.Tensor]) -> None:
         """Fills the table of specs, a row for each that differs."""
         rows = {spec: k for k, spec in enumerate(dict.fromkeys(self.specs))}
         examples = dict(zip(self.specs, tensors, strict=True))
@@ -153,8 +144,6 @@ class PointerReader:
         self.table = spec_rows([examples[spec] for spec in rows], max((len(spec.shape) for spec in rows), default=0))
         for spec, k in rows.items():
             self.table[k, SPAN], self.table[k, ITEM] = spec.span, spec.dtype.itemsize
-        self.positions = torch.arange(len(self.specs), device="cpu")
-        self.moved = moved_tensors(tensors, self.spec_index, self.table) if stay else None
 
     def read(self, tensors: Sequence[Any], pointers: Pointers) -> Difference | None:
         """Compares tensors, and reads their data pointers where the operation is at hand.
@@ -166,25 +155,16 @@ class PointerReader:
         Returns:
           The first difference, or None.
         """
-        indices: Sequence[int] = range(len(tensors))
-        if self.moved is not None:
-            n = self.moved.find(tensors, self.moved.bound, pointers.address, pointers.positions_address)
-            if not n:
-                return None
-            indices = pointers.memory[pointers.n_pointers : pointers.n_pointers + n]
-            tensors = [tensors[k] for k in indices]
         if not self.classes.issuperset(map(type, tensors)):
-            other = next(k for k, x in enumerate(tensors) if type(x) not in self.classes)
-            return Difference(indices[other], False)
+            return Difference(next(k for k, x in enumerate(tensors) if type(x) not in self.classes), False)
         if self.operation is None:
             found = None if self._fit(tensors) else self._find_difference(tensors)
             if found is None and self.stored:
                 data_ptr = torch.Tensor.data_ptr if self.plain else _data_ptr
                 pointers.memory[: pointers.n] = list(map(data_ptr, tensors))
             return found
-        positions = self.positions if self.moved is None else pointers.positions[: len(tensors)]
         pointers.memory[pointers.n] = 0  # stays where torch finds another implementation than ours, as for meta tensors
-        self.operation(tensors, positions, self.spec_index, self.table, pointers.tensor)
+        self.operation(tensors, self.spec_index, self.table, pointers.tensor)
         status = pointers.memory[pointers.n]
         return None if status < 0 else Difference(status >> 1, bool(status & 1))
 
