@@ -53,7 +53,7 @@ class Bindings:
         # addresses and specs of tensors with rows to be written, which were found to share no memory
         self.disjoint: Sequence[tuple[int, TensorSpec]] = ()
         self.sparse = False  # whether a gradient has been sparse, so that layouts are looked at before a step
-        self.held: Held = {}  # by which an entry that was removed is told from one that has yet to be made
+        self.held: Held = {}  # entries that steps have left, by which one that was removed is told from a new one
         self.new: set[int] = set()  # ids of parameters that have state, but have not taken their first step
         # entries of state that begin at the rate of a group, made by checkpoint code, which sets that to 0 meanwhile
         self.started_dry: list[tuple[dict[str, Any], str]] = []
@@ -62,6 +62,10 @@ class Bindings:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Bindings, ()  # tensors of a copy are other ones
+
+    def hold(self, state: Mapping[Any, Mapping[str, Any]]) -> None:
+        """Takes note of the entries of a state that is not of steps of this optimizer: of a file, or of a copy."""
+        self.held = {id(p): set(entries) for p, entries in state.items() if isinstance(p, torch.Tensor)}
 
     def template_of(self, opt: "ChainOptimizer", group: Mapping[str, Any]) -> Template:
         """The chain of a parameter group.

@@ -3,7 +3,7 @@
 import numbers
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,7 +43,7 @@ def load(optimizer: "ChainOptimizer", state_dict: dict[str, Any], by_name: bool,
     check_state_dict(state_dict)
     if not (strict or by_name):
         raise ValueError("strict=False is about names that are missing, so it needs by_name=True.")
-    state_dict = dict(state_dict)
+    state_dict = copy(state_dict)
     for before in optimizer._optimizer_load_state_dict_pre_hooks.values():
         changed = before(optimizer, state_dict)
         if changed is not None:
@@ -85,8 +85,8 @@ def load(optimizer: "ChainOptimizer", state_dict: dict[str, Any], by_name: bool,
         optimizer.__dict__.update(held)
         raise
     for made, key in anew:
-        del made[key]
-    optimizer._bindings.held = {id(p): set(own) for p, own in state.items() if isinstance(p, torch.Tensor)}
+        made.pop(key, None)
+    optimizer._bindings.hold(state)
     if unknown and "chain" in optimizer.defaults:
         more = f", and {len(unknown) - 1} more are like it" if len(unknown) > 1 else ""
         warn(f"the saved state of {unknown[0]}, which the chain does not know{more}; it is kept.")

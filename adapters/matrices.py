@@ -30,7 +30,7 @@ def _check_sequence(name: str, value: Any, expected: str) -> None:
     Raises:
       TypeError: with its name and value.
     """
-    if not isinstance(value, (tuple, list, torch.Tensor)) or (isinstance(value, torch.Tensor) and value.ndim != 1):
+    if not isinstance(value, (tuple, list)) and getattr(value, "ndim", None) != 1:
         raise TypeError(f"`{name}` is {type(value).__name__} {value!r:.60}, expected {expected}.")
 
 

@@ -265,9 +265,8 @@ class ChainOptimizer(Optimizer):
                     assert columns is not None, "the state that was missing has been made"
                 elif self.EMPTY_STATES and 0 < len(self.state) < len(inputs.params):
                     bindings.adopt(self, originals, grads, states, journal)
-                if not step.state.known:
-                    step.state.note(bindings.held)
                 if dry:
+                    step.state.note(bindings.held)
                     bindings.new = new
                     bindings.started_dry = [(states[i], key) for i, key in step.state.started_at_rate()]
                     return "taken"
@@ -286,8 +285,11 @@ class ChainOptimizer(Optimizer):
             # nothing waits for a device but the first step
             if outcome == "sparse" or (guarded and (first or journal) and float(extra["found_inf"])):
                 bindings.undo(journal, before)
-            elif bindings.started_dry:
-                bindings.started(states, step.present)
+            else:
+                if not step.state.known:
+                    step.state.note(bindings.held)
+                if bindings.started_dry:
+                    bindings.started(states, step.present)
         except BaseException:
             bindings.forget_step(step)
             changed = first or journal
@@ -412,6 +414,7 @@ class ChainOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.pop("_bindings", None)
         super().__setstate__(state)
+        self._bindings.hold(self.state)
 
     def averaged_params(
         self,

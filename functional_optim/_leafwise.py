@@ -155,12 +155,12 @@ class LeafwiseStep:
         n = len(self.leaves)
         column = [None] * n if counter is None else [counter[i] for i in self.leaves]
         ids = list(map(id, column))
-        counts: dict[int, Any] = dict(zip(ids, column, strict=True))  # a shared one is asked once
+        counts: dict[int, Any] = dict(zip(ids, column, strict=True))  # counters that are shared once
         if not needs_dispatch() and _are_on_cpu(counts.values()):
             # Python's numbers where that costs nothing: on the CPU, outside of transformations
             counts = dict(zip(counts, map(torch.Tensor.item, counts.values()), strict=True))
         names = {key: key if isinstance(x, torch.Tensor) else x for key, x in counts.items()}
-        by_name = {names[key]: x for key, x in reversed(counts.items())}  # of equal numbers, the first
+        by_name = {names[key]: x for key, x in reversed(counts.items())}  # the first one of equal numbers
         own = [0] * n if owners is None else [owners[i] for i in self.leaves]
         firsts = [None] * n if first is None else [i in first for i in self.leaves]
         tokens = list(zip(own, map(names.__getitem__, ids), firsts, strict=True))

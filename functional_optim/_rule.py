@@ -6,7 +6,7 @@ from typing import Any, overload
 
 import torch
 
-from ._compiler.arguments import checked_function, checked_switch
+from ._compiler.arguments import checked_function, checked_switch, plain_number
 from ._compiler.rule import Range, Rule, Slot, check_slot_dtype
 from ._fusible import RuleFactory, WrappingFactory
 
@@ -220,6 +220,7 @@ def _make(
     for argument, given in (("extra", extra), ("static", static)):
         _check_names(argument, name, given)
     final, batched = checked_switch("final", maker, final), checked_switch("batched", maker, batched)
+    stacked_up_to = plain_number(stacked_up_to)
     if not (stacked_up_to is None or (isinstance(stacked_up_to, int) and not isinstance(stacked_up_to, bool))):
         raise TypeError(f"`stacked_up_to` of {name} is {stacked_up_to!r:.60}, expected a number of elements, or None.")
     for slot_name, declared in slots.items():

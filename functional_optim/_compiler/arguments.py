@@ -50,7 +50,7 @@ def tensor_for_switch(name: str, owner: str) -> TypeError:
 
 
 def checked_function(name: str, owner: str, value: Any, expected: str) -> Callable[..., Any]:
-    """A function.
+    """An argument that is a function, as it was given.
 
     Args:
       name: the argument.

@@ -370,7 +370,7 @@ class Rule:
           TypeError, ValueError: with the name, the value and the expectation.
         """
         value = plain_number(value)
-        if hyper in self.bools:
+        if hyper in self.bools and not (value is None and self.hypers[hyper] is None):
             return checked_switch(hyper, self.name, value)
         if value is not None and any(slot.dtype == hyper for slot in self.slots.values()):
             if not isinstance(value, torch.dtype):

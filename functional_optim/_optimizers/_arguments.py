@@ -54,10 +54,10 @@ def named_arguments(make: Callable[Arguments, Made]) -> Callable[Arguments, Made
         for name in needed:
             if given.get(name, MISSING) is None:
                 raise TypeError(f"`{name}` of {make.__name__} must be a number, a 0-d tensor or a schedule, got None.")
-        for name in given.keys() & switches:
+        for name in filter(given.__contains__, switches):
             checked_switch(name, make.__name__, given[name])
         made = make(*args, **kwargs)
-        for name in given.keys() & dtypes:  # dtypes that no rule has got, too
+        for name in filter(given.__contains__, dtypes):  # dtypes that no rule has got, too
             if not isinstance(given[name], OptionalDtype):
                 raise TypeError(
                     f"`{name}` of {make.__name__} must be a dtype of torch, such as torch.bfloat16, or None, "
@@ -88,9 +88,11 @@ def renaming(
                 return make(*args, **kwargs)
             except (TypeError, ValueError) as error:
                 name = next((own for subject, own in by_subject.items() if str(error).startswith(subject)), None)
-                if name is None:
+                if name is None or type(error) not in (TypeError, ValueError):
                     raise
-                raise type(error)(f"`{name}` of {owner or make.__name__}: {error}") from None
+                renamed_error = type(error)(f"`{name}` of {owner or make.__name__}: {error}")
+                vars(renamed_error).update(vars(error))  # notes
+                raise renamed_error from None
 
         return renamed
 

@@ -141,15 +141,14 @@ class ParamState:
     def _refuse_removed(self, states: States, held: Held) -> None:
         """Refuses the state of a parameter that lacks an entry, where it has others of its chain.
 
-        A slot that has come with a switch, or with another mask, is no such entry: no step has left it. Where no step
-        is known of, as in a copy of an optimizer, all slots have to be there.
+        A slot that has come with a switch, or with another mask, is no such entry: no step has left it.
 
         Raises:
           ValueError: with the name of the parameter and the entry.
         """
         for i in self.present:
             keys = dict.fromkeys(key for stored, key in self.kept if stored.seen[i])
-            left = held.get(id(self.params.tensors[i]), keys)
+            left = held.get(id(self.params.tensors[i]), set())
             lacking = [key for key in keys if key not in states[i] and key in left]
             if lacking and any(states[i].get(key) is not None for key in (*keys, *left)):
                 self._refuse_lack(i, lacking, states[i], "set it to None to have it start anew, ")

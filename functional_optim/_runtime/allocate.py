@@ -95,9 +95,10 @@ def unbind_copies(x: torch.Tensor) -> Sequence[torch.Tensor]:
     plain = plain and not x.requires_grad  # autograd follows torch's
     if own is None or not plain or n < 2 or not 0 < bytes_of_row <= SMALL:
         return torch.unbind_copy(x, 0)  # type: ignore[return-value, func-returns-value]
-    pointers, table = Pointers(0, n), spec_rows([x[0]], x.dim() - 1)
-    rows: list[torch.Tensor] = own.new_tensors.default(torch.zeros(n, dtype=torch.int64), table, pointers.new)
-    if len(rows) < n:  # for the error of torch, which says how much memory was asked for
+    pointers, table = Pointers(0, n), spec_rows([x[0].clone(memory_format=torch.contiguous_format)], x.dim() - 1)
+    index = torch.zeros(n, dtype=torch.int64, device="cpu")
+    rows: list[torch.Tensor] = own.new_tensors.default(index, table, pointers.new)
+    if len(rows) < n:  # torch's own error says how much memory was asked for
         return torch.unbind_copy(x, 0)  # type: ignore[return-value, func-returns-value]
     _copy_rows()(x.data_ptr(), bytes_of_row, n, pointers.address + 8 * (pointers.n + 1))
     return rows

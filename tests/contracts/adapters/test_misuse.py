@@ -680,3 +680,31 @@ def test_a_parameter_group_without_parameters() -> None:
     for opt in (stepped(), AdamW(parameters(1))):
         with pytest.raises(KeyError, match="a parameter group lacks 'params', its parameters; it has"):
             opt.add_param_group({"lr": 0.1})
+
+
+class TheirError(ValueError):
+    """An error of a user's factory, whose class has a constructor of its own."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(f"`learning_rate` of theirs: {reason} ({code})")
+        self.code = code
+
+
+def test_errors_of_a_factory_are_its_own() -> None:
+    """A name is put in front of messages of ours alone, and notes stay."""
+
+    def theirs(learning_rate: float) -> fo.GradientTransformation:
+        raise TheirError(3, "no")
+
+    def with_note(learning_rate: float) -> fo.GradientTransformation:
+        error = ValueError("`learning_rate` of with_note is odd.")
+        error.add_note("it has a note")
+        raise error
+
+    p = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(TheirError, match=r"^`learning_rate` of theirs: no") as caught:
+        TransformOptimizer.factory(theirs)([p], lr=0.1)
+    assert caught.value.code == 3
+    with pytest.raises(ValueError, match="`learning_rate` of with_note is odd") as noted:
+        TransformOptimizer.factory(with_note)([p], lr=0.1)
+    assert noted.value.__notes__ == ["it has a note"]

@@ -214,10 +214,12 @@ def test_a_slot_that_was_removed_is_refused_and_nothing_changes(name: str, copie
     step(opt)
 
 
+@pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("switches", [{"amsgrad": True}, {"momentum": 0.5, "centered": True}], ids=str)
-def test_a_slot_that_comes_with_a_switch_starts_then(switches: dict[str, Any]) -> None:
+def test_a_slot_that_comes_with_a_switch_starts_then(switches: dict[str, Any], copied: bool) -> None:
     opt = (adapters.Adam if "amsgrad" in switches else adapters.RMSprop)(make_params(shapes=SMALL))
     train([opt], range(2))
+    opt = deepcopy(opt) if copied else opt
     known = set(opt.state[params_of(opt)[0]])
 
     opt.param_groups[0].update(switches)

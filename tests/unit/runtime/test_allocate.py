@@ -96,6 +96,8 @@ STACKS = {
     "a part": torch.randn(6, 3)[1:4],
     "long rows": torch.randn(2, allocate.SMALL),
     "meta": torch.empty(3, 2, device="meta"),
+    "odd strides of size 1": torch.randn(12).as_strided((3, 1, 4), (4, 99, 1)),
+    "odd strides of size 1, transposed": torch.randn(12).as_strided((3, 4, 1), (4, 1, 99)),
     "followed by autograd": torch.randn(3, 2, requires_grad=True) * 2,
 }
 
