@@ -180,7 +180,8 @@ class _Betas(NamedClass):
         for name in ("lr", "betas", "eps", "weight_decay"):
             value = group.get(name)
             for x in value if isinstance(value, (tuple, list)) else (value,):
-                _check_no_bool(name, x, f" of parameter group {g}")
+                if type(x) is not float:  # most are, and a scheduler changes one at each step
+                    _check_no_bool(name, x, f" of parameter group {g}")
         super()._check_options(g, group)
 
     def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:
