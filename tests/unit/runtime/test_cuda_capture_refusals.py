@@ -227,7 +227,7 @@ def test_python_evaluates_a_schedule_of_whole_tensors_with_a_number(rate: Any) -
     with mock.patch.dict(step.bound.values, lr=lambda t: seen.append(t) or 0.1):
         for hypers in ({"lr"}, set[str]()):
             step.region.python_hypers = hypers
-            _Values.of(step.region, {}, count, False, {}, count.device)
+            _Values.of(step.region, [{}], 0, count, False, {}, count.device)
     assert (type(seen[0]), seen[0]) == (int, 2)
     assert seen[1] is count
 
