@@ -152,7 +152,7 @@ class BoundRegion:
         return bound, found
 
     def leaves(self, own: Columns, first: frozenset[int] = frozenset()) -> list[Leaf]:
-        """The leaves that programs compute. Those that no rule sees are left alone, unless updates are added to them.
+        """The leaves that programs compute. Leaves that no rule sees are left alone, unless updates are added to them.
 
         Args:
           own: all tensors that the programs read.

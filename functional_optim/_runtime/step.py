@@ -337,7 +337,7 @@ class BoundStep(BoundPrograms):
         return found
 
     def _results(self, columns: Columns, outputs: Sequence[Sequence[Sequence[Any]]]) -> Columns:
-        """The columns that change, with what has been computed."""
+        """The columns that change, with the outputs in them."""
         return self.scatter(columns, outputs)
 
 

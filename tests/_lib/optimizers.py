@@ -59,6 +59,11 @@ def make_params(
     return made
 
 
+def vectors(n: int = 2, size: int = 16) -> list[torch.nn.Parameter]:
+    """Parameters of normal deviates in one dimension."""
+    return make_params(shapes=((size,),) * n)
+
+
 def twins(params: Sequence[torch.Tensor]) -> list[torch.nn.Parameter]:
     """Copies of parameters, in the same layouts."""
     return [torch.nn.Parameter(p.detach().clone(), p.requires_grad) for p in params]

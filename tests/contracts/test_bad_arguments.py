@@ -459,7 +459,7 @@ RULE: dict[str, Callable[[Any], Any]] = {
     "batched": lambda x: fo.leafwise(lambda u: u, batched=x),
     "stacked_up_to": lambda x: fo.leafwise(lambda u: u, stacked_up_to=x),
 }
-CALLS: dict[str, tuple[Callable[[Any], Any], str, tuple[str, ...]]] = {  # with what their messages say, and what fits
+CALLS: dict[str, tuple[Callable[[Any], Any], str, tuple[str, ...]]] = {  # calls, their messages, kinds that fit
     **{f"{argument} of a rule": (call, f"`{argument}` of |the slot `a`", ("None",)) for argument, call in RULE.items()},
     "extra of a rule": (RULE["extra"], "`extra` of |the extra argument `a`", ()),
     "static of a rule": (RULE["static"], "`static` of ", ()),
