@@ -161,6 +161,9 @@ class Bindings:
         same = len(state) == len(keys) and all(map(is_, state, keys)) and all(map(is_, state.values(), values))
         if not self.states or not same:
             found = [state.get(p) for p in params.tensors]
+            for name, x in zip(params.names, found, strict=True):
+                if x is not None and not isinstance(x, dict):
+                    raise TypeError(f"state at {name!r} is {x!r:.60}, expected a dict of entries by name.")
             self.states = [{} if x is None else x for x in found]
             self.known = list(state), list(state.values())
         return self.states

@@ -215,7 +215,12 @@ def _make(
     stacked_up_to: int | None = None,
 ) -> RuleFactory:
     checked_function("fn", maker, fn, "the formula")
-    name = getattr(fn, "__name__", type(fn).__name__).lstrip("_")
+    if not hasattr(fn, "__qualname__"):
+        raise TypeError(
+            f"`fn` of {maker} is {fn!r:.60}, which has no name for states and pickles to find it by; write the "
+            f"formula with `def`, with what it fixes as defaults."
+        )
+    name = fn.__name__.lstrip("_")
     slots, ranges = dict(_by_name("state", name, state)), _by_name("ranges", name, ranges)
     for argument, given in (("extra", extra), ("static", static)):
         _check_names(argument, name, given)

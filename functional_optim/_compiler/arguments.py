@@ -1,5 +1,6 @@
 """Arguments of public functions: numbers of other libraries, switches and functions, refused by name."""
 
+import inspect
 import numbers
 from collections.abc import Callable
 from typing import Any, cast
@@ -64,3 +65,26 @@ def checked_function(name: str, owner: str, value: Any, expected: str) -> Callab
     if not callable(value):
         raise TypeError(f"`{name}` of {owner} is {value!r:.60}, expected a function, {expected}.")
     return cast(Callable[..., Any], value)
+
+
+def checked_schedule(subject: str, value: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that is to be called as a schedule, as it was given.
+
+    Args:
+      subject: the argument that it is, for the message.
+      value: the function.
+
+    Raises:
+      TypeError: it cannot be called with one argument.
+    """
+    try:
+        signature = inspect.signature(value)
+    except (TypeError, ValueError):  # a function of C that does not tell
+        return value
+    try:
+        signature.bind(0)
+    except TypeError as error:
+        raise TypeError(
+            f"{subject} is {value!r:.60}, expected a schedule, a function of the number of the step alone: {error}."
+        ) from None
+    return value

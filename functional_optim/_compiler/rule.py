@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from .arguments import (
+    checked_schedule,
     checked_switch,
     plain_number as plain_number,
     tensor_for_switch,
@@ -60,6 +61,11 @@ class Option:
         return KeyError(
             f"the parameter group lacks {self.name!r}, which {label} is taken from; there are {sorted(options)}."
         )
+
+    @property
+    def label(self) -> str:
+        """The number within an option, in messages."""
+        return f"the option {self.name if self.index is None else f'{self.name}[{self.index}]'!r}"
 
     def pick(self, value: Any) -> Any:
         """The number within an option.
@@ -355,6 +361,12 @@ class Rule:
         by_default = {k for k, x in self.hypers.items() if isinstance(x, bool) and k not in self.static}
         return frozenset(by_default | {k for k in self.hypers if parameters[k].annotation in (bool, "bool")})
 
+    @cached_property
+    def wholes(self) -> frozenset[str]:
+        """The hyper-parameters that are whole numbers: those in `static` that are annotated as `int`."""
+        parameters = inspect.signature(self.fn).parameters
+        return frozenset(k for k in self.static if parameters[k].annotation in (int, "int"))
+
     def check(self, hyper: str, value: Any, values: Mapping[str, Any]) -> Any:
         """Refuses a value of the wrong kind, or outside its range.
 
@@ -402,7 +414,11 @@ class Rule:
                 f"`{hyper}` of {self.name} must be a number, a 0-d tensor or a schedule, got a tensor of dtype "
                 f"{value.dtype}; pass `x.float()`."
             )
+        if hyper in self.wholes and (isinstance(value, bool) or not isinstance(value, int)):
+            raise TypeError(f"`{hyper}` of {self.name} must be a whole number, got {value!r:.60}.")
         if not self._is_one_number(hyper, value):
+            if _is_schedule(value) and hyper not in self.static and not isinstance(value, torch.Tensor):
+                checked_schedule(f"`{hyper}` of {self.name}", value)
             return value
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             others = "" if hyper in self.static else ", a 0-d tensor or a schedule"

@@ -2,7 +2,7 @@
 
 from .._chain import chain, identity
 from .._compiler.rule import Scalar
-from .._transform import GradientTransformation
+from .._transform import GradientTransformation, as_transformation
 from .._transforms.lbfgs import scale_by_lbfgs
 from .._transforms.linesearch import scale_by_zoom_linesearch
 from .._transforms.scaling import scale_by_learning_rate
@@ -51,5 +51,5 @@ def lbfgs(
     return chain(
         scale_by_lbfgs(memory_size, scale_init_precond),
         scale_by_learning_rate(learning_rate),
-        identity() if linesearch is None else linesearch,
+        identity() if linesearch is None else as_transformation(linesearch, "`linesearch` of lbfgs"),
     )

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from .._runtime.checks import check_kind
 from .._runtime.groups import Key
 from .._runtime.shard import LocalTensors, as_dtensor_like, is_dtensor, local_tensor, mesh_shard, real_view
 from .template import ParamList
@@ -38,7 +39,7 @@ class LocalColumns:
 
     def __init__(self, params: ParamList, present: Sequence[int]) -> None:
         self.params = params.tensors
-        self.names = params.names
+        self.names, self.present = params.names, present
         self.wrapped = [i for i in present if self.params[i].is_complex() or is_dtensor(self.params[i])]
         self.dtensors = [i for i in self.wrapped if is_dtensor(self.params[i])]
         self.complex = [i for i in self.wrapped if self.params[i].is_complex()]
@@ -47,8 +48,9 @@ class LocalColumns:
         self._placed.remember("params", self.params, self.dtensors)
 
     def fits(self, params: Sequence[torch.Tensor]) -> bool:
-        """Whether parameters are placed as they were when this was made."""
-        return not self.dtensors or self._placed.fit("params", params)
+        """Whether parameters are placed as they were when this was made, and those that were complex still are."""
+        complex_now = [i for i in self.present if params[i].is_complex()]
+        return complex_now == self.complex and (not self.dtensors or self._placed.fit("params", params))
 
     def of(
         self,
@@ -85,6 +87,16 @@ class LocalColumns:
             x = x.resolve_conj() if not written and isinstance(x, torch.Tensor) else x
             column[i] = tensor_of(x, name, self.names[i])
         return column
+
+    def check_slots(self, name: str, tensors: Sequence[Any]) -> None:
+        """Refuses entries of a slot that are real where their parameters are complex.
+
+        Raises:
+          ValueError: with the name of the slot and of the parameter.
+        """
+        for i in self.complex:
+            if isinstance(tensors[i], torch.Tensor):
+                check_kind(f"{name} at {self.names[i]!r}", tensors[i], self.params[i])
 
     def known(self, key: Key, tensors: Sequence[Any]) -> list[Any] | None:
         """The local tensors of a column of DTensors that is placed as it was before; None if it may not be."""

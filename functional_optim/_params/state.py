@@ -279,6 +279,7 @@ class ParamState:
                 if any(column[i] is None and stored.seen[i] for i in self.present):
                     return None
             if self.local.wrapped and stored.key != "step" and (stored.slot is None or stored.slot.like_leaf):
+                self.local.check_slots(stored.name, column)
                 columns[stored.key] = self.local.of(stored.key, column, check_placed, f"{stored.name} at")
             else:
                 columns[stored.key] = column

@@ -431,6 +431,8 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
         """Whether the gradients and entries are there that were there before, and gradients are dense."""
         if any(u is None or u.layout is not torch.strided for u in (own["updates"][i] for i in self.present)):
             return False
+        if not self.local.fits(self.params.tensors):
+            return False
         return not any(own[s.key][i] is None and s.seen[i] for s in segment.region.stored for i in self.present)
 
     def _check_leaves(self, own: Columns) -> None:

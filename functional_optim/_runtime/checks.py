@@ -105,6 +105,19 @@ def refuse_leaf(name: str, target: torch.Tensor) -> None:
         )
 
 
+def check_kind(name: str, x: torch.Tensor, p: torch.Tensor) -> None:
+    """Refuses a stored tensor that is complex where its parameter is real, or real where that is complex.
+
+    Raises:
+      ValueError: with the dtypes of both.
+    """
+    if x.is_complex() is not p.is_complex():
+        raise ValueError(
+            f"{name} has dtype {x.dtype}, but its parameter has {p.dtype}: both must be complex, or neither; remove "
+            f"the state of a parameter that has been converted, so that it starts anew, or convert it, too."
+        )
+
+
 def check_slot(name: str, path: str, x: Any, u: torch.Tensor, slot: Slot) -> None:
     """Refuses a stored tensor that does not go with its leaf.
 
@@ -115,6 +128,8 @@ def check_slot(name: str, path: str, x: Any, u: torch.Tensor, slot: Slot) -> Non
         if x.ndim:
             raise ValueError(f"{name}{at(path)} has shape {tuple(x.shape)}, expected one number.")
         u = u.new_empty(())
+    if isinstance(x, torch.Tensor):
+        check_kind(f"{name}{at(path)}", x, u)
     check_fit(name, "update", path, x, u)
 
 

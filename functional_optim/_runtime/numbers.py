@@ -106,7 +106,7 @@ def number_of(option: Option, options: Sequence[Mapping[str, Any]], owner: int, 
         x = option.look_up(options[owner], label)
         if isinstance(x, torch.Tensor) and x.ndim and x.numel() == 1:
             x = x.reshape(())
-        as_number(f"the option {option.name!r} is", x)
+        as_number(f"{option.label} is", x)
     except ValueError as error:
         raise in_group(owner, error) from None
     return x
@@ -119,6 +119,6 @@ def in_group(owner: int, error: ValueError) -> ValueError:
 
 def _number(option: Option, x: Any, device: torch.device) -> Number:
     if isinstance(x, torch.Tensor) and x.numel() == 1:
-        check_memory(f"the option {option.name!r} is", x, device)
+        check_memory(f"{option.label} is", x, device)
         x = x.reshape(())
-    return as_number(f"the option {option.name!r} is", x)
+    return as_number(f"{option.label} is", x)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .._compiler.arguments import checked_schedule
 from .schedule import NUMBER, Schedule, like, schedule, value_at
 from .warmup import warmup_cosine_decay_schedule
 
@@ -44,6 +45,7 @@ def join_schedules(count: Any, schedules: Sequence[Callable[[Any], Any]], bounda
     for k, (one, start, end) in enumerate(zip(schedules, (0, *boundaries), (*boundaries, math.inf), strict=True)):
         if not callable(one):
             raise TypeError(f"`schedules` of join_schedules must be functions of the step, got {one!r:.60} at {k}.")
+        checked_schedule(f"`schedules` of join_schedules at {k}", one)
         if end < start and k:
             raise ValueError(f"`boundaries` of join_schedules must be in order, got {list(boundaries)}.")
         if end > start or not k:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .._compiler.arguments import checked_schedule
 from .._compiler.errors import RuleError
 from .._compiler.rule import other_than_a_number, plain_number
 from .._compiler.symbols import Symbol
@@ -46,7 +47,7 @@ def multiply_schedules(count: Any, factors: Sequence[Any]) -> Any:
 def _factor(k: int, x: Any, count: Any) -> Any:
     """The value of a factor at a count."""
     if callable(x) and not isinstance(x, torch.Tensor):
-        return value_at(x, count)
+        return value_at(checked_schedule(f"`factors` of multiply_schedules at {k}", x), count)
     if isinstance(x, torch.Tensor) and (other := other_than_a_number(x)):
         raise ValueError(f"`factors` of multiply_schedules must be numbers, got {other} at {k}.")
     if isinstance(x, float) and x != x:

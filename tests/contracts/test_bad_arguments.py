@@ -1,5 +1,6 @@
 """Arguments that are refused where they are given: numbers out of range, of the wrong kind, unknown names."""
 
+import functools
 import inspect
 import math
 import re
@@ -13,6 +14,7 @@ import torch
 from torch.func import vmap
 
 import functional_optim as fo
+from _lib.compare import Snapshot
 from _lib.training import train
 from _lib.trees import make_tree, zeros
 
@@ -667,3 +669,79 @@ def test_a_switch_is_no_schedule(name: str) -> None:
     for function in (lambda count: count > 5, fo.constant_schedule(1.0)):
         with pytest.raises(TypeError, match=f"`{argument}` {rule} is a switch.*pass True or False"):
             SWITCHES[name](function)
+
+
+WHOLE: dict[str, Callable[[Any], Any]] = {
+    "ns_steps of orthogonalize": lambda x: fo.orthogonalize(ns_steps=x),
+    "min_dim_size_to_factor of scale_by_factored_rms": lambda x: fo.scale_by_factored_rms(min_dim_size_to_factor=x),
+    "n of a user's rule": lambda x: fo.leafwise(static=("n",))(repeated)(x),
+}
+
+
+def repeated(u: torch.Tensor, *, n: int = 2) -> torch.Tensor:
+    return u * n
+
+
+@pytest.mark.parametrize("wrong", [2.5, 3.0, True, "3", [3], lambda count: 3])
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_number_that_python_counts_with_is_whole(name: str, wrong: Any) -> None:
+    WHOLE[name](3)
+    WHOLE[name](np.int64(3))
+    with pytest.raises(TypeError, match=rf"`{name.split()[0]}` of \w+ must be a whole number, got"):
+        WHOLE[name](wrong)
+
+
+class Callables:
+    """Functions as methods, which have another number of arguments than they are called with."""
+
+    def of_one(self, count: Any) -> Any:
+        return 0.1
+
+    def of_two(self, count: Any, total: Any) -> Any:
+        return 0.1
+
+
+TAKES_SCHEDULES: dict[str, Callable[[Any], Any]] = {
+    "`learning_rate` of": lambda f: fo.adamw(f),
+    "`b1` of scale_by_adam": lambda f: fo.scale_by_adam(b1=f),
+    "`step_size_fn` of scale_by_schedule": lambda f: fo.scale_by_schedule(f),
+    "`schedules` of join_schedules at 1": lambda f: fo.join_schedules([fo.constant_schedule(0.1), f], [3]),
+    "`factors` of multiply_schedules at 0": lambda f: fo.multiply_schedules([f, 2.0]),
+}
+OF_OTHER_ARGUMENTS: dict[str, Callable[..., Any]] = {
+    "none": lambda: 0.1,
+    "two": lambda count, total: 0.1,
+    "a method": Callables().of_two,
+    "one more by name": lambda count, *, total: 0.1,
+    "a partial function": functools.partial(lambda total: 0.1, total=3),
+}
+OF_ONE: dict[str, Callable[..., Any]] = {
+    "a default": lambda count, total=9: 0.1,
+    "any number": lambda *counts: 0.1,
+    "a method": Callables().of_one,
+    "a partial function": functools.partial(lambda total, count: 0.1, 9),
+    "a function of C": math.exp,
+}
+
+
+@pytest.mark.parametrize("takes", TAKES_SCHEDULES)
+def test_schedules_are_functions_of_one_argument(takes: str) -> None:
+    for function in OF_ONE.values():
+        TAKES_SCHEDULES[takes](function)
+    for function in OF_OTHER_ARGUMENTS.values():
+        with pytest.raises(TypeError, match=f"{takes}.* expected a schedule, a function of the number of the step"):
+            TAKES_SCHEDULES[takes](function)
+
+
+@pytest.mark.parametrize(
+    "step", [fo.scale_by_schedule, lambda f: fo.chain(fo.orthogonalize(), fo.scale_by_schedule(f))]
+)
+def test_a_schedule_that_returns_a_bool(step: Callable[[Any], fo.GradientTransformation]) -> None:
+    tx, params = step(lambda count: True), {"w": torch.ones(2, 2)}
+    state = tx.init(params)
+    before = Snapshot(params, state)
+
+    with pytest.raises(ValueError, match=r"the schedule of .* returned True, expected a number"):
+        tx.update(params, state)
+
+    before.check()

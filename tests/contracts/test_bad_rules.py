@@ -1,5 +1,6 @@
 """Rules that cannot become kernels, and declarations that are refused."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -226,6 +227,11 @@ DECLARATIONS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: fo.elementwise(ranges={"b": "[0, one)"})(takes("u", "*", "b=1")),
         ValueError,
         r"`ranges` of .* at 'b': a range is written like",
+    ),
+    "a formula without a name": (
+        lambda: fo.elementwise(functools.partial(takes("u", "*", "b=1"), b=2)),
+        TypeError,
+        r"`fn` of elementwise is functools\.partial.*, which has no name .*with `def`",
     ),
     "a slot per row": (lambda: fo.slot(per="row"), ValueError, r"`per` must be .* got 'row'"),  # type: ignore[arg-type]
 }

@@ -181,7 +181,8 @@ def test_numbers_that_torch_reads_at_a_step(name: str, option: str, kind: str) -
     [
         ("betas", (0.9,), "the option 'betas' is"),
         ("betas", 0.9, "the option 'betas' is"),
-        ("betas", ("0.9", "0.99"), "the option 'betas' is '0.9', expected a number"),
+        ("betas", ("0.9", "0.99"), r"the option 'betas\[0\]' is '0.9', expected a number"),
+        ("betas", (0.9, None), r"the option 'betas\[1\]' is None, expected a number"),
         ("eps", "1e-8", "the option 'eps' is '1e-8', expected a number"),
         ("eps", torch.tensor(1j), "the option 'eps' is a complex tensor, expected a number"),
     ],

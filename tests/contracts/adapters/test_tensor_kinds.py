@@ -244,6 +244,53 @@ def test_a_state_that_does_not_fit_its_parameter_is_refused_by_name_and_nothing_
     before.check()
 
 
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("to", [torch.complex64, torch.float32])
+def test_a_parameter_that_becomes_complex_or_real_needs_another_state(name: str, to: torch.dtype) -> None:
+    """torch cannot step it either; without its state it goes on as a new parameter does."""
+    params = [torch.nn.Parameter(torch.ones(2, 3, dtype=kind)) for kind in (torch.float32, torch.complex64)]
+    opt = OURS[name](params, lr=0.1)
+
+    def give_ones() -> None:
+        for p in params:
+            p.grad = None
+            p.grad = torch.ones_like(p)
+
+    give_ones()
+    opt.step()
+    for p in params:
+        p.data = (p.data if to.is_complex or not p.is_complex() else p.data.real).to(to, copy=True)
+    give_ones()
+    values, before = [p.detach().clone() for p in params], Snapshot(params, [dict(s) for s in opt.state.values()])
+    if any(x.ndim for s in opt.state.values() for x in s.values() if x is not None):
+        with pytest.raises(ValueError, match=r"state .* at '.*' has dtype .*, but its parameter has .* both must be"):
+            opt.step()
+        before.check()
+    opt.state.clear()
+    opt.step()
+    fresh = [torch.nn.Parameter(x) for x in values]
+    other = OURS[name](fresh, lr=0.1)
+    give(fresh, [torch.ones_like(p) for p in fresh])
+    other.step()
+    for p, q in zip(params, fresh, strict=True):
+        assert_same_bits(p.detach(), q.detach())
+
+
+@pytest.mark.parametrize("wrong", [[1], 1, torch.zeros(2), "exp_avg"])
+def test_a_state_that_is_no_dict_is_refused_by_name(wrong: Any) -> None:
+    model = torch.nn.Linear(3, 2)
+    opt = AdamW(model.named_parameters())
+    give(list(model.parameters()), gradients(model.parameters(), 0))
+    opt.step()
+    opt.state[model.bias] = wrong
+    before = Snapshot(list(model.parameters()))
+
+    with pytest.raises(TypeError, match=r"state at 'bias' is .*, expected a dict of entries by name"):
+        opt.step()
+
+    before.check()
+
+
 def test_a_failed_first_step_leaves_no_state() -> None:
     params = make_params(shapes=SHAPES[:2])
     opt = AdamW(params)
