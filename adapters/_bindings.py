@@ -67,6 +67,12 @@ class Bindings:
         """Takes note of the entries of a state that is not of steps of this optimizer: of a file, or of a copy."""
         self.held = {id(p): set(entries) for p, entries in state.items() if isinstance(p, torch.Tensor)}
 
+    def note(self, step: ParamStep) -> None:
+        """Takes note of the entries that a step leaves, the first time that it is taken."""
+        if not step.state.known:
+            for key, entries in step.state.note().items():
+                self.held.setdefault(key, set()).update(entries)
+
     def template_of(self, opt: "ChainOptimizer", group: Mapping[str, Any]) -> Template:
         """The chain of a parameter group.
 
@@ -116,6 +122,8 @@ class Bindings:
             _check_names(opt, sizes)
             known = ParamList(names_of(opt.param_groups), params, [of_group[g] for g in groups], groups)
             self.layouts, self.steps, self.row_steps, self.states = {}, [], [], []
+            there = {*map(id, params), *map(id, opt.state)}
+            self.held = {key: entries for key, entries in self.held.items() if key in there}
             self.names = [None if x is None else list(x) for x in names]
             self.params, self.sizes, self.used, self.counter = known, sizes, (templates, of_group), counter
         same_groups = len(self.options) == len(sizes) and all(map(is_, self.options, opt.param_groups))

@@ -90,7 +90,7 @@ def take_rows(opt: "ChainOptimizer", inputs: StepInputs) -> None:
                 bindings.adopt(opt, bindings.params.tensors, touched, states, journal)
                 columns = step.state.columns(states)
                 assert columns is not None, "the state that was missing has been made"
-            step.state.note(bindings.held)
+            bindings.note(step)
             rows = RowStep(step, inputs.params, columns, touched, others, bindings.disjoint)
             bindings.disjoint = rows.disjoint
             rows.take(states, bindings.options, extra, journal)

@@ -266,7 +266,7 @@ class ChainOptimizer(Optimizer):
                 elif self.EMPTY_STATES and 0 < len(self.state) < len(inputs.params):
                     bindings.adopt(self, originals, grads, states, journal)
                 if dry:
-                    step.state.note(bindings.held)
+                    bindings.note(step)
                     bindings.new = new
                     bindings.started_dry = [(states[i], key) for i, key in step.state.started_at_rate()]
                     return "taken"
@@ -287,7 +287,7 @@ class ChainOptimizer(Optimizer):
                 bindings.undo(journal, before)
             else:
                 if not step.state.known:
-                    step.state.note(bindings.held)
+                    bindings.note(step)
                 if bindings.started_dry:
                     bindings.started(states, step.present)
         except BaseException:
@@ -343,7 +343,7 @@ class ChainOptimizer(Optimizer):
             made = step.state.make(known.tensors, states, self.param_groups, journal, bindings.held)
             bindings.new = bindings.new | {id(known.tensors[i]) for i in made}
             bindings.adopt(self, known.tensors, own_grads, states, journal)
-        step.state.note(bindings.held)
+        bindings.note(step)
         owners: dict[int, torch.Tensor] = {}  # a number that parameters share is passed once, with the first of them
         for p, g, entries in zip(known.tensors, own_grads, bindings.states_of(self, known), strict=True):
             for x in entries.values() if g is not None else ():

@@ -40,7 +40,7 @@ class ParamState:
 
     Attributes:
       counts_in_integers: whether counters are Python's integers.
-      known: whether the owner of `held` has taken note of the entries; see `note`.
+      known: whether the owner of the state has asked for the entries that steps leave; see `note`.
     """
 
     def __init__(
@@ -126,8 +126,10 @@ class ParamState:
                             new.add(i)
         return new
 
-    def note(self, held: Held) -> None:
-        """Takes note of the entries that parameters have now."""
+    def note(self) -> Held:
+        """The entries that parameters have now, for an owner who keeps them; `known` tells that they were asked for."""
+        self.known = True
+        held: Held = {}
         for i in self.present:
             keys = [key for stored, key in self.kept if stored.seen[i]]
             held.setdefault(id(self.params.tensors[i]), set()).update(keys)
@@ -136,7 +138,7 @@ class ParamState:
             for entry in split.filled:
                 if entry[0] in ids:  # entries of the tree belong to no parameter
                     held.setdefault(ids[entry[0]], set()).add(split.keys[entry])
-        self.known = True
+        return held
 
     def _refuse_removed(self, states: States, held: Held) -> None:
         """Refuses the state of a parameter that lacks an entry, where it has others of its chain.
