@@ -36,6 +36,7 @@ from recipes import (
     FUSED,
     LOOP,
     ONE_PASS,
+    PACKED,
     SHAPES,
     TORCH,
     TRANSFORMATIONS,
@@ -155,18 +156,19 @@ def show(case: dict[str, Any]) -> str:
     )
 
 
-# what, shapes, recipe, slower contenders (the fastest of them counts), at least
+# what, shapes, recipe, our form, slower contenders (the fastest of them counts), at least
 GOALS = (
-    ("AdamW against torch fused", "gpt2", "adamw", (FUSED,), 1.0),
-    ("AdamW against torch fused", "16x1024x1024", "adamw", (FUSED,), 1.0),
-    ("AdamW against torch fused", "10x32x32", "adamw", (FUSED,), 2.5),
-    ("AdamW against torch fused", "148x32x32", "adamw", (FUSED,), 2.5),
-    ("AdamW against torch fused", "1000x32x32", "adamw", (FUSED,), 3.5),
-    ("AdamW against torch's default", "gpt2", "adamw", (LOOP,), 4.0),
-    ("clip + AdamW + EMA against torch fused", "gpt2", "clip_adamw_ema", (FUSED,), 1.15),
-    ("clip + AdamW + EMA against torch fused", "1000x32x32", "clip_adamw_ema", (FUSED,), 4.0),
-    ("Lion against the best of plain torch", "gpt2", "lion", (LOOP, FOREACH), 3.0),
-    ("LAMB against the best of plain torch", "gpt2", "lamb", (LOOP, FOREACH), 3.0),
+    ("AdamW against torch fused", "gpt2", "adamw", DONATED, (FUSED,), 1.0),
+    ("AdamW against torch fused", "16x1024x1024", "adamw", DONATED, (FUSED,), 1.0),
+    ("AdamW against torch fused", "10x32x32", "adamw", DONATED, (FUSED,), 2.5),
+    ("AdamW against torch fused", "148x32x32", "adamw", DONATED, (FUSED,), 2.5),
+    ("AdamW against torch fused", "1000x32x32", "adamw", DONATED, (FUSED,), 3.5),
+    ("packed AdamW against torch fused", "1000x32x32", "adamw", PACKED, (FUSED,), 8.0),
+    ("AdamW against torch's default", "gpt2", "adamw", DONATED, (LOOP,), 4.0),
+    ("clip + AdamW + EMA against torch fused", "gpt2", "clip_adamw_ema", DONATED, (FUSED,), 1.15),
+    ("clip + AdamW + EMA against torch fused", "1000x32x32", "clip_adamw_ema", DONATED, (FUSED,), 4.0),
+    ("Lion against the best of plain torch", "gpt2", "lion", DONATED, (LOOP, FOREACH), 3.0),
+    ("LAMB against the best of plain torch", "gpt2", "lamb", DONATED, (LOOP, FOREACH), 3.0),
 )
 
 
@@ -174,9 +176,9 @@ def goals(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The ratios that were aimed at, and those found, for the cases that were measured."""
     by_name = {(c["shapes"], c["recipe"]): c for c in cases}
     found = []
-    for what, shapes, recipe, names, least in GOALS:
+    for what, shapes, recipe, form, names, least in GOALS:
         if (case := by_name.get((shapes, recipe))) is not None:
-            best = min(ratio(case["samples_s"], name, DONATED) for name in names)
+            best = min(ratio(case["samples_s"], name, form) for name in names)
             found.append({"what": f"{what}, {shapes}", "at_least": least, "found": best, "met": best >= least})
     return found
 
@@ -193,7 +195,7 @@ def show_goals(found: list[dict[str, Any]], cases: list[dict[str, Any]]) -> str:
         rows.append(
             ("clip + AdamW + EMA, counted in the C code", "2 launches, 40 B", code, "yes" if code == said else "NO")
         )
-    return table(("donated step", "at least", "found", "met"), rows)
+    return table(("step", "at least", "found", "met"), rows)
 
 
 def main() -> None:

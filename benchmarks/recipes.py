@@ -16,7 +16,7 @@ import functional_optim as fo
 
 Tensors = dict[str, torch.Tensor]
 LR, B1, B2, DECAY, MAX_NORM, AVERAGE = 1e-3, 0.9, 0.999, 0.01, 1.0, 0.999
-DONATED, ONE_PASS, PURE = "ours, donated", "ours, one pass", "ours, pure"
+DONATED, PACKED, ONE_PASS, PURE = "ours, donated", "ours, packed", "ours, one pass", "ours, pure"
 LOOP, FOREACH, FUSED, COMPILED = "torch for-loop", "torch foreach", "torch fused", "torch compiled"
 
 
@@ -112,8 +112,13 @@ TRANSFORMATIONS: dict[str, Callable[[], fo.GradientTransformation]] = {
 
 
 def ours(tx: fo.GradientTransformation, params: Tensors, grads: Tensors, state: Any) -> dict[str, Contender]:
-    """The three forms of one transformation. The functional ones keep the results of their last step."""
+    """The forms of one transformation. The functional ones keep the results of their last step.
+
+    Packed trees are donated, and have a parameter, a gradient and a state of their own.
+    """
     kept = dict.fromkeys((PURE, ONE_PASS), (params, state))
+    packed = fo.pack(params)
+    packed_grads, packed_state = fo.pack(grads), tx.init(packed)
 
     @torch.no_grad()
     def pure() -> None:
@@ -130,10 +135,15 @@ def ours(tx: fo.GradientTransformation, params: Tensors, grads: Tensors, state: 
     def donated() -> None:
         fo.apply_gradients(tx, params, grads, state, donate=True)
 
+    @torch.no_grad()
+    def of_packed() -> None:
+        fo.apply_gradients(tx, packed, packed_grads, packed_state, donate=True)
+
     return {
         PURE: Contender(pure, lambda: list(kept[PURE][0].values())),
         ONE_PASS: Contender(one_pass, lambda: list(kept[ONE_PASS][0].values())),
         DONATED: Contender(donated, lambda: list(params.values())),
+        PACKED: Contender(of_packed, lambda: list(fo.unpack(packed).values())),
     }
 
 
