@@ -69,6 +69,10 @@ class SplitState:
         """The state of which these are the entries."""
         return self.shape.join("", found)
 
+    def holder(self, entry: tuple[str | None, str]) -> str:
+        """The parameter in whose dict an entry is put."""
+        return self.seen[0] if entry[0] is None else entry[0]
+
     def find(self, entry: tuple[str | None, str], states: Mapping[str, Mapping[str, Any]]) -> Any:
         """An entry within the dicts of parameters; `MISSING` if it is nowhere."""
         key, holders = self.keys[entry], self.seen if entry[0] is None else (entry[0],)
@@ -93,7 +97,7 @@ class SplitState:
         for entry in entries:
             if entry not in self.initial:
                 self.initial = self.split(self.tx.init(self.view.tree()))
-            made.append((entry[0] or self.seen[0], self.keys[entry], _apart(self.initial.pop(entry), taken)))
+            made.append((self.holder(entry), self.keys[entry], _apart(self.initial.pop(entry), taken)))
         return made
 
     def gather(self, states: Mapping[str, Mapping[str, Any]]) -> Any:
@@ -117,7 +121,7 @@ class SplitState:
         grads = [getattr(p, "grad", None) for p in self.view.leaves]
         taken = _addresses_of([*self.view.leaves, *grads]) if found else frozenset()
         return [
-            (name or self.seen[0], self.keys[name, path], _apart(x, taken))
+            (self.holder((name, path)), self.keys[name, path], _apart(x, taken))
             for (name, path), x in found.items()
             if name in there
         ]

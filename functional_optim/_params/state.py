@@ -133,11 +133,12 @@ class ParamState:
         for i in self.present:
             keys = [key for stored, key in self.kept if stored.seen[i]]
             held.setdefault(id(self.params.tensors[i]), set()).update(keys)
-        ids = {self.params.names[i]: id(self.params.tensors[i]) for i in self.present}
+        there = {None, *(self.params.names[i] for i in self.present)}
+        ids = {name: id(p) for name, p in zip(self.params.names, self.params.tensors, strict=True)}
         for split in self.opaque.values():
-            for entry in split.filled:
-                if entry[0] in ids:  # entries of the tree belong to no parameter
-                    held.setdefault(ids[entry[0]], set()).add(split.keys[entry])
+            for entry in split.filled if split.seen else ():
+                if entry[0] in there:
+                    held.setdefault(ids[split.holder(entry)], set()).add(split.keys[entry])
         return held
 
     def _refuse_removed(self, states: States, held: Held) -> None:
@@ -154,11 +155,11 @@ class ParamState:
             lacking = [key for key in keys if key not in states[i] and key in left]
             if lacking and any(states[i].get(key) is not None for key in (*keys, *left)):
                 self._refuse_lack(i, lacking, states[i], "set it to None to have it start anew, ")
-        positions = {self.params.names[i]: i for i in self.present}
+        positions = {name: i for i, name in enumerate(self.params.names)}
         for split, _, missing in self._missing(states):
             for entry in missing:
-                i = positions.get(entry[0] or "", -1)
-                left = held.get(id(self.params.tensors[i]), set()) if i >= 0 else set()
+                i = positions[split.holder(entry)]
+                left = held.get(id(self.params.tensors[i]), set())
                 if split.keys[entry] in left and any(states[i].get(key) is not None for key in left):
                     self._refuse_lack(i, [split.keys[entry]], states[i])
 
