@@ -6,6 +6,8 @@ torch's classes
   SGD Adam AdamW NAdam RAdam Adamax RMSprop Adagrad Adadelta ASGD Rprop Muon Adafactor SparseAdam LBFGS
 Classes that torch lacks
   Lion LAMB
+torch's classes as transformations
+  from_torch_optimizer
 Files
   save_safetensors load_safetensors
 """
@@ -22,6 +24,7 @@ from .files import load_safetensors, save_safetensors
 from .lbfgs import LBFGS
 from .matrices import Adafactor, Muon
 from .optimizer import ChainOptimizer
+from .pure import from_torch_optimizer
 from .rates import ASGD, Rprop
 from .sparse import SparseAdam
 from .transform import TransformOptimizer, _blank
@@ -47,6 +50,7 @@ __all__ = [
     "Rprop",
     "SparseAdam",
     "TransformOptimizer",
+    "from_torch_optimizer",
     "load_safetensors",
     "save_safetensors",
 ]

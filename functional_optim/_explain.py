@@ -1,7 +1,7 @@
 """`explain`: the passes, launches and bytes of a transformation or an optimizer, before a step."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from ._runtime.shard import local_tensor
 from ._runtime.spec import TensorSpec
 from ._segments import BoundRegion
 from ._step import TreeRegion, TreeStep
-from ._transform import GradientTransformation, as_transformation
+from ._transform import GradientTransformation, Link, as_transformation
 from ._tree import Tree, View, flatten, show
 
 
@@ -100,6 +100,25 @@ class OptimizerChain:
 
 
 @dataclass(frozen=True)
+class Route:
+    """The transformations that some leaves go through, which masks and labels decide.
+
+    Args:
+      leaves: paths of the leaves.
+      transformations: names of the transformations that see them, in order.
+    """
+
+    leaves: tuple[str, ...]
+    transformations: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"route of {_count(len(self.leaves), 'tensor')} ({_some(self.leaves)})\n"
+            f"  {' > '.join(self.transformations) or 'no transformation'}"
+        )
+
+
+@dataclass(frozen=True)
 class Explanation:
     """Report of a transformation or an optimizer over its parameters; print it.
 
@@ -115,6 +134,7 @@ class Explanation:
       leaves: number of leaves.
       notes: transformations that do not fuse, or fall back, and why.
       chains: for an optimizer, the chains of its parameter groups.
+      routes: which leaves go through which transformations; one for all leaves that go through the same ones.
     """
 
     kernels: tuple[Kernel, ...]
@@ -128,6 +148,7 @@ class Explanation:
     leaves: int
     notes: tuple[str, ...]
     chains: tuple[OptimizerChain, ...] = ()
+    routes: tuple[Route, ...] = ()
 
     @property
     def bytes_per_element(self) -> float:
@@ -143,6 +164,7 @@ class Explanation:
             f"  {self.state_bytes:.4g} bytes of state per parameter",
         ]
         lines += map(str, self.chains)
+        lines += map(str, self.routes if len(self.routes) > max(1, len(self.chains)) else ())
         for k in self.kernels:
             names = [v.name for v in k.signature.program.values if v.op == "array"]
             lines.append(
@@ -215,7 +237,7 @@ def explanation(tx: Any, params: Tree | None) -> Explanation:
             found.add_region(segment, own)
         else:
             found.add_opaque(segment.link.tx)
-    return found.explanation(step.present, flatten(state)[0])
+    return found.explanation(step.present, flatten(state)[0], _routes([(tx, view)], step))
 
 
 def explain_params(
@@ -264,7 +286,9 @@ def explain_params(
             found.add_opaque(segment.link.tx)
     chains = tuple(_chain_of(k, template, params, step.view) for k, template in enumerate(templates))
     entries = {id(x): x for state in states for x in state.values()}  # parameters may share a number
-    return found.explanation(step.present, list(entries.values()), chains)
+    views = [step.view.narrow([k == position for k in params.templates]) for position in range(len(templates))]
+    routes = _routes([(template.tx, view) for template, view in zip(templates, views, strict=True)], step)
+    return found.explanation(step.present, list(entries.values()), routes, chains)
 
 
 def _given(step: TreeStep | ParamStep) -> list[Key]:
@@ -281,9 +305,24 @@ def _chain_of(position: int, template: Template, params: ParamList, view: View) 
     return OptimizerChain(
         tuple(dict.fromkeys(owner for owner, mine in zip(params.groups, own, strict=True) if mine)),
         sum(own),
-        tuple(show(link.tx) if link.bound is None else link.bound.rule.name for link in links),
+        tuple(map(_name, links)),
         tuple(dict.fromkeys(x.name for x in values if isinstance(x, Option))),
     )
+
+
+def _name(link: Link) -> str:
+    """The name of a transformation within a chain."""
+    return show(link.tx) if link.bound is None else link.bound.rule.name
+
+
+def _routes(chains: Iterable[tuple[GradientTransformation, View]], step: TreeStep | ParamStep) -> tuple[Route, ...]:
+    """The routes of the leaves that take part in a step of chains, each of which has leaves of its own."""
+    leaves: dict[tuple[str, ...], list[str]] = {}
+    for tx, view in chains:
+        links = tx._links(view, ())
+        for i in (i for i in step.present if view.seen[i]):
+            leaves.setdefault(tuple(_name(link) for link in links if link.seen[i]), []).append(step.paths[i])
+    return tuple(Route(tuple(own), names) for names, own in leaves.items())
 
 
 class _Collector:
@@ -391,13 +430,18 @@ class _Collector:
         )
 
     def explanation(
-        self, present: Sequence[int], state: Sequence[Any], chains: tuple[OptimizerChain, ...] = ()
+        self,
+        present: Sequence[int],
+        state: Sequence[Any],
+        routes: tuple[Route, ...],
+        chains: tuple[OptimizerChain, ...] = (),
     ) -> Explanation:
         """The explanation of all segments.
 
         Args:
           present: the leaves that take part.
           state: all entries of state.
+          routes: the routes of the leaves.
           chains: the chains of an optimizer.
         """
         elements = sum(self.tensors[i].numel() for i in present)
@@ -414,6 +458,7 @@ class _Collector:
             len(present),
             tuple(dict.fromkeys(self.notes)),
             chains,
+            routes,
         )
 
 

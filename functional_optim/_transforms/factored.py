@@ -195,7 +195,7 @@ def factored_square(
     rows, columns = _mean_squares(u)
     row_var, col_var = torch.lerp(row_var, rows, weight), torch.lerp(col_var, columns, weight)
     share = row_var / row_var.mean(-2, keepdim=True).clamp(min=least)
-    return (share * col_var).clamp_(min=least * least), row_var, col_var, variance
+    return (share * col_var).clamp_min_(least * least), row_var, col_var, variance
 
 
 @elementwise

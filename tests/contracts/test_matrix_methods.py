@@ -127,7 +127,11 @@ def test_leaves_go_where_they_are_sent() -> None:
                 torch.testing.assert_close(found[k], by_muon[k])
             else:
                 assert found[k].shape == shapes[k]
-        text = str(fo.explain(tx, tensors(numbers(0, shapes))))
+        explanation = fo.explain(tx, tensors(numbers(0, shapes)))
+        routes = {("orthogonalize" in route.transformations): set(route.leaves) for route in explanation.routes}
+        assert routes.get(True, set()) == expected
+        assert routes.get(False, set()) == shapes.keys() - expected
+        text = str(explanation)
         assert re.findall(r"orthogonalize computes whole tensors.*", text)[0].count("(") == len(
             {shapes[k] for k in expected}
         )
