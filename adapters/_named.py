@@ -12,7 +12,7 @@ from functional_optim._params.template import Template
 from functional_optim._transforms.decay import decay_then_add, l2_penalty
 
 from ._groups import copied
-from ._naming import template
+from ._naming import FLAGS, template
 from ._numbers import check_flags, check_number, naming_numbers
 from .optimizer import ChainOptimizer
 
@@ -63,6 +63,21 @@ class NamedClass(ChainOptimizer):
             check_flags(own, f" of parameter group {len(self.param_groups)}")
             check_flags({k: x for k, x in self.defaults.items() if k not in own})
         super().add_param_group(own)
+
+    def hyperparams(self) -> list[dict[str, Any]]:
+        """The hyper-parameters of each parameter group by name, as the next step will have them.
+
+        Returns:
+          A dict for each group: its options, but for the flags that torch's classes have.
+
+        Example:
+          >>> import torch
+          >>> from functional_optim.adapters import SGD
+          >>> SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1).hyperparams()
+          [{'lr': 0.1, 'momentum': 0, 'dampening': 0, 'weight_decay': 0}]
+        """
+        names = [name for name in self.defaults if name not in FLAGS]
+        return [{name: group[name] for name in names if name in group} for group in self.param_groups]
 
     def _check_options(self, g: int, group: Mapping[str, Any]) -> None:
         super()._check_options(g, group)

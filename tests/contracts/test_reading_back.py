@@ -5,11 +5,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch.testing._internal.common_optimizers import optim_db
 
 import functional_optim as fo
 from _lib.compare import assert_same_bits
 from _lib.training import train
 from _lib.trees import clone, like, make_tree
+from functional_optim import adapters
 from functional_optim.adapters import TransformOptimizer
 
 
@@ -184,3 +186,20 @@ def test_a_schedule_gives_way_to_an_option_of_its_name() -> None:
     opt = TransformOptimizer([p], tx)
 
     assert opt.hyperparams() == [{"lr": 1.0, "scale_step_size": 2.0, "scale_step_size_2": -0.1, "step_size": 1.0}]
+
+
+@pytest.mark.parametrize("name", [info.optim_cls.__name__ for info in optim_db if info.optim_cls.__name__ != "LBFGS"])
+def test_hyper_parameters_of_torchs_classes(name: str) -> None:
+    """They are the arguments of the class that are no flags, and a scheduler's rate is the next step's."""
+    p, q = (torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2))
+    opt = getattr(adapters, name)([{"params": [p]}, {"params": [q], "lr": 0.5}], lr=0.25)
+    flags = {"foreach", "fused", "capturable", "differentiable", "maximize", "amsgrad", "centered", "nesterov"}
+    flags |= {"decoupled_weight_decay"}
+    options = set(torch.optim.Optimizer.state_dict(opt)["param_groups"][0]) - flags - {"params"}
+
+    torch.optim.lr_scheduler.LambdaLR(opt, lambda epoch: 0.5)
+    first, second = opt.hyperparams()
+
+    assert first.keys() == second.keys() == options - {"initial_lr"}
+    assert (first["lr"], second["lr"]) == (0.125, 0.25)
+    assert {k: x for k, x in first.items() if k != "lr"} == {k: x for k, x in second.items() if k != "lr"}
