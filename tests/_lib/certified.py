@@ -13,7 +13,7 @@ import torch
 
 import functional_optim as fo
 from _lib.compare import assert_same_bits
-from _lib.optimizers import content, follow, give, gradients, make_params, params_of
+from _lib.optimizers import UNITS, content, follow, give, gradients, make_params, params_of
 from functional_optim import adapters
 from functional_optim._compiler.triton.emit import emit_triton
 
@@ -88,7 +88,15 @@ ROWS = [
         "within 8 units a step",
         proofs=(MATRIX_CLASSES,),
     ),
-    Row("SparseAdam", None, None, "optax has none", {}, "state the same bits, steps within 4 units", proofs=(SPARSE,)),
+    Row(
+        "SparseAdam",
+        adapters.from_torch_optimizer("SparseAdam"),
+        None,
+        "optax has none",
+        {},
+        "state the same bits, steps within 4 units",
+        proofs=(SPARSE,),
+    ),
     Row(
         "LBFGS",
         None,
@@ -156,10 +164,57 @@ def flags(name: str) -> list[str]:
     return [k for k, p in theirs.items() if isinstance(p.default, bool | None) and k not in plain]
 
 
+def options(name: str) -> dict[str, Any]:
+    """Arguments of torch's class that are no switches, and values for them that are not their defaults."""
+    theirs = inspect.signature(getattr(torch.optim, name)).parameters
+    return {k: x for k, x in OTHER_VALUES.items() if k in theirs}
+
+
+def takes_complex(cls: Any) -> bool:
+    """Whether a class takes a step on a complex parameter."""
+    p = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))
+    p.grad = torch.ones_like(p)
+    try:
+        cls([p], lr=0.1).step()
+    except (RuntimeError, ValueError):
+        return False
+    return True
+
+
+def takes_sparse(cls: Any) -> bool:
+    """Whether a class takes a step on a sparse gradient."""
+    p = torch.nn.Parameter(torch.ones(3, 2))
+    p.grad = torch.ones_like(p).to_sparse(1)
+    try:
+        cls([p], lr=0.1).step()
+    except RuntimeError:
+        return False
+    return True
+
+
+def kinds(row: Row) -> str:
+    """The kinds of tensors that a class takes beside dense real ones, which are those that torch's takes.
+
+    Raises:
+      AssertionError: torch's class takes others.
+    """
+    if row.name == "LBFGS":
+        return "complex"  # shown by the tests of its iterates
+    found = []
+    for kind, takes in (("complex", takes_complex), ("sparse", takes_sparse)):
+        ours, theirs = (takes(getattr(m, row.name)) for m in (adapters, torch.optim))
+        assert ours == theirs, f"{row.name} takes {kind} tensors: {ours}, torch's: {theirs}"
+        found += [kind] * ours
+    return ", ".join(found) or "-"
+
+
 def cost(row: Row) -> dict[str, str]:
     """The words of `explain` on a step of the class, in float32."""
     params = [torch.nn.Parameter(torch.zeros(shape)) for shape in row.shapes]
-    e = fo.explain(getattr(adapters, row.name)(params, **row.options))
+    if row.name == "SparseAdam":  # the step on the rows touched, as one on all of them
+        e = fo.explain(row.ours, [p.detach() for p in params])
+    else:
+        e = fo.explain(getattr(adapters, row.name)(params, **row.options))
     whole = any("computes whole tensors" in note for note in e.notes)
     for kernel in e.kernels:
         emit_triton(kernel.signature)  # raises where there is no form in Triton
@@ -188,28 +243,36 @@ def certified(row: Row) -> list[str]:
     if isinstance(row.units, str):
         torch_cell = row.units
     else:
-        for switch in ("", *flags(row.name)):
-            on = (
-                {switch: not inspect.signature(getattr(torch.optim, row.name)).parameters[switch].default}
-                if switch
-                else {}
-            )
-            decay = (
-                {"weight_decay": 0.1} if switch == "decoupled_weight_decay" else {}
-            )  # which decides how there is any
-            found = from_torch(row, **on, **decay)
-            assert found <= row.units, (
-                f"a step of {row.name}({switch}) is {found} units from torch's, more than {row.units}"
-            )
+        theirs = inspect.signature(getattr(torch.optim, row.name)).parameters
+        farther = ""
+        for option in ("", *flags(row.name), *options(row.name)):
+            value = OTHER_VALUES.get(option) if option not in flags(row.name) else not theirs[option].default
+            arguments = {option: value} if option else {}
+            if option == "decoupled_weight_decay":  # which decides how there is any
+                arguments["weight_decay"] = 0.1
+            found, allowed = from_torch(row, **arguments), row.units
+            if option in options(row.name) and found > row.units:
+                farther, allowed = f"{farther}; within {UNITS[row.name]:g} units with `{option}`", UNITS[row.name]
+            assert found <= allowed, f"a step of {row.name}({arguments}) is {found} units from torch's, not {allowed}"
         of = "its fused kernel" if row.flags else "its loop"
         torch_cell = f"the bits of {of}" if row.units == 0 else f"a step within {row.units:g} units of {of}"
+        torch_cell += farther
     costs = cost(row) if row.name not in NO_KERNEL else dict.fromkeys(COSTS, "-") | {COSTS[0]: NO_KERNEL[row.name]}
-    switches = ", ".join(f"`{flag}`" for flag in flags(row.name)) or "-"
-    return [f"`{row.name}`", optax_cell, torch_cell, switches, *(costs[k] for k in COSTS)]
+    switches = ", ".join(f"`{flag}`" for flag in (*flags(row.name), *options(row.name))) or "-"
+    return [f"`{row.name}`", optax_cell, torch_cell, switches, kinds(row), *(costs[k] for k in COSTS)]
 
 
-# classes whose steps `explain` cannot count beforehand
-NO_KERNEL = {"SparseAdam": "whole, over the rows touched", "LBFGS": "torch operations"}
+NO_KERNEL = {"LBFGS": "torch operations"}  # classes whose steps `explain` cannot count beforehand
+OTHER_VALUES: dict[str, Any] = {
+    "weight_decay": 0.1,
+    "dampening": 0.5,
+    "momentum_decay": 0.01,
+    "lr_decay": 0.1,
+    "initial_accumulator_value": 0.1,
+    "step_sizes": (0.2, 0.3),
+    "t0": 3.0,
+    "d": 0.5,
+}
 COSTS = ("fused on C and Triton", "passes", "launches", "bytes", "state bytes")
 HEAD = """# Certified
 
@@ -220,12 +283,14 @@ test makes the table anew and compares.
   there is nothing to compare with: optax has no such algorithm, or its own has a fault
   ([numerics.md](numerics.md)).
 - *Equals torch.optim*: parameters and state of the class beside torch's, float64, 20 steps. A unit is one
-  in the last place of the largest number in a sum. Measured with the defaults, and with each switch.
-- *Switches* of torch's class that ours obeys, besides `foreach`, `capturable`, `differentiable` and
-  `fused`.
+  in the last place of the largest number in a sum. Measured with the defaults, and with each switch and
+  option.
+- *Switches and options* of torch's class that ours obeys, besides `foreach`, `capturable`, `differentiable`
+  and `fused`, which choose an implementation, and besides `lr`, decays of moments and `eps`.
+- *Also takes*: complex parameters and sparse gradients, where torch's class does.
 - *Passes* over memory, *launches* of kernels, and *bytes* read and written per element, float32, of a step
   of the class with its defaults (SGD with momentum); *state bytes* per element. Rules for whole tensors are
-  computed by torch operations, whose bytes are not counted.
+  computed by torch operations, whose bytes are not counted; `SparseAdam` moves those of the rows touched.
 
 """
 
@@ -238,7 +303,7 @@ Cells with a sentence instead of a number are shown by tests of their own, in `t
 
 def page() -> str:
     """The whole of docs/certified.md."""
-    header = ["class", "equals optax", "equals torch.optim", "switches", *COSTS]
+    header = ["class", "equals optax", "equals torch.optim", "switches and options", "also takes", *COSTS]
     table: list[list[str]] = [header, ["---"] * len(header), *map(certified, ROWS)]
     proofs = "\n".join(f"- `{row.name}`: `{proof}`" for row in ROWS for proof in row.proofs)
     return HEAD + "\n".join(f"| {' | '.join(cells)} |" for cells in table) + "\n" + TAIL + proofs + "\n"
