@@ -1,8 +1,9 @@
 """Transformations that the compiler sees into: rules with their hyper-parameters, and the functions that make them."""
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from ._compiler.rule import Bound, Rule, Slot
 from ._compiler.states import restore_slots, restore_state, state_type
 from ._compiler.symbols import Symbol
 from ._graph.run import run
-from ._runtime.checks import check_leaf, check_stored
+from ._runtime.checks import at, check_leaf, check_stored
 from ._runtime.internals import is_differentiated, register_in_exports
 from ._schedules.schedule import swap_tensors, tensors_of
 from ._state_nodes import StateNode
@@ -78,7 +79,8 @@ class RuleTransformation(Fusible):
 
         def make(slot: Slot, p: torch.Tensor) -> Any:
             # a leaf of autograd's graph starts a state of its own; anything else is followed to where it came from
-            made = slot.make(p.detach() if p.is_leaf and not is_differentiated(p) else p, values)
+            with _noting_leaf(view, p):
+                made = slot.make(p.detach() if p.is_leaf and not is_differentiated(p) else p, values)
             return MaskedNode() if made is None else made  # a node that functions of torch.func pass by, as not None
 
         fields = {
@@ -102,11 +104,14 @@ class RuleTransformation(Fusible):
     def _lacking(self, view: View) -> Mapping[str, frozenset[int]]:
         """The slots of which some leaves have no entry, with the positions of those leaves."""
         shaped = {name: slot for name, slot in self._bound.rule.slots.items() if slot.may_lack}
+
+        def lacks(slot: Slot, p: torch.Tensor) -> bool:
+            with _noting_leaf(view, p):
+                return slot.shape_for(p, self._bound.values) is None
+
         return {
             name: frozenset(
-                i
-                for i, (p, seen) in enumerate(zip(view.leaves, view.seen, strict=True))
-                if seen and slot.shape_for(p, self._bound.values) is None
+                i for i, (p, seen) in enumerate(zip(view.leaves, view.seen, strict=True)) if seen and lacks(slot, p)
             )
             for name, slot in shaped.items()
         }
@@ -204,6 +209,17 @@ class Wrapping(Combination):
         if not isinstance(self.own, RuleTransformation):
             return f"{self.own!r} around {self.inner!r}"
         return f"{self.own._bound.rule.name}({', '.join([repr(self.inner), *self.own._shown()])})"
+
+
+@contextlib.contextmanager
+def _noting_leaf(view: View, p: torch.Tensor) -> Iterator[None]:
+    """Adds the path of a leaf to an error, as those of functions of slots are."""
+    try:
+        yield
+    except Exception as error:
+        path = next((path for path, x in zip(paths(view.spec), view.leaves, strict=True) if x is p), "")
+        error.add_note(f"for the leaf{at(path)}")
+        raise
 
 
 class RuleFactory:

@@ -456,7 +456,10 @@ class _Call(NamedTuple):
             result = rule.fn(*given, **self.values.keywords)
         except Exception as error:
             note_number(error, "`torch.log(torch.as_tensor(b, dtype=torch.float64))`")
-            error.add_note(f"in {rule.name}, for a tensor of shape {tuple(u.shape)}{at(self.path)}")
+            # a rule that is declared as batched is given stacks
+            shape, more = (u.shape[1:], len(u) - 1) if rule.batched else (u.shape, 0)
+            others = f" and {more} more of that shape" if more else ""
+            error.add_note(f"in {rule.name}, for a tensor of shape {tuple(shape)}{at(self.path)}{others}")
             raise
         results = list(result) if isinstance(result, (tuple, list)) else [result]
         if len(results) != 1 + len(slots):

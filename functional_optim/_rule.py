@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import replace
 from typing import Any, overload
 
 import torch
@@ -274,7 +275,7 @@ def _make(
     rule = Rule(
         name=name,
         fn=fn,
-        slots=slots,
+        slots={k: replace(slot, label=f"the slot `{k}` of {name}") for k, slot in slots.items()},
         hypers=hypers,
         extras=tuple(k for k, kind in kinds.items() if kind == "number"),
         tree_extras=tuple(k for k, kind in kinds.items() if kind == "element"),

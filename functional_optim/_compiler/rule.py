@@ -99,6 +99,7 @@ class Slot:
       evaluate: whether it holds the parameters to evaluate at.
       per_tree: whether that number is one for all leaves.
       as_gradient: whether an optimizer stores it in the dtype of the gradient that it is made for, as torch does.
+      label: its name and that of its rule, in messages.
     """
 
     start: float | str | Callable[..., torch.Tensor | None]
@@ -109,6 +110,7 @@ class Slot:
     evaluate: bool = False
     per_tree: bool = False
     as_gradient: bool = False
+    label: str = field(default="a slot", compare=False, repr=False)
 
     @property
     def like_leaf(self) -> bool:
@@ -127,17 +129,59 @@ class Slot:
         return self.shape is not None or callable(self.start)
 
     def _from_function(self, function: Callable[..., Any], p: torch.Tensor, hypers: Mapping[str, Any]) -> Any:
-        return function(p, **{name: hypers[name] for name in self.shape_hypers})
+        """The result of the function of a caller for one leaf."""
+        try:
+            return function(p, **{name: hypers[name] for name in self.shape_hypers})
+        except Exception as error:
+            error.add_note(f"in the function of {self.label}, for a leaf of shape {tuple(p.shape)}")
+            raise
+
+    def _own_shape(self, p: torch.Tensor, hypers: Mapping[str, Any]) -> tuple[int, ...] | None:
+        """The shape that the function `shape` has for a leaf.
+
+        Raises:
+          TypeError: it is none.
+        """
+        assert self.shape is not None
+        found = self._from_function(self.shape, p, hypers)
+        sizes = map(plain_number, found) if isinstance(found, Sequence) and not isinstance(found, str) else (None,)
+        shape = None if found is None else tuple(sizes)
+        if shape is not None and not all(isinstance(n, (int, torch.SymInt)) and n >= 0 for n in shape):
+            raise TypeError(
+                f"the shape of {self.label} is {found!r:.60} for a leaf of shape {tuple(p.shape)}, expected a tuple of "
+                f"sizes, or None for a leaf that has no such entry."
+            )
+        return shape
+
+    def _own_start(self, p: torch.Tensor, hypers: Mapping[str, Any]) -> torch.Tensor | None:
+        """The tensor that the function `start` makes for a leaf.
+
+        Raises:
+          TypeError: it is none.
+          ValueError: parameters to evaluate at would have another shape than the leaf.
+        """
+        assert callable(self.start)
+        found = self._from_function(self.start, p, hypers)
+        if found is not None and not isinstance(found, torch.Tensor):
+            raise TypeError(
+                f"the start of {self.label} is {found!r:.60} for a leaf of shape {tuple(p.shape)}, expected a tensor, "
+                f"or None for a leaf that has no such entry."
+            )
+        if self.evaluate and found is not None and found.shape != p.shape:
+            raise ValueError(
+                f"{self.label} holds the parameters to evaluate at, but it starts with the shape {tuple(found.shape)} "
+                f"for a leaf of shape {tuple(p.shape)}; give it that of the leaf."
+            )
+        return found
 
     def shape_for(self, p: torch.Tensor, hypers: Mapping[str, Any]) -> tuple[int, ...] | None:
         """The shape that it has for a leaf; None if it has no entry there."""
         if self.per_leaf:
             return ()
         if self.shape is not None:
-            shape = self._from_function(self.shape, p, hypers)
-            return None if shape is None else tuple(shape)
+            return self._own_shape(p, hypers)
         if callable(self.start):
-            made = self._from_function(self.start, p, hypers)
+            made = self._own_start(p, hypers)
             return None if made is None else tuple(made.shape)
         return tuple(p.shape)
 
@@ -166,7 +210,7 @@ class Slot:
         """The slot's first value for one leaf; None if it has no entry there. For the arguments see `stored_as`."""
         dtype = self.stored_as(p, hypers, gradient)
         if callable(self.start):
-            made = self._from_function(self.start, p, hypers)
+            made = self._own_start(p, hypers)
             return None if made is None else made.to(dtype=dtype or p.dtype, device=p.device, copy=True)
         if self.start == "param":
             return p.to(dtype or p.dtype, copy=True)
@@ -185,7 +229,7 @@ class Slot:
             wide = torch.float64 if p.dtype is torch.float64 else torch.float32
             return torch.full((), start, dtype=dtype or wide, device=p.device)
         if self.shape is not None:
-            shape = self.shape_for(p, hypers)
+            shape = self._own_shape(p, hypers)
             return None if shape is None else torch.full(shape, start, dtype=dtype or p.dtype, device=p.device)
         # a complex parameter is a pair of real ones, which both start there
         first = complex(start, start) if p.is_complex() else start
@@ -253,8 +297,10 @@ def slot(
         raise ValueError(f"a slot with one number per {per} starts from a number, got start={start!r}.")
     if shape is not None and (per != "element" or not isinstance(start, (int, float))):
         raise ValueError(f"a slot with a shape of its own starts from a number per element, got {start=!r}, {per=!r}.")
-    if evaluate and (per != "element" or shape is not None):
+    if evaluate and per != "element":
         raise ValueError(f"a slot to evaluate at holds parameters, one number per element, got per={per!r}.")
+    if evaluate and shape is not None:
+        raise ValueError("a slot to evaluate at holds parameters, so it has the shape of its leaf; leave out `shape`.")
     return Slot(start, dtype, per != "element", square, shape, evaluate, per == "tree")
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import functional_optim as fo
 from _lib.compare import Snapshot
 from _lib.trees import like, make_tree
+from functional_optim.adapters import TransformOptimizer
 
 
 @fo.elementwise
@@ -228,6 +230,11 @@ DECLARATIONS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"`ranges` of .* at 'b': a range is written like",
     ),
+    "a shape for averages": (
+        lambda: fo.slot(shape=lambda p: p.shape, evaluate=True),
+        ValueError,
+        "to evaluate at .* has the shape of its leaf; leave out `shape`",
+    ),
     "a formula without a name": (
         lambda: fo.elementwise(functools.partial(takes("u", "*", "b=1"), b=2)),
         TypeError,
@@ -392,3 +399,62 @@ def test_numbers_of_the_tree_have_no_meaning_for_one_leaf() -> None:
     whole = fo.leafwise(lambda u: u / fo.tree_norm(u))()
     with pytest.raises(TypeError, match=r"inside an `elementwise` rule; a `leafwise` rule, .* see one leaf"):
         whole.update(torch.ones(2), whole.init(torch.ones(2)))
+
+
+def slotted(declared: Any) -> fo.GradientTransformation:
+    """A rule for whole tensors with a slot."""
+
+    @fo.leafwise(state={"kept": declared})
+    def keeps(u: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return u, kept
+
+    made: fo.GradientTransformation = keeps()
+    return made
+
+
+SLOT_FUNCTIONS: dict[str, tuple[Any, type[Exception], str]] = {
+    "a shape that is a number": (fo.slot(shape=lambda p: 5), TypeError, r"the shape of .* is 5 for .*, expected a tup"),
+    "a shape that is text": (fo.slot(shape=lambda p: "5"), TypeError, r"the shape of .* is '5' for"),
+    "half a size": (fo.slot(shape=lambda p: (2.5,)), TypeError, r"the shape of .* is \(2\.5,\) for"),
+    "a size below 0": (fo.slot(shape=lambda p: (-1,)), TypeError, r"the shape of .* is \(-1,\) for"),
+    "a start that is a number": (fo.slot(lambda p: 3.0), TypeError, r"the start of .* is 3\.0 for .*, expected a tens"),
+    "averages of another shape": (
+        fo.slot(lambda p: torch.zeros(7), evaluate=True),
+        ValueError,
+        r"holds the parameters to evaluate at, but it starts with the shape \(7,\)",
+    ),
+    "averages of one element": (
+        fo.slot(lambda p: torch.zeros(1), evaluate=True),
+        ValueError,
+        r"starts with the shape \(1,\)",
+    ),
+    "a shape that fails": (fo.slot(shape=lambda p: (p.shape[1],)), IndexError, "tuple index out of range"),
+    "a start that fails": (fo.slot(lambda p: torch.zeros(p.shape[1])), IndexError, "tuple index out of range"),
+}
+
+
+@pytest.mark.parametrize("form", ["tree", "optimizer"])
+@pytest.mark.parametrize("name", SLOT_FUNCTIONS)
+def test_functions_of_slots_fail_with_rule_slot_and_leaf(name: str, form: str) -> None:
+    declared, error, message = SLOT_FUNCTIONS[name]
+    tx = slotted(declared)
+    p = torch.nn.Parameter(torch.ones(5))
+    opt = TransformOptimizer([("bias", p)], fo.chain(tx, fo.sgd(0.1)))
+    p.grad = torch.ones(5)
+    before = Snapshot([p])
+
+    with pytest.raises(error, match=message) as info:
+        tx.init({"bias": p.detach()}) if form == "tree" else opt.step()
+
+    said = " ".join([str(info.value), *info.value.__notes__])
+    assert re.search(r"the slot `kept` of keeps\b.*\bleaf of shape \(5,\).*the leaf at 'bias'", said)
+    before.check()
+    assert not opt.state
+
+
+def test_an_error_of_a_batched_rule_gives_the_shape_of_its_leaves() -> None:
+    params = {name: torch.ones(5) for name in ("bias", "scale")}
+    tx = fo.orthogonalize()
+    with pytest.raises(ValueError, match="is no matrix") as info:
+        tx.update(params, tx.init(params))
+    assert "in orthogonalize, for a tensor of shape (5,) at 'bias' and 1 more of that shape" in info.value.__notes__
