@@ -6,13 +6,15 @@
 
 Elementwise classes, and Adafactor, step GPT-2 small and 1000 tensors of 32x32; Muon steps the matrices of GPT-2 small's
 layers, 48 of 768x768 and 24 of 768x3072, with the same arithmetic in bfloat16. torch's implementations are those that
-its class takes on this machine: the for-loop, foreach, and fused; the best one is the one with the lowest median. Last
+its class takes on this machine: the for-loop, foreach, and fused; the best one is the one with the lowest median.
+SparseAdam steps 512 rows of a table of 50257x64, LBFGS takes 10 iterations on a sum of squares over 1000 tensors. Last
 comes a rule for whole tensors, `leafwise`, beside the same operations on stacks, written by hand, as the for-loop.
 Contenders share parameters and gradients, which are fixed, and take turns within every round in an order drawn anew; a
 ratio is the median of the ratios of each round. Before that, each is compared with torch on a small tree.
 """
 
 import argparse
+import functools
 import gc
 import platform
 from collections.abc import Callable, Iterator, Mapping
@@ -57,7 +59,9 @@ FUSED = {"gpt2": 1.0, "1000x32x32": 3.0}
 OTHERS = {"gpt2": 3.0, "1000x32x32": 8.0}
 ADAFACTOR = {"gpt2": 1.5, "1000x32x32": 4.0}
 MUON = {"layers": 1.0}
+LEAST = 1.0  # for the classes whose tensors are no trees of a model
 LEAFWISE = "leafwise"
+SPECIAL = ("SparseAdam", "LBFGS", LEAFWISE)
 
 
 def layers() -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -158,8 +162,63 @@ def measure_leafwise(rounds: int, shapes: str, tree: tuple[Tensors, Tensors]) ->
         "ms": {label: median(times) * 1e3 for label, times in samples.items()},
         "best": "for-loop",
         "ratio": ratio(samples, "for-loop", OURS),
-        "bound": 0.8,
+        "bound": 0.8,  # of a loop by hand
     }
+
+
+def measure_sparse(rounds: int, n_rows: int) -> dict[str, Any]:
+    """A row for rows of a table that a sparse gradient touches."""
+    own = torch.nn.Parameter(torch.randn(100 * n_rows - 943, 64) * 0.02)
+    indices = torch.randperm(len(own))[:n_rows].unsqueeze(0)
+    own.grad = torch.sparse_coo_tensor(indices, torch.randn(n_rows, 64) * 1e-3, own.shape, check_invariants=True)
+    ours, torchs = (module.SparseAdam([own], lr=1e-4) for module in (adapters, torch.optim))
+    return row_of("SparseAdam", f"{n_rows} of {len(own)}x64", {OURS: ours.step, "for-loop": torchs.step}, rounds)
+
+
+def measure_lbfgs(rounds: int, shapes: str, tree: tuple[Tensors, Tensors]) -> dict[str, Any]:
+    """A row for a step of ten iterations, which evaluates a sum of squares around the gradients of the tree."""
+    contenders: dict[str, Step] = {}
+    for label, module in ((OURS, adapters), ("for-loop", torch.optim)):
+        params, targets = parameters(*tree), list(tree[1].values())
+        opt = module.LBFGS(params, lr=0.1, max_iter=10, tolerance_grad=0.0, tolerance_change=0.0)
+
+        def closure(
+            opt: torch.optim.Optimizer = opt, params: list[torch.nn.Parameter] = params, targets: Any = targets
+        ) -> torch.Tensor:
+            opt.zero_grad()
+            loss = sum((p - x).square().sum() for p, x in zip(params, targets, strict=True))
+            assert isinstance(loss, torch.Tensor)
+            loss.backward()
+            return loss
+
+        contenders[label] = functools.partial(opt.step, closure)
+    return row_of("LBFGS", shapes, contenders, rounds)
+
+
+def row_of(name: str, shapes: str, contenders: dict[str, Step], rounds: int) -> dict[str, Any]:
+    """A row of ours beside the for-loop of torch."""
+    samples = turns(contenders, rounds)
+    medians = {label: median(times) * 1e3 for label, times in samples.items()}
+    found = ratio(samples, "for-loop", OURS)
+    return {"class": name, "shapes": shapes, "ms": medians, "best": "for-loop", "ratio": found, "bound": LEAST}
+
+
+def operations(matrices: int) -> int:
+    """The number of torch operations that a step of Muon takes for some matrices of two shapes."""
+    shapes = {f"{k}": ((8, 8), (8, 24))[k % 2] for k in range(matrices)}
+    params = {name: torch.randn(shape) for name, shape in shapes.items()}
+    opt = adapters.Muon(parameters(params, {name: torch.randn_like(p) for name, p in params.items()}), lr=1e-3)
+    opt.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        opt.step()
+    outermost = [x for x in profile.events() if x.name.startswith("aten::") and not _within(x)]
+    return len(outermost)
+
+
+def _within(event: Any) -> bool:
+    """Whether an operation is a part of another one."""
+    parent = event.cpu_parent
+    return parent is not None and (parent.name.startswith("aten::") or _within(parent))
 
 
 def show(rows: list[dict[str, Any]]) -> str:
@@ -174,7 +233,7 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join([*CLASSES, LEAFWISE]), help="classes, separated by commas")
+    parser.add_argument("--only", default=",".join([*CLASSES, *SPECIAL]), help="classes, separated by commas")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tiny", action="store_true", help="small tensors and two rounds, to see that it runs")
@@ -182,9 +241,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     names = [name for name in args.only.split(",") if name]
-    unknown = [name for name in names if name not in (*CLASSES, LEAFWISE)]
+    unknown = [name for name in names if name not in (*CLASSES, *SPECIAL)]
     if unknown:
-        parser.error(f"no class {unknown[0]!r}; there are {', '.join(CLASSES)}, and {LEAFWISE}")
+        parser.error(f"no class {unknown[0]!r}; there are {', '.join([*CLASSES, *SPECIAL])}")
 
     rounds = 2 if args.tiny else args.rounds
     trees: dict[str, Callable[[], Iterator[tuple[str, tuple[int, ...]]]]]
@@ -194,9 +253,15 @@ def main() -> None:
     for shapes, made in trees.items():
         tree = draw(made(), 0, 0.02), draw(made(), 1, 1e-3)
         for name in names:
-            if name == LEAFWISE:
+            if name in SPECIAL:
                 if shapes == "1000x32x32":
-                    rows.append(measure_leafwise(rounds, shapes, tree))
+                    rows.append(
+                        measure_leafwise(rounds, shapes, tree)
+                        if name == LEAFWISE
+                        else measure_sparse(rounds, 20 if args.tiny else 512)
+                        if name == "SparseAdam"
+                        else measure_lbfgs(max(2, rounds // 4), shapes, tree)
+                    )
                     print(show(rows[-1:]), flush=True)
             elif (name == "Muon") is (shapes == "layers"):
                 check(name)
@@ -214,6 +279,9 @@ def main() -> None:
         f"\n{machine['cpu']}, {args.threads} threads, torch {torch.__version__}; medians of {rounds} rounds, float32\n"
     )
     print(show(rows))
+    if "Muon" in names:
+        counted = {n: operations(n) for n in (4, 40)}
+        print("\ntorch operations of a step of Muon: " + ", ".join(f"{k} for {n} matrices" for n, k in counted.items()))
     write_figures(args.json, {"machine": machine, "rows": rows})
 
 
