@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ._compiler.fuse import HostSchedule
-from ._runtime.checks import as_number, check_fit, check_stored
+from ._runtime.checks import check_fit, check_stored, schedule_value
 from ._runtime.pointers import PointerReader
 from ._runtime.spec import TensorSpec
 from ._transform import Link
@@ -82,7 +82,9 @@ def host_column(
     Raises:
       ValueError: the schedule returned something else than a number.
     """
-    values = {count: _value(host, count) for count in dict.fromkeys(counts) if count is not None}
+    values = {
+        count: schedule_value(host.name, host.schedule(count)) for count in dict.fromkeys(counts) if count is not None
+    }
     known: dict[Any, torch.Tensor] = {}
     column: list[torch.Tensor | None] = []
     for count, device in zip(counts, devices, strict=True):
@@ -93,14 +95,6 @@ def host_column(
             known[count, device] = torch.as_tensor(values[count], dtype=torch.float64, device=device)
         column.append(known[count, device])
     return column
-
-
-def _value(host: HostSchedule, count: int) -> float | torch.Tensor:
-    """The value of a schedule at a count."""
-    x, subject = host.schedule(count), f"the schedule of {host.name} returned"
-    if isinstance(x, bool):
-        raise ValueError(f"{subject} {x}, expected a number.")
-    return as_number(subject, x)
 
 
 def value_of_members(host: HostSchedule, count: torch.Tensor, counts: Sequence[float]) -> torch.Tensor:
@@ -116,7 +110,9 @@ def value_of_members(host: HostSchedule, count: torch.Tensor, counts: Sequence[f
     """
     found: torch.Tensor | None = None
     for k in counts:
-        value = torch.as_tensor(_value(host, int(k)), dtype=torch.float64, device=count.device)
+        value = torch.as_tensor(
+            schedule_value(host.name, host.schedule(int(k))), dtype=torch.float64, device=count.device
+        )
         found = value if found is None else torch.where(count == k, value, found)
     return torch.zeros((), dtype=torch.float64) if found is None else found
 

@@ -13,7 +13,7 @@ from ._compiler.errors import RuleError, note_number
 from ._compiler.rule import Bound, Option, Rule
 from ._regions import LeafwiseRegion
 from ._runtime.allocate import unbind_copies
-from ._runtime.checks import as_number, at, check_memory, refuse_freed
+from ._runtime.checks import at, check_memory, refuse_freed, schedule_value
 from ._runtime.cuda.capture import NumberWatch, is_capturing, refuse_counter, refuse_host_schedule
 from ._runtime.groups import Columns, Key
 from ._runtime.internals import needs_dispatch, version
@@ -405,7 +405,7 @@ class _Values(NamedTuple):
                 if isinstance(count, float) or (name in region.python_hypers and not needs_dispatch()):
                     on_meta = isinstance(count, torch.Tensor) and count.is_meta
                     given = 0 if on_meta else int(count)  # waits for a device
-                keywords[name] = as_number(f"the schedule of {rule.name}.{name} returned", value(given))
+                keywords[name] = schedule_value(f"{rule.name}.{name}", value(given))
             else:
                 keywords[name] = value
         for name in rule.extras:

@@ -10,7 +10,7 @@ import torch
 from . import _walk
 from ._compiler.rule import Bound, Rule
 from ._compiler.states import rule_of
-from ._runtime.checks import as_number
+from ._runtime.checks import schedule_value
 from ._runtime.internals import has_members, needs_dispatch
 from ._state_nodes import check_state, get_state
 from ._transform import GradientTransformation, Path, as_transformation, parts
@@ -164,7 +164,7 @@ def scheduled(bound: Bound, name: str, count: int | torch.Tensor) -> Any:
     Raises:
       ValueError: the value is no number.
     """
-    value = as_number(f"the schedule of {bound.rule.name}.{name} returned", bound.values[name](count))
+    value = schedule_value(f"{bound.rule.name}.{name}", bound.values[name](count))
     return value if isinstance(value, torch.Tensor) and (value.requires_grad or needs_dispatch()) else float(value)
 
 

@@ -162,6 +162,18 @@ def as_number(subject: str, x: Any) -> float | torch.Tensor:
         raise ValueError(f"{subject} {x!r:.60}, expected a number.") from None
 
 
+def schedule_value(name: str, x: Any) -> float | torch.Tensor:
+    """The value that a schedule has returned, as `as_number`; True and False are no numbers.
+
+    Raises:
+      ValueError: with the name of the schedule.
+    """
+    subject = f"the schedule of {name} returned"
+    if isinstance(x, bool):
+        raise ValueError(f"{subject} {x}, expected a number.")
+    return as_number(subject, x)
+
+
 def check_memory(subject: str, x: Any, device: torch.device) -> None:
     """Refuses a number on meta for leaves that are elsewhere.
 

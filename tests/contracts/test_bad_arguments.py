@@ -301,10 +301,15 @@ def test_schedules_are_functions_of_one_argument(takes: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "step", [fo.scale_by_schedule, lambda f: fo.chain(fo.orthogonalize(), fo.scale_by_schedule(f))]
+    "make",
+    [
+        fo.scale_by_schedule,
+        lambda f: fo.chain(fo.orthogonalize(), fo.scale_by_schedule(f)),
+        lambda f: fo.scale_by_factored_rms(decay_rate=f),
+    ],
 )
-def test_a_schedule_that_returns_a_bool(step: Callable[[Any], fo.GradientTransformation]) -> None:
-    tx, params = step(lambda count: True), {"w": torch.ones(2, 2)}
+def test_a_schedule_that_returns_a_bool(make: Callable[[Any], fo.GradientTransformation]) -> None:
+    tx, params = make(lambda count: True), {"w": torch.ones(2, 2)}
     state = tx.init(params)
     before = Snapshot(params, state)
 
