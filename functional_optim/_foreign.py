@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from ._compiler.fuse import HostSchedule
-from ._runtime.checks import check_fit, check_stored, schedule_value
+from ._runtime.checks import check_fit, check_stored, refuse_freed, schedule_value
+from ._runtime.internals import is_wrapper_of_a_transformation
 from ._runtime.pointers import PointerReader
-from ._runtime.spec import TensorSpec
+from ._runtime.spec import TensorSpec, lies_outside
 from ._transform import Link
-from ._tree import MaskedNode, Reader, View, difference
+from ._tree import MaskedNode, Reader, View, difference, flatten, paths
 
 
 def call_opaque(
@@ -35,8 +36,10 @@ def call_opaque(
 
     Raises:
       TypeError: the transformation returned something else than updates and a state.
-      ValueError: the updates have another structure than the parameters.
+      ValueError: the updates have another structure than the parameters, or the storage of an entry of state has been
+        freed or cut.
     """
+    _check_state_stored(link, state)
     result = link.tx.update(view.tree(before), state, view.tree() if with_params else None, **extra)
     if not isinstance(result, tuple) or len(result) != 2:
         raise TypeError(f"{link.tx!r:.60} returned {result!r:.60} from `update`, expected (updates, state).")
@@ -53,6 +56,16 @@ def call_opaque(
         for x, u, seen in zip(found, before, link.seen, strict=True)
     ]
     return updates, new_state
+
+
+def _check_state_stored(link: Link, state: Any) -> None:
+    """Refuses a state with an entry whose storage has been freed or cut, which operations of torch would read."""
+    leaves, spec = flatten(state)
+    for k, x in enumerate(leaves):
+        if isinstance(x, torch.Tensor) and x.layout is torch.strided and not is_wrapper_of_a_transformation(x):
+            own = TensorSpec.of(x)
+            if own.plain and lies_outside(x, own):
+                refuse_freed(f"the state of {link.tx!r:.60}", paths(spec)[k], x.shape)
 
 
 def check_updates(

@@ -42,7 +42,8 @@ class SplitState:
         self.tx, self.prefix, self.view = link.tx, prefix, view._replace(seen=link.seen)
         self.seen = [name for name, seen in zip(view.spec.entries(), link.seen, strict=True) if seen]
         state = link.tx.init(self.view.tree())
-        self.shape = _compare(state, link.tx.init(_with_one_more(self.view)), self.seen, self._fail)
+        names = dict(zip(view.spec.entries(), link.seen, strict=True))
+        self.shape = _compare(state, link.tx.init(_with_one_more(self.view)), names, self._fail)
         self.initial = self.split(state)  # entries that no parameter has taken over yet
         self.keys = {entry: self._key(*entry) for entry in self.initial}
         self.filled = [entry for entry, x in self.initial.items() if x is not None]
@@ -205,39 +206,66 @@ class _Node(NamedTuple):
 
 
 class _PerParam(NamedTuple):
-    """A container with an entry per parameter.
+    """A container with an entry per parameter, and perhaps some of the tree beside them.
 
     Args:
       spec: its type and keys.
-      owners: for each child, the parameter's name, or None for a `MaskedNode` that stands for one that is not seen.
-      children: the structure of each child, and the paths of its leaves.
+      names: the names of its children in paths.
+      children: for each child, what it belongs to.
     """
 
     spec: Spec
-    owners: list[str | None]
-    children: list[tuple[Spec, list[str]]]
+    names: list[str]
+    children: "list[_OfParam | StateShape]"
 
     def split(self, x: Any, path: str, owner: SplitState) -> Entries:
         children, spec, _ = _open(x)
         if spec != self.spec:
             raise _other_structure(owner, path, x)
         found: Entries = {}
-        for name, (own, leaf_paths), child in zip(self.owners, self.children, children, strict=True):
-            leaves, child_spec = flatten(child)
-            if child_spec != own:
-                raise _other_structure(owner, _at(path, name or ""), child)
-            for leaf_path, leaf in zip(leaf_paths, leaves, strict=True):
-                _check_entry(leaf, _at(path, leaf_path), owner)
-                if name is not None:
-                    found[name, _at(path, leaf_path)] = leaf
+        for name, shape, child in zip(self.names, self.children, children, strict=True):
+            own = isinstance(shape, _OfParam)  # the name of a parameter is part of its entries' keys already
+            found |= shape.split(child, path if own else _at(path, _escaped(name)), owner)
         return found
 
     def join(self, path: str, found: Entries) -> Any:
-        children = [
-            own.unflatten([found[name, _at(path, leaf)] for leaf in leaf_paths] if name is not None else [])
-            for name, (own, leaf_paths) in zip(self.owners, self.children, strict=True)
-        ]
-        return self.spec.unflatten(children)
+        pairs = zip(self.names, self.children, strict=True)
+        return self.spec.unflatten(
+            [
+                shape.join(path if isinstance(shape, _OfParam) else _at(path, _escaped(name)), found)
+                for name, shape in pairs
+            ]
+        )
+
+
+class _OfParam(NamedTuple):
+    """The entry of a parameter in such a container.
+
+    Args:
+      name: the parameter's name; None for one that is not seen, whose entry holds nothing.
+      spec: its structure.
+      paths: the paths of its leaves.
+    """
+
+    name: str | None
+    spec: Spec
+    paths: list[str]
+
+    def split(self, x: Any, path: str, owner: SplitState) -> Entries:
+        leaves, spec = flatten(x)
+        if spec != self.spec or (self.name is None and any(leaf is not None for leaf in leaves)):
+            raise _other_structure(owner, _at(path, self.name or ""), x)
+        found: Entries = {}
+        for leaf_path, leaf in zip(self.paths, leaves, strict=True):
+            _check_entry(leaf, _at(path, leaf_path), owner)
+            if self.name is not None:
+                found[self.name, _at(path, leaf_path)] = leaf
+        return found
+
+    def join(self, path: str, found: Entries) -> Any:
+        return self.spec.unflatten(
+            [None if self.name is None else found[self.name, _at(path, leaf)] for leaf in self.paths]
+        )
 
 
 StateShape = _Leaf | _Node | _PerParam
@@ -245,14 +273,29 @@ _EXTRA = "one more parameter"  # the name of the one that the second state has a
 
 
 def _with_one_more(view: View) -> Any:
-    """The tree that a transformation sees, with a parameter more, which is like the first."""
+    """The tree that a transformation sees, with a parameter more, which is like the first and another object."""
     tree = view.tree()
     like = next((x for x, seen in zip(view.leaves, view.seen, strict=True) if seen), None)
-    return tree if like is None else type(tree)([*tree.items(), (_EXTRA, like)])
+    if like is None:
+        return tree
+    more = like.detach()
+    if isinstance(like, torch.nn.Parameter):
+        more = torch.nn.Parameter(more, requires_grad=like.requires_grad)
+    return type(tree)([*tree.items(), (_EXTRA, more)])
 
 
-def _compare(a: Any, b: Any, seen: Sequence[str], fail: Callable[[str, str], Exception], path: str = "") -> StateShape:
-    """The shape of a state `a`; `b` is the state of a tree with one more parameter."""
+def _compare(
+    a: Any, b: Any, names: Mapping[str, bool], fail: Callable[[str, str], Exception], path: str = ""
+) -> StateShape:
+    """The shape of a state.
+
+    Args:
+      a: the state.
+      b: the state of a tree with one more parameter.
+      names: the parameters, and whether the transformation sees them.
+      fail: makes the error of a state that cannot be split.
+      path: the path of the state.
+    """
     (one, one_spec, one_names), (two, two_spec, two_names) = _open(a), _open(b)
     if one_spec is None or two_spec is None:
         if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape != b.shape:
@@ -261,20 +304,26 @@ def _compare(a: Any, b: Any, seen: Sequence[str], fail: Callable[[str, str], Exc
             raise fail(path, "is of another kind if there is one more parameter")
         return _Leaf()
     if one_names == two_names:
-        children = [_compare(x, y, seen, fail, _at(path, n)) for x, y, n in zip(one, two, one_names, strict=True)]
+        children = [_compare(x, y, names, fail, _at(path, n)) for x, y, n in zip(one, two, one_names, strict=True)]
         return _Node(one_spec, one_names, children)
-    owners: list[str | None]
+    seen = [name for name, own in names.items() if own]
     if set(two_names) - set(one_names) == {_EXTRA} and set(seen) <= set(one_names):
-        owners = [name if name in seen else None for name in one_names]
-    elif len(two) == len(one) + 1 == len(seen) + 1 and not isinstance(a, Mapping):
-        owners = list(seen)
+        owners = one_names
+    elif len(two) == len(one) + 1 and not isinstance(a, Mapping) and len(one) in (len(seen), len(names)):
+        owners = seen if len(one) == len(seen) else list(names)
     else:
         raise fail(path, f"has {len(one)} entries for {len(seen)} parameters, and {len(two)} if there is one more")
-    specs = [flatten(child)[1] for child in one]
-    for name, owner, spec in zip(one_names, owners, specs, strict=True):
-        if owner is None and spec.num_leaves:
+    others = dict(zip(two_names, two, strict=True))
+    found: list[_OfParam | StateShape] = []
+    for name, owner, child in zip(one_names, owners, one, strict=True):
+        if owner not in names:
+            found.append(_compare(child, others[name], names, fail, _at(path, name)))
+            continue
+        leaves, spec = flatten(child)
+        if not names[owner] and any(leaf is not None for leaf in leaves):
             raise fail(_at(path, name), "has an entry for a parameter that the transformation does not see")
-    return _PerParam(one_spec, owners, [(spec, escaped_paths(spec)) for spec in specs])
+        found.append(_OfParam(owner if names[owner] else None, spec, escaped_paths(spec)))
+    return _PerParam(one_spec, one_names, found)
 
 
 def _open(x: Any) -> tuple[list[Any], Spec | None, list[str]]:
@@ -302,6 +351,8 @@ def escaped_paths(spec: Spec) -> list[str]:
 
 def _check_entry(x: Any, path: str, owner: SplitState) -> None:
     if x is not None and not isinstance(x, (torch.Tensor, int, float)):
+        if one_level(x) is not None:
+            raise _other_structure(owner, path, x)
         raise TypeError(
             f"the state of {brief(owner.tx)} holds {x!r:.60}{at(path)}, expected tensors and numbers, which is what "
             f"the state of an optimizer can hold."

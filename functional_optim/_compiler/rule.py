@@ -146,7 +146,7 @@ class Slot:
         found = self._from_function(self.shape, p, hypers)
         sizes = map(plain_number, found) if isinstance(found, Sequence) and not isinstance(found, str) else (None,)
         shape = None if found is None else tuple(sizes)
-        if shape is not None and not all(isinstance(n, (int, torch.SymInt)) and n >= 0 for n in shape):
+        if shape is not None and not all(_is_size(n) for n in shape):
             raise TypeError(
                 f"the shape of {self.label} is {found!r:.60} for a leaf of shape {tuple(p.shape)}, expected a tuple of "
                 f"sizes, or None for a leaf that has no such entry."
@@ -241,6 +241,11 @@ class Slot:
         made = self.make(like, hypers)
         assert made is not None, "a number has no shape of its own"
         return made.to(leaves[0].device if leaves else "cpu")
+
+
+def _is_size(n: Any) -> bool:
+    """Whether an object is the number of entries of a dimension."""
+    return isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) and bool(n >= 0)
 
 
 def slot(

@@ -40,7 +40,9 @@ def check_leaf(name: str, path: str, x: Any) -> torch.Tensor:
         raise TypeError(f"{name}{at(path)} is sparse ({x.layout}), expected a dense tensor; {hint}.")
     if not x.dtype.is_floating_point or x.dtype.itemsize < 2:
         hint = "leave it out of the tree"
-        if x.is_complex():
+        if name.startswith("state"):
+            hint = "put a tensor of such a dtype there"
+        elif x.is_complex():
             hint = f"view it as real pairs with `torch.view_as_real{'(x.resolve_conj())' if x.is_conj() else ''}`"
         elif name.startswith("the extra argument"):  # every leaf that is computed needs one
             hint = "pass `x.float()`"

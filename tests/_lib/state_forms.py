@@ -174,6 +174,19 @@ FORMS: dict[str, Form] = {
         lambda c: {"per": {k: {"mu": c.mu[k]} for k in c.mu}, "all": Pair(c.count, c.nu)},
         lambda s: (s["all"].first, {k: x["mu"] for k, x in s["per"].items()}, s["all"].second),
     ),
+    "a tensor by name and a counter": Form(
+        lambda c: {**c.mu, "all steps": c.count},
+        lambda s, names: Core(s["all steps"], nothing(names), {k: s[k] for k in names}, nothing(names)),
+    ),
+    "a tuple by name and a nest of trees": Form(
+        lambda c: {**{k: (x,) for k, x in c.mu.items()}, "more": {"nu": c.nu, "count": [c.count]}},
+        lambda s, names: Core(
+            s["more"]["count"][0],
+            nothing(names),
+            {k: s[k][0] for k in names},
+            {k: s["more"]["nu"][k] for k in names},
+        ),
+    ),
     "a number": alone(lambda n: n, lambda s: s),
     "a counter": alone(lambda n: {"a": [torch.tensor(float(n)), {"b.c": None}]}, lambda s: int(s["a"][0])),
     "nested counters": alone(lambda n: ((n // 2, [n - n // 2]), {}), lambda s: s[0][0] + s[0][1][0]),

@@ -171,3 +171,19 @@ def test_an_extra_argument_that_is_missing_is_refused() -> None:
         TypeError, match=r"scale_by_value needs the extra argument `value`: call `step\(closure, value="
     ):
         TransformOptimizer([p], fo.chain(fo.scale(2.0), scale_by_value())).step()
+
+
+@pytest.mark.parametrize("name", ["u", "s", "p", "vlaue"])
+def test_the_first_three_arguments_of_a_function_are_no_extra_ones(name: str) -> None:
+    """They are given by position, whatever their names are."""
+    tx = fo.chain(fo.GradientTransformation(lambda params: (), lambda u, s, p=None, loss=None: (u, s)), fo.sgd(0.1))
+    params = {"w": torch.ones(2)}
+    own = torch.nn.Parameter(torch.ones(2))
+    own.grad = torch.ones(2)
+
+    with pytest.raises(TypeError, match=rf"takes the extra argument `{name}`; they take 'grad', 'loss', 'value'"):
+        fo.apply_gradients(tx, params, params, tx.init(params), **{name: 3.0})
+    with pytest.raises(TypeError, match=rf"unexpected keyword argument '{name}'; this chain takes 'loss'"):
+        TransformOptimizer([own], tx).step(**{name: 3.0})
+
+    fo.apply_gradients(tx, params, params, tx.init(params), loss=3.0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import functional_optim as fo
-from _lib.compare import DOUBLE, Snapshot, assert_same_bits
+from _lib.compare import DOUBLE, Snapshot, assert_same_bits, leaves
 from _lib.marks import pairwise
 from _lib.state_forms import (
     FORM,
@@ -200,7 +200,95 @@ CHANGES: dict[str, tuple[Callable[[Params], Any], Callable[[Any], Any]]] = {
     "a list in order is too short": (lambda p: [X for _ in p], lambda s: s[1:]),
     "an empty state is filled": (lambda p: (), lambda s: {"count": 1}),
     "a text": (lambda p: {"a": 1}, lambda s: {"a": "one"}),
+    "None of a key to a dict": (lambda p: {"a": None, "b": X}, lambda s: {"a": {"w": X}, "b": X}),
+    "a number beside parameters to a dict": (
+        lambda p: {**dict.fromkeys(p, X), "all": 1},
+        lambda s: {**s, "all": {"w": X}},
+    ),
 }  # fmt: skip
+
+
+# states made for all parameters that a function is given, also for those that a mask hides from it
+UNSEEN: dict[str, Callable[[Any], Any]] = {
+    "nodes in a list": lambda p: [x if isinstance(x, fo.MaskedNode) else torch.zeros_like(x) for x in p.values()],
+    "None in a list": lambda p: [None if isinstance(x, fo.MaskedNode) else torch.zeros_like(x) for x in p.values()],
+    "nodes by name": lambda p: {k: x if isinstance(x, fo.MaskedNode) else torch.zeros_like(x) for k, x in p.items()},
+    "None by name": lambda p: {k: None if isinstance(x, fo.MaskedNode) else torch.zeros_like(x) for k, x in p.items()},
+}
+
+
+@pytest.mark.parametrize("case", UNSEEN)
+def test_entries_that_stand_for_what_a_mask_hides(case: str) -> None:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        entries = list(state.values()) if isinstance(state, dict) else state
+        moved = [
+            0.9 * x + u if isinstance(u, torch.Tensor) else x for x, u in zip(entries, updates.values(), strict=True)
+        ]
+        kept = dict(zip(state, moved, strict=True)) if isinstance(state, dict) else moved
+        news = {k: m if isinstance(u, torch.Tensor) else u for (k, u), m in zip(updates.items(), moved, strict=True)}
+        return type(updates)(news), kept
+
+    inner = fo.GradientTransformation(UNSEEN[case], update)
+    tx = fo.chain(fo.masked(inner, lambda path, p: p.ndim == 2), fo.scale(-RATE))
+    expected = fo.chain(fo.masked(fo.trace(0.9), lambda path, p: p.ndim == 2), fo.scale(-RATE))
+    params, others = make_params(), make_params()
+    opt, other = TransformOptimizer(params.items(), tx), TransformOptimizer(others.items(), expected)
+    for step in range(STEPS):
+        for own, o in ((params, opt), (others, other)):
+            give(own, make_grads(step, missing=False))
+            o.step()
+
+    for k, p in params.items():
+        torch.testing.assert_close(p.detach(), others[k].detach(), **DOUBLE)
+    found = [opt.state[params[k]]["transformation_0"] for k, p in params.items() if p.ndim == 2]
+    assert [tuple(x.shape) for x in found] == [tuple(p.shape) for p in params.values() if p.ndim == 2]
+
+
+@pytest.mark.parametrize(
+    "init",
+    [
+        lambda p: {id(x): torch.zeros_like(x) for x in p.values()},
+        lambda p: {id(x): (torch.zeros_like(x), 1) for x in reversed(p.values())},
+        lambda p: {"all": {hash(x): torch.zeros_like(x) for x in p.values()}},
+    ],
+)
+def test_a_state_by_objects_cannot_be_split(init: Callable[[Any], Any]) -> None:
+    """Their ids are other ones in the process that reads a checkpoint."""
+    tx = fo.GradientTransformation(init, lambda updates, state, params=None: (updates, state))
+    params = make_params()
+    opt = TransformOptimizer(params.items(), tx)
+    give(params, make_grads(0, missing=False))
+    before = Snapshot(params)
+
+    with pytest.raises(ValueError, match=r"cannot be split among the parameters .* in a dict by its name or in a list"):
+        opt.step()
+
+    before.check()
+    assert not opt.state
+
+
+@pytest.mark.parametrize("form", ["a tensor by name", "a nest of trees", "a list in order", "a counter"])
+@pytest.mark.parametrize("pure", [True, False])
+def test_entries_without_memory_are_refused_before_the_transformation_reads_them(form: str, pure: bool) -> None:
+    tx = make_chain(form, "all")
+    own = make_params()
+    params = {k: p.detach() for k, p in own.items()}
+    opt, state = TransformOptimizer(own.items(), tx), tx.init(params)
+    give(own, make_grads(0, missing=False))
+    opt.step()
+    params, state = fo.apply_gradients(tx, params, make_grads(0, missing=False), state)
+    entries = leaves(state) if pure else [x for k, s in opt.state.items() for x in s.values()]
+    entries = [x for x in entries if isinstance(x, torch.Tensor) and x.nbytes]
+    shared = {x.untyped_storage().data_ptr() for x in [*params.values(), *own.values()]}
+    lost = [x for x in entries if x.untyped_storage().data_ptr() not in shared]
+    before = Snapshot(params, own)
+    for x in lost:
+        x.untyped_storage().resize_(0)
+
+    with pytest.raises(ValueError, match="has no memory: its storage has been freed or cut"):
+        fo.apply_gradients(tx, params, make_grads(1, missing=False), state) if pure else opt.step()
+
+    before.check()
 
 
 def changing(init: Any, change: Any, at: int) -> fo.GradientTransformation:

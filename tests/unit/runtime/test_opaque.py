@@ -110,6 +110,10 @@ FORMS = {
     "a tuple of as many as there may be parameters": Form(
         lambda params: {"bounds": (0.1, 0.2), "mu": zeros(params)}, ["mu"], ["bounds.0", "bounds.1"]
     ),
+    "a counter among the parameters": Form(lambda params: {**zeros(params), "count": 0}, [""], ["count"]),
+    "trees among the parameters": Form(
+        lambda params: {**zeros(params), "more": {"nu": zeros(params), "rate": 0.5}}, ["", "more.nu"], ["more.rate"]
+    ),
     "chained states": Form(
         lambda params: (moments(params), (), (zeros(params), 1)), ["0.mu", "0.nu", "2.0"], ["0.count", "2.1"]
     ),
@@ -266,10 +270,6 @@ REFUSED: dict[str, tuple[Callable[[Params], Any], type[Exception], str]] = {
     "other names": (
         lambda params: {f"state of {k}": x for k, x in zeros(params).items()}, ValueError,
         "has 2 entries for 2 parameters, and 3 if there is one more",
-    ),
-    "a counter among the parameters": (
-        lambda params: {**zeros(params), "count": 0}, ValueError,
-        "at 'count' has an entry for a parameter that the transformation does not see",
     ),
     "another kind": (
         lambda params: {"x": 1.0 if len(params) == 2 else [1.0]}, ValueError,
