@@ -1,6 +1,6 @@
 """Bindings of an optimizer: its groups as one list of parameters with their chains, and the steps that are bound."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, MutableMapping, Sequence
 from itertools import chain, repeat
 from operator import is_, is_not
 from typing import TYPE_CHECKING, Any
@@ -170,7 +170,7 @@ class Bindings:
         if not self.states or not same:
             found = [state.get(p) for p in params.tensors]
             for name, x in zip(params.names, found, strict=True):
-                if x is not None and not isinstance(x, dict):
+                if x is not None and not isinstance(x, MutableMapping):
                     raise TypeError(f"state at {name!r} is {x!r:.60}, expected a dict of entries by name.")
             self.states = [{} if x is None else x for x in found]
             self.known = list(state), list(state.values())

@@ -135,7 +135,7 @@ class RMSprop(NamedClass, torch.optim.RMSprop):  # type: ignore[misc]
         return template(fo.chain(*before(maximize, decay), ratio, *parts, descend(LR)), self.SLOTS)
 
 
-def _check_no_bool(name: str, value: Any, place: str = "") -> None:
+def check_no_bool(name: str, value: Any, place: str = "") -> None:
     """Refuses a bool in the place of a number, which torch's own classes take for 1 or 0."""
     if isinstance(plain_number(value), bool) or (isinstance(value, torch.Tensor) and value.dtype is torch.bool):
         raise TypeError(f"`{name}`{place} is {type(value).__name__} {value!r:.60}, expected a number.")
@@ -149,7 +149,7 @@ def _check(lr: Any, betas: Any, weight_decay: Any, eps: Any = 0.0) -> None:
         raise TypeError(f"`betas` is {betas!r:.60}, expected a pair of numbers.")
     named = {"lr": lr, "betas[0]": betas[0], "betas[1]": betas[1], "eps": eps, "weight_decay": weight_decay}
     for name, value in named.items():
-        _check_no_bool(name, value)
+        check_no_bool(name, value)
         check_number(name, value)
     for name, value in (("learning rate", lr), ("epsilon value", eps), ("weight_decay value", weight_decay)):
         if not value >= 0.0:
@@ -181,7 +181,7 @@ class _Betas(NamedClass):
             value = group.get(name)
             for x in value if isinstance(value, (tuple, list)) else (value,):
                 if type(x) is not float:  # most are, and a scheduler changes one at each step
-                    _check_no_bool(name, x, f" of parameter group {g}")
+                    check_no_bool(name, x, f" of parameter group {g}")
         super()._check_options(g, group)
 
     def _switches(self, group: Mapping[str, Any]) -> tuple[Hashable, ...]:

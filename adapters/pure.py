@@ -10,8 +10,9 @@ from functional_optim import _walk
 from functional_optim._compiler.rule import Option
 
 from ._named import NamedClass
+from ._naming import FLAGS
 from .adaptive import Adadelta, Adagrad, Adamax, NAdam, RAdam
-from .classes import SGD, Adam, AdamW, RMSprop
+from .classes import SGD, Adam, AdamW, RMSprop, check_no_bool
 from .matrices import Adafactor, Muon
 from .rates import ASGD, Rprop
 from .sparse import SparseAdam
@@ -36,7 +37,7 @@ CLASSES: Mapping[str, type[NamedClass]] = {
         SparseAdam,
     )
 }
-FORMS = ("foreach", "fused", "capturable", "differentiable")
+IMPLEMENTATIONS = ("foreach", "fused", "capturable", "differentiable")
 
 
 def from_torch_optimizer(name: str, **keywords: Any) -> fo.GradientTransformation:
@@ -72,22 +73,36 @@ def from_torch_optimizer(name: str, **keywords: Any) -> fo.GradientTransformatio
     """
     if name == "LBFGS":
         raise ValueError("a step of LBFGS evaluates a closure; use functional_optim.lbfgs, whose line search does.")
-    if name not in CLASSES:
+    if not isinstance(name, str) or name not in CLASSES:
         raise ValueError(f"`name` of from_torch_optimizer is {name!r:.60}, expected one of {', '.join(CLASSES)}.")
-    for given in ("params", *FORMS):
+    for given in ("params", *IMPLEMENTATIONS):
         if given in keywords:
             raise TypeError(
                 f"{given!r} is an argument of an optimizer, and {name} is made as a transformation here, which has "
                 f"none: leave it out."
             )
+    _check_numbers(keywords)
     schedules = {k: x for k, x in keywords.items() if k == "lr" and callable(x) and not isinstance(x, torch.Tensor)}
     optimizer = CLASSES[name](
         [torch.nn.Parameter(torch.zeros(1, 1))], **{k: x for k, x in keywords.items() if k not in schedules}
     )
-    # no parameters, whose dtype would decide an epsilon of Adafactor
+    optimizer._check_options(0, optimizer.param_groups[0])
+    # a group without parameters, whose dtype would decide an epsilon of Adafactor
     group = {**optimizer.param_groups[0], "params": [], **schedules}
     template = optimizer._template(optimizer._switches(group))
     return _walk.rewrite(template.tx, lambda path, rule: rule.replace(**_numbers(rule._bound.values, group)))
+
+
+def _check_numbers(keywords: Mapping[str, Any]) -> None:
+    """Refuses bools in the place of numbers, which torch's classes compute with.
+
+    Raises:
+      TypeError: with the keyword and the value.
+    """
+    for name, value in keywords.items():
+        if name not in FLAGS:
+            for x in value if isinstance(value, (tuple, list)) else (value,):
+                check_no_bool(name, x)
 
 
 def _numbers(values: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:

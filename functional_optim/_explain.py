@@ -155,6 +155,12 @@ class Explanation:
         """Bytes read and written per element."""
         return self.bytes_read + self.bytes_written
 
+    @property
+    def _whole(self) -> set[tuple[str, ...]]:
+        """The routes that a reader takes for granted: through all of a chain."""
+        chains = {chain.transformations for chain in self.chains}
+        return chains or {route.transformations for route in self.routes if route.transformations}
+
     def __str__(self) -> str:
         lines = [
             f"{_count(self.parameters, 'parameter')} in {_count(self.leaves, 'tensor')}, "
@@ -164,7 +170,9 @@ class Explanation:
             f"  {self.state_bytes:.4g} bytes of state per parameter",
         ]
         lines += map(str, self.chains)
-        lines += map(str, self.routes if len(self.routes) > max(1, len(self.chains)) else ())
+        shown = len(self.routes) > max(1, len(self.chains))
+        if shown or any(route.transformations not in self._whole for route in self.routes):
+            lines += map(str, self.routes)
         for k in self.kernels:
             names = [v.name for v in k.signature.program.values if v.op == "array"]
             lines.append(

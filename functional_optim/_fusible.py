@@ -217,7 +217,8 @@ def _noting_leaf(view: View, p: torch.Tensor) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        path = next((path for path, x in zip(paths(view.spec), view.leaves, strict=True) if x is p), "")
+        leaves = zip(paths(view.spec), view.leaves, view.seen, strict=True)
+        path = next((path for path, x, seen in leaves if seen and x is p), "")
         error.add_note(f"for the leaf{at(path)}")
         raise
 

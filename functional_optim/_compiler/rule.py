@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -137,27 +138,28 @@ class Slot:
             raise
 
     def _own_shape(self, p: torch.Tensor, hypers: Mapping[str, Any]) -> tuple[int, ...] | None:
-        """The shape that the function `shape` has for a leaf.
+        """The shape that the function `shape` has for a leaf; None if it has no entry there.
 
         Raises:
-          TypeError: it is none.
+          TypeError: the result is no shape.
         """
         assert self.shape is not None
-        found = self._from_function(self.shape, p, hypers)
-        sizes = map(plain_number, found) if isinstance(found, Sequence) and not isinstance(found, str) else (None,)
-        shape = None if found is None else tuple(sizes)
-        if shape is not None and not all(_is_size(n) for n in shape):
+        found: Any = self._from_function(self.shape, p, hypers)
+        try:
+            if isinstance(found, (str, bytes)):  # they have whole numbers, too
+                raise TypeError
+            return None if found is None else tuple(map(_size, found))
+        except TypeError:
             raise TypeError(
                 f"the shape of {self.label} is {found!r:.60} for a leaf of shape {tuple(p.shape)}, expected a tuple of "
                 f"sizes, or None for a leaf that has no such entry."
-            )
-        return shape
+            ) from None
 
     def _own_start(self, p: torch.Tensor, hypers: Mapping[str, Any]) -> torch.Tensor | None:
         """The tensor that the function `start` makes for a leaf.
 
         Raises:
-          TypeError: it is none.
+          TypeError: the result is no tensor.
           ValueError: parameters to evaluate at would have another shape than the leaf.
         """
         assert callable(self.start)
@@ -243,9 +245,18 @@ class Slot:
         return made.to(leaves[0].device if leaves else "cpu")
 
 
-def _is_size(n: Any) -> bool:
-    """Whether an object is the number of entries of a dimension."""
-    return isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) and bool(n >= 0)
+def _size(n: Any) -> Any:
+    """The number of entries of a dimension.
+
+    Raises:
+      TypeError: the object is none.
+    """
+    if isinstance(n, torch.SymInt):
+        return n
+    size = -1 if isinstance(n, bool) else operator.index(n)
+    if size < 0:
+        raise TypeError
+    return size
 
 
 def slot(
@@ -465,7 +476,8 @@ class Rule:
                 f"`{hyper}` of {self.name} must be a number, a 0-d tensor or a schedule, got a tensor of dtype "
                 f"{value.dtype}; pass `x.float()`."
             )
-        if hyper in self.wholes and (isinstance(value, bool) or not isinstance(value, int)):
+        own_none = value is None and self.hypers[hyper] is None
+        if hyper in self.wholes and not own_none and (isinstance(value, bool) or not isinstance(value, int)):
             raise TypeError(f"`{hyper}` of {self.name} must be a whole number, got {value!r:.60}.")
         if not self._is_one_number(hyper, value):
             if _is_schedule(value) and hyper not in self.static and not isinstance(value, torch.Tensor):

@@ -282,12 +282,17 @@ OF_OTHER_ARGUMENTS: dict[str, Callable[..., Any]] = {
 }
 
 
+def of_two(count: Any, total: Any) -> Any:
+    return 0.1
+
+
 OF_ONE: dict[str, Callable[..., Any]] = {
     "a default": lambda count, total=9: 0.1,
     "any number": lambda *counts: 0.1,
     "a method": Callables().of_one,
     "a partial function": functools.partial(lambda total, count: 0.1, 9),
     "a function of C": math.exp,
+    "one that wraps another of two": functools.wraps(of_two)(lambda count: 0.1),
 }
 
 

@@ -417,6 +417,8 @@ SLOT_FUNCTIONS: dict[str, tuple[Any, type[Exception], str]] = {
     "a shape that is text": (fo.slot(shape=lambda p: "5"), TypeError, r"the shape of .* is '5' for"),
     "half a size": (fo.slot(shape=lambda p: (2.5,)), TypeError, r"the shape of .* is \(2\.5,\) for"),
     "a size below 0": (fo.slot(shape=lambda p: (-1,)), TypeError, r"the shape of .* is \(-1,\) for"),
+    "a bool for a size": (fo.slot(shape=lambda p: (True,)), TypeError, r"the shape of .* is \(True,\) for"),
+    "bytes for a shape": (fo.slot(shape=lambda p: b"ab"), TypeError, r"the shape of .* is b'ab' for"),
     "a start that is a number": (fo.slot(lambda p: 3.0), TypeError, r"the start of .* is 3\.0 for .*, expected a tens"),
     "averages of another shape": (
         fo.slot(lambda p: torch.zeros(7), evaluate=True),
@@ -458,3 +460,18 @@ def test_an_error_of_a_batched_rule_gives_the_shape_of_its_leaves() -> None:
     with pytest.raises(ValueError, match="is no matrix") as info:
         tx.update(params, tx.init(params))
     assert "in orthogonalize, for a tensor of shape (5,) at 'bias' and 1 more of that shape" in info.value.__notes__
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        lambda p: reversed(p.shape),
+        lambda p: (n for n in (3, 2)),
+        lambda p: np.array([3, 2]),
+        lambda p: torch.tensor([3, 2]),
+        lambda p: [np.int64(3), torch.tensor(2)],
+    ],
+)
+def test_shapes_of_slots_are_any_sizes_in_order(shape: Any) -> None:
+    state: Any = slotted(fo.slot(shape=shape)).init({"w": torch.ones(2, 3)})
+    assert state.kept["w"].shape == (3, 2)

@@ -404,3 +404,14 @@ def test_refused_arguments_of_explain(name: str) -> None:
 
     with pytest.raises(TypeError, match=message):
         call()
+
+
+def test_routes_of_an_optimizer_are_shown_where_they_are_not_its_chain() -> None:
+    bias = torch.nn.Parameter(torch.ones(3))
+    tx = fo.adamw(0.1, weight_decay=0.1, mask=lambda path, p: p.ndim > 1)
+    text = str(fo.explain(TransformOptimizer([("b", bias)], tx)))
+    assert "route of 1 tensor (b)\n  scale_by_adam > scale_by_learning_rate\n" in text
+    assert "route" not in str(fo.explain(TransformOptimizer([("b", bias)], fo.adamw(0.1))))
+    with pytest.warns(UserWarning, match="matches no parameter"):
+        nothing = str(fo.explain(fo.masked(fo.trace(0.9), False), {"w": torch.ones(2)}))
+    assert "route of 1 tensor (w)\n  no transformation" in nothing

@@ -143,6 +143,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
     "a schedule for a decay": ("Adam", {"betas": (lambda count: 0.9, 0.99)}, TypeError, "betas"),
     "a schedule for a first step size": ("Rprop", {"lr": lambda count: 0.1}, TypeError, "must be a number, got the"),
     "a schedule for a first rate": ("ASGD", {"lr": lambda count: 0.1}, TypeError, "must be a number, got the"),
+    "a list of names": (["SGD"], {}, ValueError, "expected one of Adadelta, "),  # type: ignore[dict-item]
+    "a bool for a rate": ("SGD", {"lr": True}, TypeError, "`lr` is bool True, expected a number"),
+    "a bool for a decay of moments": ("Adam", {"betas": (True, 0.9)}, TypeError, "`betas` is bool True"),
+    "a third decay": ("Adam", {"betas": (0.9, 0.99, 0.5)}, ValueError, "'betas' .* expected two numbers"),
     "a schedule of two arguments": ("SGD", {"lr": lambda count, total: 0.1}, TypeError, "expected a schedule"),
 }
 
