@@ -87,7 +87,7 @@ def from_torch_optimizer(name: str, **keywords: Any) -> fo.GradientTransformatio
         [torch.nn.Parameter(torch.zeros(1, 1))], **{k: x for k, x in keywords.items() if k not in schedules}
     )
     optimizer._check_options(0, optimizer.param_groups[0])
-    # a group without parameters, whose dtype would decide an epsilon of Adafactor
+    # parameters left out, since their dtype would decide an epsilon of Adafactor
     group = {**optimizer.param_groups[0], "params": [], **schedules}
     template = optimizer._template(optimizer._switches(group))
     return _walk.rewrite(template.tx, lambda path, rule: rule.replace(**_numbers(rule._bound.values, group)))

@@ -156,7 +156,7 @@ def show(case: dict[str, Any]) -> str:
     )
 
 
-# what, shapes, recipe, our form, slower contenders (the fastest of them counts), at least
+# label, shapes, recipe, our form, slower contenders (the fastest of them counts), at least
 GOALS = (
     ("AdamW against torch fused", "gpt2", "adamw", DONATED, (FUSED,), 1.0),
     ("AdamW against torch fused", "16x1024x1024", "adamw", DONATED, (FUSED,), 1.0),

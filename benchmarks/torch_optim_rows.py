@@ -166,9 +166,9 @@ def measure_leafwise(rounds: int, shapes: str, tree: tuple[Tensors, Tensors]) ->
     }
 
 
-def measure_sparse(rounds: int, n_rows: int) -> dict[str, Any]:
+def measure_sparse(rounds: int, n_rows: int, length: int) -> dict[str, Any]:
     """A row for rows of a table that a sparse gradient touches."""
-    own = torch.nn.Parameter(torch.randn(100 * n_rows - 943, 64) * 0.02)
+    own = torch.nn.Parameter(torch.randn(length, 64) * 0.02)
     indices = torch.randperm(len(own))[:n_rows].unsqueeze(0)
     own.grad = torch.sparse_coo_tensor(indices, torch.randn(n_rows, 64) * 1e-3, own.shape, check_invariants=True)
     ours, torchs = (module.SparseAdam([own], lr=1e-4) for module in (adapters, torch.optim))
@@ -255,13 +255,12 @@ def main() -> None:
         for name in names:
             if name in SPECIAL:
                 if shapes == "1000x32x32":
-                    rows.append(
-                        measure_leafwise(rounds, shapes, tree)
-                        if name == LEAFWISE
-                        else measure_sparse(rounds, 20 if args.tiny else 512)
-                        if name == "SparseAdam"
-                        else measure_lbfgs(max(2, rounds // 4), shapes, tree)
-                    )
+                    special = {
+                        "SparseAdam": lambda: measure_sparse(rounds, *((20, 1000) if args.tiny else (512, 50257))),
+                        "LBFGS": functools.partial(measure_lbfgs, max(2, rounds // 4), shapes, tree),
+                        LEAFWISE: functools.partial(measure_leafwise, rounds, shapes, tree),
+                    }
+                    rows.append(special[name]())
                     print(show(rows[-1:]), flush=True)
             elif (name == "Muon") is (shapes == "layers"):
                 check(name)

@@ -365,7 +365,7 @@ class _Collector:
             f"{len(own)} of {'x'.join(map(str, shape)) or 'one number'} ({_some(own)})" for shape, own in shapes.items()
         )
         name = segment.bound.rule.name
-        # only its first step tells whether `torch.func.vmap` can batch it
+        # `torch.func.vmap` shows at the first step whether it can batch the rule
         at_once = "at once" if segment.bound.rule.batched else "at once where they can be batched"
         self.notes.append(
             f"{name} computes whole tensors with torch operations, those of one shape {at_once}: {listed}"

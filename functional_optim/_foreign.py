@@ -9,10 +9,9 @@ from typing import Any
 import torch
 
 from ._compiler.fuse import HostSchedule
-from ._runtime.checks import check_fit, check_stored, refuse_freed, schedule_value
-from ._runtime.internals import is_wrapper_of_a_transformation
+from ._runtime.checks import check_fit, check_stored, is_freed, refuse_freed, schedule_value
 from ._runtime.pointers import PointerReader
-from ._runtime.spec import TensorSpec, lies_outside
+from ._runtime.spec import TensorSpec
 from ._transform import Link
 from ._tree import MaskedNode, Reader, View, difference, flatten, paths
 
@@ -62,10 +61,8 @@ def _check_state_stored(link: Link, state: Any) -> None:
     """Refuses a state with an entry whose storage has been freed or cut, which operations of torch would read."""
     leaves, spec = flatten(state)
     for k, x in enumerate(leaves):
-        if isinstance(x, torch.Tensor) and x.layout is torch.strided and not is_wrapper_of_a_transformation(x):
-            own = TensorSpec.of(x)
-            if own.plain and lies_outside(x, own):
-                refuse_freed(f"the state of {link.tx!r:.60}", paths(spec)[k], x.shape)
+        if isinstance(x, torch.Tensor) and x.layout is torch.strided and is_freed(x):
+            refuse_freed(f"the state of {link.tx!r:.60}", paths(spec)[k], x.shape)
 
 
 def check_updates(

@@ -145,7 +145,7 @@ class GradientTransformation(Transformation):
         self._functions = (init, update)
         parameters = inspect.signature(update).parameters.values()
         takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        # the first three are updates, state and parameters, by whatever names
+        # positions tell updates, state and parameters, under any names
         positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         by_name = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
         self._extras = None if takes_all else frozenset((*positional[3:], *by_name))

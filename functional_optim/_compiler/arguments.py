@@ -78,7 +78,7 @@ def checked_schedule(subject: str, value: Callable[..., Any]) -> Callable[..., A
       TypeError: it cannot be called with one argument.
     """
     try:
-        signature = inspect.signature(value, follow_wrapped=False)  # of what is called, not of what it wraps
+        signature = inspect.signature(value, follow_wrapped=False)  # its own, not that of a wrapped function
     except (TypeError, ValueError):  # a function of C that does not tell
         return value
     try:

@@ -424,7 +424,7 @@ class Rule:
         return frozenset(by_default | {k for k in self.hypers if parameters[k].annotation in (bool, "bool")})
 
     @cached_property
-    def wholes(self) -> frozenset[str]:
+    def whole_numbers(self) -> frozenset[str]:
         """The hyper-parameters that are whole numbers: those in `static` that are annotated as `int`."""
         parameters = inspect.signature(self.fn).parameters
         return frozenset(k for k in self.static if parameters[k].annotation in (int, "int"))
@@ -477,7 +477,7 @@ class Rule:
                 f"{value.dtype}; pass `x.float()`."
             )
         own_none = value is None and self.hypers[hyper] is None
-        if hyper in self.wholes and not own_none and (isinstance(value, bool) or not isinstance(value, int)):
+        if hyper in self.whole_numbers and not own_none and (isinstance(value, bool) or not isinstance(value, int)):
             raise TypeError(f"`{hyper}` of {self.name} must be a whole number, got {value!r:.60}.")
         if not self._is_one_number(hyper, value):
             if _is_schedule(value) and hyper not in self.static and not isinstance(value, torch.Tensor):

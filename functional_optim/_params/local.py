@@ -48,7 +48,7 @@ class LocalColumns:
         self._placed.remember("params", self.params, self.dtensors)
 
     def fits(self, params: Sequence[torch.Tensor]) -> bool:
-        """Whether parameters are placed as they were when this was made, and those that were complex still are."""
+        """Whether parameters are placed, and complex or real, as they were when this was made."""
         complex_now = [i for i in self.present if params[i].is_complex()]
         return complex_now == self.complex and (not self.dtensors or self._placed.fit("params", params))
 

@@ -75,14 +75,19 @@ def refuse_freed(name: str, path: str, shape: Sequence[int]) -> NoReturn:
     )
 
 
+def is_freed(x: torch.Tensor) -> bool:
+    """Whether the storage of a tensor has been freed or cut."""
+    spec = TensorSpec.of(x)
+    return spec.plain and not is_wrapper_of_a_transformation(x) and lies_outside(x, spec)
+
+
 def check_stored(name: str, path: str, x: torch.Tensor) -> None:
     """Refuses a tensor whose storage has been freed or cut, before torch operations read it, which do not look.
 
     Raises:
       ValueError: with the path.
     """
-    spec = TensorSpec.of(x)
-    if spec.plain and not is_wrapper_of_a_transformation(x) and lies_outside(x, spec):
+    if is_freed(x):
         refuse_freed(name, path, x.shape)
 
 

@@ -193,7 +193,7 @@ def takes_sparse(cls: Any) -> bool:
 
 
 def kinds(row: Row) -> str:
-    """The kinds of tensors that a class takes beside dense real ones, which are those that torch's takes.
+    """Kinds of tensors beside dense real ones that a class takes, as torch's does.
 
     Raises:
       AssertionError: torch's class takes others.
@@ -248,7 +248,7 @@ def certified(row: Row) -> list[str]:
         for option in ("", *flags(row.name), *options(row.name)):
             value = OTHER_VALUES.get(option) if option not in flags(row.name) else not theirs[option].default
             arguments = {option: value} if option else {}
-            if option == "decoupled_weight_decay":  # which decides how there is any
+            if option == "decoupled_weight_decay":  # the flag tells how decay is applied
                 arguments["weight_decay"] = 0.1
             found, allowed = from_torch(row, **arguments), row.units
             if option in options(row.name) and found > row.units:

@@ -175,7 +175,7 @@ def test_an_extra_argument_that_is_missing_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["u", "s", "p", "vlaue"])
 def test_the_first_three_arguments_of_a_function_are_no_extra_ones(name: str) -> None:
-    """They are given by position, whatever their names are."""
+    """Positions tell them, not names."""
     tx = fo.chain(fo.GradientTransformation(lambda params: (), lambda u, s, p=None, loss=None: (u, s)), fo.sgd(0.1))
     params = {"w": torch.ones(2)}
     own = torch.nn.Parameter(torch.ones(2))

@@ -208,7 +208,7 @@ CHANGES: dict[str, tuple[Callable[[Params], Any], Callable[[Any], Any]]] = {
 }  # fmt: skip
 
 
-# states made for all parameters that a function is given, also for those that a mask hides from it
+# states with an entry for each parameter of the tree, hidden ones included
 UNSEEN: dict[str, Callable[[Any], Any]] = {
     "nodes in a list": lambda p: [x if isinstance(x, fo.MaskedNode) else torch.zeros_like(x) for x in p.values()],
     "None in a list": lambda p: [None if isinstance(x, fo.MaskedNode) else torch.zeros_like(x) for x in p.values()],
