@@ -10,7 +10,8 @@ import torch
 
 from functional_optim import _walk
 from functional_optim._compiler.arguments import checked_switch
-from functional_optim._compiler.rule import Option, Slot
+from functional_optim._compiler.rule import Option
+from functional_optim._compiler.slots import Slot
 from functional_optim._params.template import Template, gradient_dtype, slots_of, view_of
 from functional_optim._runtime.checks import check_stored
 from functional_optim._runtime.shard import loaded_like

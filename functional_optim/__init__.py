@@ -61,7 +61,7 @@ from ._compiler.functions import (
     tree_norm,
     tree_sum,
 )
-from ._compiler.rule import (
+from ._compiler.slots import (
     slot,
     zeros,
 )

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ._compiler.errors import note_number
-from ._compiler.rule import Bound, Rule, Slot
+from ._compiler.rule import Bound, Rule
+from ._compiler.slots import Slot
 from ._compiler.states import restore_slots, restore_state, state_type
 from ._compiler.symbols import Symbol
 from ._graph.run import run

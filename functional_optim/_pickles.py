@@ -6,7 +6,7 @@ A name of this module stays as long as its pickles are to be read. What moves is
 from ._addresses import publish
 from ._chain import Chain as Chain
 from ._compiler import rule, states
-from ._compiler.rule import Slot as Slot
+from ._compiler.slots import Slot as Slot
 from ._compiler.states import (
     restore_slots as restore_slots,
     restore_state as restore_state,

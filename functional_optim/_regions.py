@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ._compiler.fuse import Counting, HostSchedule, Part, Recipe, follows_counter, fuse_all
-from ._compiler.rule import Bound, Option, Slot, slot
+from ._compiler.rule import Bound, Option
+from ._compiler.slots import Slot, slot
 from ._runtime.groups import Key
 from ._schedules.schedule import tensors_of
 from ._schedules.traced import has_fixed_key, traced_key

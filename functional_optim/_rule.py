@@ -8,7 +8,8 @@ from typing import Any, overload
 import torch
 
 from ._compiler.arguments import checked_function, checked_switch, plain_number
-from ._compiler.rule import Range, Rule, Slot, check_slot_dtype
+from ._compiler.rule import Range, Rule
+from ._compiler.slots import Slot, check_slot_dtype
 from ._fusible import RuleFactory, WrappingFactory
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._compiler.rule import Slot
+from .._compiler.slots import Slot
 from .._transform import GradientTransformation, Path
 from .._tree import View
 

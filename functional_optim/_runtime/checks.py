@@ -5,7 +5,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from .._compiler.rule import Slot, hint_of_members, other_than_a_number
+from .._compiler.rule import hint_of_members, other_than_a_number
+from .._compiler.slots import Slot
 from .internals import is_wrapper_of_a_transformation
 from .spec import TensorSpec, lies_outside
 

@@ -9,7 +9,8 @@ import dataclasses
 
 import torch
 
-from .._compiler.rule import Leaf, OptionalDtype, Scalar, Shape, Slot, slot
+from .._compiler.rule import Leaf, OptionalDtype, Scalar
+from .._compiler.slots import Shape, Slot, slot
 
 
 def torch_slot(start: float | str = 0.0, shape: Shape | None = None) -> Slot:

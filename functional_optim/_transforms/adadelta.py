@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import torch
 
-from .._compiler.rule import Leaf, Scalar, slot
+from .._compiler.rule import Leaf, Scalar
+from .._compiler.slots import slot
 from .._rule import elementwise
 from ._moments import mean_square, torch_mean_square
 

@@ -2,7 +2,8 @@
 
 import torch
 
-from .._compiler.rule import Leaf, Scalar, slot
+from .._compiler.rule import Leaf, Scalar
+from .._compiler.slots import slot
 from .._rule import elementwise
 from ._moments import mean, mean_square, unbiased
 

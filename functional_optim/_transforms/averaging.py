@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from .._compiler.rule import Leaf, OptionalDtype, Scalar, slot
+from .._compiler.rule import Leaf, OptionalDtype, Scalar
+from .._compiler.slots import slot
 from .._packed import Packed
 from .._reading import marked_slots, rule_states
 from .._rule import elementwise

@@ -3,7 +3,8 @@
 import torch
 
 from .._compiler.functions import leaf_amax, leaf_mean, tree_norm
-from .._compiler.rule import Leaf, Scalar, slot
+from .._compiler.rule import Leaf, Scalar
+from .._compiler.slots import slot
 from .._rule import elementwise
 
 

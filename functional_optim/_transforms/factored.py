@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from .._compiler.functions import leaf_mean
-from .._compiler.rule import NUMBER, Leaf, Scalar, slot
+from .._compiler.rule import NUMBER, Leaf, Scalar
+from .._compiler.slots import slot
 from .._rule import elementwise, leafwise
 from ._moments import torch_slot
 

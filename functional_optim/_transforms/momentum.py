@@ -3,7 +3,8 @@
 import torch
 
 from .._compiler.functions import fused_number
-from .._compiler.rule import Leaf, OptionalDtype, Scalar, slot
+from .._compiler.rule import Leaf, OptionalDtype, Scalar
+from .._compiler.slots import slot
 from .._rule import elementwise
 from ._moments import mean, torch_slot, unbiased
 

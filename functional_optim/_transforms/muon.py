@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from .._chain import chain
-from .._compiler.rule import Leaf, OptionalDtype, Scalar, slot
+from .._compiler.rule import Leaf, OptionalDtype, Scalar
+from .._compiler.slots import slot
 from .._rule import elementwise, leafwise
 from .._transform import GradientTransformation
 from ._moments import looking_ahead, mean, torch_mean, torch_slot, unbiased

@@ -1,6 +1,7 @@
 """Optimistic gradients: the update and its last change, which foretells the next one."""
 
-from .._compiler.rule import NUMBER, Leaf, Scalar, slot
+from .._compiler.rule import NUMBER, Leaf, Scalar
+from .._compiler.slots import slot
 from .._rule import elementwise
 
 

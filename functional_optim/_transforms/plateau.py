@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from .._compiler.rule import Leaf, Scalar, slot
+from .._compiler.rule import Leaf, Scalar
+from .._compiler.slots import slot
 from .._rule import elementwise
 
 

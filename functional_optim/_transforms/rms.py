@@ -1,6 +1,7 @@
 """RMSProp: updates divided by a root mean square, about 0 or about their mean."""
 
-from .._compiler.rule import Leaf, Scalar, slot
+from .._compiler.rule import Leaf, Scalar
+from .._compiler.slots import slot
 from .._rule import elementwise
 from ._moments import mean, mean_square, over_root, torch_mean, torch_mean_square, torch_variance, unbiased, variance
 
