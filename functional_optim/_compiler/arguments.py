@@ -42,6 +42,23 @@ def checked_switch(name: str, owner: str, value: Any) -> bool:
     raise TypeError(f"`{name}` of {owner} is a switch{reason}: pass True or False, got {value!r:.60}.")
 
 
+def whole_number(name: str, owner: str, value: Any) -> int:
+    """A number that Python counts with; one of NumPy as Python's.
+
+    Args:
+      name: the argument.
+      owner: the function that takes it.
+      value: its value.
+
+    Raises:
+      TypeError: it is something else, a float among them.
+    """
+    value = plain_number(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` of {owner} must be a whole number, got {value!r:.60}.")
+    return value
+
+
 def tensor_for_switch(name: str, owner: str) -> TypeError:
     """The error of a switch that is a tensor."""
     return TypeError(

@@ -15,6 +15,7 @@ from .arguments import (
     checked_switch,
     plain_number as plain_number,
     tensor_for_switch,
+    whole_number,
 )
 from .slots import Slot, check_slot_dtype
 
@@ -223,8 +224,8 @@ class Rule:
                 f"{value.dtype}; pass `x.float()`."
             )
         own_none = value is None and self.hypers[hyper] is None
-        if hyper in self.whole_numbers and not own_none and (isinstance(value, bool) or not isinstance(value, int)):
-            raise TypeError(f"`{hyper}` of {self.name} must be a whole number, got {value!r:.60}.")
+        if hyper in self.whole_numbers and not own_none:
+            value = whole_number(hyper, self.name, value)
         if not self._is_one_number(hyper, value):
             if _is_schedule(value) and hyper not in self.static and not isinstance(value, torch.Tensor):
                 checked_schedule(f"`{hyper}` of {self.name}", value)

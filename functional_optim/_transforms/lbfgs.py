@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._compiler.arguments import checked_switch
+from .._compiler.arguments import checked_switch, whole_number
 from .._lbfgs.capture import refuse_capture
 from .._lbfgs.recursion import two_loop
 from .._transform import Declared, GradientTransformation, declares
@@ -75,9 +75,10 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> Gr
     Source: Nocedal 1980, "Updating quasi-Newton matrices with limited storage"; Nocedal & Wright 2006, "Numerical
     Optimization", algorithms 7.4 and 7.5.
     """
-    if isinstance(memory_size, bool) or not isinstance(memory_size, int) or memory_size < 1:
-        raise ValueError(f"`memory_size` of scale_by_lbfgs must be an integer of at least 1, got {memory_size!r:.60}.")
     name = "scale_by_lbfgs"
+    memory_size = whole_number("memory_size", name, memory_size)
+    if memory_size < 1:
+        raise ValueError(f"`memory_size` of {name} must be at least 1, got {memory_size}.")
     scale_init_precond = checked_switch("scale_init_precond", name, scale_init_precond)
 
     def init(params: Tree) -> ScaleByLBFGSState:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._compiler.arguments import checked_function, checked_switch
+from .._compiler.arguments import checked_function, checked_switch, plain_number, whole_number
 from .._lbfgs.backtracking import backtrack
 from .._lbfgs.point import Found, curvature_error, excess
 from .._lbfgs.strong_wolfe import strong_wolfe
@@ -90,13 +90,20 @@ torch.serialization.add_safe_globals(
 def _numbers(
     name: str, limits: Mapping[str, tuple[Any, float, float]], optional: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Arguments of a line search, each found to be a number in its range, ends included; optional ones may be None."""
-    for argument, (x, least, most) in limits.items():
+    """Arguments of a line search, each found to be a number in its range, ends included; optional ones may be None.
+
+    Numbers of steps are whole; a number of NumPy or JAX becomes Python's.
+    """
+    found = {argument: plain_number(x) for argument, (x, _, _) in limits.items()}
+    for argument, x in found.items():
+        _, least, most = limits[argument]
         if x is None and argument in optional:
             continue
+        if argument.endswith("_steps"):
+            whole_number(argument, name, x)
         if isinstance(x, bool) or not isinstance(x, (int, float)) or not least <= x <= most:
             raise ValueError(f"`{argument}` of {name} must be a number in [{least}, {most}], got {x!r:.60}.")
-    return {argument: x for argument, (x, _, _) in limits.items()}
+    return found
 
 
 def _report(name: str, found: Found, objective: Objective) -> None:

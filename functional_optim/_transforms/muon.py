@@ -47,10 +47,8 @@ def polynomials(ns_coeffs: Any, ns_steps: int) -> list[Polynomial]:
     """The polynomial of each step: the named or given ones in order, and the last one for the steps that are left.
 
     Raises:
-      ValueError: they are no triples of numbers, there is no such name, or no step.
+      ValueError: they are no triples of numbers, or there is no such name.
     """
-    if not isinstance(ns_steps, int) or ns_steps < 1:
-        raise ValueError(f"`ns_steps` is {ns_steps!r:.60}, expected a whole number from 1 on.")
     if isinstance(ns_coeffs, str):
         if ns_coeffs not in COEFFICIENTS:
             raise ValueError(f"`ns_coeffs` is {ns_coeffs!r}, expected one of {list(COEFFICIENTS)}, or coefficients.")
@@ -329,7 +327,7 @@ def scale_by_muon(
 
     Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks".
     """
-    polynomials(ns_coeffs, ns_steps)
+    polynomials(ns_coeffs, 1)
     if compute_dtype is not None and not (isinstance(compute_dtype, torch.dtype) and compute_dtype.is_floating_point):
         raise TypeError(f"`compute_dtype` is {compute_dtype!r:.60}, expected a floating dtype, such as torch.bfloat16.")
     return chain(

@@ -437,6 +437,11 @@ def test_a_switch_is_no_schedule(name: str) -> None:
 WHOLE: dict[str, Callable[[Any], Any]] = {
     "ns_steps of orthogonalize": lambda x: fo.orthogonalize(ns_steps=x),
     "min_dim_size_to_factor of scale_by_factored_rms": lambda x: fo.scale_by_factored_rms(min_dim_size_to_factor=x),
+    "ns_steps of muon": lambda x: fo.muon(0.1, ns_steps=x),
+    "memory_size of lbfgs": lambda x: fo.lbfgs(memory_size=x),
+    "max_backtracking_steps of a search": lambda x: fo.scale_by_backtracking_linesearch(max_backtracking_steps=x),
+    "max_linesearch_steps of zoom": lambda x: fo.scale_by_zoom_linesearch(max_linesearch_steps=x),
+    "max_linesearch_steps of strong Wolfe": lambda x: fo.scale_by_strong_wolfe_linesearch(max_linesearch_steps=x),
     "n of a user's rule": lambda x: fo.leafwise(static=("n",))(repeated)(x),
 }
 
