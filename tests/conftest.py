@@ -27,7 +27,7 @@ collect_ignore = ["_lib"]  # no doctests, and much to import
 torch.set_num_threads(1)  # a core for each worker; tests of kernels set their own
 settings.register_profile("tests", deadline=None, derandomize=True, database=None)
 settings.load_profile("tests")
-# kernels are compiled in two thirds of the time; tests of their numbers compile them as users do (fixture `optimized`)
+# kernels are compiled in less than half of the time; tests of numbers compile them as users do (fixture `optimized`)
 QUICK_CC = Path(__file__).parent / "_lib" / "quick_cc"
 if "CC" not in os.environ and shutil.which("cc") and os.access(QUICK_CC, os.X_OK):
     os.environ["CC"] = str(QUICK_CC)
