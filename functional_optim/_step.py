@@ -305,10 +305,19 @@ class TreeStep(TreeLeaves, SegmentedStep[TreeRegion, TreeInputs]):
             if in_place:
                 self._refuse_donation(own)
             self._warn_of_recording(own, numbers)
+            if variant.forms:
+                bound = self._bound_to_views(segment, own, variant._replace(forms=()))
             return record(bound, own, numbers) if can_record(bound) else bound.evaluate_reference(own, numbers)
         if in_place:
             return self._run_in_place(segment, found, own, numbers, states)
         return bound.run(reading, own, numbers)
+
+    @staticmethod
+    def _bound_to_views(segment: TreeRegion, own: Columns, variant: Variant) -> BoundStep:
+        """The step that is bound to each view of packed trees by itself, as autograd follows them."""
+        bound, reading = segment.find(own, variant) or segment.bind(own, variant, segment.leaves(own))
+        bound.release(reading)
+        return bound
 
     def _refuse_donation(self, own: Columns) -> None:
         """Refuses to write to tensors of a step that autograd records, by the path of one that requires a gradient."""

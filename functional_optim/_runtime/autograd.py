@@ -83,15 +83,17 @@ def _saved_by(ctx: Any) -> Tensors:
     try:
         saved: Tensors = ctx.saved_tensors
     except RuntimeError as error:
-        shape = re.search(r"\[torch\.\w+ \[([\d, ]*)\]\]", str(error))
-        if "modified by an inplace operation" not in str(error):
+        if not re.search("modified (by an )?inplace", str(error)):  # the second of a view that `torch.split` makes
             raise
-        names = ctx.step.tensor_names([int(n) for n in shape[1].split(",") if n.strip()] if shape else None)
-        shown = f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" or "a hyper-parameter"
+        form = re.search(r"\[torch\.(?:cuda\.)?(\w+) \[([\d, ]*)\]\]", str(error))
+        sizes = tuple(int(n) for n in form[2].split(",") if n.strip()) if form else None
+        names = ctx.step.tensor_names(form and form[1], sizes)
+        shown = f"{'by its shape and dtype ' if form else ''}one of: {', '.join(names[:8])}"
+        shown += ", ..." if len(names) > 8 else ""
         raise RuntimeError(
             f"a tensor that a step was given has been written in place, and the derivative of the step is still to be "
-            f"computed from it. By its shape it is one of: {shown}. Take steps with donate=False until `backward` is "
-            f"done, write to a clone, or put a new tensor in its place. torch says: {str(error).split(' Hint:')[0]}"
+            f"computed from it. It is {shown}. Take steps with donate=False until `backward` is done, "
+            f"write to a clone, or put a new tensor in its place. torch says: {str(error).split(' Hint:')[0]}"
         ) from error
     return saved
 

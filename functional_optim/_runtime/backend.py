@@ -110,13 +110,7 @@ def choose_backend(device: torch.device, where: str = "") -> tuple[str, str]:
     if asked in ("reference", "foreach"):
         return asked, ""
     if asked is not None:
-        never = _why_never(asked, device)
-        if never:
-            others = " or ".join(repr(name) for name in BACKENDS if not _why_never(name, device))
-            raise RuntimeError(
-                f"the backend {asked!r} is asked for, but cannot compute the leaf{where} on {device}: {never}. Ask "
-                f"for {others}, or leave `use_backend` out, and the fastest that applies is chosen."
-            )
+        check_backend(asked, device, where)
     best = "triton" if asked == "triton" or (asked is None and device.type == "cuda") else "c"
     why = _why_never(best, device) or _given_up.get(best, "")
     if not why:
@@ -125,6 +119,21 @@ def choose_backend(device: torch.device, where: str = "") -> tuple[str, str]:
         return "reference", why
     _warn_of(why)
     return "foreach", why
+
+
+def check_backend(asked: str, device: torch.device, where: str = "") -> None:
+    """Refuses a backend that is asked for and never computes tensors on a device, in this process.
+
+    Raises:
+      RuntimeError: with the place of a leaf, the reason, and the backends that compute it.
+    """
+    never = _why_never(asked, device)
+    if never:
+        others = " or ".join(repr(name) for name in BACKENDS if not _why_never(name, device))
+        raise RuntimeError(
+            f"the backend {asked!r} is asked for, but cannot compute the leaf{where} on {device}: {never}. Ask for "
+            f"{others}, or leave `use_backend` out, and the fastest that applies is chosen."
+        )
 
 
 def _why_never(backend: str, device: torch.device) -> str:

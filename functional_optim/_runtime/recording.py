@@ -172,16 +172,30 @@ class Recording:
             for k in range(len(group.leaves))
         ]
 
-    def tensor_names(self, shape: Sequence[int] | None) -> list[str]:
-        """The names of gathered tensors of a shape, or of all, with the paths of their leaves."""
+    def tensor_names(self, kind: str | None, shape: tuple[int, ...] | None) -> list[str]:
+        """The names of tensors of a form, or of all: those of leaves with their paths, and hyper-parameters.
+
+        Args:
+          kind: the name of the class that torch's messages have for a dtype, such as FloatTensor.
+          shape: the shape.
+        """
         found: dict[str, None] = {}
+
+        def note(name: str, dtype: torch.dtype, size: Sequence[int]) -> None:
+            if kind is None or (torch.empty(0, dtype=dtype).type().endswith(f".{kind}") and tuple(size) == shape):
+                found[name] = None
+
         for group, bounds in zip(self.bound.groups, self.bound.bounds, strict=True):
             program = group.signature.program
             named = [("updates", group.updates), *zip((*program.arrays, *program.leaves), group.inputs, strict=True)]
             for name, gather in named:
                 for k, i in zip(range(*bounds[gather]), group.leaves, strict=False):
-                    if shape is None or tuple(self.bound.specs[k].shape) == tuple(shape):
-                        found[f"{name}{at(self.bound.paths[i])}"] = None
+                    spec = self.bound.specs[k]
+                    note(f"{name}{at(self.bound.paths[i])}", spec.dtype, spec.shape)
+        for x, positions in zip(self.tensors, self.positions, strict=True):
+            for g, k in positions:
+                scalars = self.bound.groups[g].signature.program.scalars
+                note(scalars[k % len(scalars)], x.dtype, x.shape)
         return list(found)
 
     def derivative(self, given: Sequence[bool], wanted: Sequence[bool]) -> Derivative:

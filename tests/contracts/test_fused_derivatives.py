@@ -1,6 +1,6 @@
 """Derivatives through steps that kernels compute: every rule, beside torch operations and central differences."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -181,6 +181,49 @@ def test_a_tensor_that_is_needed_and_changed_in_place_is_reported() -> None:
     state[0].trace["w"].add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         new["w"].sum().backward()
+
+
+def changed_weight(tx: Any, rate: torch.Tensor) -> torch.Tensor:
+    params = {"w": torch.ones(3, requires_grad=True), "b": torch.ones(2)}
+    new, _ = fo.apply_gradients(tx, params, {k: x * x for k, x in params.items()}, tx.init(params))
+    with torch.no_grad():
+        params["w"].mul_(2)
+    return new["w"]
+
+
+def changed_rate(tx: Any, rate: torch.Tensor) -> torch.Tensor:
+    params = {"w": torch.ones(3), "b": torch.ones(2)}
+    new, _ = fo.apply_gradients(tx, params, params, tx.init(params))
+    with torch.no_grad():
+        rate.mul_(2)
+    return new["w"]
+
+
+def changed_buffer(tx: Any, rate: torch.Tensor) -> torch.Tensor:
+    params = fo.pack({"w": torch.ones(3), "b": torch.ones(2)}).map(lambda x: x.requires_grad_())
+    new, _ = fo.apply_gradients(tx, params, params.map(lambda x: x * x), tx.init(params))
+    with torch.no_grad():
+        params.buffers[0].mul_(2)
+    return new.tree()["w"]
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("make", [fo.adam, fo.sgd, lambda rate: fo.chain(fo.clip_by_global_norm(1.0), fo.adam(rate))])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (changed_weight, "It is by its shape and dtype one of: updates at 'w', params at 'w'"),
+        (changed_rate, "It is by its shape and dtype one of: scale_by_learning_rate.learning_rate. Take"),
+        (changed_buffer, "It is one of: .*params at 'w'"),
+    ],
+)
+def test_a_tensor_that_was_changed_is_one_of_those_that_are_named(
+    change: Any, named: str, make: Any, dtype: torch.dtype
+) -> None:
+    rate = torch.tensor(0.1, dtype=dtype, requires_grad=True)
+    x = change(make(rate), rate)
+    with pytest.raises(RuntimeError, match=named):
+        x.sum().backward()
 
 
 def test_some_leaves_only() -> None:
@@ -413,6 +456,42 @@ def test_an_argument_of_a_transformation_that_is_packed_is_followed(name: str) -
     w = torch.tensor([1.0, -2.0, 0.5], dtype=F64)
     found = PACKED[name](lambda w: (fo.unpack(fo.pack({"w": w}))["w"] ** 2).sum(), w)
     assert torch.equal(found, 2 * w)
+
+
+# by kernels, with leaves that take no part; by torch operations; and through a region of whole tensors
+OF_PACKED: dict[str, Callable[[Any], Any]] = {
+    "clip, AdamW and average": lambda rate: fo.chain(
+        fo.clip_by_global_norm(0.5), fo.adamw(rate, weight_decay=0.1), fo.params_ema(0.9)
+    ),
+    "masked": lambda rate: fo.chain(fo.masked(fo.adam(rate, eps=0.1), lambda path, p: p.ndim > 1), fo.scale(0.5)),
+    "a rule without a derivative in kernels": lambda rate: fo.chain(scale_by_amax(), fo.scale_by_learning_rate(rate)),
+    "Muon": lambda rate: fo.muon(rate, compute_dtype=F64),
+}
+
+
+@pytest.mark.parametrize("name", OF_PACKED)
+def test_packed_trees_have_the_derivatives_of_the_trees(name: str) -> None:
+    """Of parameters, gradients and a rate, through five steps; to the roundings of sums over leaves."""
+    drawn = inputs()
+    trees = [dict(zip(SHAPES, drawn[k : k + 2], strict=True)) for k in (0, 2, 4)]
+
+    def derivatives_of(params: Any, one: Any, two: Any, given: Sequence[torch.Tensor]) -> tuple[set[str], Any]:
+        rate = number(0.1)
+        tx = OF_PACKED[name](rate)
+        state = tx.init(fo.pack(trees[0]) if isinstance(params, fo.Packed) else trees[0])
+        for k in range(STEPS):
+            params, state = fo.apply_gradients(tx, params, two if k % 2 else one, state)
+        loss = sum((x * x).sum() for x in fo.unpack(params).values())
+        return leaves_of(loss), [loss.detach(), *torch.autograd.grad(loss, [*given, rate])]
+
+    packed = [fo.pack(tree).map(lambda x: x.requires_grad_()) for tree in trees]
+    nodes, found = derivatives_of(*packed, [tree.buffers[0] for tree in packed])
+    expected_nodes, (loss, *by_leaf, rate) = derivatives_of(*trees, drawn)
+    by_tree = [fo.pack(dict(zip(SHAPES, by_leaf[k : k + 2], strict=True))) for k in (0, 2, 4)]
+    expected = [loss, *[tree.buffers[0] for tree in by_tree], rate]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    assert ("_StepBackward" in nodes) == ("_StepBackward" in expected_nodes)
+    assert "_StepBackward" in nodes or name == "a rule without a derivative in kernels"
 
 
 @pytest.mark.parametrize("recorded", [False, True])

@@ -159,6 +159,65 @@ def test_steps_within_a_transformation_where_the_graph_breaks() -> None:
     torch.testing.assert_close(found, torch.func.grad(loss)(w), rtol=1e-12, atol=0)
 
 
+OF_MEMBERS: dict[str, Callable[[Any], Any]] = {
+    "vmap": lambda step: torch.vmap(step),
+    "vmap of vmap": lambda step: lambda *args: torch.vmap(torch.vmap(step))(*(x[:, None] for x in args)),
+    "gradient of vmap": lambda step: torch.func.grad(lambda *args: torch.vmap(step)(*args).sum()),
+    "vmap of gradient": lambda step: torch.vmap(torch.func.grad(lambda *args: step(*args).sum())),
+}
+
+
+@pytest.mark.parametrize("form", OF_MEMBERS)
+@pytest.mark.parametrize("name", ["AdamW", "Muon"])
+def test_members_of_the_reference_that_is_traced(name: str, form: str) -> None:
+    """A rate per member, by the reference that is asked for: the numbers of eager mode."""
+    tx = fo.chain(fo.clip_by_global_norm(1.0), {"AdamW": fo.adamw, "Muon": fo.muon}[name](0.1), scale_by_value())
+    state = tx.init({"w": torch.zeros(3, 2)})
+
+    def step(w: Any, g: Any, rate: Any) -> Any:
+        return fo.apply_gradients(tx, {"w": w}, {"w": g}, state, value=rate)[0]["w"]
+
+    generator = torch.Generator().manual_seed(0)
+    w, g = (torch.randn(4, 3, 2, generator=generator) for _ in range(2))
+    arguments = (w, g, torch.tensor([0.5, 1.0, 2.0, 3.0]))
+    run = OF_MEMBERS[form](step)
+    with fo.use_backend("reference"):
+        assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(*arguments), run(*arguments))
+
+
+FOLLOWED: dict[str, Callable[[Any], Any]] = {
+    "gradient": torch.func.grad,
+    "forward mode": lambda loss: lambda g: torch.func.jvp(loss, (g,), (g,)),
+    "vmap": lambda loss: lambda g: torch.vmap(loss)(g[None]),
+    "vmap of gradient": lambda loss: lambda g: torch.vmap(torch.func.grad(loss))(g[None]),
+    "gradient of vmap": lambda loss: torch.func.grad(lambda g: torch.vmap(loss)(g[None]).sum()),
+    "autograd": lambda loss: lambda g: loss(g.clone().requires_grad_()),
+}
+
+
+@pytest.mark.parametrize("form", FOLLOWED)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_backend_that_never_computes_is_no_other_one_where_torch_follows(
+    compiled: bool, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    tx, params = fo.adam(0.1), {"w": torch.ones(4)}
+    state = tx.init(params)
+
+    def loss(g: Any) -> Any:
+        return fo.apply_gradients(tx, params, {"w": g}, state)[0]["w"].sum()
+
+    run = FOLLOWED[form](loss)
+    run = torch.compile(run, fullgraph=True, backend="aot_eager") if compiled else run
+    with (
+        fo.use_backend("triton"),
+        pytest.raises(
+            RuntimeError, match="the backend 'triton' is asked for, but cannot compute the leaf at 'w' on cpu"
+        ),
+    ):
+        run(torch.rand(4))
+
+
 @AS_ONE_OPERATION
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["noted", "inductor"])
