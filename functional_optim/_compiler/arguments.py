@@ -37,7 +37,7 @@ def checked_switch(name: str, owner: str, value: Any) -> bool:
     if isinstance(value, bool):
         return value
     if isinstance(value, torch.Tensor):
-        raise tensor_for_switch(name, owner)
+        raise no_tensor(name, owner, "a switch")
     reason = ", and a function would always count as True" if callable(value) else ""
     raise TypeError(f"`{name}` of {owner} is a switch{reason}: pass True or False, got {value!r:.60}.")
 
@@ -59,11 +59,11 @@ def whole_number(name: str, owner: str, value: Any) -> int:
     return value
 
 
-def tensor_for_switch(name: str, owner: str) -> TypeError:
-    """The error of a switch that is a tensor."""
+def no_tensor(name: str, owner: str, kind: str) -> TypeError:
+    """The error of an argument that Python reads, a switch or another one, that is a tensor."""
     return TypeError(
-        f"`{name}` of {owner} is a switch, which Python reads, so it must be no tensor: pass {name}.item(). Members of "
-        f"`torch.vmap` share it."
+        f"`{name}` of {owner} is {kind}, which Python reads, so it must be no tensor: pass {name}.item(). It has no "
+        f"derivative, and members of `torch.vmap` share it."
     )
 
 
