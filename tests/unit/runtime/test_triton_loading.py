@@ -8,9 +8,10 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 from unittest import mock
 
 import pytest
@@ -18,6 +19,7 @@ import torch
 
 import functional_optim as fo
 from _lib.compilers import COMPILER
+from _lib.forking import Forking
 from _lib.marks import INTERPRETER
 from functional_optim._compiler.cache import BuildError
 from functional_optim._compiler.passes import Signature
@@ -26,7 +28,7 @@ from functional_optim._runtime import backend, kernels
 from functional_optim._runtime.cuda import launch
 
 
-START = """
+IMPORTS = """
 import ctypes
 import sys
 import threading
@@ -40,7 +42,8 @@ from functional_optim._compiler.triton import cubin
 from functional_optim._compiler.triton.emit import PARAMETERS, PASS, UNIFORM
 from functional_optim._runtime.cuda.streams import CUDA
 from functional_optim._runtime.cuda.loaded import load_kernels
-
+"""
+START = """
 torch.cuda.current_device = lambda: 0
 torch.cuda.get_device_capability = lambda device: (9, 0)
 signature, gpu, calls = SIGNATURE, torch.device("cuda", 0), Path(CALLS)
@@ -87,18 +90,23 @@ print(*names, "triton" in sys.modules)
 
 
 @pytest.fixture(scope="module")
-def signature(environment: dict[str, str]) -> str:
+def signature(processes: Forking) -> str:
     """A program with two stages, as text that Python evaluates."""
-    text = SIGNATURE + "import pickle; print(pickle.dumps(kernel.signature))"
-    done = subprocess.run([sys.executable, "-c", text], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return f"__import__('pickle').loads({done.stdout.strip()})"
+    done = processes.run(SIGNATURE + "import pickle; print(pickle.dumps(kernel.signature))")
+    assert done.exit_code == 0, done.err
+    return f"__import__('pickle').loads({done.out.strip()})"
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Variables of a process with a stand-in for the CUDA driver, where Triton compiles."""
-    folder = tmp_path_factory.mktemp("triton")
+def calls(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file that the stand-in for the CUDA driver writes its calls to."""
+    return tmp_path_factory.mktemp("triton") / "calls"
+
+
+@pytest.fixture(scope="module")
+def processes(calls: Path) -> Iterator[Forking]:
+    """Processes with a stand-in for the CUDA driver, where Triton compiles; torch is imported once, Triton by each."""
+    folder = calls.parent
     if COMPILER is None:
         pytest.skip("no C compiler")
     source = Path(__file__).parents[2] / "_lib" / "libcuda.c"
@@ -106,35 +114,45 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     own = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     own |= {"TRITON_CACHE_DIR": f"{folder}/triton", "FUNCTIONAL_OPTIM_CACHE": f"{folder}/kernels"}
     own |= {"PYTHONPATH": os.pathsep.join(sys.path), "LD_LIBRARY_PATH": str(folder)}
-    return own | {"CUDA_CALLS": f"{folder}/calls"}
+    forking = Forking(IMPORTS, own | {"CUDA_CALLS": str(calls)})
+    yield forking
+    forking.close()
 
 
-def run(text: str, signature: str, environment: dict[str, str]) -> str:
-    start = START.replace("SIGNATURE", signature).replace("CALLS", repr(environment["CUDA_CALLS"]))
-    command = [sys.executable, "-c", start + text]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path.cwd())
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+class Run(Protocol):
+    """The text that a program writes, which must not fail."""
+
+    def __call__(self, text: str, **variables: str) -> str: ...
+
+
+@pytest.fixture
+def run(processes: Forking, signature: str, calls: Path) -> Run:
+    start = IMPORTS + START.replace("SIGNATURE", signature).replace("CALLS", repr(str(calls)))
+
+    def started(text: str, **variables: str) -> str:
+        done = processes.run(start + text, **variables)
+        assert done.exit_code == 0, done.err
+        return done.out
+
+    return started
 
 
 NAMES = "pass_0 uniform_1 pass_1"
 
 
 @pytest.mark.slow
-def test_kernels_on_disk_are_launched_without_triton(
-    signature: str, environment: dict[str, str], tmp_path: Path
-) -> None:
+def test_kernels_on_disk_are_launched_without_triton(run: Run, tmp_path: Path) -> None:
     """The process that compiles imports it, those after that do not, with a C compiler or without one."""
-    own = {**environment, "FUNCTIONAL_OPTIM_CACHE": str(tmp_path / "kernels")}
-    assert run(LAUNCHES, signature, own) == f"{NAMES} True\n"
+    own = {"FUNCTIONAL_OPTIM_CACHE": str(tmp_path / "kernels")}
+    assert run(LAUNCHES, **own) == f"{NAMES} True\n"
     cubins = sorted((tmp_path / "kernels").glob("*.cubin"))
     assert len(cubins) == 5, "a uniform kernel has one variant, a pass two"
-    assert run(LAUNCHES, signature, own) == f"{NAMES} False\n"
+    assert run(LAUNCHES, **own) == f"{NAMES} False\n"
     without = "from functional_optim._runtime.cuda import libcuda\ndef no(): raise BuildError('no')\n"
-    assert run(f"{without}libcuda.library = no\n{LAUNCHES}", signature, own) == f"{NAMES} False\n"
+    assert run(f"{without}libcuda.library = no\n{LAUNCHES}", **own) == f"{NAMES} False\n"
     cubins[0].write_bytes(cubins[0].read_bytes()[:-100])  # as of a disk that was full
-    assert run(LAUNCHES, signature, own) == f"{NAMES} True\n"
-    assert run(LAUNCHES, signature, own) == f"{NAMES} False\n"
+    assert run(LAUNCHES, **own) == f"{NAMES} True\n"
+    assert run(LAUNCHES, **own) == f"{NAMES} False\n"
 
 
 @pytest.mark.slow
@@ -163,17 +181,15 @@ def test_kernels_on_disk_are_launched_without_triton(
         ),
     ],
 )
-def test_a_kernel_that_cannot_be_had_is_an_error_of_the_build(
-    change: str, message: str, signature: str, environment: dict[str, str]
-) -> None:
+def test_a_kernel_that_cannot_be_had_is_an_error_of_the_build(change: str, message: str, run: Run) -> None:
     """So that the step takes another backend when it is bound."""
     text = f"{change}\ntry:\n    load_kernels(signature, gpu, True)\nexcept BuildError as error:\n    print(error)"
-    assert run(text, signature, environment) == f"{message}\n"
+    assert run(text) == f"{message}\n"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compiler", [True, False])
-def test_a_launch_that_fails_is_an_error(compiler: bool, signature: str, environment: dict[str, str]) -> None:
+def test_a_launch_that_fails_is_an_error(compiler: bool, run: Run) -> None:
     """No launch follows it."""
     text = """
 from functional_optim._runtime.cuda import libcuda
@@ -193,11 +209,11 @@ except RuntimeError as error:
 """.replace("COMPILER", str(compiler))
     name = "a launch" if compiler else "cuLaunchKernel"
     message = f"{name} of the CUDA driver has failed: CUDA_ERROR_OF_A_TEST (718), an error of a test"
-    assert run(text, signature, environment) == f"{message} 1\n"
+    assert run(text) == f"{message} 1\n"
 
 
 @pytest.mark.slow
-def test_a_program_with_more_shared_memory_asks_for_it(signature: str, environment: dict[str, str]) -> None:
+def test_a_program_with_more_shared_memory_asks_for_it(run: Run) -> None:
     text = """
 from functional_optim._runtime.cuda.libcuda import CudaKernel
 
@@ -205,7 +221,7 @@ for shared in (48 << 10, 49 << 10):
     CudaKernel(cubin.Cubin(b"\\x7fELF", shared, 2), "f", 4, gpu)
 print([x for x in taken() if "attribute" in x])
 """
-    assert run(text, signature, environment) == "['attribute 8 of 0x9 is 50176']\n"
+    assert run(text) == "['attribute 8 of 0x9 is 50176']\n"
 
 
 def test_triton_is_looked_for_and_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,13 +290,13 @@ with fo.use_backend("triton"):
 
 
 @pytest.mark.slow
-def test_a_triton_that_is_broken_gives_way_to_foreach(environment: dict[str, str], tmp_path: Path) -> None:
+def test_a_triton_that_is_broken_gives_way_to_foreach(processes: Forking, tmp_path: Path) -> None:
     """It is there, but its import fails in another way than that of a package that is not."""
     (tmp_path / "triton.py").write_text("raise OSError('libtriton.so: cannot open shared object file')")
-    own = {**environment, "PYTHONPATH": f"{tmp_path}{os.pathsep}{environment['PYTHONPATH']}", "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", STEP], env=own, capture_output=True, text=True, cwd=Path.cwd())
-    assert done.returncode == 0, done.stderr
-    (warning,) = [line for line in done.stderr.splitlines() if "UserWarning" in line]
+    found_first = f"import sys; sys.path.insert(0, {str(tmp_path)!r})"
+    done = processes.run(found_first + STEP, TRITON_INTERPRET="1")
+    assert done.exit_code == 0, done.err
+    (warning,) = [line for line in done.err.splitlines() if "UserWarning" in line]
     assert "and slower: Triton cannot be imported (libtriton.so: cannot open shared object file)." in warning
 
 
