@@ -13,17 +13,29 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import functional_optim as fo
+from _lib.compilers import restart
 from _lib.marks import INTERPRETER
 from _lib.stand_in import StandIn, _Kernel
 from _lib.warm import SIZES, chain, grads, make, set_grads, warm
 from functional_optim import adapters
 from functional_optim._compiler.cache import BuildError
-from functional_optim._compiler.triton.tuning import LEAVES
+from functional_optim._compiler.triton import emit
 from functional_optim._runtime.cuda import launch, streams
 from functional_optim._runtime.cuda.launch import STREAMS
 
 
 pytestmark = [INTERPRETER, pytest.mark.triton]
+LEAVES = 8
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_leaves() -> Iterator[None]:
+    """A program of a uniform kernel has few leaves, for the interpreter takes seconds for a hundred in a pass."""
+    assert emit.LEAVES > LEAVES
+    restart()
+    with mock.patch.object(emit, "LEAVES", LEAVES):
+        yield
+    restart()
 
 
 def test_tables_are_uploaded_where_something_has_changed(device: StandIn) -> None:
