@@ -10,6 +10,7 @@ from pathlib import Path
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ["JAX_ENABLE_X64"] = "1"
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # programs of twenty steps take longer to compile than run
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of processes that import torch, each its own
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave the cores to other workers
 
 from collections.abc import Generator, Iterator
