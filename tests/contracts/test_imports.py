@@ -1,6 +1,7 @@
 """Imports of the package: their needs, their effects, and the names that they bring."""
 
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -104,63 +105,64 @@ def test_with_nothing_but_torch() -> None:
     assert "the backend 'triton' is asked for, but cannot compute the leaf at 'bias' on cpu: Triton is not" in triton
 
 
-IMPORTED = """
-import torch
-before = set(sys.modules)
-import functional_optim
-import functional_optim.adapters
-print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
-print(*sorted({"torch._dynamo", "torch._inductor", "torch.onnx"} & (set(sys.modules) - before)))
-"""
-
-
-@pytest.mark.slow
-def test_what_importing_imports(tmp_path: Path) -> None:
-    """Nothing but what it needs; and it touches no disk."""
-    packages, heavy = python(IMPORTED, HOME=str(tmp_path), FUNCTIONAL_OPTIM_CACHE=str(tmp_path / "cache")).split("\n")[
-        :2
-    ]
-
-    # the two that it depends on, and what optree itself imports
-    third_party = set(packages.split()) - sys.stdlib_module_names
-    assert third_party <= {"functional_optim", "optree", "torch", "typing_extensions"}
-    assert heavy == ""
-    assert list(tmp_path.iterdir()) == []
-
-
-STEPS = """
-import torch
-import functional_optim as fo
-
-tx, params = fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(1e-3)), {"w": torch.ones(3, 2), "b": torch.ones(3)}
-state, before = tx.init(params), set(sys.modules)
-fo.apply_gradients(tx, params, params, state)
-fo.apply_gradients(tx, params, {k: p.clone() for k, p in params.items()}, state, donate=True)
-print(*sorted({"sympy", "torch._dynamo", "torch._inductor"} & (set(sys.modules) - before)))
-"""
-
-
-@pytest.mark.slow
-def test_a_first_step_does_not_import_the_compiler(tmp_path: Path) -> None:
-    """Nor SymPy, which torch imports with some operations on meta: it takes longer than the rest of the step."""
-    assert python(STEPS, HOME=str(tmp_path), PATH=os.environ["PATH"]) == "\n"
-
-
-@pytest.mark.slow
-def test_adapters_are_imported_by_their_own_name() -> None:
-    code = """
+IMPORTS_AND_STEPS = """
+import json, os
+refused = ""
 try:
     import adapters
 except ImportError as error:
-    print(error)
+    refused = str(error)
+import torch
+
+def new():
+    return sorted(set(sys.modules) - before)
+
+before = set(sys.modules)
+import functional_optim as fo
 import functional_optim.adapters
-print(functional_optim.adapters.__name__, "adapters" in sys.modules)
+found = {
+    "refused": refused,
+    "named": [functional_optim.adapters.__name__, "adapters" in sys.modules],
+    "imported": new(),
+    "written": os.listdir(os.environ["HOME"]),
+}
+tx, params = fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(1e-3)), {"w": torch.ones(3, 2), "b": torch.ones(3)}
+state = tx.init(params)
+fo.apply_gradients(tx, params, params, state)
+fo.apply_gradients(tx, params, {k: p.clone() for k, p in params.items()}, state, donate=True)
+print(json.dumps({**found, "stepped": new()}))
 """
 
-    out = python(code).splitlines()
 
-    assert re.match(r"import functional_optim\.adapters, not adapters", out[0])
-    assert out[1] == "functional_optim.adapters False"
+@pytest.fixture(scope="module")
+def process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The findings of a new process, which imports torch, then the package, and takes its first steps."""
+    home = str(tmp_path_factory.mktemp("home"))
+    variables = {"HOME": home, "FUNCTIONAL_OPTIM_CACHE": f"{home}/cache", "PATH": os.environ["PATH"]}
+    found: dict[str, Any] = json.loads(python(IMPORTS_AND_STEPS, **variables))
+    return found
+
+
+@pytest.mark.slow
+def test_what_importing_imports(process: dict[str, Any]) -> None:
+    """Nothing but what it needs; and it touches no disk."""
+    # the two that it depends on, and what optree itself imports
+    third_party = {name.partition(".")[0] for name in process["imported"]} - sys.stdlib_module_names
+    assert third_party <= {"functional_optim", "optree", "torch", "typing_extensions"}
+    assert not {"torch._dynamo", "torch._inductor", "torch.onnx"} & set(process["imported"])
+    assert process["written"] == []
+
+
+@pytest.mark.slow
+def test_a_first_step_does_not_import_the_compiler(process: dict[str, Any]) -> None:
+    """Nor SymPy, which torch imports with some operations on meta: it takes longer than the rest of the step."""
+    assert not {"sympy", "torch._dynamo", "torch._inductor"} & set(process["stepped"])
+
+
+@pytest.mark.slow
+def test_adapters_are_imported_by_their_own_name(process: dict[str, Any]) -> None:
+    assert re.match(r"import functional_optim\.adapters, not adapters", process["refused"])
+    assert process["named"] == ["functional_optim.adapters", False]
 
 
 def test_the_adapters_folder_and_the_link_are_one() -> None:
