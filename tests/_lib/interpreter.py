@@ -20,7 +20,7 @@ def patch_once() -> None:
     except (ImportError, AttributeError):
         return
     interpreter._patch_lang = _keeping(patch, scope, (language, language.core))
-    interpreter._get_np_dtype = functools.cache(dtype)
+    interpreter._get_np_dtype = _keeping_dtypes(dtype, language.pointer_type, language.block_type)
 
 
 def _keeping(patch: Callable[[Any], Any], new_scope: Callable[[], Any], modules: tuple[Any, ...]) -> Callable[..., Any]:
@@ -42,3 +42,14 @@ def _keeping(patch: Callable[[Any], Any], new_scope: Callable[[], Any], modules:
         return scope
 
     return patched
+
+
+def _keeping_dtypes(find: Callable[[Any], Any], pointer: type, block: type) -> Callable[[Any], Any]:
+    """The function that finds the dtype of NumPy; pointers and blocks have no hash, and those of elements are kept."""
+    of_element = functools.cache(find)
+
+    def found(dtype: Any) -> Any:
+        element = dtype.element_ty if isinstance(dtype, block) else dtype
+        return find(dtype) if isinstance(element, pointer) else of_element(element)
+
+    return found
