@@ -46,8 +46,8 @@ def run_followed(
         if not tree.has_its_leaves(own):
             return None
         tree.check_leaves(own)
-        tree.check_backend(own["updates"])
         leaves = segment.leaves(own)
+        tree.check_backend(own["updates"], leaves)
         if levels:
             found = segment.bind_members(own, levels, leaves, counters, extra, given)
         if found is None:

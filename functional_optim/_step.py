@@ -19,7 +19,7 @@ from ._opaque import check_apart
 from ._recorded import requires_gradient, warn_of_growth
 from ._regions import LeafwiseRegion, Opaque, Region, cut_into_regions
 from ._runtime.autograd import can_record, record
-from ._runtime.backend import REQUESTED
+from ._runtime.backend import REPLACED, REQUESTED
 from ._runtime.checks import at
 from ._runtime.cuda.capture import refuse_host_schedule, refuse_new_trees
 from ._runtime.groups import Columns, Key
@@ -292,6 +292,8 @@ class TreeStep(TreeLeaves, SegmentedStep[TreeRegion, TreeInputs]):
             counters: set[Key] = {(k, "count") for k in segment.state_reader.counted}
             return run_followed(segment, self, counters, own, extra, inputs.given)
         variant = Variant(in_place, REQUESTED.get(), forms=packed_forms(own.values()))
+        if variant.backend == "reference" and REPLACED.get():
+            self.check_backend(own["updates"], segment.leaves(own))
         found = segment.find(own, variant)
         if found is None:
             if not self.has_its_leaves(own):

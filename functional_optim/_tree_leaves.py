@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from ._runtime.backend import REQUESTED, choose_backend
+from ._runtime.backend import REPLACED, REQUESTED, check_backend
 from ._runtime.checks import at, check_fit, check_leaf
-from ._runtime.groups import Columns
+from ._runtime.groups import Columns, Leaf
 from ._runtime.kernels import COMPILE
 from ._tree import Reader, Tree, View, difference, flatten, paths, refuse_packed_inside
 
@@ -84,15 +84,17 @@ class TreeLeaves:
         """Whether the leaves are there that were there before."""
         return present_in(own) == self.present and not self.has_containers(own)
 
-    def check_backend(self, updates: Sequence[torch.Tensor]) -> None:
-        """Refuses a backend that is asked for and computes nothing on the device of a leaf, here.
+    def check_backend(self, updates: Sequence[torch.Tensor], leaves: Sequence[Leaf]) -> None:
+        """Refuses a backend that is asked for and computes nothing on the device of a leaf of a program, here.
 
         Raises:
           RuntimeError: with the leaf.
         """
-        for i in self.present if REQUESTED.get() in COMPILE else ():
-            if not updates[i].is_meta:
-                choose_backend(updates[i].device, at(self.paths[i]))
+        asked = REPLACED.get() or REQUESTED.get() or ""
+        for leaf in leaves:
+            x = updates[leaf.position]
+            if asked in COMPILE and not x.is_meta:
+                check_backend(asked, x.device, at(self.paths[leaf.position]))
 
 
 def present_in(columns: Columns) -> tuple[int, ...]:

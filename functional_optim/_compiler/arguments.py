@@ -37,7 +37,7 @@ def checked_switch(name: str, owner: str, value: Any) -> bool:
     if isinstance(value, bool):
         return value
     if isinstance(value, torch.Tensor):
-        raise no_tensor(name, owner, "a switch")
+        raise tensor_refused(name, owner, "a switch")
     reason = ", and a function would always count as True" if callable(value) else ""
     raise TypeError(f"`{name}` of {owner} is a switch{reason}: pass True or False, got {value!r:.60}.")
 
@@ -54,12 +54,14 @@ def whole_number(name: str, owner: str, value: Any) -> int:
       TypeError: it is something else, a float among them.
     """
     value = plain_number(value)
+    if isinstance(value, torch.Tensor):
+        raise tensor_refused(name, owner, "a count")
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"`{name}` of {owner} must be a whole number, got {value!r:.60}.")
     return value
 
 
-def no_tensor(name: str, owner: str, kind: str) -> TypeError:
+def tensor_refused(name: str, owner: str, kind: str) -> TypeError:
     """The error of an argument that Python reads, a switch or another one, that is a tensor."""
     return TypeError(
         f"`{name}` of {owner} is {kind}, which Python reads, so it must be no tensor: pass {name}.item(). It has no "

@@ -13,8 +13,8 @@ import torch
 from .arguments import (
     checked_schedule,
     checked_switch,
-    no_tensor,
     plain_number as plain_number,
+    tensor_refused,
     whole_number,
 )
 from .slots import Slot, check_slot_dtype
@@ -217,7 +217,7 @@ class Rule:
                 f"{value!r:.60}."
             )
         if hyper in self.static and isinstance(value, torch.Tensor):
-            raise no_tensor(hyper, self.name, "a fixed argument")
+            raise tensor_refused(hyper, self.name, "a fixed argument")
         if isinstance(value, torch.Tensor) and value.dtype is torch.bool:
             raise TypeError(
                 f"`{hyper}` of {self.name} must be a number, a 0-d tensor or a schedule, got a tensor of dtype "

@@ -29,8 +29,7 @@ import torch
 from .._compiler.rule import Rule
 from .._compiler.states import state_type
 from .._packed import Form, Packed, form
-from .._runtime.backend import check_backend, computed_by
-from .._runtime.checks import at
+from .._runtime.backend import computed_by
 from .._runtime.cuda.streams import streams_of
 from .._runtime.internals import is_wrapper_of_a_transformation
 from .._runtime.packing import Place
@@ -149,7 +148,6 @@ class DescribedStep:
         bounds = [part._bound for part in parts(tx).values()]
         self.runs_foreign_code = None in bounds
         self.of_rules = not any(bound is None or bound.rule.whole for bound in bounds)
-        self.has_programs = not all(bound is None or bound.rule.whole for bound in bounds)
         self.may_return_views = not self.of_rules
         self.n_extra = sum(trees.extra.there)
         self.computed = trees.computed(apply)
@@ -190,15 +188,11 @@ class DescribedStep:
           RuntimeError: the backend that is asked for never computes these tensors; operations of torch do not take
             its place then, as in eager mode.
         """
-        if reference and self.has_programs and self.backend is not None:
-            for device, k in {x.device: k for k, x in reversed(list(enumerate(updates)))}.items():
-                check_backend(self.backend, device, at(path_of(self.trees.updates, k)))
         extra = self.extra.tree(numbers[: self.n_extra])
         given = numbers[self.n_extra :]
         follows = reference or any(map(is_wrapper_of_a_transformation, given))
         tx = self.tx._with_tensors(list(given)) if follows else self._chain_of(given)
-        backend = "reference" if reference else self.backend
-        with computed_by(backend):
+        with computed_by(self.backend, reference):
             before, like = self.state.tree(state), None if self.params is None else self.params.tree(params)
             result, after = take_step(tx, self.apply, self.updates.tree(updates), before, like, extra, donate)
         if donate and after is before:

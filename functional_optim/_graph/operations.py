@@ -362,7 +362,7 @@ torch.library.register_fake("functional_optim::pure_step", _fake_step, lib=LIBRA
 torch.library.register_fake("functional_optim::donated_step", _fake_donated_step, lib=LIBRARY)
 LIBRARY.impl("pure_step", _pure_of_members, "FuncTorchBatched")
 LIBRARY.impl("donated_step", _donated_vmap, "FuncTorchBatched")
-LIBRARY.impl("traced_step", _traced_step, "FuncTorchBatched")  # torch decomposes no list of tensors under `vmap`
+LIBRARY.impl("traced_step", _traced_step, "FuncTorchBatched")  # `vmap` decomposes no operation of lists
 LIBRARY.impl("mapped_step", _mapped_step, "CompositeExplicitAutograd")
 LIBRARY.impl("mapped_step", _mapped_autograd, "Autograd")
 LIBRARY.impl("mapped_step", _mapped_traced, "FuncTorchBatched")

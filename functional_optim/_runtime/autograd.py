@@ -83,11 +83,11 @@ def _saved_by(ctx: Any) -> Tensors:
     try:
         saved: Tensors = ctx.saved_tensors
     except RuntimeError as error:
-        if not re.search("modified (by an )?inplace", str(error)):  # the second of a view that `torch.split` makes
+        if not re.search("modified (by an )?inplace", str(error)):  # two wordings: a tensor, and a view of a buffer
             raise
-        form = re.search(r"\[torch\.(?:cuda\.)?(\w+) \[([\d, ]*)\]\]", str(error))
-        sizes = tuple(int(n) for n in form[2].split(",") if n.strip()) if form else None
-        names = ctx.step.tensor_names(form and form[1], sizes)
+        said = re.search(r"\[torch\.(?:cuda\.)?(\w+) \[([\d, ]*)\]\]", str(error))
+        form = (said[1], tuple(int(n) for n in said[2].split(",") if n.strip())) if said else None
+        names = ctx.step.tensor_names(form)
         shown = f"{'by its shape and dtype ' if form else ''}one of: {', '.join(names[:8])}"
         shown += ", ..." if len(names) > 8 else ""
         raise RuntimeError(

@@ -17,6 +17,9 @@ from .._warn import warn
 BACKENDS = ("reference", "foreach", "c", "triton")
 REQUESTED: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)  # by `use_backend`
 
+# the backend that is asked for where operations of torch take its place, as derivatives of compiled steps do
+REPLACED: contextvars.ContextVar[str | None] = contextvars.ContextVar("replaced backend", default=None)
+
 
 class Asked(threading.local):
     """The backends that the blocks of `use_backend` around this line of this thread ask for, the innermost last.
@@ -71,14 +74,21 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def computed_by(name: str | None) -> Iterator[None]:
-    """Computes by the backend that was asked for where a step was compiled; if none was, by the one asked for here."""
+def computed_by(name: str | None, reference: bool = False) -> Iterator[None]:
+    """Computes by the backend that was asked for where a step was compiled; if none was, by the one asked for here.
+
+    Args:
+      name: that backend.
+      reference: whether the reference takes its place; a backend that could not compute a leaf is refused all the same.
+    """
     if name:  # files may hold any
         _check(name)
-    token = REQUESTED.set(name or REQUESTED.get())
+    token = REQUESTED.set("reference" if reference else name or REQUESTED.get())
+    replaced = REPLACED.set(name if reference else None)
     try:
         yield
     finally:
+        REPLACED.reset(replaced)
         REQUESTED.reset(token)
 
 

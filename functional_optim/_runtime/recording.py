@@ -172,18 +172,20 @@ class Recording:
             for k in range(len(group.leaves))
         ]
 
-    def tensor_names(self, kind: str | None, shape: tuple[int, ...] | None) -> list[str]:
-        """The names of tensors of a form, or of all: those of leaves with their paths, and hyper-parameters.
+    def tensor_names(self, form: tuple[str, tuple[int, ...]] | None) -> list[str]:
+        """The names of tensors of a form, with the paths of their leaves, and of hyper-parameters of it.
 
         Args:
-          kind: the name of the class that torch's messages have for a dtype, such as FloatTensor.
-          shape: the shape.
+          form: the class that torch's messages have for a dtype, such as FloatTensor, and the shape; if it is not
+            known, names are of whole columns.
         """
         found: dict[str, None] = {}
 
-        def note(name: str, dtype: torch.dtype, size: Sequence[int]) -> None:
-            if kind is None or (torch.empty(0, dtype=dtype).type().endswith(f".{kind}") and tuple(size) == shape):
+        def note(name: str, path: str, dtype: torch.dtype, shape: Sequence[int]) -> None:
+            if form is None:
                 found[name] = None
+            elif tuple(shape) == form[1] and torch.empty(0, dtype=dtype).type().endswith(f".{form[0]}"):
+                found[f"{name}{path}"] = None
 
         for group, bounds in zip(self.bound.groups, self.bound.bounds, strict=True):
             program = group.signature.program
@@ -191,11 +193,11 @@ class Recording:
             for name, gather in named:
                 for k, i in zip(range(*bounds[gather]), group.leaves, strict=False):
                     spec = self.bound.specs[k]
-                    note(f"{name}{at(self.bound.paths[i])}", spec.dtype, spec.shape)
+                    note(name, at(self.bound.paths[i]), spec.dtype, spec.shape)
         for x, positions in zip(self.tensors, self.positions, strict=True):
             for g, k in positions:
                 scalars = self.bound.groups[g].signature.program.scalars
-                note(scalars[k % len(scalars)], x.dtype, x.shape)
+                note(scalars[k % len(scalars)], "", x.dtype, x.shape)
         return list(found)
 
     def derivative(self, given: Sequence[bool], wanted: Sequence[bool]) -> Derivative:

@@ -217,7 +217,7 @@ def changed_buffer(tx: Any, rate: torch.Tensor) -> torch.Tensor:
     [
         (changed_weight, "It is by its shape and dtype one of: updates at 'w', params at 'w'"),
         (changed_rate, "It is by its shape and dtype one of: scale_by_learning_rate.learning_rate. Take"),
-        (changed_buffer, "It is one of: .*params at 'w'"),
+        (changed_buffer, "It is one of: updates, .*params"),
     ],
 )
 def test_a_tensor_that_was_changed_is_one_of_those_that_are_named(

@@ -162,12 +162,14 @@ def _run(command: list[str], messages: IO[bytes]) -> int:
 def _status(process: subprocess.Popen[bytes]) -> int:
     """Status of a process, which is waited for until `TIMEOUT`.
 
-    With a timeout, `Popen.wait` sleeps and looks for the end, up to 50 ms late, a third of what a small kernel takes.
-    Linux wakes whoever polls a descriptor of the process.
+    With a timeout, `Popen.wait` sleeps and looks for the end, up to 50 ms late. Linux wakes who polls a descriptor of
+    the process.
     """
     deadline = time.monotonic() + TIMEOUT
-    with contextlib.suppress(AttributeError, OSError):
+    end = None
+    with contextlib.suppress(AttributeError, OSError):  # of another system, or an older one
         end = os.pidfd_open(process.pid)
+    if end is not None:
         try:
             poll = select.poll()
             poll.register(end, select.POLLIN)

@@ -218,6 +218,36 @@ def test_a_backend_that_never_computes_is_no_other_one_where_torch_follows(
         run(torch.rand(4))
 
 
+# transformations without a program for "w" on the CPU, or at all: no backend is needed but for the addition of updates
+WITHOUT_PROGRAMS: dict[str, fo.GradientTransformation] = {
+    "nothing": fo.identity(),
+    "a mask of nothing": fo.masked(fo.adam(0.1), {"w": False, "other": False}),
+    "whole tensors": fo.chain(fo.orthogonalize()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:the mask .* matches no parameter")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", WITHOUT_PROGRAMS)
+def test_a_backend_is_asked_for_by_programs_only(name: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    tx, tree = WITHOUT_PROGRAMS[name], {"w": torch.eye(2), "other": torch.eye(2, 3)}
+    state = tx.init(tree)
+
+    def updated(g: Any) -> Any:
+        return tx.update({"w": g, "other": g[:, :1].expand(2, 3)}, state, tree)[0]["w"].sum()
+
+    def applied(g: Any) -> Any:
+        return fo.apply_gradients(tx, tree, {"w": g, "other": g[:, :1].expand(2, 3)}, state)[0]["w"].sum()
+
+    make = partial(torch.compile, fullgraph=True, backend="aot_eager") if compiled else lambda f: f
+    expected = torch.func.grad(updated)(torch.eye(2))
+    with fo.use_backend("triton"):
+        assert_close(make(torch.func.grad(updated))(torch.eye(2)), expected)
+        with pytest.raises(RuntimeError, match="the backend 'triton' is asked for, but cannot compute the leaf"):
+            make(torch.func.grad(applied))(torch.eye(2))
+
+
 @AS_ONE_OPERATION
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["noted", "inductor"])
