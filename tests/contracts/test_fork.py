@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks h
 # A thread is stopped within a function of the system that a build calls; then the process forks, and goes on. The
 # child has a minute, in which it is to load the kernel that the thread was at, and another one.
 PROGRAM = """
-import ctypes, os, signal, subprocess, sys, tempfile, threading
+import ctypes, os, select, signal, subprocess, sys, tempfile, threading
 sys.path.insert(0, ROOT)
 from functional_optim._compiler.c.build import load_c
 from functional_optim._compiler.triton.build import load_triton
@@ -63,9 +63,9 @@ def run(program: str, folder: Path, *arguments: str, **environment: str) -> str:
     return run_program(program.replace("ROOT", repr(str(ROOT))), folder, arguments=arguments, environment=environment)
 
 
-# places where a thread is: compiling, writing, renaming and loading, or nothing, after libraries have been loaded
+# places where a thread is: compiling, waiting for it, writing, renaming, loading; or nothing, when libraries are loaded
 WITHIN = {
-    "c": ["c,subprocess,run", "c,tempfile,mkstemp", "c,os,replace", "c,ctypes,CDLL", "c,,"],
+    "c": ["c,subprocess,Popen", "c,select,poll", "c,tempfile,mkstemp", "c,os,replace", "c,ctypes,CDLL", "c,,"],
     "triton": ["triton,tempfile,mkstemp", "triton,os,replace", "triton,,"],
 }
 
