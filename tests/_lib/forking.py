@@ -1,4 +1,4 @@
-"""Programs that are forked from a process with an environment of its own, which has imported what takes long."""
+"""Programs that are forked from a process with an environment of its own, after the imports of all of them."""
 
 import json
 import subprocess
