@@ -2,6 +2,7 @@
 
     python benchmarks/ensemble.py
     python benchmarks/ensemble.py --members 8,64 --tiny
+    python benchmarks/ensemble.py --device cuda
 
 Each member has four tensors, small ones but for the last shape, and a learning rate of its own, or one learning rate
 for all. The ways, which take turns within each round:
@@ -11,7 +12,9 @@ for all. The ways, which take turns within each round:
 - the step mapped by `vmap`; `vmap` of a function that returns its arguments, which is what mapping alone costs; and the
   step within a mapped function, which is the rest;
 - the same with trees that are packed;
-- a loop over the members, each with its own trees and chain.
+- a loop over the members, each with its own trees and chain; the step mapped in operations of torch.
+
+A time ends when the device has done the step.
 
 Bounds: the mapped step takes at most 1 / 0.85 of the time of one call, and the loop at least 50 times as long as it.
 """
@@ -37,13 +40,12 @@ SHAPES = {
     "4 of 256x256": ((256, 256),) * 4,
 }
 AT_LEAST = {"one call": 0.85, "loop": 50.0}
+CHAINS: dict[str, Callable[[Any], fo.GradientTransformation]] = {
+    "adamw": lambda rate: fo.adamw(rate),
+    "clip, adamw": lambda rate: fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(rate)),
+}
 Ways = dict[str, Callable[[], Any]]
 Step = Callable[..., Any]
-
-
-def chains(rate: Any) -> dict[str, fo.GradientTransformation]:
-    """The chains."""
-    return {"adamw": fo.adamw(rate), "clip, adamw": fo.chain(fo.clip_by_global_norm(1.0), fo.adamw(rate))}
 
 
 def step_of(tx: fo.GradientTransformation) -> Step:
@@ -51,27 +53,31 @@ def step_of(tx: fo.GradientTransformation) -> Step:
     return lambda p, g, s: fo.apply_gradients(tx, p, g, s)
 
 
-def ways(name: str, shapes: tuple[tuple[int, ...], ...], n: int) -> Ways:
+def ways(name: str, shapes: tuple[tuple[int, ...], ...], n: int, device: str) -> Ways:
     """The ways to take a step of an ensemble."""
-    params = {f"layer{k}": torch.randn(n, *shape) for k, shape in enumerate(shapes)}
+    params = {f"layer{k}": torch.randn(n, *shape, device=device) for k, shape in enumerate(shapes)}
     grads = {k: torch.randn_like(p) for k, p in params.items()}
     packed, packed_grads = vmap(fo.pack)(params), vmap(fo.pack)(grads)
-    rates = torch.logspace(-4, -1, n, dtype=torch.float64)
-    tx = chains(1e-3)[name]
+    rates = torch.logspace(-4, -1, n, dtype=torch.float64).to(device)
+    tx = CHAINS[name](1e-3)
     state, whole, packed_state = vmap(tx.init)(params), tx.init(params), vmap(tx.init)(packed)
     pick: Callable[[Any, int], Any] = lambda tree, k: {name: x[k].clone() for name, x in tree.items()}  # noqa: E731
     alone = []
     for k in range(n):
-        own = chains(rates[k])[name]
+        own = CHAINS[name](rates[k])
         p = pick(params, k)
         alone.append((step_of(own), p, pick(grads, k), own.init(p)))
 
     def with_rate(rate: torch.Tensor, p: Any, g: Any, s: Any) -> Any:
-        return fo.apply_gradients(chains(rate)[name], p, g, s)
+        return fo.apply_gradients(CHAINS[name](rate), p, g, s)
 
     def loop() -> None:
         for step, p, g, s in alone:
             step(p, g, s)
+
+    def by_operations() -> None:
+        with fo.use_backend("reference"):
+            vmap(step)(params, grads, state)
 
     same: Step = lambda p, g, s: (p, s)  # noqa: E731
     step = step_of(tx)
@@ -83,10 +89,11 @@ def ways(name: str, shapes: tuple[tuple[int, ...], ...], n: int) -> Ways:
         "packed, mapped": lambda: vmap(step)(packed, packed_grads, packed_state),
         "nothing, packed, mapped": lambda: vmap(same)(packed, packed_grads, packed_state),
         "loop": loop,
+        "operations, mapped": by_operations,
     }
 
 
-def measure(steps: Ways, seconds: float) -> dict[str, list[float]]:
+def measure(steps: Ways, seconds: float, wait: Callable[[], None]) -> dict[str, list[float]]:
     """The times of each way, in microseconds, by rounds in which all take turns."""
     for step in steps.values():
         for _ in range(3):
@@ -96,8 +103,10 @@ def measure(steps: Ways, seconds: float) -> dict[str, list[float]]:
     while len(samples["loop"]) < 5 or time.perf_counter() < end:
         shuffle.shuffle(order)
         for name in order:
+            wait()
             start = time.perf_counter()
             steps[name]()
+            wait()
             samples[name].append(1e6 * (time.perf_counter() - start))
     return samples
 
@@ -106,14 +115,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--members", default="64", help="numbers of members")
     parser.add_argument("--seconds", type=float, default=3.0, help="time for each row")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tiny", action="store_true", help="the smallest tensors and five rounds, to see that it runs")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    wait = torch.cuda.synchronize if args.device == "cuda" else lambda: None
     for n in map(int, args.members.split(",")):
         for label, shapes in list(SHAPES.items())[: 1 if args.tiny else None]:
-            for name in chains(0.1):
-                samples = measure(ways(name, shapes, n), 0.0 if args.tiny else args.seconds)
+            for name in CHAINS:
+                samples = measure(ways(name, shapes, n, args.device), 0.0 if args.tiny else args.seconds, wait)
                 print(f"{n} members of {label}: {name}, microseconds")
                 print("  " + ", ".join(f"{way} {median(times):.0f}" for way, times in samples.items()))
                 for form in ("mapped", "mapped, a rate each", "packed, mapped"):

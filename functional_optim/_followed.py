@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 
+from ._compiler.cache import BuildError
 from ._runtime.autograd import can_record, record
-from ._runtime.backend import REQUESTED
+from ._runtime.backend import REQUESTED, give_up
 from ._runtime.groups import Columns, Key
 from ._runtime.internals import map_levels, outside_transformations, takes_gradients, without_wrappers
 from ._runtime.step import BoundStep
-from ._segments import BoundRegion, Variant
+from ._segments import BoundRegion, Variant, packed_forms
 from ._tree_leaves import TreeLeaves
 
 
@@ -40,8 +41,9 @@ def run_followed(
         if recorded is not None and can_record(recorded):
             return record(recorded, own, recorded.numbers((), extra, given), plain=False)
     mapped = map_levels()
-    levels = mapped if REQUESTED.get() in (None, "c") else ()
-    found = segment.find_members(own, levels, extra, given) if levels else None
+    levels = mapped if REQUESTED.get() in (None, "c", "triton") else ()
+    variant = Variant(False, REQUESTED.get(), forms=packed_forms(own.values()))
+    found = segment.find_members(own, variant, levels, extra, given) if levels else None
     if found is None:
         if not tree.has_its_leaves(own):
             return None
@@ -49,7 +51,7 @@ def run_followed(
         leaves = segment.leaves(own)
         tree.check_backend(own["updates"], leaves)
         if levels:
-            found = segment.bind_members(own, levels, leaves, counters, extra, given)
+            found = segment.bind_members(own, variant, levels, leaves, counters, extra, given)
         if found is None:
             if mapped:
                 segment.check_memory(own, mapped)
@@ -59,7 +61,12 @@ def run_followed(
     if torch.is_grad_enabled() and reading.requires_grad:
         bound.release(reading)
         return bound.evaluate_reference(own, bound.numbers((), extra, given))
-    return bound.run(reading, own, levels)
+    try:
+        return bound.run(reading, own, levels)
+    except BuildError as error:
+        give_up("triton", str(error))
+        segment.forget_members(bound)
+        return bound.evaluate_reference(own, bound.numbers((), extra, given))
 
 
 def _bound_to_plain(segment: BoundRegion, tree: TreeLeaves, own: Columns) -> BoundStep | None:

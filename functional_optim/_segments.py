@@ -80,7 +80,7 @@ class BoundRegion:
       counters: columns of counters that all leaves share, and that the region moves on.
       uses_first: the positions of rules to which a first step makes a difference.
       bound_steps: the steps that were used last, each with its variant; the last one in front.
-      members_steps: steps of ensembles, each with the forms of its packed columns.
+      members_steps: the same of ensembles.
       entered: the column in which the updates that enter it are kept; see `Region`.
     """
 
@@ -102,7 +102,7 @@ class BoundRegion:
         self.counters: list[Key] = []
         self.uses_first = {k for k, bound in region.bound_rules.items() if bound.rule.uses_first}
         self.bound_steps: list[tuple[Variant, BoundStep]] = []
-        self.members_steps: list[tuple[tuple[Form | None, ...], MembersStep]] = []
+        self.members_steps: list[tuple[Variant, MembersStep]] = []
         self.entered = region.entered
 
     def find(self, own: Columns, variant: Variant) -> tuple[BoundStep, Reading] | None:
@@ -208,17 +208,22 @@ class BoundRegion:
         refuse_freed(name, self.paths[leaf], own["updates"][leaf].shape)
 
     def find_members(
-        self, own: Columns, levels: Sequence[MapLevel], extra: Mapping[str, Any], given: Mapping[int, torch.Tensor]
+        self,
+        own: Columns,
+        variant: Variant,
+        levels: Sequence[MapLevel],
+        extra: Mapping[str, Any],
+        given: Mapping[int, torch.Tensor],
     ) -> tuple[MembersStep, MembersReading] | None:
         """A step of an ensemble that is bound to such tensors, and these tensors read; see `bind_members`.
 
         Raises:
           ValueError: the storage of a tensor has been freed or cut.
         """
-        sizes, forms = tuple(level.size for level in levels), packed_forms(own.values())
+        sizes = tuple(level.size for level in levels)
         for entry in self.members_steps:
             known, bound = entry
-            if bound.sizes != sizes or known != forms or (bound.unread_params and not bound.fits_unread_params(own)):
+            if bound.sizes != sizes or known != variant or (bound.unread_params and not bound.fits_unread_params(own)):
                 continue
             found = bound.read(own, bound.numbers((), extra, given), levels)
             if isinstance(found, MembersReading):
@@ -232,6 +237,7 @@ class BoundRegion:
     def bind_members(
         self,
         own: Columns,
+        variant: Variant,
         levels: Sequence[MapLevel],
         leaves: Sequence[Leaf],
         counters: Set[Key],
@@ -242,6 +248,7 @@ class BoundRegion:
 
         Args:
           own: all tensors that the programs read, as they are within `vmap`.
+          variant: the kind of step.
           levels: the calls of `vmap` that are active.
           leaves: the leaves of a member that programs compute.
           counters: columns of counters that all leaves share.
@@ -252,8 +259,12 @@ class BoundRegion:
             bound = MembersStep(leaves, self.specs(own), own, levels, counters, extra, given)
         except NoKernels:
             return None
-        self.members_steps = in_front((packed_forms(own.values()), bound), self.members_steps, self.KEEP)
-        return self.find_members(own, levels, extra, given)
+        self.members_steps = in_front((variant, bound), self.members_steps, self.KEEP)
+        return self.find_members(own, variant, levels, extra, given)
+
+    def forget_members(self, bound: MembersStep) -> None:
+        """Lets go of a step whose kernels cannot be built."""
+        self.members_steps = [entry for entry in self.members_steps if entry[1] is not bound]
 
     def check_memory(self, own: Columns, levels: Sequence[MapLevel]) -> None:
         """Refuses tensors without memory, where operations of torch are to compute members of `vmap`.

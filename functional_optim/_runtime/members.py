@@ -17,10 +17,12 @@ from .._compiler.call import LeafTable
 from .._compiler.program import Level
 from .backend import choose_backend
 from .cpu import CpuLaunchesOfParts, Pool
+from .cuda.capture import is_capturing, refuse_binding, refuse_numbers
+from .cuda.launch import DeviceMemory, TritonLaunch
 from .groups import Columns, Group, Key, Leaf
 from .internals import is_wrapper_of_a_transformation, members_unwrapper, outside_transformations, wrap_members
-from .kernels import build_kernels
-from .numbers import Numbers
+from .kernels import COMPILE, build_kernels
+from .numbers import MemberNumbers, Numbers
 from .offsets import OffsetPointers, Offsets, Origin, origin_of
 from .packing import PackedColumn
 from .pointers import Difference, PointerReader, Pointers
@@ -74,7 +76,10 @@ class MembersWorkspace:
         self.n_threads, self.pointers = n_threads, Pointers(n, len(step.made_offsets))
         self.read = OffsetPointers(step.offsets, n_origins, self.pointers.tensor[:n])
         self.made = OffsetPointers(step.made_offsets, n_made, self.pointers.new)
-        self.run = CpuLaunchesOfParts(step.parts, step.places, self.pointers, n_threads, step.rows)
+        self.cpu: CpuLaunchesOfParts | None = None
+        if step.launch is None:
+            self.cpu = CpuLaunchesOfParts(step.parts, step.places, self.pointers, n_threads, step.rows)
+        self.device: dict[int, DeviceMemory] = {}  # of each stream, where kernels of Triton are launched
 
 
 class MembersStep(Programs):
@@ -110,7 +115,7 @@ class MembersStep(Programs):
         self.sizes, self.counters = tuple(level.size for level in levels), counters
         if self.contiguous and any(isinstance(x, PackedColumn) for x in columns.values()):
             raise NoKernels
-        self._build_kernels(specs)
+        self.device, backend = self._build_kernels(specs)
         self.origins = self._find_origins(columns)
         stacks = [self._stack(origin.of(columns), levels) for origin in self.origins]
         if not all(map(self._is_whole, stacks)):
@@ -133,22 +138,31 @@ class MembersStep(Programs):
         widths = [len(group.sources) * len(group.signature.program.scalars) for group in self.groups]
         n_rows = self.ensemble.n if any(self.of_numbers) else 1
         self.rows = [(width * n_rows, width if len(self.parts) > 1 and n_rows > 1 else 0) for width in widths]
+        self.launch: TritonLaunch | None = None
+        if backend == "triton":
+            groups, places = [*itertools.chain(*self.parts)], [*itertools.chain(*self.places)]
+            with outside_transformations():
+                self.launch = TritonLaunch(groups, places, (), None, n_parts=len(self.parts))
         self.workspaces = Pool(MembersWorkspace)
 
     # -- binding ------------------------------------------------------------------------------------------------------
 
-    def _build_kernels(self, specs: Specs) -> None:
-        """Builds kernels of C for all groups.
+    def _build_kernels(self, specs: Specs) -> tuple[torch.device, str]:
+        """Builds the kernels of all groups; returns their device and backend.
 
         Raises:
-          NoKernels: another backend computes them.
+          NoKernels: operations of torch compute them.
         """
         found = {spec for column in specs.values() for spec in column if spec is not None}
-        on_cpu = all(spec.plain and spec.device.type == "cpu" for spec in found)
-        if not (self.groups and on_cpu and choose_backend(torch.device("cpu"))[0] == "c"):
+        devices = {spec.device for spec in found}
+        if not (self.groups and len(devices) == 1 and all(spec.plain for spec in found)):
             raise NoKernels
-        if not build_kernels("c", self.groups):
+        (device,) = devices
+        refuse_binding(devices)
+        backend, _ = choose_backend(device)
+        if backend not in COMPILE or not build_kernels(backend, self.groups):
             raise NoKernels
+        return device, backend
 
     def _origin(self, columns: Columns, key: Key, i: int) -> tuple[Origin, int]:
         """The origin of a tensor, and its offset there in elements. Leaves share a counter, which is read once."""
@@ -264,11 +278,10 @@ class MembersStep(Programs):
         sizes = [size for size, used in zip(self.ensemble.sizes, self.used, strict=True) if used]
         numel = math.prod(shape)
         outer = [numel * math.prod(sizes[k + 1 :]) for k in range(len(sizes))]
-        cpu = torch.device("cpu")
         self.makers.append(
-            partial(torch.zeros, (*sizes, *shape), dtype=dtype, device=cpu)
+            partial(torch.zeros, (*sizes, *shape), dtype=dtype, device=self.device)
             if fill
-            else partial(torch.empty_strided, (*sizes, *shape), (*outer, *strides), dtype=dtype, device=cpu)
+            else partial(torch.empty_strided, (*sizes, *shape), (*outer, *strides), dtype=dtype, device=self.device)
         )
         return _Result(len(self.makers) - 1, 0, numel * dtype.itemsize)
 
@@ -371,12 +384,19 @@ class MembersStep(Programs):
 
         Returns:
           The columns that change, complete, with wrappers of all members' results.
+
+        Raises:
+          BuildError: kernels for the alignment of these tensors cannot be built.
         """
         workspace = reading.workspace
         with outside_transformations():
             made = [make() for make in self.makers]
             workspace.made.put(made)
-            workspace.run([self._rows(table) for table in reading.scalars])
+            tables = self._tables(reading.scalars)
+            if self.launch is not None:
+                self.launch.launch(self.launch.prepare(workspace.pointers, tables, workspace.device))
+            if workspace.cpu is not None:
+                workspace.cpu(tables)
         self.workspaces.append(workspace)
         for level, used in zip(levels, self.used, strict=True):
             if used:
@@ -392,13 +412,39 @@ class MembersStep(Programs):
             results[key] = column.result_in(columns[key]).with_buffers([made[k] for k in buffers])
         return results
 
-    def _rows(self, table: Sequence[float | Stack]) -> list[float]:
-        """A scalar table with the numbers of all members, row after row."""
-        row = [0.0 if isinstance(x, Stack) else x for x in table]
-        rows = row * (self.ensemble.n if any(self.of_numbers) else 1)
+    def _tables(self, scalars: Scalars) -> list[list[Any]]:
+        """The scalar tables that launches take: for each group, with the numbers of all members, row after row.
+
+        On a device each part has tables of its own, and numbers that are there stay there.
+
+        Raises:
+          CaptureError: a graph that is being captured would keep a number of the host.
+        """
+        apart = self.launch is not None and len(self.parts) > 1
+        n_rows = self.ensemble.n if apart or any(self.of_numbers) else 1
+        if self.launch is not None and is_capturing([self.device]):
+            refuse_numbers([x.tensor for table in scalars for x in table if isinstance(x, Stack)], [self.device])
+        distance = sum(max(len(table), 1) for table in scalars)
+        rows = [self._rows(table, n_rows, distance if apart else len(table)) for table in scalars]
+        if not apart:
+            return rows
+        return [
+            of_group[k * len(table) : (k + 1) * len(table)]
+            for k in range(len(self.parts))
+            for table, of_group in zip(scalars, rows, strict=True)
+        ]
+
+    def _rows(self, table: Sequence[float | Stack], n_rows: int, distance: int) -> list[Any]:
+        """A scalar table with the numbers of so many members, row after row; the next ones stand at a distance."""
+        row: list[Any] = [0.0 if isinstance(x, Stack) else x for x in table]
+        rows = row * n_rows
         for k, x in enumerate(table):
             if isinstance(x, Stack):
-                rows[k :: len(row)] = self.ensemble.values(x) if any(self.of_numbers) else [float(x.tensor)]
+                numbers = self.ensemble.spread(x) if n_rows > 1 else x.tensor.detach().reshape(1)
+                if self.launch is not None and x.tensor.device == self.device:
+                    rows[k] = MemberNumbers(numbers, distance)
+                else:
+                    rows[k :: len(row)] = numbers.tolist()
         return rows
 
 

@@ -14,6 +14,18 @@ Number = float | torch.Tensor
 Numbers = Sequence[Sequence[Number]]  # the scalar table of each group
 
 
+class MemberNumbers(NamedTuple):
+    """The numbers of all members of an ensemble on a device, in the place of the first one's in a scalar table.
+
+    Args:
+      tensor: a number for each member.
+      distance: how many numbers further that of the next member stands.
+    """
+
+    tensor: torch.Tensor
+    distance: int
+
+
 class _Lookup(NamedTuple):
     """A number that is looked up in options: its position in the table, and whose options have it."""
 

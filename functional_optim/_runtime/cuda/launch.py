@@ -11,7 +11,7 @@ from ..._compiler.triton.tuning import chunk_size
 from ..chunks import JoinedChunks, cut
 from ..groups import Group
 from ..join import Joins
-from ..numbers import Number
+from ..numbers import MemberNumbers, Number
 from ..pointers import Pointers
 from .capture import CaptureError, Reserve, hold, refuse_new_numbers, refuse_numbers
 from .loaded import Loaded, load_kernels
@@ -41,10 +41,11 @@ class TritonLaunch:
     """The launches of groups that run together on one device.
 
     Args:
-      groups: the groups.
+      groups: the groups, part by part.
       places: for each group, the positions among the pointers where the addresses of its inputs and outputs begin.
       counters: the positions among the pointers of counters on the device, which a step in place moves on by one.
       joins: the reductions over processes, if there are any.
+      n_parts: how many parts there are, each with reductions over the tree of its own, as members of ensembles have.
 
     Attributes:
       moved: the positions of counters that launches move on; none if they are more than the programs of any last pass.
@@ -56,6 +57,7 @@ class TritonLaunch:
         places: Sequence[Sequence[int]],
         counters: Sequence[int],
         joins: Joins | None,
+        n_parts: int = 1,
     ) -> None:
         self.groups, self.device = groups, groups[0].device
         self.streams = streams_of(self.device)
@@ -66,7 +68,7 @@ class TritonLaunch:
         n_joined = self.join.n_joined if self.join is not None else 0
         with self.streams.guard(self.device):
             self.tables = self.streams.allocate(
-                lambda: Tables(groups, places, counters, self.kernels, self.chunk, n_joined), self.device
+                lambda: Tables(groups, places, counters, self.kernels, self.chunk, n_joined, n_parts), self.device
             )
             self.uploaded = self.streams.mark(self.device)
         ends = [len(kernels.stages) for kernels in self.kernels] + ([] if joins is None else [joins.stages - 1])
@@ -82,7 +84,10 @@ class TritonLaunch:
         self.loaded: set[tuple[bool, ...]] = set()  # variants of kernels that have been launched
 
     def prepare(
-        self, pointers: Pointers, numbers: Sequence[Sequence[Number]], memories: dict[int, DeviceMemory]
+        self,
+        pointers: Pointers,
+        numbers: Sequence[Sequence[Number | MemberNumbers]],
+        memories: dict[int, DeviceMemory],
     ) -> DeviceMemory:
         """Brings the tables of a step up to date. No tensor of the step is written.
 
@@ -133,7 +138,9 @@ class TritonLaunch:
                 del memories[next(iter(memories))]
         return memories[stream]
 
-    def _capture(self, pointers: Pointers, numbers: Sequence[Sequence[Number]], content: bytes) -> DeviceMemory:
+    def _capture(
+        self, pointers: Pointers, numbers: Sequence[Sequence[Number | MemberNumbers]], content: bytes
+    ) -> DeviceMemory:
         """Memory of the graph that is being captured.
 
         Raises:
@@ -169,7 +176,6 @@ class TritonLaunch:
     def _launches(self, memory: DeviceMemory) -> list[Callable[[], None]]:
         """The launches of all kernels on a step's memory, by stage; all in one where nothing happens in between."""
         kernels_of = self._kernels_of(memory.aligned)
-        total = self.tables.firsts[-1] + self.tables.n_joined
         counters = memory.words[slice(*self.tables.counters)]
         stages: list[list[Any]] = []
         for stage in range(self.n_stages):
@@ -178,7 +184,8 @@ class TritonLaunch:
             for k, group in enumerate(self.groups):
                 if stage >= len(self.kernels[k].stages):
                     continue
-                tables, first, n = self.tables.of_group[k], self.tables.firsts[k], len(group.leaves)
+                tables, n = self.tables.of_group[k], len(group.leaves)
+                first, total = self.tables.firsts[k], self.tables.totals[k]
                 table, loaded = self.kernels[k].stages[stage], kernels_of[k][stage]
                 words, uniforms = memory.words, memory.uniforms[k]
                 addresses, partials = words[slice(*tables.addresses)], words[slice(*tables.partials)]

@@ -8,7 +8,7 @@ import ctypes
 import itertools
 import struct
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,7 +16,7 @@ from ..._compiler.program import Level
 from ..._compiler.triton.kernels import Kernels
 from ..chunks import Chunks, chunk_table, cut, partial_buffers
 from ..groups import Group
-from ..numbers import Number
+from ..numbers import MemberNumbers, Number
 from ..pointers import PointerOrder, Pointers
 from .streams import Streams
 
@@ -47,16 +47,35 @@ class GroupTables(NamedTuple):
     runs: list[tuple[int, int, bool]]
 
 
+class NumberPlaces(NamedTuple):
+    """The places in the scalar tables of numbers that are read on the device.
+
+    Args:
+      first: the first one.
+      distance: from each to the next.
+      n: how many there are.
+    """
+
+    first: int
+    distance: int
+    n: int
+
+    def of(self, scalars: torch.Tensor) -> torch.Tensor:
+        """The numbers there."""
+        return scalars[self.first : self.first + self.distance * (self.n - 1) + 1 : self.distance]
+
+
 class Tables:
     """The tables of groups that run together, and the order of words in the buffer of those that follow each step.
 
     Args:
-      groups: the groups.
+      groups: the groups, part by part.
       places: for each group, the positions among the pointers where the addresses of its inputs and outputs begin.
       counters: the positions among the pointers of counters that the last pass moves on.
       kernels: the kernels of each group.
       chunk: elements of a chunk of a pass that reduces.
       n_joined: how many partial results follow for reductions that processes have joined.
+      n_parts: how many parts there are, as many groups of each; reductions over the tree end in one.
     """
 
     def __init__(
@@ -67,6 +86,7 @@ class Tables:
         kernels: Sequence[Kernels],
         chunk: int,
         n_joined: int,
+        n_parts: int = 1,
     ) -> None:
         self.groups, self.device, self.n_joined = groups, groups[0].device, n_joined
         self.uniform_words = [max(len(g.leaves) * k.uniform_words, 1) for g, k in zip(groups, kernels, strict=True)]
@@ -91,7 +111,15 @@ class Tables:
             self._lay_out(k, kernels[k], chunk, (bounds[k], bounds[n + k], bounds[2 * n + k])) for k in range(n)
         ]
         self.cuts = [tables.chunks for tables in self.of_group]
-        self.firsts = list(itertools.accumulate((len(chunks.leaf) for chunks in self.cuts), initial=0))
+        size = n // n_parts
+        self.parts = [slice(k, k + size) for k in range(0, n, size)]
+        # for each group, its first chunk among those of its part, and the partial results that the part has
+        self.firsts: list[int] = []
+        self.totals: list[int] = []
+        for part in self.parts:
+            *firsts, total = itertools.accumulate((len(chunks.leaf) for chunks in self.cuts[part]), initial=0)
+            self.firsts += firsts
+            self.totals += [total + n_joined] * size
 
     def _lay_out(
         self, k: int, kernels: Kernels, chunk: int, bounds: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
@@ -167,26 +195,33 @@ class Tables:
     def _upload(self, integers: Sequence[int]) -> torch.Tensor:
         return torch.tensor(integers, dtype=torch.int64, device="cpu").to(self.device, non_blocking=True)
 
-    def content(self, numbers: Sequence[Sequence[Number]]) -> tuple[bytes, list[tuple[int, torch.Tensor]]]:
+    def content(
+        self, numbers: Sequence[Sequence[Number | MemberNumbers]]
+    ) -> tuple[bytes, list[tuple[NumberPlaces, torch.Tensor]]]:
         """The numbers of a step, as bytes of the scalar tables, and those that are read on the device.
 
         Args:
           numbers: for each group, its scalar table.
 
         Returns:
-          The bytes, zero in the place of numbers on a device; and these, each with its place.
+          The bytes, zero in the place of numbers on a device; and these, each with its places.
         """
-        flat: list[Number] = []
+        flat: list[Any] = []
         for table, is_empty in zip(numbers, self.padding, strict=True):
             flat += table
             if is_empty:
                 flat.append(0.0)
-        live = [(k, x.detach()) for k, x in enumerate(flat) if isinstance(x, torch.Tensor)]
-        for k, x in live:
-            # a number in host memory is there to be read without waiting
-            flat[k] = float(x) if x.device.type == "cpu" != self.device.type else 0.0
-        content = self.packer.pack(*flat)
-        return content, [(k, x) for k, x in live if x.device.type != "cpu" or self.device.type == "cpu"]
+        live: list[tuple[NumberPlaces, torch.Tensor]] = []
+        for k, x in enumerate(flat):
+            if isinstance(x, torch.Tensor) and x.device.type == "cpu" != self.device.type:
+                flat[k] = float(x.detach())  # in host memory it is there to be read without waiting
+            elif isinstance(x, torch.Tensor):
+                live.append((NumberPlaces(k, 1, 1), x.detach().reshape(1)))
+                flat[k] = 0.0
+            elif isinstance(x, MemberNumbers):
+                live.append((NumberPlaces(k, x.distance, len(x.tensor)), x.tensor))
+                flat[k] = 0.0
+        return self.packer.pack(*flat), live
 
 
 class StepMemory:
@@ -204,12 +239,16 @@ class StepMemory:
             self.words = torch.empty(tables.n_words, dtype=torch.int64, device=device)
             self.scalars = self.words[tables.n_addresses :].view(torch.float64)
             self.uniforms = [torch.empty(n, dtype=torch.float64, device=device) for n in tables.uniform_words]
-            self.buffers = partial_buffers(tables.groups, tables.cuts, device, tables.n_joined)
+            self.buffers = [
+                buffers
+                for part in tables.parts
+                for buffers in partial_buffers(tables.groups[part], tables.cuts[part], device, tables.n_joined)
+            ]
             n = tables.n_addresses  # parts to upload, by whether addresses and numbers are new
             self.pieces = {(True, True): self.words, (True, False): self.words[:n], (False, True): self.words[n:]}
         partials = [x.data_ptr() for buffers in self.buffers for x in buffers]
         self.partials = struct.pack(f"{len(partials)}q", *partials)
-        self.places: dict[int, torch.Tensor] = {}  # of numbers that are read on the device
+        self.places: dict[NumberPlaces, torch.Tensor] = {}  # of numbers that are read on the device
         self.aligned: tuple[bool, ...] = ()
         self.addresses_seen = self.numbers_seen = b""  # of the last upload
 
@@ -248,9 +287,9 @@ class StepMemory:
         streams.copy(target, staged)
         self.addresses_seen, self.numbers_seen, self.aligned = addresses, numbers, aligned
 
-    def read_numbers(self, live: Sequence[tuple[int, torch.Tensor]], streams: Streams) -> None:
+    def read_numbers(self, live: Sequence[tuple[NumberPlaces, torch.Tensor]], streams: Streams) -> None:
         """Has numbers that are on a device read there, at this step and at each replay of a graph."""
-        for k, x in live:
-            if k not in self.places:
-                self.places[k] = self.scalars[k]
-            streams.copy(self.places[k], x.reshape(()))
+        for places, numbers in live:
+            if places not in self.places:
+                self.places[places] = places.of(self.scalars)
+            streams.copy(self.places[places], numbers)

@@ -278,7 +278,7 @@ def test_a_number_in_host_memory_is_read_without_a_copy(device: StandIn) -> None
     (memory,) = bound.workspaces[0].device[0].values()
     tables = memory.tables
     numbers = [[torch.tensor(0.25), *[0.5] * (tables.packer.size // 8 - 1)]]
-    assert [k for k, _ in tables.content(numbers)[1]] == [0]
+    assert [places.first for places, _ in tables.content(numbers)[1]] == [0]
     tables.device = torch.device("cuda", 0)
     content, live = tables.content(numbers)
     assert (tables.packer.unpack(content)[0], live) == (0.25, [])

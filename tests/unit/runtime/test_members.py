@@ -9,6 +9,7 @@ import torch
 import functional_optim as fo
 from functional_optim._compiler.c.build import find_compiler
 from functional_optim._runtime.internals import map_levels
+from functional_optim._runtime.kernels import COMPILE
 from functional_optim._runtime.members import MembersStep
 from functional_optim._runtime.stacks import Stack
 from functional_optim._stand_ins import stand_in_of
@@ -51,15 +52,29 @@ def test_leaves_of_all_members_are_one_launch_where_nothing_spans_the_tree() -> 
     assert step.parts[0][0].table.sizes == (4, 2) * 3 or step.parts[0][0].table.sizes == (2, 4) * 3
 
 
-@pytest.mark.parametrize("backend", ["reference", "foreach", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "foreach", "c", "triton"])
 def test_a_backend_that_is_asked_for(backend: str) -> None:
     tx = fo.adam(1e-2)
     params = torch.ones(3, 4)
     with fo.use_backend(backend):
         new, _ = torch.vmap(lambda p: fo.apply_gradients(tx, p, p, tx.init(p)))(params)
 
-    assert bound(tx) == []
+    assert len(bound(tx)) == (backend in COMPILE)
     torch.testing.assert_close(new, params - 1e-2)
+
+
+@COMPILER
+def test_backends_that_are_asked_for_in_turns() -> None:
+    """Each has a step of its own, which goes on where it is asked for again."""
+    tx, params = fo.adam(1e-2), torch.ones(3, 4)
+    step = torch.vmap(lambda p: fo.apply_gradients(tx, p, p, tx.init(p)))
+    steps = []
+    for backend in ("c", "triton", "reference", "triton", "c"):
+        with fo.use_backend(backend):
+            step(params)
+        steps.append((backend, bound(tx)[0].launch is not None, len(bound(tx))))
+
+    assert steps == [("c", False, 1), ("triton", True, 2), ("reference", True, 2), ("triton", True, 2), ("c", False, 2)]
 
 
 @COMPILER
