@@ -209,7 +209,7 @@ def main() -> None:
             added = f", {compiling - alone:4.1f} s more" if alone and form != ALONE else ""
             goal = f" (at most {GOALS[title, form]:g})" if added and (title, form) in GOALS else ""
             print(f"  {form:20} compiles in {compiling:5.1f} s{added}{goal}, then {step:6.3f} ms a step", flush=True)
-    for name, n in graphs().items():
+    for name, n in graphs().items() if layers else ():
         print(f"twenty steps, {name}: {n} graph{'s' * (n > 1)} (at most 2)", flush=True)
     images, tokens = torch.randn(64, 1, 8, 8), torch.randint(128, (8, 32))
     models: dict[str, tuple[Callable[[], torch.nn.Module], torch.Tensor, torch.Tensor]] = {

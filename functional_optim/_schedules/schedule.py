@@ -7,6 +7,7 @@ works in its place; `traced.py` says which functions can be traced, the others a
 
 import functools
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -204,7 +205,10 @@ def _own(x: Any) -> Any:
         return list(map(_own, x))
     if not isinstance(x, torch.Tensor) and hasattr(x, "tolist") and getattr(x, "ndim", 0) != 0:
         return x.tolist()
-    return plain_number(x)
+    x = plain_number(x)
+    if isinstance(x, int) and not -(2**63) <= x < 2**63:  # torch's integers have 64 bits
+        return float(x) if abs(x) < 2**1023 else math.inf if x > 0 else -math.inf
+    return x
 
 
 class ScheduleFactory:

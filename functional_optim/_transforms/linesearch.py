@@ -88,18 +88,22 @@ torch.serialization.add_safe_globals(
 
 
 def _numbers(
-    name: str, limits: Mapping[str, tuple[Any, float, float]], optional: Collection[str] = ()
+    name: str, limits: Mapping[str, tuple[Any, float, float]], counts: str, optional: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Arguments of a line search, each found to be a number in its range, ends included; optional ones may be None.
+    """Arguments of a line search, each found to be a number in its range; a number of NumPy or JAX becomes Python's.
 
-    Numbers of steps are whole; a number of NumPy or JAX becomes Python's.
+    Args:
+      name: the line search.
+      limits: by argument, its value and its range, ends included.
+      counts: the one that counts steps, which is a whole number.
+      optional: those that may be None.
     """
     found = {argument: plain_number(x) for argument, (x, _, _) in limits.items()}
     for argument, x in found.items():
         _, least, most = limits[argument]
         if x is None and argument in optional:
             continue
-        if argument.endswith("_steps"):
+        if argument == counts:
             whole_number(argument, name, x)
         if isinstance(x, bool) or not isinstance(x, (int, float)) or not least <= x <= most:
             raise ValueError(f"`{argument}` of {name} must be a number in [{least}, {most}], got {x!r:.60}.")
@@ -187,7 +191,7 @@ def scale_by_backtracking_linesearch(
         "rtol": (rtol, 0.0, math.inf),
     }
     store_grad, verbose = checked_switch("store_grad", name, store_grad), checked_switch("verbose", name, verbose)
-    arguments = {**_numbers(name, limits), "store_grad": store_grad, "verbose": verbose}
+    arguments = {**_numbers(name, limits, "max_backtracking_steps"), "store_grad": store_grad, "verbose": verbose}
 
     def init(params: Tree) -> ScaleByBacktrackingLinesearchState:
         rate, infinity, zeros, count = _first_state(params, name)
@@ -349,7 +353,8 @@ def scale_by_zoom_linesearch(
         "approx_dec_rtol": (approx_dec_rtol, 0.0, math.inf),
         "stepsize_precision": (stepsize_precision, 0.0, math.inf),
     }
-    numbers = _numbers("scale_by_zoom_linesearch", limits, optional=("max_learning_rate", "approx_dec_rtol"))
+    optional = ("max_learning_rate", "approx_dec_rtol")
+    numbers = _numbers("scale_by_zoom_linesearch", limits, "max_linesearch_steps", optional)
 
     def search(objective: Objective, first: float) -> Found:
         return zoom(
@@ -418,7 +423,7 @@ def scale_by_strong_wolfe_linesearch(
         "curv_rtol": (curv_rtol, 0.0, math.inf),
         "stepsize_precision": (stepsize_precision, 0.0, math.inf),
     }
-    numbers = _numbers("scale_by_strong_wolfe_linesearch", limits)
+    numbers = _numbers("scale_by_strong_wolfe_linesearch", limits, "max_linesearch_steps")
 
     def search(objective: Objective, first: float) -> Found:
         start = objective.start

@@ -43,8 +43,8 @@ COEFFICIENTS: dict[str, tuple[Polynomial, ...]] = {
 PRECONDITIONING = ("frobenius", "spectral", "aol", "schatten")
 
 
-def polynomials(ns_coeffs: Any, ns_steps: int) -> list[Polynomial]:
-    """The polynomial of each step: the named or given ones in order, and the last one for the steps that are left.
+def polynomials(ns_coeffs: Any) -> Sequence[Polynomial]:
+    """The polynomials that are named or given.
 
     Raises:
       ValueError: they are no triples of numbers, or there is no such name.
@@ -56,7 +56,7 @@ def polynomials(ns_coeffs: Any, ns_steps: int) -> list[Polynomial]:
     given = [ns_coeffs] if _is_polynomial(ns_coeffs) else ns_coeffs
     if not (isinstance(given, Sequence) and given and all(map(_is_polynomial, given))):
         raise ValueError(f"`ns_coeffs` is {ns_coeffs!r:.80}, expected three numbers, or such a triple for each step.")
-    return [given[min(k, len(given) - 1)] for k in range(ns_steps)]
+    return given
 
 
 def _is_polynomial(x: Any) -> bool:
@@ -199,7 +199,8 @@ def orthogonalize(
     matrices = as_matrices(u)
     x = matrices.to(compute_dtype or (torch.float32 if u.dtype is torch.float16 else u.dtype))
     high = x.shape[1] > x.shape[2]
-    steps = polynomials(ns_coeffs, ns_steps)
+    given = polynomials(ns_coeffs)
+    steps = [given[min(k, len(given) - 1)] for k in range(ns_steps)]  # the last one for those that are left
     x = newton_schulz(x.mT if high else x, steps, preconditioning, eps, eps_is_least, by_gram)
     # in the order of the updates, by the copy that changes the dtype, and not by another one after it
     x = (x.mT if high else x).to(u.dtype, memory_format=torch.contiguous_format)
@@ -327,7 +328,7 @@ def scale_by_muon(
 
     Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks".
     """
-    polynomials(ns_coeffs, 1)
+    polynomials(ns_coeffs)
     if compute_dtype is not None and not (isinstance(compute_dtype, torch.dtype) and compute_dtype.is_floating_point):
         raise TypeError(f"`compute_dtype` is {compute_dtype!r:.60}, expected a floating dtype, such as torch.bfloat16.")
     return chain(

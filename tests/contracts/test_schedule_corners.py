@@ -261,6 +261,27 @@ def test_derivatives_are_finite_past_the_end(name: str) -> None:
     assert name in ("polynomial", "warmup_stable") or torch.isfinite(derivative).all()
 
 
+BEYOND: dict[str, Callable[[Any], fo.Schedule]] = {
+    "linear": lambda n: fo.linear_schedule(1.0, 0.0, n),
+    "linear, late": lambda n: fo.linear_schedule(1.0, 0.0, 4, transition_begin=n),
+    "polynomial": lambda n: fo.polynomial_schedule(1.0, 0.0, 2, n),
+    "cosine": lambda n: fo.cosine_decay_schedule(1.0, n),
+    "exponential": lambda n: fo.exponential_decay(1.0, n, 0.5),
+    "pieces": lambda n: fo.piecewise_constant_schedule(1.0, {4: 0.5, n: 0.5}),
+    "lines": lambda n: fo.interpolate_schedule("linear", {0: 1.0, n: 0.5}),
+    "joined": lambda n: fo.join_schedules([fo.constant_schedule(1.0), fo.constant_schedule(2.0)], [n]),
+    "StepLR": lambda n: fo.from_torch_scheduler("StepLR", lr=1.0, step_size=n),
+}
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_steps_that_no_counter_reaches(name: str) -> None:
+    """Integers beyond those of torch are numbers of steps like any other."""
+    expected = BEYOND[name](2.0**60)(range(9))
+    for n in (2**63, 2**70, 2**1000):
+        torch.testing.assert_close(BEYOND[name](n)(range(9)), expected, rtol=1e-15, atol=0)
+
+
 def test_growth_from_zero_stays_zero() -> None:
     assert fo.exponential_decay(0.0, 1, 2.0)(5000) == 0
 
