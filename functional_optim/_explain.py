@@ -287,7 +287,7 @@ def explain_params(
             found.add_leafwise(segment.leafwise)
         elif isinstance(segment, ParamRegion):
             own: Columns = {"updates": updates, "params": local, **columns, **dict.fromkeys(_given(step), local)}
-            for host in segment.region.hosts:
+            for host in segment.region.host_schedules:
                 own[host.column] = host_column(host, [0] * len(local), step.state.devices)
             found.add_region(segment, own)
         else:

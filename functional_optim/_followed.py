@@ -7,7 +7,7 @@ import torch
 
 from ._compiler.cache import BuildError
 from ._runtime.autograd import can_record, record
-from ._runtime.backend import REQUESTED, give_up
+from ._runtime.backend import REQUESTED, disable_backend
 from ._runtime.groups import Columns, Key
 from ._runtime.internals import map_levels, outside_transformations, takes_gradients, without_wrappers
 from ._runtime.step import BoundStep
@@ -64,7 +64,7 @@ def run_followed(
     try:
         return bound.run(reading, own, levels)
     except BuildError as error:
-        give_up("triton", str(error))
+        disable_backend("triton", str(error))
         segment.forget_members(bound)
         return bound.evaluate_reference(own, bound.numbers((), extra, given))
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ._compiler.fuse import Counting, HostSchedule, Part, Recipe, follows_counter, fuse_all
+from ._compiler.fuse import FusedRule, HostSchedule, Recipe, StepCounter, follows_counter, fuse_all
 from ._compiler.rule import Bound, Option
 from ._compiler.slots import Slot, slot
 from ._runtime.groups import Key
@@ -16,7 +16,7 @@ from ._schedules.traced import has_fixed_key, traced_key
 from ._transform import Link
 
 
-Kind = tuple[tuple[int, ...], Counting | None]  # the rules that see a leaf, and its counter
+Kind = tuple[tuple[int, ...], StepCounter | None]  # the rules that see a leaf, and its counter
 
 
 class Stored(NamedTuple):
@@ -61,7 +61,7 @@ class Region:
       bound_rules: the rules with their hyper-parameters, by position.
       kinds: the kind of each leaf; none where nothing fuses.
       recipes: the program of each kind.
-      hosts: schedules that Python evaluates, a column each.
+      host_schedules: schedules that Python evaluates, a column each.
       traced: functions that have been traced, with the key of all that they refer to.
       stored: the columns of state.
     """
@@ -71,14 +71,14 @@ class Region:
         self.bound_rules: dict[int, Bound] = {k: link.bound for k, link in links.items() if link.bound is not None}
         self.kinds: list[Kind] = []
         self.recipes: dict[Kind, Recipe] = {}
-        self.hosts: list[HostSchedule] = []
+        self.host_schedules: list[HostSchedule] = []
         self.traced: list[tuple[Any, Hashable]] = []
         self.stored: list[Stored] = []
 
     @property
     def by_python(self) -> list[str]:
         """The names of all schedules that Python evaluates."""
-        return [host.name for host in self.hosts]
+        return [host.name for host in self.host_schedules]
 
     @property
     def tree_extras(self) -> dict[str, str]:
@@ -157,26 +157,26 @@ class FusedRegion(Region):
         apply: bool,
         n_leaves: int,
         scopes: Sequence[int],
-        counting: Sequence[Counting] | None,
+        counting: Sequence[StepCounter] | None,
         entered: str | None = None,
     ) -> None:
         super().__init__(links, apply, entered)
         positions, seen = tuple(links), [link.seen for link in links.values()]
         seen_by = list(zip(*seen, strict=True)) if seen else [()] * n_leaves  # for each leaf, whether each rule sees it
-        none: list[Counting | None] = [None] * n_leaves
+        none: list[StepCounter | None] = [None] * n_leaves
         # leaves of a kind share a program: the same rules see them, and they count alike
         self.kinds = [
             (tuple(itertools.compress(positions, by)), count)
             for by, count in zip(seen_by, none if counting is None else counting, strict=True)
         ]
-        parts = {
-            kind: tuple(Part(k, scopes[k], self.bound_rules[k], *self._entry(k)) for k in kind[0])
+        fused_rules = {
+            kind: tuple(FusedRule(k, scopes[k], self.bound_rules[k], *self._entry(k)) for k in kind[0])
             for kind in dict.fromkeys(self.kinds)
         }
-        counters = None if counting is None else {kind: count for kind in parts if (count := kind[1]) is not None}
-        self.recipes = fuse_all(parts, apply, counters)
-        found = [host for recipe in self.recipes.values() for host in recipe.hosts.values()]
-        self.hosts = list({host.column: host for host in found}.values())
+        counters = None if counting is None else {kind: count for kind in fused_rules if (count := kind[1]) is not None}
+        self.recipes = fuse_all(fused_rules, apply, counters)
+        found = [host for recipe in self.recipes.values() for host in recipe.host_schedules.values()]
+        self.host_schedules = list({host.column: host for host in found}.values())
         schedules = [
             bound.values[hyper]
             for bound in self.bound_rules.values()
@@ -227,7 +227,7 @@ def cut_into_regions(
     apply: bool,
     n_leaves: int,
     scopes: Sequence[int] | None = None,
-    counting: Sequence[Counting] | None = None,
+    counting: Sequence[StepCounter] | None = None,
 ) -> list[Region | Opaque]:
     """Cuts a chain into segments: regions, and the opaque transformations between them.
 

@@ -307,7 +307,7 @@ class SegmentedStep(abc.ABC, Generic[RegionT, InputsT]):
         self.segments, self.devices, self.extras = segments, devices, extras
         self.regions = [segment for segment in segments if not isinstance(segment, Opaque)]
         self.traced = [segment.region for segment in self.regions if segment.region.traced]
-        by_python = [bool(segment.region.hosts or segment.leafwise) for segment in self.regions]
+        by_python = [bool(segment.region.host_schedules or segment.leafwise) for segment in self.regions]
         self.runs_python = any(by_python) or len(self.regions) < len(segments)
         self.looks_ahead = (len(segments) > 1 or len(devices) > 1) and can_capture(devices)
         self.number_watch = NumberWatch()

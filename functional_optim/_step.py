@@ -66,7 +66,7 @@ class TreeRegion(BoundRegion):
     def host_columns(self, columns: Columns, states: Mapping[int, Any]) -> Columns:
         """The values of schedules that Python evaluates, as columns."""
         found: Columns = {}
-        for host in self.region.hosts:
+        for host in self.region.host_schedules:
             count = states[host.counter[0]].count  # type: ignore[index]
             refuse_host_schedule(host.name, [count.device])
             devices = [x.device if isinstance(x, torch.Tensor) else None for x in columns["updates"]]
@@ -248,7 +248,7 @@ class TreeStep(TreeLeaves, SegmentedStep[TreeRegion, TreeInputs]):
         in_place = inputs.donate and last
         states = segment.state_reader.states(inputs.state)
         own = segment.state_reader.columns(states, columns, in_place)
-        if segment.region.hosts:
+        if segment.region.host_schedules:
             own |= segment.host_columns(columns, states)
         if inputs.watch is not None and not inputs.watch.holds(columns["params"]):
             raise RuntimeError(CHANGED_MESSAGE)

@@ -210,12 +210,12 @@ def broadcast_prefix(prefix: Tree, spec: Spec) -> list[Any]:
       ValueError: the tree is not a prefix.
     """
     leaves, own = flatten(prefix)
-    spread: list[Any] = [None] * spec.num_leaves
+    filled: list[Any] = [None] * spec.num_leaves
     # by key: the leaves of a plain dict and of an ordered one with the same keys come in different orders
     for x, part in zip(leaves, leaves_like(own, spec.unflatten(range(spec.num_leaves))), strict=True):
         for k in flatten(part)[0]:
-            spread[k] = x
-    return spread
+            filled[k] = x
+    return filled
 
 
 def difference(expected: Spec, tree: Tree) -> str:

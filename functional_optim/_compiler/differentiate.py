@@ -116,8 +116,8 @@ RULES: dict[str, DerivativeRule] = {
     "maximum": lambda x, y, out, d: [_half_where(x, y, True, d), _half_where(y, x, True, d)],
     "minimum": lambda x, y, out, d: [_half_where(x, y, False, d), _half_where(y, x, False, d)],
     "where": lambda c, x, y, out, d: [None, d.tracer.op("where", c, d, 0.0), d.tracer.op("where", c, 0.0, d)],
-    "spread": lambda x, out, d: [d],
-    "real": _zeros(1),
+    "broadcast": lambda x, out, d: [d],
+    "from_bool": _zeros(1),
     "lerp": _lerp,
     "addcmul": lambda s, x, y, v, out, d: [d, d * (v * y), d * (v * x), d * (x * y)],
     "addcdiv": _addcdiv,
@@ -225,7 +225,7 @@ class _Reversal:
         """The sum of a number of each leaf over all leaves."""
         t = self.t
         t.scope = cotangent(value.name)
-        return t.reduce("tree_sum", t.spread(t.op("div", d, t.input("size"))))
+        return t.reduce("tree_sum", t.broadcast(t.op("div", d, t.input("size"))))
 
 
 def differentiate(

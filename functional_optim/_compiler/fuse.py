@@ -52,17 +52,17 @@ class Recipe(NamedTuple):
       scalars: the source of each number of a row of the scalar table.
       slots: for each stored input and output, the position of its transformation and the slot's name; for an extra
         argument that is a tree, its `extra_key`.
-      hosts: schedules that Python evaluates, by the name of the input that their value is.
+      host_schedules: schedules that Python evaluates, by the name of the input that their value is.
     """
 
     program: Program
     scalars: tuple[ScalarSource, ...]
     slots: dict[str, tuple[int, str]]
-    hosts: dict[str, "HostSchedule"]
+    host_schedules: dict[str, "HostSchedule"]
 
     def key_of(self, name: str) -> str | tuple[int, str]:
         """The key of the column that an input or output of the program is."""
-        host = self.hosts.get(name)
+        host = self.host_schedules.get(name)
         return self.slots.get(name, name) if host is None else host.column
 
     def column_keys(self) -> list[str | tuple[int, str]]:
@@ -87,7 +87,7 @@ class HostSchedule(NamedTuple):
     column: str
 
 
-class Part(NamedTuple):
+class FusedRule(NamedTuple):
     """A transformation to be fused.
 
     Args:
@@ -105,7 +105,7 @@ class Part(NamedTuple):
     entered: str | None = None
 
 
-class Counting(NamedTuple):
+class StepCounter(NamedTuple):
     """The counter of a leaf that counts its own steps, and the condition under which one is taken.
 
     Without it each transformation has a counter for all leaves, `count`, which the program reads and does not write.
@@ -121,7 +121,7 @@ class Counting(NamedTuple):
 
 
 def fuse_all(
-    recipes: Mapping[_Key, Sequence[Part]], apply: bool, counting: Mapping[_Key, Counting] | None = None
+    recipes: Mapping[_Key, Sequence[FusedRule]], apply: bool, counting: Mapping[_Key, StepCounter] | None = None
 ) -> dict[_Key, Recipe]:
     """Traces the programs of leaves that different transformations see; see `trace_together`.
 
@@ -139,20 +139,23 @@ def fuse_all(
 
     def trace(stages: Mapping[str, int]) -> dict[_Key, Recipe]:
         return {
-            key: fuse(parts, apply, stages, counting[key] if counting is not None else None)
-            for key, parts in recipes.items()
+            key: fuse(fused_rules, apply, stages, counting[key] if counting is not None else None)
+            for key, fused_rules in recipes.items()
         }
 
     return trace_together(trace, lambda traced: [recipe.program for recipe in traced.values()])
 
 
 def fuse(
-    parts: Sequence[Part], apply: bool, stages: Mapping[str, int] | None = None, counting: Counting | None = None
+    fused_rules: Sequence[FusedRule],
+    apply: bool,
+    stages: Mapping[str, int] | None = None,
+    counting: StepCounter | None = None,
 ) -> Recipe:
     """Traces transformations, in order, into one program.
 
     Args:
-      parts: rules with their hyper-parameters and positions in the chain.
+      fused_rules: rules with their hyper-parameters and positions in the chain.
       apply: whether the program ends by adding the updates to the parameters.
       stages: the earliest stages of tree reductions.
       counting: the counter of each leaf; None where transformations count for all leaves.
@@ -164,7 +167,7 @@ def fuse(
     Raises:
       RuleError: a rule does something that a kernel cannot.
     """
-    return _Fusion(stages, counting).run(parts, apply)
+    return _Fusion(stages, counting).run(fused_rules, apply)
 
 
 def follows_counter(schedule: Callable[[Any], Any]) -> bool:
@@ -174,24 +177,24 @@ def follows_counter(schedule: Callable[[Any], Any]) -> bool:
     """
     fusion = _Fusion(None, None)
     fusion.schedule(schedule, fusion.number_per_leaf("count"), 0, "schedule")
-    return not fusion.hosts and not calls_functions(schedule)
+    return not fusion.host_schedules and not calls_functions(schedule)
 
 
 class _Fusion:
     """One tracing of some transformations."""
 
-    def __init__(self, stages: Mapping[str, int] | None, counting: Counting | None) -> None:
+    def __init__(self, stages: Mapping[str, int] | None, counting: StepCounter | None) -> None:
         self.t = Tracer(stages)
         self.counting = counting
         self.sources: dict[str, ScalarSource] = {}
-        self.hosts: dict[str, HostSchedule] = {}
+        self.host_schedules: dict[str, HostSchedule] = {}
         self.slots: dict[str, tuple[int, str]] = {}
         self.per_leaf: set[str] = set()
         self.own_numbers: set[str] = set()  # numbers per leaf that are not one for all leaves
         self.stored: dict[str, Symbol] = {}  # the content of every slot before the step
 
-    def run(self, parts: Sequence[Part], apply: bool) -> Recipe:
-        """The program of all parts; see `fuse`."""
+    def run(self, fused_rules: Sequence[FusedRule], apply: bool) -> Recipe:
+        """The program of all rules; see `fuse`."""
         t, counting = self.t, self.counting
         updates, params = t.input("array", "updates"), t.input("array", "params")
         u: Any = updates
@@ -199,18 +202,18 @@ class _Fusion:
             u = t.op("div", u, self.scalar("grad_scale", ScalarSource("extra", -1, "grad_scale")))
         outputs: dict[str, Any] = {}
         names: list[str] = []
-        trail = [(-1, u)]  # the update behind each part
-        for part in parts:
-            rule = part.bound.rule
+        trail = [(-1, u)]  # the update behind each rule
+        for fused in fused_rules:
+            rule = fused.bound.rule
             numbered = (rule.name if k == 1 else f"{rule.name}_{k}" for k in itertools.count(1))
             name = next(n for n in numbered if n not in names)
             names.append(name)
-            t.scope = f"{rule.name}@{part.scope}"
-            before: Any = t.input("array", part.entered) if part.entered is not None else None
-            if part.opens is not None:
-                before = next(x for position, x in reversed(trail) if position < part.opens)
-            u, after = self.call(part, name, u, before, params)
-            trail.append((part.position, u))
+            t.scope = f"{rule.name}@{fused.scope}"
+            before: Any = t.input("array", fused.entered) if fused.entered is not None else None
+            if fused.opens is not None:
+                before = next(x for position, x in reversed(trail) if position < fused.opens)
+            u, after = self.call(fused, name, u, before, params)
+            trail.append((fused.position, u))
             outputs.update({k: x for k, x in after.items() if not self.unchanged(k, x)})
         final = {"params": params + u} if apply else {"updates": u}
         if counting is not None and counting.advance:
@@ -222,8 +225,8 @@ class _Fusion:
             outputs = {k: t.op("where", t.op("eq", found, 0.0), x, before[k]) for k, x in outputs.items()}
         program = t.finish(outputs, frozenset(self.per_leaf))
         self.sources |= {name: ScalarSource("value", -1, name, x) for name, x in t.captured.items()}
-        hosts = {name: host for name, host in self.hosts.items() if name in program.leaves}
-        return Recipe(program, tuple(self.sources[name] for name in program.scalars), self.slots, hosts)
+        host_schedules = {name: host for name, host in self.host_schedules.items() if name in program.leaves}
+        return Recipe(program, tuple(self.sources[name] for name in program.scalars), self.slots, host_schedules)
 
     def scalar(self, name: str, source: ScalarSource) -> Symbol:
         """A number of the scalar table."""
@@ -240,40 +243,40 @@ class _Fusion:
         """Whether the new value of a slot is the one before, so that there is nothing to write."""
         return isinstance(x, Symbol) and x.index == self.stored[name].index
 
-    def call(self, part: Part, name: str, u: Any, entered: Any, params: Symbol) -> tuple[Any, dict[str, Any]]:
+    def call(self, fused: FusedRule, name: str, u: Any, entered: Any, params: Symbol) -> tuple[Any, dict[str, Any]]:
         """Calls one rule: the new update, and the new values of its slots.
 
         Args:
-          part: the rule.
+          fused: the rule.
           name: its name, which no other has.
           u: the update.
           entered: the update that entered the transformations inside it, if it wraps some.
           params: the parameter.
         """
-        rule, count = part.bound.rule, self.count_of(part, name)
-        keywords = self.keywords(part, name, count)
-        first = self.first(part, name, count)
+        rule, count = fused.bound.rule, self.count_of(fused, name)
+        keywords = self.keywords(fused, name, count)
+        first = self.first(fused, name, count)
         if rule.takes_first:
             keywords["first"] = first
-        before = self.slots_before(part, name, u, first)
+        before = self.slots_before(fused, name, u, first)
         outer = [entered] if rule.wraps else []
         result = rule.fn(u, *outer, *([params] if rule.uses_params else []), *before, **keywords)
         u, *after = _results(rule, result)
         for (slot_name, slot), x in zip(rule.slots.items(), after, strict=True):
             if slot.per_tree and isinstance(x, Symbol):
                 self.refuse_parts(rule, slot_name, x)
-        return self.t.spread(u), {f"{name}.{k}": x for k, x in zip(rule.slots, after, strict=True)}
+        return self.t.broadcast(u), {f"{name}.{k}": x for k, x in zip(rule.slots, after, strict=True)}
 
-    def count_of(self, part: Part, name: str) -> Symbol | None:
+    def count_of(self, fused: FusedRule, name: str) -> Symbol | None:
         """The number of steps taken so far, for a rule that counts them."""
-        if self.counting is None and part.bound.counted:
-            self.slots[f"{name}.count"] = (part.position, "count")
+        if self.counting is None and fused.bound.counted:
+            self.slots[f"{name}.count"] = (fused.position, "count")
             return self.number_per_leaf(f"{name}.count")
-        return self.number_per_leaf("step") if part.bound.uses_step else None
+        return self.number_per_leaf("step") if fused.bound.uses_step else None
 
-    def keywords(self, part: Part, name: str, count: Symbol | None) -> dict[str, Any]:
+    def keywords(self, fused: FusedRule, name: str, count: Symbol | None) -> dict[str, Any]:
         """The keyword arguments of a rule: the step, hyper-parameters and extra arguments."""
-        t, position, bound = self.t, part.position, part.bound
+        t, position, bound = self.t, fused.position, fused.bound
         found: dict[str, Any] = {}
         if bound.rule.uses_step:
             found["step"] = t.op("add", count, 1.0)
@@ -294,22 +297,22 @@ class _Fusion:
             found[extra] = t.input("array", extra)
         return found
 
-    def first(self, part: Part, name: str, count: Symbol | None) -> Symbol | None:
+    def first(self, fused: FusedRule, name: str, count: Symbol | None) -> Symbol | None:
         """The condition that a step is the first one, for a rule to which it makes a difference."""
-        rule = part.bound.rule
+        rule = fused.bound.rule
         if not rule.uses_first:
             return None
         if self.counting is None or not rule.slots:
             return self.t.op("eq", count, 0.0)
         label = f"{name}.first"
-        return self.t.op("ne", self.scalar(label, ScalarSource("first", part.position, label)), 0.0)
+        return self.t.op("ne", self.scalar(label, ScalarSource("first", fused.position, label)), 0.0)
 
-    def slots_before(self, part: Part, name: str, u: Any, first: Symbol | None) -> list[Any]:
+    def slots_before(self, fused: FusedRule, name: str, u: Any, first: Symbol | None) -> list[Any]:
         """The content of the slots of a rule before the step."""
         before = []
-        for slot_name, slot in part.bound.rule.slots.items():
+        for slot_name, slot in fused.bound.rule.slots.items():
             full = f"{name}.{slot_name}"
-            self.slots[full] = (part.position, slot_name)
+            self.slots[full] = (fused.position, slot_name)
             x = self.number_per_leaf(full) if slot.per_leaf else self.t.input("array", full)
             self.stored[full] = x
             if slot.per_leaf and not slot.per_tree:
@@ -352,7 +355,7 @@ class _Fusion:
             return self.t.symbol(x)
         name = f"{name}()" if name in self.slots else name  # a hyper-parameter `count`, beside the counter
         counter = (position, "count") if self.counting is None else "step"
-        self.hosts[name] = HostSchedule(name, schedule, counter, f"{name.rpartition('.')[2]}@{position}")
+        self.host_schedules[name] = HostSchedule(name, schedule, counter, f"{name.rpartition('.')[2]}@{position}")
         return self.t.input("leaf", name)
 
     def forms(self, schedule: Callable[[Any], Any], position: int, name: str) -> list[Callable[[Any], Any]]:

@@ -20,7 +20,7 @@ K = TypeVar("K", bound=Hashable)
 
 def each_leaf(value: Value, operands: list[Column], dtype: torch.dtype) -> Column:
     """Applies an operation leaf by leaf."""
-    if value.op == "real":
+    if value.op == "from_bool":
         return [x.to(dtype) for x in operands[0]]
     return [OPS[value.op].eager(*xs) for xs in zip(*operands, strict=True)]
 
@@ -149,7 +149,7 @@ class _Evaluation:
         """One value per element, computed in `dtype`."""
         value = self.program.values[i]
         operands = [self.operand(a, value.level, dtype, wide) for a in value.args]
-        if value.op == "spread":
+        if value.op == "broadcast":
             return [x.expand(t.shape) for x, t in zip(operands[0], self.like, strict=True)]
         return self.elementwise(value, operands, dtype)
 
@@ -174,7 +174,7 @@ class _Evaluation:
             return list([REDUCTIONS[value.reduction].eager(torch.stack(parts))] * n_rows)
         if value.reduction:
             return self.reduced[i]
-        fn = torch.Tensor.double if value.op == "real" else OPS[value.op].eager
+        fn = torch.Tensor.double if value.op == "from_bool" else OPS[value.op].eager
         return each_distinct(fn, *[self.operand(a, value.level, torch.float64) for a in value.args])
 
     def operand(self, i: int, level: Level, dtype: torch.dtype, wide: bool = False) -> Column:
@@ -207,7 +207,7 @@ class _Evaluation:
             value = self.program.values[output.value]
             if output.level is not Level.ELEMENT:
                 column = [x.to(dtype, copy=True) for x in column]
-            elif value.uniform or value.op == "spread":
+            elif value.uniform or value.op == "broadcast":
                 column = [x.to(dtype).expand(t.shape).clone() for x, t in zip(column, self.like, strict=True)]
             else:
                 column = [x.to(dtype) for x in column]

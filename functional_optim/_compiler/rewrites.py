@@ -178,7 +178,7 @@ def _of_leaf(rewrite: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _like(t: Recorder, x: Any, value: Any) -> Any:
-    return t.spread(value) if t.level(x) is Level.ELEMENT else t.symbol(value)
+    return t.broadcast(value) if t.level(x) is Level.ELEMENT else t.symbol(value)
 
 
 def _nan_to_num(t: Recorder, x: Any, nan: float = 0.0, posinf: float | None = None, neginf: float | None = None) -> Any:
@@ -288,7 +288,7 @@ REWRITES: dict[str, Callable[..., Any]] = {
     "masked_fill": lambda t, x, mask, value: t.op("where", mask, value, x),
     "addcmul": _value("addcmul"),
     "addcdiv": _value("addcdiv"),
-    "real": lambda t, x: t.symbol(x),
+    "from_bool": lambda t, x: t.symbol(x),
     "to": _to,
     "type_as": lambda t, x, other: x,
     "float": lambda t, x: _to(t, x, torch.float32),

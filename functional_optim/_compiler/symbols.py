@@ -38,7 +38,7 @@ class Recorder(Protocol):
     def reduce(self, kind: str, x: Any) -> "Symbol":
         """Adds a reduction."""
 
-    def spread(self, x: Any) -> "Symbol":
+    def broadcast(self, x: Any) -> "Symbol":
         """Makes a value one per element."""
 
     def behind_spread(self, x: Any) -> "Symbol | None":

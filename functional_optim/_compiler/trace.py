@@ -104,7 +104,7 @@ class Tracer:
             if wants_truth and not is_truth:
                 x = self.op("ne", x, 0.0)
             elif is_truth and not wants_truth:
-                x = self.op("real", x)
+                x = self.op("from_bool", x)
             symbols.append(x)
         operands = [self.values[x.index] for x in symbols]
         return self.add(
@@ -140,14 +140,14 @@ class Tracer:
         """Whether a value is a number that follows from a reduction."""
         return isinstance(x, Symbol) and self.values[x.index].uniform and self.values[x.index].stage > 0
 
-    def spread(self, x: Any) -> Symbol:
+    def broadcast(self, x: Any) -> Symbol:
         """Makes a value one per element, so that later operations may reduce it."""
         y = self.symbol(x)
-        y = self.op("real", y) if self.values[y.index].boolean else y
+        y = self.op("from_bool", y) if self.values[y.index].boolean else y
         value = self.values[y.index]
         if value.level is Level.ELEMENT:
             return y
-        return self.add(Value("spread", (y.index,), level=Level.ELEMENT, stage=value.stage))
+        return self.add(Value("broadcast", (y.index,), level=Level.ELEMENT, stage=value.stage))
 
     def level(self, x: Any) -> Level:
         """The number of values that a symbol stands for: per row, per leaf, or per element."""
@@ -156,7 +156,7 @@ class Tracer:
     def behind_spread(self, x: Any) -> Symbol | None:
         """The uniform value that a value per element repeats, if it is known to."""
         value = self.values[self.symbol(x).index]
-        return Symbol(self, value.args[0]) if value.op == "spread" else None
+        return Symbol(self, value.args[0]) if value.op == "broadcast" else None
 
     def reduce(self, kind: str, x: Any) -> Symbol:
         """Adds a reduction; `kind` is `"leaf_"` or `"tree_"` and a row of `REDUCTIONS`."""
@@ -165,7 +165,7 @@ class Tracer:
         if same is not None and kind.startswith("leaf_"):  # needs no pass
             return self.op("mul", self.input("size"), same) if kind == "leaf_sum" else same
         if self.values[x.index].boolean:
-            x = self.op("real", x)
+            x = self.op("from_bool", x)
         value = self.values[x.index]
         if value.level is not Level.ELEMENT:
             raise RuleError(f"{where()} reduces a value that is the same for every element.")
@@ -191,7 +191,7 @@ class Tracer:
         for name, x in outputs.items():
             y = self.symbol(x)
             if self.values[y.index].boolean:
-                y = self.op("real", y)
+                y = self.op("from_bool", y)
             if name in per_leaf and self.values[y.index].level is Level.ELEMENT:
                 raise RuleError(
                     f"The new value of `{name}` differs per element, but its slot holds one number per leaf."

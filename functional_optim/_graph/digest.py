@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from .._compiler.fuse import Part, fuse
+from .._compiler.fuse import FusedRule, fuse
 from .._compiler.rule import Rule
 from .._schedules.traced import has_fixed_key
 from .._transform import Declared, GradientTransformation
@@ -45,11 +45,11 @@ def digest_of(part: GradientTransformation) -> str:
     here = f"{PROCESS_ID} {_SERIALS.setdefault(bound.rule, next(_COUNTER))}"
     if bound.rule.whole:
         return here
-    recipe = fuse([Part(0, 0, bound, entered="entered" if bound.rule.wraps else None)], apply=False)
+    recipe = fuse([FusedRule(0, 0, bound, entered="entered" if bound.rule.wraps else None)], apply=False)
     numbers = [(x.name, x.value if isinstance(x.value, (int, float)) else None) for x in recipe.scalars]
     captured = any(x.name.startswith("captured.") for x in recipe.scalars)  # a tensor that the rule refers to
     text = f"{recipe.program}\n{numbers}"
-    return here if recipe.hosts or captured else f"program {hashlib.sha256(text.encode()).hexdigest()}"
+    return here if recipe.host_schedules or captured else f"program {hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def is_edited(part: GradientTransformation, digest: str) -> bool:

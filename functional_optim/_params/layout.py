@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from .._compiler.fuse import Counting
+from .._compiler.fuse import StepCounter
 from .._extras import extras_of
 from .._regions import Region, cut_into_regions
 from .._transform import Link, Path
@@ -35,7 +35,7 @@ class ChainLayout:
         self.templates, self.params, self.guarded = tuple(templates), params, guarded
         self.view = view_of(params.names, params.tensors)
         links, scopes, self.keys, steps = self._links(warn)
-        counting = [Counting(advance, guarded) for advance in steps]
+        counting = [StepCounter(advance, guarded) for advance in steps]
         self.segments = cut_into_regions(links, True, len(params.names), scopes, counting)
         regions = [segment for segment in self.segments if isinstance(segment, Region)]
         self.traced = [region for region in regions if region.traced]

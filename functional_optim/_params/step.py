@@ -334,9 +334,11 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
         }
 
     def _run(self, segment: ParamRegion, columns: Columns, inputs: ParamInputs, last: bool) -> bool:
-        if segment.region.hosts:
+        if segment.region.host_schedules:
             columns |= self._host_columns(segment, inputs.states)
-        if inputs.watch is not None and (segment.region.hosts or segment is not self.segments[0]):  # Python has run
+        if inputs.watch is not None and (
+            segment.region.host_schedules or segment is not self.segments[0]
+        ):  # Python has run
             columns["params"] = self.local.of("params", inputs.params)
             if not inputs.watch.holds(columns["params"]):
                 raise RuntimeError(CHANGED_MESSAGE)
@@ -363,7 +365,7 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
     def _host_columns(self, segment: ParamRegion, states: States) -> Columns:
         """The values of schedules that Python evaluates, as columns."""
         found: Columns = {}
-        for host in segment.region.hosts:
+        for host in segment.region.host_schedules:
             refuse_host_schedule(host.name, self.state.devices)
             counts = [None if (x := state.get("step")) is None else int(x) for state in states]
             found[host.column] = host_column(host, counts, self.state.devices)

@@ -32,7 +32,7 @@ class Asked(threading.local):
 
 
 ASKED = Asked()
-_given_up: dict[str, str] = {}  # backends that failed to build a kernel in this process, and the reason
+_disabled: dict[str, str] = {}  # backends that failed to build a kernel in this process, and the reason
 _warned: set[str] = set()  # reasons that a warning has named
 
 
@@ -122,7 +122,7 @@ def choose_backend(device: torch.device, where: str = "") -> tuple[str, str]:
     if asked is not None:
         check_backend(asked, device, where)
     best = "triton" if asked == "triton" or (asked is None and device.type == "cuda") else "c"
-    why = _why_never(best, device) or _given_up.get(best, "")
+    why = _why_never(best, device) or _disabled.get(best, "")
     if not why:
         return best, ""
     if device.type not in ("cpu", "cuda"):
@@ -165,10 +165,10 @@ def _why_never(backend: str, device: torch.device) -> str:
     return ""
 
 
-def give_up(backend: str, why: str) -> None:
+def disable_backend(backend: str, why: str) -> None:
     """Remembers that a backend cannot build kernels, so that it is not tried at every step; warns once."""
-    _given_up.setdefault(backend, why)
-    _warn_of(_given_up[backend])
+    _disabled.setdefault(backend, why)
+    _warn_of(_disabled[backend])
 
 
 def _warn_of(why: str) -> None:
@@ -177,8 +177,8 @@ def _warn_of(why: str) -> None:
         warn(f"Updates are computed without generated kernels, and slower: {why}.")
 
 
-def try_again() -> None:
-    """Forgets which backends were given up."""
-    _given_up.clear()
+def enable_backends() -> None:
+    """Has backends that could not build a kernel tried anew."""
+    _disabled.clear()
     _warned.clear()
     _has_triton.cache_clear()

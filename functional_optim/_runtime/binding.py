@@ -94,7 +94,7 @@ class BoundPrograms(Programs):
     def _choose_backends(self) -> list[tuple[str, list[int]]]:
         """The backends, and the groups that each computes; those on one device run together.
 
-        Kernels are built here, so that a backend that cannot build one is given up before anything is bound.
+        Kernels are built here, so that a backend that cannot build one is disabled before anything is bound.
         """
         if not self.plain or self.spans_devices or (self.joins and len(self.devices) != 1):
             return [("reference", list(range(len(self.groups))))]

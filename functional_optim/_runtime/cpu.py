@@ -11,7 +11,7 @@ import torch
 
 from .._compiler.c.build import load_c
 from .._compiler.c.emit import emit_c
-from .._compiler.c.threads import SERIAL, parallel_address
+from .._compiler.c.threads import MIN_PARALLEL_NUMEL, parallel_address
 from .._compiler.cache import BuildError
 from .._compiler.passes import Signature, plan
 from .._compiler.program import Level
@@ -189,7 +189,7 @@ class CpuLaunches:
         first = 0
         for group, chunks, partials, at, table in zip(groups, self.cuts, self.buffers, places, tables, strict=True):
             n_elements = sum(group.table.sizes)
-            own_threads = min(n_threads, len(chunks.leaf)) if n_elements > SERIAL else 1
+            own_threads = min(n_threads, len(chunks.leaf)) if n_elements > MIN_PARALLEL_NUMEL else 1
             runs = _runs(chunks, n_elements, own_threads)
             s = _Struct(n_leaves=len(group.leaves), n_rows=len(group.sources), n_partials=total, first_partial=first)
             s.n_threads, s.n_runs, s.parallel_for = own_threads, len(runs) - 1, parallel_address()

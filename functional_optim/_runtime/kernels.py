@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from .._compiler.cache import BuildError
-from .backend import give_up
+from .backend import disable_backend
 from .cpu import compile_c
 from .cuda.loaded import load_kernels
 from .groups import Group
@@ -17,11 +17,11 @@ COMPILE: dict[str, Callable[[Group], Any]] = {
 
 
 def build_kernels(backend: str, groups: Iterable[Group]) -> bool:
-    """Builds the kernels of groups; returns False, and gives the backend up, if one cannot be built."""
+    """Builds the kernels of groups; returns False, and disables the backend, if one cannot be built."""
     try:
         for group in groups:
             COMPILE[backend](group)
     except BuildError as error:
-        give_up(backend, str(error))
+        disable_backend(backend, str(error))
         return False
     return True

@@ -440,7 +440,7 @@ class MembersStep(Programs):
         rows = row * n_rows
         for k, x in enumerate(table):
             if isinstance(x, Stack):
-                numbers = self.ensemble.spread(x) if n_rows > 1 else x.tensor.detach().reshape(1)
+                numbers = self.ensemble.numbers(x) if n_rows > 1 else x.tensor.detach().reshape(1)
                 if self.launch is not None and x.tensor.device == self.device:
                     rows[k] = MemberNumbers(numbers, distance)
                 else:

@@ -80,7 +80,7 @@ class Ensemble:
       >>> pair = Ensemble((2, 3))
       >>> pair.offsets(Stack(torch.zeros(3, 5), (False, True)))
       [0, 5, 10, 0, 5, 10]
-      >>> pair.spread(Stack(torch.tensor([1.0, 2.0]), (True, False))).tolist()
+      >>> pair.numbers(Stack(torch.tensor([1.0, 2.0]), (True, False))).tolist()
       [1.0, 1.0, 1.0, 2.0, 2.0, 2.0]
     """
 
@@ -94,7 +94,7 @@ class Ensemble:
         members = itertools.product(*map(range, self.sizes))
         return [sum(k * step for k, step in zip(member, steps, strict=True)) for member in members]
 
-    def spread(self, stack: Stack) -> torch.Tensor:
+    def numbers(self, stack: Stack) -> torch.Tensor:
         """For each member, its number, in one tensor."""
         shape = [size if there else 1 for size, there in zip(self.sizes, stack.stacked, strict=True)]
         return stack.tensor.detach().reshape(shape).expand(self.sizes).flatten()

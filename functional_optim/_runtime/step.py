@@ -14,7 +14,7 @@ import torch
 from .._compiler.cache import BuildError
 from .._compiler.call import Column
 from .._compiler.program import Level
-from .backend import give_up
+from .backend import disable_backend
 from .binding import Binding, BoundPrograms
 from .cpu import CpuLaunches, Pool
 from .cuda.launch import DeviceMemory
@@ -259,7 +259,7 @@ class BoundStep(BoundPrograms):
                 elif backend == "triton":
                     ready[k] = self.triton[k].prepare(workspace.pointers, tables, workspace.device[k])
         except BuildError as error:
-            give_up("triton", str(error))
+            disable_backend("triton", str(error))
             self.parts = [("foreach" if backend == "triton" else backend, part) for backend, part in self.parts]
         return ready
 

@@ -34,7 +34,7 @@ def restart() -> None:
             for x in vars(module).values():
                 if isinstance(x, functools._lru_cache_wrapper):
                     x.cache_clear()
-    _backend.try_again()
+    _backend.enable_backends()
 
 
 def script(path: Path, text: str) -> Path:

@@ -22,7 +22,9 @@ from ..program import Level, Program
 
 
 BLOCK = 512  # elements per block of a reducing pass; one block of each reduced value stays in the first-level cache
-STRIP = 64  # elements after which more of the next chunk is asked for; a whole number of vectors and of cache lines
+PREFETCH_STRIDE = (
+    64  # elements after which more of the next chunk is asked for; a whole number of vectors and of cache lines
+)
 
 HEADER = files(__package__).joinpath("kernel.h").read_text("utf-8")
 
@@ -259,7 +261,8 @@ class _Emitter:
         inner = [
             "const int64_t leaf = l->chunk_leaf[chunk], start = l->chunk_start[chunk], stop = l->chunk_stop[chunk];",
             "const int64_t later = chunk + 1 < until ? chunk + 1 : chunk, next = l->chunk_leaf[later];",
-            f"const int64_t ahead = l->chunk_start[later] - start, strip = later > chunk ? {STRIP} : stop - start;",
+            "const int64_t ahead = l->chunk_start[later] - start;",
+            f"const int64_t strip = later > chunk ? {PREFETCH_STRIDE} : stop - start;",
         ]
         products = {i: self.factors(i) for i in p.body}
         in_double = {a for i in p.wide for a in values[i].args}

@@ -17,7 +17,7 @@ import sys
 import torch
 
 
-SERIAL = 1 << 14  # elements below which waking other threads costs more than it saves
+MIN_PARALLEL_NUMEL = 1 << 14  # elements below which waking other threads costs more than it saves
 
 
 @functools.lru_cache(maxsize=1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import functional_optim as fo
-from functional_optim._compiler.c.threads import SERIAL, parallel_address
+from functional_optim._compiler.c.threads import MIN_PARALLEL_NUMEL, parallel_address
 from functional_optim._runtime import cpu
 
 
@@ -45,7 +45,7 @@ def test_a_torch_that_wakes_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     address = ctypes.cast(refusing, ctypes.c_void_p).value
     monkeypatch.setattr(cpu, "parallel_address", lambda: address)
     torch.set_num_threads(2)
-    params = [torch.arange(2.0 * SERIAL), torch.ones(3)]
+    params = [torch.arange(2.0 * MIN_PARALLEL_NUMEL), torch.ones(3)]
     tx = fo.sgd(0.5)
 
     with fo.use_backend("c"):
