@@ -30,14 +30,10 @@ def needs_dispatch() -> bool:
 
     They follow operations of torch, and raw pointers would bypass them. The public API has no question for the first
     three: `torch._C._functorch.peek_interpreter_stack` (a transformation is entered), `forward_ad._current_level` (a
-    level of dual numbers is open) and `torch._C._len_torch_dispatch_stack` (modes that are entered).
+    level of dual numbers is open), `torch._C._len_torch_dispatch_stack` (modes that are entered) and
+    `torch._C._dispatch_tls_is_dispatch_key_included` (modes before autograd, as of `make_fx(pre_dispatch=True)`).
     """
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch.compiler.is_compiling()
-    )
+    return torch._C._functorch.peek_interpreter_stack() is not None or _others_follow()
 
 
 def in_transformation() -> bool:
@@ -177,11 +173,12 @@ def map_levels() -> tuple[MapLevel, ...]:
 
 
 def _others_follow() -> bool:
-    """Whether something follows operations that is no transformation; `needs_dispatch` asks the same, for less."""
+    """Whether something follows operations that is no transformation; see `needs_dispatch`."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch.autograd.forward_ad._current_level >= 0
         or torch.compiler.is_compiling()
+        or torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
     )
 
 

@@ -39,11 +39,22 @@ class Both(torch.nn.Module):
         return self.pure(*given), self.donated(*others)
 
 
-def test_make_fx_traces_the_reference() -> None:
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+@pytest.mark.parametrize("mode", ["real", "fake"])
+def test_make_fx_traces_the_reference(mode: str, pre_dispatch: bool) -> None:
     tx = CHAINS["schedule"]()
     params, state = start(tx)
-    graph = make_fx(lambda *args: fo.apply_gradients(tx, *args), tracing_mode="fake")(params, params, state)
-    assert_close(graph(params, params, state), fo.apply_gradients(tx, params, params, state))
+    step = make_fx(lambda *args: fo.apply_gradients(tx, *args), tracing_mode=mode, pre_dispatch=pre_dispatch)
+    graph = step(params, {k: 3 * p for k, p in params.items()}, state)
+    others = {k: 2 * p for k, p in params.items()}
+    assert_close(graph(others, params, state), fo.apply_gradients(tx, others, params, state))
+
+
+def test_make_fx_before_dispatch_refuses_donation() -> None:
+    tx = fo.adam(0.1)
+    params, state = start(tx)
+    with pytest.raises(RuntimeError, match="a dispatch mode"):
+        make_fx(lambda *args: fo.apply_gradients(tx, *args, donate=True), pre_dispatch=True)(params, params, state)
 
 
 @pytest.mark.parametrize("tx", [fo.clip_by_block_rms(0.1), fo.scale_by_factored_rms()], ids=["kernels", "whole"])

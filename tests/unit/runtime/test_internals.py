@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from functional_optim._runtime import pointers
@@ -43,6 +44,10 @@ NAMES = {
     "_C._len_torch_dispatch_stack": (
         "internals.needs_dispatch",
         "see how `torch.utils._python_dispatch` counts the modes that are entered",
+    ),
+    "_C._dispatch_tls_is_dispatch_key_included": (
+        "internals.needs_dispatch",
+        "see how `torch._ops` counts the modes that are entered before autograd",
     ),
     "autograd.forward_ad._current_level": (
         "internals.needs_dispatch",
@@ -233,6 +238,7 @@ TRANSFORMS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "jvp": lambda f: lambda x: torch.func.jvp(f, (x,), (x,)),
     "jacrev": torch.func.jacrev,
     "functionalize": torch.func.functionalize,
+    "make_fx before dispatch": lambda f: make_fx(f, pre_dispatch=True),
     "grad in vmap": lambda f: torch.vmap(torch.func.grad(lambda x: f(x[None]))),
 }
 
