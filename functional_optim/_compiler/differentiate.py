@@ -117,7 +117,7 @@ RULES: dict[str, DerivativeRule] = {
     "minimum": lambda x, y, out, d: [_half_where(x, y, False, d), _half_where(y, x, False, d)],
     "where": lambda c, x, y, out, d: [None, d.tracer.op("where", c, d, 0.0), d.tracer.op("where", c, 0.0, d)],
     "broadcast": lambda x, out, d: [d],
-    "from_bool": _zeros(1),
+    "real": _zeros(1),
     "lerp": _lerp,
     "addcmul": lambda s, x, y, v, out, d: [d, d * (v * y), d * (v * x), d * (x * y)],
     "addcdiv": _addcdiv,

@@ -26,7 +26,7 @@ def _words(text: str) -> frozenset[str]:
 
 # names by which Python's operators are recorded, and rows of the table that only the tracer writes
 HIDDEN = _words(
-    "truediv floordiv mod and or xor invert pos radd rsub rmul rdiv rtruediv rpow from_bool broadcast "
+    "truediv floordiv mod and or xor invert pos radd rsub rmul rdiv rtruediv rpow real broadcast "
     "to_float32 to_bfloat16 to_float16 fused_mean fused_mean_square fused_weight fused_shrink fused_number"
 )
 

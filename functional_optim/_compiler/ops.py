@@ -119,7 +119,7 @@ OPS: dict[str, Op] = {
     "where": Op("{0} ? {1} : {2}", "tl.where({0}, {1}, {2})", torch.where, logical="first", arity=3),
     # a uniform value as one per element, so that a reduction counts it once for each
     "broadcast": Op("{0}", "{0} + tl.zeros((BLOCK,), {T})", torch.clone),
-    "from_bool": Op("({T}){0}", "({0}).to({T})", torch.Tensor.to, logical=True),
+    "real": Op("({T}){0}", "({0}).to({T})", torch.Tensor.to, logical=True),
     "lerp": Op(
         "fma{f}(fabs{f}({2}) < ({T})0.5 ? {2} : {2} - 1, {1} - {0}, fabs{f}({2}) < ({T})0.5 ? {0} : {1})",
         "libdevice.fma(tl.where(tl.abs({2}) < 0.5, {2}, {2} - 1), {1} - {0}, tl.where(tl.abs({2}) < 0.5, {0}, {1}))",

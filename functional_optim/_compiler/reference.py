@@ -20,7 +20,7 @@ K = TypeVar("K", bound=Hashable)
 
 def each_leaf(value: Value, operands: list[Column], dtype: torch.dtype) -> Column:
     """Applies an operation leaf by leaf."""
-    if value.op == "from_bool":
+    if value.op == "real":
         return [x.to(dtype) for x in operands[0]]
     return [OPS[value.op].eager(*xs) for xs in zip(*operands, strict=True)]
 
@@ -174,7 +174,7 @@ class _Evaluation:
             return list([REDUCTIONS[value.reduction].eager(torch.stack(parts))] * n_rows)
         if value.reduction:
             return self.reduced[i]
-        fn = torch.Tensor.double if value.op == "from_bool" else OPS[value.op].eager
+        fn = torch.Tensor.double if value.op == "real" else OPS[value.op].eager
         return each_distinct(fn, *[self.operand(a, value.level, torch.float64) for a in value.args])
 
     def operand(self, i: int, level: Level, dtype: torch.dtype, wide: bool = False) -> Column:

@@ -288,7 +288,7 @@ REWRITES: dict[str, Callable[..., Any]] = {
     "masked_fill": lambda t, x, mask, value: t.op("where", mask, value, x),
     "addcmul": _value("addcmul"),
     "addcdiv": _value("addcdiv"),
-    "from_bool": lambda t, x: t.symbol(x),
+    "real": lambda t, x: t.symbol(x),
     "to": _to,
     "type_as": lambda t, x, other: x,
     "float": lambda t, x: _to(t, x, torch.float32),

@@ -104,7 +104,7 @@ class Tracer:
             if wants_truth and not is_truth:
                 x = self.op("ne", x, 0.0)
             elif is_truth and not wants_truth:
-                x = self.op("from_bool", x)
+                x = self.op("real", x)
             symbols.append(x)
         operands = [self.values[x.index] for x in symbols]
         return self.add(
@@ -143,7 +143,7 @@ class Tracer:
     def broadcast(self, x: Any) -> Symbol:
         """Makes a value one per element, so that later operations may reduce it."""
         y = self.symbol(x)
-        y = self.op("from_bool", y) if self.values[y.index].boolean else y
+        y = self.op("real", y) if self.values[y.index].boolean else y
         value = self.values[y.index]
         if value.level is Level.ELEMENT:
             return y
@@ -165,7 +165,7 @@ class Tracer:
         if same is not None and kind.startswith("leaf_"):  # needs no pass
             return self.op("mul", self.input("size"), same) if kind == "leaf_sum" else same
         if self.values[x.index].boolean:
-            x = self.op("from_bool", x)
+            x = self.op("real", x)
         value = self.values[x.index]
         if value.level is not Level.ELEMENT:
             raise RuleError(f"{where()} reduces a value that is the same for every element.")
@@ -191,7 +191,7 @@ class Tracer:
         for name, x in outputs.items():
             y = self.symbol(x)
             if self.values[y.index].boolean:
-                y = self.op("from_bool", y)
+                y = self.op("real", y)
             if name in per_leaf and self.values[y.index].level is Level.ELEMENT:
                 raise RuleError(
                     f"The new value of `{name}` differs per element, but its slot holds one number per leaf."

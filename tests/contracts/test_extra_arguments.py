@@ -66,6 +66,7 @@ def test_extra_arguments_are_new_at_every_step() -> None:
     assert state[1] == {"calls": STEPS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("variant", ["sps", "sps+"])
 def test_the_polyak_step_is_that_of_optax(variant: str, backend: str) -> None:

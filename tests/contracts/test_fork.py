@@ -108,6 +108,7 @@ print(os.waitpid(child, 0)[1])
 """
 
 
+@pytest.mark.slow
 def test_a_child_does_not_wait_for_a_module_that_its_parent_imports(tmp_path: Path) -> None:
     """Triton takes a second to be imported; what the module imports is locked until it is there."""
     (tmp_path / "slow.py").write_text("import pause\npause.wait()\nx = 1\n")

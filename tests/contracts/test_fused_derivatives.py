@@ -461,6 +461,7 @@ def test_a_leaf_without_a_gradient_is_the_same_tensor_unless_autograd_follows(re
 # --- the examples
 
 
+@pytest.mark.slow
 def test_meta_learning_makes_adaptation_better() -> None:
     example = load_script("examples/maml_sinusoid.py")
     model = example.make_model()

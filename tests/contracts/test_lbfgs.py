@@ -28,6 +28,7 @@ def curvature(tree: Tree) -> Tree:
     return tree_map(lambda x: 1 + 3 * torch.linspace(0, 1, x.numel(), dtype=F64).view(x.shape), tree)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("memory_size", "scale_init_precond"), [(1, True), (10, True), (4, False)])
 def test_directions_are_those_of_optax(memory_size: int, scale_init_precond: bool) -> None:
     """Over 25 points of a parabola whose Hessian lies between 1 and 4, where every pair is kept.

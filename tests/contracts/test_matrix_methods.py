@@ -78,6 +78,7 @@ def test_muon_is_that_of_optax(name: str) -> None:
     assert_near(ours, theirs, 1e-5 if name == "spectral" else 1e-10)
 
 
+@pytest.mark.slow
 def test_coefficients_may_differ_from_step_to_step() -> None:
     """optax takes the last of those that are given; here the last one is repeated if there are too few."""
     ours = run(fo.muon(0.02, DION, 3), shapes=MATRICES)
@@ -176,6 +177,7 @@ FACTORED: dict[str, Any] = {
 TENSORS = {**SHAPES, "cube": (3, 5, 4), "turned": (5, 3, 4)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FACTORED)
 def test_adafactor_is_that_of_optax(name: str) -> None:
     """Its decay is a power in float32, whose error of 6e-8 a few steps carry on."""

@@ -105,6 +105,7 @@ def test_schedule_free_parameters_to_evaluate_at() -> None:
     assert zoo.difference(evaluated, {name: m["x"] for name, m in memory.items()}) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     zoo.main()
 

@@ -14,7 +14,7 @@ from ..program import Level
 # digits: two numbers in that range, by which two operations give as many digits as one in double precision
 HALVES = {"mul": ("near", "far"), "div": ("near", "far"), "add": ("high", "low"), "sub": ("high", "low")}
 # operations with the same result whether the number is rounded before or after
-CHOICES = {"where", "maximum", "minimum", "copysign", "broadcast", "from_bool"}
+CHOICES = {"where", "maximum", "minimum", "copysign", "broadcast", "real"}
 
 
 def has_uniform(signature: Signature, number: int) -> bool:

@@ -166,6 +166,7 @@ def interrupted(at: int) -> Iterator[list[int]]:
         sys.settrace(before)
 
 
+@pytest.mark.slow
 def test_an_interrupt_at_any_line_leaves_the_parameters() -> None:
     """On the way in and on the way out."""
     with interrupted(at=0) as lines, averaging().averaged_params():

@@ -538,6 +538,7 @@ class Beside(RuleBasedStateMachine):
         self.compare()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kinds", [NAMED, list(CHAINS)], ids=["classes", "chains"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_drawn_sequences_of_events_beside_torch_and_beside_an_optimizer_that_forgets(kinds: list[str]) -> None:

@@ -63,6 +63,7 @@ def shown(x: Any) -> Any:
     return type(x), repr(x)
 
 
+@pytest.mark.slow
 @ONE_FOLDER
 @given(state=st.dictionaries(st.text() | st.just("__metadata__"), nests, max_size=4))
 def test_what_is_saved_is_what_is_loaded(state: dict[str, Any], tmp_path: Path) -> None:
@@ -214,6 +215,7 @@ def test_any_text(text: str, tmp_path: Path) -> None:
     loads_or_is_refused(write(tmp_path / "state.safetensors", text))
 
 
+@pytest.mark.slow
 @ONE_FOLDER
 @given(text=jsons.map(lambda x: json.dumps({"dict": [["x", {"tensor": "x"}], ["a", x]]})))
 def test_any_text_in_a_state(text: str, tmp_path: Path) -> None:
@@ -255,6 +257,7 @@ CHANGED: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=100)
 @given(name=st.sampled_from(sorted(CHANGED)), data=st.data())
 def test_a_state_that_was_changed_loads_or_is_refused_and_changes_nothing(name: str, data: st.DataObject) -> None:

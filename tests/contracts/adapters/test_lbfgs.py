@@ -84,6 +84,7 @@ class Valleys:
         return torch.round(4 * value.detach()) / 4 if self.plateaus else value.detach()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plateaus", [False, True])
 def test_the_search_is_that_of_torch_in_many_valleys(plateaus: bool) -> None:
     """The points at which 150 functions are evaluated, to the bit."""

@@ -292,6 +292,7 @@ def test_a_scaler_skips_steps_as_with_torch(kwargs: dict[str, Any]) -> None:
             q.copy_(p)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, where it imports the compiler
 @pytest.mark.parametrize("kwargs", [{"name": "SGD"}, {"name": "SparseAdam"}], ids=str)
 def test_a_compiled_step_runs_apart(kwargs: dict[str, Any]) -> None:

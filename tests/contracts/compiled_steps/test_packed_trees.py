@@ -54,6 +54,7 @@ def packed_step(tx: Any, form: str) -> Callable[..., Any]:
     return step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "form"),
     [
@@ -210,6 +211,7 @@ def test_derivatives_and_members_with_packed_trees() -> None:
         assert_close(traced(params, state), fo.apply_gradients(tx, params, params, state))
 
 
+@pytest.mark.slow
 def test_messages_about_packed_trees() -> None:
     """A leaf of another shape, buffers of another length, and updates that are packed in another way."""
     tx = fo.sgd(0.1)

@@ -26,6 +26,7 @@ AS_ONE_OPERATION = pytest.mark.skipif(
 # -- the reference, derivatives, transformations ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inside", [False, True])
 def test_the_reference_is_traced_into_the_graph(inside: bool) -> None:
     """The graph that a compiler gets has the formulas in it, and one of its own as long as the backend is asked for."""
@@ -62,6 +63,7 @@ def keep_numbers(u: Any, seen: Any, total: Any) -> Any:
     return u, 0.5 * seen + fo.leaf_norm(u), 0.5 * total + fo.tree_norm(u)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_numbers_are_donated_to_the_reference_that_is_traced(dtype: torch.dtype) -> None:
     """0-d parameters and slots, to which a compiler may lose writes."""
@@ -91,6 +93,7 @@ READING: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("donate", [False, True])
 @pytest.mark.parametrize("name", READING)
 def test_a_step_that_reads_numbers_breaks_the_graph_of_the_reference(name: str, donate: bool) -> None:
@@ -141,6 +144,7 @@ def test_derivatives_and_members_of_an_ensemble() -> None:
     assert_close(actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of each function of its own that breaks the graph
 def test_steps_within_a_transformation_where_the_graph_breaks() -> None:
     """`init` breaks the graph, and the rest of the function runs outside of it, the derivative of its steps too."""
@@ -167,6 +171,7 @@ OF_MEMBERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", OF_MEMBERS)
 @pytest.mark.parametrize("name", ["AdamW", "Muon"])
 def test_members_of_the_reference_that_is_traced(name: str, form: str) -> None:
@@ -282,6 +287,7 @@ def test_members_of_an_ensemble_are_one_operation(backend: str) -> None:
     assert_equal(mine, theirs)
 
 
+@pytest.mark.slow
 @AS_ONE_OPERATION
 def test_members_of_a_graph_that_runs_within_vmap() -> None:
     """The backend "eager" leaves `vmap` in the graph, and the operation is called within it."""

@@ -64,6 +64,7 @@ def test_a_train_step_is_one_graph_and_equals_eager_mode(name: str, form: str) -
     assert backend.frame_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["apply", "donate"])
 def test_a_number_that_changes_is_compiled_twice_at_most(form: str) -> None:
     """An extra argument is compiled as a constant first, as Python's numbers are, and as a variable from then on."""
@@ -115,6 +116,7 @@ def momentum_rule(factor: float) -> Any:
     return momentum
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("donate", [False, True])
 @pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: fo.chain(fo.masked(tx, {"w": True, "b": False}), tx)])
 def test_a_rule_that_is_defined_within_a_function(wrap: Any, donate: bool) -> None:
@@ -129,6 +131,7 @@ def test_a_rule_that_is_defined_within_a_function(wrap: Any, donate: bool) -> No
         assert_equal((params, state), expected)
 
 
+@pytest.mark.slow
 def test_a_state_of_a_rule_that_was_written_anew_since() -> None:
     first, second = momentum_rule(1.0)(), momentum_rule(3.0)()
     params, grads = {"w": torch.ones(3)}, {"w": torch.full((3,), 0.5)}
@@ -322,6 +325,7 @@ def test_messages() -> None:
         apply(wide, params, params, wide.init(params))
 
 
+@pytest.mark.slow
 def test_the_size_of_a_batch_is_a_variable() -> None:
     tx, backend = CHAINS["schedule"](), counter("eager")
     eager = train_step(tx, "donate")

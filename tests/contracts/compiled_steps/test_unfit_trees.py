@@ -84,6 +84,7 @@ def test_tensors_on_meta(case: str, donate: bool) -> None:
     assert case.startswith("all") is not isinstance(expected[0][0], type)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["one gradient", "a slot", "the rate"])
 def test_tensors_on_meta_of_members(case: str) -> None:
     own = params_of(), params_of(), torch.vmap(recipe().init)(params_of()), torch.tensor(0.1)
@@ -131,6 +132,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], str, Callable[..., Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fullgraph", [False, True])
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_step_that_is_refused_is_followed_by_others(case: str, fullgraph: bool) -> None:
@@ -159,6 +161,7 @@ KINDS: dict[str, Callable[[Any], Any]] = {
 MIXED = [(a, b, c) for a in KINDS for b in KINDS for c in KINDS if len({a, b, c}) > 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["apply", "update"])
 def test_trees_in_other_dicts(form: str) -> None:
     """Results have the containers of the parameters, as in eager mode; a compiled state keeps its own."""
@@ -189,6 +192,7 @@ STRUCTURES: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 @pytest.mark.parametrize("fullgraph", [False, True])
 @pytest.mark.parametrize("case", STRUCTURES)

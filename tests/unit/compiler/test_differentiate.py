@@ -27,7 +27,7 @@ EDGES = {
     "pow": [[0.0, 0.0, 2.0], [2.0, 0.0, 0.0]],
 }
 FROM_ZERO = {"sqrt", "rsqrt", "log", "log2", "log1p", "log10", "pow"}  # of positive numbers
-DIFFERENTIABLE = [name for name, op in OPS.items() if not op.boolean and name not in ("from_bool", "broadcast")]
+DIFFERENTIABLE = [name for name, op in OPS.items() if not op.boolean and name not in ("real", "broadcast")]
 
 
 def arity(name: str) -> int:

@@ -75,6 +75,7 @@ def test_operations_keep_their_promises(name: str) -> None:
         torch.library.opcheck(getattr(torch.ops.functional_optim, op).default, (text, *copy.deepcopy(tensors)))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of torch 2.14's own check
 @pytest.mark.parametrize("name", ["numbers", "schedules, tensors", "masks", "function"])
 def test_the_operation_that_is_looked_into_keeps_its_promises(name: str) -> None:

@@ -353,6 +353,7 @@ def expected(bound: list[torch.Tensor], now: list[Any]) -> Difference | None:
     return None
 
 
+@pytest.mark.slow
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 @pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
