@@ -9,7 +9,7 @@ from _lib.processes import run_program
 
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")]
 
 # A thread is stopped within a function of the system that a build calls; then the process forks, and goes on. The
 # child has a minute, in which it is to load the kernel that the thread was at, and another one.
@@ -70,7 +70,6 @@ WITHIN = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", WITHIN)
 def test_a_child_does_not_wait_for_a_build_of_its_parent(kind: str, tmp_path: Path) -> None:
     out = run(PROGRAM, tmp_path, *WITHIN[kind], FUNCTIONAL_OPTIM_CACHE=str(tmp_path / "cache"))
@@ -108,7 +107,6 @@ print(os.waitpid(child, 0)[1])
 """
 
 
-@pytest.mark.slow
 def test_a_child_does_not_wait_for_a_module_that_its_parent_imports(tmp_path: Path) -> None:
     """Triton takes a second to be imported; what the module imports is locked until it is there."""
     (tmp_path / "slow.py").write_text("import pause\npause.wait()\nx = 1\n")

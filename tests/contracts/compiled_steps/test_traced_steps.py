@@ -353,6 +353,7 @@ def _times(u: torch.Tensor) -> torch.Tensor:
     return u * FACTOR
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "backend"), [(by_a_tensor, "inductor"), (whole_by_a_tensor, "eager")])
 def test_a_tensor_that_a_rule_refers_to_is_named_where_a_compiler_cannot_follow_it(rule: Any, backend: str) -> None:
     tx = rule()

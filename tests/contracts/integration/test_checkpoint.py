@@ -137,6 +137,7 @@ def check_read_and_unread(name: str, run: Callable[[torch.nn.Module, Any], None]
     torch.testing.assert_close(*results, **EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler
 @pytest.mark.parametrize("name", ["Rprop in groups", "rprop in groups"])
 def test_compiled_steps_after_a_fresh_optimizer_was_read(name: str) -> None:
