@@ -8,7 +8,7 @@ import torch
 from .._compiler.rule import hint_of_members, other_than_a_number
 from .._compiler.slots import Slot
 from .internals import is_wrapper_of_a_transformation
-from .spec import TensorSpec, lies_outside
+from .spec import PLAIN, TensorSpec, lies_outside
 
 
 def at(path: str) -> str:
@@ -78,8 +78,12 @@ def refuse_freed(name: str, path: str, shape: Sequence[int]) -> NoReturn:
 
 def is_freed(x: torch.Tensor) -> bool:
     """Whether the storage of a tensor has been freed or cut."""
+    if type(x) not in PLAIN or is_wrapper_of_a_transformation(x):
+        return False
+    if x.is_contiguous() and x.storage_offset() * x.element_size() + x.nbytes <= x.untyped_storage().nbytes():
+        return False  # as of nearly all, without a spec
     spec = TensorSpec.of(x)
-    return spec.plain and not is_wrapper_of_a_transformation(x) and lies_outside(x, spec)
+    return spec.plain and lies_outside(x, spec)
 
 
 def check_stored(name: str, path: str, x: torch.Tensor) -> None:
