@@ -200,6 +200,10 @@ FOLLOWED: dict[str, Callable[[Any], Any]] = {
 }
 
 
+# torch 2.14 quotes messages of a graph within its own
+NEVER = r"the backend \\?'triton\\?' is asked for, but cannot compute the leaf"
+
+
 @pytest.mark.parametrize("form", FOLLOWED)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_backend_that_never_computes_is_no_other_one_where_torch_follows(
@@ -216,9 +220,7 @@ def test_a_backend_that_never_computes_is_no_other_one_where_torch_follows(
     run = torch.compile(run, fullgraph=True, backend="aot_eager") if compiled else run
     with (
         fo.use_backend("triton"),
-        pytest.raises(
-            RuntimeError, match="the backend 'triton' is asked for, but cannot compute the leaf at 'w' on cpu"
-        ),
+        pytest.raises(RuntimeError, match=NEVER + r" at \\?'w\\?' on cpu"),
     ):
         run(torch.rand(4, requires_grad=form == "autograd"))
 
@@ -249,7 +251,7 @@ def test_a_backend_is_asked_for_by_programs_only(name: str, compiled: bool, monk
     expected = torch.func.grad(updated)(torch.eye(2))
     with fo.use_backend("triton"):
         assert_close(make(torch.func.grad(updated))(torch.eye(2)), expected)
-        with pytest.raises(RuntimeError, match="the backend 'triton' is asked for, but cannot compute the leaf"):
+        with pytest.raises(RuntimeError, match=NEVER):
             make(torch.func.grad(applied))(torch.eye(2))
 
 
