@@ -53,9 +53,10 @@ class Extras(NamedTuple):
         self.check(extra, "update(updates, state, params, {}=...)")
         unknown = [] if self.taken is None else [name for name in extra if name not in self.taken]
         if unknown:
+            hint = " `apply_gradients` takes it, which writes in place." if unknown[0] == "donate" else ""
             raise TypeError(
                 f"no transformation of the chain takes the extra argument `{unknown[0]}`; "
-                f"they take {', '.join(map(repr, sorted(self.taken or ()))) or 'none'}."
+                f"they take {', '.join(map(repr, sorted(self.taken or ()))) or 'none'}.{hint}"
             )
         return {name: as_number(f"the extra argument `{name}` is", extra[name]) for name in self.needed}
 

@@ -16,7 +16,7 @@ def requires_gradient(tensors: Iterable[Any]) -> bool:
 
 
 def warn_of_growth(params: Sequence[Any], spec: Spec) -> None:
-    """Warns of parameters that a recorded step has made, where nothing but parameters requires a gradient.
+    """Warns of parameters that autograd has recorded, as steps do, where nothing but parameters requires a gradient.
 
     Args:
       params: the leaves, None where one takes no part.
@@ -25,8 +25,9 @@ def warn_of_growth(params: Sequence[Any], spec: Spec) -> None:
     for k, p in enumerate(params):
         if isinstance(p, torch.Tensor) and p.grad_fn is not None:
             warn(
-                f"params{at(paths(spec)[k])} is the result of a step that autograd recorded, and this one is recorded "
-                f"too: the graph grows with every step, and steps are slow. Wrap them in `torch.no_grad()`, or start "
-                f"from `{{k: p.detach() for k, p in params.items()}}`."
+                f"params{at(paths(spec)[k])} is the result of operations that autograd recorded, as a step, and this "
+                f"step is recorded too, with gradients that are constants: in training the graph grows with every "
+                f"step, and steps are slow. Wrap them in `torch.no_grad()`, or start from `{{k: p.detach() for k, p in "
+                f"params.items()}}`. A derivative through these steps needs no change."
             )
             return

@@ -8,6 +8,7 @@ import torch
 
 from .._lbfgs.capture import refuse_capture
 from .._lbfgs.point import Point
+from .._runtime.internals import in_transformation
 from .._tree import MaskedNode, Tree, flatten
 from ._constants import without_derivatives
 from ._vectors import Leaves, dot, flat, refuse_members, wide
@@ -26,6 +27,7 @@ class Objective:
 
     Raises:
       TypeError, ValueError: something is missing or does not fit.
+      RuntimeError: a gradient of the objective is asked for where a transformation of `torch.func` is active.
       CaptureError: a CUDA graph is being captured.
     """
 
@@ -44,7 +46,7 @@ class Objective:
                 f"{name} evaluates the objective: call `update(updates, state, params, value=..., grad=..., "
                 f"value_fn=...)`, with a function of the parameters."
             )
-        self.own = Leaves(name, params)
+        self.name, self.own = name, Leaves(name, params)
         refuse_capture(f"{name} compares values of the objective", self.own.params)
         _refuse_holes(name, params)
         self.updates = self.own.read("updates", updates, fit=True)
@@ -55,7 +57,7 @@ class Objective:
             value = found if value is None else value
             grad = self.own.tree(gradients(found, leaves)) if grad is None else grad
         grads = self.own.read("grad", grad, fit=True)
-        self.name, self.given = name, (updates, params, grad, value)
+        self.given = updates, params, grad, value
         self.start = Point(0.0, self._scalar(f"`value` of {name}", value), dot(flat(grads), self.direction), grads)
 
     def value(self, step: Any) -> float:
@@ -113,7 +115,17 @@ class Objective:
         return self.value_fn(self.own.tree(leaves), **self.extra)
 
     def _evaluate(self, step: Any) -> tuple[Any, list[torch.Tensor]]:
-        """The objective at a step, recorded by autograd, and the parameters that it depends on."""
+        """The objective at a step, recorded by autograd, and the parameters that it depends on.
+
+        Raises:
+          RuntimeError: a transformation of `torch.func` is active, in which no tensor may ask for its gradient.
+        """
+        if in_transformation():
+            raise RuntimeError(
+                f"{self.name} computes gradients of the objective by autograd, which cannot be done inside of "
+                f"`torch.func.grad`, `vmap` and their like: take its steps outside of them. A derivative through them "
+                f"would lack a term, so unroll another optimizer for one."
+            )
         with torch.enable_grad():
             leaves = [x.requires_grad_() for x in self._at(step)]
             return self._call(leaves), leaves
