@@ -64,7 +64,7 @@ def run_followed(
     try:
         return bound.run(reading, own, levels)
     except BuildError as error:
-        disable_backend("triton", str(error))
+        disable_backend(bound.backend, str(error))
         segment.forget_members(bound)
         return bound.evaluate_reference(own, bound.numbers((), extra, given))
 

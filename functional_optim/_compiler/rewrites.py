@@ -136,7 +136,7 @@ def _value(name: str) -> Callable[..., Any]:
 
 
 def _mean(t: Recorder, x: Any) -> Any:
-    same = t.behind_spread(x)
+    same = t.behind_broadcast(x)
     return t.op("div", t.reduce("leaf_sum", x), t.input("size")) if same is None else same
 
 

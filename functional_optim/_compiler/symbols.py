@@ -41,7 +41,7 @@ class Recorder(Protocol):
     def broadcast(self, x: Any) -> "Symbol":
         """Makes a value one per element."""
 
-    def behind_spread(self, x: Any) -> "Symbol | None":
+    def behind_broadcast(self, x: Any) -> "Symbol | None":
         """The uniform value that a value per element repeats."""
 
     def level(self, x: Any) -> Level:

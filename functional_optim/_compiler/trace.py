@@ -153,7 +153,7 @@ class Tracer:
         """The number of values that a symbol stands for: per row, per leaf, or per element."""
         return self.values[self.symbol(x).index].level
 
-    def behind_spread(self, x: Any) -> Symbol | None:
+    def behind_broadcast(self, x: Any) -> Symbol | None:
         """The uniform value that a value per element repeats, if it is known to."""
         value = self.values[self.symbol(x).index]
         return Symbol(self, value.args[0]) if value.op == "broadcast" else None
@@ -161,7 +161,7 @@ class Tracer:
     def reduce(self, kind: str, x: Any) -> Symbol:
         """Adds a reduction; `kind` is `"leaf_"` or `"tree_"` and a row of `REDUCTIONS`."""
         x = self.symbol(x)
-        same = self.behind_spread(x)
+        same = self.behind_broadcast(x)
         if same is not None and kind.startswith("leaf_"):  # needs no pass
             return self.op("mul", self.input("size"), same) if kind == "leaf_sum" else same
         if self.values[x.index].boolean:

@@ -81,7 +81,7 @@ def is_freed(x: torch.Tensor) -> bool:
     if type(x) not in PLAIN or is_wrapper_of_a_transformation(x):
         return False
     if x.is_contiguous() and x.storage_offset() * x.element_size() + x.nbytes <= x.untyped_storage().nbytes():
-        return False  # as of nearly all, without a spec
+        return False  # no spec is needed for nearly all
     spec = TensorSpec.of(x)
     return spec.plain and lies_outside(x, spec)
 

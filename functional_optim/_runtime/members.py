@@ -115,7 +115,7 @@ class MembersStep(Programs):
         self.sizes, self.counters = tuple(level.size for level in levels), counters
         if self.contiguous and any(isinstance(x, PackedColumn) for x in columns.values()):
             raise NoKernels
-        self.device, backend = self._build_kernels(specs)
+        self.device, self.backend = self._build_kernels(specs)
         self.origins = self._find_origins(columns)
         stacks = [self._stack(origin.of(columns), levels) for origin in self.origins]
         if not all(map(self._is_whole, stacks)):
@@ -139,7 +139,7 @@ class MembersStep(Programs):
         n_rows = self.ensemble.n if any(self.of_numbers) else 1
         self.rows = [(width * n_rows, width if len(self.parts) > 1 and n_rows > 1 else 0) for width in widths]
         self.launch: TritonLaunch | None = None
-        if backend == "triton":
+        if self.backend == "triton":
             groups, places = [*itertools.chain(*self.parts)], [*itertools.chain(*self.places)]
             with outside_transformations():
                 self.launch = TritonLaunch(groups, places, (), None, n_parts=len(self.parts))
@@ -158,9 +158,11 @@ class MembersStep(Programs):
         if not (self.groups and len(devices) == 1 and all(spec.plain for spec in found)):
             raise NoKernels
         (device,) = devices
-        refuse_binding(devices)
         backend, _ = choose_backend(device)
-        if backend not in COMPILE or not build_kernels(backend, self.groups):
+        if backend not in COMPILE:
+            raise NoKernels
+        refuse_binding(devices)
+        if not build_kernels(backend, self.groups):
             raise NoKernels
         return device, backend
 
@@ -435,7 +437,13 @@ class MembersStep(Programs):
         ]
 
     def _rows(self, table: Sequence[float | Stack], n_rows: int, distance: int) -> list[Any]:
-        """A scalar table with the numbers of so many members, row after row; the next ones stand at a distance."""
+        """A scalar table with the numbers of members, row after row.
+
+        Args:
+          table: the scalar table of a group.
+          n_rows: the number of members that have numbers of their own.
+          distance: how many numbers lie between those of two members on a device; see `MemberNumbers`.
+        """
         row: list[Any] = [0.0 if isinstance(x, Stack) else x for x in table]
         rows = row * n_rows
         for k, x in enumerate(table):

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 
+from .checks import is_freed
 from .groups import Columns, Key
-from .internals import MapLevel, is_wrapper_of_a_transformation, members_unwrapper, outside_transformations
-from .spec import TensorSpec, lies_outside
+from .internals import MapLevel, members_unwrapper, outside_transformations
 
 
 Levels = Sequence[MapLevel]  # the calls of `vmap` that are active, outermost first
@@ -62,10 +62,7 @@ def find_freed(columns: Columns, levels: Levels) -> tuple[Key, int] | None:
     for key, column in columns.items():
         for i, x in enumerate(column):
             tensor = Stack.of(x, levels).tensor if isinstance(x, torch.Tensor) else None
-            if tensor is None or is_wrapper_of_a_transformation(tensor):
-                continue
-            spec = TensorSpec.of(tensor)
-            if spec.plain and lies_outside(tensor, spec):
+            if tensor is not None and is_freed(tensor):
                 return key, i
     return None
 

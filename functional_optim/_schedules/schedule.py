@@ -5,9 +5,9 @@ it is traced into the kernel, so formulas are written with torch operations of `
 works in its place; `traced.py` says which functions can be traced, the others are called by Python at every step.
 """
 
+import contextlib
 import functools
 import inspect
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -207,7 +207,8 @@ def _own(x: Any) -> Any:
         return x.tolist()
     x = plain_number(x)
     if isinstance(x, int) and not -(2**63) <= x < 2**63:  # torch's integers have 64 bits
-        return float(x) if abs(x) < 2**1023 else math.inf if x > 0 else -math.inf
+        with contextlib.suppress(OverflowError):
+            return float(x)
     return x
 
 

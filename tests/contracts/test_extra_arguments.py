@@ -188,3 +188,9 @@ def test_the_first_three_arguments_of_a_function_are_no_extra_ones(name: str) ->
         TransformOptimizer([own], tx).step(**{name: 3.0})
 
     fo.apply_gradients(tx, params, params, tx.init(params), loss=3.0)
+
+
+def test_donation_is_asked_of_the_function_that_does_it() -> None:
+    tx, w = fo.sgd(0.1), torch.ones(3)
+    with pytest.raises(TypeError, match=r"takes the extra argument `donate`.* `apply_gradients` takes it"):
+        tx.update(w, tx.init(w), w, donate=True)

@@ -8,7 +8,6 @@ import platform
 import select
 import shlex
 import shutil
-import signal
 import struct
 import subprocess
 import time
@@ -148,27 +147,16 @@ def _is_whole(library: bytes) -> bool:
 def _run(command: list[str], messages: IO[bytes]) -> int:
     """Status that the compiler ends with."""
     try:
-        # a group of its own, which its children belong to
-        with subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=messages, stderr=messages, process_group=0
-        ) as process:
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=messages, stderr=messages) as process:
             try:
                 return _status(process)
             except BaseException:
-                _kill(process)
+                process.kill()
                 raise
     except subprocess.TimeoutExpired:
         raise ToolError(f"{command[0]} has not ended within {TIMEOUT:g} seconds") from None
     except OSError as error:
         raise ToolError(f"{command[0]} cannot be run ({error})") from None
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process and its children."""
-    if hasattr(os, "killpg"):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    process.kill()
 
 
 def _status(process: subprocess.Popen[bytes]) -> int:

@@ -22,9 +22,8 @@ from ..program import Level, Program
 
 
 BLOCK = 512  # elements per block of a reducing pass; one block of each reduced value stays in the first-level cache
-PREFETCH_STRIDE = (
-    64  # elements after which more of the next chunk is asked for; a whole number of vectors and of cache lines
-)
+# elements after which more of the next chunk is asked for; a whole number of vectors and of cache lines
+PREFETCH_STRIDE = 64
 
 HEADER = files(__package__).joinpath("kernel.h").read_text("utf-8")
 

@@ -113,7 +113,7 @@ class Tables:
         self.cuts = [tables.chunks for tables in self.of_group]
         size = n // n_parts
         self.parts = [slice(k, k + size) for k in range(0, n, size)]
-        # for each group, its first chunk among those of its part, and the partial results that the part has
+        # first chunks of groups among those of their part, and numbers of partial results that the part has
         self.firsts: list[int] = []
         self.totals: list[int] = []
         for part in self.parts:
@@ -214,7 +214,7 @@ class Tables:
         live: list[tuple[NumberPlaces, torch.Tensor]] = []
         for k, x in enumerate(flat):
             if isinstance(x, torch.Tensor) and x.device.type == "cpu" != self.device.type:
-                flat[k] = float(x.detach())  # in host memory it is there to be read without waiting
+                flat[k] = float(x.detach())  # host memory is read without waiting
             elif isinstance(x, torch.Tensor):
                 live.append((NumberPlaces(k, 1, 1), x.detach().reshape(1)))
                 flat[k] = 0.0

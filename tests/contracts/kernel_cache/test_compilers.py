@@ -1,7 +1,6 @@
 """C compilers: chosen, broken, missing, and done without."""
 
 import os
-import select
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -202,20 +201,14 @@ def test_a_broken_compiler(name: str, cache: Path, tmp_path: Path, monkeypatch: 
 
 
 def test_a_compiler_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is waited for once, although a process that it has started holds its output; both are ended then."""
+    """It is waited for once, although a process that it has started goes on and holds its output."""
     monkeypatch.setattr(build, "TIMEOUT", 0.2)
-    for name in ("never", "alive"):
-        os.mkfifo(tmp_path / name)
-    alive = os.open(tmp_path / "alive", os.O_RDONLY | os.O_NONBLOCK)
-    hanging = Compiler(tmp_path, f"(exec 3> {tmp_path}/alive; read x < {tmp_path}/never) &\nread x < {tmp_path}/never")
+    os.mkfifo(tmp_path / "never")
+    hanging = Compiler(tmp_path, f"(read x < {tmp_path}/never) &\nread x < {tmp_path}/never")
 
     found = falls_back_once(monkeypatch, hanging.path, lambda: len(hanging.calls))
-    os.set_blocking(alive, True)
-    ended, _, _ = select.select([alive], [], [], 60.0)  # the end of a pipe that no process holds
-    os.close(alive)
     os.close(os.open(tmp_path / "never", os.O_RDWR | os.O_NONBLOCK))
 
-    assert ended
     assert len(hanging.calls) == 1
     assert "has not ended within" in found
 

@@ -18,7 +18,7 @@ def device() -> Iterator[StandIn]:
 
 
 @pytest.fixture
-def nothing_given_up() -> Iterator[None]:
+def all_enabled() -> Iterator[None]:
     backend.enable_backends()
     yield
     backend.enable_backends()

@@ -184,7 +184,7 @@ def test_the_last_pass_moves_counters_on(device: StandIn, name: str, tree: str) 
     assert len(added) == (0 if programs == len(counters) else 3 * len(counters))
 
 
-@pytest.mark.usefixtures("nothing_given_up")
+@pytest.mark.usefixtures("all_enabled")
 def test_a_backend_that_another_thread_gives_up_moves_no_counter_twice(device: StandIn) -> None:
     """The kernels of a step have moved its counter, also if torch operations compute the steps behind it."""
     tx, gradients = fo.adamw(0.1), ones((5,), (33,))

@@ -248,7 +248,7 @@ def test_settings_of_triton_are_part_of_the_name_of_a_file(monkeypatch: pytest.M
     assert cubin._settings() == sorted([*before, ("DISABLE_PTXAS_OPT", "1")])
 
 
-@pytest.mark.usefixtures("nothing_given_up")
+@pytest.mark.usefixtures("all_enabled")
 def test_without_triton_a_gpu_has_foreach_and_one_warning() -> None:
     with mock.patch.object(backend, "_has_triton", return_value=False):
         with pytest.warns(UserWarning, match="without generated kernels, and slower: Triton is not installed"):
@@ -266,7 +266,7 @@ def test_the_interpreter_is_chosen_where_triton_chooses_it(spelling: str, monkey
     assert build.interprets() == triton.knobs.runtime.interpret
 
 
-@pytest.mark.usefixtures("nothing_given_up")
+@pytest.mark.usefixtures("all_enabled")
 def test_the_interpreter_reads_no_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Addresses in a kernel's tables are those of the device; the CPU still has the interpreter."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -300,7 +300,7 @@ def test_a_triton_that_is_broken_gives_way_to_foreach(processes: Forking, tmp_pa
     assert "and slower: Triton cannot be imported (libtriton.so: cannot open shared object file)." in warning
 
 
-@pytest.mark.usefixtures("nothing_given_up")
+@pytest.mark.usefixtures("all_enabled")
 def test_kernels_that_cannot_be_loaded_give_way_to_foreach() -> None:
     """The step is taken nevertheless, and the next one does not try again."""
     tx, params, grads = fo.adamw(0.1), {"w": torch.ones(3)}, {"w": torch.full((3,), 0.5)}
@@ -323,7 +323,7 @@ def shifted(x: torch.Tensor) -> torch.Tensor:
 
 
 @INTERPRETER
-@pytest.mark.usefixtures("nothing_given_up")
+@pytest.mark.usefixtures("all_enabled")
 @pytest.mark.parametrize("donate", [False, True])
 @pytest.mark.parametrize("packs", [False, True])
 def test_a_variant_that_cannot_be_built_gives_way_to_foreach(packs: bool, donate: bool) -> None:
