@@ -336,9 +336,8 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
     def _run(self, segment: ParamRegion, columns: Columns, inputs: ParamInputs, last: bool) -> bool:
         if segment.region.host_schedules:
             columns |= self._host_columns(segment, inputs.states)
-        if inputs.watch is not None and (
-            segment.region.host_schedules or segment is not self.segments[0]
-        ):  # Python has run
+        python_has_run = segment.region.host_schedules or segment is not self.segments[0]
+        if inputs.watch is not None and python_has_run:
             columns["params"] = self.local.of("params", inputs.params)
             if not inputs.watch.holds(columns["params"]):
                 raise RuntimeError(CHANGED_MESSAGE)

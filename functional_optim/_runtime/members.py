@@ -442,7 +442,7 @@ class MembersStep(Programs):
         Args:
           table: the scalar table of a group.
           n_rows: the number of members that have numbers of their own.
-          distance: how many numbers lie between those of two members on a device; see `MemberNumbers`.
+          distance: how many numbers further that of the next member stands on a device; see `MemberNumbers`.
         """
         row: list[Any] = [0.0 if isinstance(x, Stack) else x for x in table]
         rows = row * n_rows

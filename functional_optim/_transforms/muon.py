@@ -200,7 +200,7 @@ def orthogonalize(
     x = matrices.to(compute_dtype or (torch.float32 if u.dtype is torch.float16 else u.dtype))
     high = x.shape[1] > x.shape[2]
     given = polynomials(ns_coeffs)
-    steps = [given[min(k, len(given) - 1)] for k in range(ns_steps)]  # the last one for those that are left
+    steps = [given[min(k, len(given) - 1)] for k in range(ns_steps)]  # the last polynomial serves further steps
     x = newton_schulz(x.mT if high else x, steps, preconditioning, eps, eps_is_least, by_gram)
     # in the order of the updates, by the copy that changes the dtype, and not by another one after it
     x = (x.mT if high else x).to(u.dtype, memory_format=torch.contiguous_format)

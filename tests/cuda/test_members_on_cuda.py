@@ -10,7 +10,7 @@ from torch.func import vmap
 
 import functional_optim as fo
 from _lib.on_cuda import NEEDS_A_DEVICE, Tree, draw, side_stream
-from functional_optim._runtime.members import MembersStep
+from functional_optim._runtime.programs import Programs
 
 
 pytestmark = NEEDS_A_DEVICE
@@ -48,7 +48,7 @@ def test_members_step_as_they_do_alone(name: str, dtype: torch.dtype, packs: boo
         alone.append(params)
     params = vmap(form)(stacks(0, dtype))
     state = vmap(lambda x, p: make(x).init(p))(rates(), params)
-    with mock.patch.object(MembersStep, "evaluate_reference", side_effect=AssertionError("by operations of torch")):
+    with mock.patch.object(Programs, "evaluate_reference", side_effect=AssertionError("by operations of torch")):
         for step in range(STEPS):
             params, state = vmap(lambda x, p, g, s: fo.apply_gradients(make(x), p, g, s))(
                 rates(), params, vmap(form)(stacks(1 + step, dtype)), state

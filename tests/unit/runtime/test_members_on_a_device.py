@@ -15,6 +15,7 @@ from _lib.stand_in import StandIn, _Kernel, replay
 from functional_optim._compiler.cache import BuildError
 from functional_optim._runtime.cuda import launch
 from functional_optim._runtime.members import MembersStep
+from functional_optim._runtime.programs import Programs
 from functional_optim._stand_ins import _stand_in
 
 
@@ -36,7 +37,7 @@ CHAINS: dict[str, Callable[[Any], fo.GradientTransformation]] = {
 
 @pytest.fixture(autouse=True)
 def _bound_anew() -> None:
-    """Chains that members make share what is bound, also to the device that another test stood in for."""
+    """Bound steps are shared by equal chains of other tests, and keep the stand-in that they were bound to."""
     _stand_in.cache_clear()
 
 
@@ -75,7 +76,7 @@ def test_members_step_as_they_do_alone(device: StandIn, name: str, rates: str, l
     params = vmap(form)(draw(0, layout))
     state = vmap(lambda x, p: make(x).init(p), dims[:2])(given, params)
     step = vmap(lambda x, p, g, s: fo.apply_gradients(make(x), p, g, s), dims)
-    with mock.patch.object(MembersStep, "evaluate_reference", side_effect=AssertionError("by operations of torch")):
+    with mock.patch.object(Programs, "evaluate_reference", side_effect=AssertionError("by operations of torch")):
         for t in range(3):
             params, state = step(given, params, vmap(form)(draw(t + 1, layout)), state)
 
