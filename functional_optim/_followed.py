@@ -40,8 +40,7 @@ def run_followed(
         recorded = _bound_to_plain(segment, tree, own)
         if recorded is not None and can_record(recorded):
             return record(recorded, own, recorded.numbers((), extra, given), plain=False)
-    mapped = map_levels()
-    levels = mapped if REQUESTED.get() in (None, "c", "triton") else ()
+    levels = map_levels() if REQUESTED.get() in (None, "c", "triton") else ()
     variant = Variant(False, REQUESTED.get(), forms=packed_forms(own.values()))
     found = segment.find_members(own, variant, levels, extra, given) if levels else None
     if found is None:
@@ -53,8 +52,7 @@ def run_followed(
         if levels:
             found = segment.bind_members(own, variant, levels, leaves, counters, extra, given)
         if found is None:
-            if mapped:
-                segment.check_memory(own, mapped)
+            segment.check_memory(own)
             programs = segment.programs(own, leaves)
             return programs.evaluate_reference(own, programs.numbers((), extra, given))
     bound, reading = found

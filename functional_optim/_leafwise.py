@@ -13,14 +13,13 @@ from ._compiler.errors import RuleError, note_number
 from ._compiler.rule import Bound, Option, Rule
 from ._regions import LeafwiseRegion
 from ._runtime.allocate import unbind_copies
-from ._runtime.checks import at, check_memory, refuse_freed, schedule_value
+from ._runtime.checks import at, check_memory, find_freed, refuse_freed, schedule_value
 from ._runtime.cuda.capture import NumberWatch, is_capturing, refuse_counter, refuse_host_schedule
 from ._runtime.groups import Columns, Key
 from ._runtime.internals import needs_dispatch, version
 from ._runtime.numbers import number_of
 from ._runtime.pointers import PointerReader
 from ._runtime.spec import PLAIN, TensorSpec, sizes_of
-from ._runtime.stacks import find_freed
 
 
 STACK = 1 << 20  # the most elements of leaves that are computed together on a CPU, so that they stay in its cache
@@ -234,7 +233,7 @@ class LeafwiseStep:
         Raises:
           ValueError: the storage of a tensor has been freed or cut.
         """
-        found = find_freed(dict(zip(self.keys, arrays, strict=True)), ())
+        found = find_freed(dict(zip(self.keys, arrays, strict=True)))
         if found is not None:
             key, k = found
             name = key if isinstance(key, str) else f"state {self.bound.rule.name}.{key[1]}"

@@ -16,7 +16,7 @@ from ._leafwise import LeafwiseStep
 from ._packed import Form
 from ._regions import Opaque, Region
 from ._runtime.binding import Binding
-from ._runtime.checks import at, check_fit, check_slot, refuse_freed
+from ._runtime.checks import at, check_fit, check_slot, find_freed, refuse_freed
 from ._runtime.cuda.capture import (
     CaptureError,
     NumberWatch,
@@ -35,7 +35,6 @@ from ._runtime.programs import NoKernels, Programs
 from ._runtime.recent import in_front
 from ._runtime.shard import MeshShard
 from ._runtime.spec import TensorSpec, specs_of
-from ._runtime.stacks import find_freed
 from ._runtime.step import BoundStep, Reading
 from ._tree import MaskedNode
 
@@ -266,13 +265,13 @@ class BoundRegion:
         """Lets go of a step whose kernels cannot be built."""
         self.members_steps = [entry for entry in self.members_steps if entry[1] is not bound]
 
-    def check_memory(self, own: Columns, levels: Sequence[MapLevel]) -> None:
-        """Refuses tensors without memory, where operations of torch are to compute members of `vmap`.
+    def check_memory(self, own: Columns) -> None:
+        """Refuses tensors without memory, which operations of torch would read.
 
         Raises:
           ValueError: the storage of a tensor has been freed or cut.
         """
-        found = find_freed(own, levels)
+        found = find_freed(own)
         if found is not None:
             key, leaf = found
             names = {stored.key: stored.name for stored in self.region.stored}

@@ -1,14 +1,17 @@
 """Refusals: tensors that no rule can work on, or that do not go with one another. Messages name the leaf's path."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
 from .._compiler.rule import hint_of_members, other_than_a_number
 from .._compiler.slots import Slot
-from .internals import is_wrapper_of_a_transformation
+from .internals import innermost
 from .spec import PLAIN, TensorSpec, lies_outside
+
+
+KeyT = TypeVar("KeyT")
 
 
 def at(path: str) -> str:
@@ -77,13 +80,23 @@ def refuse_freed(name: str, path: str, shape: Sequence[int]) -> NoReturn:
 
 
 def is_freed(x: torch.Tensor) -> bool:
-    """Whether the storage of a tensor has been freed or cut."""
-    if type(x) not in PLAIN or is_wrapper_of_a_transformation(x):
+    """Whether the storage of a tensor has been freed or cut, or of the one that wrappers of `torch.func` stand for."""
+    x = innermost(x)
+    if type(x) not in PLAIN:
         return False
     if x.is_contiguous() and x.storage_offset() * x.element_size() + x.nbytes <= x.untyped_storage().nbytes():
         return False  # no spec is needed for nearly all
     spec = TensorSpec.of(x)
     return spec.plain and lies_outside(x, spec)
+
+
+def find_freed(columns: Mapping[KeyT, Sequence[Any]]) -> tuple[KeyT, int] | None:
+    """The column and position of a tensor whose storage has been freed or cut, which operations of torch would read."""
+    for key, column in columns.items():
+        for i, x in enumerate(column):
+            if isinstance(x, torch.Tensor) and is_freed(x):
+                return key, i
+    return None
 
 
 def check_stored(name: str, path: str, x: torch.Tensor) -> None:
@@ -187,12 +200,19 @@ def schedule_value(name: str, x: Any) -> float | torch.Tensor:
 
 
 def check_memory(subject: str, x: Any, device: torch.device) -> None:
-    """Refuses a number on meta for leaves that are elsewhere.
+    """Refuses a number on meta for leaves that are elsewhere, and one whose storage has been freed or cut.
 
     Raises:
       ValueError: `subject` begins the message.
     """
-    if isinstance(x, torch.Tensor) and x.is_meta and device.type != "meta":
+    if not isinstance(x, torch.Tensor):
+        return
+    if x.is_meta and device.type != "meta":
         raise ValueError(
             f"{subject} a tensor on meta, which holds no number, but leaves are on {device}; move it to {device}."
+        )
+    if is_freed(x):
+        raise ValueError(
+            f"{subject} a tensor that holds no number: its storage has been freed or cut; give it memory and a number, "
+            f"or pass another one."
         )

@@ -203,6 +203,13 @@ def without_wrappers(x: Any) -> Any:
     return x
 
 
+def innermost(x: torch.Tensor) -> torch.Tensor:
+    """The tensor that wrappers of `torch.func`, of any kind, stand for; see `without_wrappers`."""
+    while is_wrapper_of_a_transformation(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
 def has_members(x: Any) -> bool:
     """Whether a tensor stands for those of several members of `torch.vmap`, so that Python cannot read its numbers.
 

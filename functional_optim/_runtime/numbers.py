@@ -42,11 +42,12 @@ class Table:
       group: the group.
 
     Raises:
-      ValueError: a hyper-parameter is on meta, and the group elsewhere.
+      ValueError: a hyper-parameter has no memory.
     """
 
     def __init__(self, group: Group) -> None:
         self.device = group.device
+        self.tensors: dict[int, str] = {}  # positions of tensors in the template, and the beginnings of messages
         self.template: list[Any] = []  # numbers and tensors that stay the same objects, and those of the last options
         self.options: Sequence[Mapping[str, Any]] | None = None
         self.extras: dict[str, list[int]] = {}
@@ -55,8 +56,9 @@ class Table:
             for source in row:
                 position = len(self.template)
                 self.template.append(source.value if source.kind == "value" else float(first))
-                if source.kind == "value":
-                    check_memory(f"the hyper-parameter {source.name} is", source.value, self.device)
+                if source.kind == "value" and isinstance(source.value, torch.Tensor):
+                    self.tensors[position] = f"the hyper-parameter {source.name} is"
+                    check_memory(self.tensors[position], source.value, self.device)
                 if source.kind == "extra":
                     self.extras.setdefault(source.name, []).append(position)
                 elif source.kind == "option":
@@ -72,7 +74,7 @@ class Table:
 
         Raises:
           KeyError: options lack a name.
-          ValueError: something else than a number is found, or a tensor on meta.
+          ValueError: something else than a number is found, or a tensor without memory.
         """
         if options is not self.options:
             self._look_up(options)
@@ -86,6 +88,18 @@ class Table:
                 table[k] = x
         return table
 
+    def check_memory(self, numbers: Sequence[Number]) -> None:
+        """Refuses tensors whose memory is gone since they were put into the template.
+
+        Args:
+          numbers: the scalar table of this step.
+
+        Raises:
+          ValueError: with the name of the hyper-parameter.
+        """
+        for position, subject in self.tensors.items():
+            check_memory(subject, numbers[position], self.device)
+
     def _look_up(self, options: Sequence[Mapping[str, Any]]) -> None:
         """Puts the numbers that options have into the template."""
         for position, owner, option, label in self.lookups:
@@ -97,6 +111,10 @@ class Table:
                 if option.index is not None:
                     x = option.pick(x)
                 self.template[position] = x if type(x) is float else _number(option, x, self.device)
+                if isinstance(self.template[position], torch.Tensor):
+                    self.tensors[position] = f"parameter group {owner}: {option.label} is"
+                else:
+                    self.tensors.pop(position, None)
             except ValueError as error:
                 raise in_group(owner, error) from None
 

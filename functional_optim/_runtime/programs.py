@@ -78,10 +78,13 @@ class Programs:
           extra: the extra arguments, all that are needed among them.
           given: tensors in the place of those that hyper-parameters have, by identity.
         """
-        tables = [table.fill(options, extra) for table in self.tables]
-        if not given:
-            return tables
-        return [[given.get(id(x), x) if isinstance(x, torch.Tensor) else x for x in table] for table in tables]
+        found = [table.fill(options, extra) for table in self.tables]
+        if given:
+            found = [[given.get(id(x), x) if isinstance(x, torch.Tensor) else x for x in numbers] for numbers in found]
+        for table, numbers in zip(self.tables, found, strict=True):
+            if table.tensors:
+                table.check_memory(numbers)
+        return found
 
     def gather(self, columns: Columns) -> list[Any]:
         """The tensors of all groups: for each group and gather, one per leaf, or one that leaves share."""

@@ -7,8 +7,6 @@ from typing import NamedTuple
 
 import torch
 
-from .checks import is_freed
-from .groups import Columns, Key
 from .internals import MapLevel, members_unwrapper, outside_transformations
 
 
@@ -50,21 +48,6 @@ def different_numbers(x: torch.Tensor, levels: Levels) -> list[float]:
     tensor = Stack.of(x, levels).tensor
     with outside_transformations():
         return list(dict.fromkeys(tensor.flatten().tolist()))
-
-
-def find_freed(columns: Columns, levels: Levels) -> tuple[Key, int] | None:
-    """The cell of a tensor whose storage has been freed or cut, which operations of torch would read.
-
-    Args:
-      columns: the tensors, as they are within `vmap`.
-      levels: the calls of `vmap` that are active.
-    """
-    for key, column in columns.items():
-        for i, x in enumerate(column):
-            tensor = Stack.of(x, levels).tensor if isinstance(x, torch.Tensor) else None
-            if tensor is not None and is_freed(tensor):
-                return key, i
-    return None
 
 
 class Ensemble:
