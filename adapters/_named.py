@@ -4,8 +4,6 @@ import math
 from collections.abc import Hashable, Mapping
 from typing import Any
 
-import torch
-
 import functional_optim as fo
 from functional_optim._compiler.rule import Option, Range
 from functional_optim._params.template import Template
@@ -13,7 +11,7 @@ from functional_optim._transforms.decay import decay_then_add, l2_penalty
 
 from ._groups import copied
 from ._naming import FLAGS, template
-from ._numbers import check_flags, check_number, naming_numbers
+from ._numbers import check_flags, check_number, check_pairs, naming_numbers
 from .optimizer import ChainOptimizer
 
 
@@ -29,7 +27,6 @@ BOUNDS: Mapping[str, tuple[str, Range]] = {
     "eps": ("epsilon value", POSITIVE),
     "rho": ("rho value", CLOSED),
 }
-PAIRS = ("betas", "etas", "step_sizes")
 
 
 def nonzero(group: Mapping[str, Any], name: str) -> bool:
@@ -82,12 +79,10 @@ class NamedClass(ChainOptimizer):
     def _check_options(self, g: int, group: Mapping[str, Any]) -> None:
         super()._check_options(g, group)
         check_flags(group, f" of parameter group {g}")
+        check_pairs({name: group.get(name) for name in self.defaults}, f" of parameter group {g}")
         for name in self.defaults:
             value = group.get(name)
             parts = value if isinstance(value, (tuple, list)) else (value,)
-            # fewer numbers are found out where they are read
-            if name in PAIRS and (len(parts) > 2 or (isinstance(value, torch.Tensor) and value.shape != (2,))):
-                raise ValueError(f"{name!r} of parameter group {g} is {value!r:.60}, expected two numbers.")
             label, allowed = BOUNDS.get(name, (name, None))
             for k, x in enumerate(parts):
                 if isinstance(x, (float, int)) and (math.isnan(x) or (allowed is not None and x not in allowed)):

@@ -15,6 +15,7 @@ from ._naming import FLAGS
 
 
 Own = TypeVar("Own", bound=torch.optim.Optimizer)
+PAIRS = ("betas", "etas", "step_sizes")
 
 
 def check_number(name: str, value: Any) -> None:
@@ -52,6 +53,26 @@ def check_flags(values: Mapping[str, Any], place: str = "") -> None:
             raise TypeError(f"`{name}`{place} is {type(value).__name__} {value!r:.60}, expected True or False.")
 
 
+def check_pairs(values: Mapping[str, Any], place: str = "") -> None:
+    """Refuses options that hold more than two numbers where two are read; fewer are found out where they are read.
+
+    Args:
+      values: options by name, others among them.
+      place: their place, for the message.
+
+    Raises:
+      ValueError: with the name and the value.
+    """
+    for name in PAIRS:
+        value = values.get(name)
+        if isinstance(value, torch.Tensor):
+            more = value.shape != (2,)
+        else:
+            more = isinstance(value, (tuple, list)) and len(value) > 2
+        if more:
+            raise ValueError(f"{name!r}{place} is {value!r:.60}, expected two numbers.")
+
+
 def _check_like(name: str, value: Any, default: Any) -> None:
     """Refuses an argument whose default is one number or some, if it is not.
 
@@ -85,8 +106,9 @@ def check_params(owner: str, params: Any) -> None:
 def naming_numbers(cls: type[Own]) -> type[Own]:
     """A class whose constructor is that of torch's class, but for errors of arguments that are to be numbers.
 
-    torch compares numbers with their bounds, and where that fails, Python's error has neither name nor value. A class
-    that has a constructor of its own, or none of torch's, is left as it is.
+    torch compares numbers with their bounds, and where that fails, Python's error has neither name nor value. From 2.14
+    on `Adam` leaves out a third of its `betas`. A class that has a constructor of its own, or none of torch's, is left
+    as it is.
     """
     theirs = next((base for base in cls.__bases__ if base.__module__.startswith(torch.optim.__name__)), None)
     if theirs is None or "__init__" in vars(cls):
@@ -96,12 +118,13 @@ def naming_numbers(cls: type[Own]) -> type[Own]:
     @functools.wraps(theirs.__init__)  # type: ignore[misc]
     def __init__(self: Own, *args: Any, **kwargs: Any) -> None:
         try:
+            given = signature.bind(*args, **kwargs).arguments
+        except TypeError:
+            given = {}  # an argument is unknown
+        check_pairs(given)
+        try:
             super(cls, self).__init__(*args, **kwargs)
         except (TypeError, NotImplementedError, LookupError):
-            try:
-                given = signature.bind(*args, **kwargs).arguments
-            except TypeError:
-                given = {}  # an argument is unknown
             check_params(cls.__name__, given.get("params", ()))
             check_flags(given)
             for name, value in given.items():

@@ -159,6 +159,26 @@ READ_AT_A_STEP = [("Muon", option) for option in ("ns_steps", "eps")]
 READ_AT_A_STEP += [("LBFGS", option) for option in ("max_iter", "tolerance_grad", "tolerance_change", "history_size")]
 
 
+PAIRS = [
+    (name, option)
+    for name in [*NAMES, "Adafactor", "LAMB", "Lion", "Muon", "SparseAdam"]
+    for option, x in inspect.signature(getattr(adapters, name)).parameters.items()
+    if isinstance(x.default, tuple) and len(x.default) == 2
+]
+
+
+@pytest.mark.parametrize("in_group", [False, True], ids=["for all", "of a group"])
+@pytest.mark.parametrize(("name", "option"), PAIRS)
+def test_a_third_number_is_refused_where_two_are_read(name: str, option: str, in_group: bool) -> None:
+    """Newer constructors of torch leave it out, so that a typing error would change nothing, and nobody would know."""
+    cls, p = getattr(adapters, name), torch.nn.Parameter(torch.ones(2, 2))
+    given = {option: (*inspect.signature(cls).parameters[option].default, 0.5)}
+    p.grad = torch.ones(2, 2).to_sparse() if name == "SparseAdam" else torch.ones(2, 2)
+    with pytest.raises((ValueError, TypeError), match=rf"{option}.* expected (two|a pair of) numbers"):
+        (cls([{"params": [p], **given}]) if in_group else cls([p], **given)).step()
+    assert torch.equal(p, torch.ones(2, 2))
+
+
 @pytest.mark.parametrize("kind", NOT_NUMBERS)
 @pytest.mark.parametrize(("name", "option"), READ_AT_A_STEP)
 def test_numbers_that_torch_reads_at_a_step(name: str, option: str, kind: str) -> None:
