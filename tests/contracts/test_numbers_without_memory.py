@@ -10,10 +10,12 @@ from torch.func import grad, vmap
 
 import functional_optim as fo
 from _lib.compare import Snapshot
+from _lib.marks import INTERPRETER
 from functional_optim._runtime.backend import BACKENDS
 from functional_optim.adapters import TransformOptimizer
 
 
+pytestmark = INTERPRETER
 N = 4
 SHAPES = {"weight": (4, 3), "bias": (3,)}
 STORAGE = "its storage has been freed or cut"
