@@ -64,7 +64,7 @@ class LeafwiseStep:
         options: Sequence[Mapping[str, Any]] = ({},),
         owners: Sequence[int] | None = None,
         first: frozenset[int] | None = None,
-        fits: bool = False,
+        kinds: Sequence[int] | None = None,
     ) -> Columns:
         """New updates and slots. Nothing is written.
 
@@ -74,7 +74,7 @@ class LeafwiseStep:
           options: mappings that hyper-parameters are looked up in.
           owners: whose options each leaf looks up; None if all look up the first.
           first: the leaves that take their first step; None where a counter tells.
-          fits: whether the tensors have been found to fit, by `fits`.
+          kinds: those that `known_kinds` has found for the tensors, if any.
 
         Returns:
           The columns that change, complete.
@@ -85,11 +85,8 @@ class LeafwiseStep:
         """
         results: dict[Key, list[Any]] = {key: list(columns[key]) for key in ("updates", *self.slots)}
         arrays = self._arrays(columns)
-        kinds = (
-            self.known[1]
-            if fits
-            else self._kinds_of(arrays, self.params or columns["params" if "params" in columns else "updates"])
-        )
+        if kinds is None:
+            kinds = self._kinds_of(arrays, self.params or columns["params" if "params" in columns else "updates"])
         alike = None if owners is None else self._with_like_options(options, owners)
         tokens, meant = self._tokens(columns.get(self.region.counter), alike, first if self.slots else None)
         values: dict[tuple[_Token, torch.device], _Values] = {}
@@ -175,9 +172,9 @@ class LeafwiseStep:
         Raises:
           ValueError: a slot does not go with its leaf, or a tensor has no memory.
         """
-        reader, kinds = self.known
-        if self._are_known(arrays):
-            return kinds
+        known = self._known_kinds(arrays)
+        if known is not None:
+            return known
         self._check_memory(arrays)
         for k, i in enumerate(self.leaves):
             self._check_slots([column[k] for column in arrays], self.paths[i], like[i])
@@ -190,22 +187,23 @@ class LeafwiseStep:
         self.known = reader, kinds  # at once: several threads may step
         return kinds
 
-    def _are_known(self, arrays: Sequence[Sequence[Any]]) -> bool:
-        """Whether tensors have the specs of the last step's."""
-        reader, _ = self.known
-        if reader is None or needs_dispatch():
-            return False
-        tensors = [x for column in arrays for x in column if x is not None]
-        fits = len(tensors) == len(reader.specs) and reader.fits(tensors)
-        return fits and not (torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, tensors)))
-
-    def fits(self, columns: Columns) -> bool:
-        """Whether all tensors have the specs of the last step's, so that they need not be checked again.
+    def known_kinds(self, columns: Columns) -> list[int] | None:
+        """The kinds of leaves if all tensors have the specs of the last step's, so that they need not be checked again.
 
         Args:
           columns: the tensors that the rule reads, and perhaps others.
         """
-        return self._are_known(self._arrays(columns))
+        return self._known_kinds(self._arrays(columns))
+
+    def _known_kinds(self, arrays: Sequence[Sequence[Any]]) -> list[int] | None:
+        """The kinds of leaves, see `_kinds_of`, if tensors have the specs of the last step's."""
+        reader, kinds = self.known  # at once: another thread may step
+        if reader is None or needs_dispatch():
+            return None
+        tensors = [x for column in arrays for x in column if x is not None]
+        if len(tensors) != len(reader.specs) or not reader.fits(tensors):
+            return None
+        return None if torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, tensors)) else kinds
 
     def _arrays(self, columns: Columns) -> list[list[torch.Tensor | None]]:
         """The arguments of the rule for each leaf; None where it has none, for which trees have an empty node."""

@@ -282,12 +282,12 @@ class TreeStep(TreeLeaves, SegmentedStep[TreeRegion, TreeInputs]):
         """
         rule, extra = segment.leafwise, inputs.extra_numbers
         if rule is not None:
-            fits = rule.fits(own)
-            if not fits:
+            kinds = rule.known_kinds(own)
+            if kinds is None:
                 if not self.has_its_leaves(own):
                     return None
                 self.check_leaves(own)
-            return rule.compute(own, extra, fits=fits)
+            return rule.compute(own, extra, kinds=kinds)
         if inputs.dispatching:
             counters: set[Key] = {(k, "count") for k in segment.state_reader.counted}
             return run_followed(segment, self, counters, own, extra, inputs.given)

@@ -54,7 +54,7 @@ class ParamRegion(BoundRegion):
         options: Sequence[Mapping[str, Any]],
         extra: Mapping[str, Any],
         first: frozenset[int],
-        fits: bool = False,
+        kinds: Sequence[int] | None = None,
     ) -> Columns:
         """Runs the rule for whole tensors of this region; every process gathers a tensor in parts, and keeps its own.
 
@@ -63,7 +63,7 @@ class ParamRegion(BoundRegion):
           options: mappings that hyper-parameters are looked up in.
           extra: the extra arguments.
           first: the parameters that take their first step.
-          fits: whether the columns are known to have the specs of the last step.
+          kinds: those of its leaves, if the columns are known to have the specs of the last step.
 
         Returns:
           The columns that it computes.
@@ -73,7 +73,7 @@ class ParamRegion(BoundRegion):
         assert shards is not None
         parts = [i for i in rule.leaves if shards[i] is not None]
         if not parts:
-            return rule.compute(own, extra, options, self.params.groups, first, fits)
+            return rule.compute(own, extra, options, self.params.groups, first, kinds)
         params = self.params.tensors
         like_leaf = {"updates", *(s.key for s in self.region.stored if s.slot is not None and s.slot.like_leaf)}
         whole = dict(own)

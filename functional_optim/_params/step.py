@@ -376,18 +376,15 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
         """Computes a region that is a rule for whole tensors, and is never the last; see `_compute`."""
         rule = segment.leafwise
         assert rule is not None
-        fits = (
-            inputs.steady
-            and not self.local.wrapped
-            and not ("step" in own and any(own["step"][i] is None for i in rule.leaves))
-            and rule.fits(own)
-        )
-        if not fits:
+        lacks_counters = "step" in own and any(own["step"][i] is None for i in rule.leaves)
+        steady = inputs.steady and not self.local.wrapped and not lacks_counters
+        kinds = rule.known_kinds(own) if steady else None
+        if kinds is None:
             if not self._has_its_leaves(segment, own):
                 return None
             self._check_leaves(own)
         mended = self.state.mend_counters(own, inputs.states, inputs.journal)
-        return segment.run_leafwise(own | mended, inputs.options, inputs.extra, inputs.first, fits), mended
+        return segment.run_leafwise(own | mended, inputs.options, inputs.extra, inputs.first, kinds), mended
 
     def _compute(
         self, segment: ParamRegion, own: Columns, inputs: ParamInputs, in_place: bool
@@ -401,8 +398,9 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
           in_place: whether kernels write in place.
 
         Returns:
-          The columns that change, none of them if kernels have written them; and the column of counters, if some had a
-          form that programs cannot count on. None, and nothing is done, if a gradient or an entry is gone.
+          The columns that change, none of them if kernels have written them; and the column of counters in the form
+          that programs count on, at a first look at the tensors. None, and nothing is done, if a gradient or an entry
+          is gone.
         """
         mended: Columns = {}
         first = inputs.first if segment.uses_first else frozenset()
@@ -418,13 +416,13 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
             if inputs.dispatching:
                 programs = segment.programs(own, leaves)
                 numbers = programs.numbers(inputs.options, inputs.extra)
-                return programs.evaluate_reference(own | self._kept(inputs), numbers), mended
+                return programs.evaluate_reference(own | self._unwritten_params(inputs), numbers), mended
             found = segment.bind(own, variant, leaves)
         bound, reading = found
         numbers = bound.numbers(inputs.options, inputs.extra)
         if torch.is_grad_enabled() and bound.requires_grad(reading, numbers):
             bound.release(reading)
-            return bound.evaluate_reference(own | self._kept(inputs), numbers), mended
+            return bound.evaluate_reference(own | self._unwritten_params(inputs), numbers), mended
         self.workspace = reading.workspace if in_place else None
         return bound.run(reading, own, numbers), mended
 
@@ -447,7 +445,7 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
             p = check_leaf("params", self.paths[i], own["params"][i])
             check_fit("updates", "parameter", self.paths[i], u, p)
 
-    def _kept(self, inputs: ParamInputs) -> Columns:
+    def _unwritten_params(self, inputs: ParamInputs) -> Columns:
         """The column of parameters that autograd may keep, because nothing is written to them."""
         return {"params": self.local.of("params", inputs.params)}
 

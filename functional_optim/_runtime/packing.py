@@ -204,6 +204,12 @@ class PackedColumn(Sequence[Any]):
         k = self.picks[i]
         return self.packed.layout.places[k] if type(k) is int else None
 
+    def dtypes(self) -> list[torch.dtype | None]:
+        """The dtype of each tensor, None where there is none."""
+        of_buffers, places = [getattr(x, "dtype", None) for x in self.packed.buffers], self.packed.layout.places
+        found = [places[k] if type(k) is int else None for k in self.picks]
+        return [None if place is None else of_buffers[place.buffer] for place in found]
+
     def with_buffers(self, buffers: Sequence[torch.Tensor]) -> "PackedColumn":
         """A column of the same layout in other buffers."""
         return PackedColumn(self.packed.with_buffers(buffers), self.picks)

@@ -63,7 +63,10 @@ class Programs:
     def fits_unread_params(self, columns: Columns) -> bool:
         """Whether parameters that no program reads have the dtypes that they had."""
         params = columns["params"]
-        return isinstance(params, PackedColumn) or all(params[i].dtype is dtype for i, dtype in self.unread_params)
+        if isinstance(params, PackedColumn):  # without views
+            dtypes = params.dtypes()
+            return all(dtypes[i] is dtype for i, dtype in self.unread_params)
+        return all(params[i].dtype is dtype for i, dtype in self.unread_params)
 
     def numbers(
         self,

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import pickle
 import re
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import (
     settings,
     strategies as st,
 )
+from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 import functional_optim as fo
@@ -122,6 +124,22 @@ def test_chains_of_any_links_and_dtypes(links: list[Any], donate: bool, dtypes: 
     packed, _ = follow(fo.chain(*links, fo.scale(-0.1)), donate, missing=True, pack_grads=donate, dtypes=dtypes)
 
     assert {x.dtype for x in packed.buffers} == set(dtypes)
+
+
+UPDATES = {"scale": fo.scale(-1.0), "adam": fo.adam(0.1), "clip, trace": fo.chain(fo.clip(1.0), fo.trace(0.9))}
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["one tree", "members"])
+@pytest.mark.parametrize("name", UPDATES)
+def test_updates_are_as_wide_as_packed_parameters_that_nothing_reads(name: str, mapped: bool) -> None:
+    """Whatever the dtypes of the trees before: no program reads these, and the form of a packed tree has no dtype."""
+    tx, kinds = UPDATES[name], list(itertools.product((F32, F64, BF16), repeat=2))
+    for of_params, of_grads in [*kinds, *reversed(kinds)]:
+        params, grads = ({"w": torch.ones((2, 3) if mapped else 3, dtype=dtype)} for dtype in (of_params, of_grads))
+        pack, unpack = (vmap(fo.pack), vmap(fo.unpack)) if mapped else (fo.pack, fo.unpack)
+        update: Any = lambda p, g: tx.update(g, tx.init(p), p)[0]  # noqa: E731
+        found = unpack((vmap(update) if mapped else update)(pack(params), pack(grads)))
+        assert found["w"].dtype is torch.promote_types(of_params, of_grads)
 
 
 @pytest.mark.parametrize("backend", ["reference", "foreach", "c"])
