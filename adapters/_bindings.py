@@ -46,7 +46,7 @@ class Bindings:
         self.sizes: list[int] = []  # of the groups
         self.names: list[list[str] | None] = []  # given with the groups
         self.states: list[dict[str, Any]] = []  # of the parameters
-        self.known: tuple[list[Any], list[Any]] = ([], [])  # keys and values of the optimizer's state
+        self.state_items: tuple[list[Any], list[Any]] = ([], [])  # keys and values of the optimizer's state
         self.layouts: dict[tuple[int, ...], ChainLayout] = {}  # by whether steps are guarded, and the ids of templates
         self.steps: list[ParamStep] = []
         self.row_steps: list[ParamStep] = []  # of the rows that sparse gradients touch
@@ -69,7 +69,7 @@ class Bindings:
 
     def note(self, step: ParamStep) -> None:
         """Takes note of the entries that a step leaves, the first time that it is taken."""
-        if not step.state.known:
+        if not step.state.noted:
             for key, entries in step.state.note().items():
                 self.held.setdefault(key, set()).update(entries)
 
@@ -165,7 +165,7 @@ class Bindings:
     def states_of(self, opt: "ChainOptimizer", params: ParamList) -> list[dict[str, Any]]:
         """The state of each parameter; a dict that is not the optimizer's yet for one that has none."""
         state = opt.state
-        keys, values = self.known
+        keys, values = self.state_items
         same = len(state) == len(keys) and all(map(is_, state, keys)) and all(map(is_, state.values(), values))
         if not self.states or not same:
             found = [state.get(p) for p in params.tensors]
@@ -173,7 +173,7 @@ class Bindings:
                 if x is not None and not isinstance(x, MutableMapping):
                     raise TypeError(f"state at {name!r} is {x!r:.60}, expected a dict of entries by name.")
             self.states = [{} if x is None else x for x in found]
-            self.known = list(state), list(state.values())
+            self.state_items = list(state), list(state.values())
         return self.states
 
     def adopt(
@@ -198,8 +198,8 @@ class Bindings:
             if id(state) in stepped:
                 journal.set(state, key, None)
 
-    def started(self, states: Sequence[dict[str, Any]], present: Sequence[int]) -> None:
-        """Takes note that parameters have taken a step."""
+    def forget_started(self, states: Sequence[dict[str, Any]], present: Sequence[int]) -> None:
+        """Forgets entries of `started_dry` of parameters that have taken a step."""
         stepped = {id(states[i]) for i in present}
         self.started_dry = [(state, key) for state, key in self.started_dry if id(state) not in stepped]
 
@@ -208,6 +208,7 @@ class Bindings:
         opt: "ChainOptimizer",
         templates: Sequence[Template],
         grads: Sequence[torch.Tensor | None],
+        *,
         guarded: bool,
         exact: bool,
         of_rows: bool = False,
@@ -260,7 +261,7 @@ class Bindings:
         self.new, self.states = new, []
 
     def forget_step(self, step: ParamStep | None) -> None:
-        """Gives up a step that has failed, and whose masks were asked about parameters that may get another shape."""
+        """Gives up all layouts, and a step that has failed if its masks ask for shapes, which parameters may change."""
         self.layouts = {}
         if step is None or not any(template.tx._asks_leaves() for template in step.templates):
             return

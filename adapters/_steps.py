@@ -83,7 +83,7 @@ def take_rows(opt: "ChainOptimizer", inputs: StepInputs) -> None:
     step: ParamStep | None = None
     try:
         if any(g is not None for g in touched):
-            step = bindings.step_for(opt, row_templates, touched, inputs.guarded, True, of_rows=True)
+            step = bindings.step_for(opt, row_templates, touched, guarded=inputs.guarded, exact=True, of_rows=True)
             columns = step.state.columns(states, True)
             if columns is None:
                 step.state.make(bindings.params.tensors, states, opt.param_groups, journal, bindings.held)

@@ -18,6 +18,7 @@ from functional_optim._params.step import GRAD, Outcome, ParamStep
 from functional_optim._params.template import Template
 from functional_optim._runtime.backend import ASKED
 from functional_optim._runtime.checks import refuse_meta
+from functional_optim._runtime.groups import Columns
 from functional_optim._runtime.internals import in_checkpoint
 from functional_optim._runtime.overlap import SharedMemoryError
 from functional_optim._runtime.shard import is_dtensor
@@ -231,13 +232,7 @@ class ChainOptimizer(Optimizer):
         Returns:
           `"sparse"` if one is not, and nothing has been done.
         """
-        bindings, grads, states, extra, guarded = (
-            self._bindings,
-            inputs.grads,
-            inputs.states,
-            inputs.extra,
-            inputs.guarded,
-        )
+        bindings, grads, states, extra = self._bindings, inputs.grads, inputs.states, inputs.extra
         assert bindings.params is not None
         originals = bindings.params.tensors
         dry = not self.state and in_checkpoint()
@@ -247,7 +242,7 @@ class ChainOptimizer(Optimizer):
         first: frozenset[int] = frozenset()
         try:
             while True:
-                step = bindings.step_for(self, inputs.templates, grads, guarded, exact)
+                step = bindings.step_for(self, inputs.templates, grads, guarded=inputs.guarded, exact=exact)
                 step.begin()
                 if bindings.started_dry:
                     bindings.start_anew(states, step.present, journal)
@@ -256,13 +251,7 @@ class ChainOptimizer(Optimizer):
                     exact = True  # before state is made for parameters whose gradients are gone
                     continue
                 if columns is None:
-                    # checkpoint code has put 0 in the place of the rates of groups
-                    groups = [{**g, "lr": self.defaults.get("lr")} for g in self.param_groups] if dry else None
-                    made = step.state.make(originals, states, groups or self.param_groups, journal, bindings.held)
-                    new = before | {id(originals[i]) for i in made}
-                    bindings.adopt(self, originals, grads, states, journal)
-                    columns = step.state.columns(states)
-                    assert columns is not None, "the state that was missing has been made"
+                    columns, new = self._make_state(step, inputs, journal, dry)
                 elif self.EMPTY_STATES and 0 < len(self.state) < len(inputs.params):
                     bindings.adopt(self, originals, grads, states, journal)
                 if dry:
@@ -282,23 +271,52 @@ class ChainOptimizer(Optimizer):
                     )
                 bindings.undo(journal, before)  # slots of segments before the one that found something gone
                 exact, journal = True, Journal()
-            # nothing waits for a device but the first step
-            if outcome == "sparse" or (guarded and (first or journal) and float(extra["found_inf"])):
-                bindings.undo(journal, before)
-            else:
-                if not step.state.known:
+            if self._keeps(inputs, journal, first, outcome == "taken"):
+                if not step.state.noted:
                     bindings.note(step)
                 if bindings.started_dry:
-                    bindings.started(states, step.present)
+                    bindings.forget_started(states, step.present)
+            else:
+                bindings.undo(journal, before)
         except BaseException:
             bindings.forget_step(step)
-            changed = first or journal
-            if step is None or not step.completed or (guarded and changed and float(extra["found_inf"])):
+            if step is None or not self._keeps(inputs, journal, first, step.completed):
                 bindings.undo(journal, before)
             elif bindings.started_dry:
-                bindings.started(states, step.present)
+                bindings.forget_started(states, step.present)
             raise
         return outcome
+
+    def _make_state(self, step: ParamStep, inputs: StepInputs, journal: Journal, dry: bool) -> tuple[Columns, set[int]]:
+        """Makes the entries of state that a step lacks.
+
+        Args:
+          step: the step.
+          inputs: the tensors and numbers of the step.
+          journal: takes note of entries that are made.
+          dry: whether checkpoint code asks for them, which has put 0 in the place of the rates of groups.
+
+        Returns:
+          The columns of the state, and the ids of parameters that have state but have not taken their first step.
+        """
+        bindings = self._bindings
+        assert bindings.params is not None
+        originals = bindings.params.tensors
+        groups = [{**g, "lr": self.defaults.get("lr")} for g in self.param_groups] if dry else self.param_groups
+        made = step.state.make(originals, inputs.states, groups, journal, bindings.held)
+        bindings.adopt(self, originals, inputs.grads, inputs.states, journal)
+        columns = step.state.columns(inputs.states)
+        assert columns is not None, "the state that was missing has been made"
+        return columns, bindings.new | {id(originals[i]) for i in made}
+
+    @staticmethod
+    def _keeps(inputs: StepInputs, journal: Journal, first: frozenset[int], taken: bool) -> bool:
+        """Whether the entries of state that a step has made stay: it was taken, and no gradient had overflowed.
+
+        Nothing waits for a device but the first step.
+        """
+        overflowed = taken and inputs.guarded and (first or journal) and float(inputs.extra["found_inf"])
+        return taken and not overflowed
 
     # -- torch.compile ------------------------------------------------------------------------------------------------
     # Inside torch.compile the step is one operation that the compiler does not look into. It does look into how its
@@ -336,9 +354,9 @@ class ChainOptimizer(Optimizer):
         bindings = self._bindings
         templates, known = bindings.gather(self)
         own_grads, states, journal = list(map(GRAD, known.tensors)), bindings.states_of(self, known), Journal()
-        step = bindings.step_for(self, templates, own_grads, False, True)
+        step = bindings.step_for(self, templates, own_grads, guarded=False, exact=True)
         bindings.start_anew(states, step.present, journal)
-        bindings.started(states, step.present)
+        bindings.forget_started(states, step.present)
         if step.state.columns(states, True) is None:
             made = step.state.make(known.tensors, states, self.param_groups, journal, bindings.held)
             bindings.new = bindings.new | {id(known.tensors[i]) for i in made}

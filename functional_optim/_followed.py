@@ -7,7 +7,7 @@ import torch
 
 from ._compiler.cache import BuildError
 from ._runtime.autograd import can_record, record
-from ._runtime.backend import REQUESTED, disable_backend
+from ._runtime.backend import KERNEL_BACKENDS, REQUESTED, disable_backend
 from ._runtime.groups import Columns, Key
 from ._runtime.internals import map_levels, outside_transformations, takes_gradients, without_wrappers
 from ._runtime.step import BoundStep
@@ -36,11 +36,11 @@ def run_followed(
     Returns:
       The columns that change; None, and nothing is done, if other leaves are there than before.
     """
-    if takes_gradients() and REQUESTED.get() in (None, "c", "triton"):
+    if takes_gradients() and REQUESTED.get() in (None, *KERNEL_BACKENDS):
         recorded = _bound_to_plain(segment, tree, own)
         if recorded is not None and can_record(recorded):
             return record(recorded, own, recorded.numbers((), extra, given), plain=False)
-    levels = map_levels() if REQUESTED.get() in (None, "c", "triton") else ()
+    levels = map_levels() if REQUESTED.get() in (None, *KERNEL_BACKENDS) else ()
     variant = Variant(False, REQUESTED.get(), forms=packed_forms(own.values()))
     found = segment.find_members(own, variant, levels, extra, given) if levels else None
     if found is None:

@@ -137,7 +137,7 @@ class SpecWatch:
     """The specs of tensors that code of a caller may make something else of: parameters, or its updates.
 
     Args:
-      params: the tensors.
+      tensors: the tensors of all leaves.
       present: the leaves that take part.
       name: what messages call them.
       paths: the paths of all leaves; without them tensors may lack memory, of which a later look tells.
@@ -147,23 +147,22 @@ class SpecWatch:
     """
 
     def __init__(
-        self, params: Sequence[Any], present: Sequence[int], name: str = "", paths: Sequence[str] | None = None
+        self, tensors: Sequence[Any], present: Sequence[int], name: str = "", paths: Sequence[str] | None = None
     ) -> None:
         self.present = present
-        tensors = [params[i] for i in present]
         if paths is not None:
             for i in present:
-                check_stored(name, paths[i], params[i])
-        self.reader = PointerReader(tensors, list(map(TensorSpec.of, tensors)))
+                check_stored(name, paths[i], tensors[i])
+        own = [tensors[i] for i in present]
+        self.reader = PointerReader(own, list(map(TensorSpec.of, own)))
 
     @classmethod
     def of(
-        cls, last: "SpecWatch", params: Sequence[Any], present: Sequence[int], name: str, paths: Sequence[str]
+        cls, last: "SpecWatch", tensors: Sequence[Any], present: Sequence[int], name: str, paths: Sequence[str]
     ) -> "SpecWatch":
         """The watch of the last step, if it holds for these tensors; else a new one. See the class."""
-        return last if last.present == present and last.holds(params) else cls(params, present, name, paths)
+        return last if last.present == present and last.holds(tensors) else cls(tensors, present, name, paths)
 
-    def holds(self, params: Sequence[Any]) -> bool:
-        """Whether parameters are as they were."""
-        tensors = [params[i] for i in self.present]
-        return self.reader.fits(tensors)
+    def holds(self, tensors: Sequence[Any]) -> bool:
+        """Whether tensors are as they were."""
+        return self.reader.fits([tensors[i] for i in self.present])

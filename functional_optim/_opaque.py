@@ -177,36 +177,8 @@ class _Leaf(NamedTuple):
         return found[None, path]
 
 
-class _Node(NamedTuple):
-    """A container that belongs to the tree.
-
-    Args:
-      spec: its type and keys.
-      names: the names of its children in paths.
-      children: their shapes.
-    """
-
-    spec: Spec
-    names: list[str]
-    children: "list[StateShape]"
-
-    def split(self, x: Any, path: str, owner: SplitState) -> Entries:
-        children, spec, _ = _open(x)
-        if spec != self.spec:
-            raise _other_structure(owner, path, x)
-        found: Entries = {}
-        for name, shape, child in zip(self.names, self.children, children, strict=True):
-            found |= shape.split(child, _at(path, _escaped(name)), owner)
-        return found
-
-    def join(self, path: str, found: Entries) -> Any:
-        pairs = zip(self.names, self.children, strict=True)
-        children = [shape.join(_at(path, _escaped(name)), found) for name, shape in pairs]
-        return self.spec.unflatten(children)
-
-
-class _PerParam(NamedTuple):
-    """A container with an entry per parameter, and perhaps some of the tree beside them.
+class _Container(NamedTuple):
+    """A container: its entries belong to parameters, one each, or to the tree.
 
     Args:
       spec: its type and keys.
@@ -216,7 +188,7 @@ class _PerParam(NamedTuple):
 
     spec: Spec
     names: list[str]
-    children: "list[_OfParam | StateShape]"
+    children: "Sequence[_OfParam | StateShape]"
 
     def split(self, x: Any, path: str, owner: SplitState) -> Entries:
         children, spec, _ = _open(x)
@@ -268,7 +240,7 @@ class _OfParam(NamedTuple):
         )
 
 
-StateShape = _Leaf | _Node | _PerParam
+StateShape = _Leaf | _Container
 _EXTRA = "one more parameter"  # the name of the one that the second state has an entry for
 
 
@@ -305,7 +277,7 @@ def _compare(
         return _Leaf()
     if one_names == two_names:
         children = [_compare(x, y, names, fail, _at(path, n)) for x, y, n in zip(one, two, one_names, strict=True)]
-        return _Node(one_spec, one_names, children)
+        return _Container(one_spec, one_names, children)
     seen = [name for name, own in names.items() if own]
     if set(two_names) - set(one_names) == {_EXTRA} and set(seen) <= set(one_names):
         owners = one_names
@@ -323,7 +295,7 @@ def _compare(
         if not names[owner] and any(leaf is not None for leaf in leaves):
             raise fail(_at(path, name), "has an entry for a parameter that the transformation does not see")
         found.append(_OfParam(owner if names[owner] else None, spec, escaped_paths(spec)))
-    return _PerParam(one_spec, one_names, found)
+    return _Container(one_spec, one_names, found)
 
 
 def _open(x: Any) -> tuple[list[Any], Spec | None, list[str]]:

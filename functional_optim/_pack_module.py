@@ -54,7 +54,7 @@ class PackedModule:
             p.grad, p.data = None, views[name]
             p.grad = self._grad_views[name]
         self._known = self._pointers()
-        self._params.followers = tuple(self._parameters.values())
+        self._params.tied = tuple(self._parameters.values())
 
     @property
     @_apart

@@ -160,7 +160,7 @@ class RowStep:
             clash = OverlapCheck(specs, [True] * len(specs)).find([address for address, _ in addresses])
         if clash is not None:
             (a, i, _), (b, j, _) = found[clash[0]], found[clash[1]]
-            raise SharedMemoryError(self._label(a, i), self._label(b, j), i, j)
+            raise SharedMemoryError(self._label(a, i), self._label(b, j))
         self.disjoint = addresses
 
     def _label(self, key: Key, i: int) -> str:

@@ -83,7 +83,7 @@ class BoundRegion:
       entered: the column in which the updates that enter it are kept; see `Region`.
     """
 
-    KEEP = 8
+    KEEP = 8  # steps, and steps of ensembles
 
     def __init__(
         self,

@@ -178,14 +178,17 @@ def broadcast_count(count: torch.Tensor, leaves: Sequence[Any]) -> list[Any]:
 
 
 class Copies:
-    """Copies of a number that leaves share, in memory of earlier ones: kernels find them where they were."""
+    """Copies of a number that leaves share, in memory of earlier ones: kernels find them where they were.
+
+    There are as many at each step.
+    """
 
     def __init__(self) -> None:
         # by device and dtype: the memory, and a view of each copy
         self.known: dict[tuple[torch.device, torch.dtype], tuple[torch.Tensor, Sequence[torch.Tensor]]] = {}
 
     def of(self, value: torch.Tensor, n: int) -> Sequence[torch.Tensor]:
-        """Copies of a number, as many as ever."""
+        """`n` copies of a number."""
         memory, views = self.known.get((value.device, value.dtype), (None, ()))
         # inference tensors are not written to outside of inference mode
         if memory is not None and (torch.is_inference_mode_enabled() or not memory.is_inference()):

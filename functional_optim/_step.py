@@ -356,8 +356,8 @@ class TreeStep(TreeLeaves, SegmentedStep[TreeRegion, TreeInputs]):
         if len(segment.moving) > 1:
             self._check_counters(segment, states)
         params = own.get("params")
-        if isinstance(params, PackedColumn) and params.packed.followers:
-            torch.autograd.graph.increment_version(params.packed.followers)
+        if isinstance(params, PackedColumn) and params.packed.tied:
+            torch.autograd.graph.increment_version(params.packed.tied)
         late = []  # counters that none of its programs reads, or of which it reads a copy
         for k in segment.moving:
             place = bound.counters.get((k, "count"))

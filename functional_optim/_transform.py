@@ -4,7 +4,7 @@ A transformation is a pair of pure functions: `init` makes a state from paramete
 into new ones. That is all that a caller needs, and all that an object from elsewhere must have.
 
 Inside the package a transformation also says how it is built, so that chains can be laid out over the leaves of a tree
-and fused. `Transformation` has these questions.
+and fused. The methods of `GradientTransformation` with an underscore are these questions, most of them about a `View`.
 """
 
 import abc
@@ -56,53 +56,7 @@ class Link(NamedTuple):
     wraps: int | None = None
 
 
-class Transformation(abc.ABC):
-    """The questions that the package asks of a transformation, most of them about a `View`."""
-
-    @abc.abstractmethod
-    def init(self, params: Tree) -> Any:
-        """Makes the state for a tree of parameters."""
-
-    @abc.abstractmethod
-    def update(self, updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> tuple[Tree, Any]:
-        """Transforms updates."""
-
-    @abc.abstractmethod
-    def _init(self, view: View) -> Any:
-        """The state for the leaves that are seen."""
-
-    @abc.abstractmethod
-    def _links(self, view: View, path: Path) -> list[Link]:
-        """The innermost transformations in order, each with the leaves that it sees and the path to its state.
-
-        `chain` concatenates the links of its members, `masked` narrows the view, a rule is one link.
-        """
-
-    @abc.abstractmethod
-    def _rewrite(self, fn: Rewrite, path: Path) -> "GradientTransformation":
-        """The same transformation with its innermost ones replaced by `fn` of their paths and themselves.
-
-        So optimizers put options of parameter groups in the place of numbers.
-        """
-
-    @abc.abstractmethod
-    def _warn(self, view: View) -> None:
-        """Warns of masks that match none of the leaves that are seen."""
-
-    @abc.abstractmethod
-    def _asks_leaves(self) -> bool:
-        """Whether a mask or label is a function, whose answer may depend on more than the structure of the tree."""
-
-    @abc.abstractmethod
-    def _extra_names(self) -> frozenset[str] | None:
-        """Names of the extra arguments of `update`; None if any is taken."""
-
-    @abc.abstractmethod
-    def _state_nodes(self, path: Path) -> list[StateNode]:
-        """The parts of the state that are known before there are parameters, containers before their entries."""
-
-
-class GradientTransformation(Transformation):
+class GradientTransformation:
     """A pair of pure functions: `init` makes a state, `update` turns updates into better ones.
 
     Calling this class with the two functions makes a transformation of them. It works in any chain, as a step of
@@ -193,12 +147,17 @@ class GradientTransformation(Transformation):
         return f"GradientTransformation({init}, {update})"
 
     def _init(self, view: View) -> Any:
+        """The state for the leaves that are seen."""
         return self.init(view.tree())
 
     def _warn(self, view: View) -> None:
-        pass
+        """Warns of masks that match none of the leaves that are seen."""
 
     def _rewrite(self, fn: Rewrite, path: Path) -> "GradientTransformation":
+        """The same transformation with its innermost ones replaced by `fn` of their paths and themselves.
+
+        So optimizers put options of parameter groups in the place of numbers.
+        """
         return fn(path, self)
 
     def _swap(self, tensor: Callable[[torch.Tensor], torch.Tensor]) -> "GradientTransformation":
@@ -213,15 +172,22 @@ class GradientTransformation(Transformation):
         return self._rewrite(lambda path, inner: inner._swap(lambda x: new[id(x)]), ())
 
     def _links(self, view: View, path: Path) -> list[Link]:
+        """The innermost transformations in order, each with the leaves that it sees and the path to its state.
+
+        `chain` concatenates the links of its members, `masked` narrows the view, a rule is one link.
+        """
         return [Link(self, path, view.seen)]
 
     def _asks_leaves(self) -> bool:
+        """Whether a mask or label is a function, whose answer may depend on more than the structure of the tree."""
         return False
 
     def _extra_names(self) -> frozenset[str] | None:
+        """Names of the extra arguments of `update`; None if any is taken."""
         return None if self._extras is None else self._extras - {"updates", "state", "params"}
 
     def _state_nodes(self, path: Path) -> list[StateNode]:
+        """The parts of the state that are known before there are parameters, containers before their entries."""
         return []
 
 

@@ -5,10 +5,9 @@ from typing import Any
 
 import torch
 
-from ._runtime.backend import REPLACED, REQUESTED, check_backend
+from ._runtime.backend import KERNEL_BACKENDS, REPLACED, REQUESTED, check_backend
 from ._runtime.checks import at, check_fit, check_leaf
 from ._runtime.groups import Columns, Leaf
-from ._runtime.kernels import COMPILE
 from ._tree import Reader, Tree, View, difference, flatten, paths, refuse_packed_inside
 
 
@@ -93,7 +92,7 @@ class TreeLeaves:
         asked = REPLACED.get() or REQUESTED.get() or ""
         for leaf in leaves:
             x = updates[leaf.position]
-            if asked in COMPILE and not x.is_meta:
+            if asked in KERNEL_BACKENDS and not x.is_meta:
                 check_backend(asked, x.device, at(self.paths[leaf.position]))
 
 

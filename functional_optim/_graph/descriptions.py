@@ -139,16 +139,24 @@ class DescribedStep:
       apply: whether to add the updates to the parameters.
       trees: the structure of the trees.
       backend: the backend that is asked for where the step is written, if any.
+
+    Attributes:
+      runs_foreign_code: whether a transformation is made of functions, which may do anything.
+      of_rules: whether all transformations are rules that are computed element by element.
+      n_extra: the number of tensors among the extra arguments.
+      computed: the leaves of the result that are computed, by position.
+      picked: their positions among the leaves of the tree that results are like.
+      partners: of each, the position of its parameter, where updates are made as wide.
+      updates, params, state, extra: the makers of the trees of their tensors.
     """
 
-    KEEP = 8
+    KEEP = 8  # chains with tensors of their own
 
     def __init__(self, tx: GradientTransformation, apply: bool, trees: Trees, backend: str | None) -> None:
         self.tx, self.apply, self.trees, self.backend = tx, apply, trees, backend
         bounds = [part._bound for part in parts(tx).values()]
         self.runs_foreign_code = None in bounds
         self.of_rules = not any(bound is None or bound.rule.whole for bound in bounds)
-        self.may_return_views = not self.of_rules
         self.n_extra = sum(trees.extra.there)
         self.computed = trees.computed(apply)
         self.updates, self.state, self.extra = map(TreeMaker, (trees.updates, trees.state, trees.extra))

@@ -2,7 +2,8 @@
 
 A description names rules. Where a compiler looks into the step, and where it is asked for derivatives, the graph holds
 their formulas, too. So a description says by digests which formulas they were: edited ones are another graph, and no
-step is made of them in the place of others.
+step is made of them in the place of others. Formulas of this package are an exception: another version of it is another
+graph, but a description of a step that one version has exported is read by the next, with the formulas that it has.
 """
 
 import functools

@@ -54,7 +54,7 @@ def _pure_step(text: str, updates: Tensors, params: Tensors, state: Tensors, num
     promised = _promised(step, updates, params, state)
     _check(step, results, promised)
     given = (*updates, *params, *state, *numbers)
-    own = _apart(results, given, step.may_return_views)
+    own = _apart(results, given, not step.of_rules)
     return [_in_layout_of(like, x, dtype) for x, (like, dtype) in zip(own, promised, strict=True)]
 
 
@@ -71,7 +71,7 @@ def _donated_step(text: str, updates: Tensors, params: Tensors, state: Tensors, 
         _check(step, [*results, *new], [(x, x.dtype) for x in likes])
         pairs += zip(_likes(step, updates, params), results, strict=True)
     pairs = [(x, y) for x, y in pairs if x is not y]
-    moved = _apart([y for _, y in pairs], [*state, *params], step.may_return_views)
+    moved = _apart([y for _, y in pairs], [*state, *params], not step.of_rules)
     for (x, _), y in zip(pairs, moved, strict=True):
         x.copy_(y)
 
@@ -193,7 +193,7 @@ def _fake_donated_step(text: str, *lists: Tensors) -> None:
             if 0 in x.stride() and TensorSpec.of(x).repeats:  # compilers refuse to write to it, without its name
                 assert outline is not None
                 label = f"{name}{at(path_of(outline, k))}"
-                raise SharedMemoryError(label, label, k, k).for_donation()
+                raise SharedMemoryError(label, label).for_donation()
 
 
 def _wants_derivative(*lists: Tensors) -> bool:

@@ -63,16 +63,18 @@ def trace_step(
 
     With the backend `"reference"` the operation is one that the compiler looks into.
     """
+    given = (tx, apply, updates, state, params, extra, donate)
     if not hasattr(tx, "_serial"):
-        return with_chain_outside(take_step, tx, apply, updates, state, params, extra, donate)
+        return with_chain_outside(take_step, *given)
     numbers = {name: as_numbers(x) for name, x in extra.items()}
     u, s, e = read(updates), read(state), read(numbers)
     p = read(params) if params is not None else NOTHING
-    passes = params is not None and same(u.structure, p.structure)
-    if not (apply or params is None or passes) and (isinstance(updates, Packed) or isinstance(params, Packed)):
-        return unpacked_outside(take_step, tx, apply, updates, state, params, extra, donate)
+    # leaves of the updates that are None are None in the result
+    absent_pass = params is not None and same(u.structure, p.structure)
+    if not (apply or params is None or absent_pass) and (isinstance(updates, Packed) or isinstance(params, Packed)):
+        return unpacked_outside(take_step, *given)
     if u.strange or p.strange or s.strange or e.strange or (apply and params is None):
-        return step_outside(take_step, tx, apply, updates, state, params, extra, donate)
+        return step_outside(take_step, *given)
     backend = ASKED.names[-1] if ASKED.names else None
     text, misfit = description_of(
         tx._serial,
@@ -86,12 +88,12 @@ def trace_step(
     if misfit:
         # an exception here would make Dynamo look into steps of eager mode from then on
         torch._dynamo.graph_break(misfit)
-        return misfit_outside(take_step, tx, apply, updates, state, params, extra, donate)
+        return misfit_outside(take_step, *given)
     arguments = (_tensors(u.leaves), _tensors(p.leaves), _tensors(s.leaves), [*_tensors(e.leaves), *tx._tensors])
     records = torch.is_grad_enabled() and any(x.requires_grad for own in arguments for x in own)
     if donate and (records or is_transformed()):  # the operation would refuse it, too, in an error with its arguments
         refused_outside = within_outside if is_transformed() else recorded_outside
-        return refused_outside(take_step, tx, apply, updates, state, params, extra, donate)
+        return refused_outside(take_step, *given)
     if donate and backend != "reference":
         torch.ops.functional_optim.donated_step(text, *arguments)
         return params if apply else updates, state
@@ -99,10 +101,10 @@ def trace_step(
     results = iter(step(text, *arguments))
     base, other = (p, u) if apply else (u, p)
     leaves = [
-        x if x is None or (passes and y is None) else next(results)
-        for x, y in zip(base.leaves, other.leaves if passes else base.leaves, strict=True)
+        x if x is None or (absent_pass and y is None) else next(results)
+        for x, y in zip(base.leaves, other.leaves if absent_pass else base.leaves, strict=True)
     ]
-    if passes and records:
+    if absent_pass and records:
         leaves = with_aliases(leaves, base.leaves)
     new_state = [x if x is None else next(results) for x in s.leaves]
     if donate:
@@ -112,7 +114,7 @@ def trace_step(
             elif x is not y:  # before 2.14, torch loses a graph's write to a 0-d float64 tensor, but through a view
                 x.view(1).copy_(y.view(1))
         return params if apply else updates, state
-    if params is not None and not apply and not passes:  # results have the containers of the parameters
+    if params is not None and not apply and not absent_pass:  # results have the containers of the parameters
         leaves = [leaves[k] for k in order_in(u.structure, p.structure, len(leaves))]
         base = p
     return rebuild(base.structure, leaves, base.forms), rebuild(s.structure, new_state, s.forms)

@@ -65,7 +65,7 @@ class ParamState:
                     sharing += [i for i, seen in enumerate(stored.seen) if seen]
         self.takers = {key: [i for i in present if i in set(sharing)] for key, sharing in self.shared.items()}
         self.copies = {key: Copies() for key in self.shared}
-        self.known = False
+        self.noted = False  # whether an owner has asked for the entries that steps leave
         # each column once, with the key of its entries: counters are those of all regions that read them
         columns: dict[Key, tuple[Stored, str]] = {}
         for segment in regions:
@@ -127,8 +127,8 @@ class ParamState:
         return new
 
     def note(self) -> Held:
-        """The entries that parameters have now, for an owner who keeps them; `known` tells that they were asked for."""
-        self.known = True
+        """The entries that parameters have now, for an owner who keeps them; `noted` tells that they were asked for."""
+        self.noted = True
         held: Held = {}
         for i in self.present:
             keys = [key for stored, key in self.kept if stored.seen[i]]

@@ -342,7 +342,7 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
             if not inputs.watch.holds(columns["params"]):
                 raise RuntimeError(CHANGED_MESSAGE)
             columns |= self.state.columns(inputs.states) or {}
-        own = columns
+        own = columns  # the same dict, unless results are written to other tensors
         if last and inputs.written is not inputs.params:
             own = {**columns, "params": self.local.of("written", inputs.written)}
         if segment.leafwise is not None:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from .._compiler.differentiate import NoDerivative
+from .backend import KERNEL_BACKENDS
 from .groups import Columns
 from .internals import in_transformation, is_mapped_by_autograd, uncompiled
-from .kernels import COMPILE
 from .numbers import Numbers
 from .recording import Recording, Tensors
 from .step import BoundStep
@@ -22,7 +22,7 @@ from .step import BoundStep
 def can_record(bound: BoundStep) -> bool:
     """Whether kernels compute a step and its derivative."""
     kernels = type(bound) is BoundStep and not bound.in_place and bound.joins is None
-    return kernels and all(backend in COMPILE for backend, _ in bound.parts)
+    return kernels and all(backend in KERNEL_BACKENDS for backend, _ in bound.parts)
 
 
 def record(bound: BoundStep, columns: Columns, numbers: Numbers, plain: bool = True) -> Columns:
@@ -49,7 +49,7 @@ def _follow_back(
 ) -> list[torch.Tensor]:
     """The cotangents of wanted tensors by torch operations, which autograd records."""
     given = [(k, x) for k, x in enumerate(cotangents) if x is not None]
-    outputs = step.follow(tensors)
+    outputs = step.evaluate_reference(tensors)
     chosen = [x for x, there in zip(tensors, wanted, strict=True) if there]
     reached = [(outputs[k], d) for k, d in given if outputs[k].requires_grad]
     if not reached:
@@ -67,7 +67,7 @@ def _pull_back_followed(
 
     def outputs(*chosen: torch.Tensor) -> list[torch.Tensor]:
         given = iter(chosen)
-        found = step.follow([next(given) if there else x for x, there in zip(tensors, wanted, strict=True)])
+        found = step.evaluate_reference([next(given) if there else x for x, there in zip(tensors, wanted, strict=True)])
         return [x for x, d in zip(found, cotangents, strict=True) if d is not None]
 
     pull_back = torch.func.vjp(outputs, *[x for x, there in zip(tensors, wanted, strict=True) if there])[1]

@@ -15,6 +15,7 @@ from .._warn import warn
 
 
 BACKENDS = ("reference", "foreach", "c", "triton")
+KERNEL_BACKENDS = ("c", "triton")
 REQUESTED: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)  # by `use_backend`
 
 # the backend that is asked for where operations of torch take its place, as derivatives of compiled steps do

@@ -12,13 +12,13 @@ import torch
 
 from .._compiler.program import Level
 from .allocate import Allocator, Make
-from .backend import choose_backend
+from .backend import KERNEL_BACKENDS, choose_backend
 from .checks import at
 from .cuda.capture import NumberWatch, refuse_binding
 from .cuda.launch import TritonLaunch
 from .groups import Columns, Key, Leaf
 from .join import Joins
-from .kernels import COMPILE, build_kernels
+from .kernels import build_kernels
 from .overlap import OverlapCheck
 from .pointers import PointerReader
 from .programs import Programs, Specs
@@ -48,7 +48,26 @@ class Binding(NamedTuple):
 
 
 class BoundPrograms(Programs):
-    """Programs bound to tensors of certain specs."""
+    """Programs bound to tensors of certain specs.
+
+    Attributes:
+      specs: the spec of each gathered tensor.
+      parts: the backend of each part of the groups, and which these are.
+      n_gathered, n_outputs, n_repeated: how many pointers there are of gathered tensors, new ones, and repeated.
+      places: for each group, where the pointers of its inputs and outputs begin.
+      repeated_pointers: of pointers to tensors that leaves share: which one, where it is repeated, and how often.
+      counters: the positions of shared counters that a step in place moves on.
+      triton: the launches of parts that kernels of Triton compute.
+      watches: of each part, the numbers that a captured step of torch operations has been taken with.
+      prepares: whether some part has something to do before anything is written.
+      copied: positions of the tensors that kernels are handed copies of.
+      written: bounds of the runs of gathered tensors that are written in place.
+      repeated: the position of a tensor that is written and several of whose elements share memory.
+      overlap: the search for tensors that share memory with one that is written.
+      reader: the check of gathered tensors.
+      allocator: the maker of new tensors, if kernels make some.
+      n_results: the number of outputs of all leaves.
+    """
 
     def __init__(self, binding: Binding) -> None:
         leaves, specs, columns, paths, in_place, counters, joins = binding
@@ -59,13 +78,13 @@ class BoundPrograms(Programs):
         self.devices = {group.device for group in self.groups}
         refuse_binding(self.devices)
         self.spans_devices = len(self.devices) > 1 and any(g.signature.program.spans_tree for g in self.groups)
-        self.parts = self._choose_backends()
+        self.parts = self._build_backends()
         self.n_gathered = len(self.specs)
-        launched = [g for backend, part in self.parts for g in part if backend in COMPILE]
+        launched = [g for backend, part in self.parts for g in part if backend in KERNEL_BACKENDS]
         self.allocates = bool(launched) and not in_place
         self.n_outputs = sum(len(g.leaves) * len(g.outputs) for g in self.groups) if self.allocates else 0
-        self.places, self.copies = self._kernel_places()
-        self.n_copies = sum(n for _, _, n in self.copies)
+        self.places, self.repeated_pointers = self._kernel_places()
+        self.n_repeated = sum(n for _, _, n in self.repeated_pointers)
         self.counters = self._find_counters(counters) if in_place else {}
         self.triton = {
             k: TritonLaunch(
@@ -91,7 +110,7 @@ class BoundPrograms(Programs):
         self.allocator = self._allocator(list(zip(seen, tensors, strict=True))) if self.allocates else None
         self.n_results = sum(len(g.leaves) * len(g.outputs) for g in self.groups)
 
-    def _choose_backends(self) -> list[tuple[str, list[int]]]:
+    def _build_backends(self) -> list[tuple[str, list[int]]]:
         """The backends, and the groups that each computes; those on one device run together.
 
         Kernels are built here, so that a backend that cannot build one is disabled before anything is bound.
@@ -102,7 +121,7 @@ class BoundPrograms(Programs):
         for device in dict.fromkeys(group.device for group in self.groups):
             part = [k for k, group in enumerate(self.groups) if group.device == device]
             backend, _ = choose_backend(device, at(self.paths[self.groups[part[0]].leaves[0]]))
-            if backend in COMPILE and not build_kernels(backend, [self.groups[k] for k in part]):
+            if backend in KERNEL_BACKENDS and not build_kernels(backend, [self.groups[k] for k in part]):
                 backend = "foreach"
             parts.append((backend, part))
         return parts
@@ -110,24 +129,24 @@ class BoundPrograms(Programs):
     def _kernel_places(self) -> tuple[list[list[int]], list[tuple[int, int, int]]]:
         """Decides where kernels find pointers.
 
-        Gathered tensors come first, then the status of reading them, new tensors, and copies: a kernel reads a pointer
-        per leaf, also of a tensor that leaves share.
+        Gathered tensors come first, then the status of reading them, new tensors, and repeated pointers: a kernel reads
+        one per leaf, also of a tensor that leaves share.
 
         Returns:
-          For each group, the positions among the pointers at which those of each input and output begin; and the copies
-          of pointers to shared tensors: from where, to where, and how many.
+          For each group, the positions among the pointers at which those of each input and output begin; and the
+          repeated pointers to shared tensors: from where, to where, and how many.
         """
         places: list[list[int]] = []
-        copies: list[tuple[int, int, int]] = []
+        repeated: list[tuple[int, int, int]] = []
         new = self.n_gathered + 1
-        copy = new + self.n_outputs
+        end = new + self.n_outputs
         for group, bounds in zip(self.groups, self.bounds, strict=True):
             n, starts = len(group.leaves), []
             for i in group.inputs:
                 if group.gathers[i].shared:
-                    copies.append((bounds[i][0], copy, n))
-                    starts.append(copy)
-                    copy += n
+                    repeated.append((bounds[i][0], end, n))
+                    starts.append(end)
+                    end += n
                 else:
                     starts.append(bounds[i][0])
             for k in group.outputs:
@@ -137,7 +156,7 @@ class BoundPrograms(Programs):
                 elif k is not None:
                     starts.append(bounds[k][0])
             places.append(starts)
-        return places, copies
+        return places, repeated
 
     def _allocator(self, gathered: Sequence[tuple[TensorSpec, torch.Tensor]]) -> Allocator:
         """The maker of new tensors for all outputs: each is like an update, and a number per leaf has no shape."""

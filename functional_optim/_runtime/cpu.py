@@ -4,8 +4,8 @@ import ctypes
 import functools
 import itertools
 import struct
-from collections.abc import Callable, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -55,9 +55,9 @@ def compile_c(signature: Signature) -> tuple[Any, ...]:
       BuildError: there is no working compiler.
     """
     starter()  # without it nothing starts a kernel
-    library = load_c(emit_c(signature))
+    loaded = load_c(emit_c(signature))
     try:
-        functions = tuple(getattr(library, f"pass_{k}") for k in range(len(plan(signature))))
+        functions = tuple(getattr(loaded, f"pass_{k}") for k in range(len(plan(signature))))
     except AttributeError as error:
         raise BuildError(f"the library that the C compiler made lacks a function: {error}") from None
     for f in functions:
@@ -86,40 +86,6 @@ def starter() -> Any:
 
 def _address(function: Any) -> int | None:
     return ctypes.cast(function, ctypes.c_void_p).value
-
-
-def usable_threads() -> int:
-    """Number of threads that a launch may use: torch's, and one in a forked child, which has none to wake."""
-    return 1 if parallel_address() is None else torch.get_num_threads()
-
-
-class _ForThreads(Protocol):
-    n_threads: int
-
-
-StepT = TypeVar("StepT")
-WorkspaceT = TypeVar("WorkspaceT", bound=_ForThreads)
-
-
-class Pool(list[WorkspaceT], Generic[StepT, WorkspaceT]):
-    """The workspaces of a step that no thread uses at the moment. One that has been used is appended.
-
-    Args:
-      make: makes a workspace of the step for a number of threads.
-    """
-
-    def __init__(self, make: Callable[[StepT, int], WorkspaceT]) -> None:
-        super().__init__()
-        self.make = make
-
-    def take(self, step: StepT) -> WorkspaceT:
-        """A workspace that no other thread uses."""
-        n_threads = usable_threads()
-        try:
-            workspace = self.pop()
-        except IndexError:  # the first step, or other threads have them
-            return self.make(step, n_threads)
-        return workspace if workspace.n_threads == n_threads else self.make(step, n_threads)
 
 
 class ScalarMemory:

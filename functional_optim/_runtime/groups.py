@@ -16,7 +16,8 @@ from .spec import TensorSpec, compute_dtype, walk_together
 
 
 # "params", "updates", "step", the name of a schedule, "updates@" and the position of a transformation that they enter;
-# or a transformation's position and a slot; or the `extra_key` of an extra argument
+# or a transformation's position and a slot; or the `extra_key` of an extra argument; or, in a derivative, the
+# `cotangent` of another one
 Key = str | tuple[int, str]
 Columns = dict[Key, Sequence[Any]]  # a tensor per leaf in each, None where there is none
 Cell = tuple[Key, int]  # a column, and the position of a leaf in it

@@ -10,7 +10,7 @@ from .cuda.loaded import load_kernels
 from .groups import Group
 
 
-COMPILE: dict[str, Callable[[Group], Any]] = {
+_COMPILE: dict[str, Callable[[Group], Any]] = {
     "c": lambda group: compile_c(group.signature),
     "triton": lambda group: load_kernels(group.signature, group.device, aligned=True),
 }
@@ -20,7 +20,7 @@ def build_kernels(backend: str, groups: Iterable[Group]) -> bool:
     """Builds the kernels of groups; returns False, and disables the backend, if one cannot be built."""
     try:
         for group in groups:
-            COMPILE[backend](group)
+            _COMPILE[backend](group)
     except BuildError as error:
         disable_backend(backend, str(error))
         return False

@@ -15,17 +15,18 @@ import torch
 
 from .._compiler.call import LeafTable
 from .._compiler.program import Level
-from .backend import choose_backend
-from .cpu import CpuLaunchesOfParts, Pool
+from .backend import KERNEL_BACKENDS, choose_backend
+from .cpu import CpuLaunchesOfParts
 from .cuda.capture import is_capturing, refuse_binding, refuse_numbers
 from .cuda.launch import DeviceMemory, TritonLaunch
 from .groups import Columns, Group, Key, Leaf
 from .internals import is_wrapper_of_a_transformation, members_unwrapper, outside_transformations, wrap_members
-from .kernels import COMPILE, build_kernels
+from .kernels import build_kernels
 from .numbers import MemberNumbers, Numbers
 from .offsets import OffsetPointers, Offsets, Origin, origin_of
 from .packing import PackedColumn
 from .pointers import Difference, PointerReader, Pointers
+from .pool import Pool
 from .programs import REQUIRES_GRAD, NoKernels, Programs, Specs
 from .spec import TensorSpec
 from .stacks import Ensemble, Levels, Stack, Stacked
@@ -74,7 +75,7 @@ class MembersWorkspace:
     def __init__(self, step: "MembersStep", n_threads: int) -> None:
         n, n_origins, n_made = len(step.offsets), len(step.origins), len(step.makers)
         self.n_threads, self.pointers = n_threads, Pointers(n, len(step.made_offsets))
-        self.read = OffsetPointers(step.offsets, n_origins, self.pointers.tensor[:n])
+        self.sources = OffsetPointers(step.offsets, n_origins, self.pointers.tensor[:n])
         self.made = OffsetPointers(step.made_offsets, n_made, self.pointers.new)
         self.cpu: CpuLaunchesOfParts | None = None
         if step.launch is None:
@@ -159,7 +160,7 @@ class MembersStep(Programs):
             raise NoKernels
         (device,) = devices
         backend, _ = choose_backend(device)
-        if backend not in COMPILE:
+        if backend not in KERNEL_BACKENDS:
             raise NoKernels
         refuse_binding(devices)
         if not build_kernels(backend, self.groups):
@@ -340,11 +341,11 @@ class MembersStep(Programs):
             if tensors is None:
                 return None
             workspace = self.workspaces.take(self)
-            found = self.reader.read(tensors, workspace.read.bases)
+            found = self.reader.read(tensors, workspace.sources.bases)
             if found is not None:
-                self.workspaces.append(workspace)
+                self.workspaces.give_back(workspace)
                 return found
-            workspace.read.follow()
+            workspace.sources.update()
         return MembersReading(tensors, scalars, workspace)
 
     def _unwrap(self, columns: Columns, levels: Levels) -> list[torch.Tensor] | None:
@@ -374,7 +375,7 @@ class MembersStep(Programs):
 
     def release(self, reading: MembersReading) -> None:
         """Gives back the memory of a reading that is not run."""
-        self.workspaces.append(reading.workspace)
+        self.workspaces.give_back(reading.workspace)
 
     def run(self, reading: MembersReading, columns: Columns, levels: Levels) -> Columns:
         """Computes the step.
@@ -399,7 +400,7 @@ class MembersStep(Programs):
                 self.launch.launch(self.launch.prepare(workspace.pointers, tables, workspace.device))
             if workspace.cpu is not None:
                 workspace.cpu(tables)
-        self.workspaces.append(workspace)
+        self.workspaces.give_back(workspace)
         for level, used in zip(levels, self.used, strict=True):
             if used:
                 made = wrap_members(made, level.level)

@@ -40,9 +40,6 @@ class Table:
 
     Args:
       group: the group.
-
-    Raises:
-      ValueError: a hyper-parameter has no memory.
     """
 
     def __init__(self, group: Group) -> None:
@@ -58,7 +55,6 @@ class Table:
                 self.template.append(source.value if source.kind == "value" else float(first))
                 if source.kind == "value" and isinstance(source.value, torch.Tensor):
                     self.tensors[position] = f"the hyper-parameter {source.name} is"
-                    check_memory(self.tensors[position], source.value, self.device)
                 if source.kind == "extra":
                     self.extras.setdefault(source.name, []).append(position)
                 elif source.kind == "option":
@@ -89,7 +85,7 @@ class Table:
         return table
 
     def check_memory(self, numbers: Sequence[Number]) -> None:
-        """Refuses tensors whose memory is gone since they were put into the template.
+        """Refuses tensors of the template that have no memory.
 
         Args:
           numbers: the scalar table of this step.

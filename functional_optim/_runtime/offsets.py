@@ -65,27 +65,27 @@ class OffsetPointers:
 
     Attributes:
       bases: memory for the data pointers of buffers or stacks.
+      seen: those that `pointers` were written from, as bytes.
     """
 
     def __init__(self, offsets: Offsets, n_bases: int, pointers: torch.Tensor) -> None:
         self.offsets, self.pointers, self.bases = offsets, pointers, Pointers(n_bases)
-        self.read = self.bases.tensor[:n_bases]
-        self.known = b""  # the data pointers of bases that `pointers` follow from
+        self.base_pointers, self.seen = self.bases.tensor[:n_bases], b""
 
-    def follow(self) -> bool:
+    def update(self) -> bool:
         """Writes the pointers, unless the bases that have been read are those of the last time.
 
         Returns:
           Whether they have been written.
         """
         content = self.bases.content()
-        if content == self.known:
+        if content == self.seen:
             return False
-        self.offsets.write(self.read, self.pointers)
-        self.known = content
+        self.offsets.write(self.base_pointers, self.pointers)
+        self.seen = content
         return True
 
     def put(self, tensors: Sequence[torch.Tensor]) -> None:
         """Writes the pointers for bases that have been made."""
         self.bases.memory[: len(tensors)] = list(map(torch.Tensor.data_ptr, tensors))
-        self.offsets.write(self.read, self.pointers)
+        self.offsets.write(self.base_pointers, self.pointers)

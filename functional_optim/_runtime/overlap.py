@@ -14,12 +14,11 @@ class SharedMemoryError(ValueError):
 
     Args:
       first, second: the tensors, as messages call them; the same if several elements of one share memory.
-      first_leaf, second_leaf: the positions of their leaves.
     """
 
-    def __init__(self, first: str, second: str, first_leaf: int, second_leaf: int) -> None:
+    def __init__(self, first: str, second: str) -> None:
         super().__init__(self.text(first, second, "a step", "pass a tied parameter once, or clone one of the two"))
-        self.first, self.second, self.leaves = first, second, (first_leaf, second_leaf)
+        self.first, self.second = first, second
 
     @staticmethod
     def text(first: str, second: str, writer: str, remedy: str) -> str:

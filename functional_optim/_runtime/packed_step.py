@@ -5,22 +5,22 @@ step is to compare the buffers, and to add constant offsets to their data pointe
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from .._compiler.call import Column
 from .._compiler.program import Level
+from .backend import KERNEL_BACKENDS
 from .binding import Binding
 from .groups import Columns, Key
-from .kernels import COMPILE
 from .numbers import Numbers
 from .offsets import OffsetPointers, Offsets, Origin, origin_of
 from .packing import PackedColumn, Place
 from .pointers import Difference, PointerReader
 from .programs import NoKernels
 from .spec import TensorSpec
-from .step import BoundStep, Reading, Workspace
+from .step import BoundStep, Outputs, Reading, Workspace
 
 
 class Made(NamedTuple):
@@ -61,9 +61,12 @@ class PackedWorkspace(Workspace):
     def __init__(self, step: "PackedStep", n_threads: int) -> None:
         super().__init__(step, n_threads)
         n, pointers = step.n_gathered, self.pointers.tensor
-        self.read = OffsetPointers(step.offsets, len(step.origins), pointers[:n])
+        self.sources = OffsetPointers(step.offsets, len(step.origins), pointers[:n])
         self.made = OffsetPointers(step.made_offsets, len(step.made), pointers[n + 1 :][: step.n_outputs])
-        self.content = self.read.bases.content  # of buffers, which the pointers to leaves follow from
+
+    def content(self) -> bytes:
+        """The pointers to buffers that have been read, as bytes: those to leaves are offsets from them."""
+        return self.sources.bases.content()
 
 
 class PackedStep(BoundStep):
@@ -100,7 +103,7 @@ class PackedStep(BoundStep):
 
     def _runs_kernels(self) -> bool:
         """Whether kernels compute all groups, and need no tensors for it but pointers."""
-        kernels = all(backend in COMPILE for backend, _ in self.parts)
+        kernels = all(backend in KERNEL_BACKENDS for backend, _ in self.parts)
         return bool(self.groups) and self.plain and not self.copied and kernels
 
     def _lay_out_results(self, columns: Columns) -> list[tuple[int, int]]:
@@ -157,14 +160,14 @@ class PackedStep(BoundStep):
         """The buffers and other tensors of this step, if they have the specs that it is bound to."""
         tensors = [origin.of(columns) for origin in self.origins]
         workspace = self.workspaces.take(self)
-        workspace.status.value = 0
+        workspace.written.value = 0
         assert isinstance(workspace, PackedWorkspace)
-        found = self.buffer_reader.read(tensors, workspace.read.bases)
+        found = self.buffer_reader.read(tensors, workspace.sources.bases)
         if found is not None:
-            self.workspaces.append(workspace)
+            self.workspaces.give_back(workspace)
             return Difference(self.first[found.position], found.outside)
-        if workspace.read.follow():  # a step in place finds the buffers of the last one
-            self._copy_pointers(workspace)
+        if workspace.sources.update():  # a step in place finds the buffers of the last one
+            self._repeat_pointers(workspace)
         return Reading(tensors, {}, workspace)
 
     def tensor_at(self, reading: Reading, position: int) -> torch.Tensor:
@@ -174,7 +177,7 @@ class PackedStep(BoundStep):
     def _written_tensors(self, reading: Reading) -> list[torch.Tensor]:
         return [reading.tensors[k] for k in self.written_origins]
 
-    def _allocate(self, reading: Reading, columns: Columns) -> list[list[Column]]:
+    def _allocate(self, reading: Reading, columns: Columns) -> Outputs:
         """New buffers as one column, with the pointers of results among those of the step."""
         workspace = reading.workspace
         assert isinstance(workspace, PackedWorkspace)
@@ -188,7 +191,7 @@ class PackedStep(BoundStep):
         part: Sequence[int],
         tensors: list[torch.Tensor],
         numbers: Numbers,
-        outputs: Sequence[Sequence[Column]],
+        outputs: Outputs,
     ) -> dict[int, list[Column]]:
         """Computes groups with torch operations on views, for a kernel that was to be launched is not there.
 
@@ -219,7 +222,7 @@ class PackedStep(BoundStep):
                         _view(outputs[0][0][k], spec, n).copy_(x)
         return {}
 
-    def _results(self, columns: Columns, outputs: Sequence[Sequence[Sequence[Any]]]) -> Columns:
+    def _results(self, columns: Columns, outputs: Outputs) -> Columns:
         """The columns that change, with new buffers."""
         results: dict[Key, PackedColumn] = {}
         for made, x in zip(self.made, outputs[0][0], strict=True):

@@ -151,7 +151,7 @@ class PackedTensors:
     def __init__(self, form: Any, buffers: Sequence[Any]) -> None:
         self.form, self.buffers = form, tuple(buffers)
         self.layout: Layout = form.layout
-        self.followers: tuple[torch.Tensor, ...] = ()  # tensors in this memory with version counters of their own
+        self.tied: tuple[torch.Tensor, ...] = ()  # tensors in this memory with version counters of their own
         self._kept: tuple[Any, list[torch.Tensor | None]] = (None, [])
 
     @property

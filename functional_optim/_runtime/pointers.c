@@ -1,4 +1,5 @@
-/* Three operations on lists of tensors, registered through torch's stable C ABI, and the start of kernels.
+/* Three operations on lists of tensors, registered through torch's stable C ABI; the start of kernels, the order of
+   pointers and copies of rows, which Python calls.
 
    describe(Tensor[] tensors, Tensor(a!) rows) -> ()
      One row of int64 per tensor: its spec, as `read_pointers` compares it.

@@ -47,12 +47,13 @@ class Derivative:
         n = 1 + max(i for group in bound.groups for i in group.leaves)
         # positions among: the gathered tensors, the cotangents of outputs, a number, and None
         number = bound.n_gathered + bound.n_results
-        self.places: dict[Key, list[int]] = {"updates": [number + 1] * n}
+        self.none = number + 1
+        self.places: dict[Key, list[int]] = {"updates": [self.none] * n}
         # of each gathered tensor, the columns and leaves whose cotangents it is the sum of
         self.parts: list[list[tuple[str, int]]] = [[] for _ in range(bound.n_gathered)]
         self.leaves: list[Leaf] = []
         self.rows: list[tuple[int, int]] = []  # the group and row that numbers of each row come from
-        self.read: list[bool] = []  # for each output of the step, whether its cotangent is read
+        self.reads_cotangent: list[bool] = []  # of each output of the step
         result = bound.n_gathered
         for g, (group, bounds, program) in enumerate(zip(bound.groups, bound.bounds, programs, strict=True)):
             self._put("updates", group, range(*bounds[group.updates]))
@@ -70,7 +71,7 @@ class Derivative:
                         if numel:
                             self.parts[k].append((cotangent(name), i))
             for output in forward.outputs:
-                self.read += [output.name in given[g]] * len(group.leaves)
+                self.reads_cotangent += [output.name in given[g]] * len(group.leaves)
                 if output.name in given[g]:
                     self._put(cotangent(output.name), group, range(result, result + len(group.leaves)))
                 result += len(group.leaves)
@@ -82,8 +83,7 @@ class Derivative:
                     self.leaves.append(Leaf(i, recipe, (g, first + row, False), numel, None))
 
     def _put(self, name: str, group: Group, positions: Sequence[int]) -> None:
-        nothing = [self.step.n_gathered + self.step.n_results + 1] * len(self.places["updates"])
-        column = self.places.setdefault(name, nothing)
+        column = self.places.setdefault(name, [self.none] * len(self.places["updates"]))
         for i, k in zip(group.leaves, positions, strict=True):
             column[i] = k
 
@@ -156,7 +156,7 @@ class Recording:
         assert not isinstance(reading, Difference), "the tensors of a step are those that it was bound to"
         return flat(self.bound.compute(reading, {}, tables))
 
-    def follow(self, tensors: Tensors) -> list[torch.Tensor]:
+    def evaluate_reference(self, tensors: Tensors) -> list[torch.Tensor]:
         """The outputs by torch operations."""
         gathered, tables = self.split(tensors)
         by_group = self.bound.split(gathered)
@@ -269,7 +269,7 @@ class Recording:
         number = torch.zeros((), dtype=torch.float64, device=gathered[0].device)
         present = [
             self._zeros(k, gathered) if read and d is None else d
-            for k, (d, read) in enumerate(zip(cotangents, derivative.read, strict=True))
+            for k, (d, read) in enumerate(zip(cotangents, derivative.reads_cotangent, strict=True))
         ]
         tensors_of = [*gathered, *present, number, None].__getitem__
         columns: Columns = {key: list(map(tensors_of, column)) for key, column in derivative.places.items()}

@@ -14,19 +14,23 @@ import torch
 from .._compiler.cache import BuildError
 from .._compiler.call import Column
 from .._compiler.program import Level
-from .backend import disable_backend
+from .backend import KERNEL_BACKENDS, disable_backend
 from .binding import Binding, BoundPrograms
-from .cpu import CpuLaunches, Pool
+from .cpu import CpuLaunches
 from .cuda.launch import DeviceMemory
 from .evaluate import evaluate
 from .groups import Columns
 from .internals import has_members
-from .kernels import COMPILE
 from .numbers import Numbers
 from .overlap import SharedMemoryError
 from .pointers import Difference, Pointers
+from .pool import Pool
 from .programs import REQUIRES_GRAD
 from .spec import TensorSpec, lies_outside
+
+
+# the new tensors of a step: for each group and output those of its leaves; of a `PackedStep` one column, of buffers
+Outputs = list[list[Column]]
 
 
 class Reading(NamedTuple):
@@ -51,18 +55,17 @@ class Workspace:
       n_threads: the number of threads of launches.
 
     Attributes:
-      pointers: the memory for data pointers; `content()` are those that have been read, as bytes.
-      disjoint: the content that was last found to share no memory.
-      status: 0 until everything has been written.
+      pointers: the memory for data pointers.
+      disjoint: the `content` that was last found to share no memory.
+      written: 0 until everything has been written.
       cpu: the launches of each part of the step that kernels of C compute.
       device: for each part that kernels of Triton compute, the memory of each stream.
     """
 
     def __init__(self, step: "BoundStep", n_threads: int) -> None:
-        self.n_threads, self.pointers = n_threads, Pointers(step.n_gathered, step.n_outputs, step.n_copies)
-        self.content, self.disjoint = self.pointers.content, b""
-        self.status = ctypes.c_int64()
-        self.status_address = ctypes.addressof(self.status)
+        self.n_threads, self.pointers = n_threads, Pointers(step.n_gathered, step.n_outputs, step.n_repeated)
+        self.disjoint = b""
+        self.written = ctypes.c_int64()
         self.cpu = {
             k: CpuLaunches(
                 [step.groups[g] for g in part], [step.places[g] for g in part], self.pointers, n_threads, step.joins
@@ -72,10 +75,14 @@ class Workspace:
         }
         self.device: dict[int, dict[int, DeviceMemory]] = {k: {} for k in step.triton}
 
+    def content(self) -> bytes:
+        """The pointers that have been read, as bytes."""
+        return self.pointers.content()
+
     @property
     def completed(self) -> bool:
         """Whether everything has been written, which C notes in the call that writes."""
-        return self.status.value != 0
+        return self.written.value != 0
 
 
 class BoundStep(BoundPrograms):
@@ -107,17 +114,17 @@ class BoundStep(BoundPrograms):
                 return Difference(i, outside=True)
             tensors[i] = x.contiguous()
         workspace = self.workspaces.take(self)
-        workspace.status.value = 0
+        workspace.written.value = 0
         try:
             found = self.reader.read(tensors, workspace.pointers)
         except RuntimeError:
             self._refuse_escaped(tensors)
             raise
         if found is not None:
-            self.workspaces.append(workspace)
+            self.workspaces.give_back(workspace)
             return found
-        if self.copies:
-            self._copy_pointers(workspace)
+        if self.repeated_pointers:
+            self._repeat_pointers(workspace)
         return Reading(tensors, originals, workspace)
 
     def _refuse_escaped(self, tensors: Sequence[Any]) -> None:
@@ -133,19 +140,19 @@ class BoundStep(BoundPrograms):
                 f"and only within that function; return it from there, or step there."
             )
 
-    def _copy_pointers(self, workspace: Workspace) -> None:
-        """Copies the pointers to tensors that leaves share, for kernels read one per leaf."""
+    def _repeat_pointers(self, workspace: Workspace) -> None:
+        """Repeats the pointers to tensors that leaves share, for kernels read one per leaf."""
         memory = workspace.pointers.memory
-        for start, copy, n in self.copies:
-            if memory[copy] != memory[start]:
-                memory[copy : copy + n] = [memory[start]] * n
+        for start, first, n in self.repeated_pointers:
+            if memory[first] != memory[start]:
+                memory[first : first + n] = [memory[start]] * n
 
     def release(self, reading: Reading) -> None:
         """Gives back the memory of a reading that is not run.
 
         That of one which an error has stopped is freed with it, and not used again: launches may be in progress.
         """
-        self.workspaces.append(reading.workspace)
+        self.workspaces.give_back(reading.workspace)
 
     def tensor_at(self, reading: Reading, position: int) -> torch.Tensor:
         """The gathered tensor at a position."""
@@ -175,10 +182,10 @@ class BoundStep(BoundPrograms):
         outputs = self.compute(reading, columns, numbers)
         return {} if self.in_place else self._results(columns, outputs)
 
-    def compute(self, reading: Reading, columns: Columns, numbers: Numbers) -> list[list[Column]]:
+    def compute(self, reading: Reading, columns: Columns, numbers: Numbers) -> Outputs:
         """Computes the outputs of all groups; see `run`. They are empty if the step is in place."""
         workspace = reading.workspace
-        outputs: list[list[Column]] = self._allocate(reading, columns) if self.allocates else [[]] * len(self.groups)
+        outputs: Outputs = self._allocate(reading, columns) if self.allocates else [[]] * len(self.groups)
         increments: list[int] = []  # addresses of integers that the call in C moves on by one
         if self.in_place:
             self._refuse_overlap(reading)
@@ -192,7 +199,7 @@ class BoundStep(BoundPrograms):
             torch.autograd.graph.increment_version(written)
         if len(workspace.cpu) == len(self.parts) == 1:
             if not reading.originals:  # originals are written behind the call
-                increments.append(workspace.status_address)
+                increments.append(ctypes.addressof(workspace.written))  # from 0 to 1, as C moves a counter on
             workspace.cpu[0](numbers, increments)
         else:
             parts = self.parts  # those of this step: another thread may give a backend up meanwhile
@@ -205,11 +212,11 @@ class BoundStep(BoundPrograms):
                 self._copy_back(reading)
             else:
                 outputs = self._in_layouts(reading, outputs)
-        workspace.status.value = 1
-        self.workspaces.append(workspace)
+        workspace.written.value = 1
+        self.workspaces.give_back(workspace)
         return outputs
 
-    def _allocate(self, reading: Reading, columns: Columns) -> list[list[Column]]:
+    def _allocate(self, reading: Reading, columns: Columns) -> Outputs:
         """New tensors for the outputs of kernels, with their pointers among those of the step."""
         assert self.allocator is not None
         likes = [
@@ -228,8 +235,8 @@ class BoundStep(BoundPrograms):
         """
         pointers = reading.workspace.pointers
         if self.repeated is not None:
-            label, leaf = self.label(self.repeated), self.name_of(self.repeated)[1]
-            raise SharedMemoryError(label, label, leaf, leaf)
+            label = self.label(self.repeated)
+            raise SharedMemoryError(label, label)
         content = reading.workspace.content()
         if content == reading.workspace.disjoint and not reading.originals:
             return
@@ -240,8 +247,7 @@ class BoundStep(BoundPrograms):
                 addresses[i] = x.data_ptr()
         clash = self.overlap.find(addresses)
         if clash is not None:
-            leaves = self.name_of(clash.first)[1], self.name_of(clash.second)[1]
-            raise SharedMemoryError(self.label(clash.first), self.label(clash.second), *leaves)
+            raise SharedMemoryError(self.label(clash.first), self.label(clash.second))
         reading.workspace.disjoint = content
 
     def _prepare(self, workspace: Workspace, numbers: Numbers) -> dict[int, DeviceMemory]:
@@ -254,7 +260,7 @@ class BoundStep(BoundPrograms):
         try:
             for k, (backend, part) in enumerate(self.parts):
                 tables = [numbers[g] for g in part]
-                if backend not in COMPILE:
+                if backend not in KERNEL_BACKENDS:
                     self.watches[k].check([*itertools.chain(*tables)], {self.groups[g].device for g in part})
                 elif backend == "triton":
                     ready[k] = self.triton[k].prepare(workspace.pointers, tables, workspace.device[k])
@@ -275,7 +281,7 @@ class BoundStep(BoundPrograms):
         parts: Sequence[tuple[str, list[int]]],
         reading: Reading,
         numbers: Numbers,
-        outputs: Sequence[Sequence[Column]],
+        outputs: Outputs,
         ready: Mapping[int, DeviceMemory],
     ) -> dict[int, list[Column]]:
         """Runs the groups of several devices, or of a backend that is not one call.
@@ -300,7 +306,7 @@ class BoundStep(BoundPrograms):
         part: Sequence[int],
         tensors: list[torch.Tensor],
         numbers: Numbers,
-        outputs: Sequence[Sequence[Column]],
+        outputs: Outputs,
     ) -> dict[int, list[Column]]:
         """Computes groups with torch operations.
 
@@ -323,9 +329,9 @@ class BoundStep(BoundPrograms):
             if x is not reading.tensors[i] and any(start <= i < stop for start, stop in self.written):
                 x.copy_(reading.tensors[i])
 
-    def _in_layouts(self, reading: Reading, outputs: Sequence[Sequence[Column]]) -> list[list[Column]]:
+    def _in_layouts(self, reading: Reading, outputs: Outputs) -> Outputs:
         """New tensors, those of leaves that were copied in the layout of the tensors that they follow."""
-        found: list[list[Column]] = []
+        found: Outputs = []
         for group, bounds, computed in zip(self.groups, self.bounds, outputs, strict=True):
             laid_out: list[Column] = []
             for k, output, column in zip(group.outputs, group.signature.program.outputs, computed, strict=True):
@@ -336,7 +342,7 @@ class BoundStep(BoundPrograms):
             found.append(laid_out)
         return found
 
-    def _results(self, columns: Columns, outputs: Sequence[Sequence[Sequence[Any]]]) -> Columns:
+    def _results(self, columns: Columns, outputs: Outputs) -> Columns:
         """The columns that change, with the outputs in them."""
         return self.scatter(columns, outputs)
 
@@ -346,6 +352,6 @@ def _in_layout_of(like: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(like, dtype=x.dtype, requires_grad=False).copy_(x)
 
 
-def flat(outputs: Sequence[Sequence[Column]]) -> list[torch.Tensor]:
+def flat(outputs: Outputs) -> list[torch.Tensor]:
     """The tensors of all columns."""
     return [x for columns in outputs for column in columns for x in column]

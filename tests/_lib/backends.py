@@ -17,12 +17,12 @@ OTHERS = [name for name in BACKENDS if name != "reference"]
 @contextlib.contextmanager
 def only(backend: str) -> Iterator[None]:
     """Uses a backend and refuses to fall back to another."""
-    choose = BoundStep._choose_backends
+    choose = BoundStep._build_backends
 
     def chosen(self: BoundStep) -> Any:
         parts = choose(self)
         assert {name for name, _ in parts} <= {backend}, f"{backend} does not run"
         return parts
 
-    with fo.use_backend(backend), mock.patch.object(BoundStep, "_choose_backends", chosen):
+    with fo.use_backend(backend), mock.patch.object(BoundStep, "_build_backends", chosen):
         yield

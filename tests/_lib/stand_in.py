@@ -40,7 +40,7 @@ class StandIn(streams.Streams):
     def is_capturing(self) -> bool:
         return self.graph is not None
 
-    def follow(self, mark: None, tensors: Any, device: torch.device) -> None:
+    def wait_for(self, mark: None, tensors: Any, device: torch.device) -> None:
         assert self.graph is None, "a captured stream waits for an event from outside"
         self.followed += 1
 

@@ -132,7 +132,7 @@ class TritonLaunch:
         """The memory of the current stream."""
         stream = self.streams.stream(self.device)
         if stream not in memories:
-            self.streams.follow(self.uploaded, self.tables.on_device(), self.device)
+            self.streams.wait_for(self.uploaded, self.tables.on_device(), self.device)
             memories[stream] = self.streams.allocate(lambda: DeviceMemory(self.tables, stream), self.device)
             if len(memories) > STREAMS:
                 del memories[next(iter(memories))]

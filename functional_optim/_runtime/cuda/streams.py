@@ -41,7 +41,7 @@ class Streams:
     def mark(self, device: torch.device) -> Any:
         """A mark in the current stream of a device, behind all that has been enqueued there."""
 
-    def follow(self, mark: Any, tensors: Iterable[torch.Tensor], device: torch.device) -> None:
+    def wait_for(self, mark: Any, tensors: Iterable[torch.Tensor], device: torch.device) -> None:
         """Has the current stream wait for a mark, and tensors stay until it has done with them if they are freed."""
 
     def allocate(self, make: Callable[[], T], device: torch.device) -> T:
@@ -96,7 +96,7 @@ class CudaStreams(Streams):
         event.record(torch.cuda.current_stream(device))
         return event
 
-    def follow(self, mark: torch.cuda.Event, tensors: Iterable[torch.Tensor], device: torch.device) -> None:
+    def wait_for(self, mark: torch.cuda.Event, tensors: Iterable[torch.Tensor], device: torch.device) -> None:
         stream = torch.cuda.current_stream(device)
         stream.wait_event(mark)
         for x in tensors:
