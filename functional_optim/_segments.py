@@ -24,6 +24,7 @@ from ._runtime.cuda.capture import (
     is_capturing,
     refuse_binding,
     refuse_host_schedule,
+    refuse_other_devices,
 )
 from ._runtime.groups import Columns, Key, Leaf
 from ._runtime.internals import MapLevel
@@ -351,6 +352,7 @@ class SegmentedStep(abc.ABC, Generic[RegionT, InputsT]):
           CaptureError: a stream is capturing, and a graph could not replay the step.
         """
         if is_capturing(self.devices):
+            refuse_other_devices(self.devices)
             for segment in self.regions:
                 for name in segment.region.by_python:
                     refuse_host_schedule(name, self.devices)

@@ -122,7 +122,7 @@ class StateReader:
                 places = {x.device for x in columns["updates"] if isinstance(x, torch.Tensor)}
                 if value.device not in places and is_capturing(places):
                     refuse_counter(label, value, next(iter(places)))
-                own[k, name] = broadcast_count(value, columns["updates"])
+                own[k, name] = broadcast_count(value, columns["updates"], in_place)
         for (k, name), takers in self.shared.items():
             label = f"state {self.region.bound_rules[k].rule.name}.{name}"
             devices = [getattr(u, "device", None) for u in columns["updates"]]
@@ -161,8 +161,14 @@ class StateReader:
         return self.reader.rebuild(slot if isinstance(slot, Packed) else unpacked(like), leaves)
 
 
-def broadcast_count(count: torch.Tensor, leaves: Sequence[Any]) -> list[Any]:
-    """A counter once per leaf, as 64-bit integers on the device of the leaf."""
+def broadcast_count(count: torch.Tensor, leaves: Sequence[Any], in_place: bool) -> list[Any]:
+    """A counter once per leaf, as 64-bit integers on the device of the leaf.
+
+    Args:
+      count: the counter.
+      leaves: the leaves.
+      in_place: whether it is moved on in place, which may happen before some kernels read it: all read copies.
+    """
     copies: dict[torch.device, torch.Tensor] = {}
     column: list[Any] = []
     for x in leaves:
@@ -172,7 +178,7 @@ def broadcast_count(count: torch.Tensor, leaves: Sequence[Any]) -> list[Any]:
         if count.is_meta and not x.is_meta:
             raise ValueError("a counter of the state is on meta and has no memory; make the state anew with `init`.")
         if x.device not in copies:
-            copies[x.device] = count.to(device=x.device, dtype=torch.int64)
+            copies[x.device] = count.to(device=x.device, dtype=torch.int64, copy=in_place)
         column.append(copies[x.device])
     return column
 

@@ -26,10 +26,10 @@ from .numbers import MemberNumbers, Numbers
 from .offsets import OffsetPointers, Offsets, Origin, origin_of
 from .packing import PackedColumn
 from .pointers import Difference, PointerReader, Pointers
-from .pool import Pool
 from .programs import REQUIRES_GRAD, NoKernels, Programs, Specs
 from .spec import TensorSpec
 from .stacks import Ensemble, Levels, Stack, Stacked
+from .step import Pool
 
 
 Scalars = Sequence[Sequence["float | Stack"]]  # the scalar table of each group, with stacks in the place of tensors
@@ -75,7 +75,7 @@ class MembersWorkspace:
     def __init__(self, step: "MembersStep", n_threads: int) -> None:
         n, n_origins, n_made = len(step.offsets), len(step.origins), len(step.makers)
         self.n_threads, self.pointers = n_threads, Pointers(n, len(step.made_offsets))
-        self.sources = OffsetPointers(step.offsets, n_origins, self.pointers.tensor[:n])
+        self.gathered = OffsetPointers(step.offsets, n_origins, self.pointers.tensor[:n])
         self.made = OffsetPointers(step.made_offsets, n_made, self.pointers.new)
         self.cpu: CpuLaunchesOfParts | None = None
         if step.launch is None:
@@ -341,11 +341,11 @@ class MembersStep(Programs):
             if tensors is None:
                 return None
             workspace = self.workspaces.take(self)
-            found = self.reader.read(tensors, workspace.sources.bases)
+            found = self.reader.read(tensors, workspace.gathered.bases)
             if found is not None:
                 self.workspaces.give_back(workspace)
                 return found
-            workspace.sources.update()
+            workspace.gathered.update()
         return MembersReading(tensors, scalars, workspace)
 
     def _unwrap(self, columns: Columns, levels: Levels) -> list[torch.Tensor] | None:

@@ -61,12 +61,9 @@ class PackedWorkspace(Workspace):
     def __init__(self, step: "PackedStep", n_threads: int) -> None:
         super().__init__(step, n_threads)
         n, pointers = step.n_gathered, self.pointers.tensor
-        self.sources = OffsetPointers(step.offsets, len(step.origins), pointers[:n])
+        self.gathered = OffsetPointers(step.offsets, len(step.origins), pointers[:n])
+        self.sources = self.gathered.bases
         self.made = OffsetPointers(step.made_offsets, len(step.made), pointers[n + 1 :][: step.n_outputs])
-
-    def content(self) -> bytes:
-        """The pointers to buffers that have been read, as bytes: those to leaves are offsets from them."""
-        return self.sources.bases.content()
 
 
 class PackedStep(BoundStep):
@@ -162,11 +159,11 @@ class PackedStep(BoundStep):
         workspace = self.workspaces.take(self)
         workspace.written.value = 0
         assert isinstance(workspace, PackedWorkspace)
-        found = self.buffer_reader.read(tensors, workspace.sources.bases)
+        found = self.buffer_reader.read(tensors, workspace.sources)
         if found is not None:
             self.workspaces.give_back(workspace)
             return Difference(self.first[found.position], found.outside)
-        if workspace.sources.update():  # a step in place finds the buffers of the last one
+        if workspace.gathered.update():  # a step in place finds the buffers of the last one
             self._repeat_pointers(workspace)
         return Reading(tensors, {}, workspace)
 

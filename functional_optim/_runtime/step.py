@@ -6,11 +6,12 @@ launches. All that specs decide has been decided in `binding`.
 
 import ctypes
 import itertools
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 
+from .._compiler.c.threads import parallel_address
 from .._compiler.cache import BuildError
 from .._compiler.call import Column
 from .._compiler.program import Level
@@ -24,9 +25,44 @@ from .internals import has_members
 from .numbers import Numbers
 from .overlap import SharedMemoryError
 from .pointers import Difference, Pointers
-from .pool import Pool
 from .programs import REQUIRES_GRAD
 from .spec import TensorSpec, lies_outside
+
+
+class _ForThreads(Protocol):
+    n_threads: int
+
+
+StepT = TypeVar("StepT")
+WorkspaceT = TypeVar("WorkspaceT", bound=_ForThreads)
+
+
+class Pool(list[WorkspaceT], Generic[StepT, WorkspaceT]):
+    """The workspaces of a step that no thread uses at the moment.
+
+    Args:
+      make: makes a workspace of the step for a number of threads.
+    """
+
+    def __init__(self, make: Callable[[StepT, int], WorkspaceT]) -> None:
+        super().__init__()
+        self.make = make
+
+    def take(self, step: StepT) -> WorkspaceT:
+        """A workspace that no other thread uses."""
+        n_threads = usable_threads()
+        try:
+            workspace = self.pop()
+        except IndexError:  # the first step, or other threads have them
+            return self.make(step, n_threads)
+        return workspace if workspace.n_threads == n_threads else self.make(step, n_threads)
+
+    give_back = list[WorkspaceT].append  # of one that has been used
+
+
+def usable_threads() -> int:
+    """Number of threads that a launch may use: torch's, and one in a forked child, which has none to wake."""
+    return 1 if parallel_address() is None else torch.get_num_threads()
 
 
 # the new tensors of a step: for each group and output those of its leaves; of a `PackedStep` one column, of buffers
@@ -56,7 +92,8 @@ class Workspace:
 
     Attributes:
       pointers: the memory for data pointers.
-      disjoint: the `content` that was last found to share no memory.
+      sources: the part of it that is read from tensors; of a `PackedStep` other memory, which they are offsets from.
+      disjoint: the content of `sources` that was last found to share no memory.
       written: 0 until everything has been written.
       cpu: the launches of each part of the step that kernels of C compute.
       device: for each part that kernels of Triton compute, the memory of each stream.
@@ -64,7 +101,7 @@ class Workspace:
 
     def __init__(self, step: "BoundStep", n_threads: int) -> None:
         self.n_threads, self.pointers = n_threads, Pointers(step.n_gathered, step.n_outputs, step.n_repeated)
-        self.disjoint = b""
+        self.sources, self.disjoint = self.pointers, b""
         self.written = ctypes.c_int64()
         self.cpu = {
             k: CpuLaunches(
@@ -74,10 +111,6 @@ class Workspace:
             if backend == "c"
         }
         self.device: dict[int, dict[int, DeviceMemory]] = {k: {} for k in step.triton}
-
-    def content(self) -> bytes:
-        """The pointers that have been read, as bytes."""
-        return self.pointers.content()
 
     @property
     def completed(self) -> bool:
@@ -237,7 +270,7 @@ class BoundStep(BoundPrograms):
         if self.repeated is not None:
             label = self.label(self.repeated)
             raise SharedMemoryError(label, label)
-        content = reading.workspace.content()
+        content = reading.workspace.sources.content()
         if content == reading.workspace.disjoint and not reading.originals:
             return
         addresses = pointers.tensor[: self.n_gathered]

@@ -89,6 +89,13 @@ def _literal(x: float, dtype: str) -> str:
     return f'tl.full((), float("{x!r}"), {dtype})'
 
 
+def _stored(x: str, dtype: torch.dtype) -> str:
+    """The expression of a value in the dtype of an output; torch rounds a double to a half type twice, too."""
+    x = f"{x}.to(tl.float32)" if dtype.itemsize == 2 else x
+    x = f"_bf16({x})" if dtype is torch.bfloat16 else x
+    return f"{x}.to({TYPES[dtype]})"
+
+
 def _kernel(name: str, arguments: Sequence[str], constants: Sequence[str], lines: Iterable[str]) -> str:
     """The text of a kernel that is compiled once, whatever the alignment and size of its arguments."""
     listed = [*arguments, *[f"{x}: tl.constexpr" for x in constants]]
@@ -154,7 +161,8 @@ class _Uniform(_Emitter):
         for k in numbers(self.signature, self.number):
             output, dtype = self.program.outputs[k], TYPES[self.signature.outputs[k]]
             place = f"tl.load({self.output_address(k)}, inside, 0).to(tl.pointer_type({dtype}))"
-            lines.append(f"tl.store({place}, u{output.value}.to({dtype}), inside)  # {output.name}")
+            x = _stored(f"u{output.value}", self.signature.outputs[k])
+            lines.append(f"tl.store({place}, {x}, inside)  # {output.name}")
         return _kernel(f"uniform_{self.number}", UNIFORM, (), lines)
 
     def uniform(self, i: int) -> str:
@@ -261,9 +269,7 @@ class _Elements(_Emitter):
             i, dtype = self.program.outputs[k].value, self.signature.outputs[k]
             x = self.operand(i)
             x = f"({x} + tl.zeros((BLOCK,), {compute}))" if self.values[i].uniform else x
-            x = f"{x}.to(tl.float32)" if dtype.itemsize == 2 else x  # torch rounds a double twice, too
-            x = f"_bf16({x})" if dtype is torch.bfloat16 else x
-            lines.append(f"tl.store(o{k} + i, {x}.to({TYPES[dtype]}), inside)")
+            lines.append(f"tl.store(o{k} + i, {_stored(x, dtype)}, inside)")
         if p.reductions:
             results = [
                 f"tl.where(inside, {self.operand(self.values[r].args[0], True, True)}, {self.identity(r)})"

@@ -44,6 +44,15 @@ TUNED = {
     "reduce": Tuning(
         1024, 8, 128, "H100: 97% of the copy bandwidth in LAMB; the block of `stream`, for it also stores much"
     ),
+    "norm, 16 bits": Tuning(
+        4096,
+        4,
+        128,
+        "not measured: of six pairs one of two with most bytes on their way, by registers of sm_90",
+    ),
+    "reduce, 16 bits": Tuning(
+        1024, 4, 128, "not measured: of six pairs the one with most bytes on their way, in LAMB on sm_90"
+    ),
 }
 LEAVES = 128  # leaves of a program of a uniform kernel, unless it ends reductions over leaves: then it has one
 UNIFORM_WARPS = 4
@@ -55,14 +64,16 @@ def kind_of(signature: Signature, p: Pass) -> str:
     """The row of `TUNED` of a pass."""
     outputs = signature.program.outputs
     stored = [k for k in p.stores if outputs[k].level is Level.ELEMENT]
-    if p.reductions:
-        return "norm" if len(p.reductions) == 1 and not stored and len(p.inputs) + len(p.reloads) <= 2 else "reduce"
+    is_norm = len(p.reductions) == 1 and not stored and len(p.inputs) + len(p.reloads) <= 2
     dtypes = [signature.dtypes[signature.program.values[i].name] for i in p.inputs]
     dtypes += [signature.outputs[k] for k in (*stored, *[k for _, k in p.reloads])]
     widths = {8 * dtype.itemsize for dtype in dtypes}
-    if 64 in widths:
-        return "stream, 64 bits"
-    return "stream, mixed" if len(widths) > 1 else "stream" if widths == {32} else "stream, 16 bits"
+    kind = "norm" if is_norm else "reduce" if p.reductions else "stream"
+    if widths == {16}:
+        return f"{kind}, 16 bits"
+    if p.reductions:
+        return kind
+    return "stream, 64 bits" if 64 in widths else "stream, mixed" if len(widths) > 1 else kind
 
 
 def chunk_size(n_elements: int) -> int:

@@ -37,14 +37,13 @@ class CapturedMemory:
 
     def __init__(self) -> None:
         self._held: dict[int, object] = {}  # by identity
-        self._tokens: list[contextvars.Token[CapturedMemory]] = []
 
     def __enter__(self) -> Self:
-        self._tokens.append(_holder.set(self))
+        _holders.set((*_holders.get(), self))
         return self
 
     def __exit__(self, *error: object) -> None:
-        _holder.reset(self._tokens.pop())
+        _holders.set(_holders.get()[:-1])
 
     def hold(self, memory: object) -> None:
         """Keeps memory that a graph reads."""
@@ -61,12 +60,13 @@ class CapturedMemory:
 
 
 PROCESS = CapturedMemory()  # of captures that nobody else holds memory of
-_holder = contextvars.ContextVar("holder", default=PROCESS)
+# the objects whose `with` blocks are around this line, the innermost last
+_holders: contextvars.ContextVar[tuple[CapturedMemory, ...]] = contextvars.ContextVar("holders", default=(PROCESS,))
 
 
 def hold(memory: object) -> None:
     """Keeps memory that the graph being captured reads."""
-    _holder.get().hold(memory)
+    _holders.get()[-1].hold(memory)
 
 
 class CaptureError(RuntimeError):
@@ -145,6 +145,21 @@ def is_capturing(devices: Iterable[torch.device | None]) -> bool:
             if streams_of(device).is_capturing():
                 return True
     return False
+
+
+def refuse_other_devices(devices: Iterable[torch.device]) -> None:
+    """Refuses leaves on devices whose streams are not capturing while that of another one is.
+
+    Raises:
+      CaptureError: there are some.
+    """
+    captured = [device for device in devices if is_capturing([device])]
+    apart = next((device for device in devices if device not in captured), None)
+    if captured and apart is not None:
+        raise CaptureError(
+            f"some of its leaves are on {apart}, where they would be computed once, now, and left out by replays",
+            f"capture a step of the leaves on {captured[0]}, and take one of the others outside of the graph",
+        )
 
 
 def refuse_numbers(hypers: Iterable[object], devices: Collection[torch.device]) -> None:

@@ -5,6 +5,7 @@ those of the last one, and copies what has changed in one piece.
 """
 
 import ctypes
+import functools
 import itertools
 import struct
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from .streams import Streams
 
 
 ALIGNED = 16  # bytes
+NEIGHBOURS = 32  # places behind the first one that may be the second one of a run
 
 
 class GroupTables(NamedTuple):
@@ -48,7 +50,7 @@ class GroupTables(NamedTuple):
 
 
 class NumberPlaces(NamedTuple):
-    """The places in the scalar tables of numbers that are read on the device.
+    """The places in the scalar tables of numbers that are read on the device: one copy fills them.
 
     Args:
       first: the first one.
@@ -63,6 +65,32 @@ class NumberPlaces(NamedTuple):
     def of(self, scalars: torch.Tensor) -> torch.Tensor:
         """The numbers there."""
         return scalars[self.first : self.first + self.distance * (self.n - 1) + 1 : self.distance]
+
+
+@functools.lru_cache(maxsize=256)
+def runs_of(positions: tuple[int, ...]) -> tuple[NumberPlaces, ...]:
+    """Places of one number, in few runs at constant distances: groups of one chain have it at the same places.
+
+    Args:
+      positions: the places, in ascending order.
+
+    Example:
+      >>> for run in runs_of((0, 3, 5, 8, 10, 13)):
+      ...     print(run)
+      NumberPlaces(first=0, distance=5, n=3)
+      NumberPlaces(first=3, distance=5, n=3)
+    """
+    left, found = dict.fromkeys(positions), list[NumberPlaces]()
+    while left:
+        first, *others = left
+        best = NumberPlaces(first, 1, 1)
+        for distance in [k - first for k in others[:NEIGHBOURS]]:
+            n = next(n for n in itertools.count(2) if first + n * distance not in left)
+            best = max(best, NumberPlaces(first, distance, n), key=lambda run: run.n)
+        found.append(best)
+        for k in range(best.n):
+            del left[first + k * best.distance]
+    return tuple(found)
 
 
 class Tables:
@@ -212,15 +240,20 @@ class Tables:
             if is_empty:
                 flat.append(0.0)
         live: list[tuple[NumberPlaces, torch.Tensor]] = []
+        # the same number may be several tensors, views of one; each once, and where it stands
+        shared: dict[tuple[int, torch.dtype], tuple[torch.Tensor, list[int]]] = {}
         for k, x in enumerate(flat):
             if isinstance(x, torch.Tensor) and x.device.type == "cpu" != self.device.type:
                 flat[k] = float(x.detach())  # host memory is read without waiting
             elif isinstance(x, torch.Tensor):
-                live.append((NumberPlaces(k, 1, 1), x.detach().reshape(1)))
+                shared.setdefault((x.data_ptr(), x.dtype), (x, []))[1].append(k)
                 flat[k] = 0.0
             elif isinstance(x, MemberNumbers):
                 live.append((NumberPlaces(k, x.distance, len(x.tensor)), x.tensor))
                 flat[k] = 0.0
+        for x, positions in shared.values():
+            number = x.detach().reshape(1)
+            live += [(places, number) for places in runs_of(tuple(positions))]
         return self.packer.pack(*flat), live
 
 

@@ -176,3 +176,24 @@ def test_a_donated_step_writes_where_its_arguments_are(backend: str) -> None:
     holes = params[LAYOUTS.index("sliced")].as_strided((3, 4), (8, 2), 1)
     torch.testing.assert_close(holes, torch.full((3, 4), 7.0), rtol=0, atol=0)
     assert_alike(result, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("per", ["leaf", "tree"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_numbers_that_are_stored_in_half_types_are_rounded_alike(backend: str, per: Any, dtype: torch.dtype) -> None:
+    """As torch rounds a double, by way of float32: a little more than half a unit is half a unit there, and even."""
+    half_a_unit = torch.finfo(dtype).eps / 2
+    factors = [1 + half_a_unit + 2.0**-30, 1 + 1.25 * half_a_unit, 3.1, 1e-3]
+
+    @fo.elementwise(state={"number": fo.slot(1.0, per=per, dtype=dtype)}, extra=("factor",))
+    def scaled(u: Any, number: Any, *, factor: Any) -> Any:
+        return u * number, number * factor
+
+    tx, params = scaled(), {"a": torch.zeros(5), "b": torch.zeros(3)}
+    state, expected = tx.init(params), torch.ones((), dtype=dtype)
+    with only(backend):
+        for factor in factors:
+            updates, state = tx.update({k: torch.ones_like(p) for k, p in params.items()}, state, factor=factor)
+            assert {float(x) for u in updates.values() for x in u} == {float(expected)}
+            expected = (expected.double() * factor).to(torch.float32).to(dtype)

@@ -1,8 +1,10 @@
 """Steps that are captured in a CUDA graph, against a stand-in of a device."""
 
+import contextlib
 import gc
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -177,3 +179,51 @@ def test_state_stays_where_it_is_in_a_captured_step(device: StandIn, name: str) 
     assert all(x is before[key] for key, x in tensors().items())
     opt.step()
     assert any(x is not before[key] for key, x in tensors().items())
+
+
+def test_leaves_where_nothing_is_captured_are_refused(device: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replays would leave them out. Meta stands for a device whose stream is not capturing."""
+    place: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def guard(device: torch.device) -> Iterator[None]:
+        place.append(device)
+        yield
+        place.pop()
+
+    monkeypatch.setattr(device, "guard", guard)
+    monkeypatch.setattr(device, "is_capturing", lambda: device.graph is not None and place[-1].type != "meta")
+    tx, params = fo.sgd(0.1, momentum=0.9), {"a": torch.ones(3), "b": torch.ones(3, device="meta")}
+    state = tx.init(params)
+
+    def step() -> None:
+        fo.apply_gradients(tx, params, {k: torch.ones_like(p) for k, p in params.items()}, state, donate=True)
+
+    for _ in range(2):
+        step()
+    before = params["a"].clone()
+    with device.capture() as graph, pytest.raises(capture.CaptureError, match="some of its leaves are on meta"):
+        step()
+    assert not graph
+    assert torch.equal(params["a"], before)
+
+
+def test_one_owner_of_memory_in_several_threads() -> None:
+    memory, inside, failures = fo.CapturedMemory(), threading.Barrier(2), list[BaseException]()
+
+    def work() -> None:
+        try:
+            with memory, fo.CapturedMemory(), memory:
+                inside.wait(60)
+                capture.hold(block := torch.zeros(1))
+                inside.wait(60)
+            assert any(x is block for x in memory.held)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert not failures

@@ -10,6 +10,7 @@ from unittest import mock
 import optree
 import pytest
 import torch
+from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import functional_optim as fo
@@ -74,6 +75,30 @@ def test_a_number_on_the_device_is_copied_there(device: StandIn) -> None:
         o.step()
     assert device.copies[1] == 1  # after the addresses of the gradients
     torch.testing.assert_close(params, others, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("decays", ["one chain", "two chains"])
+def test_a_number_of_many_groups_is_copied_in_few_runs(device: StandIn, decays: str) -> None:
+    """One for each place that it has in the tables of a chain, however many groups there are."""
+    lr, n = torch.tensor(0.1), 20
+    trained: list[list[nn.Parameter]] = []
+    for rate in (lr, 0.1):
+        params = [nn.Parameter(torch.ones(3)) for _ in range(n)]
+        groups = [
+            {"params": [p], "weight_decay": 0.0 if decays == "two chains" and k % 2 else 0.1 * k + 0.1}
+            for k, p in enumerate(params)
+        ]
+        opt = adapters.AdamW(groups, lr=rate)
+        for step in range(3):
+            for k, p in enumerate(params):
+                p.grad = torch.full((3,), 1.0 + k + step)
+            if step == 2:
+                device.copies.clear()
+            opt.step()
+        if rate is lr:
+            assert 1 <= device.copies.count(1) <= 4
+        trained.append(params)
+    torch.testing.assert_close(*trained, rtol=0, atol=0)
 
 
 def test_the_aligned_variant_is_for_steps_of_aligned_arrays_only(device: StandIn) -> None:
