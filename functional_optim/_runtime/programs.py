@@ -57,8 +57,8 @@ class Programs:
         bounds = itertools.pairwise(ends)
         # for each group and gather, the bounds of its tensors among all that are gathered
         self.bounds = [list(itertools.islice(bounds, len(group.gathers))) for group in self.groups]
-        # for each group and output, the columns that its values go to, and where: positions there and among the values
-        self.targets = [list(map(_by_column, group.targets)) for group in self.groups]
+        n = max(map(len, specs.values()), default=0)
+        self.targets = [[_by_column(cells, n) for cells in group.targets] for group in self.groups]
 
     def fits_unread_params(self, columns: Columns) -> bool:
         """Whether parameters that no program reads have the dtypes that they had."""
@@ -122,6 +122,9 @@ class Programs:
         for targets, computed in zip(self.targets, outputs, strict=True):
             for by_column, values in zip(targets, computed, strict=True):
                 for key, places in by_column.items():
+                    if places is None:
+                        results[key] = list(values)
+                        continue
                     if key not in results:
                         results[key] = list(columns[key])
                     column = results[key]
@@ -130,9 +133,13 @@ class Programs:
         return dict(results)
 
 
-def _by_column(cells: Sequence[Cell]) -> dict[Key, list[tuple[int, int]]]:
-    """Cells by column: the position of each in its column, and among the cells."""
+def _by_column(cells: Sequence[Cell], n: int) -> dict[Key, list[tuple[int, int]] | None]:
+    """The columns of `n` leaves that values go to, with the position of each there and among the values.
+
+    It has None in the place of all positions in order, as nearly all chains have them.
+    """
     found: dict[Key, list[tuple[int, int]]] = {}
     for k, (key, i) in enumerate(cells):
         found.setdefault(key, []).append((i, k))
-    return found
+    whole = [(k, k) for k in range(n)]
+    return {key: None if places == whole else places for key, places in found.items()}

@@ -275,16 +275,21 @@ class Recording:
         columns: Columns = {key: list(map(tensors_of, column)) for key, column in derivative.places.items()}
         bound, reading = derivative.bind(columns)
         results = bound.run(reading, columns, derivative.numbers(bound, tables))
-        found = [
-            _sum([results[name][i] for name, i in parts], x)
-            for parts, x, there in zip(derivative.parts, gathered, wanted, strict=False)
-            if there
-        ]
+        found: list[torch.Tensor] = []
+        for parts, x, there in zip(derivative.parts, gathered, wanted, strict=False):
+            if there and len(parts) == 1:  # as nearly all, without a call
+                (name, i) = parts[0]
+                total = results[name][i]
+                found.append(total if total.dtype is x.dtype else total.to(x.dtype))
+            elif there:
+                found.append(_sum([results[name][i] for name, i in parts], x))
         n = len(gathered)
         for positions, x, there in zip(self.positions, tensors[n:], wanted[n:], strict=True):
             if there:
                 total = _sum(self._parts_of_number(positions, results), x)
-                found.append(total.to(x.device).reshape(x.shape))
+                found.append(
+                    total if (total.device, total.shape) == (x.device, x.shape) else total.to(x.device).reshape(x.shape)
+                )
         return found
 
     def _zeros(self, k: int, gathered: Tensors) -> torch.Tensor:
