@@ -287,9 +287,9 @@ class Recording:
         for positions, x, there in zip(self.positions, tensors[n:], wanted[n:], strict=True):
             if there:
                 total = _sum(self._parts_of_number(positions, results), x)
-                found.append(
-                    total if (total.device, total.shape) == (x.device, x.shape) else total.to(x.device).reshape(x.shape)
-                )
+                if total.device != x.device or total.shape != x.shape:
+                    total = total.to(x.device).reshape(x.shape)
+                found.append(total)
         return found
 
     def _zeros(self, k: int, gathered: Tensors) -> torch.Tensor:

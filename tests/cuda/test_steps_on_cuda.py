@@ -378,11 +378,15 @@ def test_a_thread_whose_first_work_is_a_step() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two CUDA devices")
-def test_a_tree_on_two_devices() -> None:
-    params = {k: x.to(f"cuda:{int(k)}") for k, x in (("0", torch.ones(5)), ("1", torch.ones(7)))}
+@pytest.mark.parametrize("missing", [None, "a"])
+def test_a_tree_on_two_devices(missing: str | None) -> None:
+    """Leaves beside the counter read it, those on the other device a copy, which may come first."""
+    places = {"a": "cuda:0", "b": "cuda:1", "c": "cuda:0"}
+    params = {name: torch.ones(5 + k, device=place) for k, (name, place) in enumerate(places.items())}
     tx = fo.adamw(1e-2)
     state = tx.init(params)
-    for _ in range(STEPS):
-        grads = {k: torch.ones_like(x) for k, x in params.items()}
+    for step in range(STEPS):
+        grads = {k: None if k == missing else torch.full_like(x, 1.0 + step) for k, x in params.items()}
         params, state = fo.apply_gradients(tx, params, grads, state, donate=True)
-    torch.testing.assert_close(params["0"][0].cpu(), params["1"][0].cpu(), rtol=0, atol=0)
+    firsts = [p[0].cpu() for name, p in params.items() if name != missing]
+    torch.testing.assert_close(firsts, [firsts[0]] * len(firsts), rtol=0, atol=0)
