@@ -7,9 +7,17 @@ import torch
 
 from ._compiler.cache import BuildError
 from ._runtime.autograd import can_record, record
-from ._runtime.backend import KERNEL_BACKENDS, REQUESTED, disable_backend
+from ._runtime.backend import KERNEL_BACKENDS, REQUESTED, disable_backend, refuse_replacement
 from ._runtime.groups import Columns, Key
-from ._runtime.internals import map_levels, outside_transformations, takes_gradients, without_wrappers
+from ._runtime.internals import (
+    followers,
+    in_transformation,
+    map_levels,
+    may_have_tangents,
+    outside_transformations,
+    takes_gradients,
+    without_wrappers,
+)
 from ._runtime.step import BoundStep
 from ._segments import BoundRegion, Variant, packed_forms
 from ._tree_leaves import TreeLeaves
@@ -52,12 +60,14 @@ def run_followed(
         if levels:
             found = segment.bind_members(own, variant, levels, leaves, counters, extra, given)
         if found is None:
+            _refuse_replacement()
             segment.check_memory(own)
             programs = segment.programs(own, leaves)
             return programs.evaluate_reference(own, programs.numbers((), extra, given))
     bound, reading = found
     if torch.is_grad_enabled() and reading.requires_grad:
         bound.release(reading)
+        refuse_replacement(REQUESTED.get(), f"autograd within {followers()}")
         return bound.evaluate_reference(own, bound.numbers((), extra, given))
     try:
         return bound.run(reading, own, levels)
@@ -65,6 +75,15 @@ def run_followed(
         disable_backend(bound.backend, str(error))
         segment.forget_members(bound)
         return bound.evaluate_reference(own, bound.numbers((), extra, given))
+
+
+def _refuse_replacement() -> None:
+    """Refuses operations of torch that transformations follow, where another backend is asked for by name.
+
+    Dispatch modes follow whatever computes a step.
+    """
+    if in_transformation() or may_have_tangents():
+        refuse_replacement(REQUESTED.get(), followers())
 
 
 def _bound_to_plain(segment: BoundRegion, tree: TreeLeaves, own: Columns) -> BoundStep | None:

@@ -19,7 +19,7 @@ from ._opaque import check_apart
 from ._recorded import requires_gradient, warn_of_growth
 from ._regions import LeafwiseRegion, Opaque, Region, cut_into_regions
 from ._runtime.autograd import can_record, record
-from ._runtime.backend import REPLACED, REQUESTED
+from ._runtime.backend import REPLACED, REQUESTED, refuse_replacement
 from ._runtime.checks import at
 from ._runtime.cuda.capture import refuse_host_schedule, refuse_new_trees
 from ._runtime.groups import Columns, Key
@@ -309,7 +309,10 @@ class TreeStep(TreeLeaves, SegmentedStep[TreeRegion, TreeInputs]):
             self._warn_of_recording(own, numbers)
             if variant.forms:
                 bound = self._bound_to_views(segment, own, variant._replace(forms=()))
-            return record(bound, own, numbers) if can_record(bound) else bound.evaluate_reference(own, numbers)
+            if can_record(bound):
+                return record(bound, own, numbers)
+            refuse_replacement(variant.backend, "autograd")
+            return bound.evaluate_reference(own, numbers)
         if in_place:
             return self._run_in_place(segment, found, own, numbers, states)
         return bound.run(reading, own, numbers)

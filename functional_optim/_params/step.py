@@ -11,7 +11,7 @@ from .._extras import check_no_number
 from .._foreign import CHANGED_MESSAGE, SpecWatch, call_opaque, check_updates, host_column
 from .._opaque import SplitState
 from .._regions import Opaque, Region
-from .._runtime.backend import REQUESTED
+from .._runtime.backend import REQUESTED, refuse_replacement
 from .._runtime.checks import check_fit, check_leaf, refuse_leaf, refuse_meta
 from .._runtime.cuda.capture import refuse_host_schedule
 from .._runtime.groups import Columns
@@ -422,6 +422,7 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
         numbers = bound.numbers(inputs.options, inputs.extra)
         if torch.is_grad_enabled() and bound.requires_grad(reading, numbers):
             bound.release(reading)
+            refuse_replacement(variant.backend, "autograd, in a step of an optimizer")
             return bound.evaluate_reference(own | self._unwritten_params(inputs), numbers), mended
         self.workspace = reading.workspace if in_place else None
         return bound.run(reading, own, numbers), mended

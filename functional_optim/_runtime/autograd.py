@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .._compiler.differentiate import NoDerivative
-from .backend import KERNEL_BACKENDS
+from .backend import KERNEL_BACKENDS, refuse_replacement
 from .groups import Columns
 from .internals import in_transformation, is_mapped_by_autograd, uncompiled
 from .numbers import Numbers
@@ -125,6 +125,7 @@ def _back(ctx: Any, cotangents: Sequence[torch.Tensor | None]) -> tuple[Any, ...
         return (None, *[None] * len(wanted))
     saved = _saved_by(ctx)
     if any(map(is_mapped_by_autograd, given)):
+        refuse_replacement(ctx.step.asked, "autograd (several cotangents at once)")
         # by `create_graph`: a derivative of the cotangents follows the saved tensors
         recorded = torch.is_grad_enabled()
         with torch.enable_grad():
@@ -162,7 +163,8 @@ class _PullBack(torch.autograd.Function):
         tensors, cotangents = _arguments(present, arguments)
         try:
             return tuple(step.pull_back(tensors, cotangents, wanted))
-        except NoDerivative:
+        except NoDerivative as error:
+            refuse_replacement(step.asked, f"autograd (kernels have no derivative of {error})")
             results = _pull_back_followed(step, tensors, cotangents, wanted)
             given = set(map(id, arguments))  # tensors that autograd saves, and takes for no result as they are
             return tuple([x.view_as(x) if id(x) in given else x for x in results])
@@ -172,6 +174,7 @@ class _PullBack(torch.autograd.Function):
         info: Any, in_dims: Any, step: Recording, present: Sequence[bool], wanted: Sequence[bool], *arguments: Any
     ) -> tuple[Any, int]:
         """Some cotangents at once, as `jacrev` has them: torch operations, which `vmap` maps."""
+        refuse_replacement(step.asked, "autograd (several cotangents at once)")
 
         def one(*arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return _pull_back_followed(step, *_arguments(present, arguments), wanted)
@@ -186,6 +189,7 @@ class _PullBack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:
+        refuse_replacement(ctx.step.asked, "autograd (the derivative of a derivative)")
         needed = ctx.needs_input_grad[3:]
         find = _second_followed if in_transformation() else _second
         found = iter(find(ctx, ctx.saved_tensors, cotangents, needed))

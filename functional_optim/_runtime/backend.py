@@ -42,9 +42,10 @@ def use_backend(name: str) -> Iterator[None]:
     """Chooses the backend that computes updates within a `with` block.
 
     A backend that cannot compute the tensors of a step at all is an error of the step: Triton on the CPU, C on a GPU
-    or without a compiler. Where torch follows a step that kernels have no derivative for (forward mode, second
-    derivatives), for tensors of other classes, and after a kernel has failed to build, which a warning says, the next
-    best one takes its place; `explain` says which and why.
+    or without a compiler. So is one that cannot serve a transform: kernels in forward mode, for derivatives within
+    `vmap` and for second ones, `"foreach"` wherever something is mapped or differentiated. For tensors of other
+    classes, on several devices, and after a kernel has failed to build, which a warning says, the next best one takes
+    its place; `explain` says which and why.
 
     Tasks of asyncio may have a block each. Compiled steps are guarded by the block of their thread that was entered
     last, so none of them belongs behind an `await` in a block.
@@ -91,6 +92,23 @@ def computed_by(name: str | None, reference: bool = False) -> Iterator[None]:
     finally:
         REPLACED.reset(replaced)
         REQUESTED.reset(token)
+
+
+def refuse_replacement(asked: str | None, follower: str) -> None:
+    """Refuses operations of torch in the place of a backend that is asked for by name.
+
+    Args:
+      asked: the backend, if one is asked for.
+      follower: the transform that needs them, for the message.
+
+    Raises:
+      RuntimeError: it is another one than the reference.
+    """
+    if asked not in (None, "reference"):
+        raise RuntimeError(
+            f"the backend {asked!r} is asked for, but cannot serve {follower}, which follows operations of torch; ask "
+            f"for 'reference' there, or for none, and the fastest backend that can is chosen."
+        )
 
 
 def _check(name: str) -> None:

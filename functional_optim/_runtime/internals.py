@@ -36,6 +36,16 @@ def needs_dispatch() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or _others_follow()
 
 
+def followers() -> str:
+    """The transformations of `torch.func` that are active, the innermost first, as messages call them; or forward AD.
+
+    See `vmap_levels` for the names of torch.
+    """
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    names = [f"`torch.func.{x.key().name.lower()}`" for x in reversed(stack)]
+    return " within ".join(names) or "forward-mode AD"
+
+
 def in_transformation() -> bool:
     """Whether a `torch.func` transformation is active; see `needs_dispatch`."""
     return torch._C._functorch.peek_interpreter_stack() is not None

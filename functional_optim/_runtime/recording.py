@@ -8,6 +8,7 @@ import torch
 from .._compiler.differentiate import NoDerivative, cotangent, differentiate_all
 from .._compiler.fuse import Recipe, ScalarSource
 from .._compiler.program import Level, Program
+from .backend import REQUESTED
 from .binding import Binding
 from .checks import at
 from .evaluate import evaluate
@@ -122,10 +123,13 @@ class Recording:
     Args:
       bound: the step.
       numbers: the scalar table of each group.
+
+    Attributes:
+      asked: the backend that is asked for, if any; derivatives may be computed outside of its block.
     """
 
     def __init__(self, bound: BoundStep, numbers: Numbers) -> None:
-        self.bound, self.numbers = bound, [list(table) for table in numbers]
+        self.bound, self.numbers, self.asked = bound, [list(table) for table in numbers], REQUESTED.get()
         found: dict[int, list[tuple[int, int]]] = {}  # by tensor: groups, and its positions in their tables
         self.tensors: list[torch.Tensor] = []
         for g, table in enumerate(numbers):

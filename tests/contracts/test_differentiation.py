@@ -117,7 +117,7 @@ def test_the_gradient_of_a_learning_rate() -> None:
     torch.testing.assert_close(gradient, -(scale * w * scale * (w - 0.1 * scale * w)).sum(), **DOUBLE)
 
 
-@pytest.mark.parametrize("backend", ["reference", "foreach", "c", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "c", "triton"])
 def test_parameters_that_require_gradients_are_differentiable(backend: str) -> None:
     w = torch.tensor([1.0, 2.0], requires_grad=True)
     tx = fo.sgd(0.5)

@@ -52,7 +52,7 @@ def test_leaves_of_all_members_are_one_launch_where_nothing_spans_the_tree() -> 
     assert step.parts[0][0].table.sizes == (4, 2) * 3 or step.parts[0][0].table.sizes == (2, 4) * 3
 
 
-@pytest.mark.parametrize("backend", ["reference", "foreach", "c", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "c", "triton"])
 def test_a_backend_that_is_asked_for(backend: str) -> None:
     tx = fo.adam(1e-2)
     params = torch.ones(3, 4)
