@@ -3,13 +3,14 @@
 import functools
 import inspect
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from typing import Any, TypeVar
 
 import torch
 
 from functional_optim._compiler.arguments import plain_number
 from functional_optim._compiler.rule import other_than_a_number
+from functional_optim._runtime.checks import check_memory
 
 from ._naming import FLAGS
 
@@ -23,12 +24,14 @@ def check_number(name: str, value: Any) -> None:
 
     Raises:
       TypeError: with its name and value.
+      ValueError: it is a tensor without memory.
     """
     value = plain_number(value)
     if not isinstance(value, (numbers.Real, torch.Tensor)):
         raise TypeError(f"`{name}` is {type(value).__name__} {value!r:.60}, expected a number.")
     if isinstance(value, torch.Tensor) and (value.numel() != 1 or value.is_complex()):
         raise TypeError(f"`{name}` is {other_than_a_number(value)}, expected a number.")
+    check_memory(f"`{name}` is", value, None)
 
 
 def check_flags(values: Mapping[str, Any], place: str = "") -> None:
@@ -54,7 +57,9 @@ def check_flags(values: Mapping[str, Any], place: str = "") -> None:
 
 
 def check_pairs(values: Mapping[str, Any], place: str = "") -> None:
-    """Refuses options that hold more than two numbers where two are read; fewer are found out where they are read.
+    """Refuses options that hold more than two numbers where two are read, and tensors of another length than two.
+
+    Of fewer numbers in a sequence whoever reads them tells.
 
     Args:
       values: options by name, others among them.
@@ -66,11 +71,12 @@ def check_pairs(values: Mapping[str, Any], place: str = "") -> None:
     for name in PAIRS:
         value = values.get(name)
         if isinstance(value, torch.Tensor):
-            more = value.shape != (2,)
+            found = "" if value.shape == (2,) else f"is a tensor of shape {tuple(value.shape)}"
         else:
-            more = isinstance(value, (tuple, list)) and len(value) > 2
-        if more:
-            raise ValueError(f"{name!r}{place} is {value!r:.60}, expected two numbers.")
+            n = len(value) if isinstance(value, Sized) and not isinstance(value, (str, Mapping)) else 0
+            found = f"holds {n} numbers" if n > 2 else ""
+        if found:  # without the value: a number may have no memory
+            raise ValueError(f"{name!r}{place} {found}, expected two numbers.")
 
 
 def _check_like(name: str, value: Any, default: Any) -> None:
@@ -107,8 +113,8 @@ def naming_numbers(cls: type[Own]) -> type[Own]:
     """A class whose constructor is that of torch's class, but for errors of arguments that are to be numbers.
 
     torch compares numbers with their bounds, and where that fails, Python's error has neither name nor value. From 2.14
-    on `Adam` leaves out a third of its `betas`. A class that has a constructor of its own, or none of torch's, is left
-    as it is.
+    on `Adam` does not see that `betas` holds a third number. A class that has a constructor of its own, or none of
+    torch's, is left as it is.
     """
     theirs = next((base for base in cls.__bases__ if base.__module__.startswith(torch.optim.__name__)), None)
     if theirs is None or "__init__" in vars(cls):

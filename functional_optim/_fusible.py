@@ -14,7 +14,7 @@ from ._compiler.slots import Slot
 from ._compiler.states import restore_slots, restore_state, state_type
 from ._compiler.symbols import Symbol
 from ._graph.run import run
-from ._runtime.checks import at, check_leaf, check_stored
+from ._runtime.checks import at, check_leaf, check_memory, check_stored
 from ._runtime.internals import is_differentiated, register_in_exports
 from ._schedules.schedule import swap_tensors, tensors_of
 from ._state_nodes import StateNode
@@ -77,6 +77,9 @@ class RuleTransformation(Fusible):
     def _init(self, view: View) -> Any:
         rule, values = self._bound.rule, self._bound.values
         seen = [p for p, own in zip(view.leaves, view.seen, strict=True) if own]
+        for start in {slot.start for slot in rule.slots.values() if isinstance(slot.start, str)} & values.keys():
+            x = values[start]
+            check_memory(f"the hyper-parameter {rule.name}.{start} is", x, getattr(x, "device", None))
 
         def make(slot: Slot, p: torch.Tensor) -> Any:
             # a leaf of autograd's graph starts a state of its own; anything else is followed to where it came from

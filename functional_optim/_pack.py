@@ -1,5 +1,7 @@
 """`pack` and `unpack`: a tree as views of one buffer per dtype and device, and back."""
 
+from collections.abc import Iterator
+
 import torch
 
 from ._packed import Packed
@@ -62,7 +64,14 @@ def _is_parameter(x: object) -> bool:
 
 def _check(path: str, x: object) -> None:
     if not isinstance(x, torch.Tensor):
-        raise TypeError(f"the leaf{at(path)} is {type(x).__name__} {x!r:.60}, expected a tensor.")
+        hint = ""
+        if isinstance(x, torch.nn.Module):
+            hint = (
+                "; `pack_module` packs a module, and `pack(dict(module.named_parameters()))` a copy of its parameters"
+            )
+        elif isinstance(x, Iterator):
+            hint = "; pass a dict of it, such as `dict(module.named_parameters())`"
+        raise TypeError(f"the leaf{at(path)} is {type(x).__name__} {x!r:.60}, expected a tensor{hint}.")
     if type(x) not in PLAIN:
         raise TypeError(
             f"the leaf{at(path)} is {type(x).__name__}, whose memory is not that of a tensor; pass the tree as it is."

@@ -21,7 +21,7 @@ from ._regions import LeafwiseRegion, Opaque, Region, cut_into_regions
 from ._runtime.autograd import can_record, record
 from ._runtime.backend import REPLACED, REQUESTED, refuse_replacement
 from ._runtime.checks import at
-from ._runtime.cuda.capture import refuse_host_schedule, refuse_new_trees
+from ._runtime.cuda.capture import refuse_host_schedule, refuse_new_trees, refuse_other_devices
 from ._runtime.groups import Columns, Key
 from ._runtime.internals import is_wrapper_of_a_transformation, map_levels, needs_dispatch, takes_gradients
 from ._runtime.numbers import Numbers
@@ -222,6 +222,8 @@ class TreeStep(TreeLeaves, SegmentedStep[TreeRegion, TreeInputs]):
             watch = self.params_watch = SpecWatch.of(self.params_watch, now, self.present, "params", self.paths)
         if self.looks_ahead and not dispatching:
             self._look_ahead((), extra_numbers, given)
+        elif self.looks_ahead:
+            refuse_other_devices(self.devices)
         inputs = TreeInputs(state, like, extra, extra_numbers, donate, given, dispatching, watch, {})
         before = columns["updates"]
         if not self._take_segments(columns, inputs):

@@ -91,6 +91,9 @@ class GradientTransformation:
         return self
 
     def __init__(self, init: Callable[[Any], Any], update: Callable[..., tuple[Any, Any]]) -> None:
+        if torch.compiler.is_dynamo_compiling():  # a step refuses it; nothing is asked of the functions
+            self._functions, self._extras = (init, update), None
+            return
         for name, function, form in (
             ("init", init, "`init(params) -> state`"),
             ("update", update, "`update(updates, state, params=None, **extra) -> (updates, state)`"),

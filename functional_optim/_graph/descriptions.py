@@ -30,6 +30,7 @@ from .._compiler.rule import Rule
 from .._compiler.states import state_type
 from .._packed import Form, Packed, form
 from .._runtime.backend import computed_by
+from .._runtime.checks import check_memory
 from .._runtime.cuda.streams import streams_of
 from .._runtime.internals import is_wrapper_of_a_transformation
 from .._runtime.packing import Place
@@ -231,6 +232,7 @@ class DescribedStep:
             self._own[key] = self.tx._with_tensors(made)
         own = self._own[key]
         for mine, x in zip(own._tensors, given, strict=True):
+            check_memory("a hyper-parameter of a compiled step is", x, x.device)
             mine.copy_(x.detach())
         return own
 

@@ -87,7 +87,7 @@ def trace_step(
     )
     if misfit:
         # an exception here would make Dynamo look into steps of eager mode from then on
-        torch._dynamo.graph_break(misfit)
+        torch._dynamo.graph_break(msg=misfit)
         return misfit_outside(take_step, *given)
     arguments = (_tensors(u.leaves), _tensors(p.leaves), _tensors(s.leaves), [*_tensors(e.leaves), *tx._tensors])
     records = torch.is_grad_enabled() and any(x.requires_grad for own in arguments for x in own)

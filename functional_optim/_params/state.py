@@ -11,6 +11,7 @@ import torch
 from .._compiler.rule import Option
 from .._opaque import SplitState
 from .._regions import Region, Stored
+from .._runtime.checks import check_memory
 from .._runtime.cuda.capture import is_capturing, refuse_new_state, refuse_state_of_python
 from .._runtime.groups import Columns, Key
 from .._runtime.internals import needs_dispatch
@@ -218,6 +219,8 @@ class ParamState:
             values = {k: v for k, v in declared.items() if k in (slot.start, slot.dtype, *slot.shape_hypers)}
             owner, label = self.params.groups[i], f"the start of {stored.name}"
             hypers = {k: number_of(v, options, owner, label) if isinstance(v, Option) else v for k, v in values.items()}
+            for name, x in hypers.items():
+                check_memory(f"`{name}`, {label}, is", x, p.device)
             made = slot.make(p, hypers, gradient_dtype(self.params.tensors[i]) if slot.as_gradient else None)
             assert made is not None, "a leaf that has no entry of a slot is not asked for one"
             return made

@@ -102,9 +102,9 @@ def refuse_replacement(asked: str | None, follower: str) -> None:
       follower: the transform that needs them, for the message.
 
     Raises:
-      RuntimeError: it is another one than the reference.
+      RuntimeError: it is another one than the reference, and has not failed to build a kernel, of which a warning told.
     """
-    if asked not in (None, "reference"):
+    if asked not in (None, "reference", *_disabled):
         raise RuntimeError(
             f"the backend {asked!r} is asked for, but cannot serve {follower}, which follows operations of torch; ask "
             f"for 'reference' there, or for none, and the fastest backend that can is chosen."

@@ -53,9 +53,9 @@ class BoundPrograms(Programs):
     Attributes:
       specs: the spec of each gathered tensor.
       parts: the backend of each part of the groups, and which these are.
-      n_gathered, n_outputs, n_repeated: how many pointers there are of gathered tensors, new ones, and repeated.
+      n_gathered, n_outputs, n_shared: how many pointers there are of gathered tensors, new ones, and repeated.
       places: for each group, where the pointers of its inputs and outputs begin.
-      repeated_pointers: of pointers to tensors that leaves share: which one, where it is repeated, and how often.
+      shared_pointers: of pointers to tensors that leaves share: which one, where it is repeated, and how often.
       counters: the positions of shared counters that a step in place moves on.
       triton: the launches of parts that kernels of Triton compute.
       watches: of each part, the numbers that a captured step of torch operations has been taken with.
@@ -83,8 +83,8 @@ class BoundPrograms(Programs):
         launched = [g for backend, part in self.parts for g in part if backend in KERNEL_BACKENDS]
         self.allocates = bool(launched) and not in_place
         self.n_outputs = sum(len(g.leaves) * len(g.outputs) for g in self.groups) if self.allocates else 0
-        self.places, self.repeated_pointers = self._kernel_places()
-        self.n_repeated = sum(n for _, _, n in self.repeated_pointers)
+        self.places, self.shared_pointers = self._kernel_places()
+        self.n_shared = sum(n for _, _, n in self.shared_pointers)
         self.counters = self._find_counters(counters) if in_place else {}
         self.triton = {
             k: TritonLaunch(

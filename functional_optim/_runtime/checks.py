@@ -1,6 +1,6 @@
 """Refusals: tensors that no rule can work on, or that do not go with one another. Messages name the leaf's path."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -31,7 +31,9 @@ def check_leaf(name: str, path: str, x: Any) -> torch.Tensor:
             raise TypeError(
                 f"{name}{at(path)} is {type(x).__name__}, a module; pass `dict(module.named_parameters())`."
             )
-        if isinstance(x, Iterable) and not isinstance(x, (str, bytes)):
+        if isinstance(x, Iterator):
+            hint = "; pass a dict of it, such as `dict(module.named_parameters())`"
+        elif isinstance(x, Iterable) and not isinstance(x, (str, bytes)):
             hint = " or a tree of a known kind: a dict, a list, a tuple, or a class registered with optree"
         raise TypeError(f"{name}{at(path)} is {type(x).__name__} {x!r:.80}, expected a tensor{hint}.")
     if x.layout is not torch.strided:
@@ -166,6 +168,7 @@ def check_count(name: str, x: Any) -> None:
     """
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} is {type(x).__name__} {x!r:.60}, expected a tensor that holds one integer.")
+    check_memory(f"{name} is", x, x.device)
     if x.ndim or x.is_floating_point() or x.is_complex():
         hint = f"; a state of {len(x)} members is stepped in a function that `torch.vmap` maps" if x.ndim == 1 else ""
         raise ValueError(f"{name} is {x.dtype} of shape {tuple(x.shape)}, expected one integer{hint}.")
@@ -175,11 +178,12 @@ def as_number(subject: str, x: Any) -> float | torch.Tensor:
     """A value as a float, or the tensor that holds one number.
 
     Raises:
-      ValueError: the object is neither; `subject` begins the message.
+      ValueError: the object is neither, or has no memory; `subject` begins the message.
     """
     if isinstance(x, torch.Tensor):
         if other := other_than_a_number(x):
             raise ValueError(f"{subject} {other}, expected a number{hint_of_members(x)}.")
+        check_memory(subject, x, x.device)
         return x
     try:
         return float(x if not isinstance(x, (str, bytes)) else None)  # type: ignore[arg-type]
@@ -199,18 +203,22 @@ def schedule_value(name: str, x: Any) -> float | torch.Tensor:
     return as_number(subject, x)
 
 
-def check_memory(subject: str, x: Any, device: torch.device) -> None:
+def check_memory(subject: str, x: Any, device: torch.device | None) -> None:
     """Refuses a number on meta for leaves that are elsewhere, and one whose storage has been freed or cut.
 
+    Args:
+      subject: the beginning of the message.
+      x: the number.
+      device: the device of leaves; None if the host is to read it.
+
     Raises:
-      ValueError: `subject` begins the message.
+      ValueError: the number has no memory.
     """
     if not isinstance(x, torch.Tensor):
         return
-    if x.is_meta and device.type != "meta":
-        raise ValueError(
-            f"{subject} a tensor on meta, which holds no number, but leaves are on {device}; move it to {device}."
-        )
+    if x.is_meta and (device is None or device.type != "meta"):
+        place = f"leaves are on {device}; move it to {device}" if device else "the host is to read it; move it to cpu"
+        raise ValueError(f"{subject} a tensor on meta, which holds no number, but {place}.")
     if is_freed(x):
         raise ValueError(
             f"{subject} a tensor that holds no number: its storage has been freed or cut; give it memory and a number, "

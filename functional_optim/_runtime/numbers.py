@@ -105,6 +105,7 @@ class Table:
                 raise option.missing(options[owner], label) from None
             try:
                 if option.index is not None:
+                    check_memory(f"{option.label} is in", x, self.device)
                     x = option.pick(x)
                 self.template[position] = x if type(x) is float else _number(option, x, self.device)
                 if isinstance(self.template[position], torch.Tensor):
@@ -129,6 +130,8 @@ def number_of(option: Option, options: Sequence[Mapping[str, Any]], owner: int, 
       ValueError: it is something else than a number.
     """
     try:
+        whole = options[owner].get(option.name)
+        check_memory(f"{option.label} is", whole, getattr(whole, "device", None))
         x = option.look_up(options[owner], label)
         if isinstance(x, torch.Tensor) and x.ndim and x.numel() == 1:
             x = x.reshape(())

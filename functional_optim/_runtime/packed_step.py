@@ -164,7 +164,7 @@ class PackedStep(BoundStep):
             self.workspaces.give_back(workspace)
             return Difference(self.first[found.position], found.outside)
         if workspace.gathered.update():  # a step in place finds the buffers of the last one
-            self._repeat_pointers(workspace)
+            self._copy_shared_pointers(workspace)
         return Reading(tensors, {}, workspace)
 
     def tensor_at(self, reading: Reading, position: int) -> torch.Tensor:

@@ -37,11 +37,11 @@ class Pointers:
     Args:
       n: number of tensors to be read.
       n_new: number of new tensors.
-      n_repeated: number of repeated pointers, after these.
+      n_shared: number of repeated pointers, after these.
     """
 
-    def __init__(self, n: int, n_new: int = 0, n_repeated: int = 0) -> None:
-        self.n, self.memory = n, (ctypes.c_int64 * (n + 1 + n_new + n_repeated))()
+    def __init__(self, n: int, n_new: int = 0, n_shared: int = 0) -> None:
+        self.n, self.memory = n, (ctypes.c_int64 * (n + 1 + n_new + n_shared))()
         with torch.inference_mode(False):  # steps outside of that mode write to it, too
             self.tensor = torch.frombuffer(self.memory, dtype=torch.int64)
             self.new = self.tensor[n + 1 : n + 1 + n_new]

@@ -100,7 +100,7 @@ class Workspace:
     """
 
     def __init__(self, step: "BoundStep", n_threads: int) -> None:
-        self.n_threads, self.pointers = n_threads, Pointers(step.n_gathered, step.n_outputs, step.n_repeated)
+        self.n_threads, self.pointers = n_threads, Pointers(step.n_gathered, step.n_outputs, step.n_shared)
         self.sources, self.disjoint = self.pointers, b""
         self.written = ctypes.c_int64()
         self.cpu = {
@@ -156,8 +156,8 @@ class BoundStep(BoundPrograms):
         if found is not None:
             self.workspaces.give_back(workspace)
             return found
-        if self.repeated_pointers:
-            self._repeat_pointers(workspace)
+        if self.shared_pointers:
+            self._copy_shared_pointers(workspace)
         return Reading(tensors, originals, workspace)
 
     def _refuse_escaped(self, tensors: Sequence[Any]) -> None:
@@ -173,10 +173,10 @@ class BoundStep(BoundPrograms):
                 f"and only within that function; return it from there, or step there."
             )
 
-    def _repeat_pointers(self, workspace: Workspace) -> None:
+    def _copy_shared_pointers(self, workspace: Workspace) -> None:
         """Repeats the pointers to tensors that leaves share, for kernels read one per leaf."""
         memory = workspace.pointers.memory
-        for start, first, n in self.repeated_pointers:
+        for start, first, n in self.shared_pointers:
             if memory[first] != memory[start]:
                 memory[first : first + n] = [memory[start]] * n
 

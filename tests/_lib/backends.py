@@ -17,10 +17,10 @@ OTHERS = [name for name in BACKENDS if name != "reference"]
 @contextlib.contextmanager
 def only(backend: str) -> Iterator[None]:
     """Uses a backend and refuses to fall back to another."""
-    choose = BoundStep._build_backends
+    build = BoundStep._build_backends
 
     def chosen(self: BoundStep) -> Any:
-        parts = choose(self)
+        parts = build(self)
         assert {name for name, _ in parts} <= {backend}, f"{backend} does not run"
         return parts
 

@@ -472,7 +472,11 @@ INIT: dict[str, tuple[Any, type[Exception], str]] = {
     "a number": ({"a": 1.0}, TypeError, r"params at 'a' is float 1\.0, expected a tensor"),
     "an array": ({"a": zeros(2).numpy()}, TypeError, r"params at 'a' is ndarray"),
     "a module": (torch.nn.Linear(1, 1), TypeError, r"params is Linear"),
-    "a generator of parameters": (torch.nn.Linear(1, 1).parameters(), TypeError, r"params is generator"),
+    "a generator of parameters": (
+        torch.nn.Linear(1, 1).named_parameters(),
+        TypeError,
+        r"params is generator .*; pass a dict of it, such as `dict\(module\.named_parameters\(\)\)`",
+    ),
 }
 
 

@@ -102,24 +102,6 @@ def test_a_backend_that_never_serves_is_an_error(case: str, donate: bool, monkey
     assert not any(x.any() for x in (*state[0].mu.values(), state[0].count) if x is not None)
 
 
-@pytest.mark.parametrize("name", ["c", "triton"])
-def test_a_backend_gives_way_where_torch_follows(name: str) -> None:
-    """In forward mode and in second derivatives only operations of torch serve, which is no error."""
-    tx, params = fo.adam(0.1), {"w": torch.ones(3)}
-    state = tx.init(params)
-
-    def after(g: torch.Tensor) -> torch.Tensor:
-        return fo.apply_gradients(tx, params, {"w": g}, state)[0]["w"].square().sum()
-
-    def both() -> Any:
-        g = torch.tensor([1.0, 2.0, 3.0])
-        return torch.func.jvp(after, (g,), (g,))[1], torch.func.hessian(after)(g)
-
-    expected = both()
-    with fo.use_backend(name):
-        torch.testing.assert_close(both(), expected)
-
-
 def test_there_is_no_c_kernel_for_a_gpu() -> None:
     with fo.use_backend("c"), pytest.raises(RuntimeError, match="on cuda:0: there is no C kernel for cuda"):
         backend.choose_backend(torch.device("cuda", 0))

@@ -135,8 +135,15 @@ def versions(state: Any) -> list[int]:
     return [x._version for name in UNCHANGED for x in getattr(state, name).values()]
 
 
-@pytest.mark.parametrize(("donate", "recorded"), [(False, False), (False, True), (True, False)])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "donate", "recorded"),
+    [
+        (backend, donate, recorded)
+        for backend in BACKENDS
+        for donate, recorded in ((False, False), (False, True), (True, False))
+        if not (recorded and backend == "foreach")  # which has no derivative
+    ],
+)
 def test_a_slot_that_is_returned_unchanged_is_not_written(backend: str, donate: bool, recorded: bool) -> None:
     """Nor copied: the new state has the very tensors of the old one."""
     tx = fo.chain(pulled_back(), aa())

@@ -454,6 +454,14 @@ def test_trees_that_cannot_be_packed(leaf: Any, message: str) -> None:
             fo.adam(1e-2).init({"a": leaf})
 
 
+def test_a_module_is_no_tree() -> None:
+    module = torch.nn.Linear(2, 2)
+    with pytest.raises(TypeError, match=r"the leaf is Linear .*; `pack_module` packs a module"):
+        fo.pack(module)
+    with pytest.raises(TypeError, match=r"the leaf is generator .*; pass a dict of it"):
+        fo.pack(module.named_parameters())
+
+
 @pytest.mark.filterwarnings("ignore:the mask .* matches no parameter")
 @pytest.mark.parametrize("donate", [False, True])
 def test_packed_trees_in_which_nothing_takes_part(donate: bool) -> None:

@@ -48,10 +48,13 @@ TUNED = {
         4096,
         4,
         128,
-        "not measured: of six pairs one of two with most bytes on their way, by registers of sm_90",
+        "not measured: of six sizes one of two with most bytes on their way, by their registers on sm_90",
     ),
     "reduce, 16 bits": Tuning(
-        1024, 4, 128, "not measured: of six pairs the one with most bytes on their way, in LAMB on sm_90"
+        1024,
+        4,
+        128,
+        "not measured: of six sizes the one with most bytes on their way, by their registers in LAMB on sm_90",
     ),
 }
 LEAVES = 128  # leaves of a program of a uniform kernel, unless it ends reductions over leaves: then it has one

@@ -43,7 +43,11 @@ class CapturedMemory:
         return self
 
     def __exit__(self, *error: object) -> None:
-        _holders.set(_holders.get()[:-1])
+        # blocks in generators may end in another order than they began, or in another context
+        holders = _holders.get()
+        last = next((k for k in reversed(range(len(holders))) if holders[k] is self), None)
+        if last is not None:
+            _holders.set((*holders[:last], *holders[last + 1 :]))
 
     def hold(self, memory: object) -> None:
         """Keeps memory that a graph reads."""
@@ -60,7 +64,7 @@ class CapturedMemory:
 
 
 PROCESS = CapturedMemory()  # of captures that nobody else holds memory of
-# the objects whose `with` blocks are around this line, the innermost last
+# the objects in whose `with` blocks the current code runs, the innermost last
 _holders: contextvars.ContextVar[tuple[CapturedMemory, ...]] = contextvars.ContextVar("holders", default=(PROCESS,))
 
 
@@ -147,7 +151,7 @@ def is_capturing(devices: Iterable[torch.device | None]) -> bool:
     return False
 
 
-def refuse_other_devices(devices: Iterable[torch.device]) -> None:
+def refuse_other_devices(devices: Collection[torch.device]) -> None:
     """Refuses leaves on devices whose streams are not capturing while that of another one is.
 
     Raises:
@@ -157,7 +161,7 @@ def refuse_other_devices(devices: Iterable[torch.device]) -> None:
     apart = next((device for device in devices if device not in captured), None)
     if captured and apart is not None:
         raise CaptureError(
-            f"some of its leaves are on {apart}, where they would be computed once, now, and left out by replays",
+            f"some of its leaves are on {apart}, whose stream is not capturing, and replays would leave them out",
             f"capture a step of the leaves on {captured[0]}, and take one of the others outside of the graph",
         )
 

@@ -8,7 +8,7 @@ import ctypes
 import functools
 import itertools
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from ..chunks import Chunks, chunk_table, cut, partial_buffers
 from ..groups import Group
 from ..numbers import MemberNumbers, Number
 from ..pointers import PointerOrder, Pointers
+from ..spec import PLAIN
 from .streams import Streams
 
 
@@ -240,13 +241,12 @@ class Tables:
             if is_empty:
                 flat.append(0.0)
         live: list[tuple[NumberPlaces, torch.Tensor]] = []
-        # the same number may be several tensors, views of one; each once, and where it stands
-        shared: dict[tuple[int, torch.dtype], tuple[torch.Tensor, list[int]]] = {}
+        shared: dict[Hashable, tuple[torch.Tensor, list[int]]] = {}  # each number once, and where it stands
         for k, x in enumerate(flat):
             if isinstance(x, torch.Tensor) and x.device.type == "cpu" != self.device.type:
                 flat[k] = float(x.detach())  # host memory is read without waiting
             elif isinstance(x, torch.Tensor):
-                shared.setdefault((x.data_ptr(), x.dtype), (x, []))[1].append(k)
+                shared.setdefault(_identity(x), (x, []))[1].append(k)
                 flat[k] = 0.0
             elif isinstance(x, MemberNumbers):
                 live.append((NumberPlaces(k, x.distance, len(x.tensor)), x.tensor))
@@ -255,6 +255,11 @@ class Tables:
             number = x.detach().reshape(1)
             live += [(places, number) for places in runs_of(tuple(positions))]
         return self.packer.pack(*flat), live
+
+
+def _identity(x: torch.Tensor) -> Hashable:
+    """The key of a number, by which views of one memory are the same; one that is more than its memory is its own."""
+    return (x.data_ptr(), x.dtype) if type(x) in PLAIN and not x.is_neg() else id(x)
 
 
 class StepMemory:

@@ -170,7 +170,7 @@ PAIRS = [
 @pytest.mark.parametrize("in_group", [False, True], ids=["for all", "of a group"])
 @pytest.mark.parametrize(("name", "option"), PAIRS)
 def test_a_third_number_is_refused_where_two_are_read(name: str, option: str, in_group: bool) -> None:
-    """Newer constructors of torch leave it out, so that a typing error would change nothing, and nobody would know."""
+    """Newer constructors of torch leave it out, so that a slip would change nothing, and nobody would know."""
     cls, p = getattr(adapters, name), torch.nn.Parameter(torch.ones(2, 2))
     given = {option: (*inspect.signature(cls).parameters[option].default, 0.5)}
     p.grad = torch.ones(2, 2).to_sparse() if name == "SparseAdam" else torch.ones(2, 2)

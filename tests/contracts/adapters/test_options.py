@@ -169,7 +169,7 @@ UNFIT: list[tuple[str, str, Any, str]] = [
     ("AdamW", "betas", (1.0, 0.9), "beta parameter at index 0: 1.0 in parameter group 1"),
     ("Adam", "betas", [0.9, 1.5], "beta parameter at index 1: 1.5"),
     ("NAdam", "betas", (0.9, -0.1), "beta parameter at index 1: -0.1"),
-    ("Adamax", "betas", (0.9, 0.99, 0.5), "'betas' of parameter group 1 is .* two numbers"),
+    ("Adamax", "betas", (0.9, 0.99, 0.5), "'betas' of parameter group 1 .* two numbers"),
     ("Lion", "betas", (math.nan, 0.9), "beta parameter at index 0: nan"),
     ("RAdam", "eps", -1.0, "epsilon value: -1.0"),
     ("Adafactor", "eps", (None, -1.0), "epsilon value: -1.0"),

@@ -308,12 +308,12 @@ def test_messages() -> None:
     tx = fo.sgd(0.1)
     params, state = start(tx)
     apply = torch.compile(fo.apply_gradients, fullgraph=True, backend="eager")
-    with pytest.raises(Exception, match=r"updates does not have the structure of params: it lacks '0.weight'"):
+    with pytest.raises(Exception, match=r"Message: updates does not have the structure of params: it lacks '0.weight'"):
         apply(tx, params, {k: p for k, p in params.items() if k != "0.weight"}, state)
-    with pytest.raises(Exception, match="the chain is made inside of the compiled function; make it outside"):
-        torch.compile(lambda p, s: fo.apply_gradients(fo.sgd(0.1), p, p, s), fullgraph=True, backend="eager")(
-            params, state
-        )
+    for make in (lambda: fo.sgd(0.1), lambda: fo.lbfgs(0.1), lambda: fo.stateless(lambda u, p: u)):
+        step: Any = lambda p, s, make=make: fo.apply_gradients(make(), p, p, s)  # noqa: E731
+        with pytest.raises(Exception, match="the chain is made inside of the compiled function; make it outside"):
+            torch.compile(step, fullgraph=True, backend="eager")(params, make().init(params))
     with pytest.raises(Exception, match="`init` is called inside of the compiled function; call it once, outside"):
         torch.compile(tx.init, fullgraph=True, backend="eager")(params)
     assert_equal(torch.compile(tx.init, backend="eager")(params), state)  # a break

@@ -193,7 +193,7 @@ def test_numbers_that_are_stored_in_half_types_are_rounded_alike(backend: str, p
     tx, params = scaled(), {"a": torch.zeros(5), "b": torch.zeros(3)}
     state, expected = tx.init(params), torch.ones((), dtype=dtype)
     with only(backend):
-        for factor in factors:
+        for factor in [*factors, 1.0]:  # a step shows the number of the one before
             updates, state = tx.update({k: torch.ones_like(p) for k, p in params.items()}, state, factor=factor)
             assert {float(x) for u in updates.values() for x in u} == {float(expected)}
             expected = (expected.double() * factor).to(torch.float32).to(dtype)

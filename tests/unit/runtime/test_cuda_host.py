@@ -101,6 +101,46 @@ def test_a_number_of_many_groups_is_copied_in_few_runs(device: StandIn, decays: 
     torch.testing.assert_close(*trained, rtol=0, atol=0)
 
 
+class Wrapped(torch.Tensor):
+    """A tensor without an address."""
+
+    @staticmethod
+    def __new__(cls, x: torch.Tensor) -> Any:
+        return torch.Tensor._make_wrapper_subclass(cls, x.shape, dtype=x.dtype, device=x.device)
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+    @classmethod
+    def __torch_dispatch__(cls, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = f(*[x.x if isinstance(x, Wrapped) else x for x in args], **(kwargs or {}))
+        return cls(result) if isinstance(result, torch.Tensor) and f is not torch.ops.aten.copy_.default else result
+
+
+COMPLEX = torch.tensor(0.5 + 0.25j)
+PAIRS = {
+    "the same": (lambda: (x := torch.tensor(0.25), x), 0.25, 0.25),
+    "views of one": (lambda: ((x := torch.tensor([0.25, 0.5]))[0], x[0]), 0.25, 0.25),
+    "neighbours": (lambda: ((x := torch.tensor([0.25, 0.5]))[0], x[1]), 0.25, 0.5),
+    "a negative view": (lambda: (COMPLEX.imag, torch.conj(COMPLEX).imag), 0.25, -0.25),
+    "without addresses": (lambda: (Wrapped(torch.tensor(0.5)), Wrapped(torch.tensor(0.25))), 0.5, 0.25),
+    "of other dtypes": (lambda: (torch.tensor(0.5), torch.tensor(0.25, dtype=torch.float64)), 0.5, 0.25),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_numbers_of_one_memory_are_one_only_if_they_are_the_same(device: StandIn, name: str) -> None:
+    make_pair, rate, decay = PAIRS[name]
+    lr, wd = make_pair()
+    params, grads = {"a": torch.ones(3)}, {"a": torch.full((3,), 2.0)}
+    found = []
+    for own, other in ((lr, wd), (rate, decay)):
+        tx = fo.chain(fo.add_decayed_weights(other), fo.sgd(own))
+        with fo.use_backend("triton"):
+            found.append(fo.apply_gradients(tx, params, grads, tx.init(params))[0])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
 def test_the_aligned_variant_is_for_steps_of_aligned_arrays_only(device: StandIn) -> None:
     """One address that is no multiple of 16 among all arrays, read or written, takes the other; counters do not count.
 

@@ -1,4 +1,4 @@
-"""The streams of CUDA devices: the calls of torch that a step without waits, and memory that stays, are made of.
+"""The streams of CUDA devices: the calls of torch by which a step does not wait, and memory stays.
 
 There is no device here; a stand-in for `torch.cuda` notes the calls.
 """
