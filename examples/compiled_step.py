@@ -1,7 +1,8 @@
 """Compiles a whole train step with `torch.compile(fullgraph=True)`, optimizer and all, in four forms.
 
 The forms are: torch.optim.AdamW, whose step is a function of its own beside the compiled loss, because torch breaks the
-graph there; a chain whose step is one operation, pure and in place; and the same chain traced into the graph.
+graph there; a chain whose step is one operation, pure and in place; and the same chain traced into the graph. A model
+as small as this one shows the price of an operation, which Python computes; `docs/compiled.md` says what each is for.
 
     python examples/compiled_step.py
 """
