@@ -18,7 +18,6 @@ from functional_optim._params.step import GRAD, Outcome, ParamStep
 from functional_optim._params.template import Template
 from functional_optim._runtime.backend import ASKED
 from functional_optim._runtime.checks import refuse_meta
-from functional_optim._runtime.groups import Columns
 from functional_optim._runtime.internals import in_checkpoint
 from functional_optim._runtime.overlap import SharedMemoryError
 from functional_optim._runtime.shard import is_dtensor
@@ -251,7 +250,9 @@ class ChainOptimizer(Optimizer):
                     exact = True  # before state is made for parameters whose gradients are gone
                     continue
                 if columns is None:
-                    columns, new = self._make_state(step, inputs, journal, dry)
+                    new = self._make_state(step, inputs, journal, dry)
+                    columns = step.state.columns(states)
+                    assert columns is not None, "the state that was missing has been made"
                 elif self.EMPTY_STATES and 0 < len(self.state) < len(inputs.params):
                     bindings.adopt(self, originals, grads, states, journal)
                 if dry:
@@ -287,7 +288,7 @@ class ChainOptimizer(Optimizer):
             raise
         return outcome
 
-    def _make_state(self, step: ParamStep, inputs: StepInputs, journal: Journal, dry: bool) -> tuple[Columns, set[int]]:
+    def _make_state(self, step: ParamStep, inputs: StepInputs, journal: Journal, dry: bool) -> set[int]:
         """Makes the entries of state that a step lacks.
 
         Args:
@@ -297,7 +298,7 @@ class ChainOptimizer(Optimizer):
           dry: whether checkpoint code asks for them, which has put 0 in the place of the rates of groups.
 
         Returns:
-          The columns of the state, and the ids of parameters that have state but have not taken their first step.
+          The ids of parameters that have state but have not taken their first step.
         """
         bindings = self._bindings
         assert bindings.params is not None
@@ -305,9 +306,7 @@ class ChainOptimizer(Optimizer):
         groups = [{**g, "lr": self.defaults.get("lr")} for g in self.param_groups] if dry else self.param_groups
         made = step.state.make(originals, inputs.states, groups, journal, bindings.held)
         bindings.adopt(self, originals, inputs.grads, inputs.states, journal)
-        columns = step.state.columns(inputs.states)
-        assert columns is not None, "the state that was missing has been made"
-        return columns, bindings.new | {id(originals[i]) for i in made}
+        return bindings.new | {id(originals[i]) for i in made}
 
     @staticmethod
     def _keeps(inputs: StepInputs, journal: Journal, first: frozenset[int], taken: bool) -> bool:
