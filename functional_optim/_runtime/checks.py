@@ -32,7 +32,7 @@ def check_leaf(name: str, path: str, x: Any) -> torch.Tensor:
                 f"{name}{at(path)} is {type(x).__name__}, a module; pass `dict(module.named_parameters())`."
             )
         if isinstance(x, Iterator):
-            hint = "; pass a dict of it, such as `dict(module.named_parameters())`"
+            hint = " or a tree of a known kind: a dict, such as `dict(module.named_parameters())`"
         elif isinstance(x, Iterable) and not isinstance(x, (str, bytes)):
             hint = " or a tree of a known kind: a dict, a list, a tuple, or a class registered with optree"
         raise TypeError(f"{name}{at(path)} is {type(x).__name__} {x!r:.80}, expected a tensor{hint}.")

@@ -475,7 +475,7 @@ INIT: dict[str, tuple[Any, type[Exception], str]] = {
     "a generator of parameters": (
         torch.nn.Linear(1, 1).named_parameters(),
         TypeError,
-        r"params is generator .*; pass a dict of it, such as `dict\(module\.named_parameters\(\)\)`",
+        r"params is generator .* of a known kind: a dict, such as `dict\(module\.named_parameters\(\)\)`",
     ),
 }
 
