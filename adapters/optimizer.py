@@ -314,8 +314,7 @@ class ChainOptimizer(Optimizer):
 
         Nothing waits for a device but the first step.
         """
-        overflowed = taken and inputs.guarded and (first or journal) and float(inputs.extra["found_inf"])
-        return taken and not overflowed
+        return taken and not (inputs.guarded and (first or journal) and float(inputs.extra["found_inf"]))
 
     # -- torch.compile ------------------------------------------------------------------------------------------------
     # Inside torch.compile the step is one operation that the compiler does not look into. It does look into how its

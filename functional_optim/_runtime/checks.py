@@ -178,12 +178,11 @@ def as_number(subject: str, x: Any) -> float | torch.Tensor:
     """A value as a float, or the tensor that holds one number.
 
     Raises:
-      ValueError: the object is neither, or has no memory; `subject` begins the message.
+      ValueError: the object is neither; `subject` begins the message.
     """
     if isinstance(x, torch.Tensor):
         if other := other_than_a_number(x):
             raise ValueError(f"{subject} {other}, expected a number{hint_of_members(x)}.")
-        check_memory(subject, x, x.device)
         return x
     try:
         return float(x if not isinstance(x, (str, bytes)) else None)  # type: ignore[arg-type]
@@ -200,6 +199,7 @@ def schedule_value(name: str, x: Any) -> float | torch.Tensor:
     subject = f"the schedule of {name} returned"
     if isinstance(x, bool):
         raise ValueError(f"{subject} {x}, expected a number.")
+    check_memory(subject, x, getattr(x, "device", None))
     return as_number(subject, x)
 
 

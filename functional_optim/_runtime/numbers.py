@@ -136,6 +136,7 @@ def number_of(option: Option, options: Sequence[Mapping[str, Any]], owner: int, 
         if isinstance(x, torch.Tensor) and x.ndim and x.numel() == 1:
             x = x.reshape(())
         as_number(f"{option.label} is", x)
+        check_memory(f"{option.label} is", x, getattr(x, "device", None))
     except ValueError as error:
         raise in_group(owner, error) from None
     return x

@@ -132,7 +132,7 @@ UPDATES = {"scale": fo.scale(-1.0), "adam": fo.adam(0.1), "clip, trace": fo.chai
 @pytest.mark.parametrize("mapped", [False, True], ids=["one tree", "members"])
 @pytest.mark.parametrize("name", UPDATES)
 def test_updates_are_as_wide_as_packed_parameters_that_nothing_reads(name: str, mapped: bool) -> None:
-    """Whatever the dtypes of the trees before: no program reads these, and the form of a packed tree has no dtype."""
+    """Dtypes of earlier trees do not matter: no program reads these, and the form of a packed tree has no dtype."""
     tx, kinds = UPDATES[name], list(itertools.product((F32, F64, BF16), repeat=2))
     for of_params, of_grads in [*kinds, *reversed(kinds)]:
         params, grads = ({"w": torch.ones((2, 3) if mapped else 3, dtype=dtype)} for dtype in (of_params, of_grads))
