@@ -119,7 +119,20 @@ def compiled(kernel: TritonKernel, architecture: int, aligned: bool | None = Non
         "operations": collections.Counter(re.findall(r"^\s*(?:@\S+ )?([a-z]\w*\.\S*(?:f32|f64))\s", ptx, re.MULTILINE)),
         "registers": int(registers),
         "stack": int(stack),
+        "start": operations_on_start(ptx),
     }
+
+
+def operations_on_start(ptx: str) -> list[str]:
+    """The operations on the start of a chunk in the code of a pass: the 32-bit number 4 bytes behind its leaf's."""
+    behind = set(re.findall(r"add\.s64\s+(%rd\d+), %rd\d+, 4;", ptx))
+    loads = re.findall(r"ld\.global\.b32 \{ (%r\d+) \}, \[ (%rd\d+) \+ 0 \]", ptx)
+    starts = [register for register, address in loads if address in behind][:1]  # the table of chunks is read first
+    return [
+        operation
+        for start in starts
+        for operation in re.findall(rf"^\s*(\S+)\s+%\w+, (?:[^;]*[ ,])?{start}\b", ptx, re.MULTILINE)
+    ]
 
 
 def main() -> None:
@@ -212,6 +225,15 @@ def test_ptx_of_streaming_passes_has_no_double_precision(found: Any, name: str) 
     assert passes
     for kernel in passes:
         assert not [x for x in kernel["operations"] if "f64" in x]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ptx_of_passes_finds_elements_by_64_bits(found: Any, name: str) -> None:
+    """A start is a 32-bit number of blocks, which becomes 64 bits wide before it is one of elements or of bytes."""
+    for kernel in found[name]:
+        if kernel["kind"] != "uniform":
+            assert kernel["start"]
+            assert set(kernel["start"]) <= {"mul.wide.s32", "mad.wide.s32", "cvt.s64.s32"}
 
 
 @pytest.mark.parametrize("name", SIMPLE)
