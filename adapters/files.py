@@ -61,6 +61,15 @@ def load_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
       ValueError: another program wrote the file, or it is not whole.
+
+    Example:
+      >>> import os, tempfile, torch
+      >>> from functional_optim.adapters import SGD
+      >>> opt = SGD([torch.nn.Parameter(torch.ones(2))], lr=0.5)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_safetensors(opt.state_dict(), os.path.join(folder, "opt.safetensors"))
+      ...     load_safetensors(os.path.join(folder, "opt.safetensors"))["param_groups"][0]["lr"]
+      0.5
     """
     from safetensors import SafetensorError, safe_open
 

@@ -54,6 +54,11 @@ class ChainOptimizer(Optimizer):
 
     A subclass says which chain a parameter group has, by way of switches: values of the group that decide the
     computation, as opposed to numbers, which are looked up in the group at every step.
+
+    Example:
+      >>> from functional_optim.adapters import AdamW, TransformOptimizer
+      >>> issubclass(AdamW, ChainOptimizer), issubclass(TransformOptimizer, ChainOptimizer)
+      (True, True)
     """
 
     SLOTS: ClassVar[Mapping[str, str]] = {}  # names of slots of state, where they differ from the rules' own

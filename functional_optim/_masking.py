@@ -27,13 +27,32 @@ from ._warn import warn
 
 
 class MaskedState(NamedTuple):
-    """The state of `masked`: that of the inner transformation, with a `MaskedNode` for each leaf it does not see."""
+    """The state of `masked`: that of the inner transformation, with a `MaskedNode` for each leaf it does not see.
+
+    Args:
+      inner_state: the state of the inner transformation.
+
+    Example:
+      >>> from functional_optim import masked, scale
+      >>> masked(scale(0.5), {"w": True, "b": False}).init({"w": torch.zeros(1), "b": torch.zeros(1)})
+      MaskedState(inner_state=EmptyState())
+    """
 
     inner_state: Any
 
 
 class PartitionState(NamedTuple):
-    """The state of `partition`: a `MaskedState` for each label."""
+    """The state of `partition`: a `MaskedState` for each label.
+
+    Args:
+      inner_states: the states by label.
+
+    Example:
+      >>> from functional_optim import partition, scale
+      >>> tx = partition({"slow": scale(0.1), "fast": scale(1.0)}, {"w": "slow", "b": "fast"})
+      >>> list(tx.init({"w": torch.zeros(1), "b": torch.zeros(1)}).inner_states)
+      ['slow', 'fast']
+    """
 
     inner_states: dict[Any, Any]
 

@@ -38,6 +38,11 @@ class PackedModule:
     Args:
       module: the module.
       parameters: those of its parameters that are packed, by name.
+
+    Example:
+      >>> packed = pack_module(nn.Linear(2, 1))
+      >>> [(name, tuple(p.shape)) for name, p in packed.params.tree().items()]
+      [('weight', (1, 2)), ('bias', (1,))]
     """
 
     def __init__(self, module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:

@@ -27,7 +27,13 @@ NAMESPACE = "functional_optim"
 
 
 class MaskedNode(NamedTuple):
-    """Stands for a leaf that a transformation does not see. It has no leaves of its own."""
+    """Stands for a leaf that a transformation does not see. It has no leaves of its own.
+
+    Example:
+      >>> from functional_optim import masked, trace
+      >>> masked(trace(0.9), {"w": True, "b": False}).init({"w": torch.zeros(1), "b": torch.zeros(1)}).inner_state
+      TraceState(trace={'w': tensor([0.]), 'b': MaskedNode()})
+    """
 
 
 def flatten(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], Spec]:

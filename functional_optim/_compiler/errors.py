@@ -14,7 +14,18 @@ _COMPILER = os.path.dirname(__file__) + os.sep
 
 
 class RuleError(TypeError):
-    """A rule does something that cannot become a kernel."""
+    """A rule does something that cannot become a kernel. The message names its line, and what to write there.
+
+    Example:
+      >>> from functional_optim import elementwise
+      >>> @elementwise
+      ... def sort(u):
+      ...     return u.sort()[0]
+      >>> sort().update(torch.ones(2), sort().init(torch.ones(2)))  # doctest: +IGNORE_EXCEPTION_DETAIL
+      Traceback (most recent call last):
+        ...
+      functional_optim.RuleError: `sort` uses `sort`, which has no row in the operation table.
+    """
 
 
 class ShortTracebacks:

@@ -40,7 +40,23 @@ def _of_tensors(function: Function) -> Function:
 
 @_of_tensors
 def cbrt(x: torch.Tensor) -> torch.Tensor:
-    """The real cube root of every element."""
+    r"""The real cube root of every element.
+
+    $$y_i = \sqrt[3]{x_i}$$
+
+    Args:
+      x: a tensor or, in a rule, an expression of the elements of a leaf.
+
+    Returns:
+      A tensor like `x`, in its dtype, or in the default dtype for integers.
+
+    Raises:
+      RuleError: `x` is a number.
+
+    Example:
+      >>> cbrt(torch.tensor([8.0, -27.0]))
+      tensor([ 2., -3.])
+    """
     return OPS["cbrt"].eager(x)
 
 
@@ -57,32 +73,118 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 
 @_of_tensors
 def leaf_sum(x: torch.Tensor) -> torch.Tensor:
-    """The sum over the elements of one leaf."""
+    r"""The sum over the elements of one leaf.
+
+    $$\textstyle\sum_i x_i$$
+
+    Args:
+      x: a tensor or, in a rule, an expression of the elements of a leaf.
+
+    Returns:
+      A 0-d tensor in the dtype of `x`, or in float32 for half types; in float64 for integers and conditions.
+
+    Raises:
+      RuleError: `x` is a number.
+
+    Example:
+      >>> leaf_sum(torch.tensor([1.0, 2.0, 4.0]))
+      tensor(7.)
+    """
     return _wide(x).sum().to(_number_dtype(x))
 
 
 @_of_tensors
 def leaf_mean(x: torch.Tensor) -> torch.Tensor:
-    """The mean over the elements of one leaf."""
+    r"""The mean over the elements of one leaf.
+
+    $$\textstyle\frac{1}{n} \sum_i x_i$$
+
+    Args:
+      x: a tensor or, in a rule, an expression of the elements of a leaf.
+
+    Returns:
+      A 0-d tensor in the dtype of `x`, or in float32 for half types; in float64 for integers and conditions.
+
+    Raises:
+      RuleError: `x` is a number.
+
+    Example:
+      >>> leaf_mean(torch.tensor([1.0, 2.0, 6.0]))
+      tensor(3.)
+    """
     return _wide(x).mean().to(_number_dtype(x))
 
 
 @_of_tensors
 def leaf_norm(x: torch.Tensor) -> torch.Tensor:
-    """The Euclidean norm of one leaf."""
+    r"""The Euclidean norm of one leaf.
+
+    $$\textstyle\lVert x \rVert_2 = \sqrt{\sum_i |x_i|^2}$$
+
+    Args:
+      x: a tensor or, in a rule, an expression of the elements of a leaf.
+
+    Returns:
+      A 0-d tensor, as real numbers have it: in the dtype of `x`, or in float32 for half types.
+
+    Raises:
+      RuleError: `x` is a number.
+
+    Example:
+      >>> from functional_optim import elementwise
+      >>> @elementwise
+      ... def normalize(u):
+      ...     return u / leaf_norm(u)
+      >>> tx, u = normalize(), torch.tensor([3.0, 4.0])
+      >>> tx.update(u, tx.init(u))[0]
+      tensor([0.6000, 0.8000])
+    """
     norm: torch.Tensor = torch.linalg.vector_norm(_wide(x))
     return norm.to(_number_dtype(x).to_real())
 
 
 @_of_tensors
 def leaf_amax(x: torch.Tensor) -> torch.Tensor:
-    """The largest element of one leaf; NaN if there is one."""
+    r"""The largest element of one leaf; NaN if there is one.
+
+    $$\max_i x_i$$
+
+    Args:
+      x: a tensor or, in a rule, an expression of the elements of a leaf.
+
+    Returns:
+      A 0-d tensor in the dtype of `x`.
+
+    Raises:
+      RuleError: `x` is a number.
+      RuntimeError, IndexError: a tensor has no elements.
+
+    Example:
+      >>> leaf_amax(torch.tensor([1.0, 5.0, 2.0]))
+      tensor(5.)
+    """
     return torch.amax(x)
 
 
 @_of_tensors
 def leaf_size(x: torch.Tensor) -> torch.Tensor:
-    """The number of elements of one leaf."""
+    r"""The number of elements of one leaf.
+
+    $$n$$
+
+    Args:
+      x: a tensor or, in a rule, an expression of the elements of a leaf.
+
+    Returns:
+      A 0-d tensor in the dtype of `x`, or in float32 for half types.
+
+    Raises:
+      RuleError: `x` is a number.
+
+    Example:
+      >>> leaf_size(torch.zeros(2, 3))
+      tensor(6.)
+    """
     return torch.full((), x.numel(), dtype=_number_dtype(x).to_real(), device=x.device)
 
 
@@ -95,19 +197,85 @@ def _only_in_rules(name: str) -> TypeError:
 
 @_of_tensors
 def tree_sum(x: torch.Tensor) -> torch.Tensor:
-    """The sum over the elements of every leaf that the transformation sees."""
+    r"""The sum over the elements of every leaf that the transformation sees.
+
+    $$\textstyle\sum_l \sum_i x_{l,i}$$
+
+    Args:
+      x: an expression of the elements of a leaf, in an `elementwise` rule.
+
+    Returns:
+      A number that is the same for every leaf.
+
+    Raises:
+      TypeError: the function is called outside of such a rule.
+      RuleError: `x` is a number.
+
+    Example:
+      >>> from functional_optim import elementwise
+      >>> @elementwise
+      ... def share(u):
+      ...     return u / tree_sum(u)
+      >>> tx, u = share(), {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([5.0])}
+      >>> tx.update(u, tx.init(u))[0]["b"]
+      tensor([0.6250])
+    """
     raise _only_in_rules("tree_sum")
 
 
 @_of_tensors
 def tree_amax(x: torch.Tensor) -> torch.Tensor:
-    """The largest element over every leaf that the transformation sees; NaN if there is one."""
+    r"""The largest element over every leaf that the transformation sees; NaN if there is one.
+
+    $$\max_l \max_i x_{l,i}$$
+
+    Args:
+      x: an expression of the elements of a leaf, in an `elementwise` rule.
+
+    Returns:
+      A number that is the same for every leaf.
+
+    Raises:
+      TypeError: the function is called outside of such a rule.
+      RuleError: `x` is a number.
+
+    Example:
+      >>> from functional_optim import elementwise
+      >>> @elementwise
+      ... def scale_to_one(u):
+      ...     return u / tree_amax(torch.abs(u))
+      >>> tx, u = scale_to_one(), {"a": torch.tensor([1.0, -4.0]), "b": torch.tensor([2.0])}
+      >>> tx.update(u, tx.init(u))[0]["b"]
+      tensor([0.5000])
+    """
     raise _only_in_rules("tree_amax")
 
 
 @_of_tensors
 def tree_norm(x: torch.Tensor) -> torch.Tensor:
-    """The Euclidean norm over every leaf that the transformation sees, the global norm."""
+    r"""The Euclidean norm over every leaf that the transformation sees, the global norm.
+
+    $$\textstyle\sqrt{\sum_l \lVert x_l \rVert_2^2}$$
+
+    Args:
+      x: an expression of the elements of a leaf, in an `elementwise` rule.
+
+    Returns:
+      A number that is the same for every leaf.
+
+    Raises:
+      TypeError: the function is called outside of such a rule.
+      RuleError: `x` is a number.
+
+    Example:
+      >>> from functional_optim import elementwise
+      >>> @elementwise
+      ... def normalize(u):
+      ...     return u / tree_norm(u)
+      >>> tx, u = normalize(), {"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}
+      >>> tx.update(u, tx.init(u))[0]["b"]
+      tensor([0.8000])
+    """
     raise _only_in_rules("tree_norm")
 
 

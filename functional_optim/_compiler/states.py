@@ -12,7 +12,13 @@ from .rule import Rule
 
 
 class EmptyState(NamedTuple):
-    """The state of a transformation that keeps none."""
+    """The state of a transformation that keeps none.
+
+    Example:
+      >>> from functional_optim import scale
+      >>> scale(-0.1).init({})
+      EmptyState()
+    """
 
 
 def state_type(rule: Rule, counted: bool) -> Any:

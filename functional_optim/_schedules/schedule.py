@@ -33,6 +33,13 @@ class Schedule:
     Args:
       factory: the function that made it.
       arguments: the formula's arguments by name.
+
+    Example:
+      >>> from functional_optim import cosine_decay_schedule
+      >>> cosine_decay_schedule(0.1, decay_steps=100)
+      cosine_decay_schedule(init_value=0.1, decay_steps=100)
+      >>> cosine_decay_schedule(0.1, decay_steps=100)(50)
+      tensor(0.0500, dtype=torch.float64)
     """
 
     def __init__(self, factory: "ScheduleFactory", arguments: Mapping[str, Any]) -> None:

@@ -292,6 +292,13 @@ def test_every_public_name_is_documented(name: str) -> None:
     assert "Alias for field" not in text
 
 
+@pytest.mark.parametrize("name", sorted({*PUBLIC, *fo.adapters.__all__} - {"zeros"}))
+def test_every_public_name_has_an_example(name: str) -> None:
+    x = PUBLIC[name] if name in PUBLIC else getattr(fo.adapters, name)
+
+    assert ">>> " in (inspect.getdoc(x) or "")
+
+
 @pytest.mark.parametrize("name", sorted(k for k, x in PUBLIC.items() if hasattr(x, "__signature__")))
 def test_every_argument_is_documented(name: str) -> None:
     """Of transformations and schedules: each by its name, under Args."""
