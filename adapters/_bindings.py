@@ -172,7 +172,9 @@ class Bindings:
             for name, x in zip(params.names, found, strict=True):
                 if x is not None and not isinstance(x, MutableMapping):
                     raise TypeError(f"state at {name!r} is {x!r:.60}, expected a dict of entries by name.")
-            self.states = [{} if x is None else x for x in found]
+            made: dict[int, dict[str, Any]] = {}  # a parameter may be there twice
+            pairs = zip(params.tensors, found, strict=True)
+            self.states = [made.setdefault(id(p), {}) if x is None else x for p, x in pairs]
             self.state_items = list(state), list(state.values())
         return self.states
 

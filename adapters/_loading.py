@@ -1,10 +1,11 @@
 """Loading the state of an optimizer: matching parameters, refusing misfits, casting, distributing."""
 
+import itertools
 import numbers
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from copy import copy, deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -12,7 +13,9 @@ from functional_optim import _walk
 from functional_optim._compiler.arguments import checked_switch
 from functional_optim._compiler.rule import Option
 from functional_optim._compiler.slots import Slot
-from functional_optim._params.template import Template, gradient_dtype, slots_of, view_of
+from functional_optim._opaque import OF_TREE, Kind
+from functional_optim._params.layout import ChainLayout
+from functional_optim._params.template import ParamList, Template, gradient_dtype, slots_of, view_of
 from functional_optim._runtime.checks import check_stored
 from functional_optim._runtime.shard import loaded_like
 from functional_optim._warn import warn
@@ -64,10 +67,11 @@ def load(optimizer: "ChainOptimizer", state_dict: dict[str, Any], by_name: bool,
     unknown: list[str] = []
     read: list[tuple[Mapping[Any, Any], dict[Any, Any]]] = []
     counter = optimizer._counter_dtype()
+    of_tree = _OfTree.of(states)
     for p, name, own in zip((p for group in groups for p in group["params"]), names, slots, strict=True):
         if p in given:
             saved_state = _densified(given[p]) if optimizer.SPARSE_SLOTS else given[p]
-            made = _state(saved_state, p, name, own, counter)
+            made = _state(saved_state, p, name, own, counter, of_tree)
             unknown += _unknown(saved_state, name, own)
             read.append((saved_state, made))
             if made or optimizer.EMPTY_STATES:
@@ -203,8 +207,32 @@ def _match_names(
     return id_map, options
 
 
+class _OfTree(NamedTuple):
+    """Entries of a file that are one for all parameters, of transformations that are not made of rules.
+
+    Args:
+      keys: their keys.
+      alone: whether one parameter has them, though it may have taken no step; otherwise all that have taken one do.
+      copies: those that have been copied, by their ids and the device.
+    """
+
+    keys: set[Any]
+    alone: bool
+    copies: dict[tuple[int, torch.device], Any]
+
+    @classmethod
+    def of(cls, states: Mapping[Any, Any]) -> "_OfTree":
+        """Those of a file."""
+        found = [[k for k in own if OF_TREE in str(k)] for own in states.values() if isinstance(own, Mapping)]
+        return cls(set(itertools.chain.from_iterable(found)), sum(map(bool, found)) == 1, {})
+
+
 def _slots(optimizer: "ChainOptimizer", groups: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
-    """Slots that the chains of groups keep for each parameter, by key: a declaration and hyper-parameters."""
+    """Entries that the chains of groups keep for each parameter, by key.
+
+    They are a declaration and hyper-parameters, the `Kind` of an entry of a transformation that is not made of rules,
+    or None, for the counter of steps.
+    """
     templates = [t for g, group in enumerate(groups) for t in [_template(optimizer, g, group)] * len(group["params"])]
     view = view_of(names, [p for group in groups for p in group["params"]])
     slots: list[dict[str, Any]] = [{} for _ in templates]
@@ -212,6 +240,16 @@ def _slots(optimizer: "ChainOptimizer", groups: list[dict[str, Any]], names: lis
         own = [t is template for t in templates]
         found = slots_of(template, view.narrow(own))
         slots = [b if mine else a for a, b, mine in zip(slots, found, own, strict=True)]
+    if any(template.prefixes for template in templates):
+        unique = list({id(t): t for t in templates}.values())
+        positions = [next(k for k, t in enumerate(unique) if t is template) for template in templates]
+        tensors, owners = list(view.leaves), [g for g, group in enumerate(groups) for _ in group["params"]]
+        layout = ChainLayout(unique, ParamList(names, tensors, positions, owners), False, warn=False)
+        by_name = dict(zip(names, slots, strict=True))
+        for split in layout.split_states().values():
+            for entry, kind in split.kinds.items():
+                for name in split.seen if entry[0] is None else (entry[0],):
+                    by_name[name][split.keys[entry]] = kind
     return slots
 
 
@@ -237,20 +275,20 @@ def _template(optimizer: "ChainOptimizer", g: int, group: dict[str, Any]) -> Tem
 
 
 def _state(
-    saved: Any, p: torch.Tensor, name: str, slots: Mapping[str, Any], counter: torch.dtype | None
+    saved: Any, p: torch.Tensor, name: str, slots: Mapping[str, Any], counter: torch.dtype | None, of_tree: _OfTree
 ) -> dict[Any, Any]:
     """The state of one parameter, copied and cast."""
     if not isinstance(saved, Mapping):
         raise ValueError(f"the saved state of {name!r} is {_show(saved)}, expected a dict.")
-    tensors = [k for k in slots if k != "step"]
-    # state per tree of a transformation is an entry of the first parameter, whether it has taken a step or not
-    stepped = any(not (str(k).startswith("transformation_") and ":tree" in str(k)) for k in saved)
+    needed = [k for k, x in slots.items() if not (isinstance(x, Kind) and (k in of_tree.keys or not x.filled))]
+    tensors = [k for k in needed if k != "step"]
+    stepped = any(k not in of_tree.keys for k in saved) or (bool(saved) and not of_tree.alone)
     if stepped and tensors and not any(k in saved for k in tensors):
         raise ValueError(
             f"the saved state of {name!r} has {', '.join(map(repr, saved))}, expected "
             f"{', '.join(map(repr, tensors))}: another chain or other options made it."
         )
-    lacking = [k for k in slots if k not in saved]
+    lacking = [k for k in needed if k not in saved]
     if stepped and lacking:
         raise ValueError(
             f"the saved state of {name!r} lacks {', '.join(map(repr, lacking))}; it has "
@@ -263,9 +301,31 @@ def _state(
             made[k] = _counter(0 if v is None else v, p, name, counter)
         elif k not in slots:
             made[k] = _copy(v, p)
+        elif isinstance(slots[k], Kind):
+            if v is not None or not slots[k].filled:
+                made[k] = _entry(k, v, p, name, slots[k], of_tree)
         elif v is not None:  # a slot that is None starts anew, as in torch
             made[k] = _slot(k, v, p, name, *slots[k])
     return made
+
+
+def _entry(key: str, value: Any, p: torch.Tensor, name: str, kind: Kind, of_tree: _OfTree) -> Any:
+    """An entry of a transformation that is not made of rules."""
+    number = isinstance(value, numbers.Real) and not kind.shape
+    if not (isinstance(value, torch.Tensor) or number or (value is None and not kind.filled)):
+        expected = "a tensor" if kind.shape else "one number"
+        raise ValueError(f"the saved {key!r} of {name!r} is {_show(value)}, expected {expected}.")
+    if key in of_tree.keys:
+        place = id(value), p.device
+        if place not in of_tree.copies:
+            of_tree.copies[place] = _copy(value, p)
+        return of_tree.copies[place]
+    like_parameter = kind.shape is not None and kind.shape == tuple(p.shape)  # others may grow from step to step
+    if like_parameter and isinstance(value, torch.Tensor) and tuple(value.shape) != kind.shape:
+        raise ValueError(
+            f"the saved {key!r} of {name!r} has shape {tuple(value.shape)}, but the parameter has {tuple(p.shape)}."
+        )
+    return _copy(value, p)
 
 
 def check_entry(name: str, place: str, value: Any, params: Sequence[torch.Tensor]) -> None:
@@ -295,7 +355,7 @@ def check_entry(name: str, place: str, value: Any, params: Sequence[torch.Tensor
 
 def _unknown(saved: Mapping[Any, Any], name: str, slots: Mapping[str, Any]) -> list[str]:
     """A part of a warning of keys that the chain of a parameter does not know; none if there are none."""
-    others = [k for k in saved if k not in slots and k != "step" and not str(k).startswith("transformation_")]
+    others = [k for k in saved if k not in slots and k != "step"]
     return [f"{name!r} has {', '.join(map(repr, others))}"] if others else []
 
 

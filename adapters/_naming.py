@@ -11,7 +11,7 @@ from functional_optim import _walk
 from functional_optim._chain import Chain
 from functional_optim._compiler.arguments import plain_number
 from functional_optim._compiler.rule import Bound, Option
-from functional_optim._params.template import Template
+from functional_optim._params.template import Template, prefixes_of
 from functional_optim._reading import slot_names, unique
 from functional_optim._transform import Path
 
@@ -46,9 +46,12 @@ SYNONYMS: Mapping[str, frozenset[tuple[str | None, str]]] = {  # by rule, or for
 ROUNDING = 1e-6  # a schedule of torch that ends at 0 may end as far below it, relative to the learning rate
 
 
-def template(tx: fo.GradientTransformation, names: Mapping[str, str]) -> Template:
+def template(
+    tx: fo.GradientTransformation, names: Mapping[str, str], prefixes: Mapping[Path, str] | None = None
+) -> Template:
     """A transformation with a key for each slot of its state; `names` renames some slots."""
-    return Template(tx, slot_names({path: rule._bound.rule for path, rule in _walk.rules(tx).items()}, names))
+    keys = slot_names({path: rule._bound.rule for path, rule in _walk.rules(tx).items()}, names)
+    return Template(tx, keys, prefixes_of(tx) if prefixes is None else prefixes)
 
 
 class Naming:
@@ -193,7 +196,7 @@ class Naming:
             factor = fo.scale(Option("lr"))
             tx = _walk.rewrite(tx, lambda path, rule: fo.chain(rule, factor) if path == self.factor else rule)
         # one path for each transformation under all switches: reductions of all groups meet by it
-        return template(fo.chain(fo.scale(-1.0) if maximize else fo.identity(), tx), names)
+        return template(fo.chain(fo.scale(-1.0) if maximize else fo.identity(), tx), names, prefixes_of(tx, (1,)))
 
 
 def is_number(x: Any) -> bool:

@@ -218,7 +218,7 @@ class ChainOptimizer(Optimizer):
                 take_rows(self, inputs)
         except SharedMemoryError:
             turns = inputs.turns()
-            if len(turns) < 2 or any(step.spans_tree for step in bindings.steps):
+            if len(turns) < 2 or any(step.needs_all for step in bindings.steps):
                 raise  # no two parameters are the same memory, or the chain needs all gradients at once
             for turn in turns:
                 self._step_on(turn)

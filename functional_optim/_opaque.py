@@ -2,11 +2,12 @@
 
 An optimizer keeps its state with each parameter, so the state of a transformation that can only be called has to be
 taken apart: which entries belong to a parameter, which to the whole tree? The structure answers it, once. `init` is
-called a second time for a tree with one more parameter, and the two states are compared: a container that has grown by
-an entry holds one entry per parameter, everything else belongs to the tree. What fits neither is refused.
+called a second time for a tree with a few parameters more, and the two states are compared: a container that has grown
+by their entries holds one entry per parameter, everything else belongs to the tree. A state that fits neither is
+refused.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,20 +20,45 @@ from ._transform import GradientTransformation, Link
 from ._tree import Spec, View, flatten, key_name, one_level, paths
 
 
-# The entries of a state: by the parameter's name, None for an entry of the tree, and the path
-Entries = dict[tuple[str | None, str], Any]
+Entry = tuple[str | None, str]  # a parameter's name, None for an entry of the tree, and the path
+Entries = dict[Entry, Any]
+StatesByName = Mapping[str, Mapping[str, Any]]
+
+
+class Kind(NamedTuple):
+    """The kind of an entry of state.
+
+    Args:
+      shape: the shape of a tensor; None for a number, and for nothing.
+      filled: whether it is something.
+    """
+
+    shape: tuple[int, ...] | None
+    filled: bool
+
+    @classmethod
+    def of(cls, x: Any) -> "Kind":
+        """The kind of an entry."""
+        return cls(tuple(x.shape) if isinstance(x, torch.Tensor) else None, x is not None)
 
 
 class SplitState:
     """The state of an opaque transformation in the flat dicts of parameters.
 
-    Entries of a parameter are in its own dict; those of the tree are in the dict of the first parameter that the
-    transformation sees. Keys begin with `prefix`.
+    Entries of a parameter are in its own dict; those of the tree are in the dict of each parameter that takes steps,
+    so that they stay when any of them goes. Keys begin with `prefix`.
 
     Args:
       link: the transformation.
       prefix: the beginning of its keys.
       view: the parameters.
+
+    Attributes:
+      seen: the names of the parameters that the transformation sees.
+      shape: the structure of the state.
+      keys: the key of each entry.
+      kinds: the kind of each entry, as `init` makes it.
+      stand_ins: entries of `init` in the place of those of parameters that have none and take no step.
 
     Raises:
       TypeError, ValueError: the state holds something else than tensors and numbers, or cannot be split.
@@ -43,10 +69,13 @@ class SplitState:
         self.seen = [name for name, seen in zip(view.spec.entries(), link.seen, strict=True) if seen]
         state = link.tx.init(self.view.tree())
         names = dict(zip(view.spec.entries(), link.seen, strict=True))
-        self.shape = _compare(state, link.tx.init(_with_one_more(self.view)), names, self._fail)
-        self.initial = self.split(state)  # entries that no parameter has taken over yet
-        self.keys = {entry: self._key(*entry) for entry in self.initial}
-        self.filled = [entry for entry, x in self.initial.items() if x is not None]
+        tree, extras = _with_more(self.view)
+        self.shape = _compare(state, link.tx.init(tree), names, extras, self._fail)
+        made = self.split(state)
+        self.keys = {entry: self._key(*entry) for entry in made}
+        self.kinds = {entry: Kind.of(x) for entry, x in made.items()}
+        self.filled = [entry for entry, x in made.items() if x is not None]
+        self.stand_ins: Entries = {}
 
     def _fail(self, path: str, reason: str) -> Exception:
         return ValueError(
@@ -55,7 +84,7 @@ class SplitState:
         )
 
     def _key(self, name: str | None, path: str) -> str:
-        start = f"{self.prefix}:tree" if name is None else self.prefix
+        start = f"{self.prefix}{OF_TREE}" if name is None else self.prefix
         return f"{start}.{path}" if path else start
 
     def split(self, state: Any) -> Entries:
@@ -70,16 +99,18 @@ class SplitState:
         """The state of which these are the entries."""
         return self.shape.join("", found)
 
-    def holder(self, entry: tuple[str | None, str]) -> str:
-        """The parameter in whose dict an entry is put."""
-        return self.seen[0] if entry[0] is None else entry[0]
+    def holders(self, entry: Entry, present: Collection[str]) -> Sequence[str]:
+        """The parameters in whose dicts an entry is put, of those that take a step."""
+        if entry[0] is not None:
+            return (entry[0],)
+        return [name for name in self.seen if name in present] or self.seen[:1]
 
-    def find(self, entry: tuple[str | None, str], states: Mapping[str, Mapping[str, Any]]) -> Any:
+    def find(self, entry: Entry, states: StatesByName) -> Any:
         """An entry within the dicts of parameters; `MISSING` if it is nowhere."""
         key, holders = self.keys[entry], self.seen if entry[0] is None else (entry[0],)
         return next((states[name][key] for name in holders if key in states[name]), MISSING)
 
-    def missing(self, states: Mapping[str, Mapping[str, Any]], present: Sequence[str]) -> list[tuple[str | None, str]]:
+    def missing(self, states: StatesByName, present: Collection[str]) -> list[Entry]:
         """The entries that `init` makes and that are nowhere.
 
         Args:
@@ -89,45 +120,60 @@ class SplitState:
         there = {*present, None} if self.seen else set(present)  # an entry of the tree needs a parameter that holds it
         return [entry for entry in self.filled if entry[0] in there and self.find(entry, states) is MISSING]
 
-    def make(self, entries: Sequence[tuple[str | None, str]]) -> list[tuple[str, str, Any]]:
+    def make(self, entries: Sequence[Entry], present: Collection[str]) -> list[tuple[str, str, Any]]:
         """Initial values of entries, as the parameter's name, the key and the value.
 
-        They are given away, since `update` may write to them: an entry that starts anew is made anew.
+        They are those of the parameters as they are now, and given away, since `update` may write to them.
         """
-        made, taken = [], _addresses_of(self.view.leaves)
+        if not entries:
+            return []
+        found, taken, made = self.split(self.tx.init(self.view.tree())), _addresses_of(self.view.leaves), []
         for entry in entries:
-            if entry not in self.initial:
-                self.initial = self.split(self.tx.init(self.view.tree()))
-            made.append((self.holder(entry), self.keys[entry], _apart(self.initial.pop(entry), taken)))
+            x = found[entry]
+            # a leaf of autograd's graph starts a state of its own, as in `init` of rules
+            x = _apart(x.detach() if isinstance(x, torch.Tensor) and x.is_leaf else x, taken)
+            made += [(name, self.keys[entry], x) for name in self.holders(entry, present)]
         return made
 
-    def gather(self, states: Mapping[str, Mapping[str, Any]]) -> Any:
+    def gather(self, states: StatesByName) -> Any:
         """The state whose entries are in the dicts of parameters; those of parameters without any are of `init`.
 
         Args:
           states: the dict of each parameter, by name.
         """
         found = {entry: self.find(entry, states) for entry in self.keys}
-        return self.join({e: self.initial.get(e) if x is MISSING else x for e, x in found.items()})
+        lacking = [entry for entry, x in found.items() if x is MISSING]
+        if not all(entry in self.stand_ins for entry in lacking):
+            self.stand_ins = self.split(self.tx.init(self.view.tree()))
+        self.stand_ins = {entry: self.stand_ins[entry] for entry in lacking}
+        return self.join({**found, **self.stand_ins})
 
-    def entries(self, state: Any, present: Sequence[str]) -> list[tuple[str, str, Any]]:
+    def entries(self, state: Any, states: StatesByName, present: Collection[str]) -> list[tuple[str, str, Any]]:
         """The entries of a new state, as the parameter's name, the key and the value.
 
         Args:
           state: the state.
+          states: the dict of each parameter, by name; those that have an entry of the tree are given the new one.
           present: the parameters that took the step; entries of others are left out.
         """
         there, found = {*present, None} if self.seen else set(present), self.split(state)
         # a gradient is its owner's, who clears it or adds to it
         grads = [getattr(p, "grad", None) for p in self.view.leaves]
         taken = _addresses_of([*self.view.leaves, *grads]) if found else frozenset()
-        return [
-            (self.holder((name, path)), self.keys[name, path], _apart(x, taken))
-            for (name, path), x in found.items()
-            if name in there
-        ]
+        put: list[tuple[str, str, Any]] = []
+        for entry, x in found.items():
+            if entry[0] not in there:
+                continue
+            key, own = self.keys[entry], _apart(x, taken)
+            holders = self.holders(entry, present)
+            if entry[0] is None:
+                others = set(holders)
+                holders = [*holders, *(name for name in self.seen if name not in others and key in states[name])]
+            put += [(name, key, own) for name in holders]
+        return put
 
 
+OF_TREE = ":tree"  # behind the prefix, in the keys of entries of the tree
 MISSING = object()
 
 
@@ -148,8 +194,8 @@ def check_apart(tx: GradientTransformation, state: Any, params: Sequence[Any]) -
 
 
 def _apart(x: Any, taken: frozenset[int]) -> Any:
-    """An entry that is written to by nobody else: a copy of one whose memory is taken."""
-    return x.detach().clone() if _address(x) in taken else x
+    """An entry that is written to by nobody else: a copy of one whose memory is taken, which autograd follows."""
+    return x.clone() if _address(x) in taken else x
 
 
 def _addresses_of(tensors: Iterable[Any]) -> frozenset[int]:
@@ -191,9 +237,14 @@ class _Container(NamedTuple):
     children: "Sequence[_OfParam | StateShape]"
 
     def split(self, x: Any, path: str, owner: SplitState) -> Entries:
-        children, spec, _ = _open(x)
+        children, spec, names = _open(x)
         if spec != self.spec:
-            raise _other_structure(owner, path, x)
+            # dicts of any class with the same keys are the same structure, as they are for rules
+            mappings = isinstance(x, Mapping) and issubclass(self.spec.type or object, Mapping)
+            if not mappings or sorted(names) != sorted(self.names):
+                raise _other_structure(owner, path, x)
+            by_name = dict(zip(names, children, strict=True))
+            children = [by_name[name] for name in self.names]
         found: Entries = {}
         for name, shape, child in zip(self.names, self.children, children, strict=True):
             own = isinstance(shape, _OfParam)  # the name of a parameter is part of its entries' keys already
@@ -241,55 +292,79 @@ class _OfParam(NamedTuple):
 
 
 StateShape = _Leaf | _Container
-_EXTRA = "one more parameter"  # the name of the one that the second state has an entry for
+_EXTRA = "one more parameter"  # the name of one that the second state has an entry for
 
 
-def _with_one_more(view: View) -> Any:
-    """The tree that a transformation sees, with a parameter more, which is like the first and another object."""
-    tree = view.tree()
-    like = next((x for x, seen in zip(view.leaves, view.seen, strict=True) if seen), None)
-    if like is None:
-        return tree
-    more = like.detach()
-    if isinstance(like, torch.nn.Parameter):
-        more = torch.nn.Parameter(more, requires_grad=like.requires_grad)
-    return type(tree)([*tree.items(), (_EXTRA, more)])
+def _with_more(view: View) -> tuple[Any, frozenset[str]]:
+    """The tree that a transformation sees with some parameters more, and their names.
+
+    They are one for each dtype and number of dimensions: like the smallest parameter of that kind, and other objects.
+    """
+    tree, kinds = view.tree(), dict[tuple[int, torch.dtype], Any]()
+    for x, seen in zip(view.leaves, view.seen, strict=True):
+        if seen:
+            least = kinds.setdefault((x.ndim, x.dtype), x)
+            kinds[x.ndim, x.dtype] = x if x.numel() < least.numel() else least
+    more: dict[str, Any] = {}
+    for like in kinds.values():
+        x = like.detach()
+        if isinstance(like, torch.nn.Parameter):
+            x = torch.nn.Parameter(x, requires_grad=like.requires_grad)
+        more[f"{_EXTRA} ({len(more)})"] = x
+    return type(tree)([*tree.items(), *more.items()]) if more else tree, frozenset(more)
 
 
 def _compare(
-    a: Any, b: Any, names: Mapping[str, bool], fail: Callable[[str, str], Exception], path: str = ""
+    a: Any,
+    b: Any,
+    names: Mapping[str, bool],
+    extras: frozenset[str],
+    fail: Callable[[str, str], Exception],
+    path: str = "",
 ) -> StateShape:
     """The shape of a state.
 
     Args:
       a: the state.
-      b: the state of a tree with one more parameter.
+      b: the state of a tree with some parameters more.
       names: the parameters, and whether the transformation sees them.
+      extras: the names of the parameters that the other tree has more.
       fail: makes the error of a state that cannot be split.
       path: the path of the state.
     """
+    for x in (a, b):
+        if isinstance(x, Mapping) and any(isinstance(key, torch.Tensor) for key in x):
+            raise fail(path, "has tensors for keys")
     (one, one_spec, one_names), (two, two_spec, two_names) = _open(a), _open(b)
+    more = "there is one more parameter" if len(extras) == 1 else "there are more parameters"
     if one_spec is None or two_spec is None:
         if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape != b.shape:
             raise fail(path, f"is a tensor of shape {tuple(a.shape)} that depends on the number of parameters")
         if (one_spec is None) != (two_spec is None):
-            raise fail(path, "is of another kind if there is one more parameter")
+            raise fail(path, f"is of another kind if {more}")
         return _Leaf()
     if one_names == two_names:
-        children = [_compare(x, y, names, fail, _at(path, n)) for x, y, n in zip(one, two, one_names, strict=True)]
+        pairs = zip(one, two, one_names, strict=True)
+        children = [_compare(x, y, names, extras, fail, _at(path, n)) for x, y, n in pairs]
         return _Container(one_spec, one_names, children)
     seen = [name for name, own in names.items() if own]
-    if set(two_names) - set(one_names) == {_EXTRA} and set(seen) <= set(one_names):
-        owners = one_names
-    elif len(two) == len(one) + 1 and not isinstance(a, Mapping) and len(one) in (len(seen), len(names)):
+    grown = set(two_names) - set(one_names)
+    if grown and grown <= extras and not set(one_names).isdisjoint(seen):
+        owners = one_names  # by name: of all parameters, or of some, such as the matrices
+    elif len(two) == len(one) + len(extras) and not isinstance(a, Mapping) and len(one) in (len(seen), len(names)):
         owners = seen if len(one) == len(seen) else list(names)
     else:
-        raise fail(path, f"has {len(one)} entries for {len(seen)} parameters, and {len(two)} if there is one more")
+        n = "one more" if len(extras) == 1 else f"{len(extras)} more"
+        raise fail(
+            path,
+            f"has {len(one)} entries for {len(seen)} parameters, and {len(two)} if there "
+            f"{'is' if len(extras) == 1 else 'are'} {n}",
+        )
     others = dict(zip(two_names, two, strict=True))
     found: list[_OfParam | StateShape] = []
     for name, owner, child in zip(one_names, owners, one, strict=True):
         if owner not in names:
-            found.append(_compare(child, others[name], names, fail, _at(path, name)))
+            found.append(_compare(child, others[name], names, extras, fail, _at(path, name)))
             continue
         leaves, spec = flatten(child)
         if not names[owner] and any(leaf is not None for leaf in leaves):

@@ -106,8 +106,9 @@ class ParamState:
         if held is not None:
             self._refuse_removed(states, held)
         new: set[int] = set()
+        present = {self.params.names[i] for i in self.present}
         for split, by_name, missing in self._missing(states):
-            for name, key, x in split.make(missing):
+            for name, key, x in split.make(missing, present):
                 journal.set(by_name[name], key, x)
         for segment in self.regions:
             for stored in segment.region.stored:
@@ -134,12 +135,13 @@ class ParamState:
         for i in self.present:
             keys = [key for stored, key in self.kept if stored.seen[i]]
             held.setdefault(id(self.params.tensors[i]), set()).update(keys)
-        there = {None, *(self.params.names[i] for i in self.present)}
+        present = {self.params.names[i] for i in self.present}
         ids = {name: id(p) for name, p in zip(self.params.names, self.params.tensors, strict=True)}
         for split in self.opaque.values():
             for entry in split.filled if split.seen else ():
-                if entry[0] in there:
-                    held.setdefault(ids[split.holder(entry)], set()).add(split.keys[entry])
+                if entry[0] is None or entry[0] in present:
+                    for name in split.holders(entry, present):
+                        held.setdefault(ids[name], set()).add(split.keys[entry])
         return held
 
     def _refuse_removed(self, states: States, held: Held) -> None:
@@ -157,12 +159,13 @@ class ParamState:
             if lacking and any(states[i].get(key) is not None for key in (*keys, *left)):
                 self._refuse_lack(i, lacking, states[i], "set it to None to have it start anew, ")
         positions = {name: i for i, name in enumerate(self.params.names)}
+        present = {self.params.names[i] for i in self.present}
         for split, _, missing in self._missing(states):
             for entry in missing:
-                i = positions[split.holder(entry)]
-                left = held.get(id(self.params.tensors[i]), set())
-                if split.keys[entry] in left and any(states[i].get(key) is not None for key in left):
-                    self._refuse_lack(i, [split.keys[entry]], states[i])
+                for i in map(positions.__getitem__, split.holders(entry, present)):
+                    left = held.get(id(self.params.tensors[i]), set())
+                    if split.keys[entry] in left and any(states[i].get(key) is not None for key in left):
+                        self._refuse_lack(i, [split.keys[entry]], states[i])
 
     def _refuse_lack(self, i: int, lacking: Sequence[str], state: Mapping[str, Any], hint: str = "") -> NoReturn:
         raise ValueError(
@@ -294,7 +297,7 @@ class ParamState:
     def _missing(self, states: States) -> list[tuple[SplitState, dict[str, Any], list[Any]]]:
         """For each transformation that is not made of rules, its state, the dicts by name, and entries that lack."""
         by_name = dict(zip(self.params.names, states, strict=True))
-        present = [self.params.names[i] for i in self.present]
+        present = {self.params.names[i] for i in self.present}
         return [(split, by_name, split.missing(by_name, present)) for split in self.opaque.values()]
 
     def _shared_column(self, stored: Stored, key: str, states: States) -> list[Any] | None:
@@ -352,10 +355,18 @@ class ParamState:
         return not torch.is_grad_enabled() and is_capturing(self.devices)
 
     def put_all(self, entries: Sequence[tuple[str, str, Any]], states: States, journal: Journal) -> None:
-        """Puts new entries, by the parameter's name and the key, in the place of others; see `put`."""
+        """Puts new entries, by the parameter's name and the key, in the place of others; see `put`.
+
+        An entry of the tree, which several parameters hold, is written to once.
+        """
         by_name, captures = dict(zip(self.params.names, states, strict=True)), self.captures()
+        written: set[int] = set()
         for name, key, x in entries:
-            self.put(by_name[name], key, x, journal, captures)
+            old = by_name[name].get(key)
+            if id(old) not in written:
+                self.put(by_name[name], key, x, journal, captures)
+            if captures and isinstance(old, torch.Tensor):
+                written.add(id(old))
 
     def put(self, state: dict[str, Any], key: str, new: Any, journal: Journal, captures: bool) -> None:
         """Puts an entry of state in the place of another; in a graph, its elements.

@@ -9,7 +9,6 @@ import torch
 from .._compiler.fuse import extra_key
 from .._extras import check_no_number
 from .._foreign import CHANGED_MESSAGE, SpecWatch, call_opaque, check_updates, host_column
-from .._opaque import SplitState
 from .._regions import Opaque, Region
 from .._runtime.backend import REQUESTED, refuse_replacement
 from .._runtime.checks import check_fit, check_leaf, refuse_leaf, refuse_meta
@@ -114,15 +113,16 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
         self._refuse_complex()
         if warn and layout.reduces:
             self._warn_of_flat_params()
-        self.opaque = {
-            segment.position: SplitState(segment.link, f"transformation_{segment.position}", self.view)
-            for segment in self.segments
-            if isinstance(segment, Opaque)
-        }
+        self.opaque = layout.split_states()
         self.state = ParamState(params, self.present, self.regions, self.opaque, self.local, devices, counter)
         self.returned: dict[int, SpecWatch] = {}
         self.done = False
         self.workspace: Workspace | None = None
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether a step on some of the parameters, and another one on others, differs from one on all."""
+        return self.spans_tree or bool(self.opaque or self.state.shared)
 
     def _refuse_meta(self) -> None:
         """Refuses parameters without memory, but for a step that is only traced.
@@ -478,7 +478,8 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
         for i in self.local.wrapped:
             before[i] = None if before[i] is None else self.local.like(before[i], i)
         view = View(self.view.spec, tuple(inputs.params), link.seen)
-        state = split.gather(dict(zip(self.paths, inputs.states, strict=True)))
+        states = dict(zip(self.paths, inputs.states, strict=True))
+        state = split.gather(states)
         found, new_state = call_opaque(link, view, before, state, True, inputs.extra, self.reader)
         key, name = (segment.position, "update"), "the update that was returned for"
         updates = list(self.local.of(key, found, placed_like, name, written=False))
@@ -488,6 +489,6 @@ class ParamStep(SegmentedStep[ParamRegion, ParamInputs]):
             known = None if inputs.dispatching else SpecWatch(updates, self.present)
         if known is not None:
             self.returned[segment.position] = known
-        entries = split.entries(new_state, [self.paths[i] for i in self.present if link.seen[i]])
+        entries = split.entries(new_state, states, {self.paths[i] for i in self.present if link.seen[i]})
         self.state.put_all(entries, inputs.states, inputs.journal)
         return updates

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .._compiler.slots import Slot
-from .._transform import GradientTransformation, Path
+from .._transform import GradientTransformation, Path, parts
 from .._tree import View
 
 
@@ -21,10 +21,13 @@ class Template(NamedTuple):
     Args:
       tx: the transformation.
       keys: for each rule's path in it and slot, the key in the state of a parameter.
+      prefixes: for each path of a transformation that is not made of rules, the beginning of its keys, which is the
+        same under all switches.
     """
 
     tx: GradientTransformation
     keys: Keys
+    prefixes: Mapping[Path, str] = {}
 
 
 class ParamList(NamedTuple):
@@ -41,6 +44,17 @@ class ParamList(NamedTuple):
     tensors: Sequence[torch.Tensor]
     templates: Sequence[int]
     groups: Sequence[int]
+
+
+def prefixes_of(tx: GradientTransformation, path: Path = ()) -> dict[Path, str]:
+    """The beginnings of the keys of transformations that are not made of rules, by path.
+
+    Args:
+      tx: a chain.
+      path: its path in a larger one.
+    """
+    numbered = enumerate(parts(tx).items())
+    return {(*path, *own): f"transformation_{k}" for k, (own, part) in numbered if part._bound is None}
 
 
 def view_of(names: Sequence[str], params: Sequence[torch.Tensor]) -> View:

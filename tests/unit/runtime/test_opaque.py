@@ -154,6 +154,11 @@ def assert_same(a: Any, b: Any) -> None:
         assert a == b
 
 
+def first_state(split: SplitState) -> Any:
+    """The state of parameters that have no entries yet."""
+    return split.gather({name: {} for name in split.view.spec.entries()})
+
+
 def put(states: dict[str, dict[str, Any]], entries: Sequence[tuple[str, str, Any]]) -> None:
     """Puts entries into the dicts of parameters, as an optimizer does; no two have one place."""
     for name, key, x in entries:
@@ -174,7 +179,7 @@ def test_entries_of_parameters_and_of_the_tree(form: str, tree: str) -> None:
     split = split_state(case.init, names)
     seen = [name for name in names if name != "masked"]
     of_params = {(name, path) for name in seen for path in case.param}
-    assert set(split.initial) == of_params | {(None, path) for path in case.tree}
+    assert set(split.keys) == of_params | {(None, path) for path in case.tree}
 
 
 @pytest.mark.parametrize("tree", NAMES)
@@ -196,7 +201,7 @@ def test_state_in_the_dicts_of_parameters(form: str, tree: str) -> None:
     params = OrderedDict((n, torch.ones(k + 1) if n != "masked" else MaskedNode()) for k, n in enumerate(names))
     state = renumbered(FORMS[form].init(params))
     states: dict[str, dict[str, Any]] = {name: {"step": 3} for name in names}
-    put(states, split.entries(state, [n for n in names if n != "masked"]))
+    put(states, split.entries(state, states, [n for n in names if n != "masked"]))
     assert_same(split.gather(states), state)
     assert {key.split(".")[0] for own in states.values() for key in own} <= {"step", "own", "own:tree"}
     assert states.get("masked", {"step": 3}) == {"step": 3}
@@ -204,10 +209,15 @@ def test_state_in_the_dicts_of_parameters(form: str, tree: str) -> None:
 
 def test_parameters_that_took_no_step_keep_their_entries() -> None:
     split = split_state(moments, ["w", "b"])
-    new = renumbered(split.join(split.initial))
-    # the tree's own is with the first parameter that is seen, whether or not it took a step
-    places = {("b", "own.mu"), ("b", "own.nu"), ("w", "own:tree.count")}
-    assert {(name, key) for name, key, _ in split.entries(new, ["b"])} == places
+    new = renumbered(first_state(split))
+    # the tree's own is with the parameters that took the step, and with those that have it
+    places = {("b", "own.mu"), ("b", "own.nu"), ("b", "own:tree.count")}
+    without: dict[str, dict[str, Any]] = {"w": {}, "b": {}}
+    assert {(name, key) for name, key, _ in split.entries(new, without, ["b"])} == places
+    known = {"w": {"own:tree.count": torch.zeros(())}, "b": {}}
+    assert {(name, key) for name, key, _ in split.entries(new, known, ["b"])} == places | {("w", "own:tree.count")}
+    # or with the first, if none of those that it sees took it
+    assert [(name, key) for name, key, _ in split.entries(new, without, [])] == [("w", "own:tree.count")]
 
 
 def test_entries_that_are_nowhere_are_those_of_init() -> None:
@@ -226,11 +236,13 @@ def test_entries_that_are_missing_and_made(present: list[str]) -> None:
     expected = {(None, "count")} | {(name, path) for name, path in lacking if name in present}
     missing = split.missing(states, present)
     assert set(missing) == expected
-    first, second = split.make(missing), split.make(missing)
+    first, second = split.make(missing, present), split.make(missing, present)
+    holders = present or ["w"]
     for made in (first, second):
         assert {(name, key): x.tolist() for name, key, x in made} == {
-            (name or "w", f"own.{path}" if name else f"own:tree.{path}"): [0.0] * (1 + (name == "b")) if name else 0.0
+            (holder, f"own.{path}" if name else f"own:tree.{path}"): [0.0] * (1 + (name == "b")) if name else 0.0
             for name, path in expected
+            for holder in ([name] if name else holders)
         }
     assert not {id(x) for *_, x in first} & {id(x) for *_, x in second}
     put(states, first)
@@ -314,7 +326,7 @@ OTHER: dict[str, Callable[[Moments], Any]] = {
 def test_update_that_changes_the_structure_is_refused(name: str) -> None:
     split = split_state(moments, ["w", "b"])
     with pytest.raises((ValueError, TypeError), match="GradientTransformation"):
-        split.split(OTHER[name](split.join(split.initial)))
+        split.split(OTHER[name](first_state(split)))
 
 
 # -- drawn states -----------------------------------------------------------------------------------------------------
@@ -358,7 +370,7 @@ def test_no_entry_of_a_drawn_state_is_lost(drawn: Any) -> None:
     split = split_state(lambda params: for_params(drawn, params), ["w", "v"])
     state = renumbered(for_params(drawn, {"w": 0, "v": 0}))
     states: dict[str, dict[str, Any]] = {"w": {}, "v": {}}
-    put(states, split.entries(state, ["w", "v"]))
+    put(states, split.entries(state, states, ["w", "v"]))
     assert_same(split.gather(states), state)
 
 

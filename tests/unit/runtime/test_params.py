@@ -18,7 +18,7 @@ from functional_optim._compiler.rule import Option
 from functional_optim._params.journal import Journal
 from functional_optim._params.layout import ChainLayout
 from functional_optim._params.step import ParamStep
-from functional_optim._params.template import ParamList, Template
+from functional_optim._params.template import ParamList, Template, prefixes_of
 from functional_optim._runtime.backend import BACKENDS
 from functional_optim._walk import rules
 from functional_optim.adapters import TransformOptimizer
@@ -337,7 +337,7 @@ def test_an_opaque_transformation_keeps_its_state_with_the_parameters() -> None:
     # 2 + 4, and 2 + 4 + 6
     assert [p.tolist() for p in params] == [[-6.0, -6.0], [-12.0, -12.0]]
     assert [opt.state[p]["transformation_1.sums"].tolist() for p in params] == [[4.0, 4.0], [6.0, 6.0]]
-    assert [opt.state[p].get("transformation_1:tree.count") for p in params] == [3.0, None]
+    assert [opt.state[p].get("transformation_1:tree.count") for p in params] == [3.0, 3.0]
 
 
 # -- ParamStep --------------------------------------------------------------------------------------------------------
@@ -346,7 +346,7 @@ def test_an_opaque_transformation_keeps_its_state_with_the_parameters() -> None:
 def template(tx: fo.GradientTransformation) -> Template:
     """A template whose slots have their own names, each with its place in the chain."""
     keys = {(path, slot): slot for path, rule in rules(tx).items() for slot in rule._bound.rule.slots}
-    return Template(tx, keys)
+    return Template(tx, keys, prefixes_of(tx))
 
 
 class Bench:
