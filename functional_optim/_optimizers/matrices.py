@@ -17,7 +17,7 @@ from .._transforms.factored import scale_by_factored_rms
 from .._transforms.momentum import ema
 from .._transforms.muon import scale_by_muon, scale_by_shape
 from .._transforms.scaling import scale, scale_by_learning_rate, scale_by_param_block_rms
-from .._tree import flatten, tree_map
+from .._tree import flatten, show, tree_map
 from ._arguments import named_arguments, renaming
 from .adam import adamw
 
@@ -98,11 +98,15 @@ def adafactor(
     return chain(*parts, scale(-1.0))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class _IsMatrix(LabelFunction):
     """The label of a leaf for `muon`: chosen by a predicate, or by its number of dimensions."""
 
     choose: Callable[[str, torch.Tensor], bool] | None = None
+
+    def __repr__(self) -> str:
+        chosen = "p.ndim == 2" if self.choose is None else f"{show(self.choose)}(path, p)"
+        return f"lambda path, p: 'muon' if {chosen} else 'adam'"
 
     def __call__(self, path: str, p: torch.Tensor) -> str:
         chosen = p.ndim == 2 if self.choose is None else self.choose(path, p)

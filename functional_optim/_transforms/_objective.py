@@ -44,7 +44,7 @@ class Objective:
         if value_fn is None:
             raise TypeError(
                 f"{name} evaluates the objective: call `update(updates, state, params, value=..., grad=..., "
-                f"value_fn=...)`, with a function of the parameters."
+                f"value_fn=...)`, with a function of the parameters; of an optimizer, `step(closure, value_fn=...)`."
             )
         self.name, self.own = name, Leaves(name, params)
         refuse_capture(f"{name} compares values of the objective", self.own.params)

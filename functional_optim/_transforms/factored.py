@@ -72,7 +72,7 @@ def scale_by_factored_rms(
     Args:
       factored: whether moments are factored, over the two largest dimensions.
       decay_rate: $c$.
-      step_offset: the number of steps that the decay is behind.
+      step_offset: the number of steps that the decay is behind; until then each step is as the first.
       min_dim_size_to_factor: the least size of these two dimensions; other leaves have a moment per element.
       epsilon: $\epsilon$.
 
@@ -91,7 +91,7 @@ def scale_by_factored_rms(
 
     Source: Shazeer & Stern 2018, arXiv:1804.04235, algorithm 4.
     """
-    weight = (step - step_offset) ** -decay_rate
+    weight = torch.clamp(step - step_offset, min=1.0) ** -decay_rate
     dims = _factored_dims(u.shape, factored, min_dim_size_to_factor)
     if dims is None:
         assert v is not None

@@ -107,8 +107,10 @@ def newton_schulz(
       preconditioning: the scaling at the start.
       eps: $\\epsilon$ in the norm at the start.
       clamps: whether it is the least norm, as in torch, instead of being added.
-      by_gram: whether the small Gram matrices are iterated, and the product taken at the end.
+      by_gram: whether the small Gram matrices are iterated, and the product taken at the end; in float32 at least.
     """
+    if by_gram:  # rounding makes eigenvalues of Gram matrices in half types negative, and those grow without a bound
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
     starts = preconditioning in ("frobenius", "spectral")
     if starts:
         x = _normalized(x, preconditioning, eps, clamps)
@@ -177,7 +179,8 @@ def orthogonalize(
       compute_dtype: dtype of the iterations, such as `torch.bfloat16`; by default that of the updates, or float32 for
         those in float16, where `eps` is 0 and products leave the range.
       by_gram: whether $A$ is iterated in place of $X$, and $X$ multiplied at the end. For matrices that are much wider
-        than high, or higher than wide, that takes fewer operations; in half types it is less exact.
+        than high, or higher than wide, that takes fewer operations. They are in float32 where `compute_dtype` is a half
+        type, in which rounded Gram matrices have negative eigenvalues.
       eps_is_least: whether `eps` is the least norm, as in torch, instead of being added to it.
 
     Returns:

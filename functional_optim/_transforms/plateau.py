@@ -9,6 +9,9 @@ from .._compiler.slots import slot
 from .._rule import elementwise
 
 
+_LARGEST = torch.finfo(torch.float32).max  # a best value of infinity would be none yet
+
+
 @elementwise(
     state={
         "scale": slot(1.0, per="leaf"),
@@ -94,6 +97,7 @@ def reduce_on_plateau(
         improved = average < (1 - rtol) * best_value - atol
     else:
         best = torch.where(best_value == math.inf, -math.inf, best_value)  # infinite until there is one
+        average = torch.clamp(average, max=_LARGEST)
         improved = average > (1 + rtol) * best + atol
     cooling = cooldown_count > 0
     bad = torch.where(improved | cooling, 0.0, plateau_count + 1)

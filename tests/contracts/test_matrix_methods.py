@@ -112,6 +112,58 @@ def test_gram_matrices_give_the_same_product() -> None:
         assert_near(run(fo.muon(0.02, name, by_gram=True)), run(fo.muon(0.02, name)), 1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("name", "steps"), [("standard", 5), ("dion", 5), ("polar_express", 5), ("polar_express", 8)])
+@pytest.mark.parametrize("rank", [4, 48, None])
+@pytest.mark.parametrize("of_updates", [False, True], ids=["compute_dtype", "updates"])
+def test_gram_matrices_in_half_types(
+    name: str, steps: int, dtype: torch.dtype, rank: int | None, of_updates: bool
+) -> None:
+    """Gradients of batches that are smaller than a layer have a low rank: eigenvalues of 0, which rounding moves."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 160, generator=generator)
+    if rank is not None:
+        x = torch.randn(64, rank, generator=generator) @ torch.randn(rank, 160, generator=generator)
+    x = (x / 100).to(dtype)
+    given = x if of_updates else x.float()
+    tx = fo.orthogonalize(name, steps, by_gram=True, compute_dtype=None if of_updates else dtype)
+    exact = fo.orthogonalize(name, steps)
+
+    found = tx.update({"w": given}, tx.init({"w": given}))[0]["w"].float()
+    expected = exact.update({"w": x.double()}, exact.init({"w": x.double()}))[0]["w"].float()
+
+    eps = torch.finfo(dtype).eps
+    # singular values in a half type have errors of eps times the largest, which the polynomials take up by at most
+    # the slope at 0 of all together; results are at most 1.2
+    assert torch.linalg.matrix_norm(found, 2) < 1.2 + 2 * eps
+    if rank is None:  # no singular value of x lies within those errors
+        assert (found - expected).norm() < 8 * eps * expected.norm()
+
+
+@pytest.mark.parametrize("offset", [1, 2, 5])
+@pytest.mark.parametrize(
+    "make", [fo.scale_by_factored_rms, lambda step_offset: fo.adafactor(0.1, decay_offset=step_offset)]
+)
+def test_steps_up_to_an_offset_are_as_the_first(make: Any, offset: int) -> None:
+    """0 to a negative power, or a negative number to a fraction, would make all parameters NaN."""
+    shapes = {"w": (130, 128), "b": (3,)}
+    generator = torch.Generator().manual_seed(0)
+    grads = [
+        {k: torch.randn(s, generator=generator, dtype=torch.float64) for k, s in shapes.items()} for _ in range(20)
+    ]
+    behind, usual = make(step_offset=offset), make(step_offset=0)
+    params = {k: torch.ones(s, dtype=torch.float64) for k, s in shapes.items()}
+    state, other = behind.init(params), usual.init(params)
+    for k, g in enumerate(grads):
+        if k <= offset:  # each forgets all before
+            other = usual.init(params)
+        updates, state = behind.update(g, state, params)
+        expected, other = usual.update(g, other, params)
+        if make is fo.scale_by_factored_rms:
+            torch.testing.assert_close(updates, expected, rtol=1e-12, atol=0)
+        assert all(x.isfinite().all() for x in updates.values())
+
+
 def test_leaves_go_where_they_are_sent() -> None:
     shapes = {"embed": (6, 4), "layer.weight": (6, 4), "conv": (4, 3, 2, 2), "bias": (6,)}
     adam = run(fo.adamw(0.02, weight_decay=0.0, nesterov=True), 3, shapes)

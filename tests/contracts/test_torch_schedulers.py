@@ -4,6 +4,7 @@ import functools
 import inspect
 import math
 import pickle
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -638,3 +639,28 @@ def test_the_plateau_in_triton() -> None:
         scales.append(float(update[0]))
     assert scales == [1.0, 1.0, 1.0, 0.5, 0.5, 0.5]
     assert (float(state.best_value), float(state.plateau_count)) == (4.5, 0.0)
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize("rtol", [0.0, 1e-4])
+def test_plateaus_of_infinite_metrics(mode: str, rtol: float) -> None:
+    """A best value of infinity is one, such as the ratio of an exact image to its noise."""
+    draw, sign = random.Random(0), 1 if mode == "max" else -1
+    for _ in range(50):
+        opt = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        other = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            opt,
+            mode=mode,
+            factor=0.5,
+            patience=1,
+            threshold=rtol,
+            threshold_mode="rel",
+            eps=0.0,  # type: ignore[arg-type]
+        )
+        tx, params = fo.reduce_on_plateau(factor=0.5, patience=2, rtol=rtol, mode=mode), torch.zeros(1)
+        state = tx.init(params)
+        for _ in range(20):
+            value = draw.choice([1.0, 2.0, 5.0, math.inf, -math.inf, sign * math.inf])
+            other.step(value)
+            updates, state = tx.update(torch.ones(1), state, params, value=torch.tensor(value, dtype=torch.float64))
+            assert float(updates) == opt.param_groups[0]["lr"]
