@@ -40,6 +40,7 @@ class Bindings:
         self.seen_values: list[Any] | None = None  # of the groups, if they are other objects when they change
         self.options: tuple[Mapping[str, Any], ...] = ()  # the groups, another tuple when an option has changed
         self.checked: dict[int, list[Any]] = {}  # the options of each group that were in their ranges
+        self.known_names: set[str] = set()  # of options that have been looked at, whether or not the chain knows them
         self.used: tuple[list[Template], list[int]] = ([], [])  # the templates of the groups, and that of each
         self.params: ParamList | None = None
         self.counter: torch.dtype | None = None  # the dtype of counters that chains and steps were made for

@@ -1,7 +1,7 @@
 """Names: of options, of slots of state, and of parameters."""
 
 import numbers
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -165,11 +165,16 @@ class Naming:
                 f"the learning rate `lr` must be in [0, inf), got {lr!r:.60}; pass `maximize=True` to ascend."
             )
 
-    def check_names(self, options: Mapping[str, Any]) -> None:
-        """Refuses a name that stands for a hyper-parameter of this chain, which is another option here."""
+    def check_names(self, options: Iterable[str]) -> None:
+        """Refuses a name that stands for a hyper-parameter of this chain, which is another option here, or none."""
         for name in options:
             if name in self.defaults or name in RESERVED:
                 continue
+            if name in self.schedules:
+                raise ValueError(
+                    f"{name!r} is a schedule of this chain, which no option replaces, and would do nothing; `lr` of a "
+                    f"parameter group multiplies the updates."
+                )
             known = SYNONYMS.get(name, frozenset())
             meant = [
                 option

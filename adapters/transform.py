@@ -154,6 +154,7 @@ class TransformOptimizer(ChainOptimizer):
                     f"there are {', '.join(map(repr, self.defaults))}."
                 )
         super().add_param_group(param_group)
+        self._bindings.known_names.update(self.param_groups[-1])
 
     def hyperparams(self) -> list[dict[str, Any]]:
         """The hyper-parameters of each parameter group by name, as the next step will have them.
@@ -202,12 +203,37 @@ class TransformOptimizer(ChainOptimizer):
     def _check_options(self, g: int, group: Mapping[str, Any]) -> None:
         super()._check_options(g, group)
         check_flags(group, f" of parameter group {g}")
+        self._check_new_names(g, group)
         checked, options = self._bindings.checked, [group.get(name) for name in self._naming.defaults]
         known = checked.get(g, [None] * len(options))
         if not all(map(is_, options, known)):
             pairs = zip(self._naming.defaults, options, known, strict=True)
             self._naming.check(group, g, [name for name, now, before in pairs if now is not before])
             checked[g] = options
+
+    def _check_new_names(self, g: int, group: Mapping[str, Any]) -> None:
+        """Looks at options that a group has been given since it was added.
+
+        Raises:
+          ValueError: one of them is a hyper-parameter of the chain, and would do nothing under this name.
+        """
+        known = self._bindings.known_names
+        if not known:  # an optimizer that was copied, or a state that was loaded, whose options have been looked at
+            known.update(*self.param_groups)
+        if group.keys() <= known:
+            return
+        new = [name for name in group if name not in known]
+        try:
+            self._naming.check_names(new)
+        except ValueError as error:
+            raise ValueError(f"parameter group {g}: {error}") from None
+        known.update(new)
+        others = [name for name in new if name not in KNOWN]
+        if others:
+            warn(
+                f"no transformation of the chain knows {', '.join(map(repr, others))}, which parameter group {g} has "
+                f"been given; there are {', '.join(map(repr, self.defaults))}."
+            )
 
     def _unused_options(self, g: int, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
         added = {k: x for k, x in new.items() if k not in old}

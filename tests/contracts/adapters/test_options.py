@@ -212,3 +212,39 @@ def test_a_learning_rate_that_is_a_tensor_stays_the_same_tensor() -> None:
         train([opt], range(3))
         assert opt.param_groups[0]["lr"] is lr
     assert lr == 0.1
+
+
+def test_an_option_that_a_group_is_given_later_and_nothing_knows_is_warned_of_once() -> None:
+    opt = TransformOptimizer(make_params(), fo.adamw(0.1))
+    train([opt], range(1))
+    opt.param_groups[0]["weight_decya"] = 0.5
+    with pytest.warns(
+        UserWarning, match=r"knows 'weight_decya', which parameter group 0 has been given; there are 'b1'"
+    ):
+        train([opt], range(1))
+    train([opt], range(2))
+    torch.optim.lr_scheduler.StepLR(opt, 1)  # keeps an option of its own
+    train([opt], range(2))
+
+
+@pytest.mark.parametrize(
+    ("tx", "name", "message"),
+    [
+        (fo.sgd(fo.linear_schedule(0.1, 0.0, 9)), "learning_rate", "'learning_rate' is a schedule of this chain"),
+        (fo.adamw(0.1), "betas", "'betas' is no option of this chain and would do nothing; .* 'b1' or 'b2'"),
+        (fo.adamw(0.1), "learning_rate", "'learning_rate' is no option of this chain"),
+    ],
+)
+def test_a_name_that_does_nothing_is_refused_when_a_group_is_given_it(
+    tx: fo.GradientTransformation, name: str, message: str
+) -> None:
+    opt = TransformOptimizer(make_params(), tx)
+    train([opt], range(1))
+    before = Snapshot(params_of(opt), [dict(s) for s in opt.state.values()])
+    opt.param_groups[0][name] = 0.5
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"parameter group 0: {message}"):
+            train([opt], range(1))
+        before.check()
+    del opt.param_groups[0][name]
+    train([opt], range(1))
