@@ -31,6 +31,8 @@ from ._steps import StepInputs, take_rows
 
 def _check_rate(group: int, lr: Any) -> None:
     """Refuses a learning rate that would turn parameters into NaN; a tensor is not waited for."""
+    if isinstance(lr, torch.Tensor) and lr.layout is not torch.strided:
+        raise ValueError(f"lr of parameter group {group} is a sparse tensor, expected a number.")
     if lr is None or isinstance(lr, torch.Tensor):
         return
     try:

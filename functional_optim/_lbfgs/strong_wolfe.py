@@ -115,7 +115,8 @@ def _interpolate(a: Point, b: Point, bounds: tuple[Number, Number]) -> Any:
     if math.isinf(a.value) or math.isinf(b.value) or a.step == b.step:
         return middle
     mean = a.slope + b.slope - 3 * (a.value - b.value) / (a.step - b.step)
-    square = torch.as_tensor(mean**2 - a.slope * b.slope)
+    found = mean**2 - a.slope * b.slope
+    square = found if isinstance(found, torch.Tensor) else torch.tensor(found, device="cpu")
     if not square >= 0:
         return middle
     root = square.sqrt()

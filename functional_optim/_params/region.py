@@ -37,7 +37,8 @@ class ParamRegion(BoundRegion):
         if isinstance(region, LeafwiseRegion):
             here = [i for i in present if is_in_mesh(params.tensors[i])]  # in another process there is nothing to do
             rule = LeafwiseStep(region, params.names, here, params.tensors)
-        numels = [p.numel() * (1 + p.is_complex()) for p in params.tensors]
+        there = set(present)  # others may be without a shape yet, as those of a lazy module are
+        numels = [p.numel() * (1 + p.is_complex()) if i in there else 0 for i, p in enumerate(params.tensors)]
         super().__init__(region, params.names, present, rule, params.groups, numels, shards, joins or None)
         self.params = params
         self.keys: dict[Key, str] = {}

@@ -84,7 +84,7 @@ def refuse_freed(name: str, path: str, shape: Sequence[int]) -> NoReturn:
 def is_freed(x: torch.Tensor) -> bool:
     """Whether the storage of a tensor has been freed or cut, or of the one that wrappers of `torch.func` stand for."""
     x = innermost(x)
-    if type(x) not in PLAIN:
+    if type(x) not in PLAIN or x.layout is not torch.strided:
         return False
     if x.is_contiguous() and x.storage_offset() * x.element_size() + x.nbytes <= x.untyped_storage().nbytes():
         return False  # no spec is needed for nearly all
@@ -169,9 +169,11 @@ def check_count(name: str, x: Any) -> None:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} is {type(x).__name__} {x!r:.60}, expected a tensor that holds one integer.")
     check_memory(f"{name} is", x, x.device)
-    if x.ndim or x.is_floating_point() or x.is_complex():
+    narrow = x.itemsize < 4  # it would start again at 0, or below, after some steps
+    if x.ndim or x.is_floating_point() or x.is_complex() or narrow:
         hint = f"; a state of {len(x)} members is stepped in a function that `torch.vmap` maps" if x.ndim == 1 else ""
-        raise ValueError(f"{name} is {x.dtype} of shape {tuple(x.shape)}, expected one integer{hint}.")
+        kind = "one integer of 32 or 64 bits" if narrow else "one integer"
+        raise ValueError(f"{name} is {x.dtype} of shape {tuple(x.shape)}, expected {kind}{hint}.")
 
 
 def as_number(subject: str, x: Any) -> float | torch.Tensor:

@@ -136,6 +136,25 @@ class Leaves:
                 check_stored(subject, self.paths[i], found[i])
         return [found[i] for i in self.present]
 
+    def check_shapes(self, subject: str, leaves: Sequence[torch.Tensor], n: int | None = None) -> None:
+        """Refuses entries of a state that have other shapes than their parameters.
+
+        Args:
+          subject: the entry's name in messages.
+          leaves: one for each parameter.
+          n: how many rows each has, of the shape of the parameter; None if it has that shape itself.
+
+        Raises:
+          ValueError: with the path of the leaf.
+        """
+        for i, x, p in zip(self.present, leaves, self.params, strict=True):
+            expected = tuple(p.shape) if n is None else (n, *p.shape)
+            if tuple(x.shape) != expected:
+                raise ValueError(
+                    f"{subject}{at(self.paths[i])} of {self.name} has shape {tuple(x.shape)}, expected {expected}: it "
+                    f"is of other parameters or options; make the state with `init`."
+                )
+
     def tree(self, leaves: Sequence[Any]) -> Tree:
         """The tree with other leaves in the places of the parameters."""
         column: list[Any] = [None] * len(self.all)

@@ -116,7 +116,8 @@ def _square(u: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
 
 def _mixed(mean: torch.Tensor, x: torch.Tensor, weight: Scalar) -> torch.Tensor:
     """A moving mean with a new value, whose weight members of `torch.vmap` may have of their own."""
-    return torch.lerp(mean, x.to(mean.dtype), torch.as_tensor(weight, dtype=mean.dtype))
+    weight = weight if isinstance(weight, torch.Tensor) else torch.tensor(weight, device="cpu")
+    return torch.lerp(mean, x.to(mean.dtype), weight.to(mean.dtype))
 
 
 def _mean_squares(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -111,9 +111,18 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> Gr
         steps = own.read("state.diff_params_memory", state.diff_params_memory)
         differences = own.read("state.diff_updates_memory", state.diff_updates_memory)
         weights = state.weights_memory
+        own.check_shapes("state.diff_params_memory", steps, memory_size)
+        own.check_shapes("state.diff_updates_memory", differences, memory_size)
+        if weights.shape != (memory_size,):
+            raise ValueError(
+                f"state.weights_memory of {name} has shape {tuple(weights.shape)}, expected {(memory_size,)}: it is of "
+                f"other options; make the state with `init`."
+            )
         if int(state.count):
-            s = flat(own.params) - flat(own.read("state.params", state.params))
-            y = flat(given) - flat(own.read("state.updates", state.updates))
+            before, updates_before = own.read("state.params", state.params), own.read("state.updates", state.updates)
+            own.check_shapes("state.params", before)
+            own.check_shapes("state.updates", updates_before)
+            s, y = flat(own.params) - flat(before), flat(given) - flat(updates_before)
             product = dot(s, y)
             if _is_convex(s, y, product):
                 weights = torch.cat([weights[1:], (1.0 / product).reshape(1).to(weights)])
@@ -183,7 +192,7 @@ def _direction(
         products[-1, -1] += u @ u
     products = products.triu() + products.triu(1).t()
     table = products.cpu()
-    basis = list(torch.eye(2 * k + 1, dtype=torch.float64))
+    basis = list(torch.eye(2 * k + 1, dtype=torch.float64, device="cpu"))
     scale = 1.0
     if scales and k:
         scale = float(table[k - 1, -2] / table[-2, -2])

@@ -233,6 +233,14 @@ STEPS: dict[str, Step] = {
     "an empty counter": Step(
         (ValueError, TypeError), r"state scale_by_adam\.count", state=slot(count=torch.zeros(0, dtype=torch.int64))
     ),
+    **{
+        f"a counter of {dtype}": Step(
+            ValueError,
+            rf"state scale_by_adam\.count is {dtype} of shape \(\), expected one integer of 32 or 64 bits",
+            state=slot(count=torch.zeros((), dtype=dtype)),
+        )
+        for dtype in (torch.bool, torch.uint8, torch.int8, torch.int16)
+    },
     "no counter": Step((ValueError, TypeError), r"state scale_by_adam\.count", state=slot(count=None)),
     "a counter that is no tensor": Step(TypeError, r"state scale_by_adam\.count", state=slot(count=3)),
     "a counter that has no memory": Step(

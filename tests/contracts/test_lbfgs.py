@@ -461,3 +461,59 @@ def test_derivatives_through_their_steps_are_refused(name: str) -> None:
         torch.func.grad(go)(start)
     with pytest.raises(RuntimeError, match="would lack a term"):
         torch.func.jvp(go, (start,), (start,))
+
+
+OTHER_STATES: dict[str, tuple[Callable[[], Any], str]] = {
+    "another memory_size": (
+        lambda: stepped(fo.scale_by_lbfgs(memory_size=3), (2, 3)),
+        r"state\.diff_params_memory at 'w' of scale_by_lbfgs has shape \(3, 2, 3\), expected \(8, 2, 3\)",
+    ),
+    "other parameters": (
+        lambda: stepped(fo.scale_by_lbfgs(memory_size=8), (3, 2)),
+        r"state\.diff_params_memory at 'w' of scale_by_lbfgs has shape \(8, 3, 2\), expected \(8, 2, 3\)",
+    ),
+    "parameters of another shape": (
+        lambda: stepped(fo.scale_by_lbfgs(memory_size=8), (2, 3))._replace(params={"w": torch.ones(6)}),
+        r"state\.params at 'w' of scale_by_lbfgs has shape \(6,\), expected \(2, 3\)",
+    ),
+    "other weights": (
+        lambda: stepped(fo.scale_by_lbfgs(memory_size=8), (2, 3))._replace(weights_memory=torch.zeros(3)),
+        r"state\.weights_memory of scale_by_lbfgs has shape \(3,\), expected \(8,\)",
+    ),
+}
+
+
+def stepped(tx: fo.GradientTransformation, shape: tuple[int, ...]) -> Any:
+    """A state after a step."""
+    params = {"w": torch.ones(shape)}
+    return tx.update(params, tx.init(params), params)[1]
+
+
+@pytest.mark.parametrize("name", OTHER_STATES)
+def test_a_state_of_other_shapes_is_refused(name: str) -> None:
+    make, message = OTHER_STATES[name]
+    params = {"w": torch.ones(2, 3)}
+    with pytest.raises(ValueError, match=message):
+        fo.scale_by_lbfgs(memory_size=8).update(params, make(), params)
+
+
+@each_search
+def test_a_default_device_does_not_reach_into_a_search(search: Any) -> None:
+    """A number that is made on the way has the device of the parameters, or is on the host."""
+    tx = fo.lbfgs(linesearch=search)
+
+    def run() -> torch.Tensor:
+        params, state = {"w": torch.tensor([1.0, -2.0], device="cpu")}, None
+        value_fn = lambda params: (params["w"] ** 4).sum()  # noqa: E731
+        state = tx.init(params)
+        for _ in range(5):
+            given = {"value": value_fn(params), "grad": {"w": 4 * params["w"] ** 3}, "value_fn": value_fn}
+            updates, state = tx.update(given["grad"], state, params, **given)
+            params = fo.apply_updates(params, updates)
+        return params["w"]
+
+    expected = run()
+    with torch.device("meta"):
+        found = run()
+
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -326,3 +326,19 @@ def test_factors_of_shapes(clamped: bool, tall: float, wide: float) -> None:
     updates, _ = tx.update(ones, tx.init(ones))
     assert updates["tall"].unique().tolist() == [tall]
     assert updates["wide"].unique().tolist() == [wide]
+
+
+@pytest.mark.parametrize("tx", [fo.adafactor(0.1), fo.scale_by_factored_rms(), fo.muon(0.1)], ids=repr)
+def test_a_default_device_does_not_reach_into_a_step(tx: fo.GradientTransformation) -> None:
+    def run() -> torch.Tensor:
+        params = {"w": torch.ones(130, 130, device="cpu")}
+        state = tx.init(params)
+        for k in range(3):
+            params, state = fo.apply_gradients(tx, params, {"w": params["w"] * (k + 1)}, state)
+        return params["w"]
+
+    expected = run()
+    with torch.device("meta"):
+        found = run()
+
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -197,7 +197,9 @@ CHANGES: dict[str, Callable[[Pair], object]] = {
     "more in a state": of_both(lambda opt, params: opt.state.get(params[7], {}).update(mine=1)),
     "another learning rate": of_both(lambda opt, params: opt.param_groups[0].update(lr=0.05)),
     "a tensor as learning rate": of_both(lambda opt, params: opt.param_groups[0].update(lr=torch.tensor(0.05))),
-    "another weight decay": of_both(lambda opt, params: opt.param_groups[0].update(weight_decay=0.5)),
+    "another weight decay": of_both(
+        lambda opt, params: opt.param_groups[0].update({k: 0.5 for k in ("weight_decay",) if k in opt.param_groups[0]})
+    ),
     "the same options by other names": of_both(swap_names),
     "the same options by other names, in the same dict": of_both(swap_names_in_place),
     "maximize": of_both(lambda opt, params: opt.param_groups[0].update(maximize=True)),
@@ -422,3 +424,42 @@ def test_state_that_is_made_after_a_change_of_the_default_dtype_has_it(name: str
         torch.set_default_dtype(torch.float32)
     kinds = [{x.dtype for x in opt.state[p].values() if not x.ndim} for p in params]
     assert kinds == [{torch.float32}, {torch.float64}]
+
+
+def test_step_beside_parameters_that_have_no_shape_yet() -> None:
+    """Those of a lazy module that has not run have no gradient either, and take part when they have one."""
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LazyLinear(3))
+    twin = copy.deepcopy(module)
+    opt, other = AdamW(module.parameters(), lr=0.1), torch.optim.AdamW(twin.parameters(), lr=0.1)
+    for step in range(20):
+        x = torch.ones(4, 2) * (1 + step)
+        if step == 5:
+            module(x), twin(x)
+            twin[1].load_state_dict(module[1].state_dict())
+        for m, o in ((module, opt), (twin, other)):
+            o.zero_grad()
+            (m(x) if step >= 5 else m[0](x)).square().sum().backward()
+            o.step()
+    for p, q in zip(module.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_a_rate_that_is_sparse_is_refused() -> None:
+    p = torch.nn.Parameter(torch.ones(2))
+    opt = AdamW([p], lr=0.1)
+    p.grad = torch.ones(2)
+    opt.param_groups[0]["lr"] = torch.tensor([0.1]).to_sparse()
+    with pytest.raises(ValueError, match="lr of parameter group 0 is a sparse tensor, expected a number"):
+        opt.step()
+
+
+def test_sparse_gradients_before_a_transformation_that_is_called_are_refused() -> None:
+    keep = fo.GradientTransformation(lambda params: (), lambda updates, state, params=None: (updates, state))
+    p = torch.nn.Parameter(torch.ones(4, 2))
+    opt = TransformOptimizer([("w", p)], fo.chain(keep, fo.scale(-0.1)))
+    for _ in range(2):
+        p.grad = torch.ones(4, 2).to_sparse(1)
+        with pytest.raises((TypeError, RuntimeError), match="sparse"):
+            opt.step()
+        p.grad = torch.ones(4, 2)
+        opt.step()
