@@ -37,6 +37,11 @@ CLASSES: Mapping[str, type[NamedClass]] = {
         SparseAdam,
     )
 }
+# classes whose state starts at the learning rate, and the way to one that changes
+KEEPS_RATE = {
+    "ASGD": "use `functional_optim.asgd`, which takes a schedule",
+    "Rprop": "its step sizes follow the signs of gradients from there",
+}
 IMPLEMENTATIONS = ("foreach", "fused", "capturable", "differentiable")
 
 
@@ -57,7 +62,7 @@ def from_torch_optimizer(name: str, **keywords: Any) -> fo.GradientTransformatio
       The transformation.
 
     Raises:
-      TypeError: a keyword is unknown, or a value of the wrong kind.
+      TypeError: a keyword is unknown, or a value of the wrong kind, such as a schedule where it has to be a number.
       ValueError: the name is unknown, a value out of its range, or the class no transformation of gradients alone
         (`LBFGS`, whose step evaluates a closure, and which is `functional_optim.lbfgs`).
 
@@ -83,6 +88,11 @@ def from_torch_optimizer(name: str, **keywords: Any) -> fo.GradientTransformatio
             )
     _check_numbers(keywords)
     schedules = {k: x for k, x in keywords.items() if k == "lr" and callable(x) and not isinstance(x, torch.Tensor)}
+    if schedules and name in KEEPS_RATE:
+        raise TypeError(
+            f"`lr` of from_torch_optimizer({name!r}, ...) is a schedule, but {name} keeps its rate in its state, which "
+            f"starts with a number; {KEEPS_RATE[name]}."
+        )
     optimizer = CLASSES[name](
         [torch.nn.Parameter(torch.zeros(1, 1))], **{k: x for k, x in keywords.items() if k not in schedules}
     )

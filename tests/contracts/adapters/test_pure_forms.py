@@ -141,8 +141,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
     "another keyword": ("Adam", {"momentum": 0.9}, TypeError, "'momentum'"),
     "a rate below 0": ("Adam", {"lr": -1.0}, ValueError, "Invalid learning rate: -1.0"),
     "a schedule for a decay": ("Adam", {"betas": (lambda count: 0.9, 0.99)}, TypeError, "betas"),
-    "a schedule for a first step size": ("Rprop", {"lr": lambda count: 0.1}, TypeError, "must be a number, got the"),
-    "a schedule for a first rate": ("ASGD", {"lr": lambda count: 0.1}, TypeError, "must be a number, got the"),
+    "a schedule for a first step size": (
+        "Rprop",
+        {"lr": lambda count: 0.1},
+        TypeError,
+        "signs of gradients from there",
+    ),
+    "a schedule for a first rate": ("ASGD", {"lr": lambda count: 0.1}, TypeError, "use `functional_optim.asgd`"),
     "a list of names": (["SGD"], {}, ValueError, "expected one of Adadelta, "),  # type: ignore[dict-item]
     "a bool for a rate": ("SGD", {"lr": True}, TypeError, "`lr` is bool True, expected a number"),
     "a bool for a decay of moments": ("Adam", {"betas": (True, 0.9)}, TypeError, "`betas` is bool True"),
