@@ -20,6 +20,7 @@ from ._transform import GradientTransformation, Link
 from ._tree import Spec, View, flatten, key_name, one_level, paths
 
 
+OF_TREE = ":tree"  # behind the prefix, in the keys of entries of the tree
 Entry = tuple[str | None, str]  # a parameter's name, None for an entry of the tree, and the path
 Entries = dict[Entry, Any]
 StatesByName = Mapping[str, Mapping[str, Any]]
@@ -173,7 +174,6 @@ class SplitState:
         return put
 
 
-OF_TREE = ":tree"  # behind the prefix, in the keys of entries of the tree
 MISSING = object()
 
 
