@@ -121,7 +121,9 @@ class Bindings:
         ):
             groups = [g for g, size in enumerate(sizes) for _ in range(size)]
             _check_names(opt, sizes)
-            known = ParamList(names_of(opt.param_groups), params, [of_group[g] for g in groups], groups)
+            own_names, before = names_of(opt.param_groups), set(map(id, params if known is None else known.tensors))
+            later = frozenset(name for name, p in zip(own_names, params, strict=True) if id(p) not in before)
+            known = ParamList(own_names, params, [of_group[g] for g in groups], groups, later)
             self.layouts, self.steps, self.row_steps, self.states = {}, [], [], []
             there = {*map(id, params), *map(id, opt.state)}
             self.held = {key: entries for key, entries in self.held.items() if key in there}

@@ -1,6 +1,5 @@
 """Loading the state of an optimizer: matching parameters, refusing misfits, casting, distributing."""
 
-import itertools
 import numbers
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
@@ -8,12 +7,13 @@ from copy import copy, deepcopy
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from functional_optim import _walk
 from functional_optim._compiler.arguments import checked_switch
 from functional_optim._compiler.rule import Option
 from functional_optim._compiler.slots import Slot
-from functional_optim._opaque import OF_TREE, Kind
+from functional_optim._opaque import Kind
 from functional_optim._params.layout import ChainLayout
 from functional_optim._params.template import ParamList, Template, gradient_dtype, slots_of, view_of
 from functional_optim._runtime.checks import check_stored
@@ -61,13 +61,13 @@ def load(optimizer: "ChainOptimizer", state_dict: dict[str, Any], by_name: bool,
     groups = [_group(optimizer, old, new) for old, new in zip(live, saved, strict=True)]
     unused = [optimizer._unused_options(g, old, new) for g, (old, new) in enumerate(zip(live, groups, strict=True))]
     names = names_of(groups)
-    slots = _slots(optimizer, groups, names)
+    slots = _slots(optimizer, groups, names, opaque=bool(states))
     given = {id_map[k]: v for k, v in states.items() if k in id_map}
     state: defaultdict[Any, Any] = defaultdict(dict)
     unknown: list[str] = []
     read: list[tuple[Mapping[Any, Any], dict[Any, Any]]] = []
     counter = optimizer._counter_dtype()
-    of_tree = _OfTree.of(states)
+    of_tree = _OfTree.of(states, slots)
     for p, name, own in zip((p for group in groups for p in group["params"]), names, slots, strict=True):
         if p in given:
             saved_state = _densified(given[p]) if optimizer.SPARSE_SLOTS else given[p]
@@ -211,27 +211,28 @@ class _OfTree(NamedTuple):
     """Entries of a file that are one for all parameters, of transformations that are not made of rules.
 
     Args:
-      keys: their keys.
-      alone: whether one parameter has them, though it may have taken no step; otherwise all that have taken one do.
+      holders: by key, how many parameters have them: all that have taken a step, or one that may have taken none.
       copies: those that have been copied, by their ids and the device.
     """
 
-    keys: set[Any]
-    alone: bool
+    holders: Counter[Any]
     copies: dict[tuple[int, torch.device], Any]
 
     @classmethod
-    def of(cls, states: Mapping[Any, Any]) -> "_OfTree":
-        """Those of a file."""
-        found = [[k for k in own if OF_TREE in str(k)] for own in states.values() if isinstance(own, Mapping)]
-        return cls(set(itertools.chain.from_iterable(found)), sum(map(bool, found)) == 1, {})
+    def of(cls, states: Mapping[Any, Any], slots: Sequence[Mapping[str, Any]]) -> "_OfTree":
+        """Those of a file; `slots` are the entries that chains keep for each parameter."""
+        keys = {key for own in slots for key, x in own.items() if isinstance(x, Kind) and x.of_tree}
+        found = (key for own in states.values() if isinstance(own, Mapping) for key in own if key in keys)
+        return cls(Counter(found), {})
 
 
-def _slots(optimizer: "ChainOptimizer", groups: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
+def _slots(
+    optimizer: "ChainOptimizer", groups: list[dict[str, Any]], names: list[str], opaque: bool
+) -> list[dict[str, Any]]:
     """Entries that the chains of groups keep for each parameter, by key.
 
     They are a declaration and hyper-parameters, the `Kind` of an entry of a transformation that is not made of rules,
-    or None, for the counter of steps.
+    if `opaque`, or None, for the counter of steps.
     """
     templates = [t for g, group in enumerate(groups) for t in [_template(optimizer, g, group)] * len(group["params"])]
     view = view_of(names, [p for group in groups for p in group["params"]])
@@ -240,7 +241,8 @@ def _slots(optimizer: "ChainOptimizer", groups: list[dict[str, Any]], names: lis
         own = [t is template for t in templates]
         found = slots_of(template, view.narrow(own))
         slots = [b if mine else a for a, b, mine in zip(slots, found, own, strict=True)]
-    if any(template.prefixes for template in templates):
+    # `init` of a transformation makes nothing of parameters that have no shape yet
+    if opaque and any(template.prefixes for template in templates) and not any(map(is_lazy, view.leaves)):
         unique = list({id(t): t for t in templates}.values())
         positions = [next(k for k, t in enumerate(unique) if t is template) for template in templates]
         tensors, owners = list(view.leaves), [g for g, group in enumerate(groups) for _ in group["params"]]
@@ -280,9 +282,9 @@ def _state(
     """The state of one parameter, copied and cast."""
     if not isinstance(saved, Mapping):
         raise ValueError(f"the saved state of {name!r} is {_show(saved)}, expected a dict.")
-    needed = [k for k, x in slots.items() if not (isinstance(x, Kind) and (k in of_tree.keys or not x.filled))]
+    needed = [k for k, x in slots.items() if not (isinstance(x, Kind) and (k in of_tree.holders or not x.filled))]
     tensors = [k for k in needed if k != "step"]
-    stepped = any(k not in of_tree.keys for k in saved) or (bool(saved) and not of_tree.alone)
+    stepped = any(of_tree.holders.get(k) != 1 for k in saved)
     if stepped and tensors and not any(k in saved for k in tensors):
         raise ValueError(
             f"the saved state of {name!r} has {', '.join(map(repr, saved))}, expected "
@@ -302,8 +304,7 @@ def _state(
         elif k not in slots:
             made[k] = _copy(v, p)
         elif isinstance(slots[k], Kind):
-            if v is not None or not slots[k].filled:
-                made[k] = _entry(k, v, p, name, slots[k], of_tree)
+            made[k] = _entry(k, v, p, name, slots[k], of_tree)
         elif v is not None:  # a slot that is None starts anew, as in torch
             made[k] = _slot(k, v, p, name, *slots[k])
     return made
@@ -312,15 +313,16 @@ def _state(
 def _entry(key: str, value: Any, p: torch.Tensor, name: str, kind: Kind, of_tree: _OfTree) -> Any:
     """An entry of a transformation that is not made of rules."""
     number = isinstance(value, numbers.Real) and not kind.shape
-    if not (isinstance(value, torch.Tensor) or number or (value is None and not kind.filled)):
+    if not (isinstance(value, torch.Tensor) or number or value is None):
         expected = "a tensor" if kind.shape else "one number"
         raise ValueError(f"the saved {key!r} of {name!r} is {_show(value)}, expected {expected}.")
-    if key in of_tree.keys:
+    if kind.of_tree:
         place = id(value), p.device
         if place not in of_tree.copies:
             of_tree.copies[place] = _copy(value, p)
         return of_tree.copies[place]
-    like_parameter = kind.shape is not None and kind.shape == tuple(p.shape)  # others may grow from step to step
+    # others may grow from step to step, and so may a list of one number
+    like_parameter = kind.shape == tuple(p.shape) and p.numel() > 1
     if like_parameter and isinstance(value, torch.Tensor) and tuple(value.shape) != kind.shape:
         raise ValueError(
             f"the saved {key!r} of {name!r} has shape {tuple(value.shape)}, but the parameter has {tuple(p.shape)}."
@@ -355,7 +357,7 @@ def check_entry(name: str, place: str, value: Any, params: Sequence[torch.Tensor
 
 def _unknown(saved: Mapping[Any, Any], name: str, slots: Mapping[str, Any]) -> list[str]:
     """A part of a warning of keys that the chain of a parameter does not know; none if there are none."""
-    others = [k for k in saved if k not in slots and k != "step"]
+    others = [k for k in saved if k not in slots and k != "step" and not str(k).startswith("transformation_")]
     return [f"{name!r} has {', '.join(map(repr, others))}"] if others else []
 
 

@@ -166,15 +166,10 @@ class Naming:
             )
 
     def check_names(self, options: Iterable[str]) -> None:
-        """Refuses a name that stands for a hyper-parameter of this chain, which is another option here, or none."""
+        """Refuses a name that stands for a hyper-parameter of this chain, which is another option here."""
         for name in options:
             if name in self.defaults or name in RESERVED:
                 continue
-            if name in self.schedules:
-                raise ValueError(
-                    f"{name!r} is a schedule of this chain, which no option replaces, and would do nothing; `lr` of a "
-                    f"parameter group multiplies the updates."
-                )
             known = SYNONYMS.get(name, frozenset())
             meant = [
                 option

@@ -223,6 +223,12 @@ class TransformOptimizer(ChainOptimizer):
         if group.keys() <= known:
             return
         new = [name for name in group if name not in known]
+        scheduled = next((name for name in new if name in self._naming.schedules), None)
+        if scheduled is not None:
+            raise ValueError(
+                f"parameter group {g}: {scheduled!r} is a schedule of this chain, which no option replaces, and would "
+                f"do nothing; `lr` of a parameter group multiplies the updates."
+            )
         try:
             self._naming.check_names(new)
         except ValueError as error:

@@ -7,7 +7,7 @@ by their entries holds one entry per parameter, everything else belongs to the t
 refused.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,6 @@ from ._transform import GradientTransformation, Link
 from ._tree import Spec, View, flatten, key_name, one_level, paths
 
 
-OF_TREE = ":tree"  # behind the prefix, in the keys of entries of the tree
 Entry = tuple[str | None, str]  # a parameter's name, None for an entry of the tree, and the path
 Entries = dict[Entry, Any]
 StatesByName = Mapping[str, Mapping[str, Any]]
@@ -32,15 +31,17 @@ class Kind(NamedTuple):
     Args:
       shape: the shape of a tensor; None for a number, and for nothing.
       filled: whether it is something.
+      of_tree: whether it belongs to the tree.
     """
 
     shape: tuple[int, ...] | None
     filled: bool
+    of_tree: bool
 
     @classmethod
-    def of(cls, x: Any) -> "Kind":
+    def of(cls, x: Any, of_tree: bool) -> "Kind":
         """The kind of an entry."""
-        return cls(tuple(x.shape) if isinstance(x, torch.Tensor) else None, x is not None)
+        return cls(tuple(x.shape) if isinstance(x, torch.Tensor) else None, x is not None, of_tree)
 
 
 class SplitState:
@@ -53,9 +54,11 @@ class SplitState:
       link: the transformation.
       prefix: the beginning of its keys.
       view: the parameters.
+      later: the names of parameters that took no part before; entries of the tree that they hold may be old.
 
     Attributes:
       seen: the names of the parameters that the transformation sees.
+      searched: the same, in the order in which entries of the tree are looked for.
       shape: the structure of the state.
       keys: the key of each entry.
       kinds: the kind of each entry, as `init` makes it.
@@ -65,16 +68,17 @@ class SplitState:
       TypeError, ValueError: the state holds something else than tensors and numbers, or cannot be split.
     """
 
-    def __init__(self, link: Link, prefix: str, view: View) -> None:
-        self.tx, self.prefix, self.view = link.tx, prefix, view._replace(seen=link.seen)
+    def __init__(self, link: Link, prefix: str, view: View, later: Set[str] = frozenset()) -> None:
+        self.tx, self.prefix, self.view, self.later = link.tx, prefix, view._replace(seen=link.seen), later
         self.seen = [name for name, seen in zip(view.spec.entries(), link.seen, strict=True) if seen]
+        self.searched = sorted(self.seen, key=later.__contains__) if later else self.seen
         state = link.tx.init(self.view.tree())
         names = dict(zip(view.spec.entries(), link.seen, strict=True))
         tree, extras = _with_more(self.view)
         self.shape = _compare(state, link.tx.init(tree), names, extras, self._fail)
         made = self.split(state)
         self.keys = {entry: self._key(*entry) for entry in made}
-        self.kinds = {entry: Kind.of(x) for entry, x in made.items()}
+        self.kinds = {entry: Kind.of(x, entry[0] is None) for entry, x in made.items()}
         self.filled = [entry for entry, x in made.items() if x is not None]
         self.stand_ins: Entries = {}
 
@@ -85,7 +89,7 @@ class SplitState:
         )
 
     def _key(self, name: str | None, path: str) -> str:
-        start = f"{self.prefix}{OF_TREE}" if name is None else self.prefix
+        start = f"{self.prefix}:tree" if name is None else self.prefix
         return f"{start}.{path}" if path else start
 
     def split(self, state: Any) -> Entries:
@@ -101,14 +105,17 @@ class SplitState:
         return self.shape.join("", found)
 
     def holders(self, entry: Entry, present: Collection[str]) -> Sequence[str]:
-        """The parameters in whose dicts an entry is put, of those that take a step."""
+        """The parameters in whose dicts an entry is put, of those that take a step.
+
+        One of the tree is with the first that the transformation sees, if it sees none of them.
+        """
         if entry[0] is not None:
             return (entry[0],)
         return [name for name in self.seen if name in present] or self.seen[:1]
 
     def find(self, entry: Entry, states: StatesByName) -> Any:
         """An entry within the dicts of parameters; `MISSING` if it is nowhere."""
-        key, holders = self.keys[entry], self.seen if entry[0] is None else (entry[0],)
+        key, holders = self.keys[entry], self.searched if entry[0] is None else (entry[0],)
         return next((states[name][key] for name in holders if key in states[name]), MISSING)
 
     def missing(self, states: StatesByName, present: Collection[str]) -> list[Entry]:
@@ -121,8 +128,8 @@ class SplitState:
         there = {*present, None} if self.seen else set(present)  # an entry of the tree needs a parameter that holds it
         return [entry for entry in self.filled if entry[0] in there and self.find(entry, states) is MISSING]
 
-    def make(self, entries: Sequence[Entry], present: Collection[str]) -> list[tuple[str, str, Any]]:
-        """Initial values of entries, as the parameter's name, the key and the value.
+    def make(self, entries: Sequence[Entry], present: Collection[str]) -> list[tuple[Sequence[str], str, Any]]:
+        """Initial values of entries, as the names of parameters, the key and the value.
 
         They are those of the parameters as they are now, and given away, since `update` may write to them.
         """
@@ -133,7 +140,7 @@ class SplitState:
             x = found[entry]
             # a leaf of autograd's graph starts a state of its own, as in `init` of rules
             x = _apart(x.detach() if isinstance(x, torch.Tensor) and x.is_leaf else x, taken)
-            made += [(name, self.keys[entry], x) for name in self.holders(entry, present)]
+            made.append((self.holders(entry, present), self.keys[entry], x))
         return made
 
     def gather(self, states: StatesByName) -> Any:
@@ -141,16 +148,34 @@ class SplitState:
 
         Args:
           states: the dict of each parameter, by name.
+
+        Raises:
+          ValueError: parameters hold an entry of the tree that differs.
         """
         found = {entry: self.find(entry, states) for entry in self.keys}
+        for entry, x in found.items():
+            if entry[0] is None and x is not MISSING:
+                self._refuse_others(self.keys[entry], x, states)
         lacking = [entry for entry, x in found.items() if x is MISSING]
         if not all(entry in self.stand_ins for entry in lacking):
             self.stand_ins = self.split(self.tx.init(self.view.tree()))
         self.stand_ins = {entry: self.stand_ins[entry] for entry in lacking}
         return self.join({**found, **self.stand_ins})
 
-    def entries(self, state: Any, states: StatesByName, present: Collection[str]) -> list[tuple[str, str, Any]]:
-        """The entries of a new state, as the parameter's name, the key and the value.
+    def _refuse_others(self, key: str, x: Any, states: StatesByName) -> None:
+        """Refuses an entry of the tree that another parameter holds with another value; a loaded one has copies."""
+        for name in self.searched:
+            other = states[name].get(key, x)
+            if other is not x and name not in self.later and not _is_equal(x, other):
+                raise ValueError(
+                    f"state {key!r} is one for all parameters, but it is {other!r:.60} at {name!r} and {x!r:.60} at "
+                    f"others; set it for all of them."
+                )
+
+    def entries(
+        self, state: Any, states: StatesByName, present: Collection[str]
+    ) -> list[tuple[Sequence[str], str, Any]]:
+        """The entries of a new state, as the names of parameters, the key and the value.
 
         Args:
           state: the state.
@@ -161,16 +186,15 @@ class SplitState:
         # a gradient is its owner's, who clears it or adds to it
         grads = [getattr(p, "grad", None) for p in self.view.leaves]
         taken = _addresses_of([*self.view.leaves, *grads]) if found else frozenset()
-        put: list[tuple[str, str, Any]] = []
+        holders = self.holders((None, ""), present)
+        absent = [name for name in self.seen if name not in present and name not in holders[:1]]
+        put: list[tuple[Sequence[str], str, Any]] = []
         for entry, x in found.items():
-            if entry[0] not in there:
-                continue
-            key, own = self.keys[entry], _apart(x, taken)
-            holders = self.holders(entry, present)
-            if entry[0] is None:
-                others = set(holders)
-                holders = [*holders, *(name for name in self.seen if name not in others and key in states[name])]
-            put += [(name, key, own) for name in holders]
+            if entry[0] in there:
+                key = self.keys[entry]
+                others = [name for name in absent if key in states[name]] if entry[0] is None else ()
+                names = (entry[0],) if entry[0] is not None else [*holders, *others] if others else holders
+                put.append((names, key, _apart(x, taken)))
         return put
 
 
@@ -191,6 +215,13 @@ def check_apart(tx: GradientTransformation, state: Any, params: Sequence[Any]) -
                 f"the state of {brief(tx)}{at(path)} shares memory with a parameter, which donate=True "
                 f"writes to; store `x.detach().clone()`."
             )
+
+
+def _is_equal(a: Any, b: Any) -> bool:
+    """Whether two entries are the same numbers."""
+    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
+        return bool(type(a) is type(b) and a == b)
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _apart(x: Any, taken: frozenset[int]) -> Any:
@@ -310,7 +341,10 @@ def _with_more(view: View) -> tuple[Any, frozenset[str]]:
         x = like.detach()
         if isinstance(like, torch.nn.Parameter):
             x = torch.nn.Parameter(x, requires_grad=like.requires_grad)
-        more[f"{_EXTRA} ({len(more)})"] = x
+        name = f"{_EXTRA} ({len(more)})"
+        while name in tree:  # a parameter may be called so
+            name += "'"
+        more[name] = x
     return type(tree)([*tree.items(), *more.items()]) if more else tree, frozenset(more)
 
 

@@ -244,10 +244,10 @@ def cut_into_regions(
     segments: list[Region | Opaque] = []
     # a rule that wraps some which do not fuse is given the updates that entered them, from between two segments
     cuts = sorted(
-        {k - n for k, link in enumerate(links) if (n := link.wraps) and not all(map(_fuses, links[k - n : k]))}
+        {k - n for k, link in enumerate(links) if (n := link.wraps) and not all(map(can_fuse, links[k - n : k]))}
     )
     numbered = list(enumerate(links))
-    parts = itertools.groupby(numbered, key=lambda x: (_fuses(x[1]), bisect.bisect(cuts, x[0])))
+    parts = itertools.groupby(numbered, key=lambda x: (can_fuse(x[1]), bisect.bisect(cuts, x[0])))
     runs = [(fuses, dict(run)) for (fuses, _), run in parts]
     if apply and not (runs and runs[-1][0]):
         runs.append((True, {}))
@@ -273,6 +273,6 @@ def entered_at(position: int) -> str:
     return f"updates@{position}"
 
 
-def _fuses(link: Link) -> bool:
+def can_fuse(link: Link) -> bool:
     """Whether a transformation is a rule that kernels compute."""
     return link.bound is not None and not link.bound.rule.whole

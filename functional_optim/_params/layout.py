@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from .._compiler.fuse import StepCounter
 from .._extras import extras_of
 from .._opaque import SplitState
-from .._regions import Region, cut_into_regions
+from .._regions import Region, can_fuse, cut_into_regions
 from .._transform import Link, Path
 from .template import Keys, ParamList, Template, view_of
 
@@ -72,7 +72,8 @@ class ChainLayout:
           TypeError, ValueError: one of them cannot be split among the parameters.
         """
         opaque = [segment for segment in self.segments if not isinstance(segment, Region)]
-        return {x.position: SplitState(x.link, self.prefixes[x.position], self.view) for x in opaque}
+        later = self.params.later
+        return {x.position: SplitState(x.link, self.prefixes[x.position], self.view, later) for x in opaque}
 
     @property
     def is_current(self) -> bool:
@@ -84,41 +85,44 @@ class ChainLayout:
 def _merged(chains: Sequence[Sequence[Link]]) -> list[tuple[Link, int]]:
     """The links of several chains in one order, each with the position of its chain.
 
-    A transformation that is not made of rules, and that several chains have at one path, is one link, which sees the
-    leaves of all: it is called once a step. All in front of it in any chain stays in front of it.
+    Links that chains have at one path stand side by side, so that reductions over the tree meet in one region. A
+    transformation that is not made of rules is one link there, which sees the leaves of all: it is called once a step.
     """
-    joints: list[dict[int, int]] = []  # for each such transformation, its position in the chains that have it
+    joints: list[dict[int, int]] = []  # for each path, the position of the link in the chains that have it
     for t, links in enumerate(chains):
         at = 0
         for i, link in enumerate(links):
-            if link.bound is None:
-                same = (k for k in range(at, len(joints)) if _is_same(link, chains, joints[k]))
-                k = next(same, None)
-                if k is None:
-                    joints.insert(at, {})
-                    k = at
-                joints[k][t] = i
-                at = k + 1
+            found = next((k for k in range(at, len(joints)) if _is_same(link, chains, joints[k])), None)
+            if found is None:
+                joints.insert(at, {})
+            at = at if found is None else found
+            joints[at][t] = i
+            at += 1
     merged: list[tuple[Link, int]] = []
-    taken = [0] * len(chains)
-    places: dict[tuple[int, int], int] = {}  # of links, by chain and position there
-    for joint in [*joints, {t: len(links) for t, links in enumerate(chains)}]:
-        for t, end in joint.items():
-            for i in range(taken[t], end):
-                link, places[t, i] = chains[t][i], len(merged)
-                if link.wraps is not None:  # others may stand between those that it wraps
-                    link = link._replace(wraps=len(merged) - places[t, i - link.wraps])
-                merged.append((link, t))
-            taken[t] = end + 1
-        own = [chains[t][i] for t, i in joint.items() if i < len(chains[t])]
-        if own:
-            places |= {(t, i): len(merged) for t, i in joint.items()}
+    places: dict[tuple[int, int], tuple[int, int]] = {}  # of links: the first one at the path, and its own
+    for joint in joints:
+        start, own = len(merged), [chains[t][i] for t, i in joint.items()]
+        if own[0].bound is None:
             seen = tuple(map(any, zip(*[link.seen for link in own], strict=True)))
             merged.append((own[0]._replace(seen=seen), next(iter(joint))))
+            places |= dict.fromkeys(joint.items(), (start, start))
+            continue
+        for (t, i), link in zip(joint.items(), own, strict=True):
+            places[t, i] = start, len(merged)
+            if link.wraps is not None:
+                # all that are at the path of the first one it wraps are computed together, where kernels are cut
+                whole = not all(map(can_fuse, chains[t][i - link.wraps : i]))
+                first, mine = places[t, i - link.wraps]
+                link = link._replace(wraps=len(merged) - (first if whole else mine))
+            merged.append((link, t))
     return merged
 
 
 def _is_same(link: Link, chains: Sequence[Sequence[Link]], joint: Mapping[int, int]) -> bool:
-    """Whether a link is the transformation of others, which stand at some positions of chains."""
+    """Whether a link has the path of others, which stand at some positions of chains, and is called with them or not.
+
+    A transformation that is not made of rules is the same object for all groups.
+    """
     other = next(chains[t][i] for t, i in joint.items())
-    return link.tx is other.tx and link.path == other.path
+    is_rule = link.bound is not None and other.bound is not None
+    return link.path == other.path and (is_rule or link.tx is other.tx)

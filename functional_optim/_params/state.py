@@ -108,8 +108,8 @@ class ParamState:
         new: set[int] = set()
         present = {self.params.names[i] for i in self.present}
         for split, by_name, missing in self._missing(states):
-            for name, key, x in split.make(missing, present):
-                journal.set(by_name[name], key, x)
+            for names, key, x in split.make(missing, present):
+                journal.set_each([by_name[name] for name in names], key, [x] * len(names))
         for segment in self.regions:
             for stored in segment.region.stored:
                 key = segment.keys[stored.key]
@@ -354,19 +354,19 @@ class ParamState:
         """Whether a CUDA graph is being captured, whose replays go on from the state that there is."""
         return not torch.is_grad_enabled() and is_capturing(self.devices)
 
-    def put_all(self, entries: Sequence[tuple[str, str, Any]], states: States, journal: Journal) -> None:
-        """Puts new entries, by the parameter's name and the key, in the place of others; see `put`.
+    def put_all(self, entries: Sequence[tuple[Sequence[str], str, Any]], states: States, journal: Journal) -> None:
+        """Puts new entries, by the names of parameters and the key, in the place of others; see `put`.
 
         An entry of the tree, which several parameters hold, is written to once.
         """
         by_name, captures = dict(zip(self.params.names, states, strict=True)), self.captures()
-        written: set[int] = set()
-        for name, key, x in entries:
-            old = by_name[name].get(key)
-            if id(old) not in written:
-                self.put(by_name[name], key, x, journal, captures)
-            if captures and isinstance(old, torch.Tensor):
-                written.add(id(old))
+        for names, key, x in entries:
+            owners = [by_name[name] for name in names]
+            if captures:
+                for state in {id(state.get(key)): state for state in owners}.values():
+                    self.put(state, key, x, journal, captures)
+            else:
+                journal.set_each(owners, key, [x] * len(owners))
 
     def put(self, state: dict[str, Any], key: str, new: Any, journal: Journal, captures: bool) -> None:
         """Puts an entry of state in the place of another; in a graph, its elements.

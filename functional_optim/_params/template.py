@@ -38,12 +38,14 @@ class ParamList(NamedTuple):
       tensors: the parameters.
       templates: the transformation of each, as a position in a list of templates.
       groups: the options of each, as a position in a list of options.
+      later: the names of those that took no part when others did already.
     """
 
     names: Sequence[str]
     tensors: Sequence[torch.Tensor]
     templates: Sequence[int]
     groups: Sequence[int]
+    later: frozenset[str] = frozenset()
 
 
 def prefixes_of(tx: GradientTransformation, path: Path = ()) -> dict[Path, str]:

@@ -528,13 +528,31 @@ def test_files_that_do_not_fit_are_refused(name: str) -> None:
     torch.testing.assert_close(opt.state_dict()["state"], before["state"], rtol=0, atol=0)
 
 
-def test_an_entry_that_is_none_in_a_file_starts_anew() -> None:
-    opt, state = saved()
-    state["state"][1]["transformation_0.m"] = None
-    opt.load_state_dict(state)
-    opt.step()
+def test_an_entry_that_update_has_made_none_stays_none() -> None:
+    """A step behind a file is the step that there would have been."""
 
-    assert [own["transformation_0.m"].unique().tolist() for own in opt.state.values()] == [[3.0], [1.0]]
+    def update(updates: Params, state: Any, params: Any = None) -> Any:
+        used = 1.0 if state["once"] is None else state["once"]
+        kept = {k: updates[k] * used * (2.0 if m is None else 1.0) for k, m in state["m"].items()}
+        return {**updates, **kept}, {"once": None, "m": dict.fromkeys(kept)}
+
+    def init(params: Params) -> Any:
+        return {"once": torch.tensor(10.0), "m": {k: torch.zeros_like(p) for k, p in seen(params).items()}}
+
+    params = {k: torch.nn.Parameter(torch.ones(2)) for k in "ab"}
+    tx = fo.chain(fo.GradientTransformation(init, update), fo.scale(-0.1))
+    opt = TransformOptimizer(list(params.items()), tx)
+    for k in range(4):
+        for p in params.values():
+            p.grad = torch.ones(2)
+        if k == 2:
+            file = copy.deepcopy(opt.state_dict())
+            opt = TransformOptimizer(list(params.items()), tx)
+            opt.load_state_dict(file)
+        opt.step()
+
+    # 10 at the first step, 2 at each other
+    assert [p.tolist() for p in params.values()] == [pytest.approx([1 - 1.6] * 2, rel=1e-5)] * 2
 
 
 def test_an_entry_of_the_tree_may_be_with_one_parameter() -> None:
@@ -544,3 +562,153 @@ def test_an_entry_of_the_tree_may_be_with_one_parameter() -> None:
     opt.step()
 
     assert [float(own["transformation_0:tree.n"]) for own in opt.state.values()] == [3.0, 3.0]
+
+
+def test_a_file_in_which_a_parameter_without_a_step_holds_entries_of_the_tree() -> None:
+    """A transformation that sees none of those that have taken a step keeps them with the first that it sees."""
+    a, b = (torch.nn.Parameter(torch.ones(2)) for _ in "ab")
+    found: list[int] = []
+    tx = fo.chain(
+        fo.masked(counting(found), {"a": True, "b": False}), counting([]), opaque_momentum(), momentum(), fo.scale(-0.1)
+    )
+    opt = TransformOptimizer([("a", a), ("b", b)], tx)
+    b.grad = torch.ones(2)
+    opt.step()
+    file = copy.deepcopy(opt.state_dict())
+    opt = TransformOptimizer([("a", a), ("b", b)], tx)
+    opt.load_state_dict(file)
+    a.grad = torch.ones(2)
+    opt.step()
+
+    assert found == [0, 1]
+    assert float(opt.state[b]["m"][0]) == 2.0  # 0.5 * 1 + (0.5 * 1 + 1)
+
+
+@pytest.mark.parametrize("shape", [(1,), ()])
+def test_entries_that_grow_go_through_a_file(shape: tuple[int, ...]) -> None:
+    """Though their first form is that of a parameter of one number."""
+
+    def update(updates: Params, state: Any, params: Any = None) -> Any:
+        return updates, {k: torch.cat([s.reshape(-1), torch.ones(1)]) for k, s in state.items()}
+
+    init = lambda params: {k: torch.zeros_like(p) for k, p in seen(params).items()}  # noqa: E731
+    p = torch.nn.Parameter(torch.ones(shape))
+    opt = TransformOptimizer([("w", p)], fo.chain(fo.GradientTransformation(init, update), fo.scale(-0.1)))
+    for _ in range(3):
+        p.grad = torch.ones(shape)
+        opt.step()
+        opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+
+    assert opt.state[p]["transformation_0"].shape == (4,)
+
+
+def test_a_key_of_the_state_that_looks_like_one_of_the_tree() -> None:
+    init = lambda params: {"m:tree": {k: torch.zeros_like(p) for k, p in seen(params).items()}}  # noqa: E731
+    tx = fo.GradientTransformation(init, lambda updates, state, params=None: (updates, state))
+    a, b = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(4))
+    for p in (a, b):
+        p.grad = torch.ones_like(p)
+    opt = TransformOptimizer([("a", a), ("b", b)], fo.chain(tx, fo.scale(-0.1)))
+    opt.step()
+    other = TransformOptimizer([("b", b), ("a", a)], fo.chain(tx, fo.scale(-0.1)))
+    with pytest.raises(ValueError, match=r"of 'b' has shape \(3,\), but the parameter has \(4,\)"):
+        other.load_state_dict(opt.state_dict())
+
+
+def test_a_file_is_loaded_beside_parameters_that_have_no_shape_yet() -> None:
+    def make() -> tuple[list[torch.nn.Parameter], TransformOptimizer]:
+        params = [torch.nn.Parameter(torch.ones(2)), *torch.nn.LazyLinear(2).parameters()]
+        return params, TransformOptimizer(params, fo.chain(opaque_momentum(), fo.scale(-0.1)))
+
+    (first, *_), opt = make()
+    opt.load_state_dict(opt.state_dict())
+    file = copy.deepcopy(opt.state_dict())
+    file["state"][0] = {"transformation_0": torch.ones(2)}
+    opt.load_state_dict(file)
+
+    assert opt.state[first]["transformation_0"].tolist() == [1.0, 1.0]
+
+
+# -- groups that come back --------------------------------------------------------------------------------------------
+
+
+def test_a_counter_of_the_tree_goes_on_when_a_group_comes_back() -> None:
+    found: list[int] = []
+    params = {k: torch.nn.Parameter(torch.ones(2)) for k in "ab"}
+    for p in params.values():
+        p.grad = torch.ones(2)
+    groups = [{"params": [(k, p)]} for k, p in params.items()]
+    opt = TransformOptimizer(groups, fo.chain(counting(found), fo.scale(-0.1)))
+    for k in range(9):
+        if k == 2:
+            away = opt.param_groups.pop(0)
+        elif k == 7:
+            opt.param_groups.insert(0, away)
+        opt.step()
+
+    assert found == list(range(9))
+    assert [float(own["transformation_0:tree.n"]) for own in opt.state.values()] == [9.0, 9.0]
+
+
+def test_an_entry_of_the_tree_that_is_set_for_one_parameter_is_refused() -> None:
+    opt, _ = saved()
+    own = next(iter(opt.state.values()))
+    own["transformation_0:tree.n"] = torch.tensor(7.0)
+    with pytest.raises(ValueError, match=r"'transformation_0:tree.n' is one for all parameters, but it is tensor\(2"):
+        opt.step()
+    for own in opt.state.values():
+        own["transformation_0:tree.n"] = torch.tensor(7.0)
+    opt.step()
+
+    assert [float(own["transformation_0:tree.n"]) for own in opt.state.values()] == [8.0, 8.0]
+
+
+# -- reductions in front ----------------------------------------------------------------------------------------------
+
+
+@fo.leafwise
+def doubled(u: torch.Tensor) -> torch.Tensor:
+    """A rule for whole tensors."""
+    return 2.0 * u
+
+
+@fo.elementwise
+def kept(u: Any, before: Any, *, share: Any = 0.25) -> Any:
+    """Updates, and a share of those that entered."""
+    return u + share * before
+
+
+CLIP = fo.clip_by_global_norm(0.5)
+REDUCED: dict[str, Callable[[], fo.GradientTransformation]] = {
+    "between rules for whole tensors": lambda: fo.chain(doubled(), CLIP, doubled(), fo.clip_by_global_norm(0.9)),
+    "between opaque ones": lambda: fo.chain(opaque_momentum(), CLIP, opaque_by_norm(), fo.clip_by_global_norm(0.9)),
+    "inside, opaque behind it": lambda: kept(fo.chain(CLIP, opaque_momentum())),
+    "inside, whole tensors behind it": lambda: kept(fo.chain(CLIP, doubled())),
+    "inside, whole tensors in front": lambda: kept(fo.chain(doubled(), CLIP)),
+    "inside twice": lambda: kept(fo.chain(CLIP, kept(fo.chain(fo.clip_by_global_norm(0.3), opaque_momentum())), CLIP)),
+    "inside and behind": lambda: fo.chain(CLIP, kept(fo.chain(doubled(), momentum())), fo.clip_by_global_norm(0.7)),
+    "of rules alone": lambda: fo.chain(kept(fo.chain(CLIP, momentum())), fo.clip_by_global_norm(0.7)),
+    "in a partition": lambda: fo.chain(
+        fo.partition({"x": fo.chain(doubled(), CLIP), "y": CLIP}, lambda path, p: "x" if path in "ac" else "y"), CLIP
+    ),
+}
+
+
+@pytest.mark.parametrize("reduced", REDUCED)
+@pytest.mark.parametrize("event", ["none", "a switch", "gradients that are absent", "groups in another order"])
+def test_reductions_over_the_tree_are_those_of_all_groups(reduced: str, event: str) -> None:
+    """The pure functions know no groups; a switch without effect makes other chains of them."""
+    same = fo.trace(0.0, nesterov=False)  # both forms are one where the decay is 0
+    chain = fo.chain(same, REDUCED[reduced](), fo.scale(-0.1))
+    alike, others = Life(chain), Life(chain, nesterov=True)
+    pure = {k: p.detach().clone() for k, p in alike.params.items()}
+    state = chain.init(pure)
+    found, expected = others.run(EVENTS[event]), alike.run(EVENTS["none" if "switch" in event else event])
+
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    if event != "gradients that are absent":
+        for step in range(STEPS):
+            generator = torch.Generator().manual_seed(1 + step)
+            grads = {k: torch.randn(p.shape, generator=generator, dtype=torch.float64) for k, p in pure.items()}
+            pure, state = fo.apply_gradients(chain, pure, grads, state)
+        torch.testing.assert_close(found, list(pure.values()), rtol=1e-12, atol=1e-12)

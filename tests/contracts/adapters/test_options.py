@@ -248,3 +248,12 @@ def test_a_name_that_does_nothing_is_refused_when_a_group_is_given_it(
         before.check()
     del opt.param_groups[0][name]
     train([opt], range(1))
+
+
+def test_a_file_with_a_number_in_the_place_of_a_schedule_is_loaded() -> None:
+    opt = TransformOptimizer(make_params(), fo.adamw(1e-3, weight_decay=0.1))
+    train([opt], range(2))
+    other = TransformOptimizer(make_params(), fo.adamw(1e-3, weight_decay=lambda count: 0.1 * count))
+    with pytest.warns(UserWarning, match="weight_decay"):
+        other.load_state_dict(opt.state_dict())
+    train([other], range(2))

@@ -159,9 +159,14 @@ def first_state(split: SplitState) -> Any:
     return split.gather({name: {} for name in split.view.spec.entries()})
 
 
-def put(states: dict[str, dict[str, Any]], entries: Sequence[tuple[str, str, Any]]) -> None:
+def each(entries: Sequence[tuple[Sequence[str], str, Any]]) -> list[tuple[str, str, Any]]:
+    """Entries, one for each parameter that holds them."""
+    return [(name, key, x) for names, key, x in entries for name in names]
+
+
+def put(states: dict[str, dict[str, Any]], entries: Sequence[tuple[Sequence[str], str, Any]]) -> None:
     """Puts entries into the dicts of parameters, as an optimizer does; no two have one place."""
-    for name, key, x in entries:
+    for name, key, x in each(entries):
         assert key not in states[name], (name, key)
         states[name][key] = x
 
@@ -213,11 +218,13 @@ def test_parameters_that_took_no_step_keep_their_entries() -> None:
     # the tree's own is with the parameters that took the step, and with those that have it
     places = {("b", "own.mu"), ("b", "own.nu"), ("b", "own:tree.count")}
     without: dict[str, dict[str, Any]] = {"w": {}, "b": {}}
-    assert {(name, key) for name, key, _ in split.entries(new, without, ["b"])} == places
+    assert {(name, key) for name, key, _ in each(split.entries(new, without, ["b"]))} == places
     known = {"w": {"own:tree.count": torch.zeros(())}, "b": {}}
-    assert {(name, key) for name, key, _ in split.entries(new, known, ["b"])} == places | {("w", "own:tree.count")}
+    assert {(name, key) for name, key, _ in each(split.entries(new, known, ["b"]))} == places | {
+        ("w", "own:tree.count")
+    }
     # or with the first, if none of those that it sees took it
-    assert [(name, key) for name, key, _ in split.entries(new, without, [])] == [("w", "own:tree.count")]
+    assert [(name, key) for name, key, _ in each(split.entries(new, without, []))] == [("w", "own:tree.count")]
 
 
 def test_entries_that_are_nowhere_are_those_of_init() -> None:
@@ -239,7 +246,7 @@ def test_entries_that_are_missing_and_made(present: list[str]) -> None:
     first, second = split.make(missing, present), split.make(missing, present)
     holders = present or ["w"]
     for made in (first, second):
-        assert {(name, key): x.tolist() for name, key, x in made} == {
+        assert {(name, key): x.tolist() for name, key, x in each(made)} == {
             (holder, f"own.{path}" if name else f"own:tree.{path}"): [0.0] * (1 + (name == "b")) if name else 0.0
             for name, path in expected
             for holder in ([name] if name else holders)
