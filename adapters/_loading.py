@@ -212,7 +212,7 @@ class _OfTree(NamedTuple):
 
     Args:
       holders: by key, how many parameters have them: all that have taken a step, or one that may have taken none.
-      copies: those that have been copied, by their ids and the device.
+      copies: copies of them, by the id of the entry and the device.
     """
 
     holders: Counter[Any]
@@ -244,7 +244,8 @@ def _slots(
     # `init` of a transformation makes nothing of parameters that have no shape yet
     if opaque and any(template.prefixes for template in templates) and not any(map(is_lazy, view.leaves)):
         unique = list({id(t): t for t in templates}.values())
-        positions = [next(k for k, t in enumerate(unique) if t is template) for template in templates]
+        places = {id(t): k for k, t in enumerate(unique)}
+        positions = [places[id(t)] for t in templates]
         tensors, owners = list(view.leaves), [g for g, group in enumerate(groups) for _ in group["params"]]
         layout = ChainLayout(unique, ParamList(names, tensors, positions, owners), False, warn=False)
         by_name = dict(zip(names, slots, strict=True))

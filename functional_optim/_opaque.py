@@ -105,9 +105,10 @@ class SplitState:
         return self.shape.join("", found)
 
     def holders(self, entry: Entry, present: Collection[str]) -> Sequence[str]:
-        """The parameters in whose dicts an entry is put, of those that take a step.
+        """Names of the parameters in whose dicts an entry is put.
 
-        One of the tree is with the first that the transformation sees, if it sees none of them.
+        An entry of the tree is with all parameters that take the step; with the first one, if the transformation sees
+        none of them.
         """
         if entry[0] is not None:
             return (entry[0],)
@@ -179,7 +180,7 @@ class SplitState:
 
         Args:
           state: the state.
-          states: the dict of each parameter, by name; those that have an entry of the tree are given the new one.
+          states: the dict of each parameter, by name; a dict that has an entry of the tree is given the new one.
           present: the parameters that took the step; entries of others are left out.
         """
         there, found = {*present, None} if self.seen else set(present), self.split(state)
@@ -191,9 +192,9 @@ class SplitState:
         put: list[tuple[Sequence[str], str, Any]] = []
         for entry, x in found.items():
             if entry[0] in there:
-                key = self.keys[entry]
-                others = [name for name in absent if key in states[name]] if entry[0] is None else ()
-                names = (entry[0],) if entry[0] is not None else [*holders, *others] if others else holders
+                key, names = self.keys[entry], self.holders(entry, ()) if entry[0] is not None else holders
+                if entry[0] is None and absent:
+                    names = [*names, *(name for name in absent if key in states[name])]
                 put.append((names, key, _apart(x, taken)))
         return put
 

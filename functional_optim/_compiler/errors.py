@@ -14,7 +14,7 @@ _COMPILER = os.path.dirname(__file__) + os.sep
 
 
 class RuleError(TypeError):
-    """A rule does something that cannot become a kernel. The message names its line, and what to write there.
+    """Error of a rule that cannot become a kernel. The message names its line and a remedy.
 
     Example:
       >>> from functional_optim import elementwise

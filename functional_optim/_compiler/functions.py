@@ -125,7 +125,7 @@ def leaf_norm(x: torch.Tensor) -> torch.Tensor:
       x: a tensor or, in a rule, an expression of the elements of a leaf.
 
     Returns:
-      A 0-d tensor, as real numbers have it: in the dtype of `x`, or in float32 for half types.
+      A 0-d tensor in the real dtype of `x`, or in float32 for half types; in float64 for integers and conditions.
 
     Raises:
       RuleError: `x` is a number.
@@ -157,7 +157,7 @@ def leaf_amax(x: torch.Tensor) -> torch.Tensor:
 
     Raises:
       RuleError: `x` is a number.
-      RuntimeError, IndexError: a tensor has no elements.
+      RuntimeError: a tensor has no elements.
 
     Example:
       >>> leaf_amax(torch.tensor([1.0, 5.0, 2.0]))
@@ -176,7 +176,7 @@ def leaf_size(x: torch.Tensor) -> torch.Tensor:
       x: a tensor or, in a rule, an expression of the elements of a leaf.
 
     Returns:
-      A 0-d tensor in the dtype of `x`, or in float32 for half types.
+      A 0-d tensor in the dtype of `x`, or in float32 for half types; in float64 for integers and conditions.
 
     Raises:
       RuleError: `x` is a number.

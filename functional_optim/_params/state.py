@@ -40,6 +40,7 @@ class ParamState:
       counter: the dtype of counters; None if they are Python's integers.
 
     Attributes:
+      present_names: the names of the parameters that take part.
       counts_in_integers: whether counters are Python's integers.
       known: whether the owner of the state has asked for the entries that steps leave; see `note`.
     """
@@ -55,6 +56,7 @@ class ParamState:
         counter: torch.dtype | None,
     ) -> None:
         self.params, self.present, self.regions, self.opaque = params, present, regions, opaque
+        self.present_names = {params.names[i] for i in present}
         self.local, self.devices = local, devices
         self.counts_in_integers, self.counter = counter is None, counter or torch.float64
         # for each number that parameters share, by key, the parameters that do, whether or not they take part
@@ -106,9 +108,8 @@ class ParamState:
         if held is not None:
             self._refuse_removed(states, held)
         new: set[int] = set()
-        present = {self.params.names[i] for i in self.present}
         for split, by_name, missing in self._missing(states):
-            for names, key, x in split.make(missing, present):
+            for names, key, x in split.make(missing, self.present_names):
                 journal.set_each([by_name[name] for name in names], key, [x] * len(names))
         for segment in self.regions:
             for stored in segment.region.stored:
@@ -135,12 +136,11 @@ class ParamState:
         for i in self.present:
             keys = [key for stored, key in self.kept if stored.seen[i]]
             held.setdefault(id(self.params.tensors[i]), set()).update(keys)
-        present = {self.params.names[i] for i in self.present}
         ids = {name: id(p) for name, p in zip(self.params.names, self.params.tensors, strict=True)}
         for split in self.opaque.values():
             for entry in split.filled if split.seen else ():
-                if entry[0] is None or entry[0] in present:
-                    for name in split.holders(entry, present):
+                if entry[0] is None or entry[0] in self.present_names:
+                    for name in split.holders(entry, self.present_names):
                         held.setdefault(ids[name], set()).add(split.keys[entry])
         return held
 
@@ -159,10 +159,9 @@ class ParamState:
             if lacking and any(states[i].get(key) is not None for key in (*keys, *left)):
                 self._refuse_lack(i, lacking, states[i], "set it to None to have it start anew, ")
         positions = {name: i for i, name in enumerate(self.params.names)}
-        present = {self.params.names[i] for i in self.present}
         for split, _, missing in self._missing(states):
             for entry in missing:
-                for i in map(positions.__getitem__, split.holders(entry, present)):
+                for i in map(positions.__getitem__, split.holders(entry, self.present_names)):
                     left = held.get(id(self.params.tensors[i]), set())
                     if split.keys[entry] in left and any(states[i].get(key) is not None for key in left):
                         self._refuse_lack(i, [split.keys[entry]], states[i])
@@ -297,8 +296,7 @@ class ParamState:
     def _missing(self, states: States) -> list[tuple[SplitState, dict[str, Any], list[Any]]]:
         """For each transformation that is not made of rules, its state, the dicts by name, and entries that lack."""
         by_name = dict(zip(self.params.names, states, strict=True))
-        present = {self.params.names[i] for i in self.present}
-        return [(split, by_name, split.missing(by_name, present)) for split in self.opaque.values()]
+        return [(split, by_name, split.missing(by_name, self.present_names)) for split in self.opaque.values()]
 
     def _shared_column(self, stored: Stored, key: str, states: States) -> list[Any] | None:
         """A number that parameters share, once per parameter; None if one does not have it, or has another."""

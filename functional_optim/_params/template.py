@@ -38,7 +38,7 @@ class ParamList(NamedTuple):
       tensors: the parameters.
       templates: the transformation of each, as a position in a list of templates.
       groups: the options of each, as a position in a list of options.
-      later: the names of those that took no part when others did already.
+      later: the names of parameters that joined behind the first step of others.
     """
 
     names: Sequence[str]

@@ -53,5 +53,15 @@ def doubled(u: torch.Tensor) -> torch.Tensor:
 
 @fo.elementwise
 def kept(u: Any, before: Any, *, share: Any = 0.25) -> Any:
-    """Updates, and a share of those that entered."""
+    """Updates, and a share of the updates that entered."""
     return u + share * before
+
+
+def counting(found: list[int]) -> fo.GradientTransformation:
+    """Notes how many steps it has taken."""
+
+    def update(updates: Params, state: Any, params: Any = None) -> Any:
+        found.append(int(state["n"]))
+        return updates, {"n": state["n"] + 1}
+
+    return fo.GradientTransformation(lambda params: {"n": torch.zeros(())}, update)

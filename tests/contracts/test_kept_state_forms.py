@@ -50,7 +50,7 @@ def n_bytes(tree: Any) -> int:
 @SCOPE
 @FORM
 def test_an_optimizer_keeps_as_much_as_the_pure_state(form: str, scope: str) -> None:
-    """Nothing is copied, though several parameters hold what is of the tree; nothing kept for those not seen."""
+    """Each tensor is there once, though several parameters hold an entry of the tree; none for masked parameters."""
     params, tx = make_params(), SCOPES[scope][0](transformation(form))
     opt = TransformOptimizer(params.items(), fo.chain(tx, fo.scale(-RATE)))
     for step in range(4):

@@ -215,7 +215,7 @@ def test_state_in_the_dicts_of_parameters(form: str, tree: str) -> None:
 def test_parameters_that_took_no_step_keep_their_entries() -> None:
     split = split_state(moments, ["w", "b"])
     new = renumbered(first_state(split))
-    # the tree's own is with the parameters that took the step, and with those that have it
+    # an entry of the tree is with parameters that took the step, and with parameters that have it already
     places = {("b", "own.mu"), ("b", "own.nu"), ("b", "own:tree.count")}
     without: dict[str, dict[str, Any]] = {"w": {}, "b": {}}
     assert {(name, key) for name, key, _ in each(split.entries(new, without, ["b"]))} == places
@@ -223,7 +223,7 @@ def test_parameters_that_took_no_step_keep_their_entries() -> None:
     assert {(name, key) for name, key, _ in each(split.entries(new, known, ["b"]))} == places | {
         ("w", "own:tree.count")
     }
-    # or with the first, if none of those that it sees took it
+    # or with the first, if the transformation sees none of them
     assert [(name, key) for name, key, _ in each(split.entries(new, without, []))] == [("w", "own:tree.count")]
 
 
